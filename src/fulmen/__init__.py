@@ -1,0 +1,55 @@
+"""fulmen: DeepSeek Sparse Attention for language models with dense attention.
+
+Importing it makes Transformers' auto classes load converted models, and does nothing else.
+"""
+
+from typing import Any
+
+from fulmen.config import DsaConfig
+from fulmen.errors import (
+    AlreadyConvertedError,
+    BackendError,
+    CacheError,
+    CheckpointError,
+    ConfigError,
+    CorpusError,
+    DocumentTooShortError,
+    FulmenError,
+    OutputError,
+    ResumeError,
+    TrainingDivergedError,
+    UnsupportedModelError,
+)
+from fulmen.modeling.registration import register_model_types
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlreadyConvertedError",
+    "BackendError",
+    "CacheError",
+    "CheckpointError",
+    "ConfigError",
+    "CorpusError",
+    "DocumentTooShortError",
+    "DsaConfig",
+    "FulmenError",
+    "OutputError",
+    "ResumeError",
+    "TrainingDivergedError",
+    "UnsupportedModelError",
+    "__version__",
+    "set_topk",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The model code behind it takes seconds to import.
+    if name == "set_topk":
+        from fulmen.modeling.model import set_topk
+
+        return set_topk
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register_model_types()

@@ -1,0 +1,58 @@
+"""The one DSA configuration, frozen; stored under the key `dsa` of a converted model's config.json."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from fulmen.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DsaConfig:
+    """Shape of the lightning indexer and its selection (DeepSeek-V3.2, arXiv 2512.02556, section 2.1).
+
+    Attributes:
+        topk: tokens that each query keeps (K).
+        index_n_heads: index query heads (J).
+        index_n_kv_heads: index key heads (I); V3.2 has one. Divides `index_n_heads`.
+        index_head_dim: width of an index head (E), even because RoPE turns pairs.
+        layers: indices of the converted layers, ascending.
+    """
+
+    topk: int
+    index_n_heads: int
+    index_n_kv_heads: int
+    index_head_dim: int
+    layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("topk", "index_n_heads", "index_n_kv_heads", "index_head_dim"):
+            require_positive_int(name, getattr(self, name))
+        if self.index_n_heads % self.index_n_kv_heads:
+            raise ConfigError(
+                f"index_n_heads={self.index_n_heads} is not a multiple of "
+                f"index_n_kv_heads={self.index_n_kv_heads}; use a multiple"
+            )
+        if self.index_head_dim % 2:
+            raise ConfigError(f"index_head_dim={self.index_head_dim} is odd; RoPE needs an even width")
+        object.__setattr__(self, "layers", tuple(self.layers))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "DsaConfig":
+        """Read what `to_dict` wrote. Raises ConfigError on a missing or unknown key."""
+        known = {field.name for field in fields(cls)}
+        if set(values) != known:
+            odd = sorted(set(values) ^ known)
+            raise ConfigError(f"config key 'dsa' misses or does not know {odd}; it holds exactly {sorted(known)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {**asdict(self), "layers": list(self.layers)}
+
+
+def require_positive_int(name: str, value: object) -> int:
+    """Return `value` if it is a positive integer, else raise ConfigError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name}={value!r} cannot be; use an integer of at least 1")
+    return value

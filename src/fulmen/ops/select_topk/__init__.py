@@ -1,0 +1,75 @@
+"""The K best keys of every query: from given scores, or straight from the indexer's inputs."""
+
+import torch
+from torch import Tensor
+
+from fulmen.config import require_positive_int
+from fulmen.ops.checks import (
+    check_axes,
+    check_floating,
+    check_index_inputs,
+    check_integer,
+    check_same_device,
+)
+from fulmen.ops.dispatch import resolve
+from fulmen.ops.index_scores.reference import index_scores_reference
+from fulmen.ops.precision import cast_as_autocast, outside_autocast
+from fulmen.ops.select_topk.cpu import index_topk_blocked, select_topk_blocked
+from fulmen.ops.select_topk.reference import select_topk_reference
+
+
+@torch.no_grad()
+def select_topk(scores_BTS: Tensor, start_BT: Tensor, stop_BT: Tensor, topk: int) -> Tensor:
+    """Positions of the `topk` largest scores inside each query's interval.
+
+    A pure function of the row: the more recent key (larger s) wins a tie, -0.0 equals 0.0, NaN ranks below
+    every number, -inf included. The same row gives the same set in every batch, shape and thread count.
+
+    Args:
+        scores_BTS: any floating dtype, compared as float32.
+        start_BT, stop_BT: integers; query t sees the keys start <= s < stop, clipped to 0..S.
+        topk: keys to keep, at least 1.
+
+    Returns:
+        topk_BTK, int32, K = min(topk, S): ascending positions, then -1 where fewer keys are visible.
+
+    Raises:
+        ConfigError: topk below 1; axes, dtypes or devices that do not fit together.
+        BackendError: a pinned backend that cannot run here.
+    """
+    require_positive_int("topk", topk)
+    check_axes(scores_BTS=scores_BTS, start_BT=start_BT, stop_BT=stop_BT)
+    check_floating(scores_BTS=scores_BTS)
+    check_integer(start_BT=start_BT, stop_BT=stop_BT)
+    check_same_device(scores_BTS=scores_BTS, start_BT=start_BT, stop_BT=stop_BT)
+    if resolve("select_topk", scores_BTS.device, scores_BTS.dtype) == "cpu":
+        return select_topk_blocked(scores_BTS, start_BT, stop_BT, topk)
+    return select_topk_reference(scores_BTS, start_BT, stop_BT, topk)
+
+
+@torch.no_grad()
+def index_topk(
+    q_BTJE: Tensor,
+    k_BSIE: Tensor,
+    w_BTJ: Tensor,
+    b_BTJ: Tensor | None,
+    start_BT: Tensor,
+    stop_BT: Tensor,
+    topk: int,
+) -> Tensor:
+    """`select_topk(index_scores(...), ...)` in blocks of queries; never more scores than those of a block.
+
+    Args and Raises: as `index_scores` and `select_topk`.
+
+    Returns:
+        topk_BTK, int32, K = min(topk, S): ascending positions, then -1 where fewer keys are visible.
+    """
+    require_positive_int("topk", topk)
+    q_BTJE, k_BSIE = cast_as_autocast(q_BTJE, k_BSIE)
+    check_index_inputs(q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT=start_BT, stop_BT=stop_BT)
+    backend = resolve("index_topk", q_BTJE.device, q_BTJE.dtype)
+    with outside_autocast(q_BTJE.device):
+        if backend == "cpu":
+            return index_topk_blocked(q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT, topk)
+        scores_BTS = index_scores_reference(q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT).scores_BTS
+        return select_topk_reference(scores_BTS, start_BT, stop_BT, topk)

@@ -1,0 +1,42 @@
+"""Attention over the selected keys only."""
+
+from torch import Tensor
+
+from fulmen.ops.checks import check_attention_inputs, check_topk_below
+from fulmen.ops.dispatch import resolve
+from fulmen.ops.precision import cast_as_autocast, outside_autocast
+from fulmen.ops.sparse_attention.cpu import sparse_attention_blocked
+from fulmen.ops.sparse_attention.reference import sparse_attention_reference
+
+
+def sparse_attention(
+    q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, topk_BTK: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of each query over its selected keys, one set for all heads of the layer.
+
+    DeepSeek-V3.2 (arXiv 2512.02556, section 2.1). Works on expanded keys (G = H), grouped ones, and absorbed
+    latents (G = 1, D != V). Differentiable in q, k, v (recomputed block by block).
+
+    Args:
+        q_BTHD, k_BSGD, v_BSGV: one floating dtype; H a multiple of G; head h reads key head h // (H // G).
+        topk_BTK: integers below S, distinct within a row, in any order; negative means nothing.
+        scale: factor on q.k before the softmax, usually D ** -0.5.
+
+    Returns:
+        out_BTHV in the dtype of q, and lse_BTH, the natural log of the softmax's denominator, in float32
+        (float64 for float64 inputs). A query without keys has out 0 and lse -inf.
+
+    Raises:
+        ConfigError: axes, heads, dtypes or devices that do not fit together, or an index beyond the keys.
+        BackendError: a pinned backend that cannot run here.
+    """
+    q_BTHD, k_BSGD, v_BSGV = cast_as_autocast(q_BTHD, k_BSGD, v_BSGV)
+    sizes = check_attention_inputs({"q_BTHD": q_BTHD, "k_BSGD": k_BSGD, "v_BSGV": v_BSGV}, topk_BTK=topk_BTK)
+    check_topk_below(topk_BTK, sizes["S"])
+    arguments = (q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale)
+    backend = resolve("sparse_attention", q_BTHD.device, q_BTHD.dtype)
+    with outside_autocast(q_BTHD.device):
+        if backend == "cpu":
+            return sparse_attention_blocked(*arguments)
+        result = sparse_attention_reference(*arguments)
+        return result.out_BTHV, result.lse_BTH

@@ -1,0 +1,110 @@
+"""Tiny random models of every GQA family, dense and converted, for the tests of this folder."""
+
+from functools import cache
+
+import torch
+from transformers import (
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from fulmen.config import DsaConfig
+from fulmen.modeling.families import family_for_type
+
+VOCAB = 97
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LAST_LAYER_SLIDES = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**SHAPE),
+    "llama3-rope": lambda: LlamaConfig(**SHAPE, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
+    "qwen2": lambda: Qwen2Config(**SHAPE),
+    "qwen2-mixed": lambda: Qwen2Config(**SHAPE, **LAST_LAYER_SLIDES),
+    "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=24),
+    "mistral": lambda: MistralConfig(**SHAPE, sliding_window=None),
+}
+FAMILIES = list(CONFIGS)
+
+
+def make_dense(name: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A stock model with random weights, biases and norms included; always the same one."""
+    torch.manual_seed(0)
+    config = CONFIGS[name]()
+    model = family_for_type(config.model_type).source_class(config)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.normal_(1.0 if "norm" in parameter_name else 0.0, 0.3)
+            # Not model.to(dtype), which would round the RoPE table too.
+            parameter.data = parameter.data.to(dtype)
+    return model.eval()
+
+
+def make_dsa(
+    dense: PreTrainedModel, topk: int = 8, heads: int = 4, kv_heads: int = 2, head_dim: int = 8, layers=None
+) -> PreTrainedModel:
+    """The dense model with random indexers; it shares the weights."""
+    family = family_for_type(dense.config.model_type)
+    layers = family.full_attention_layers(dense.config) if layers is None else layers
+    torch.manual_seed(1)
+    return family.from_dense(dense, DsaConfig(topk, heads, kv_heads, head_dim, tuple(layers)))
+
+
+def make_v32() -> PreTrainedModel:
+    """Transformers' own DSA model with random weights."""
+    torch.manual_seed(0)
+    config = DeepseekV32Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        first_k_dense_replace=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        index_n_heads=2,
+        index_head_dim=16,
+        index_topk=4,
+        initializer_range=0.3,
+    )
+    return DeepseekV32ForCausalLM(config).eval()
+
+
+@cache
+def pair(name: str, topk: int) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """(dense, converted) in float32, made once."""
+    dense = make_dense(name)
+    return dense, make_dsa(dense, topk)
+
+
+def random_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Token ids without the padding id."""
+    return torch.randint(2, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))

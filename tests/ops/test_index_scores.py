@@ -1,0 +1,95 @@
+"""Index scores against their specification, and how stable their bits are."""
+
+import pytest
+import torch
+from ops_cases import DTYPES, assert_near, causal, normal, ragged
+
+from fulmen.ops.index_scores import index_scores
+from fulmen.ops.index_scores.reference import index_scores_reference
+
+# J, I, E: one per key group, several per group, V3.2's single key head, odd numbers
+HEADS = {"one-each": (3, 3, 8), "grouped": (4, 2, 32), "single-key": (8, 1, 64), "odd": (9, 3, 20)}
+# B, T, S; "long" takes several tiles of keys and blocks of queries
+SIZES = {"odd": (2, 37, 83), "decode": (3, 1, 83), "long": (1, 150, 5000)}
+
+
+def inputs(sizes, heads, dtype=torch.float32, seed=0):
+    (B, T, S), (J, index_keys, E) = sizes, heads
+    shapes = [(B, T, J, E), (B, S, index_keys, E), (B, T, J), (B, T, J)]
+    return [normal(*shape, seed=seed + i, dtype=dtype) for i, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_matches_the_reference(sizes, heads, dtype, shifted):
+    q, k, w, b = inputs(sizes, heads, dtype)
+    b = b if shifted else None
+    interval = ragged(*sizes)
+    scores = index_scores(q, k, w, b, *interval)
+    assert scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    # Both compute in float32 from the same bfloat16 inputs.
+    tight = torch.float32 if dtype == torch.bfloat16 else dtype
+    assert_near(scores, index_scores_reference(q, k, w, b, *interval).scores_BTS, tight)
+
+
+def test_formula_by_hand():
+    q = torch.tensor([[[[3.0, 0.0], [0.0, 4.0]]]])
+    k = torch.tensor([[[[2.0, 1.0]], [[-2.0, 1.0]], [[5.0, 5.0]]]])
+    w, b = torch.tensor([[[10.0, 100.0]]]), torch.tensor([[[0.5, -1.0]]])
+    interval = torch.tensor([[0]]), torch.tensor([[2]])
+    root = 2**0.5
+    first = 10 * (6 / root + 0.5) + 100 * (4 / root - 1)
+    second = 100 * (4 / root - 1)  # the first head's ReLU is shut
+    scores = index_scores(q, k, w, b, *interval)
+    torch.testing.assert_close(scores, torch.tensor([[[first, second, -torch.inf]]]))
+
+
+def test_weights_and_shift_may_keep_float32_beside_bfloat16_queries():
+    q, k, w, b = inputs(SIZES["odd"], HEADS["grouped"])
+    interval = ragged(*SIZES["odd"])
+    scores = index_scores(q.bfloat16(), k.bfloat16(), w, b, *interval)
+    expected = index_scores_reference(q.bfloat16().float(), k.bfloat16().float(), w, b, *interval).scores_BTS
+    assert_near(scores, expected, torch.float32)
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(heads):
+    sizes = (3, 20, 70)
+    q, k, w, b = inputs(sizes, heads)
+    interval = ragged(*sizes)
+    together = index_scores(q, k, w, b, *interval)
+    for row in range(3):
+        alone = index_scores(*(x[row : row + 1] for x in (q, k, w, b, *interval)))
+        assert torch.equal(together[row : row + 1], alone)
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+def test_left_padding_does_not_change_the_scores(heads):
+    q, k, w, b = inputs((1, 20, 20), heads)
+    start, stop = causal(1, 20, 20)
+    alone = index_scores(q, k, w, b, start, stop)
+    front = 13
+    padded = [torch.cat([torch.full_like(x[:, :front], torch.nan), x], 1) for x in (q, k, w, b)]
+    shifted = [torch.cat([torch.zeros(1, front, dtype=torch.int64), x + front], 1) for x in (start, stop)]
+    scores = index_scores(*padded, *shifted)
+    assert_near(scores[:, front:, front:], alone, torch.float32)
+    assert torch.equal(scores[:, :front], torch.full((1, front, 33), -torch.inf))
+    assert torch.equal(scores[:, front:, :front], torch.full((1, 20, front), -torch.inf))
+
+
+def test_views_give_the_same_scores():
+    sizes = SIZES["odd"]
+    q, k, w, b = inputs(sizes, HEADS["grouped"])
+    interval = ragged(*sizes)
+    views = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, w, b, *interval)]
+    assert torch.equal(index_scores(*views), index_scores(q, k, w, b, *interval))
+
+
+def test_under_autocast_the_arithmetic_stays_float32():
+    q, k, w, b = inputs(SIZES["odd"], HEADS["grouped"])
+    interval = ragged(*SIZES["odd"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = index_scores(q, k, w, b, *interval)
+    assert torch.equal(scores, index_scores(q.bfloat16(), k.bfloat16(), w, b, *interval))

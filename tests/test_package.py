@@ -1,0 +1,75 @@
+"""What `import fulmen` offers, and what it leaves alone."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import fulmen
+from fulmen import errors
+
+ROOT = Path(__file__).parents[1]
+UNASKED = ["datasets", "matplotlib", "vllm", "triton", "typer"]
+HEAVY = ["torch", "transformers", "accelerate", "rich", *UNASKED]
+
+
+def run(code):
+    """Run `code` in a fresh interpreter; return what it prints."""
+    environment = {"PYTHONPATH": str(Path(fulmen.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, env=environment, capture_output=True, text=True
+    )
+    return done.stdout.split()
+
+
+def test_all_names_exist_and_are_the_errors_the_config_and_set_topk():
+    every_error = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    assert set(fulmen.__all__) == every_error | {"DsaConfig", "__version__", "set_topk"}
+    assert all(getattr(fulmen, name) is not None for name in fulmen.__all__)
+
+
+def test_every_error_is_a_value_error():
+    assert all(issubclass(value, ValueError) for value in vars(errors).values() if isinstance(value, type))
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = fulmen.nothing
+
+
+def test_version_is_the_projects():
+    assert fulmen.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+def test_import_brings_no_library():
+    assert run(f"import sys, fulmen; print(*(set({HEAVY}) & set(sys.modules)))") == []
+
+
+@pytest.mark.parametrize(
+    "order",
+    ["import fulmen; import transformers", "import transformers.models.auto; import fulmen"],
+    ids=["fulmen first", "transformers first"],
+)
+def test_auto_classes_know_our_types_in_either_order(order):
+    code = f"""
+import sys
+{order}
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+print("fulmen.modeling.families.llama" in sys.modules)
+print(*sorted(name for name in CONFIG_MAPPING if name.endswith("_dsa") and name != "glm_moe_dsa"))
+dsa = dict(topk=4, index_n_heads=2, index_n_kv_heads=1, index_head_dim=8, layers=[0])
+small = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=32, vocab_size=10)
+config = AutoConfig.for_model("llama_dsa", dsa=dsa, **small)
+print(type(config).__name__, type(AutoModelForCausalLM.from_config(config)).__name__)
+print(any("Watch" in type(finder).__name__ for finder in sys.meta_path))
+print(*set({UNASKED}) & set(sys.modules))
+"""
+    assert run(code) == [
+        "False",
+        *("llama_dsa", "mistral_dsa", "qwen2_dsa", "qwen3_dsa"),
+        *("LlamaDsaConfig", "LlamaDsaForCausalLM"),
+        "False",
+    ]
