@@ -67,12 +67,11 @@ def test_inputs_are_full_width_and_positioned(model):
 
 def test_index_inputs_come_from_the_hidden_state_and_the_heads_before_rope(model):
     recorder, seen = Recorder(), []
-    hooks = [
-        attention.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
-        )
-        for attention in dsa_attentions(model)
-    ]
+
+    def remember(module, args, kwargs):
+        seen.append(kwargs)
+
+    hooks = [a.register_forward_pre_hook(remember, with_kwargs=True) for a in dsa_attentions(model)]
     with use_selector(model, recorder):
         run(model, random_ids(2, LENGTH))
     for hook in hooks:

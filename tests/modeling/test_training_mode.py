@@ -84,6 +84,8 @@ def test_training_makes_no_cache_unless_asked():
     with torch.no_grad():
         assert model.eval()(ids).past_key_values.get_seq_length() == LENGTH
         assert model(ids, use_cache=False).past_key_values is None
+    model.gradient_checkpointing_enable()
+    assert model.train()(ids, use_cache=True).past_key_values is None
 
 
 def test_packed_documents_in_training():

@@ -8,9 +8,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -110,12 +111,19 @@ def require_finite(model: torch.nn.Module, name: str) -> None:
 
 
 def save_converted(
-    model: PreTrainedModel, tokenizer: Any, out_dir: str | Path, card: str, *, overwrite: bool = False
+    model: PreTrainedModel,
+    tokenizer: Any,
+    out_dir: str | Path,
+    card: str,
+    *,
+    overwrite: bool = False,
+    extras: Mapping[str, Path] = MappingProxyType({}),
 ) -> Path:
     """Write a DSA model as a Hugging Face directory, whole or not at all.
 
     Config, safetensors, tokenizer with chat template, generation config and `card` as README.md; for fulmen's
     own types also a modeling file and `auto_map`: `trust_remote_code=True` then loads it without fulmen.
+    `extras` are files to copy into it, by their relative names there.
 
     Raises OutputError if `out_dir` exists (without `overwrite`), cannot be written, or the disk is full.
     """
@@ -126,6 +134,9 @@ def save_converted(
         target.parent.mkdir(parents=True, exist_ok=True)
         aside.mkdir()
         _write_model(model, tokenizer, aside, card)
+        for name, file in extras.items():
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, aside / name)
         _move_into_place(aside, target)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{target} cannot be written: {_one_line(error)}") from error

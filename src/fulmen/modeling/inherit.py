@@ -83,7 +83,9 @@ def inherit_gqa(
     """
     length = input_ids_BT.shape[1]
     if length < 2 * LENGTH_OVER_TOPK:
-        raise ConfigError(f"calibration length {length} is too short; use at least {2 * LENGTH_OVER_TOPK} tokens")
+        raise ConfigError(
+            f"calibration length {length} is too short; use at least {2 * LENGTH_OVER_TOPK} tokens"
+        )
     report: list[InheritedGqaLayer] = []
 
     def fit(attention: Any, _: Any, kwargs: dict) -> None:
@@ -103,9 +105,11 @@ def inherit_gqa(
 def _fit_layer(attention: Any, kwargs: dict, topk: int) -> InheritedGqaLayer:
     windows = _observe(attention, kwargs, topk)
     cov_HFF = sum((_pair_covariance(w, attention.scaling) for w in windows), start=torch.zeros(()))
-    picked_GP, coef_HP2, key_fit = pick_pairs(cov_HFF, attention.indexer.head_dim // 2, len(windows[0].k_TGD[0]))
-    _set_directions(attention, picked_GP, coef_HP2)
+    picked_GP, coef_HP2, key_fit = pick_pairs(
+        cov_HFF, attention.indexer.head_dim // 2, len(windows[0].k_TGD[0])
+    )
     rotary = kwargs["position_embeddings"]
+    _set_directions(attention, picked_GP, coef_HP2, rotary[0].shape[-1])
     targets = [_boundary_targets(attention, window, rotary) for window in windows]
     x_NC = torch.cat([window.x_TC[window.rows_R] for window in windows])
     weight_CJ, bias_J, fit = ridge(x_NC, torch.cat(targets))
@@ -123,8 +127,9 @@ def _observe(attention: Any, kwargs: dict, topk: int) -> list[_Window]:
     """What the layer would compute, with the threshold of every sampled query."""
     x_BTC, (cos_BTR, sin_BTR) = kwargs["hidden_states"], kwargs["position_embeddings"]
     q_BTHD, k_BTGD, _ = attention.project(x_BTC)
-    q_BTHD = apply_rope(q_BTHD, cos_BTR, sin_BTR).float()
-    k_BTGD = apply_rope(k_BTGD, cos_BTR, sin_BTR).float()
+    order_D = pair_order(attention.head_dim, cos_BTR.shape[-1])
+    q_BTHD = apply_rope(q_BTHD, cos_BTR, sin_BTR)[..., order_D].float()
+    k_BTGD = apply_rope(k_BTGD, cos_BTR, sin_BTR)[..., order_D].float()
     rows_R = torch.arange(topk, x_BTC.shape[1], THRESHOLD_STRIDE, device=x_BTC.device)
     windows = []
     for x_TC, q_THD, k_TGD in zip(x_BTC.float(), q_BTHD, k_BTGD, strict=True):
@@ -134,6 +139,14 @@ def _observe(attention: Any, kwargs: dict, topk: int) -> list[_Window]:
         ]
         windows.append(_Window(x_TC, q_THD, k_TGD, rows_R, torch.cat(blocks)))
     return windows
+
+
+def pair_order(head_dim: int, rotary: int) -> Tensor:
+    """Dims of a head such that p and p + D/2 form a pair: the rotary pairs first, then those that do not turn."""
+    dims_D = torch.arange(head_dim)
+    half, rest = rotary // 2, (head_dim - rotary) // 2
+    turning, still = dims_D[:rotary], dims_D[rotary:]
+    return torch.cat((turning[:half], still[:rest], turning[half:], still[rest:]))
 
 
 def own_logits(q_THD: Tensor, k_SGD: Tensor, rows_R: Tensor, scale: float) -> Tensor:
@@ -168,7 +181,8 @@ def _pair_covariance(window: _Window, scale: float) -> Tensor:
     return torch.stack(
         [
             _weighted_covariance(
-                pair_contributions(window.q_THD[rows_R, head] * scale, window.k_TGD[:, head // shared]), weight_RS
+                pair_contributions(window.q_THD[rows_R, head] * scale, window.k_TGD[:, head // shared]),
+                weight_RS,
             )
             for head, weight_RS in enumerate(weight_HRS)
         ]
@@ -229,7 +243,11 @@ def _forward_selection(cov_HFF: Tensor, n_pairs: int) -> Tensor:
     for _ in range(n_pairs):
         target_HF = left_HFF[..., :half].sum(-1)
         block_HP22 = torch.stack(
-            [torch.stack([left_HFF[:, pairs + a * half, pairs + b * half] for b in (0, 1)], -1) for a in (0, 1)], -2
+            [
+                torch.stack([left_HFF[:, pairs + a * half, pairs + b * half] for b in (0, 1)], -1)
+                for a in (0, 1)
+            ],
+            -2,
         )
         # Chosen pairs have nothing left; without the floor their blocks would be singular.
         floor_HP2 = torch.stack((floor_HFF[:, :half], floor_HFF[:, half:]), -1) * 1e-9
@@ -246,32 +264,30 @@ def _forward_selection(cov_HFF: Tensor, n_pairs: int) -> Tensor:
     return torch.tensor(chosen)
 
 
-def _set_directions(attention: Any, picked_GP: Tensor, coef_HP2: Tensor) -> None:
+def _set_directions(attention: Any, picked_GP: Tensor, coef_HP2: Tensor, rotary: int) -> None:
     """Write wk (a choice of the key's dims), wq (their queries times the coefficients) and rope_pairs."""
     indexer, groups = attention.indexer, len(picked_GP)
     heads, n_pairs, _ = coef_HP2.shape
-    width = attention.head_dim
+    width, order = attention.head_dim, pair_order(attention.head_dim, rotary).tolist()
     per_group, pooled = indexer.n_heads // groups, heads // indexer.n_heads
     wk_IEGD = torch.zeros(groups, 2 * n_pairs, groups, width)
     wq_JEHD = torch.zeros(indexer.n_heads, 2 * n_pairs, heads, width)
     unit = attention.scaling * (2 * n_pairs) ** 0.5 / pooled
     for group, pairs_P in enumerate(picked_GP):
-        for slot, (first, second) in enumerate(_pair_dims(attention, pairs_P)):
+        for slot, pair in enumerate(pairs_P.tolist()):
+            first, second = order[pair], order[pair + width // 2]
             wk_IEGD[group, slot, group, first] = 1
             wk_IEGD[group, slot + n_pairs, group, second] = 1
             for index_head in range(group * per_group, (group + 1) * per_group):
                 for head in range(index_head * pooled, (index_head + 1) * pooled):
                     real, imaginary = (coef_HP2[head, slot] * unit).tolist()
                     wq_JEHD[index_head, slot, head, [first, second]] = torch.tensor([real, imaginary])
-                    wq_JEHD[index_head, slot + n_pairs, head, [second, first]] = torch.tensor([real, -imaginary])
+                    wq_JEHD[index_head, slot + n_pairs, head, [second, first]] = torch.tensor(
+                        [real, -imaginary]
+                    )
     _write(indexer.wk.weight, wk_IEGD.flatten(2).flatten(0, 1))
     _write(indexer.wq.weight, wq_JEHD.flatten(2).flatten(0, 1))
-    indexer.rope_pairs.copy_(picked_GP.clamp(max=indexer.n_rotary_pairs))
-
-
-def _pair_dims(attention: Any, pairs_P: Tensor) -> list[tuple[int, int]]:
-    half = attention.head_dim // 2
-    return [(pair, pair + half) for pair in pairs_P.tolist()]
+    indexer.rope_pairs.copy_(picked_GP.clamp(max=rotary // 2))
 
 
 def _boundary_targets(attention: Any, window: _Window, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -284,7 +300,10 @@ def _boundary_targets(attention: Any, window: _Window, rotary: tuple[Tensor, Ten
         own_HRS = own_logits(window.q_THD, window.k_TGD, rows, attention.scaling)
         index_JRS = own_logits(q_TJE, k_SIE, rows, q_TJE.shape[-1] ** -0.5)
         pooled = len(own_HRS) // len(index_JRS)
-        own_JRS, theta_RJ = own_HRS.unflatten(0, (-1, pooled)).mean(1), theta_RH.unflatten(1, (-1, pooled)).mean(2)
+        own_JRS, theta_RJ = (
+            own_HRS.unflatten(0, (-1, pooled)).mean(1),
+            theta_RH.unflatten(1, (-1, pooled)).mean(2),
+        )
         near_JRS = (own_JRS - theta_RJ.T[..., None]).abs_().div_(-2).exp_()
         missed_JRS = (own_JRS - index_JRS).masked_fill_(_later(rows, len(k_SIE)), 0)
         targets.append(theta_RJ - ((missed_JRS * near_JRS).sum(-1) / near_JRS.sum(-1).clamp_min(1e-30)).T)

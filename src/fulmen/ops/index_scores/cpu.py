@@ -3,26 +3,23 @@
 Bits: a score depends on its query and key alone, not on the batch, the interval or how many queries come
 together, as far as the matrix product allows. Products of fewer than 4 rows (or 16 columns) go through other
 kernels, which add in another order; so rows are padded to a multiple of 4 and keys to a multiple of 16
-(measured on x86 with MKL, float32, 1 to 8 threads: then all agree bit for bit, else decoding differs from
-prefill). No sum runs over an axis whose neighbours could change the order of addition.
+(measured on x86 with MKL, float32, 1, 2 and 4 threads: then all agree bit for bit, else decoding differs
+from prefill). No sum runs over an axis whose neighbours could change the order of addition.
 """
-
-import math
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from fulmen.ops.precision import math_dtype
-from fulmen.ops.tiles import interval_blocks, take_keys
+from fulmen.ops.tiles import TILE_NUMBERS, interval_blocks, take_keys
 
 PRODUCT_ROWS = 4
 PRODUCT_COLUMNS = 16
-# Numbers in one tile of keys, and in the logits of one block (J heads x queries x tile). Measured on a core:
-# for bfloat16, whose keys become float32 here, a tile that fits the level 2 cache is 3 to 6 times faster than
-# all 32 K or 128 K keys at once.
-INDEX_TILE_NUMBERS = 2**17
-INDEX_BLOCK_LOGITS = 2**20
+# Numbers in the logits of one tile (J heads x queries x keys); 2**18 to 2**22 are within 10 % of each other.
+INDEX_TILE_LOGITS = 2**20
+# But no tile is narrower than this many times PRODUCT_COLUMNS.
+NARROWEST_TILE = 16
 
 
 def index_scores_blocked(
@@ -53,45 +50,51 @@ def index_scores_blocked(
 
 def index_block_rows(heads: int, k_BSIE: Tensor) -> int:
     """Queries of a block, such that the logits of one tile of keys stay small."""
-    return max(INDEX_BLOCK_LOGITS // (heads * _index_tile_width(k_BSIE)), 1)
+    n_keys = min(_index_tile_width(k_BSIE, n_rows=1), max(k_BSIE.shape[1], 1))
+    return max(INDEX_TILE_LOGITS // (heads * n_keys), 1)
 
 
 def score_keys(q_TJE: Tensor, k_CIE: Tensor, w_TJ: Tensor, b_TJ: Tensor | None) -> Tensor:
     """`[T, C]`, the scores of some queries for some keys; none hidden. Differentiable by plain autograd."""
     dtype = math_dtype(q_TJE.dtype)
-    queries, heads, width = q_TJE.shape
     n_groups = k_CIE.shape[1]
-    shared = heads // n_groups
-    more = -queries % (PRODUCT_ROWS // math.gcd(PRODUCT_ROWS, shared))
-
-    def rows_by_key_head(x_TJE: Tensor) -> Tensor:
-        padded_TJE = pad(x_TJE.to(dtype), (0, 0, 0, 0, 0, more)) if more else x_TJE.to(dtype)
-        return padded_TJE.unflatten(1, (n_groups, shared)).transpose(0, 1).flatten(1, 2)
-
-    q_IRE = rows_by_key_head(q_TJE) * width**-0.5
-    w_X1J = rows_by_key_head(w_TJ[..., None]).reshape(-1, 1, shared)
-    b_IR1 = None if b_TJ is None else rows_by_key_head(b_TJ[..., None])
+    q_IRE = _rows_by_key_head(q_TJE.to(dtype) * q_TJE.shape[-1] ** -0.5, n_groups)
+    b_IR1 = None if b_TJ is None else _rows_by_key_head(b_TJ.to(dtype)[..., None], n_groups)
+    w_X1J = w_TJ.to(dtype).unflatten(1, (n_groups, 1, -1)).transpose(0, 1).flatten(0, 1)
     tiles = [
         _score_tile(q_IRE, take_keys(tile_CIE, slice(None), dtype), w_X1J, b_IR1)
-        for tile_CIE in k_CIE.split(_index_tile_width(k_CIE))
+        for tile_CIE in k_CIE.split(_index_tile_width(k_CIE, n_rows=w_TJ.numel()))
     ]
-    return torch.cat(tiles, -1)[:queries]
+    return torch.cat(tiles, -1)
 
 
 def _score_tile(q_IRE: Tensor, k_ICE: Tensor, w_X1J: Tensor, b_IR1: Tensor | None) -> Tensor:
-    """Scores `[T, C]`; R is T * J/I, and X is I * T, so that each matrix of X holds the heads of one sum."""
-    n_groups, n_keys, _ = k_ICE.shape
-    if missing := -n_keys % PRODUCT_COLUMNS:
-        k_ICE = pad(k_ICE, (0, 0, 0, missing))
-    k_IEC = k_ICE.transpose(1, 2)
-    logits_IRC = torch.bmm(q_IRE, k_IEC) if b_IR1 is None else torch.baddbmm(b_IR1, q_IRE, k_IEC)
-    relu_XJC = logits_IRC.relu_().view(*w_X1J.shape[::2], k_IEC.shape[-1])
-    first_TC, *others_TC = torch.bmm(w_X1J, relu_XJC).squeeze(1).chunk(n_groups)
+    """Scores `[T, C]`. R is T * J/I, the heads that share an index key head in one product; X is I * T."""
+    n_rows, n_keys = q_IRE.shape[1], k_ICE.shape[1]
+    q_IRE, k_ICE = _pad_rows(q_IRE, PRODUCT_ROWS), _pad_rows(k_ICE, PRODUCT_COLUMNS)
+    if b_IR1 is None:
+        logits_IRC = torch.bmm(q_IRE, k_ICE.transpose(1, 2))
+    else:
+        logits_IRC = torch.baddbmm(_pad_rows(b_IR1, PRODUCT_ROWS), q_IRE, k_ICE.transpose(1, 2))
+    relu_XJC = logits_IRC.relu_()[:, :n_rows].reshape(*w_X1J.shape[::2], k_ICE.shape[1])
+    first_TC, *others_TC = torch.bmm(w_X1J, relu_XJC).squeeze(1).chunk(len(k_ICE))
     for more_TC in others_TC:
         first_TC = first_TC + more_TC
     return first_TC[:, :n_keys]
 
 
-def _index_tile_width(k_SIE: Tensor) -> int:
-    columns = INDEX_TILE_NUMBERS // (k_SIE.shape[-2] * k_SIE.shape[-1])
-    return max(columns // PRODUCT_COLUMNS, 1) * PRODUCT_COLUMNS
+def _rows_by_key_head(x_TJE: Tensor, n_groups: int) -> Tensor:
+    """`[T, J, E]` to `[I, T * J/I, E]`."""
+    return x_TJE.unflatten(1, (n_groups, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _pad_rows(x_IRE: Tensor, multiple: int) -> Tensor:
+    missing = -x_IRE.shape[1] % multiple
+    return pad(x_IRE, (0, 0, 0, missing)) if missing else x_IRE
+
+
+def _index_tile_width(k_SIE: Tensor, n_rows: int) -> int:
+    """Keys of a tile for `n_rows` rows of logits."""
+    by_keys = TILE_NUMBERS // (k_SIE.shape[-2] * k_SIE.shape[-1])
+    by_logits = INDEX_TILE_LOGITS // max(n_rows, 1)
+    return max(min(by_keys, by_logits) // PRODUCT_COLUMNS, NARROWEST_TILE) * PRODUCT_COLUMNS

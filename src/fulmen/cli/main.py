@@ -1,0 +1,55 @@
+"""The `fulmen` program. Commands import torch and Transformers inside themselves, so that help is instant."""
+
+from typing import Annotated
+
+import typer
+
+from fulmen import __version__
+from fulmen.cli.chat import chat_command
+from fulmen.cli.console import FulmenGroup
+from fulmen.cli.convert import convert_command
+from fulmen.cli.evaluate import evaluate_command
+from fulmen.cli.inspect import inspect_command
+
+app = typer.Typer(
+    cls=FulmenGroup,
+    name="fulmen",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback(
+    epilog="Start with: fulmen inspect smollm2-135m\n\n"
+    "A mistake ends with one line and exit code 2; FULMEN_TRACEBACK=1 shows where it arose."
+)
+def fulmen(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop."),
+    ] = False,
+) -> None:
+    """Give a dense language model DeepSeek Sparse Attention, and show that nothing was lost.
+
+    inspect a model, convert it, eval the result against the dense model, chat with it.
+    """
+
+
+app.command("inspect")(inspect_command)
+app.command("convert")(convert_command)
+app.command("eval")(evaluate_command)
+app.command("chat")(chat_command)
+
+
+def main() -> None:
+    """Entry point of the installed program."""
+    app()

@@ -1,0 +1,56 @@
+"""The model card (README.md) of a converted model: how it was made, how to load it, what was measured."""
+
+from pathlib import Path
+from typing import Any
+
+PARITY_BEGIN, PARITY_END = "<!-- parity:begin -->", "<!-- parity:end -->"
+
+
+def conversion_card(record: dict[str, Any]) -> str:
+    """The card of a fresh conversion; the parity table is filled in by `fulmen eval`."""
+    dsa = record["dsa"]
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- deepseek-sparse-attention
+- fulmen
+---
+
+# {record["source"]} with DeepSeek Sparse Attention
+
+Made by [fulmen](https://pypi.org/project/fulmen/) {record["made_with"]["fulmen"]} from `{record["source"]}`. A lightning
+indexer of {dsa["index_n_heads"]} heads x {dsa["index_head_dim"]} dims ({dsa["index_n_kv_heads"]} index key heads) picks
+{dsa["topk"]} tokens for every query in {len(dsa["layers"])} layers. All other weights are the dense model's own, under
+their own names. Stages: {", ".join(record["stages"])}; seed {record["seed"]}.
+
+```python
+import fulmen  # or trust_remote_code=True without it
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/of/this/directory")
+tokenizer = AutoTokenizer.from_pretrained("path/of/this/directory")
+```
+
+`fulmen.set_topk(model, k)` changes how many tokens a query keeps; at or above the length it is the dense model.
+
+## Parity with the dense model
+
+{PARITY_BEGIN}
+Not measured yet: `fulmen eval` on this directory writes the table here.
+{PARITY_END}
+"""
+
+
+def fill_parity(model_dir: Path, table: str) -> None:
+    """Put a Markdown table between the card's parity marks; leave a card without marks alone."""
+    card = model_dir / "README.md"
+    if not card.is_file():
+        return
+    text = card.read_text(encoding="utf-8")
+    head, begin, rest = text.partition(PARITY_BEGIN)
+    _, end, tail = rest.partition(PARITY_END)
+    if begin and end:
+        aside = card.with_suffix(".part")
+        aside.write_text(f"{head}{begin}\n{table.strip()}\n{end}{tail}", encoding="utf-8")
+        aside.rename(card)

@@ -1,0 +1,42 @@
+"""A model's config without its weights."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from fulmen.errors import AlreadyConvertedError, CheckpointError
+from fulmen.modeling.checkpoint import ModelSource, find_source, require_sound_gguf
+from fulmen.modeling.families import family_for_type
+
+
+def read_config(source: str | Path) -> tuple[ModelSource, PreTrainedConfig]:
+    """Find a model, dense or converted, and read its config (of a GGUF file: the header).
+
+    Raises:
+        CheckpointError: there is no such model, or its config cannot be read.
+        UnsupportedModelError: no family knows its `model_type`.
+    """
+    found = find_source(source)
+    if found.gguf_file:
+        require_sound_gguf(Path(found.place, found.gguf_file))
+        return found, _readable(
+            found, lambda: AutoConfig.from_pretrained(found.place, gguf_file=found.gguf_file)
+        )
+    values, _ = _readable(found, lambda: PreTrainedConfig.get_config_dict(found.place))
+    if not isinstance(values, dict) or not values.get("model_type"):
+        raise CheckpointError(f"{found} names no model_type in config.json; it is no Transformers model")
+    # A converted model is as welcome here as a dense one.
+    with suppress(AlreadyConvertedError):
+        family_for_type(values["model_type"])
+    return found, _readable(found, lambda: AutoConfig.from_pretrained(found.place))
+
+
+def _readable(found: ModelSource, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{found} has no readable config.json ({reason[:200]}); get it anew") from error

@@ -1,0 +1,180 @@
+"""A conversion from source to output directory: load, inherit, warm up, save; resumable at every point."""
+
+import json
+import platform
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import fulmen
+from fulmen.cli.model_card import conversion_card
+from fulmen.cli.progress import progress_bar, say
+from fulmen.cli.run_dir import RunDir
+from fulmen.cli.settings import ConvertSettings
+from fulmen.cli.texts import load_texts, up_to
+from fulmen.config import DsaConfig
+from fulmen.corpus import Corpus
+from fulmen.errors import ConfigError, OutputError
+from fulmen.modeling.checkpoint import load_dense, require_free_output, save_converted
+from fulmen.modeling.families import family_for
+from fulmen.modeling.index_shape import default_dsa
+from fulmen.modeling.inherit import inherit_gqa
+from fulmen.modeling.mla_attention import fulmen_attention
+from fulmen.modeling.mla_convert import MLA_DSA_TYPES
+from fulmen.modeling.mla_inherit import inherit_mla
+from fulmen.training.warmup import WarmupSettings, warm_up
+
+CALIBRATION_WINDOWS = 4
+TRAINING_WINDOWS = 64
+VALIDATION_WINDOWS = 4
+RECORD_FILE = "conversion.json"
+STAGES_DIR = "stages"
+
+
+def convert(settings: ConvertSettings) -> Path:
+    """Run a conversion as `fulmen convert` does. Raises every FulmenError its parts raise."""
+    out = settings.out.expanduser().absolute()
+    require_free_output(out, overwrite=settings.overwrite)
+    corpus = load_texts(settings.data)
+    say(f"Loading {settings.source}")
+    dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    dense, tokenizer = load_dense(settings.source, dtype)
+    dsa = default_dsa(dense.config, settings.topk, settings.index_heads, settings.index_head_dim)
+    window = _window_length(settings.window, dense, dsa)
+    model = family_for(dense.config).from_dense(dense, dsa).eval()
+    run = RunDir(out)
+    identity = _identity(settings, corpus, dsa, window)
+    if run.open(identity, discard_other=settings.overwrite):
+        say("Resuming an interrupted conversion")
+    with _under_fulmen(model):
+        records = {"inherit": _inherit(model, tokenizer, corpus, window, settings, run)}
+        if "warmup" in settings.stages:
+            records["warmup"] = _warm_up(model, tokenizer, corpus, window, settings, run)
+    record = {
+        **identity,
+        "window": window,
+        "dsa": dsa.to_dict(),
+        "stages_done": records,
+        "made_with": _versions(),
+    }
+    _save(model, tokenizer, out, record, run, overwrite=settings.overwrite)
+    run.remove()
+    say(f"Wrote {settings.out}; next: fulmen eval {settings.out} --html report.html")
+    return out
+
+
+def _window_length(wanted: int, dense: PreTrainedModel, dsa: DsaConfig) -> int:
+    """Tokens per text: as asked, within the model's context. Raises ConfigError if k leaves nothing to learn."""
+    context = getattr(dense.config, "max_position_embeddings", None) or wanted
+    window = min(wanted, context)
+    if dsa.topk >= window:
+        raise ConfigError(
+            f"topk={dsa.topk} is not below the window of {window} tokens, so there is nothing to select; "
+            "use a smaller --topk or a longer --window"
+        )
+    return window
+
+
+def _identity(settings: ConvertSettings, corpus: Corpus, dsa: DsaConfig, window: int) -> dict[str, Any]:
+    """What must be equal for one run to be the continuation of another."""
+    asked = {key: value for key, value in asdict(settings).items() if key not in ("out", "overwrite", "data")}
+    plain = {**asked, "stages": list(settings.stages), "data": [str(path) for path in settings.data]}
+    return {**plain, "window": window, "corpus": corpus.fingerprint, "dsa": dsa.to_dict()}
+
+
+def _under_fulmen(model: PreTrainedModel) -> AbstractContextManager:
+    """Our attention in a stock MLA model; a GQA model has it already."""
+    return fulmen_attention(model) if model.config.model_type in MLA_DSA_TYPES else nullcontext()
+
+
+def indexer_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """All tensors `*.indexer.*` of a model, by their names in its state dict."""
+    return {name: tensor for name, tensor in model.state_dict().items() if ".indexer." in name}
+
+
+def _inherit(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    corpus: Corpus,
+    window: int,
+    settings: ConvertSettings,
+    run: RunDir,
+) -> list[dict[str, Any]]:
+    record_file = run.path / "inherit.json"
+    if (done := run.load_stage("inherit")) is not None and record_file.exists():
+        model.load_state_dict(done, strict=False)
+        return json.loads(record_file.read_text(encoding="utf-8"))
+    texts = up_to(corpus.calibration, tokenizer, window, CALIBRATION_WINDOWS, settings.seed)
+    ids_BT = torch.stack([text.input_ids for text in texts]).to(model.device)
+    n_layers = model.config.num_hidden_layers
+    with progress_bar("Inherit") as advance:
+        advance(0, n_layers, f"{len(texts)} texts of {window} tokens")
+        if model.config.model_type in MLA_DSA_TYPES:
+            layers = inherit_mla(model, [ids_BT])
+            advance(n_layers, n_layers)
+        else:
+            topk = model.config.dsa["topk"]
+            layers = inherit_gqa(
+                model, ids_BT, topk, lambda fit: advance(fit.layer + 1, n_layers, f"KL {fit.kl:.2f}")
+            )
+    record = [layer._asdict() for layer in layers]
+    record_file.write_text(json.dumps(record), encoding="utf-8")
+    run.save_stage("inherit", indexer_tensors(model))
+    return record
+
+
+def _warm_up(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    corpus: Corpus,
+    window: int,
+    settings: ConvertSettings,
+    run: RunDir,
+) -> dict[str, Any]:
+    texts = up_to(corpus.training, tokenizer, window, TRAINING_WINDOWS + VALIDATION_WINDOWS, settings.seed)
+    n_validation = min(VALIDATION_WINDOWS, len(texts) // 2)
+    if not n_validation:
+        raise ConfigError(f"the training text fills one window of {window} tokens; warm-up needs 2: add text")
+    ids = [text.input_ids for text in texts]
+    warmup = WarmupSettings(steps=settings.steps, budget_s=settings.budget_s, seed=settings.seed)
+
+    def on_step(step: int, steps: int, logs: dict[str, float]) -> None:
+        advance(step, steps, ", ".join(f"{name} {value:.4f}" for name, value in logs.items()))
+
+    with progress_bar("Warm-up") as advance:
+        result = warm_up(model, ids[n_validation:], ids[:n_validation], run.path / "warmup", warmup, on_step)
+    say(
+        f"Warm-up: validation loss {result.loss_before:.4f} -> {result.loss_after:.4f} "
+        f"(step {result.best_step} of {result.last_step}, {result.seconds:.0f} s)"
+    )
+    return asdict(result)
+
+
+def _save(
+    model: PreTrainedModel, tokenizer: Any, out: Path, record: dict[str, Any], run: RunDir, *, overwrite: bool
+) -> None:
+    extras = {f"{STAGES_DIR}/inherit.safetensors": run.stage("inherit")}
+    if (log := run.path / "warmup" / "layers.jsonl").exists():
+        extras[f"{STAGES_DIR}/warmup-layers.jsonl"] = log
+    record_file = run.path / RECORD_FILE
+    try:
+        record_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{record_file} cannot be written: {error.strerror}") from error
+    extras[RECORD_FILE] = record_file
+    save_converted(model, tokenizer, out, conversion_card(record), overwrite=overwrite, extras=extras)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "fulmen": fulmen.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

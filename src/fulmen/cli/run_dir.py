@@ -1,0 +1,81 @@
+"""The directory of a run beside its output: what is needed to go on after an interruption."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fulmen.errors import OutputError, ResumeError
+
+SETTINGS_FILE = "settings.json"
+
+
+class RunDir:
+    """`.NAME.run` beside the output NAME; holds the settings it belongs to and one file per finished stage."""
+
+    def __init__(self, out: Path) -> None:
+        out = out.expanduser().absolute()
+        self.path = out.with_name(f".{out.name}.run")
+
+    def open(self, settings: dict[str, Any], *, discard_other: bool) -> bool:
+        """Begin or resume; return whether there is something to resume.
+
+        Raises:
+            ResumeError: a run with other settings lies there, and `discard_other` is not set.
+            OutputError: the directory cannot be made.
+        """
+        file = self.path / SETTINGS_FILE
+        if file.exists():
+            before = json.loads(file.read_text(encoding="utf-8"))
+            odd = sorted(
+                key for key in settings.keys() | before.keys() if settings.get(key) != before.get(key)
+            )
+            if not odd:
+                return True
+            if not discard_other:
+                changes = ", ".join(f"{key} was {before.get(key)!r}, is {settings.get(key)!r}" for key in odd)
+                raise ResumeError(
+                    f"{self.path} holds an unfinished run with other settings ({changes}); "
+                    "use those settings again, remove the directory, or pass --overwrite"
+                )
+        self.remove()
+        try:
+            self.path.mkdir(parents=True)
+            self._write(
+                file, lambda aside: aside.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+            )
+        except OSError as error:
+            raise OutputError(f"{self.path} cannot be written: {error.strerror}") from error
+        return False
+
+    def stage(self, name: str) -> Path:
+        """The file with the indexers after a stage."""
+        return self.path / f"{name}.safetensors"
+
+    def save_stage(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Write the indexers after a stage, whole or not at all. Raises OutputError."""
+        plain = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
+        try:
+            self._write(self.stage(name), lambda aside: save_file(plain, aside))
+        except Exception as error:
+            raise OutputError(
+                f"{self.stage(name)} cannot be written: {str(error).splitlines()[0]}"
+            ) from error
+
+    def load_stage(self, name: str) -> dict[str, Tensor] | None:
+        """The indexers after a stage; None if it is not finished."""
+        return load_file(self.stage(name)) if self.stage(name).exists() else None
+
+    def remove(self) -> None:
+        """Delete the run; the output is in place, or it is to begin anew."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    @staticmethod
+    def _write(target: Path, write: Callable[[Path], Any]) -> None:
+        aside = target.with_name(f"{target.name}.part")
+        write(aside)
+        aside.rename(target)

@@ -1,0 +1,146 @@
+"""What the commands are asked to do, checked: every mistake is a ConfigError before anything is loaded."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fulmen.config import require_positive_int
+from fulmen.errors import ConfigError
+
+STAGES = ("inherit", "warmup")
+DEFAULT_STAGES = "inherit,warmup"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEFAULT_BUDGET = "8m"
+DEFAULT_WINDOW = 2048
+DEFAULT_LENGTH = 2048
+
+_SECONDS = {"h": 3600, "m": 60, "s": 1}
+_DURATION = re.compile(r"(?=.)" + "".join(rf"(?:(?P<{unit}>\d+(?:\.\d+)?){unit})?" for unit in _SECONDS))
+
+
+@dataclass(frozen=True)
+class ConvertSettings:
+    """One conversion.
+
+    Attributes:
+        source: model directory, hub name, GGUF file or "smollm2-135m".
+        out: directory to write.
+        topk, index_heads, index_head_dim: None lets the model's shape decide.
+        stages: STAGES, or the first of them.
+        budget_s: seconds for training; None where `steps` says how long.
+        steps: optimizer steps of training; None where `budget_s` says how long.
+        data: files and directories of text; empty: the text that comes with Python.
+        overwrite: replace a model directory at `out`.
+        dtype: of the weights, one of DTYPES.
+        seed: of every random choice.
+        window: tokens per calibration and training text.
+    """
+
+    source: str
+    out: Path
+    topk: int | None = None
+    stages: tuple[str, ...] = STAGES
+    budget_s: float | None = None
+    steps: int | None = None
+    data: tuple[Path, ...] = ()
+    overwrite: bool = False
+    dtype: str = "auto"
+    seed: int = 0
+    index_heads: int | None = None
+    index_head_dim: int | None = None
+    window: int = DEFAULT_WINDOW
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "topk", "steps", "index_heads", "index_head_dim", "window")
+        _require_choice("dtype", self.dtype, DTYPES)
+        _require_existing(self.data)
+        if self.budget_s is not None and self.steps is not None:
+            raise ConfigError("--budget and --steps exclude each other; give one of them")
+        trains = set(self.stages) != {"inherit"}
+        if not trains and (self.budget_s is not None or self.steps is not None):
+            raise ConfigError(
+                "stages=inherit trains nothing, so --budget and --steps do not apply; leave them out"
+            )
+        if trains and self.steps is None and self.budget_s is None:
+            object.__setattr__(self, "budget_s", parse_duration(DEFAULT_BUDGET))
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """One evaluation.
+
+    Attributes:
+        model_dir: a converted model's directory.
+        dense: a dense model to compare with too; None: only the model itself under dense attention.
+        data: files and directories of held-out text; empty: the text that comes with Python.
+        json, html, markdown: files to write reports to; None: into `model_dir`.
+        windows: texts per kind; None lets the evaluation decide.
+        length: tokens per text.
+        topk: None: the model's own.
+        kinds: kinds of text to take; empty: all.
+        needles: whether to run the retrieval tasks too.
+        quick: fewer texts and needles, for a first look.
+    """
+
+    model_dir: Path
+    dense: str | None = None
+    data: tuple[Path, ...] = ()
+    json: Path | None = None
+    html: Path | None = None
+    markdown: Path | None = None
+    windows: int | None = None
+    length: int = DEFAULT_LENGTH
+    topk: int | None = None
+    kinds: tuple[str, ...] = ()
+    needles: bool = True
+    quick: bool = False
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "windows", "length", "topk")
+        _require_existing(self.data)
+        for path in (self.json, self.html, self.markdown):
+            if path is not None and not path.absolute().parent.is_dir():
+                raise ConfigError(f"{path} cannot be written: {path.parent} is no directory; make it first")
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of "90s", "8m", "1h30m" or "1.5h". Raises ConfigError for anything else, and for zero."""
+    found = _DURATION.fullmatch(text.strip().lower())
+    amounts = found.groupdict(default="0") if found else {}
+    seconds = sum(float(amount) * _SECONDS[unit] for unit, amount in amounts.items())
+    if seconds <= 0:
+        raise ConfigError(
+            f"duration {text!r} cannot be read; write hours, minutes, seconds as in 90s, 8m, 1h30m"
+        )
+    return seconds
+
+
+def parse_stages(text: str) -> tuple[str, ...]:
+    """The stages of "inherit,warmup": STAGES from the first on. Raises ConfigError for anything else."""
+    stages = tuple(name.strip() for name in text.split(","))
+    for name in stages:
+        _require_choice("stage", name, STAGES)
+    if stages != STAGES[: len(stages)]:
+        raise ConfigError(
+            f"stages={text!r} are repeated, incomplete or out of order; each needs the ones before it: "
+            f"{','.join(STAGES)}"
+        )
+    return stages
+
+
+def _require_positive(settings: object, *names: str) -> None:
+    for name in names:
+        if (value := getattr(settings, name)) is not None:
+            require_positive_int(name, value)
+
+
+def _require_choice(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name}={value!r} is not known; choose from {', '.join(known)}")
+
+
+def _require_existing(paths: Sequence[Path]) -> None:
+    for path in paths:
+        if not path.exists():
+            raise ConfigError(f"data={str(path)!r} does not exist; name a text file or a directory of them")

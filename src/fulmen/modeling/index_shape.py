@@ -1,0 +1,65 @@
+"""The indexer's shape: the one a model has, or the one that fits it.
+
+Index keys are read for every visible token, so they bound what DSA can save; by default they take a fifth of
+the keys and values at most. One index key head per key/value head and one index head per attention head let
+the indexer start from the model's own heads (`fulmen.modeling.inherit`).
+"""
+
+from transformers import PreTrainedConfig
+
+from fulmen.config import DsaConfig
+from fulmen.modeling.cost import attention_shape, is_mla
+from fulmen.modeling.families import dsa_family_for, full_attention_layers
+
+MAX_INDEX_KEY_SHARE = 0.2
+# V3.2's own k at 64K and more; below that one token in 32, and never so few that the local text fills it.
+SMALLEST_TOPK, LARGEST_TOPK, CONTEXT_OVER_TOPK = 256, 2048, 32
+MAX_MLA_INDEX_HEADS = 64
+
+
+def default_dsa(
+    config: PreTrainedConfig,
+    topk: int | None = None,
+    index_n_heads: int | None = None,
+    index_head_dim: int | None = None,
+) -> DsaConfig:
+    """The DSA configuration for a dense model; what is given is taken, the rest follows from the model.
+
+    Raises:
+        UnsupportedModelError: no family knows the model, or it has no layer to convert.
+        AlreadyConvertedError: the model has DSA.
+        ConfigError: a given number that cannot be.
+    """
+    layers = tuple(full_attention_layers(config))
+    heads, groups = config.num_attention_heads, 1 if is_mla(config) else config.num_key_value_heads
+    most_heads = MAX_MLA_INDEX_HEADS if is_mla(config) else heads
+    return DsaConfig(
+        topk=default_topk(config) if topk is None else topk,
+        index_n_heads=min(heads, most_heads) if index_n_heads is None else index_n_heads,
+        index_n_kv_heads=groups,
+        index_head_dim=_default_head_dim(config, groups) if index_head_dim is None else index_head_dim,
+        layers=layers,
+    )
+
+
+def default_topk(config: PreTrainedConfig) -> int:
+    """A 32nd of the model's context, within 256 and 2048 tokens."""
+    context = getattr(config, "max_position_embeddings", None) or 0
+    return max(SMALLEST_TOPK, min(LARGEST_TOPK, context // CONTEXT_OVER_TOPK))
+
+
+def dsa_of(config: PreTrainedConfig) -> DsaConfig:
+    """The DSA configuration of a converted model. Raises UnsupportedModelError if it is not one."""
+    dsa_family_for(config)
+    if getattr(config, "dsa", None):
+        return DsaConfig.from_dict(config.dsa)
+    layers = tuple(range(config.num_hidden_layers))
+    return DsaConfig(config.index_topk, config.index_n_heads, 1, config.index_head_dim, layers)
+
+
+def _default_head_dim(config: PreTrainedConfig, groups: int) -> int:
+    """The widest index head within the share, a multiple of 8 where that leaves any."""
+    widest = int(MAX_INDEX_KEY_SHARE * attention_shape(config).token_width / groups)
+    # An MLA index head holds the rotary key, one direction of the latent and the constant 1 at least.
+    narrowest = config.qk_rope_head_dim + 2 if is_mla(config) else 2
+    return max(narrowest, widest - widest % (8 if widest >= 8 else 2))

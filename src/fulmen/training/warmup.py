@@ -1,0 +1,306 @@
+"""Warm-up: train the indexers of a frozen DSA model on Transformers' Trainer.
+
+The trunk runs dense and without gradient; `fulmen.training.losses` taps each layer. Trainer sees a module
+that holds the indexers alone, so its checkpoints are small and `accelerate launch`, mixed precision, logging
+and resume work as they do for any model.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from fulmen.errors import TrainingDivergedError
+from fulmen.modeling.selectors import IndexerSelector, dsa_attentions, use_selector
+from fulmen.training.losses import IndexerLossSelector, LayerLoss
+
+EVALUATIONS = 4
+MEASURED_ROWS = 8
+LOGITS_ROWS = 512
+INITIAL_FILE, LOG_FILE, PLAN_FILE = "initial.safetensors", "layers.jsonl", "plan.json"
+
+
+@dataclass(frozen=True)
+class WarmupSettings:
+    """How long and how hard to train.
+
+    steps: optimizer steps; None lets `budget_s` decide.
+    budget_s: wall-clock seconds for all of the warm-up, evaluations included.
+    learning_rate: peak of a cosine schedule (Adam). n_rows: query rows per text and layer in a step.
+    patience: evaluations without improvement before it stops. seed: of the data order and the drawn rows.
+    bf16: autocast to bfloat16.
+    """
+
+    steps: int | None = None
+    budget_s: float | None = 480.0
+    learning_rate: float = 1e-4
+    n_rows: int = 384
+    patience: int = 2
+    seed: int = 0
+    bf16: bool = False
+
+
+@dataclass(frozen=True)
+class WarmupResult:
+    """Validation loss (nats a token, sparse) before and at the kept step, and where training stopped."""
+
+    loss_before: float
+    loss_after: float
+    best_step: int
+    last_step: int
+    seconds: float
+
+
+class IndexerStack(nn.Module):
+    """What Trainer trains: the indexers of a model, whose trunk stays out of `parameters` and `state_dict`."""
+
+    def __init__(self, model: PreTrainedModel, n_rows: int) -> None:
+        super().__init__()
+        attentions = dsa_attentions(model)
+        self.indexers = nn.ModuleDict({str(attention.layer_idx): attention.indexer for attention in attentions})
+        self.n_rows = n_rows
+        self.last: dict[int, LayerLoss] = {}
+        self._trunk = (model,)  # in a tuple: not a submodule
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The whole model, trunk included."""
+        return self._trunk[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "IndexerStack":
+        self.model._apply(fn)  # moves the indexers too: they are the model's own
+        return self
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """Mean over layers of `IndexerLossSelector`'s loss, with gradient to the indexers alone."""
+        taps = IndexerLossSelector(self.n_rows, MEASURED_ROWS)
+        with use_selector(self.model, taps):
+            self.model.base_model(input_ids=input_ids, use_cache=False)
+        self.last = taps.layers
+        return {"loss": torch.stack([layer.loss for layer in taps.layers.values()]).mean()}
+
+
+def warm_up(
+    model: PreTrainedModel,
+    train: Sequence[Tensor],
+    validation: Sequence[Tensor],
+    run_dir: Path,
+    settings: WarmupSettings,
+    on_step: Callable[[int, int, dict[str, float]], None] = lambda *_: None,
+) -> WarmupResult:
+    """Train the indexers in place; leave the best step's weights in them, the first's if none was better.
+
+    Interrupted, a call with the same arguments resumes from `run_dir` and ends with the same weights.
+
+    Args:
+        train, validation: int64 token ids [T], all train texts of one length.
+        run_dir: checkpoints, `layers.jsonl` (per layer: KL, entropy, captured and oracle mass) and the plan.
+        on_step: called with (step, steps, logs) for progress.
+
+    Raises:
+        TrainingDivergedError: the loss became NaN or infinite; the weights are the best so far.
+    """
+    began = time.monotonic()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    stack = IndexerStack(model, settings.n_rows)
+    model.requires_grad_(False)
+    stack.indexers.requires_grad_(True)
+    model.eval()
+    last_checkpoint = get_last_checkpoint(str(run_dir))
+    if not (run_dir / INITIAL_FILE).exists():
+        _save_aside(stack.indexers.state_dict(), run_dir / INITIAL_FILE)
+    initial = load_file(run_dir / INITIAL_FILE)
+    plan = _plan(stack, train, validation, run_dir, settings)
+    trainer = _WarmupTrainer(
+        model=stack,
+        args=_arguments(run_dir, settings, plan["steps"]),
+        train_dataset=[{"input_ids": ids} for ids in train],
+        eval_dataset=[{"input_ids": ids} for ids in validation],
+        callbacks=[
+            EarlyStoppingCallback(settings.patience),
+            _Watch(stack, run_dir, on_step, settings.budget_s, began),
+        ],
+    )
+    # Trainer writes its own tables to the console; on_step is ours.
+    _drop_printing_callbacks(trainer)
+    try:
+        trainer.train(resume_from_checkpoint=last_checkpoint)
+    finally:
+        best_step = _restore_best(trainer, stack, run_dir, initial, plan["loss_before"])
+        model.requires_grad_(True)
+    best = trainer.state.best_metric
+    after = plan["loss_before"] if best is None or best_step == 0 else best
+    return WarmupResult(
+        plan["loss_before"], after, best_step, trainer.state.global_step, time.monotonic() - began
+    )
+
+
+@torch.no_grad()
+def sparse_loss(model: PreTrainedModel, texts: Sequence[Tensor]) -> float:
+    """Next-token loss (nats) of the sparse model over the second half of each text; what the warm-up is for."""
+    total, count = 0.0, 0
+    with use_selector(model, IndexerSelector()):
+        for ids_T in texts:
+            ids_T = ids_T.to(model.device)
+            half = len(ids_T) // 2
+            hidden_TC = model.base_model(input_ids=ids_T[None], use_cache=False)[0][0, half:-1]
+            for rows_TC, next_T in zip(
+                hidden_TC.split(LOGITS_ROWS), ids_T[half + 1 :].split(LOGITS_ROWS), strict=True
+            ):
+                logits_TV = model.get_output_embeddings()(rows_TC).float()
+                total += float(F.cross_entropy(logits_TV, next_T, reduction="sum"))
+                count += len(next_T)
+    return total / count
+
+
+class _WarmupTrainer(Trainer):
+    """Evaluates what matters, the sparse model's loss on validation text, in place of the training loss."""
+
+    @property
+    def stack(self) -> IndexerStack:
+        """The module that is trained, whatever Accelerate wrapped it in."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss = model(**inputs)["loss"]
+        if not torch.isfinite(loss):
+            bad = [i for i, layer in self.stack.last.items() if not math.isfinite(float(layer.loss))]
+            raise TrainingDivergedError(
+                f"loss={float(loss)} at step {self.state.global_step} in layers {bad}; "
+                f"lower the learning rate (now {self.args.learning_rate}) or check the data"
+            )
+        return (loss, {}) if return_outputs else loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        texts = [row["input_ids"] for row in self.eval_dataset]
+        metrics = {"eval_loss": sparse_loss(self.stack.model, texts)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class _Watch(TrainerCallback):
+    """Per-layer log, progress, and the end of the budget."""
+
+    def __init__(
+        self, stack: IndexerStack, run_dir: Path, on_step: Callable, budget_s: float | None, began: float
+    ) -> None:
+        self.stack, self.on_step, self.budget_s, self.began = stack, on_step, budget_s, began
+        self.log_file = run_dir / LOG_FILE
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        layers = self.stack.last
+        rows = [_log_row(state.global_step, index, layer) for index, layer in sorted(layers.items())]
+        with open(self.log_file, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        mean_kl = sum(layer.kl for layer in layers.values()) / len(layers)
+        self.on_step(state.global_step, state.max_steps, {"kl": mean_kl})
+        if self.budget_s is not None and time.monotonic() - self.began > self.budget_s:
+            control.should_training_stop = control.should_evaluate = control.should_save = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        self.on_step(state.global_step, state.max_steps, {"validation loss": metrics["eval_loss"]})
+
+
+def _log_row(step: int, index: int, layer: LayerLoss) -> dict[str, float]:
+    values = {name: getattr(layer, name) for name in ("kl", "entropy", "captured", "oracle")}
+    return {"step": step, "layer": index, **values}
+
+
+def _plan(
+    stack: IndexerStack, train: Sequence[Tensor], validation: Sequence[Tensor], run_dir: Path, settings: Any
+) -> dict[str, Any]:
+    """Number of steps and the loss before; written down, so that a resumed run follows the same schedule."""
+    file = run_dir / PLAN_FILE
+    if file.exists():
+        return json.loads(file.read_text(encoding="utf-8"))
+    clock = time.monotonic()
+    before = sparse_loss(stack.model, validation)
+    evaluation_s = time.monotonic() - clock
+    steps = settings.steps
+    if steps is None:
+        clock = time.monotonic()
+        stack.train()
+        stack(train[0][None].to(stack.model.device))["loss"].backward()
+        stack.zero_grad(set_to_none=True)
+        step_s = time.monotonic() - clock
+        # A margin, for the first step is timed once only, and saving takes time too.
+        left_s = 0.9 * settings.budget_s - evaluation_s * (EVALUATIONS + 1) - step_s
+        steps = max(EVALUATIONS, int(left_s / step_s))
+    plan = {"steps": steps, "loss_before": before}
+    aside = file.with_suffix(".part")
+    aside.write_text(json.dumps(plan), encoding="utf-8")
+    aside.rename(file)
+    return plan
+
+
+def _arguments(run_dir: Path, settings: WarmupSettings, steps: int) -> TrainingArguments:
+    every = max(1, math.ceil(steps / EVALUATIONS))
+    return TrainingArguments(
+        output_dir=str(run_dir),
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=min(5, steps // 4),
+        adam_beta2=0.95,
+        weight_decay=0.0,
+        seed=settings.seed,
+        bf16=settings.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to=[],
+        remove_unused_columns=False,
+    )
+
+
+def _drop_printing_callbacks(trainer: Trainer) -> None:
+    from transformers import PrinterCallback, ProgressCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+
+
+def _restore_best(
+    trainer: Trainer, stack: IndexerStack, run_dir: Path, initial: dict[str, Tensor], loss_before: float
+) -> int:
+    """Load the best weights seen; return their step, 0 for the weights that training began with."""
+    best, metric = trainer.state.best_model_checkpoint, trainer.state.best_metric
+    if best is None or metric is None or metric >= loss_before:
+        stack.indexers.load_state_dict(initial)
+        return 0
+    stack.load_state_dict(load_file(Path(best) / "model.safetensors"))
+    return int(Path(best).name.rsplit("-", 1)[1])
+
+
+def _save_aside(state: dict[str, Tensor], target: Path) -> None:
+    aside = target.with_suffix(".part")
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, aside)
+    aside.rename(target)

@@ -1,0 +1,130 @@
+"""The warm-up: the KL falls, the trunk stays, the best step is kept, and an interruption changes nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_gqa import make_dense, make_dsa, random_ids
+
+from fulmen.errors import TrainingDivergedError
+from fulmen.training.warmup import IndexerStack, WarmupSettings, sparse_loss, warm_up
+
+TEXTS = list(random_ids(10, 96))
+TRAIN, VALIDATION = TEXTS[:8], TEXTS[8:]
+SETTINGS = WarmupSettings(steps=12, budget_s=None, learning_rate=3e-3, n_rows=32, patience=9)
+
+
+def train(run_dir: Path, settings: WarmupSettings = SETTINGS, model=None):
+    model = make_dsa(make_dense(), topk=8) if model is None else model
+    return model, warm_up(model, TRAIN, VALIDATION, run_dir, settings)
+
+
+def indexers(model) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in model.state_dict().items() if ".indexer." in name}
+
+
+def log_rows(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "layers.jsonl").read_text().splitlines()]
+
+
+def test_kl_falls_and_only_the_indexers_change(tmp_path):
+    before = {name: tensor.clone() for name, tensor in make_dense().state_dict().items()}
+    model, result = train(tmp_path)
+    rows = log_rows(tmp_path)
+    # Each of the 8 texts is seen once in steps 1 to 8.
+    first, last = ([row["kl"] for row in rows if row["step"] in steps] for steps in ((1, 2), (11, 12)))
+    assert sum(last) < 0.9 * sum(first)
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert result.last_step == 12
+
+
+def test_log_has_every_layer_at_every_step(tmp_path):
+    train(tmp_path)
+    rows = log_rows(tmp_path)
+    assert [(row["step"], row["layer"]) for row in rows] == [(s, i) for s in range(1, 13) for i in range(3)]
+    assert all(0 < row["captured"] <= row["oracle"] + 1e-6 <= 1 + 2e-6 for row in rows)
+    assert all(row["entropy"] > 0 for row in rows)
+
+
+def test_result_is_the_loss_of_the_weights_that_are_left(tmp_path):
+    model, result = train(tmp_path)
+    assert result.loss_after <= result.loss_before
+    assert sparse_loss(model, VALIDATION) == pytest.approx(result.loss_after, abs=1e-6)
+
+
+def test_never_ends_worse_than_it_began(tmp_path):
+    """A learning rate that destroys the indexers: the first weights come back, bit for bit."""
+    model = make_dsa(make_dense(), topk=8)
+    warm_up(model, TRAIN, VALIDATION, tmp_path / "good", SETTINGS)
+    before = {name: tensor.clone() for name, tensor in indexers(model).items()}
+    wild = WarmupSettings(steps=8, budget_s=None, learning_rate=30.0, n_rows=32, patience=1)
+    _, result = train(tmp_path / "wild", wild, model)
+    assert result.loss_after == result.loss_before
+    assert result.best_step == 0
+    assert all(torch.equal(before[name], tensor) for name, tensor in indexers(model).items())
+
+
+def test_stops_early(tmp_path):
+    wild = WarmupSettings(steps=40, budget_s=None, learning_rate=30.0, n_rows=32, patience=1)
+    _, result = train(tmp_path, wild)
+    assert result.last_step < 40
+
+
+def test_budget_ends_it(tmp_path):
+    _, result = train(tmp_path, WarmupSettings(steps=10**6, budget_s=1.5, learning_rate=1e-3, n_rows=32))
+    assert 0 < result.last_step < 10**6
+
+
+def test_nan_stops_it_and_names_the_layer(tmp_path):
+    model = make_dsa(make_dense(), topk=8)
+    before = {name: tensor.clone() for name, tensor in indexers(model).items()}
+    bad = list(TRAIN)
+    model.model.layers[1].self_attn.k_proj.register_forward_hook(
+        lambda _, __, out: out * torch.nan if model.training or torch.is_grad_enabled() else out
+    )
+    with pytest.raises(TrainingDivergedError, match=r"layers \[1"):
+        warm_up(model, bad, VALIDATION, tmp_path, SETTINGS)
+    assert all(torch.equal(before[name], tensor) for name, tensor in indexers(model).items())
+
+
+def test_gradient_reaches_the_indexers_alone():
+    model = make_dsa(make_dense(), topk=8)
+    IndexerStack(model, 16)(TRAIN[0][None])["loss"].backward()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all((grad is not None) == (".indexer." in name) for name, grad in grads.items())
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = {paths!r}
+from test_warmup import *
+from fulmen.training import warmup
+model = make_dsa(make_dense(), topk=8)
+def on_step(step, steps, logs):
+    if step == 8 and "kl" in logs:
+        os.kill(os.getpid(), signal.SIGKILL)
+warm_up(model, TRAIN, VALIDATION, Path(sys.argv[1]), SETTINGS, on_step)
+"""
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path):
+    whole, whole_result = train(tmp_path / "whole")
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "modeling")]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED.format(paths=paths), str(tmp_path / "killed")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    resumed, resumed_result = train(tmp_path / "killed")
+    assert resumed_result.best_step == whole_result.best_step
+    assert resumed_result.loss_after == whole_result.loss_after
+    for name, tensor in indexers(whole).items():
+        assert torch.equal(tensor, indexers(resumed)[name]), name
