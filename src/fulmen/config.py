@@ -43,7 +43,9 @@ class DsaConfig:
         known = {field.name for field in fields(cls)}
         if set(values) != known:
             odd = sorted(set(values) ^ known)
-            raise ConfigError(f"config key 'dsa' misses or does not know {odd}; it holds exactly {sorted(known)}")
+            raise ConfigError(
+                f"config key 'dsa' misses or does not know {odd}; it holds exactly {sorted(known)}"
+            )
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from fulmen.cli.model_card import fill_parity
 from fulmen.cli.pipeline import RECORD_FILE, STAGES_DIR
 from fulmen.cli.progress import console, progress_bar, say
 from fulmen.cli.settings import EvalSettings
-from fulmen.cli.texts import kinds_of, load_texts
-from fulmen.corpus import Corpus, Document, Window, windows
+from fulmen.cli.texts import kinds_of
+from fulmen.corpus import Corpus, Document, Window, load_corpus, windows
 from fulmen.errors import CorpusError
 from fulmen.evaluation.parity import measure_parity
 from fulmen.evaluation.parity_tables import short_summary, verdict
@@ -48,8 +48,8 @@ FULL, QUICK = EvalSize(windows=8, needles=12), EvalSize(windows=2, needles=3)
 
 
 def evaluate(settings: EvalSettings) -> dict[str, Any]:
-    """Run an evaluation as `fulmen eval` does; returns the report. Raises every FulmenError its parts raise."""
-    corpus = load_texts(settings.data)
+    """Run an evaluation as `fulmen eval` does and return the report. Raises what its parts raise."""
+    corpus = load_corpus(*settings.data)
     size = QUICK if settings.quick else FULL
     say(f"Loading {settings.model_dir}")
     model, tokenizer = load_converted(settings.model_dir)
@@ -85,7 +85,7 @@ def _texts(settings: EvalSettings, corpus: Corpus, tokenizer: Any, count: int) -
 
 
 def _needles(heldout: Sequence[Document], tokenizer: Any, length: int, size: EvalSize) -> list[NeedleSample]:
-    """Single and multi-key needles in texts of the whole and of half the length; none where the text is scarce."""
+    """Single and multi-key needles, at half the length and the whole; none where the text is scarce."""
     samples: list[NeedleSample] = []
     for n_tokens in (length // 2, length):
         for n_keys in size.keys:
@@ -97,7 +97,11 @@ def _needles(heldout: Sequence[Document], tokenizer: Any, length: int, size: Eva
 
 
 def _budgets(topk: int, *, quick: bool) -> list[int]:
-    return [max(topk // 2, 1), topk, 2 * topk] if quick else [max(topk // 4, 1), max(topk // 2, 1), topk, 2 * topk]
+    return (
+        [max(topk // 2, 1), topk, 2 * topk]
+        if quick
+        else [max(topk // 4, 1), max(topk // 2, 1), topk, 2 * topk]
+    )
 
 
 def _inherited(model_dir: Path) -> dict[str, Tensor] | None:

@@ -8,7 +8,6 @@ PARITY_BEGIN, PARITY_END = "<!-- parity:begin -->", "<!-- parity:end -->"
 
 def conversion_card(record: dict[str, Any]) -> str:
     """The card of a fresh conversion; the parity table is filled in by `fulmen eval`."""
-    dsa = record["dsa"]
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -19,10 +18,9 @@ tags:
 
 # {record["source"]} with DeepSeek Sparse Attention
 
-Made by [fulmen](https://pypi.org/project/fulmen/) {record["made_with"]["fulmen"]} from `{record["source"]}`. A lightning
-indexer of {dsa["index_n_heads"]} heads x {dsa["index_head_dim"]} dims ({dsa["index_n_kv_heads"]} index key heads) picks
-{dsa["topk"]} tokens for every query in {len(dsa["layers"])} layers. All other weights are the dense model's own, under
-their own names. Stages: {", ".join(record["stages"])}; seed {record["seed"]}.
+Made by fulmen {record["made_with"]["fulmen"]} from `{record["source"]}`. {_indexer_sentence(record["dsa"])}
+All other weights are the dense model's own, under their own names. Stages: {", ".join(record["stages"])};
+seed {record["seed"]}.
 
 ```python
 import fulmen  # or trust_remote_code=True without it
@@ -32,7 +30,7 @@ model = AutoModelForCausalLM.from_pretrained("path/of/this/directory")
 tokenizer = AutoTokenizer.from_pretrained("path/of/this/directory")
 ```
 
-`fulmen.set_topk(model, k)` changes how many tokens a query keeps; at or above the length it is the dense model.
+`fulmen.set_topk(model, k)` changes how many tokens a query keeps; at or above the length the model is dense.
 
 ## Parity with the dense model
 
@@ -40,6 +38,14 @@ tokenizer = AutoTokenizer.from_pretrained("path/of/this/directory")
 Not measured yet: `fulmen eval` on this directory writes the table here.
 {PARITY_END}
 """
+
+
+def _indexer_sentence(dsa: dict[str, Any]) -> str:
+    return (
+        f"A lightning indexer ({dsa['index_n_heads']} heads of {dsa['index_head_dim']} dims, "
+        f"{dsa['index_n_kv_heads']} index key heads) picks {dsa['topk']} tokens for every query "
+        f"in {len(dsa['layers'])} layers."
+    )
 
 
 def fill_parity(model_dir: Path, table: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -12,14 +13,14 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import fulmen
+from fulmen import __version__
 from fulmen.cli.model_card import conversion_card
 from fulmen.cli.progress import progress_bar, say
 from fulmen.cli.run_dir import RunDir
 from fulmen.cli.settings import ConvertSettings
-from fulmen.cli.texts import load_texts, up_to
+from fulmen.cli.texts import up_to
 from fulmen.config import DsaConfig
-from fulmen.corpus import Corpus
+from fulmen.corpus import Corpus, load_corpus
 from fulmen.errors import ConfigError, OutputError
 from fulmen.modeling.checkpoint import load_dense, require_free_output, save_converted
 from fulmen.modeling.families import family_for
@@ -41,7 +42,7 @@ def convert(settings: ConvertSettings) -> Path:
     """Run a conversion as `fulmen convert` does. Raises every FulmenError its parts raise."""
     out = settings.out.expanduser().absolute()
     require_free_output(out, overwrite=settings.overwrite)
-    corpus = load_texts(settings.data)
+    corpus = load_corpus(*settings.data)
     say(f"Loading {settings.source}")
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     dense, tokenizer = load_dense(settings.source, dtype)
@@ -53,7 +54,7 @@ def convert(settings: ConvertSettings) -> Path:
     if run.open(identity, discard_other=settings.overwrite):
         say("Resuming an interrupted conversion")
     with _under_fulmen(model):
-        records = {"inherit": _inherit(model, tokenizer, corpus, window, settings, run)}
+        records: dict[str, Any] = {"inherit": _inherit(model, tokenizer, corpus, window, settings, run)}
         if "warmup" in settings.stages:
             records["warmup"] = _warm_up(model, tokenizer, corpus, window, settings, run)
     record = {
@@ -70,7 +71,7 @@ def convert(settings: ConvertSettings) -> Path:
 
 
 def _window_length(wanted: int, dense: PreTrainedModel, dsa: DsaConfig) -> int:
-    """Tokens per text: as asked, within the model's context. Raises ConfigError if k leaves nothing to learn."""
+    """Tokens per text: as asked, within the context. Raises ConfigError if k leaves nothing to learn."""
     context = getattr(dense.config, "max_position_embeddings", None) or wanted
     window = min(wanted, context)
     if dsa.topk >= window:
@@ -116,7 +117,7 @@ def _inherit(
     with progress_bar("Inherit") as advance:
         advance(0, n_layers, f"{len(texts)} texts of {window} tokens")
         if model.config.model_type in MLA_DSA_TYPES:
-            layers = inherit_mla(model, [ids_BT])
+            layers: Sequence[Any] = inherit_mla(model, [ids_BT])
             advance(n_layers, n_layers)
         else:
             topk = model.config.dsa["topk"]
@@ -173,7 +174,7 @@ def _save(
 
 def _versions() -> dict[str, str]:
     return {
-        "fulmen": fulmen.__version__,
+        "fulmen": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

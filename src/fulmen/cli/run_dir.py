@@ -15,7 +15,7 @@ SETTINGS_FILE = "settings.json"
 
 
 class RunDir:
-    """`.NAME.run` beside the output NAME; holds the settings it belongs to and one file per finished stage."""
+    """`.NAME.run` beside the output NAME: the settings it belongs to and one file per finished stage."""
 
     def __init__(self, out: Path) -> None:
         out = out.expanduser().absolute()

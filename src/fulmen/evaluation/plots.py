@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fulmen.evaluation.parity_tables import DEPTH_BUCKETS, VARIANT_LABELS
+from fulmen.evaluation.parity_tables import DEPTH_BUCKETS, VARIANT_LABELS, percent
 
 INK, GRID = "#1b1c20", "#c9cbd2"
 # Okabe and Ito's colours, told apart by colour-blind readers; each variant has its own marker as well.
@@ -108,7 +108,8 @@ def _plot_error_split(report: Mapping[str, Any]) -> Plot:
     axes.barh(labels, values, color=colors, height=0.6)
     reach = max((abs(value) for value in values), default=0) or 1e-6
     for place, value in enumerate(values):
-        text = f"{value:+.4f} ({100 * value / dense:+.2f} %)" if abs(value) >= 5e-5 else f"{value:+.0e}"
+        # A kernel's error is far below the digits that the other two need.
+        text = f"{value:+.4f} ({percent(value / dense)})" if abs(value) >= 5e-5 else f"{value:.0e}"
         axes.text(max(value, 0) + 0.03 * reach, place, text, va="center", color=INK, fontsize=9)
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set(

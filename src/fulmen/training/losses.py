@@ -1,28 +1,37 @@
-"""The warm-up's loss, taken where attention happens: a selector that selects nothing and measures the indexer."""
+"""The warm-up's loss, taken where attention happens: a selector that selects nothing but measures."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fulmen.modeling.mla_attention import mla_up_projections
 from fulmen.modeling.selectors import SelectionInputs, Selector
-from fulmen.ops.indexer_loss import indexer_loss, indexer_loss_selected
+from fulmen.ops.indexer_loss import indexer_loss
+from fulmen.ops.intervals import interval_mask
 from fulmen.ops.select_topk import index_topk, select_topk
+from fulmen.ops.selection_loss import selection_loss
 
-# The second KL looks at this many times k candidates: the k that are kept and those that nearly are.
-CANDIDATES_OVER_TOPK = 2
+# Share of the KL in the loss, and width of the soft cut in units of the mean head weight, in which a head's logit
+# enters the score. Chosen on four layers of SmolLM2-135M: docs/log.md.
+KL_WEIGHT = 0.02
+TEMPERATURE = 0.5
 
 
 @dataclass(frozen=True)
 class LayerLoss:
-    """One layer's part of a step, all in nats but the last two, which are shares of the attention mass.
+    """One layer's part of a step.
 
-    loss: carries the gradient. kl: the dense KL (DeepSeek-V3.2, equation 3). entropy: of the target.
+    loss: carries the gradient. kl: the dense KL (DeepSeek-V3.2, equation 3), nats. changed: the relative squared
+    change of the output, `selection_loss`. entropy: of the target, nats.
     captured, oracle: mass that the indexer's k keys and the best k keys hold, on a few of the rows.
     """
 
     loss: Tensor
     kl: float
+    changed: float
     entropy: float
     captured: float
     oracle: float
@@ -32,15 +41,17 @@ class LayerLoss:
 class IndexerLossSelector(Selector):
     """Collects the loss of every layer while the model runs dense.
 
-    The loss is the exact head-summed KL twice: over all visible keys (equation 3 of arXiv 2512.02556), which
-    finds keys the indexer overlooks, and over the 2k keys it ranks first (equation 4), which orders those
-    around the cut. The first alone spends its gradient on sinks and neighbours that are kept anyway.
+    Two parts: the exact head-summed KL over all visible keys (DeepSeek-V3.2, arXiv 2512.02556, equation 3), and
+    `selection_loss`, the change that a soft top-k makes in the layer's output. The KL alone spends its gradient on
+    sinks and neighbours, which are kept anyway: it falls fourfold while the selection gets worse.
 
     Attributes:
+        out_weights: per layer, the projection of all heads' outputs (`output_weight`).
         n_rows: query rows drawn per text and layer; all that see more than k keys if there are fewer.
         n_measured: how many of the rows are also measured for captured mass.
     """
 
+    out_weights: Mapping[int, Tensor]
     n_rows: int
     n_measured: int
     layers: dict[int, LayerLoss] = field(default_factory=dict)
@@ -51,44 +62,55 @@ class IndexerLossSelector(Selector):
     def select(self, inputs: SelectionInputs, topk: int) -> None:
         """Add this layer's loss to `layers`; the layer then attends densely."""
         rows = sampled_rows(inputs, topk, self.n_rows)
-        own = (inputs.q_BTHD.detach()[:, rows], inputs.k_BSGD.detach())
-        bias = None if inputs.index_b_BTJ is None else inputs.index_b_BTJ[:, rows]
-        index = (inputs.index_q_BTJE[:, rows], inputs.index_k_BSIE, inputs.index_w_BTJ[:, rows], bias)
-        intervals = (inputs.start_BT[:, rows], inputs.stop_BT[:, rows])
-        over_all = indexer_loss(*index, *own, *intervals, inputs.scale)
-        with torch.no_grad():
-            candidates_BTK = index_topk(*index, *intervals, CANDIDATES_OVER_TOPK * topk)
-        over_best = indexer_loss_selected(*index, *own, candidates_BTK, inputs.scale)
+        some = at_rows(inputs, rows)
+        index = (some.index_q_BTJE, some.index_k_BSIE, some.index_w_BTJ, some.index_b_BTJ)
+        ends = (some.start_BT, some.stop_BT)
+        kl = indexer_loss(*index, some.q_BTHD.detach(), some.k_BSGD.detach(), *ends, some.scale)
+        own = (some.q_BTHD.detach(), some.k_BSGD.detach(), some.v_BSGV.detach())
+        temperature = TEMPERATURE * float(some.index_w_BTJ.detach().abs().mean())
+        out_weight = self.out_weights[inputs.layer_idx]
+        changed = selection_loss(*index, *own, out_weight, *ends, topk, some.scale, temperature)
         captured, oracle = self._mass(inputs, rows, topk)
         self.layers[inputs.layer_idx] = LayerLoss(
-            over_all.kl_BT.mean() + over_best.kl_BT.mean(),
-            float(over_all.kl_BT.detach().mean()),
-            float(over_all.target_entropy_BT.detach().mean()),
+            changed.mean() + KL_WEIGHT * kl.kl_BT.mean(),
+            float(kl.kl_BT.detach().mean()),
+            float(changed.detach().mean()),
+            float(kl.target_entropy_BT.detach().mean()),
             captured,
             oracle,
         )
 
     @torch.no_grad()
     def _mass(self, inputs: SelectionInputs, rows: Tensor, topk: int) -> tuple[float, float]:
-        some = rows[:: max(1, len(rows) // self.n_measured)]
-        p_BTS = mean_attention(inputs, some)
-        intervals = (inputs.start_BT[:, some], inputs.stop_BT[:, some])
-        bias = None if inputs.index_b_BTJ is None else inputs.index_b_BTJ[:, some]
-        chosen_BTK = index_topk(
-            inputs.index_q_BTJE[:, some],
-            inputs.index_k_BSIE,
-            inputs.index_w_BTJ[:, some],
-            bias,
-            *intervals,
-            topk,
-        )
-        return _held(p_BTS, chosen_BTK), _held(p_BTS, select_topk(p_BTS, *intervals, topk))
+        some = at_rows(inputs, rows[:: max(1, len(rows) // self.n_measured)])
+        p_BTS, ends = mean_attention(some), (some.start_BT, some.stop_BT)
+        index = (some.index_q_BTJE, some.index_k_BSIE, some.index_w_BTJ, some.index_b_BTJ)
+        chosen_BTK = index_topk(*index, *ends, topk)
+        return _held(p_BTS, chosen_BTK), _held(p_BTS, select_topk(p_BTS, *ends, topk))
+
+
+def output_weight(attention: Any) -> Tensor:
+    """out_weight_CN of a layer: from all heads' outputs, as `sparse_attention` gives them, to the hidden state."""
+    weight_CN = attention.o_proj.weight
+    if not hasattr(attention, "kv_b_proj"):
+        return weight_CN
+    _, value_up_HVL = mla_up_projections(attention)
+    weight_CHV = weight_CN.unflatten(1, value_up_HVL.shape[:2])
+    return torch.einsum("chv,hvl->chl", weight_CHV, value_up_HVL).flatten(1)
+
+
+def at_rows(inputs: SelectionInputs, rows: Tensor) -> SelectionInputs:
+    """The same layer with some of its queries; all keys stay."""
+    by_query = ("index_q_BTJE", "index_w_BTJ", "index_b_BTJ", "q_BTHD", "start_BT", "stop_BT")
+    taken = {name: value[:, rows] for name in by_query if (value := getattr(inputs, name)) is not None}
+    return replace(inputs, **taken)
 
 
 def sampled_rows(inputs: SelectionInputs, topk: int, n_rows: int) -> Tensor:
-    """Ascending positions of at most `n_rows` queries, drawn without replacement from those that see more than
-    `topk` keys in every text; from all if there are none. Uses torch's global generator, which Trainer's
-    checkpoints restore."""
+    """Ascending positions of at most `n_rows` queries, drawn from those that see more than `topk` keys.
+
+    From all if there are none. Uses torch's global generator, which Trainer's checkpoints restore.
+    """
     seen_T = (inputs.stop_BT - inputs.start_BT).amin(0)
     rows = (seen_T > topk).nonzero()[:, 0]
     if len(rows) == 0:
@@ -97,14 +119,12 @@ def sampled_rows(inputs: SelectionInputs, topk: int, n_rows: int) -> Tensor:
     return rows[drawn.to(rows.device)]
 
 
-def mean_attention(inputs: SelectionInputs, rows: Tensor) -> Tensor:
+def mean_attention(inputs: SelectionInputs) -> Tensor:
     """p_BTS: mean over heads of the dense attention of a few query rows; 0 outside their intervals."""
     groups = inputs.k_BSGD.shape[2]
-    q_BGMTD = inputs.q_BTHD[:, rows].float().unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
+    q_BGMTD = inputs.q_BTHD.float().unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
     scores_BGMTS = q_BGMTD @ inputs.k_BSGD.float().permute(0, 2, 3, 1)[:, :, None] * inputs.scale
-    keys_S = torch.arange(inputs.k_BSGD.shape[1], device=rows.device)
-    start_BT1, stop_BT1 = inputs.start_BT[:, rows, None], inputs.stop_BT[:, rows, None]
-    hidden_BTS = (keys_S < start_BT1) | (keys_S >= stop_BT1)
+    hidden_BTS = ~interval_mask(inputs.start_BT, inputs.stop_BT, inputs.k_BSGD.shape[1])
     scores_BGMTS.masked_fill_(hidden_BTS[:, None, None], -torch.inf)
     return scores_BGMTS.softmax(-1).mean((1, 2)).masked_fill_(hidden_BTS, 0)
 

@@ -28,9 +28,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from fulmen.errors import TrainingDivergedError
 from fulmen.modeling.selectors import IndexerSelector, dsa_attentions, use_selector
-from fulmen.training.losses import IndexerLossSelector, LayerLoss
+from fulmen.training.losses import IndexerLossSelector, LayerLoss, output_weight
 
-EVALUATIONS = 4
+EVALUATIONS = 3
 MEASURED_ROWS = 8
 LOGITS_ROWS = 512
 INITIAL_FILE, LOG_FILE, PLAN_FILE = "initial.safetensors", "layers.jsonl", "plan.json"
@@ -49,8 +49,8 @@ class WarmupSettings:
 
     steps: int | None = None
     budget_s: float | None = 480.0
-    learning_rate: float = 1e-4
-    n_rows: int = 384
+    learning_rate: float = 3e-5
+    n_rows: int = 192
     patience: int = 2
     seed: int = 0
     bf16: bool = False
@@ -68,13 +68,16 @@ class WarmupResult:
 
 
 class IndexerStack(nn.Module):
-    """What Trainer trains: the indexers of a model, whose trunk stays out of `parameters` and `state_dict`."""
+    """What Trainer trains: a model's indexers; the trunk stays out of `parameters` and `state_dict`."""
 
     def __init__(self, model: PreTrainedModel, n_rows: int) -> None:
         super().__init__()
         attentions = dsa_attentions(model)
-        self.indexers = nn.ModuleDict({str(attention.layer_idx): attention.indexer for attention in attentions})
+        self.indexers = nn.ModuleDict(
+            {str(attention.layer_idx): attention.indexer for attention in attentions}
+        )
         self.n_rows = n_rows
+        self.out_weights = {layer.layer_idx: output_weight(layer).detach() for layer in attentions}
         self.last: dict[int, LayerLoss] = {}
         self._trunk = (model,)  # in a tuple: not a submodule
 
@@ -89,7 +92,7 @@ class IndexerStack(nn.Module):
 
     def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
         """Mean over layers of `IndexerLossSelector`'s loss, with gradient to the indexers alone."""
-        taps = IndexerLossSelector(self.n_rows, MEASURED_ROWS)
+        taps = IndexerLossSelector(self.out_weights, self.n_rows, MEASURED_ROWS)
         with use_selector(self.model, taps):
             self.model.base_model(input_ids=input_ids, use_cache=False)
         self.last = taps.layers
@@ -153,7 +156,7 @@ def warm_up(
 
 @torch.no_grad()
 def sparse_loss(model: PreTrainedModel, texts: Sequence[Tensor]) -> float:
-    """Next-token loss (nats) of the sparse model over the second half of each text; what the warm-up is for."""
+    """Next-token loss (nats) of the sparse model over the second half of each text."""
     total, count = 0.0, 0
     with use_selector(model, IndexerSelector()):
         for ids_T in texts:
@@ -177,7 +180,9 @@ class _WarmupTrainer(Trainer):
         """The module that is trained, whatever Accelerate wrapped it in."""
         return self.accelerator.unwrap_model(self.model)
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         loss = model(**inputs)["loss"]
         if not torch.isfinite(loss):
             bad = [i for i, layer in self.stack.last.items() if not math.isfinite(float(layer.loss))]
@@ -188,7 +193,8 @@ class _WarmupTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        texts = [row["input_ids"] for row in self.eval_dataset]
+        rows: Any = self.eval_dataset
+        texts = [row["input_ids"] for row in rows]
         metrics = {"eval_loss": sparse_loss(self.stack.model, texts)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -209,8 +215,11 @@ class _Watch(TrainerCallback):
         rows = [_log_row(state.global_step, index, layer) for index, layer in sorted(layers.items())]
         with open(self.log_file, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-        mean_kl = sum(layer.kl for layer in layers.values()) / len(layers)
-        self.on_step(state.global_step, state.max_steps, {"kl": mean_kl})
+        means = {
+            name: sum(getattr(layer, name) for layer in layers.values()) / len(layers)
+            for name in ("kl", "changed")
+        }
+        self.on_step(state.global_step, state.max_steps, means)
         if self.budget_s is not None and time.monotonic() - self.began > self.budget_s:
             control.should_training_stop = control.should_evaluate = control.should_save = True
 
@@ -219,7 +228,7 @@ class _Watch(TrainerCallback):
 
 
 def _log_row(step: int, index: int, layer: LayerLoss) -> dict[str, float]:
-    values = {name: getattr(layer, name) for name in ("kl", "entropy", "captured", "oracle")}
+    values = {name: getattr(layer, name) for name in ("kl", "changed", "entropy", "captured", "oracle")}
     return {"step": step, "layer": index, **values}
 
 

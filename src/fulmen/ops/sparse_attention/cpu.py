@@ -1,10 +1,10 @@
 """Sparse attention: blocks of queries over the gathered union of their keys; plain torch, any device.
 
-Why the union, and not each query's own keys: neighbouring queries share most of their selection, and a matrix
-product with many rows pays even for keys that only some rows want. Measured against gathering for each query
-(float32 and bfloat16, one core, 9/3 and 32/8 heads, K = 256 to 2048, S = 2 K to 32 K), with half of each selection
-drawn at random, the union's worst case: from 1.4 times slower (512 of 32 K) to 2 times faster; it gains further as
-queries select alike. A single query is its own union.
+Why the union, and not each query's own keys: neighbouring queries share most of their selection, and a
+matrix product with many rows pays even for keys that only some rows want. Measured against gathering for each
+query (float32 and bfloat16, one core, 9/3 and 32/8 heads, K = 256 to 2048, S = 2 K to 32 K) with half of each
+selection drawn at random, the union's worst case: from 1.4 times slower (512 of 32 K) to 2 times faster. It
+gains further as queries select alike. A single query is its own union.
 """
 
 from collections.abc import Iterable, Iterator

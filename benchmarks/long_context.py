@@ -1,0 +1,71 @@
+"""Loss over dense at a long context, for a few variants only: a full `fulmen eval` there takes hours on a CPU.
+
+    .venv/bin/python benchmarks/long_context.py out/smollm2-135m-dsa --length 8192 --topk 512 --windows 8
+
+One JSON line per text goes to the output file at once, and texts that it holds already are skipped, so the run
+can be stopped and continued. The table at the end has the mean loss over dense per kind of text.
+"""
+
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from safetensors.torch import load_file
+
+from fulmen.cli.chat_session import load_converted
+from fulmen.cli.texts import kinds_of
+from fulmen.corpus import load_corpus, window_stream
+from fulmen.evaluation.parity_losses import second_half_loss
+from fulmen.evaluation.variants import Bench, Text
+
+
+def main(
+    model_dir: Path,
+    length: int = 8192,
+    topk: int = 512,
+    windows: Annotated[int, typer.Option(help="Texts per kind.")] = 8,
+    variants: str = "dense,dsa,inherited",
+    out: Annotated[Path | None, typer.Option(help="JSON lines; default: beside the model.")] = None,
+) -> None:
+    """Measure and print; second half of each text, nats a token."""
+    out = out or model_dir / f"long-{length}-{topk}.jsonl"
+    done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    model, tokenizer = load_converted(model_dir)
+    bench = Bench(model, load_file(model_dir / "stages/inherit.safetensors"))
+    heldout = load_corpus().heldout
+    for kind in kinds_of(heldout):
+        for number, window in zip(
+            range(windows), window_stream(heldout, tokenizer, length, kind=kind), strict=False
+        ):
+            if any((row["kind"], row["number"]) == (kind, number) for row in done):
+                continue
+            row = {"kind": kind, "number": number, "name": window.name, "loss": {}, "seconds": {}}
+            for variant in variants.split(","):
+                clock = time.perf_counter()
+                text = Text.of(window)
+                hidden_TC = bench.hidden(variant, text, topk, window.name)
+                row["loss"][variant] = second_half_loss(hidden_TC, model.get_output_embeddings(), text.ids_T)
+                row["seconds"][variant] = round(time.perf_counter() - clock, 1)
+            done.append(row)
+            with open(out, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
+    print_table(done)
+
+
+def print_table(rows: list[dict]) -> None:
+    """Mean loss per kind and variant, and how far it lies over dense."""
+    by_kind = defaultdict(list)
+    for row in rows:
+        by_kind[row["kind"]].append(row["loss"])
+    for kind, losses in by_kind.items():
+        mean = {name: sum(loss[name] for loss in losses) / len(losses) for name in losses[0]}
+        over = {name: f"{value:.4f} ({value / mean['dense'] - 1:+.2%})" for name, value in mean.items()}
+        print(kind, f"{len(losses)} texts", over)
+
+
+if __name__ == "__main__":
+    typer.run(main)

