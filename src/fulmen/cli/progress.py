@@ -45,4 +45,4 @@ def progress_bar(title: str, counted: bool = True) -> Iterator[Advance]:
 
 def say(text: str) -> None:
     """One line for the user, on stderr."""
-    console.print(text, highlight=False)
+    console.print(text, highlight=False, soft_wrap=True)

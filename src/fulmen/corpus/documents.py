@@ -55,8 +55,8 @@ def split_documents(documents: Iterable[Document], skipped: int = 0) -> Corpus:
     """Split by file, kind by kind, in the order of the SHA-256 of the names.
 
     The split depends on the names and texts alone, not on their order. A text that occurs twice is kept once.
-    A kind of only one or two documents is cut: the last three tenths of each are held out. A kind of fewer than
-    6000 characters is too small to judge with and goes to the training part whole.
+    A kind of only one or two documents is cut: the last three tenths of each are held out. A kind of fewer
+    than 6000 characters is too small to judge with and goes to the training part whole.
 
     Raises:
         CorpusError: no kind is large enough to be split.

@@ -142,7 +142,7 @@ def _observe(attention: Any, kwargs: dict, topk: int) -> list[_Window]:
 
 
 def pair_order(head_dim: int, rotary: int) -> Tensor:
-    """Dims of a head so that p and p + D/2 form a pair: the rotary pairs first, then those that do not turn."""
+    """Dims of a head so that p and p + D/2 form a pair: rotary pairs first, then those that do not turn."""
     dims_D = torch.arange(head_dim)
     half, rest = rotary // 2, (head_dim - rotary) // 2
     turning, still = dims_D[:rotary], dims_D[rotary:]

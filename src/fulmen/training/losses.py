@@ -14,8 +14,8 @@ from fulmen.ops.intervals import interval_mask
 from fulmen.ops.select_topk import index_topk, select_topk
 from fulmen.ops.selection_loss import selection_loss
 
-# Share of the KL in the loss, and width of the soft cut in units of the mean head weight, in which a head's logit
-# enters the score. Chosen on four layers of SmolLM2-135M: docs/log.md.
+# Share of the KL in the loss, and width of the soft cut in units of the mean head weight (a head's logit
+# enters the score times that). Chosen on four layers of SmolLM2-135M: docs/log.md.
 KL_WEIGHT = 0.02
 TEMPERATURE = 0.5
 
@@ -24,8 +24,8 @@ TEMPERATURE = 0.5
 class LayerLoss:
     """One layer's part of a step.
 
-    loss: carries the gradient. kl: the dense KL (DeepSeek-V3.2, equation 3), nats. changed: the relative squared
-    change of the output, `selection_loss`. entropy: of the target, nats.
+    loss: carries the gradient. kl: the dense KL (DeepSeek-V3.2, equation 3), nats. changed: the relative
+    squared change of the output, `selection_loss`. entropy: of the target, nats.
     captured, oracle: mass that the indexer's k keys and the best k keys hold, on a few of the rows.
     """
 
@@ -41,9 +41,9 @@ class LayerLoss:
 class IndexerLossSelector(Selector):
     """Collects the loss of every layer while the model runs dense.
 
-    Two parts: the exact head-summed KL over all visible keys (DeepSeek-V3.2, arXiv 2512.02556, equation 3), and
-    `selection_loss`, the change that a soft top-k makes in the layer's output. The KL alone spends its gradient on
-    sinks and neighbours, which are kept anyway: it falls fourfold while the selection gets worse.
+    Two parts: the exact head-summed KL over all visible keys (DeepSeek-V3.2, arXiv 2512.02556, equation 3),
+    and `selection_loss`, the change that a soft top-k makes in the layer's output. The KL alone spends its
+    gradient on sinks and neighbours, which are kept anyway: it falls fourfold and the selection gets worse.
 
     Attributes:
         out_weights: per layer, the projection of all heads' outputs (`output_weight`).
@@ -90,7 +90,7 @@ class IndexerLossSelector(Selector):
 
 
 def output_weight(attention: Any) -> Tensor:
-    """out_weight_CN of a layer: from all heads' outputs, as `sparse_attention` gives them, to the hidden state."""
+    """out_weight_CN of a layer: from all heads' outputs, as `sparse_attention` gives them, to its output."""
     weight_CN = attention.o_proj.weight
     if not hasattr(attention, "kv_b_proj"):
         return weight_CN

@@ -31,6 +31,7 @@ from fulmen.modeling.selectors import IndexerSelector, dsa_attentions, use_selec
 from fulmen.training.losses import IndexerLossSelector, LayerLoss, output_weight
 
 EVALUATIONS = 3
+MOST_STEPS_BETWEEN = 100
 MEASURED_ROWS = 8
 LOGITS_ROWS = 512
 INITIAL_FILE, LOG_FILE, PLAN_FILE = "initial.safetensors", "layers.jsonl", "plan.json"
@@ -185,9 +186,9 @@ class _WarmupTrainer(Trainer):
     ) -> Any:
         loss = model(**inputs)["loss"]
         if not torch.isfinite(loss):
-            bad = [i for i, layer in self.stack.last.items() if not math.isfinite(float(layer.loss))]
+            bad = [i for i, layer in self.stack.last.items() if not math.isfinite(float(layer.loss.detach()))]
             raise TrainingDivergedError(
-                f"loss={float(loss)} at step {self.state.global_step} in layers {bad}; "
+                f"loss={float(loss.detach())} at step {self.state.global_step} in layers {bad}; "
                 f"lower the learning rate (now {self.args.learning_rate}) or check the data"
             )
         return (loss, {}) if return_outputs else loss
@@ -260,7 +261,7 @@ def _plan(
 
 
 def _arguments(run_dir: Path, settings: WarmupSettings, steps: int) -> TrainingArguments:
-    every = max(1, math.ceil(steps / EVALUATIONS))
+    every = max(1, min(math.ceil(steps / EVALUATIONS), MOST_STEPS_BETWEEN))
     return TrainingArguments(
         output_dir=str(run_dir),
         max_steps=steps,

@@ -1,5 +1,7 @@
 """The loss that trains an indexer to keep what its model's output needs."""
 
+from typing import Any
+
 from torch import Tensor
 
 from fulmen.config import require_positive_int
@@ -27,11 +29,11 @@ def selection_loss(
 ) -> Tensor:
     """Relative squared change of the attention's output if keys fade out softly at the cut of the selection.
 
-    With g[t,s] = sigmoid((I[t,s] - cut[t]) / temperature) and cut[t] the mean of the scores ranked k/2 to 3k/2,
-    each head's softmax runs over l[t,s] + log g[t,s]. The loss is ||W (o' - o)||² / ||W o||² with o the dense
-    output of all heads and o' the gated one. Unlike a KL to the mean attention it weighs keys by what their
-    values do, head by head, and asks nothing of the order within the set. A query with at most `topk` keys has
-    loss 0. (fulmen's own; no paper.)
+    With g[t,s] = sigmoid((I[t,s] - cut[t]) / temperature), cut[t] being the mean of the scores ranked k/2 to
+    3k/2, each head's softmax runs over l[t,s] + log g[t,s]. The loss is ||W (o' - o)||² / ||W o||² with o the
+    dense output of all heads and o' the gated one. Unlike a KL to the mean attention it weighs keys by what
+    their values do, head by head, and asks nothing of the order within the set. A query with at most `topk`
+    keys has loss 0. (fulmen's own; no paper.)
 
     Args:
         q_BTJE, k_BSIE, w_BTJ, b_BTJ: the indexer's inputs, as for `index_scores`; they carry the gradient.
@@ -56,8 +58,8 @@ def selection_loss(
     dtype = math_dtype(q_BTJE.dtype)
     index = [None if x is None else x.to(dtype) for x in (q_BTJE, k_BSIE, w_BTJ, b_BTJ)]
     attention = [x.detach().to(dtype) for x in (attn_q_BTHD, attn_k_BSGD, attn_v_BSGV, out_weight_CN)]
-    start_BT, stop_BT = start_BT.clamp(min=0), stop_BT.clamp(max=k_BSIE.shape[1])
-    arguments = (*index, *attention, start_BT, stop_BT, topk, scale, temperature)
+    ends = (start_BT.clamp(min=0), stop_BT.clamp(max=k_BSIE.shape[1]))
+    arguments: Any = (*index, *attention, *ends, topk, scale, temperature)
     backend = resolve("selection_loss", q_BTJE.device, q_BTJE.dtype)
     with outside_autocast(q_BTJE.device):
         if backend == "cpu":
