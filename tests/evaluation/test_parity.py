@@ -146,7 +146,7 @@ def test_sweep_reads_the_first_window_of_each_kind(dense, measured):
 def test_needles_are_counted_by_task_length_and_depth(measured):
     result, _ = measured
     cells = result["needles"]["cells"]
-    assert len(cells) == 2 * 2 * 2 * 4
+    assert len(cells) == 2 * 2 * 2 * 3
     assert {cell["task"] for cell in cells} == {"needle", "3 needles"}
     assert {cell["depth"] for cell in cells} == {0.0, 0.6}
     assert all(cell["n"] == 2 for cell in cells)
