@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: setup ## Convert the small model, compare it with its dense source, ask it something (about 12 minutes).
-	@test -f $(OUT)/config.json || $(BIN)/fulmen convert $(MODEL) --out $(OUT) --budget 3m
+	@test -f $(OUT)/config.json || $(BIN)/fulmen convert $(MODEL) --out $(OUT) --budget 150s
 	$(BIN)/fulmen inspect $(OUT)
 	@test -f $(OUT)/parity.html || $(BIN)/fulmen eval $(OUT) --quick
 	$(BIN)/fulmen chat $(OUT) --document LICENSE --prompt "What is this document about?" --max-new-tokens 64

@@ -1,6 +1,6 @@
 """Peak memory and time of warm-up steps, in a process of its own.
 
-    .venv/bin/python benchmarks/warmup_memory.py out/smollm2-135m-dsa --length 8192 --topk 512
+.venv/bin/python benchmarks/warmup_memory.py out/smollm2-135m-dsa --length 8192 --topk 512
 """
 
 import json

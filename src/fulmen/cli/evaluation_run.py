@@ -44,7 +44,7 @@ class EvalSize(NamedTuple):
     keys: tuple[int, ...] = (1, 4)
 
 
-FULL, QUICK = EvalSize(windows=8, needles=12), EvalSize(windows=2, needles=3)
+FULL, QUICK = EvalSize(windows=8, needles=10), EvalSize(windows=2, needles=2)
 
 
 def evaluate(settings: EvalSettings) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from fulmen.errors import TrainingDivergedError
 from fulmen.modeling.selectors import IndexerSelector, dsa_attentions, use_selector
 from fulmen.training.losses import IndexerLossSelector, LayerLoss, output_weight
 
-EVALUATIONS = 3
+# Evaluations after the first; fewer where they would take more than this share of a time budget.
+EVALUATIONS, EVALUATION_SHARE = 3, 0.2
 MOST_STEPS_BETWEEN = 100
 MEASURED_ROWS = 8
 LOGITS_ROWS = 512
@@ -133,7 +134,7 @@ def warm_up(
     plan = _plan(stack, train, validation, run_dir, settings)
     trainer = _WarmupTrainer(
         model=stack,
-        args=_arguments(run_dir, settings, plan["steps"]),
+        args=_arguments(run_dir, settings, plan["steps"], plan["evaluations"]),
         train_dataset=[{"input_ids": ids} for ids in train],
         eval_dataset=[{"input_ids": ids} for ids in validation],
         callbacks=[
@@ -243,25 +244,27 @@ def _plan(
     clock = time.monotonic()
     before = sparse_loss(stack.model, validation)
     evaluation_s = time.monotonic() - clock
-    steps = settings.steps
+    steps, evaluations = settings.steps, EVALUATIONS
     if steps is None:
+        affordable = int(EVALUATION_SHARE * settings.budget_s / evaluation_s) - 1
+        evaluations = min(max(affordable, 1), EVALUATIONS)
         clock = time.monotonic()
         stack.train()
         stack(train[0][None].to(stack.model.device))["loss"].backward()
         stack.zero_grad(set_to_none=True)
         step_s = time.monotonic() - clock
         # A margin, for the first step is timed once only, and saving takes time too.
-        left_s = 0.9 * settings.budget_s - evaluation_s * (EVALUATIONS + 1) - step_s
-        steps = max(EVALUATIONS, int(left_s / step_s))
-    plan = {"steps": steps, "loss_before": before}
+        left_s = 0.9 * settings.budget_s - evaluation_s * (evaluations + 1) - step_s
+        steps = max(evaluations, int(left_s / step_s))
+    plan = {"steps": steps, "evaluations": evaluations, "loss_before": before}
     aside = file.with_suffix(".part")
     aside.write_text(json.dumps(plan), encoding="utf-8")
     aside.rename(file)
     return plan
 
 
-def _arguments(run_dir: Path, settings: WarmupSettings, steps: int) -> TrainingArguments:
-    every = max(1, min(math.ceil(steps / EVALUATIONS), MOST_STEPS_BETWEEN))
+def _arguments(run_dir: Path, settings: WarmupSettings, steps: int, evaluations: int) -> TrainingArguments:
+    every = max(1, min(math.ceil(steps / evaluations), MOST_STEPS_BETWEEN))
     return TrainingArguments(
         output_dir=str(run_dir),
         max_steps=steps,
