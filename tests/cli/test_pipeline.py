@@ -57,7 +57,7 @@ def llama_dir(tmp_path_factory) -> Path:
 
 
 def settings(source: Path, out: Path, corpus_dir: Path, **changes) -> ConvertSettings:
-    values = {"topk": 8, "steps": 4, "data": (corpus_dir,), "window": WINDOW, **changes}
+    values = {"topk": 8, "steps": 4, "data": (str(corpus_dir),), "window": WINDOW, **changes}
     return ConvertSettings(source=str(source), out=out, **values)
 
 
@@ -72,7 +72,7 @@ def test_convert_and_eval_every_gqa_family(name, tmp_path, corpus_dir):
     fulmen.set_topk(model, 40)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, dense(ids).logits, atol=2e-5, rtol=1e-4)
-    report = evaluate(EvalSettings(out, dense=str(source), data=(corpus_dir,), length=64, quick=True))
+    report = evaluate(EvalSettings(out, dense=str(source), data=(str(corpus_dir),), length=64, quick=True))
     over = {variant: row["over_dense"]["estimate"] for variant, row in report["variants"].items()}
     assert set(over) == {"dense", "oracle", "dsa", "inherited", "window", "random"}
     assert report["source"]["max_token_difference"] < 1e-3
@@ -94,7 +94,7 @@ def test_mla_becomes_stock_deepseek_v32(tmp_path, corpus_dir):
     fulmen.set_topk(model, 40)
     with torch.no_grad(), fulmen_attention(model):
         torch.testing.assert_close(model(ids).logits, dense(ids).logits, atol=1e-4, rtol=1e-4)
-    assert evaluate(EvalSettings(out, data=(corpus_dir,), length=64, quick=True))["variants"]["dsa"]
+    assert evaluate(EvalSettings(out, data=(str(corpus_dir),), length=64, quick=True))["variants"]["dsa"]
 
 
 def test_output_has_what_a_model_page_needs(tmp_path, corpus_dir, llama_dir):
@@ -103,7 +103,7 @@ def test_output_has_what_a_model_page_needs(tmp_path, corpus_dir, llama_dir):
     wanted = {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md"}
     assert wanted | {"conversion.json", "stages/inherit.safetensors"} <= files
     assert "Not measured yet" in (out / "README.md").read_text()
-    evaluate(EvalSettings(out, data=(corpus_dir,), length=64, quick=True, needles=False))
+    evaluate(EvalSettings(out, data=(str(corpus_dir),), length=64, quick=True, needles=False))
     card = (out / "README.md").read_text()
     assert "Not measured yet" not in card
     assert "| dsa" in card.lower()

@@ -97,3 +97,9 @@ def test_conversions_that_cannot_be(settings, words):
 def test_evaluations_that_cannot_be(settings, words):
     with pytest.raises(ConfigError, match=words):
         EvalSettings(OUT, **settings)
+
+
+def test_a_hub_data_set_needs_no_file():
+    assert ConvertSettings("model", Path("out"), data=("hf:some/corpus",)).data == ("hf:some/corpus",)
+    with pytest.raises(ConfigError, match="no-such-file"):
+        ConvertSettings("model", Path("out"), data=("no-such-file",))

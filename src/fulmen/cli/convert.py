@@ -59,10 +59,10 @@ def convert_command(
         int | None, typer.Option(help="Optimizer steps of training, instead of --budget.", show_default=False)
     ] = None,
     data: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
             metavar="PATH",
-            help="Text to calibrate and train on: a file, or a directory of them; may be repeated. "
+            help="Text to calibrate and train on: a file, a directory of them, or hf:name; may be repeated. "
             "[dim]Default: the documentation and sources that come with Python.[/]",
             show_default=False,
         ),

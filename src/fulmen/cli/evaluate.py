@@ -24,7 +24,7 @@ def evaluate_command(
         ),
     ] = None,
     data: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
             metavar="PATH",
             help="Held-out text: a file, or a directory of them; may be repeated. "

@@ -8,6 +8,8 @@ from pathlib import Path
 from fulmen.config import require_positive_int
 from fulmen.errors import ConfigError
 
+# A data set on the hub, as `fulmen.corpus` reads it.
+HUB_PREFIX = "hf:"
 STAGES = ("inherit", "warmup")
 DEFAULT_STAGES = "inherit,warmup"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -30,7 +32,7 @@ class ConvertSettings:
         stages: STAGES, or the first of them.
         budget_s: seconds for training; None where `steps` says how long.
         steps: optimizer steps of training; None where `budget_s` says how long.
-        data: files and directories of text; empty: the text that comes with Python.
+        data: files, directories, or hub data sets as hf:name; empty: the text that comes with Python.
         overwrite: replace a model directory at `out`.
         dtype: of the weights, one of DTYPES.
         seed: of every random choice.
@@ -43,7 +45,7 @@ class ConvertSettings:
     stages: tuple[str, ...] = STAGES
     budget_s: float | None = None
     steps: int | None = None
-    data: tuple[Path, ...] = ()
+    data: tuple[str, ...] = ()
     overwrite: bool = False
     dtype: str = "auto"
     seed: int = 0
@@ -73,7 +75,7 @@ class EvalSettings:
     Attributes:
         model_dir: a converted model's directory.
         dense: a dense model to compare with too; None: only the model itself under dense attention.
-        data: files and directories of held-out text; empty: the text that comes with Python.
+        data: as for a conversion, whose held-out part is read; empty: the text that comes with Python.
         json, html, markdown: files to write reports to; None: into `model_dir`.
         windows: texts per kind; None lets the evaluation decide.
         length: tokens per text.
@@ -85,7 +87,7 @@ class EvalSettings:
 
     model_dir: Path
     dense: str | None = None
-    data: tuple[Path, ...] = ()
+    data: tuple[str, ...] = ()
     json: Path | None = None
     html: Path | None = None
     markdown: Path | None = None
@@ -140,7 +142,7 @@ def _require_choice(name: str, value: str, known: Sequence[str]) -> None:
         raise ConfigError(f"{name}={value!r} is not known; choose from {', '.join(known)}")
 
 
-def _require_existing(paths: Sequence[Path]) -> None:
-    for path in paths:
-        if not path.exists():
-            raise ConfigError(f"data={str(path)!r} does not exist; name a text file or a directory of them")
+def _require_existing(sources: Sequence[str]) -> None:
+    for source in sources:
+        if not str(source).startswith(HUB_PREFIX) and not Path(source).exists():
+            raise ConfigError(f"data={str(source)!r} does not exist; name a file, a directory or hf:name")
