@@ -3,14 +3,12 @@
 import json
 import platform
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from fulmen import __version__
@@ -22,11 +20,12 @@ from fulmen.cli.texts import up_to
 from fulmen.config import DsaConfig
 from fulmen.corpus import Corpus, load_corpus
 from fulmen.errors import ConfigError, OutputError
+from fulmen.evaluation.variants import indexer_state
 from fulmen.modeling.checkpoint import load_dense, require_free_output, save_converted
 from fulmen.modeling.families import family_for
 from fulmen.modeling.index_shape import default_dsa
 from fulmen.modeling.inherit import inherit_gqa
-from fulmen.modeling.mla_attention import fulmen_attention
+from fulmen.modeling.mla_attention import own_attention
 from fulmen.modeling.mla_convert import MLA_DSA_TYPES
 from fulmen.modeling.mla_inherit import inherit_mla
 from fulmen.training.warmup import WarmupSettings, warm_up
@@ -53,7 +52,7 @@ def convert(settings: ConvertSettings) -> Path:
     identity = _identity(settings, corpus, dsa, window)
     if run.open(identity, discard_other=settings.overwrite):
         say("Resuming an interrupted conversion")
-    with _under_fulmen(model):
+    with own_attention(model):
         records: dict[str, Any] = {"inherit": _inherit(model, tokenizer, corpus, window, settings, run)}
         if "warmup" in settings.stages:
             records["warmup"] = _warm_up(model, tokenizer, corpus, window, settings, run)
@@ -89,16 +88,6 @@ def _identity(settings: ConvertSettings, corpus: Corpus, dsa: DsaConfig, window:
     return {**plain, "window": window, "corpus": corpus.fingerprint, "dsa": dsa.to_dict()}
 
 
-def _under_fulmen(model: PreTrainedModel) -> AbstractContextManager:
-    """Our attention in a stock MLA model; a GQA model has it already."""
-    return fulmen_attention(model) if model.config.model_type in MLA_DSA_TYPES else nullcontext()
-
-
-def indexer_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """All tensors `*.indexer.*` of a model, by their names in its state dict."""
-    return {name: tensor for name, tensor in model.state_dict().items() if ".indexer." in name}
-
-
 def _inherit(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -126,7 +115,7 @@ def _inherit(
             )
     record = [layer._asdict() for layer in layers]
     record_file.write_text(json.dumps(record), encoding="utf-8")
-    run.save_stage("inherit", indexer_tensors(model))
+    run.save_stage("inherit", indexer_state(model))
     return record
 
 

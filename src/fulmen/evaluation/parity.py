@@ -6,7 +6,6 @@ keys alone. Each text is read once per variant.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +30,7 @@ from fulmen.evaluation.parity_tables import (
 )
 from fulmen.evaluation.tasks import score_by_forward
 from fulmen.evaluation.variants import Bench, Text, current_topk, last_hidden_states
-from fulmen.modeling.mla_attention import fulmen_attention
-from fulmen.modeling.mla_convert import MLA_DSA_TYPES
+from fulmen.modeling.mla_attention import own_attention
 from fulmen.ops.dispatch import pin_backend
 
 SWEEP_VARIANTS = ("oracle", "dsa", "window")
@@ -85,7 +83,7 @@ def measure_parity(
     plan = _Plan(windows, topk, sorted({require_positive_int("ks", k) for k in ks}), needles, dense_model)
     bench = Bench(model, inherited)
     bench.on_tokens = _token_counter(progress, plan.tokens(bench))
-    with _under_fulmen(model):
+    with own_attention(model):
         records = [_score_window(bench, plan, window) for window in windows]
         sweep = [_sweep_point(bench, plan, records, k, name) for k in plan.ks for name in SWEEP_VARIANTS]
         kernel = _kernel_gap(bench, plan)
@@ -137,10 +135,6 @@ class _Plan:
     def kernel_text(self) -> Text:
         """A short text for the reference backend."""
         return Text.of(self.windows[0], KERNEL_LENGTH)
-
-
-def _under_fulmen(model: PreTrainedModel) -> AbstractContextManager:
-    return fulmen_attention(model) if model.config.model_type in MLA_DSA_TYPES else nullcontext()
 
 
 def _token_counter(progress: Progress, total: int) -> Callable[[int, str], None]:

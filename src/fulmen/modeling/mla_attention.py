@@ -5,7 +5,7 @@ the query is carried into the latent space (absorbed), so that one key [latent, 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -267,6 +267,11 @@ def restore_mla(model: PreTrainedModel) -> None:
     hook = vars(model.base_model).pop("fulmen_mask_hook", None)
     if hook is not None:
         hook.remove()
+
+
+def own_attention(model: PreTrainedModel) -> AbstractContextManager:
+    """fulmen's attention for the `with` block: swapped into a stock MLA model; a GQA model has it already."""
+    return fulmen_attention(model) if model.config.model_type in MLA_DSA_TYPES else nullcontext()
 
 
 @contextmanager
