@@ -180,12 +180,12 @@ class TestInspect:
         values = json.loads(call("inspect", dsa_dir, "--json").stdout)
         assert values["converted"] is True
         assert values["dsa"]["layers"] == [0, 1, 2]
-        assert values["index_key_share"] == 0.25
-        assert values["token_bytes"] == {"kv": 3 * 32 * 4, "index_keys": 3 * 8 * 4}
+        assert values["index_key_share"] == 2 * (4 + 2) / (32 * 4)
+        assert values["token_bytes"] == {"kv": 3 * 32 * 4, "index_keys": 3 * 2 * (4 + 2)}
         assert [row["position"] for row in values["rows"]] == [2**13, 2**15, 2**17, 2**19, 2**20]
         decode = values["rows"][0]["decode"]
-        assert decode["dsa_bytes"] == 3 * 4 * (16 * 32 + 8192 * 8)
-        assert decode["dense_bytes"] / decode["dsa_bytes"] > 3.9
+        assert decode["dsa_bytes"] == 3 * (16 * 32 * 4 + 8192 * 2 * (4 + 2))
+        assert decode["dense_bytes"] / decode["dsa_bytes"] > 10
 
     def test_the_packaged_gguf(self):
         if not find_source("smollm2-135m").gguf_file:
@@ -193,4 +193,4 @@ class TestInspect:
         values = json.loads(call("inspect", "smollm2-135m", "--json").stdout)
         assert values["parameters"] == 134_515_008
         assert (values["model_type"], values["context"], values["dtype"]) == ("llama", 8192, "float32")
-        assert values["index_key_share"] == 0.1875
+        assert values["index_key_share"] == 3 * (48 + 2) / (384 * 4)

@@ -104,7 +104,7 @@ def test_nbytes_counts_stored_tokens_of_both_kinds(model):
     with torch.no_grad():
         model(random_ids(2, 10), past_key_values=cache)
     kv = 2 * 3 * 2 * 10 * 2 * 16 * 4  # K and V, layers, batch, tokens, heads, dims, bytes
-    index_keys = 2 * 2 * 10 * 2 * 8 * 4  # converted layers, batch, tokens, index key heads, dims, bytes
+    index_keys = 2 * 2 * 10 * 2 * (8 + 2)  # converted layers, batch, tokens, index key heads, bytes and scale
     assert cache.nbytes == (kv, index_keys)
     assert cache.nbytes.index_keys == index_keys
 

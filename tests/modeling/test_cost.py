@@ -42,16 +42,17 @@ SMOLLM2 = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
 }
-DSA = DsaConfig(topk=256, index_n_heads=9, index_n_kv_heads=3, index_head_dim=24, layers=tuple(range(30)))
+DSA = DsaConfig(topk=256, index_n_heads=9, index_n_kv_heads=3, index_head_dim=48, layers=tuple(range(30)))
 V3 = DeepseekV3Config()
 V3_DSA = DsaConfig(2048, 64, 1, 128, tuple(range(61)))
 
 # SmolLM2, by hand. A layer multiplies a token with q and o (576 x 576 each), k and v (576 x 192 each) and
 # three MLP matrices (576 x 1536); the head with 576 x 49152. Its indexer has
-# wk 192 x 72, wq 576 x 216 and two 576 x 9.
+# wk 192 x 144, wq 576 x 432 and two 576 x 9; its three keys of 48 take 48 + 2 bytes each.
 LAYER = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536
 LINEAR = 2 * (30 * LAYER + 576 * 49152)
-WK, WQ = 192 * 72, 576 * 216 + 2 * 576 * 9
+WK, WQ = 192 * 144, 576 * 432 + 2 * 576 * 9
+INDEX_KEY = 3 * 50
 
 
 @pytest.fixture(scope="module")
@@ -77,23 +78,23 @@ def test_mla_linear_weights_are_the_models_own():
 def test_decode_beyond_k_by_hand(smollm2):
     cost = decode_cost(smollm2, DSA, 8192)
     assert cost.dense_bytes == 30 * 8192 * (2 * 3 * 64) * 2 == 188_743_680
-    assert cost.dsa_bytes == 30 * (256 * 384 * 2 + 8192 * 72 * 2) == 41_287_680
+    assert cost.dsa_bytes == 30 * (256 * 384 * 2 + 8192 * INDEX_KEY) == 42_762_240
     assert cost.dense_flops == LINEAR + 30 * 8192 * (4 * 9 * 64)
-    pairs = 256 * (4 * 9 * 64) + 8192 * (2 * 9 * 25)
+    pairs = 256 * (4 * 9 * 64) + 8192 * (2 * 9 * 49)
     assert cost.dsa_flops == LINEAR + 30 * (pairs + 2 * (WK + WQ))
 
 
 @pytest.mark.parametrize("position", [1, 100, 256])
 def test_up_to_k_dsa_is_dense_and_stores_an_index_key(smollm2, position):
     cost = decode_cost(smollm2, DSA, position)
-    assert cost.dsa_bytes - cost.dense_bytes == 30 * 72 * 2
+    assert cost.dsa_bytes - cost.dense_bytes == 30 * INDEX_KEY
     assert cost.dsa_flops - cost.dense_flops == 30 * 2 * WK
 
 
 def test_the_first_token_beyond_k_scores(smollm2):
     at, after = (decode_cost(smollm2, DSA, position) for position in (256, 257))
-    assert after.dsa_bytes - at.dsa_bytes == 30 * 256 * 72 * 2
-    assert after.dsa_flops - at.dsa_flops == 30 * (257 * 450 + 2 * WQ)
+    assert after.dsa_bytes - at.dsa_bytes == 30 * 256 * INDEX_KEY
+    assert after.dsa_flops - at.dsa_flops == 30 * (257 * 882 + 2 * WQ)
 
 
 def test_prefill_shares_the_reads_of_a_block_and_needs_no_head(smollm2):
@@ -101,9 +102,9 @@ def test_prefill_shares_the_reads_of_a_block_and_needs_no_head(smollm2):
     head = 2 * 576 * 49152
     assert decode.dense_flops - prefill.dense_flops == decode.dsa_flops - prefill.dsa_flops == head
     assert prefill.dense_bytes == decode.dense_bytes / PREFILL_BLOCK
-    assert prefill.dsa_bytes == 30 * (256 * 384 * 2 + 8192 * 72 * 2 / PREFILL_BLOCK)
+    assert prefill.dsa_bytes == 30 * (256 * 384 * 2 + 8192 * INDEX_KEY / PREFILL_BLOCK)
     short = prefill_cost(smollm2, DSA, 200)
-    assert short.dsa_bytes - short.dense_bytes == 30 * 72 * 2
+    assert short.dsa_bytes - short.dense_bytes == 30 * INDEX_KEY
 
 
 def test_mla_by_hand():
@@ -123,8 +124,8 @@ def test_the_published_floor_for_grouped_heads():
     """8 key/value heads x 128, bfloat16, 128K tokens, one layer: 537 MB dense, 25.7 MB with DSA.
 
     The published DSA figure has V3.2's index keys: one head of 128 numbers in fp8 with a 4-byte scale, 132
-    bytes. Ours lie in the cache's own type: the same head takes 256 bytes. Our default for this shape, eight
-    heads of 48, takes 768: the price of a start from all eight key heads in closed form.
+    bytes. With our 2-byte scale the same head takes 130. Our default for this shape, eight heads of 96, takes
+    784: the price of a start from all eight key heads in closed form.
     """
     config = LlamaConfig(num_hidden_layers=1, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8)
     one_head = DsaConfig(2048, 64, 1, 128, (0,))
@@ -132,9 +133,9 @@ def test_the_published_floor_for_grouped_heads():
     assert round(cost.dense_bytes / 1e6) == 537
     gathered = cost.dsa_bytes - 131_072 * token_bytes(config, one_head).index_keys
     assert round((gathered + 131_072 * 132) / 1e6, 1) == 25.7
-    assert round(cost.dsa_bytes / 1e6, 1) == 41.9
+    assert round(cost.dsa_bytes / 1e6, 1) == 25.4
     ours = decode_cost(config, default_dsa(config, topk=2048), 131_072)
-    assert round(ours.dsa_bytes / 1e6, 1) == 109.1
+    assert round(ours.dsa_bytes / 1e6, 1) == 111.1
 
 
 def test_sliding_and_dense_layers_cost_the_same_on_both_sides():
@@ -142,7 +143,7 @@ def test_sliding_and_dense_layers_cost_the_same_on_both_sides():
     cost = decode_cost(config, DsaConfig(8, 4, 2, 8, (0,)), 100, dtype_bytes=4)
     token = 2 * 2 * 16 * 4
     assert cost.dense_bytes == (100 + 100 + 7) * token
-    assert cost.dsa_bytes == (8 + 100 + 7) * token + 100 * 2 * 8 * 4
+    assert cost.dsa_bytes == (8 + 100 + 7) * token + 100 * 2 * (8 + 2)
     assert decode_cost(config, DsaConfig(8, 4, 2, 8, (0,)), 5).dense_bytes == 3 * 5 * token / 2
 
 
@@ -162,7 +163,7 @@ def test_rows_hold_both_costs_and_the_cache(smollm2):
     assert row.position == 1000
     assert row.decode == decode_cost(smollm2, DSA, 1000, 4)
     assert row.prefill == prefill_cost(smollm2, DSA, 1000, 4)
-    assert row.cache == (1000 * 30 * 384 * 4, 1000 * 30 * 72 * 4)
+    assert row.cache == (1000 * 30 * 384 * 4, 1000 * 30 * INDEX_KEY)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -178,7 +179,7 @@ def test_token_bytes_are_what_a_filled_cache_counts(smollm2, dtype):
         model(random_ids(1, 11), past_key_values=cache)
     token = token_bytes(smollm2, default_dsa(smollm2), dtype.itemsize)
     assert cache.nbytes == (11 * token.kv, 11 * token.index_keys)
-    assert cache.nbytes.index_keys / cache.nbytes.kv == 0.1875
+    assert cache.nbytes.index_keys / cache.nbytes.kv == 3 * (48 + 2) / (384 * dtype.itemsize)
 
 
 def test_token_bytes_of_a_partly_converted_model():
@@ -210,11 +211,11 @@ class TestDefaultShape:
     @pytest.mark.parametrize(
         ("config", "shape"),
         [
-            (LlamaConfig(**SMOLLM2), (256, 9, 3, 24)),
-            (LlamaConfig(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8), (256, 32, 8, 48)),
-            (Qwen3Config(num_attention_heads=16, num_key_value_heads=8, head_dim=128), (1024, 16, 8, 48)),
-            (Qwen2Config(hidden_size=896, num_attention_heads=14, num_key_value_heads=2), (1024, 14, 2, 24)),
-            (MistralConfig(sliding_window=None, max_position_embeddings=131_072), (2048, 32, 8, 48)),
+            (LlamaConfig(**SMOLLM2), (256, 9, 3, 48)),
+            (LlamaConfig(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8), (256, 32, 8, 96)),
+            (Qwen3Config(num_attention_heads=16, num_key_value_heads=8, head_dim=128), (1024, 16, 8, 96)),
+            (Qwen2Config(hidden_size=896, num_attention_heads=14, num_key_value_heads=2), (1024, 14, 2, 48)),
+            (MistralConfig(sliding_window=None, max_position_embeddings=131_072), (2048, 32, 8, 96)),
             (DeepseekV2Config(max_position_embeddings=163_840), (2048, 32, 1, 112)),
             (V3, (256, 64, 1, 112)),
         ],

@@ -105,7 +105,7 @@ def describe(source: str) -> ModelDescription:
         dtype=str(dtype).removeprefix("torch."),
         dsa=dsa,
         dense_layers=_dense_layers(config, dsa),
-        index_key_share=index_key_share(config, dsa),
+        index_key_share=index_key_share(config, dsa, dtype.itemsize),
         token_bytes=token_bytes(config, dsa, dtype.itemsize),
         rows=cost_rows(config, dsa, POSITIONS, dtype.itemsize),
     )

@@ -17,6 +17,8 @@ from fulmen.modeling.indexer import GqaIndexer, apply_rope
 from fulmen.modeling.selectors import IndexerSelector, SelectionInputs, Selector
 from fulmen.modeling.visible import Visible, narrowed_visible
 from fulmen.ops.dense_attention import dense_attention
+from fulmen.ops.index_keys import pack_index_keys, round_index_keys, unpack_index_keys
+from fulmen.ops.precision import math_dtype
 from fulmen.ops.sparse_attention import sparse_attention
 
 ATTENTION_NAME = "fulmen"
@@ -78,15 +80,21 @@ class DsaAttentionMixin:
         # Detached here and below: the KL loss trains the indexer alone, the other losses all the rest.
         index_k_BSIE = self.indexer.keys(bare_k_BTGD.detach(), rotation)
         q_BTHD, k_BSGD = apply_rope(bare_q_BTHD, cos_BTR, sin_BTR), apply_rope(bare_k_BTGD, cos_BTR, sin_BTR)
+        packed_BSIX = None
         if past_key_values is not None:
-            k_BSGD, v_BSGV, index_k_BSIE = self._extend_cache(past_key_values, k_BSGD, v_BSGV, index_k_BSIE)
+            packed_BTIX = pack_index_keys(index_k_BSIE)
+            k_BSGD, v_BSGV, packed_BSIX = self._extend_cache(past_key_values, k_BSGD, v_BSGV, packed_BTIX)
 
         topk_BTK = None
         if self.selector.is_needed(k_BSGD.shape[1], self.topk):
             index_q_BTJE, w_BTJ, b_BTJ = self.indexer.queries(
                 hidden_states.detach(), bare_q_BTHD.detach(), rotation
             )
-            index_inputs = (index_q_BTJE, index_k_BSIE, w_BTJ, b_BTJ)
+            dtype = math_dtype(index_q_BTJE.dtype)
+            index_k_BSIE = (
+                round_index_keys(index_k_BSIE) if packed_BSIX is None else unpack_index_keys(packed_BSIX, dtype)
+            )
+            index_inputs = (index_q_BTJE.to(dtype), index_k_BSIE, w_BTJ, b_BTJ)
             intervals = (visible.start_BT, visible.stop_BT)
             inputs = SelectionInputs(
                 *index_inputs, q_BTHD, k_BSGD, v_BSGV, *intervals, self.scaling, self.layer_idx
@@ -99,13 +107,13 @@ class DsaAttentionMixin:
         return self.o_proj(out_BTHV.flatten(2)), None
 
     def _extend_cache(
-        self, cache: Cache, k_BTGD: Tensor, v_BTGV: Tensor, index_k_BTIE: Tensor
+        self, cache: Cache, k_BTGD: Tensor, v_BTGV: Tensor, packed_BTIX: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Store the new tokens; return the keys, values and index keys of all tokens so far."""
+        """Store the new tokens; return the keys, values and packed index keys of all tokens so far."""
         k_BGSD, v_BGSV = cache.update(k_BTGD.transpose(1, 2), v_BTGV.transpose(1, 2), self.layer_idx)
-        index_k_BSN = cache.update_indexer(index_k_BTIE.flatten(2), self.layer_idx)
-        index_k_BSIE = index_k_BSN.unflatten(-1, index_k_BTIE.shape[2:])
-        return k_BGSD.transpose(1, 2), v_BGSV.transpose(1, 2), index_k_BSIE
+        packed_BSN = cache.update_indexer(packed_BTIX.flatten(2), self.layer_idx)
+        packed_BSIX = packed_BSN.unflatten(-1, packed_BTIX.shape[2:])
+        return k_BGSD.transpose(1, 2), v_BGSV.transpose(1, 2), packed_BSIX
 
 
 def attend_to_visible(

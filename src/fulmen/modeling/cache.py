@@ -141,7 +141,7 @@ class InPlaceLayer(CacheLayerMixin):
 
 
 class InPlaceIndexedLayer(InPlaceLayer):
-    """A converted layer's keys, values and index keys; the latter `[B, S, I*E]`."""
+    """A converted layer's keys, values and packed index keys (`fulmen.ops.index_keys`)."""
 
     def __init__(self, planned: int | None = None) -> None:
         super().__init__(planned)
@@ -151,7 +151,7 @@ class InPlaceIndexedLayer(InPlaceLayer):
         return *super().buffers(), self._index_keys
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
-        """Store `[B, T, I*E]`; return the view `[B, S, I*E]` of all tokens."""
+        """Store `[B, T, N]`; return the view `[B, S, N]` of all tokens."""
         return self._index_keys.append(indexer_key_states)
 
 

@@ -5,12 +5,13 @@ key/value heads, J index heads of width E, I index key heads, K = topk and b byt
 
     keys and values      c = 2 G D numbers a token (GQA), or L + R (MLA: latent and rotary key)
     one query-key pair   a = 4 H D FLOPs (GQA), or 2 H (2 L + R) (MLA, absorbed): logit and value
+    one index key        y = I (E + 2) bytes (GQA: 8 bits a number and a scale), or E b (MLA)
     one index pair       x = 2 J (E + 1) FLOPs: dot products, and the weighted sum over heads
 
                                 dense      DSA, S <= K           DSA, S > K
-    decode, bytes               S c b      S c b + I E b         K c b + S I E b
+    decode, bytes               S c b      S c b + y             K c b + S y
     decode, FLOPs               S a        S a + keys            K a + S x + keys + queries
-    prefill, bytes a token      S c b / Q  S c b / Q + I E b     K c b + S I E b / Q
+    prefill, bytes a token      S c b / Q  S c b / Q + y         K c b + S y / Q
     prefill, FLOPs a token      S a        as decode             as decode
 
 where "keys" and "queries" are the indexer's projections (2 FLOPs a weight) and Q = PREFILL_BLOCK queries
@@ -29,6 +30,7 @@ from transformers import PreTrainedConfig
 from fulmen.config import DsaConfig, require_positive_int
 from fulmen.modeling.cache import CacheBytes
 from fulmen.modeling.indexer import model_head_width
+from fulmen.ops.index_keys import SCALE_BYTES
 
 PREFILL_BLOCK = 128
 
@@ -60,9 +62,8 @@ class AttentionShape(NamedTuple):
 
 
 class IndexerShape(NamedTuple):
-    """One layer's indexer: numbers kept per token, FLOPs per pair, weights for index keys and for queries."""
+    """One layer's indexer: FLOPs per pair, weights for index keys and for queries."""
 
-    token_width: int
     pair_flops: int
     key_weights: int
     query_weights: int
@@ -114,13 +115,21 @@ def cost_rows(
 def token_bytes(config: PreTrainedConfig, dsa: DsaConfig, dtype_bytes: int = 2) -> CacheBytes:
     """What fulmen's caches keep per token: keys and values of all layers, and the index keys."""
     kv = attention_shape(config).token_width * config.num_hidden_layers
-    index_keys = indexer_shape(config, dsa).token_width * len(_indexer_layers(config, dsa))
-    return CacheBytes(kv * dtype_bytes, index_keys * dtype_bytes)
+    index_keys = index_key_bytes(config, dsa, dtype_bytes) * len(_indexer_layers(config, dsa))
+    return CacheBytes(kv * dtype_bytes, index_keys)
 
 
-def index_key_share(config: PreTrainedConfig, dsa: DsaConfig) -> float:
+def index_key_bytes(config: PreTrainedConfig, dsa: DsaConfig, dtype_bytes: int = 2) -> int:
+    """What a cache keeps of one token's index keys in one converted layer."""
+    if is_mla(config):
+        return dsa.index_head_dim * dtype_bytes
+    return dsa.index_n_kv_heads * (dsa.index_head_dim + SCALE_BYTES)
+
+
+def index_key_share(config: PreTrainedConfig, dsa: DsaConfig, dtype_bytes: int = 2) -> float:
     """Index keys over keys and values, per token of one converted layer: what DSA adds to the cache."""
-    return indexer_shape(config, dsa).token_width / attention_shape(config).token_width
+    kv_bytes = attention_shape(config).token_width * dtype_bytes
+    return index_key_bytes(config, dsa, dtype_bytes) / kv_bytes
 
 
 def is_mla(config: PreTrainedConfig) -> bool:
@@ -149,10 +158,10 @@ def indexer_shape(config: PreTrainedConfig, dsa: DsaConfig) -> IndexerShape:
     pair_flops = 2 * index_heads * (width + 1)
     if is_mla(config):
         query_weights = (config.q_lora_rank or hidden) * index_heads * width + hidden * index_heads
-        return IndexerShape(keys, pair_flops, hidden * keys, query_weights)
+        return IndexerShape(pair_flops, hidden * keys, query_weights)
     head = model_head_width(config)
     query_weights = config.num_attention_heads * head * index_heads * width + 2 * hidden * index_heads
-    return IndexerShape(keys, pair_flops, config.num_key_value_heads * head * keys, query_weights)
+    return IndexerShape(pair_flops, config.num_key_value_heads * head * keys, query_weights)
 
 
 def layer_weights(config: PreTrainedConfig) -> int:
@@ -198,16 +207,15 @@ def _step_cost(
             gathered = dsa.topk * attention.token_width * dtype_bytes
             attended = _Side(gathered, dsa.topk * attention.pair_flops)
         if layer in indexed:
-            index = _index_cost(indexer_shape(config, dsa), position, position > dsa.topk, dtype_bytes, block)
+            index = _index_cost(indexer_shape(config, dsa), stored, position, position > dsa.topk, block)
         return _Side(attended.bytes + index.bytes, attended.flops + index.flops)
 
-    windows = layer_windows(config)
+    windows, stored = layer_windows(config), index_key_bytes(config, dsa, dtype_bytes)
     dense, sparse = _all_layers(dense_layer, config), _all_layers(dsa_layer, config)
     return StepCost(dense.bytes, sparse.bytes, dense.flops + linear, sparse.flops + linear)
 
 
-def _index_cost(shape: IndexerShape, position: int, scores: bool, dtype_bytes: int, block: int) -> _Side:
-    stored = shape.token_width * dtype_bytes
+def _index_cost(shape: IndexerShape, stored: int, position: int, scores: bool, block: int) -> _Side:
     if not scores:
         return _Side(stored, 2 * shape.key_weights)
     projections = 2 * (shape.key_weights + shape.query_weights)

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from fulmen.config import DsaConfig
 from fulmen.modeling.cost import attention_shape, is_mla
 from fulmen.modeling.families import dsa_family_for, full_attention_layers
+from fulmen.ops.index_keys import SCALE_BYTES
 
 MAX_INDEX_KEY_SHARE = 0.2
 # V3.2's own k at 64K and more; below that one token in 32, and never so few that the local text fills it.
@@ -59,7 +60,11 @@ def dsa_of(config: PreTrainedConfig) -> DsaConfig:
 
 def _default_head_dim(config: PreTrainedConfig, groups: int) -> int:
     """The widest index head within the share, a multiple of 8 where that leaves any."""
-    widest = int(MAX_INDEX_KEY_SHARE * attention_shape(config).token_width / groups)
+    kv_width = attention_shape(config).token_width
+    # bfloat16 keys and values; a GQA indexer's keys take one byte a number and a scale.
+    widest = int(MAX_INDEX_KEY_SHARE * 2 * kv_width / groups) - SCALE_BYTES
+    if is_mla(config):
+        widest = int(MAX_INDEX_KEY_SHARE * kv_width)
     # An MLA index head holds the rotary key, one direction of the latent and the constant 1 at least.
     narrowest = config.qk_rope_head_dim + 2 if is_mla(config) else 2
     return max(narrowest, widest - widest % (8 if widest >= 8 else 2))

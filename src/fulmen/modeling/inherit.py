@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from fulmen.errors import ConfigError, TrainingDivergedError
 from fulmen.modeling.indexer import apply_rope
 from fulmen.modeling.selectors import DenseSelector, dsa_attentions, use_selector
+from fulmen.ops.index_keys import round_index_keys
 from fulmen.ops.index_scores import index_scores
 
 # Every fourth query for the thresholds (hidden sizes want many rows), every 32nd where all pairs are formed.
@@ -321,6 +322,7 @@ def _index_inputs(attention: Any, window: _Window, rotary: tuple[Tensor, Tensor]
     q_1THD, k_1TGD, _ = attention.project(x_1TC)
     cos_1TR, sin_1TR = (table[:1] for table in rotary)
     index = attention.indexer(x_1TC, q_1THD, k_1TGD, cos_1TR, sin_1TR)
+    index = index._replace(k_BTIE=round_index_keys(index.k_BTIE))
     return type(index)(*(tensor.float() for tensor in index))
 
 
