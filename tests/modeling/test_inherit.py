@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fulmen.errors import ConfigError
 from fulmen.modeling.indexer import apply_rope
-from fulmen.modeling.inherit import inherit_gqa, pair_contributions, pair_order, pick_pairs, ridge
+from fulmen.modeling.inherit import inherit_gqa, pair_matrices, pair_order, pick_pairs, ridge
 from fulmen.modeling.selectors import DenseSelector, IndexerSelector, Selector, use_selector
 from fulmen.ops.select_topk import select_topk
 
@@ -106,7 +106,10 @@ def test_too_short_a_text_is_refused():
 
 def test_pair_contributions_add_up_to_the_logit_and_turn_with_rope():
     q, k = torch.randn(3, 8), torch.randn(5, 8)
-    torch.testing.assert_close(pair_contributions(q, k)[..., :4].sum(-1), q @ k.T)
+    parts = pair_matrices(q) @ k.T
+    torch.testing.assert_close(parts[:, :4].sum(1), q @ k.T)
+    product = torch.complex(*q.chunk(2, -1))[:, :, None] * torch.complex(*k.chunk(2, -1)).conj().T
+    torch.testing.assert_close(parts, torch.cat((product.real, product.imag), 1))
 
 
 def test_partial_rope_pairs_are_those_that_rope_turns():

@@ -4,6 +4,7 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fulmen.cli.run_dir import RunDir
 from fulmen.cli.settings import ConvertSettings
 from fulmen.cli.texts import up_to
 from fulmen.config import DsaConfig
-from fulmen.corpus import Corpus, load_corpus
+from fulmen.corpus import Corpus, Window, load_corpus, window_stream
 from fulmen.errors import ConfigError, OutputError
 from fulmen.evaluation.variants import indexer_state
 from fulmen.modeling.checkpoint import load_dense, require_free_output, save_converted
@@ -100,11 +101,11 @@ def _inherit(
     if (done := run.load_stage("inherit")) is not None and record_file.exists():
         model.load_state_dict(done, strict=False)
         return json.loads(record_file.read_text(encoding="utf-8"))
-    texts = up_to(corpus.calibration, tokenizer, window, CALIBRATION_WINDOWS, settings.seed)
+    texts = _calibration_texts(model, tokenizer, corpus, window, settings.seed)
     ids_BT = torch.stack([text.input_ids for text in texts]).to(model.device)
     n_layers = model.config.num_hidden_layers
     with progress_bar("Inherit") as advance:
-        advance(0, n_layers, f"{len(texts)} texts of {window} tokens")
+        advance(0, n_layers, f"{len(texts)} texts of {ids_BT.shape[1]} tokens")
         if model.config.model_type in MLA_DSA_TYPES:
             layers: Sequence[Any] = inherit_mla(model, [ids_BT])
             advance(n_layers, n_layers)
@@ -117,6 +118,19 @@ def _inherit(
     record_file.write_text(json.dumps(record), encoding="utf-8")
     run.save_stage("inherit", indexer_state(model))
     return record
+
+
+def _calibration_texts(
+    model: PreTrainedModel, tokenizer: Any, corpus: Corpus, window: int, seed: int
+) -> list[Window]:
+    """Twice as long as the training texts where the text allows: thresholds must hold far out too."""
+    length = min(2 * window, getattr(model.config, "max_position_embeddings", None) or window)
+    longer = list(
+        islice(window_stream(corpus.calibration, tokenizer, length, seed=seed), CALIBRATION_WINDOWS)
+    )
+    if len(longer) == CALIBRATION_WINDOWS:
+        return longer
+    return up_to(corpus.calibration, tokenizer, window, CALIBRATION_WINDOWS, seed)
 
 
 def _warm_up(

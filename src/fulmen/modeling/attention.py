@@ -92,7 +92,9 @@ class DsaAttentionMixin:
             )
             dtype = math_dtype(index_q_BTJE.dtype)
             index_k_BSIE = (
-                round_index_keys(index_k_BSIE) if packed_BSIX is None else unpack_index_keys(packed_BSIX, dtype)
+                round_index_keys(index_k_BSIE)
+                if packed_BSIX is None
+                else unpack_index_keys(packed_BSIX, dtype)
             )
             index_inputs = (index_q_BTJE.to(dtype), index_k_BSIE, w_BTJ, b_BTJ)
             intervals = (visible.start_BT, visible.stop_BT)

@@ -28,10 +28,13 @@ from fulmen.modeling.selectors import DenseSelector, dsa_attentions, use_selecto
 from fulmen.ops.index_keys import round_index_keys
 from fulmen.ops.index_scores import index_scores
 
-# Every fourth query for the thresholds (hidden sizes want many rows), every 32nd where all pairs are formed.
-THRESHOLD_STRIDE = 4
-PAIR_STRIDE = 32
-ROWS_PER_BLOCK = 64
+# Queries of a text that the thresholds are fitted on (hidden sizes want many), spread evenly over log t so
+# that short pasts count too; every eighth of them where all pairs of dims are formed.
+THRESHOLD_ROWS = 384
+PAIR_EVERY = 8
+ROWS_PER_BLOCK = 32
+# Queries whose weighted keys are alive at once.
+PAIR_BLOCK = 8
 RIDGE = 1e-2
 LOG_SCALES = torch.arange(-6.0, 3.0, 0.25)
 # A text shorter than this many times k has no boundary to learn; a smaller k is calibrated instead.
@@ -131,7 +134,7 @@ def _observe(attention: Any, kwargs: dict, topk: int) -> list[_Window]:
     order_D = pair_order(attention.head_dim, cos_BTR.shape[-1])
     q_BTHD = apply_rope(q_BTHD, cos_BTR, sin_BTR)[..., order_D].float()
     k_BTGD = apply_rope(k_BTGD, cos_BTR, sin_BTR)[..., order_D].float()
-    rows_R = torch.arange(topk, x_BTC.shape[1], THRESHOLD_STRIDE, device=x_BTC.device)
+    rows_R = sampled_queries(topk, x_BTC.shape[1]).to(x_BTC.device)
     windows = []
     for x_TC, q_THD, k_TGD in zip(x_BTC.float(), q_BTHD, k_BTGD, strict=True):
         blocks = [
@@ -140,6 +143,13 @@ def _observe(attention: Any, kwargs: dict, topk: int) -> list[_Window]:
         ]
         windows.append(_Window(x_TC, q_THD, k_TGD, rows_R, torch.cat(blocks)))
     return windows
+
+
+def sampled_queries(first: int, stop: int) -> Tensor:
+    """At most `THRESHOLD_ROWS` ascending positions first <= t < stop, evenly spread over log t."""
+    places_R = (torch.arange(THRESHOLD_ROWS) + 0.5) / THRESHOLD_ROWS
+    rows_R = (first * (stop / first) ** places_R.double()).long()
+    return rows_R.clamp(first, stop - 1).unique()
 
 
 def pair_order(head_dim: int, rotary: int) -> Tensor:
@@ -151,16 +161,18 @@ def pair_order(head_dim: int, rotary: int) -> Tensor:
 
 
 def own_logits(q_THD: Tensor, k_SGD: Tensor, rows_R: Tensor, scale: float) -> Tensor:
-    """The model's own logits_HRS of queries `rows_R`, -inf at later keys."""
+    """The model's own logits_HRS of ascending queries, -inf at later keys; S ends with the last query."""
+    k_SGD = k_SGD[: int(rows_R[-1]) + 1]
     groups = k_SGD.shape[1]
     q_GMD = q_THD[rows_R].unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
     logits_GMS = torch.bmm(q_GMD, k_SGD.permute(1, 2, 0)) * scale
     logits_HRS = logits_GMS.unflatten(1, (-1, len(rows_R))).flatten(0, 1)
-    return logits_HRS.masked_fill_(_later(rows_R, len(k_SGD)), -torch.inf)
+    return logits_HRS.masked_fill_(_later(rows_R), -torch.inf)
 
 
-def _later(rows_R: Tensor, n_keys: int) -> Tensor:
-    return torch.arange(n_keys, device=rows_R.device) > rows_R[:, None]
+def _later(rows_R: Tensor) -> Tensor:
+    """bool [R, S]: keys after each query; S ends with the last row."""
+    return torch.arange(int(rows_R[-1]) + 1, device=rows_R.device) > rows_R[:, None]
 
 
 def _thresholds(logits_HRS: Tensor, topk: int) -> Tensor:
@@ -174,34 +186,37 @@ def _thresholds(logits_HRS: Tensor, topk: int) -> Tensor:
 def _pair_covariance(window: _Window, scale: float) -> Tensor:
     """cov_HFF of the contributions of all D/2 pairs to a head's logits, F = D: first their real, then their
     imaginary parts; over keys, centred per query, weighted by min(1, exp((l - theta) / 2))."""
-    every = PAIR_STRIDE // THRESHOLD_STRIDE
-    rows_R, theta_RH = window.rows_R[::every], window.theta_RH[::every]
+    rows_R, theta_RH = window.rows_R[::PAIR_EVERY], window.theta_RH[::PAIR_EVERY]
     logits_HRS = own_logits(window.q_THD, window.k_TGD, rows_R, scale)
     weight_HRS = ((logits_HRS - theta_RH.T[..., None]) / 2).clamp_max_(0).exp_()
+    weight_HRS /= weight_HRS.sum(-1, keepdim=True)
     shared = window.q_THD.shape[1] // window.k_TGD.shape[1]
+    k_SGD = window.k_TGD[: weight_HRS.shape[-1]]
     return torch.stack(
         [
-            _weighted_covariance(
-                pair_contributions(window.q_THD[rows_R, head] * scale, window.k_TGD[:, head // shared]),
-                weight_RS,
-            )
+            _weighted_covariance(window.q_THD[rows_R, head] * scale, k_SGD[:, head // shared], weight_RS)
             for head, weight_RS in enumerate(weight_HRS)
         ]
     )
 
 
-def pair_contributions(q_RD: Tensor, k_SD: Tensor) -> Tensor:
-    """Re and Im of conj(q) k per pair of dims (p, p + D/2): `[R, S, D]`; the real parts add up to q . k."""
-    (qa_RP, qb_RP), (ka_SP, kb_SP) = q_RD.chunk(2, -1), k_SD.chunk(2, -1)
-    qa_R1P, qb_R1P = qa_RP[:, None], qb_RP[:, None]
-    return torch.cat((qa_R1P * ka_SP + qb_R1P * kb_SP, qb_R1P * ka_SP - qa_R1P * kb_SP), -1)
+def pair_matrices(q_RD: Tensor) -> Tensor:
+    """[R, F, D]: times a key, Re and Im of q conj(k) per pair of dims p, p + D/2; all Re add up to q . k."""
+    real_RPP, imaginary_RPP = (torch.diag_embed(half_RP) for half_RP in q_RD.chunk(2, -1))
+    rows = (real_RPP, imaginary_RPP), (imaginary_RPP, -real_RPP)
+    return torch.cat([torch.cat(row, -1) for row in rows], -2)
 
 
-def _weighted_covariance(parts_RSF: Tensor, weight_RS: Tensor) -> Tensor:
-    weight_RS1 = (weight_RS / weight_RS.sum(-1, keepdim=True))[..., None]
-    centred_RSF = parts_RSF - (weight_RS1 * parts_RSF).sum(1, keepdim=True)
-    flat_NF = (centred_RSF * weight_RS1.sqrt()).flatten(0, 1)
-    return (flat_NF.T @ flat_NF).double()
+def _weighted_covariance(q_RD: Tensor, k_SD: Tensor, weight_RS: Tensor) -> Tensor:
+    """Of the contributions, through the keys' own covariance: D x D a query, not S x D."""
+    total_FF = torch.zeros((), dtype=torch.float64)
+    for some in torch.arange(len(q_RD)).split(PAIR_BLOCK):
+        mean_RD = weight_RS[some] @ k_SD
+        square_RDD = k_SD.T @ (weight_RS[some, :, None] * k_SD)
+        keys_RDD = square_RDD - mean_RD[:, :, None] * mean_RD[:, None]
+        pairs_RFD = pair_matrices(q_RD[some])
+        total_FF = total_FF + (pairs_RFD @ keys_RDD @ pairs_RFD.mT).sum(0).double()
+    return total_FF
 
 
 def pick_pairs(cov_HFF: Tensor, n_pairs: int, n_groups: int) -> tuple[Tensor, Tensor, float]:
@@ -306,7 +321,7 @@ def _boundary_targets(attention: Any, window: _Window, rotary: tuple[Tensor, Ten
             theta_RH.unflatten(1, (-1, pooled)).mean(2),
         )
         near_JRS = (own_JRS - theta_RJ.T[..., None]).abs_().div_(-2).exp_()
-        missed_JRS = (own_JRS - index_JRS).masked_fill_(_later(rows, len(k_SIE)), 0)
+        missed_JRS = (own_JRS - index_JRS).masked_fill_(_later(rows), 0)
         targets.append(theta_RJ - ((missed_JRS * near_JRS).sum(-1) / near_JRS.sum(-1).clamp_min(1e-30)).T)
     return torch.cat(targets)
 
@@ -350,15 +365,15 @@ def _set_scale(attention: Any, windows: list[_Window], rotary: tuple[Tensor, Ten
 
 
 def _kl_per_scale(attention: Any, window: _Window, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    rows_R = window.rows_R[:: PAIR_STRIDE // THRESHOLD_STRIDE]
+    rows_R = window.rows_R[::PAIR_EVERY]
     index = _index_inputs(attention, window, rotary)
     q, w, b = (tensor[:, rows_R] for tensor in (index.q_BTJE, index.w_BTJ, index.b_BTJ))
-    scores_RS = index_scores(q, index.k_BTIE, w, b, torch.zeros_like(rows_R)[None], rows_R[None] + 1)[0]
-    later_RS = _later(rows_R, len(window.k_TGD))
+    k = index.k_BTIE[:, : int(rows_R[-1]) + 1]
+    scores_RS = index_scores(q, k, w, b, torch.zeros_like(rows_R)[None], rows_R[None] + 1)[0]
     logits_HRS = own_logits(window.q_THD, window.k_TGD, rows_R, attention.scaling)
     p_RS = logits_HRS.softmax(-1).mean(0)
     entropy = torch.special.entr(p_RS).sum(-1).mean()
-    cross = partial(_cross_entropy, p_RS, scores_RS, later_RS)
+    cross = partial(_cross_entropy, p_RS, scores_RS, _later(rows_R))
     return torch.stack([cross(float(log_scale.exp())) - entropy for log_scale in LOG_SCALES])
 
 

@@ -1,7 +1,7 @@
 """Index keys in 8 bits, as caches keep them: per token and index key head E numbers and one scale.
 
-DeepSeek-V3.2 keeps its index keys in 8 bits too (fp8, blocks of 128). Here they are integers -127..127 times a
-bfloat16 scale, so that a key is the same number wherever it is read: the product is exact in float32.
+DeepSeek-V3.2 keeps its index keys in 8 bits too (fp8, blocks of 128). Here they are integers -127..127 times
+a bfloat16 scale, so that a key is the same number wherever it is read: the product is exact in float32.
 """
 
 import torch
