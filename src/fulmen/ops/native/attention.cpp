@@ -58,7 +58,14 @@ struct QueryState {
 
     template <int N> void attend_heads(int64_t h, const AttentionInputs &in, const KeyTile &tile) {
         alignas(64) float scores[N * WIDEST_TILE];
-        dot_rows<N>(q.data() + h * in.k.padded, tile.k, tile.count, in.k.padded, scores);
+        for (int64_t low = 0; low < tile.count; low += LANES) {
+            const int64_t count = std::min<int64_t>(LANES, tile.count - low);
+            if (h == 0) {
+                if (in.k.in_place()) prefetch_rows(tile.k, std::min(low + LANES, tile.count), std::min(low + 2 * LANES, tile.count), in.k.padded);
+                if (in.v.in_place()) prefetch_rows(tile.v, low, low + count, in.v.padded);
+            }
+            dot_rows<N>(q.data() + h * in.k.padded, tile.k + low, count, in.k.padded, scores + low);
+        }
         for (int n = 0; n < N; n++) weigh(h + n, scores + n * WIDEST_TILE, tile.count);
         add_rows<N>(scores, tile.v, tile.count, width, sum.data() + h * width);
     }

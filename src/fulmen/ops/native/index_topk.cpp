@@ -226,18 +226,35 @@ void take_all(Interval seen, int64_t topk, int32_t *chosen) {
     for (int64_t i = 0; i < topk; i++) chosen[i] = seen.start + i < seen.stop ? int32_t(seen.start + i) : -1;
 }
 
-// `scores` are those of the interval, longer than topk; `ranks` has room for as many.
-void take_best(const float *scores, Interval seen, int64_t topk, int32_t *ranks, int32_t *chosen) {
-    const int64_t count = seen.stop - seen.start;
-    rank_scores(scores, count, ranks);
-    const Threshold threshold = find_threshold(ranks, count, topk);
-    int64_t equal = 0, taken = 0;
-    for (int64_t s = 0; taken < topk; s++) {
-        const bool tie = ranks[s] == threshold.rank;
-        equal += tie;
-        chosen[taken] = int32_t(seen.start + s);
-        taken += ranks[s] > threshold.rank || (tie && equal > threshold.excess);
+// Appends the positions low <= s < high with ranks from `least` on; no branch, so one number too many is written.
+int64_t append_from(const int32_t *__restrict ranks, int64_t low, int64_t high, int32_t least,
+                    int32_t *__restrict positions, int64_t taken) {
+    for (int64_t s = low; s < high; s++) {
+        positions[taken] = int32_t(s);
+        taken += ranks[s] >= least;
     }
+    return taken;
+}
+
+// Room for one row's selection.
+struct SelectionRoom {
+    std::unique_ptr<int32_t[]> ranks, positions;
+
+    SelectionRoom(int64_t keys, int64_t topk) : ranks(new int32_t[keys]), positions(new int32_t[topk + 1]) {}
+};
+
+// `scores` are those of the interval, longer than topk.
+void take_best(const float *scores, Interval seen, int64_t topk, const SelectionRoom &room, int32_t *chosen) {
+    const int32_t *ranks = room.ranks.get();
+    const int64_t count = seen.stop - seen.start;
+    rank_scores(scores, count, room.ranks.get());
+    const Threshold threshold = find_threshold(ranks, count, topk);
+    int64_t passed = 0;  // so far, ties lose
+    for (int64_t excess = threshold.excess; excess > 0; passed++) excess -= ranks[passed] == threshold.rank;
+    int32_t *positions = room.positions.get();
+    const int64_t taken = append_from(ranks, 0, passed, threshold.rank + 1, positions, 0);
+    append_from(ranks, passed, count, threshold.rank, positions, taken);
+    for (int64_t i = 0; i < topk; i++) chosen[i] = int32_t(seen.start + positions[i]);
 }
 
 // ---- blocks of queries ----
@@ -296,9 +313,9 @@ int fulmen_index_topk(const float *q, const void *k, const float *w, const float
     };
     for_scored_blocks(in, wanted, [&](const QueryBlock &block, const float *scores, int64_t stride, int64_t threads) {
         parallel_for(block.rows.size(), threads, [&](int64_t r) {
-            std::unique_ptr<int32_t[]> ranks(new int32_t[stride]);
+            const SelectionRoom room(stride, topk);
             const float *row = row_scores(block, scores, stride, r);
-            take_best(row, block.intervals[r], topk, ranks.get(), chosen + block.rows[r] * topk);
+            take_best(row, block.intervals[r], topk, room, chosen + block.rows[r] * topk);
         });
     });
     return 0;
@@ -331,12 +348,12 @@ int fulmen_select_topk(const float *scores, const int64_t *start, const int64_t 
                        int64_t rows, int64_t keys, int64_t topk, int64_t threads) try {
     constexpr int64_t PER_ITEM = 16;
     parallel_for((rows + PER_ITEM - 1) / PER_ITEM, threads, [&](int64_t item) {
-        std::unique_ptr<int32_t[]> ranks(new int32_t[keys]);
+        const SelectionRoom room(keys, topk);
         for (int64_t row = item * PER_ITEM; row < std::min(rows, (item + 1) * PER_ITEM); row++) {
             const Interval seen = interval_of(start, stop, row, keys);
             const float *from = scores + row * keys + seen.start;
             if (seen.stop - seen.start <= topk) take_all(seen, topk, chosen + row * topk);
-            else take_best(from, seen, topk, ranks.get(), chosen + row * topk);
+            else take_best(from, seen, topk, room, chosen + row * topk);
         }
     });
     return 0;
