@@ -13,6 +13,7 @@ from fulmen.modeling.bundle import bundle_name, bundle_source
 from fulmen.modeling.checkpoint import save_converted
 from fulmen.modeling.families import all_families
 from fulmen.modeling.families.base import GqaFamily
+from fulmen.ops.dispatch import pin_backend
 
 HIDE = """
 import sys
@@ -60,8 +61,10 @@ def test_a_checkpoint_works_without_fulmen(tokenizer, tmp_path):  # noqa: F811
         cwd=tmp_path,
     )
     for name, model in models.items():
-        assert torch.equal(torch.load(tmp_path / f"{name}.logits.pt"), logits(model, ids))
-        tokens = model.generate(ids, max_new_tokens=5, do_sample=False)
+        # The bundle has no native kernels with it; their last bits may differ.
+        with pin_backend("cpu"):
+            assert torch.equal(torch.load(tmp_path / f"{name}.logits.pt"), logits(model, ids))
+            tokens = model.generate(ids, max_new_tokens=5, do_sample=False)
         assert torch.equal(torch.load(tmp_path / f"{name}.tokens.pt"), tokens)
         # Saved again by the stranger, it still carries its code.
         assert (tmp_path / f"{name}.again" / f"modeling_{model.config.model_type}.py").is_file()

@@ -4,15 +4,24 @@ import pytest
 import torch
 
 from fulmen.errors import BackendError
+from fulmen.ops import dispatch
 from fulmen.ops.dispatch import pin_backend, resolve
 from fulmen.ops.select_topk import select_topk
 
 CPU = torch.device("cpu")
+NOT_BUILT = "its library was not built; install fulmen where there is a C++ compiler"
 
 
 @pytest.fixture(autouse=True)
 def _no_pin_from_outside(monkeypatch):
     monkeypatch.delenv("FULMEN_BACKEND", raising=False)
+    # As if built or not, whichever machine tests: what is chosen must not depend on it here.
+    monkeypatch.setattr(dispatch, "native_reason", lambda: NOT_BUILT)
+
+
+@pytest.fixture
+def _native_is_built(monkeypatch):
+    monkeypatch.setattr(dispatch, "native_reason", lambda: None)
 
 
 def test_default_and_pins(monkeypatch):
@@ -34,7 +43,10 @@ def test_a_pin_ends_with_an_exception():
 
 
 def test_unknown_backends_raise_with_the_choices(monkeypatch):
-    with pytest.raises(BackendError, match=r"'triton' is not known.*reference, cpu"), pin_backend("triton"):
+    with (
+        pytest.raises(BackendError, match=r"'triton' is not known.*reference, cpu, native"),
+        pin_backend("triton"),
+    ):
         pass
     monkeypatch.setenv("FULMEN_BACKEND", "cuda")
     with pytest.raises(BackendError, match=r"'cuda' \(pinned by FULMEN_BACKEND\) cannot run select_topk"):
@@ -46,3 +58,30 @@ def test_what_no_backend_can_run_raises_with_the_reason():
         resolve("dense_attention", CPU, torch.float8_e4m3fn)
     with pytest.raises(BackendError, match="hold no values"):
         resolve("dense_attention", "meta", torch.float32)
+
+
+@pytest.mark.usefixtures("_native_is_built")
+def test_native_is_the_default_where_it_has_a_kernel():
+    for name in ("index_scores", "select_topk", "index_topk", "sparse_attention", "dense_attention"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert resolve(name, CPU, dtype) == "native"
+    assert resolve("indexer_loss", CPU, torch.float32) == "cpu"
+    assert resolve("index_topk", CPU, torch.float64) == "cpu"
+    assert resolve("index_topk", "cuda", torch.float32) == "cpu"
+
+
+@pytest.mark.usefixtures("_native_is_built")
+def test_pinned_native_raises_where_it_has_no_kernel():
+    for name, device, dtype, reason in [
+        ("indexer_loss", CPU, torch.float32, "it has kernels for index_scores, .* alone"),
+        ("index_topk", "cuda", torch.float32, "its kernels run on the CPU, not on device 'cuda'"),
+        ("index_topk", CPU, torch.float64, r"compute in float32, dtype torch\.float64 needs more"),
+    ]:
+        with pytest.raises(BackendError, match=reason), pin_backend("native"):
+            resolve(name, device, dtype)
+
+
+def test_pinned_native_that_was_not_built_raises_with_the_reason():
+    reason = "cannot run index_topk: its library was not built"
+    with pytest.raises(BackendError, match=reason), pin_backend("native"):
+        resolve("index_topk", CPU, torch.float32)

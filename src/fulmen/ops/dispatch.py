@@ -1,6 +1,7 @@
 """Which backend computes an operation: chosen by device and dtype, or pinned by the user.
 
-Backends: "reference" (the specification, slow, everywhere) and "cpu" (blocked plain torch, any device).
+Backends: "reference" (the specification, slow, everywhere), "cpu" (blocked plain torch, any device) and
+"native" (C++ kernels for the CPU; the default for the operations that have one, where the library was built).
 A pin comes from `with pin_backend("reference"):` or, outside of one, from the variable FULMEN_BACKEND.
 """
 
@@ -11,10 +12,13 @@ from contextlib import contextmanager
 import torch
 
 from fulmen.errors import BackendError
+from fulmen.ops.native_library import native_reason
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "native")
 BACKEND_VARIABLE = "FULMEN_BACKEND"
 BACKEND_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Without the losses, and float64: there "cpu" is the default, and a pinned "native" raises.
+NATIVE_OPERATIONS = ("index_scores", "select_topk", "index_topk", "sparse_attention", "dense_attention")
 
 # One for the whole process, not a ContextVar: a model's own checkpointing recomputes its forward in
 # autograd's threads, and must meet the same backend there.
@@ -27,21 +31,34 @@ def resolve(op_name: str, device: torch.device | str, dtype: torch.dtype) -> str
     Raises BackendError, with the reason, if a pinned backend cannot run it (or no backend can).
     """
     name, origin = _pinned_or_default()
-    reason = reason_against_backend(name, device, dtype)
-    if reason:
+    if name is None:
+        name = "cpu" if reason_against_backend("native", op_name, device, dtype) else "native"
+    if reason := reason_against_backend(name, op_name, device, dtype):
         raise BackendError(f"backend {name!r} ({origin}) cannot run {op_name}: {reason}")
     return name
 
 
-def reason_against_backend(name: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
-    """Why backend `name` cannot take tensors of `dtype` on `device`; None if it can."""
+def reason_against_backend(
+    name: str, op_name: str, device: torch.device | str, dtype: torch.dtype
+) -> str | None:
+    """Why backend `name` cannot run `op_name` on tensors of `dtype` on `device`; None if it can."""
     if name not in BACKENDS:
         return f"there is no such backend; choose one of {', '.join(BACKENDS)}"
     if torch.device(device).type == "meta":
         return "tensors on device 'meta' hold no values; move the model to a real device"
     if dtype not in BACKEND_DTYPES:
         return f"dtype {dtype} is not one of {', '.join(str(known) for known in BACKEND_DTYPES)}"
-    return None
+    return _reason_against_native(op_name, device, dtype) if name == "native" else None
+
+
+def _reason_against_native(op_name: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
+    if op_name not in NATIVE_OPERATIONS:
+        return f"it has kernels for {', '.join(NATIVE_OPERATIONS)} alone; pin 'cpu' here"
+    if torch.device(device).type != "cpu":
+        return f"its kernels run on the CPU, not on device {str(device)!r}; pin 'cpu', which is plain torch"
+    if dtype == torch.float64 and op_name != "select_topk":
+        return "its kernels compute in float32, dtype torch.float64 needs more; pin 'cpu'"
+    return native_reason()
 
 
 @contextmanager
@@ -59,9 +76,10 @@ def pin_backend(name: str) -> Iterator[None]:
         _pinned_backends.pop()
 
 
-def _pinned_or_default() -> tuple[str, str]:
+def _pinned_or_default() -> tuple[str | None, str]:
+    """A backend and who chose it; None: whichever is best."""
     if _pinned_backends:
         return _pinned_backends[-1], "pinned by pin_backend"
     if name := os.environ.get(BACKEND_VARIABLE):
         return name, f"pinned by {BACKEND_VARIABLE}"
-    return "cpu", "the default"
+    return None, "the default"

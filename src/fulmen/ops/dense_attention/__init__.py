@@ -4,6 +4,7 @@ from torch import Tensor
 
 from fulmen.ops.checks import check_attention_inputs
 from fulmen.ops.dense_attention.cpu import dense_attention_blocked
+from fulmen.ops.dense_attention.native import dense_attention_native
 from fulmen.ops.dense_attention.reference import dense_attention_reference
 from fulmen.ops.dispatch import resolve
 from fulmen.ops.precision import cast_as_autocast, outside_autocast
@@ -36,6 +37,8 @@ def dense_attention(
     arguments = (q_BTHD, k_BSGD, v_BSGV, start_BT, stop_BT, scale)
     backend = resolve("dense_attention", q_BTHD.device, q_BTHD.dtype)
     with outside_autocast(q_BTHD.device):
+        if backend == "native":
+            return dense_attention_native(*arguments)
         if backend == "cpu":
             return dense_attention_blocked(*arguments)
         result = dense_attention_reference(*arguments)

@@ -6,6 +6,7 @@ from torch import Tensor
 from fulmen.ops.checks import check_index_inputs
 from fulmen.ops.dispatch import resolve
 from fulmen.ops.index_scores.cpu import index_scores_blocked
+from fulmen.ops.index_scores.native import index_scores_native
 from fulmen.ops.index_scores.reference import index_scores_reference
 from fulmen.ops.precision import cast_as_autocast, outside_autocast
 
@@ -41,6 +42,8 @@ def index_scores(
     arguments = (q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT)
     backend = resolve("index_scores", q_BTJE.device, q_BTJE.dtype)
     with outside_autocast(q_BTJE.device):
+        if backend == "native":
+            return index_scores_native(*arguments)
         if backend == "cpu":
             return index_scores_blocked(*arguments)
         return index_scores_reference(*arguments).scores_BTS

@@ -15,6 +15,7 @@ from fulmen.ops.dispatch import resolve
 from fulmen.ops.index_scores.reference import index_scores_reference
 from fulmen.ops.precision import cast_as_autocast, outside_autocast
 from fulmen.ops.select_topk.cpu import index_topk_blocked, select_topk_blocked
+from fulmen.ops.select_topk.native import index_topk_native, select_topk_native
 from fulmen.ops.select_topk.reference import select_topk_reference
 
 
@@ -42,7 +43,10 @@ def select_topk(scores_BTS: Tensor, start_BT: Tensor, stop_BT: Tensor, topk: int
     check_floating(scores_BTS=scores_BTS)
     check_integer(start_BT=start_BT, stop_BT=stop_BT)
     check_same_device(scores_BTS=scores_BTS, start_BT=start_BT, stop_BT=stop_BT)
-    if resolve("select_topk", scores_BTS.device, scores_BTS.dtype) == "cpu":
+    backend = resolve("select_topk", scores_BTS.device, scores_BTS.dtype)
+    if backend == "native":
+        return select_topk_native(scores_BTS, start_BT, stop_BT, topk)
+    if backend == "cpu":
         return select_topk_blocked(scores_BTS, start_BT, stop_BT, topk)
     return select_topk_reference(scores_BTS, start_BT, stop_BT, topk)
 
@@ -69,6 +73,8 @@ def index_topk(
     check_index_inputs(q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT=start_BT, stop_BT=stop_BT)
     backend = resolve("index_topk", q_BTJE.device, q_BTJE.dtype)
     with outside_autocast(q_BTJE.device):
+        if backend == "native":
+            return index_topk_native(q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT, topk)
         if backend == "cpu":
             return index_topk_blocked(q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT, topk)
         scores_BTS = index_scores_reference(q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT).scores_BTS

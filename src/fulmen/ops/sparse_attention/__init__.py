@@ -6,6 +6,7 @@ from fulmen.ops.checks import check_attention_inputs, check_topk_below
 from fulmen.ops.dispatch import resolve
 from fulmen.ops.precision import cast_as_autocast, outside_autocast
 from fulmen.ops.sparse_attention.cpu import sparse_attention_blocked
+from fulmen.ops.sparse_attention.native import sparse_attention_native
 from fulmen.ops.sparse_attention.reference import sparse_attention_reference
 
 
@@ -36,6 +37,8 @@ def sparse_attention(
     arguments = (q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale)
     backend = resolve("sparse_attention", q_BTHD.device, q_BTHD.dtype)
     with outside_autocast(q_BTHD.device):
+        if backend == "native":
+            return sparse_attention_native(*arguments)
         if backend == "cpu":
             return sparse_attention_blocked(*arguments)
         result = sparse_attention_reference(*arguments)

@@ -1,0 +1,170 @@
+// What the forward and the backward pass of attention share: the inputs, and the keys of one query in tiles.
+#pragma once
+
+#include "threads.h"
+#include "vectors.h"
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+// Mirrored by `AttentionShape` in native_library.py. Strides count numbers; q and all results are contiguous.
+struct AttentionShape {
+    int64_t batch, queries, keys, heads, key_heads, width, value_width, topk;
+    int64_t is_bf16, k_stride_b, k_stride_s, k_stride_g, v_stride_b, v_stride_s, v_stride_g, threads;
+};
+
+constexpr int64_t WIDEST_TILE = 128;
+
+// The keys of a query: positions from a list, or (without one) from first on.
+struct KeyList {
+    const int32_t *positions;
+    int64_t first, count;
+
+    int64_t at(int64_t i) const { return positions ? positions[i] : first + i; }
+};
+
+// Rows of one head's keys or values: used in place where they are whole vectors of float32, else copied.
+struct Source {
+    const void *data;
+    int64_t stride_b, stride_s, stride_g, width, padded;
+    bool is_bf16;
+
+    bool in_place() const { return !is_bf16 && width == padded; }
+
+    // Where the rows of some keys are; `copies` has room for them.
+    void find_rows(int64_t b, int64_t g, const KeyList &keys, int64_t low, int64_t count, float *copies,
+                   const float **rows) const {
+        const int64_t base = b * stride_b + g * stride_g;
+        const float *first = (const float *)data + base;
+        if (in_place()) {
+            for (int64_t i = 0; i < count; i++) rows[i] = first + keys.at(low + i) * stride_s;
+            return;
+        }
+        for (int64_t i = 0; i < count; i++, copies += padded) {
+            const int64_t at = keys.at(low + i) * stride_s;
+            if (is_bf16)
+                for (int64_t d = 0; d < width; d++) copies[d] = bf16_to_float(((const uint16_t *)data)[base + at + d]);
+            else std::copy_n(first + at, width, copies);
+            std::fill(copies + width, copies + padded, 0.0f);
+            rows[i] = copies;
+        }
+    }
+};
+
+struct AttentionInputs {
+    const AttentionShape &shape;
+    const float *q;
+    Source k, v;
+    const int32_t *topk;          // [B, T, K]; read if there are no
+    const int64_t *start, *stop;  // intervals
+
+    AttentionInputs(const AttentionShape &shape, const float *q, const void *k, const void *v, const int32_t *topk,
+                    const int64_t *start, const int64_t *stop)
+        : shape(shape), q(q), k{k, shape.k_stride_b, shape.k_stride_s, shape.k_stride_g, shape.width,
+                                round_up(shape.width, LANES), shape.is_bf16 != 0},
+          v{v, shape.v_stride_b, shape.v_stride_s, shape.v_stride_g, shape.value_width,
+            round_up(shape.value_width, LANES), shape.is_bf16 != 0},
+          topk(topk), start(start), stop(stop) {}
+
+    int64_t shared() const { return shape.heads / shape.key_heads; }
+
+    // Keys of a tile. A tile of wide rows should not fill the level 2 cache.
+    int64_t tile_keys() const { return k.padded + v.padded > 512 ? 32 : WIDEST_TILE; }
+
+    // `room` for K numbers takes the selected positions without the -1 among them.
+    KeyList keys_of(int64_t row, int32_t *room) const {
+        if (start) {
+            const int64_t first = std::max<int64_t>(start[row], 0);
+            return {nullptr, first, std::max<int64_t>(std::min(stop[row], shape.keys) - first, 0)};
+        }
+        int64_t count = 0;
+        for (int64_t i = 0; i < shape.topk; i++) {
+            room[count] = topk[row * shape.topk + i];
+            count += room[count] >= 0;
+        }
+        return {room, 0, count};
+    }
+};
+
+// Some keys and values of one query and key head.
+struct KeyTile {
+    int64_t count = 0;
+    const float *k[WIDEST_TILE], *v[WIDEST_TILE];
+    std::vector<float> k_copy, v_copy;
+
+    explicit KeyTile(const AttentionInputs &in)
+        : k_copy(in.k.in_place() ? 0 : in.tile_keys() * in.k.padded),
+          v_copy(in.v.in_place() ? 0 : in.tile_keys() * in.v.padded) {}
+
+    void fill(const AttentionInputs &in, const KeyList &keys, int64_t low, int64_t b, int64_t g) {
+        count = std::min(in.tile_keys(), keys.count - low);
+        in.k.find_rows(b, g, keys, low, count, k_copy.data(), k);
+        in.v.find_rows(b, g, keys, low, count, v_copy.data(), v);
+        // Whole vectors of keys are computed; what lies beyond the last is thrown away.
+        for (int64_t i = count; i < round_up(count, LANES); i++) k[i] = k[0], v[i] = v[0];
+    }
+};
+
+// Rows reduced together: their sums take this many registers.
+constexpr int KEYS = LANES < 8 ? LANES : 8;
+
+// Start to bring some rows from memory to the level 2 cache. They lie anywhere, so no hardware guesses them:
+// without this, half of the time goes into waiting.
+static inline void prefetch_rows(const float *const *rows, int64_t low, int64_t high, int64_t width) {
+    for (int64_t i = low; i < high; i++)
+        for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(rows[i] + d, 0, 2);
+}
+
+// out[h * WIDEST_TILE + i] = x[h] . rows[i] for N heads and whole vectors of rows.
+template <int N>
+static inline void dot_rows(const float *x, const float *const *rows, int64_t count, int64_t width, float *out) {
+    for (int64_t low = 0; low < count; low += LANES) {
+        Vec parts[N][LANES / KEYS];
+        for (int half = 0; half < LANES / KEYS; half++) {
+            const float *const *row = rows + low + half * KEYS;
+            Vec sums[N][KEYS] = {};
+            for (int64_t d = 0; d < width; d += LANES) {
+                Vec factor[N];
+                for (int n = 0; n < N; n++) factor[n] = load(x + n * width + d);
+                for (int i = 0; i < KEYS; i++) {
+                    const Vec numbers = load(row[i] + d);
+                    for (int n = 0; n < N; n++) sums[n][i] += numbers * factor[n];
+                }
+            }
+            for (int n = 0; n < N; n++) parts[n][half] = add_lanes<KEYS>(sums[n]);
+        }
+        for (int n = 0; n < N; n++) {
+            Vec total = parts[n][0];
+            if constexpr (LANES / KEYS == 2) total = add_halves<1>(parts[n][0], parts[n][1]);
+            store(out + n * WIDEST_TILE + low, total);
+        }
+    }
+}
+
+// sums[h] += sum over i of weights[h * WIDEST_TILE + i] * rows[i], for N heads and C vectors from `from` on.
+template <int N, int C>
+static inline void add_rows_part(const float *weights, const float *const *rows, int64_t count, int64_t width,
+                                 int64_t from, float *sums) {
+    Vec total[N][C];
+    for (int n = 0; n < N; n++)
+        for (int c = 0; c < C; c++) total[n][c] = load(sums + n * width + from + c * LANES);
+    for (int64_t i = 0; i < count; i++) {
+        Vec numbers[C];
+        for (int c = 0; c < C; c++) numbers[c] = load(rows[i] + from + c * LANES);
+        for (int n = 0; n < N; n++)
+            for (int c = 0; c < C; c++) total[n][c] += numbers[c] * weights[n * WIDEST_TILE + i];
+    }
+    for (int n = 0; n < N; n++)
+        for (int c = 0; c < C; c++) store(sums + n * width + from + c * LANES, total[n][c]);
+}
+
+template <int N>
+static inline void add_rows(const float *weights, const float *const *rows, int64_t count, int64_t width, float *sums) {
+    int64_t from = 0;
+    for (; from + 4 * LANES <= width; from += 4 * LANES) add_rows_part<N, 4>(weights, rows, count, width, from, sums);
+    for (; from < width; from += LANES) add_rows_part<N, 1>(weights, rows, count, width, from, sums);
+}
+
+// Heads computed together, for which registers suffice.
+constexpr int MOST_HEADS = LANES == 8 ? 1 : 3;

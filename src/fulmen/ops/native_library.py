@@ -1,0 +1,101 @@
+"""The native kernels: a shared library beside this file, built when fulmen is installed (`native/*.cpp`).
+
+Called by ctypes, which releases Python's lock meanwhile. Where the library was not built, or was built for
+another CPU, `native_reason` says so, and the operations run by plain torch.
+"""
+
+import ctypes
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NATIVE_VERSION = 1
+
+
+class IndexShape(ctypes.Structure):
+    """As in `native/index_topk.cpp`."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            *("batch", "queries", "keys", "heads", "key_heads", "width", "topk"),
+            *("k_is_bf16", "k_stride_b", "k_stride_s", "k_stride_i", "threads"),
+        )
+    ]
+
+
+class AttentionShape(ctypes.Structure):
+    """As in `native/attention.h`."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            *("batch", "queries", "keys", "heads", "key_heads", "width", "value_width", "topk"),
+            *("is_bf16", "k_stride_b", "k_stride_s", "k_stride_g", "v_stride_b", "v_stride_s", "v_stride_g"),
+            "threads",
+        )
+    ]
+
+
+def native_reason() -> str | None:
+    """Why the native kernels cannot run on this machine; None if they can."""
+    return _open_native()[1]
+
+
+def call_native(function: str, *arguments: Any) -> None:
+    """Call a kernel with tensors (or None), structures, integers and floats."""
+    library = _open_native()[0]
+    assert library is not None, "resolve() chooses native only where it can run"
+    status = getattr(library, function)(*(_as_ctype(argument) for argument in arguments))
+    if status:
+        raise MemoryError(f"{function} ran out of memory")
+
+
+def row_major(x: Tensor) -> Tensor:
+    """`x` itself if its last axis is contiguous, as kernels want it, else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def kernel_floats(x: Tensor) -> Tensor:
+    """Keys or values for a kernel: float32 and bfloat16 as they are, float16 as a float32 copy."""
+    return row_major(x if x.dtype in (torch.float32, torch.bfloat16) else x.float())
+
+
+def _as_ctype(argument: Any) -> Any:
+    match argument:
+        case None:
+            return ctypes.c_void_p(None)
+        case Tensor():
+            return ctypes.c_void_p(argument.data_ptr())
+        case ctypes.Structure():
+            return ctypes.byref(argument)
+        case float():
+            return ctypes.c_float(argument)
+        case _:
+            return ctypes.c_int64(argument)
+
+
+@cache
+def _open_native() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or why there is none."""
+    places = (Path(__file__).with_name(f"_native{suffix}") for suffix in EXTENSION_SUFFIXES)
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        return None, "its library was not built; install fulmen where there is a C++ compiler"
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, f"its library does not load ({error}); install fulmen again"
+    if library.fulmen_native_version() != NATIVE_VERSION:
+        return None, "its library is of another version of fulmen; install fulmen again"
+    library.fulmen_native_lacks.restype = ctypes.c_char_p
+    if lacking := library.fulmen_native_lacks():
+        return (
+            None,
+            f"its library was built for a CPU with {lacking.decode()}; install fulmen here again",
+        )
+    return library, None

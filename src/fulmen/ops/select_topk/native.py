@@ -1,0 +1,35 @@
+"""Selection by the native kernels: the threshold by halving the range of scores, no sorting."""
+
+import torch
+from torch import Tensor
+
+from fulmen.ops.index_scores.native import call_index_kernel
+from fulmen.ops.native_library import call_native
+
+
+def select_topk_native(scores_BTS: Tensor, start_BT: Tensor, stop_BT: Tensor, topk: int) -> Tensor:
+    """See `fulmen.ops.select_topk.select_topk`."""
+    batch, queries, n_keys = scores_BTS.shape
+    topk_BTK = torch.empty(batch, queries, min(topk, n_keys), dtype=torch.int32)
+    scores_BTS = scores_BTS.float().contiguous()
+    intervals = (x.long().contiguous() for x in (start_BT, stop_BT))
+    sizes = (batch * queries, n_keys, topk_BTK.shape[-1], torch.get_num_threads())
+    call_native("fulmen_select_topk", scores_BTS, *intervals, topk_BTK, *sizes)
+    return topk_BTK
+
+
+def index_topk_native(
+    q_BTJE: Tensor,
+    k_BSIE: Tensor,
+    w_BTJ: Tensor,
+    b_BTJ: Tensor | None,
+    start_BT: Tensor,
+    stop_BT: Tensor,
+    topk: int,
+) -> Tensor:
+    """See `fulmen.ops.select_topk.index_topk`. Queries that see no more than `topk` keys are not scored."""
+    n_columns = min(topk, k_BSIE.shape[1])
+    topk_BTK = torch.empty(*q_BTJE.shape[:2], n_columns, dtype=torch.int32)
+    inputs = (q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT)
+    call_index_kernel("fulmen_index_topk", *inputs, topk_BTK, n_columns)
+    return topk_BTK
