@@ -123,7 +123,7 @@ int fulmen_attention(const float *q, const void *k, const void *v, const int32_t
                      const int64_t *stop, float *out, float *lse, const AttentionShape *shape, float scale) try {
     const AttentionInputs in(*shape, q, k, v, topk, start, stop);
     const Cut cut(in);
-    parallel_for(shape->batch * cut.blocks * shape->key_heads * cut.parts, shape->threads,
+    parallel_for(shape->batch * cut.blocks * shape->key_heads * cut.parts, in.shape.threads,
                  [&](int64_t item) { attend_item(in, cut, item, scale, out, lse); });
     return 0;
 } catch (const std::bad_alloc &) {

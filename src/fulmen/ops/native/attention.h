@@ -57,7 +57,7 @@ struct Source {
 };
 
 struct AttentionInputs {
-    const AttentionShape &shape;
+    AttentionShape shape;
     const float *q;
     Source k, v;
     const int32_t *topk;          // [B, T, K]; read if there are no
@@ -69,7 +69,11 @@ struct AttentionInputs {
                                 round_up(shape.width, ROW_MULTIPLE), shape.is_bf16 != 0},
           v{v, shape.v_stride_b, shape.v_stride_s, shape.v_stride_g, shape.value_width,
             round_up(shape.value_width, ROW_MULTIPLE), shape.is_bf16 != 0},
-          topk(topk), start(start), stop(stop) {}
+          topk(topk), start(start), stop(stop) {
+        const int64_t most = start ? shape.keys : shape.topk;
+        const int64_t products = shape.batch * shape.queries * shape.heads * most * (shape.width + shape.value_width);
+        this->shape.threads = useful_threads(shape.threads, products);
+    }
 
     int64_t shared() const { return shape.heads / shape.key_heads; }
 
