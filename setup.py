@@ -12,7 +12,10 @@ setup(
     ext_modules=[
         Extension(
             "fulmen.ops._native",
-            sources=[f"{NATIVE}/{name}.cpp" for name in ("library", "index_topk", "attention")],
+            sources=[
+                f"{NATIVE}/{name}.cpp"
+                for name in ("library", "index_topk", "attention", "attention_backward")
+            ],
             depends=[f"{NATIVE}/{name}.h" for name in ("vectors", "threads", "attention")],
             extra_compile_args=["-std=c++17", "-O3", MACHINE, "-pthread"],
             extra_link_args=["-pthread"],

@@ -12,6 +12,8 @@ from fulmen.ops.dispatch import pin_backend
 from fulmen.ops.sparse_attention import sparse_attention
 from fulmen.ops.sparse_attention.reference import sparse_attention_reference
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 # H, G, D, V: grouped, one key head for many queries (absorbed latents), as many key heads (expanded latents)
 HEADS = {"grouped": (6, 2, 8, 8), "absorbed": (4, 1, 12, 8), "expanded": (3, 3, 12, 7)}
 # B, T, S, K: odd sizes; one query; many tiles of keys and blocks of queries

@@ -7,6 +7,8 @@ from ops_cases import DTYPES, assert_near, causal, normal, ragged
 from fulmen.ops.index_scores import index_scores
 from fulmen.ops.index_scores.reference import index_scores_reference
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 # J, I, E: one per key group, several per group, V3.2's single key head, odd numbers
 HEADS = {"one-each": (3, 3, 8), "grouped": (4, 2, 32), "single-key": (8, 1, 64), "odd": (9, 3, 20)}
 # B, T, S; "long" takes several tiles of keys and blocks of queries

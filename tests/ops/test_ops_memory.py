@@ -11,6 +11,8 @@ from fulmen.ops.indexer_loss import indexer_loss, indexer_loss_selected
 from fulmen.ops.select_topk import index_topk, select_topk
 from fulmen.ops.sparse_attention import sparse_attention
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 T = S = 1600
 K, H, G, D, J, E = 16, 4, 2, 4, 4, 4
 INDEX_KEYS = 2

@@ -12,6 +12,8 @@ from fulmen.ops.dispatch import pin_backend
 from fulmen.ops.index_scores import index_scores
 from fulmen.ops.select_topk import index_topk, select_topk
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 SCORES = st.one_of(
     st.floats(width=32),
     st.sampled_from([0.0, -0.0, 1.0, -1.0, math.nan, math.inf, -math.inf, 1e-45, -1e-45]),

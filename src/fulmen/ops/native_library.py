@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 NATIVE_VERSION = 1
+# Numbers, as in `native/attention.h`: gradients have rows of whole vectors.
+ROW_MULTIPLE = 16
 
 
 class IndexShape(ctypes.Structure):

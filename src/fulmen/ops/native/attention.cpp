@@ -10,7 +10,6 @@
 
 namespace {
 
-constexpr float LOG2_E = 1.4426950408889634f;
 // Queries that a thread takes at a time, one key head after the other: what they select alike stays in its cache.
 constexpr int64_t BLOCK_QUERIES = 16;
 
@@ -58,27 +57,17 @@ struct QueryState {
 
     template <int N> void attend_heads(int64_t h, const AttentionInputs &in, const KeyTile &tile) {
         alignas(64) float scores[N * WIDEST_TILE];
+        const float *heads_q = q.data() + h * in.k.padded;
         for (int64_t low = 0; low < tile.count; low += LANES) {
-            const int64_t count = std::min<int64_t>(LANES, tile.count - low);
-            if (h == 0) {
-                if (in.k.in_place()) prefetch_rows(tile.k, std::min(low + LANES, tile.count), std::min(low + 2 * LANES, tile.count), in.k.padded);
-                if (in.v.in_place()) prefetch_rows(tile.v, low, low + count, in.v.padded);
-            }
-            dot_rows<N>(q.data() + h * in.k.padded, tile.k + low, count, in.k.padded, scores + low);
+            if (h == 0) prefetch_tile(in, tile, low, low + LANES);
+            dot_rows<N>(heads_q, tile.k + low, LANES, in.k.padded, scores + low);
         }
         for (int n = 0; n < N; n++) weigh(h + n, scores + n * WIDEST_TILE, tile.count);
         add_rows<N>(scores, tile.v, tile.count, width, sum.data() + h * width);
     }
 
     void attend(const AttentionInputs &in, const KeyTile &tile) {
-        for (int64_t h = 0; h < heads;) {
-            // 4 are two pairs: a single head uses half of what is read.
-            const int64_t left = heads - h, now = left == 4 ? std::min(2, MOST_HEADS) : std::min<int64_t>(left, MOST_HEADS);
-            if (now == 3) attend_heads<3>(h, in, tile);
-            else if (now == 2) attend_heads<2>(h, in, tile);
-            else attend_heads<1>(h, in, tile);
-            h += now;
-        }
+        for_heads(heads, [&](auto n, int64_t h) { attend_heads<decltype(n)::value>(h, in, tile); });
     }
 
     void finish(float *out, float *lse, int64_t value_width) const {
@@ -134,7 +123,7 @@ int fulmen_attention(const float *q, const void *k, const void *v, const int32_t
                      const int64_t *stop, float *out, float *lse, const AttentionShape *shape, float scale) try {
     const AttentionInputs in(*shape, q, k, v, topk, start, stop);
     const Cut cut(in);
-    parallel_for(shape->batch * cut.blocks * shape->key_heads * cut.parts, shape->threads,
+    parallel_for(shape->batch * cut.blocks * shape->key_heads * cut.parts, in.shape.threads,
                  [&](int64_t item) { attend_item(in, cut, item, scale, out, lse); });
     return 0;
 } catch (const std::bad_alloc &) {

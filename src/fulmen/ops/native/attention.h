@@ -5,6 +5,7 @@
 #include "vectors.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <memory>
 #include <vector>
 
@@ -15,6 +16,9 @@ struct AttentionShape {
 };
 
 constexpr int64_t WIDEST_TILE = 128;
+// Rows are padded to a multiple of so many numbers: a whole number of vectors on every machine.
+constexpr int64_t ROW_MULTIPLE = 16;
+constexpr float LOG2_E = 1.4426950408889634f;
 
 // The keys of a query: positions from a list, or (without one) from first on.
 struct KeyList {
@@ -53,7 +57,7 @@ struct Source {
 };
 
 struct AttentionInputs {
-    const AttentionShape &shape;
+    AttentionShape shape;
     const float *q;
     Source k, v;
     const int32_t *topk;          // [B, T, K]; read if there are no
@@ -62,10 +66,14 @@ struct AttentionInputs {
     AttentionInputs(const AttentionShape &shape, const float *q, const void *k, const void *v, const int32_t *topk,
                     const int64_t *start, const int64_t *stop)
         : shape(shape), q(q), k{k, shape.k_stride_b, shape.k_stride_s, shape.k_stride_g, shape.width,
-                                round_up(shape.width, LANES), shape.is_bf16 != 0},
+                                round_up(shape.width, ROW_MULTIPLE), shape.is_bf16 != 0},
           v{v, shape.v_stride_b, shape.v_stride_s, shape.v_stride_g, shape.value_width,
-            round_up(shape.value_width, LANES), shape.is_bf16 != 0},
-          topk(topk), start(start), stop(stop) {}
+            round_up(shape.value_width, ROW_MULTIPLE), shape.is_bf16 != 0},
+          topk(topk), start(start), stop(stop) {
+        const int64_t most = start ? shape.keys : shape.topk;
+        const int64_t products = shape.batch * shape.queries * shape.heads * most * (shape.width + shape.value_width);
+        this->shape.threads = useful_threads(shape.threads, products);
+    }
 
     int64_t shared() const { return shape.heads / shape.key_heads; }
 
@@ -114,6 +122,13 @@ constexpr int KEYS = LANES < 8 ? LANES : 8;
 static inline void prefetch_rows(const float *const *rows, int64_t low, int64_t high, int64_t width) {
     for (int64_t i = low; i < high; i++)
         for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(rows[i] + d, 0, 2);
+}
+
+// The values of the keys low <= i < high of a tile, and the keys that come next.
+static inline void prefetch_tile(const AttentionInputs &in, const KeyTile &tile, int64_t low, int64_t high) {
+    if (in.k.in_place())
+        prefetch_rows(tile.k, std::min(high, tile.count), std::min(2 * high - low, tile.count), in.k.padded);
+    if (in.v.in_place()) prefetch_rows(tile.v, low, std::min(high, tile.count), in.v.padded);
 }
 
 // out[h * WIDEST_TILE + i] = x[h] . rows[i] for N heads and whole vectors of rows.
@@ -168,3 +183,15 @@ static inline void add_rows(const float *weights, const float *const *rows, int6
 
 // Heads computed together, for which registers suffice.
 constexpr int MOST_HEADS = LANES == 8 ? 1 : 3;
+
+// work(std::integral_constant<int, N>, first) for all heads, N of them at a time.
+template <class Work> void for_heads(int64_t heads, const Work &work) {
+    for (int64_t h = 0; h < heads;) {
+        // 4 are two pairs: a head by itself uses a third of what it reads.
+        const int64_t left = heads - h, now = std::min<int64_t>(left == 4 ? 2 : left, MOST_HEADS);
+        if (now == 3) work(std::integral_constant<int, 3>{}, h);
+        else if (now == 2) work(std::integral_constant<int, 2>{}, h);
+        else work(std::integral_constant<int, 1>{}, h);
+        h += now;
+    }
+}

@@ -28,7 +28,7 @@ struct IndexShape {
 namespace {
 
 struct Inputs {
-    const IndexShape &shape;
+    IndexShape shape;
     const float *q, *w, *b;  // q is scaled; b may be null
     const void *k;
     const int64_t *start, *stop;
@@ -37,6 +37,12 @@ struct Inputs {
     int64_t tiles() const { return (shape.keys + TILE - 1) / TILE; }
     int64_t tile_numbers() const { return shape.key_heads * shape.width * TILE; }
 };
+
+IndexShape with_useful_threads(IndexShape shape) {
+    const int64_t products = shape.batch * shape.queries * shape.keys * shape.heads * shape.width;
+    shape.threads = useful_threads(shape.threads, products);
+    return shape;
+}
 
 struct Interval {
     int64_t start, stop;
@@ -303,7 +309,7 @@ extern "C" {
 // 0, or 1 where memory ran out (as in all functions here).
 int fulmen_index_topk(const float *q, const void *k, const float *w, const float *b, const int64_t *start,
                       const int64_t *stop, int32_t *chosen, const IndexShape *shape) try {
-    Inputs in{*shape, q, w, b, k, start, stop, nullptr};
+    Inputs in{with_useful_threads(*shape), q, w, b, k, start, stop, nullptr};
     const int64_t topk = shape->topk;
     auto wanted = [&](int64_t row) {
         const Interval seen = interval_of(start, stop, row, shape->keys);
@@ -326,7 +332,7 @@ int fulmen_index_topk(const float *q, const void *k, const float *w, const float
 // `scores` [B, T, S] is filled with -inf by the caller.
 int fulmen_index_scores(const float *q, const void *k, const float *w, const float *b, const int64_t *start,
                         const int64_t *stop, float *scores, const IndexShape *shape) try {
-    Inputs in{*shape, q, w, b, k, start, stop, nullptr};
+    Inputs in{with_useful_threads(*shape), q, w, b, k, start, stop, nullptr};
     auto wanted = [&](int64_t row) {
         const Interval seen = interval_of(start, stop, row, shape->keys);
         return seen.start < seen.stop;
@@ -347,6 +353,7 @@ int fulmen_index_scores(const float *q, const void *k, const float *w, const flo
 int fulmen_select_topk(const float *scores, const int64_t *start, const int64_t *stop, int32_t *chosen,
                        int64_t rows, int64_t keys, int64_t topk, int64_t threads) try {
     constexpr int64_t PER_ITEM = 16;
+    threads = useful_threads(threads, 8 * rows * keys);
     parallel_for((rows + PER_ITEM - 1) / PER_ITEM, threads, [&](int64_t item) {
         const SelectionRoom room(keys, topk);
         for (int64_t row = item * PER_ITEM; row < std::min(rows, (item + 1) * PER_ITEM); row++) {

@@ -1,0 +1,176 @@
+"""What the native kernels promise beyond the other backends: bits that depend on nothing but the numbers."""
+
+import ctypes
+
+import pytest
+import torch
+from ops_cases import assert_near, causal, gradients, normal, ragged, random_selection
+
+from fulmen.ops import native_library
+from fulmen.ops.dense_attention import dense_attention
+from fulmen.ops.dispatch import pin_backend
+from fulmen.ops.index_scores import index_scores
+from fulmen.ops.native_library import native_reason
+from fulmen.ops.select_topk import index_topk, select_topk
+from fulmen.ops.sparse_attention import sparse_attention
+from fulmen.ops.sparse_attention.reference import sparse_attention_reference
+
+THREADS = [2, 3, 7]
+# H, G, D, V: SmolLM2's, absorbed latents, a single head
+HEADS = [(9, 3, 64, 64), (16, 1, 40, 32), (1, 1, 5, 3), (8, 2, 16, 16)]
+# J, I, E
+INDEX_HEADS = [(9, 3, 24), (4, 1, 33), (2, 2, 8)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _native():
+    if reason := native_reason():
+        pytest.skip(f"native: {reason}")
+    with pin_backend("native"):
+        yield
+
+
+@pytest.fixture
+def _restore_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def attention_inputs(B, T, S, heads, dtype=torch.float32):
+    H, G, D, V = heads
+    shapes = [(B, T, H, D), (B, S, G, D), (B, S, G, V)]
+    return tuple(normal(*s, seed=i, dtype=dtype).requires_grad_() for i, s in enumerate(shapes))
+
+
+def index_inputs(B, T, S, heads, dtype=torch.float32):
+    J, index_keys, E = heads
+    shapes = [(B, T, J, E), (B, S, index_keys, E), (B, T, J), (B, T, J)]
+    return [normal(*s, seed=i, dtype=dtype) for i, s in enumerate(shapes)]
+
+
+def everything(heads, index_heads):
+    """Results of all kernels on one set of inputs."""
+    B, T, S, K = 2, 50, 700, 40
+    intervals = ragged(B, T, S)
+    index = index_inputs(B, T, S, index_heads)
+    scores = index_scores(*index, *intervals)
+    chosen = [index_topk(*index, *intervals, K), select_topk(scores, *intervals, K)]
+    qkv = attention_inputs(B, T, S, heads)
+    sparse = sparse_attention(*qkv, random_selection(B, T, S, K), 0.3)
+    return [scores, *chosen, *sparse, *gradients(sparse, qkv), *dense_attention(*qkv, *intervals, 0.3)]
+
+
+@pytest.mark.usefixtures("_restore_threads")
+@pytest.mark.parametrize(("heads", "index_heads"), list(zip(HEADS, INDEX_HEADS, strict=False)))
+def test_the_number_of_threads_changes_no_bit(heads, index_heads):
+    torch.set_num_threads(1)
+    alone = everything(heads, index_heads)
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        for together, one in zip(everything(heads, index_heads), alone, strict=True):
+            assert torch.equal(together, one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", INDEX_HEADS)
+def test_a_decoded_query_scores_and_selects_as_in_the_prefill(heads, dtype):
+    B, S = 2, 300
+    q, k, w, b = index_inputs(B, S, S, heads, dtype)
+    start, stop = causal(B, S, S)
+    scores, chosen = index_scores(q, k, w, b, start, stop), index_topk(q, k, w, b, start, stop, 16)
+    for t in (0, 16, 17, 63, 64, 200, S - 1):
+        # The cache then ends with the query's own key.
+        row, past = slice(t, t + 1), slice(0, t + 1)
+        inputs = (q[:, row], k[:, past], w[:, row], b[:, row], start[:, row], stop[:, row])
+        assert torch.equal(index_scores(*inputs), scores[:, row, past])
+        decoded = index_topk(*inputs, 16)
+        assert torch.equal(decoded, chosen[:, row, : decoded.shape[-1]])
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_a_decoded_query_attends_as_in_the_prefill(heads):
+    B, T, S = 2, 40, 400
+    q, k, v = attention_inputs(B, T, S, heads)
+    topk = random_selection(B, T, S, 150)
+    start, stop = ragged(B, T, S)
+    sparse, dense = sparse_attention(q, k, v, topk, 0.3), dense_attention(q, k, v, start, stop, 0.3)
+    for t in (0, 1, T - 1):
+        row = slice(t, t + 1)
+        for alone, among in (
+            (sparse_attention(q[:, row], k, v, topk[:, row], 0.3), sparse),
+            (dense_attention(q[:, row], k, v, start[:, row], stop[:, row], 0.3), dense),
+        ):
+            assert torch.equal(alone[0], among[0][:, row])
+            assert torch.equal(alone[1], among[1][:, row])
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_gradients_match_the_reference_where_many_queries_share_keys(heads):
+    B, T, S, K = 2, 300, 90, 60
+    qkv, topk = attention_inputs(B, T, S, heads), random_selection(B, T, S, K)
+    wanted = sparse_attention_reference(*qkv, topk, 0.2)
+    found = sparse_attention(*qkv, topk, 0.2)
+    for gradient, want in zip(
+        gradients(found, qkv), gradients((wanted.out_BTHV, wanted.lse_BTH), qkv), strict=True
+    ):
+        torch.testing.assert_close(gradient, want, rtol=2e-5, atol=2e-5 * want.abs().max().item())
+
+
+def test_gradients_take_any_layout():
+    qkv, topk = attention_inputs(2, 20, 50, HEADS[0]), random_selection(2, 20, 50, 9)
+    out, lse = sparse_attention(*qkv, topk, 0.3)
+    dout, dlse = normal(2, 9, 64, 20, seed=5).permute(0, 3, 1, 2), normal(9, 20, 2, seed=6).permute(2, 1, 0)
+    plain = torch.autograd.grad((out, lse), qkv, (dout.contiguous(), dlse.contiguous()), retain_graph=True)
+    odd = torch.autograd.grad((out, lse), qkv, (dout, dlse))
+    for gradient, want in zip(odd, plain, strict=True):
+        assert_near(gradient, want, torch.float32)
+
+
+@pytest.mark.parametrize("poisoned", [0, 1, 2], ids="qkv")
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_poison_stays_with_the_queries_that_select_it(poisoned, poison):
+    clean = attention_inputs(1, 20, 40, (4, 2, 16, 16))
+    # The first 8 queries select among the first 20 keys, the others among the rest.
+    topk = torch.stack([torch.randperm(20)[:7] + (0 if t < 8 else 20) for t in range(20)])[None]
+    bad = [x.detach().clone() for x in clean]
+    bad[poisoned][:, 3] = poison
+    bad = [x.requires_grad_() for x in bad]
+    (out, lse), (bad_out, bad_lse) = sparse_attention(*clean, topk, 0.3), sparse_attention(*bad, topk, 0.3)
+    assert torch.equal(bad_out[:, 8:], out[:, 8:])
+    assert torch.equal(bad_lse[:, 8:], lse[:, 8:])
+    dq, dk, dv = torch.autograd.grad(bad_out.sum() + bad_lse.sum(), bad)
+    wanted = torch.autograd.grad(out.sum() + lse.sum(), clean)
+    assert torch.equal(dq[:, 8:], wanted[0][:, 8:])
+    assert torch.equal(dk[:, 20:], wanted[1][:, 20:])
+    assert torch.equal(dv[:, 20:], wanted[2][:, 20:])
+
+
+@pytest.mark.parametrize("topk", [1, 7, 2999])
+def test_selection_far_below_the_length_and_just_below_it(topk):
+    scores = torch.cat([normal(1, 20, 3000), normal(1, 20, 3000).round(), normal(1, 20, 3000).relu()], 1)
+    interval = causal(1, 60, 3000)
+    with pin_backend("reference"):
+        expected = select_topk(scores, *interval, topk)
+    assert torch.equal(select_topk(scores, *interval, topk), expected)
+
+
+def test_a_library_of_another_version_is_not_used(monkeypatch):
+    monkeypatch.setattr(native_library, "NATIVE_VERSION", -1)
+    library, reason = native_library._open_native.__wrapped__()
+    assert library is None
+    assert "of another version" in reason
+
+
+def test_a_file_that_is_no_library_is_not_used(monkeypatch, tmp_path):
+    (tmp_path / "_native.so").write_text("nothing")
+    monkeypatch.setattr(native_library, "__file__", str(tmp_path / "native_library.py"))
+    monkeypatch.setattr(native_library, "EXTENSION_SUFFIXES", [".so"])
+    assert "does not load" in native_library._open_native.__wrapped__()[1]
+    (tmp_path / "_native.so").unlink()
+    assert "was not built" in native_library._open_native.__wrapped__()[1]
+
+
+def test_the_structures_have_the_sizes_that_the_kernels_read():
+    assert ctypes.sizeof(native_library.IndexShape) == 12 * 8
+    assert ctypes.sizeof(native_library.AttentionShape) == 16 * 8
