@@ -122,7 +122,7 @@ def test_page_says_what_was_found_and_how(report, html):
     dsa = report["variants"]["dsa"]
     assert f"with {TOPK} of 80 tokens kept" in text
     assert f"{dsa['second_half']:.4f}" in text
-    assert "of 16 needles" in text
+    assert "of 16 questions about 12 texts" in text
     for value in ("tiny <model>", "fulmen parity out", "torch", "transformers", "2 code, 2 prose"):
         assert value in text
     assert "/usr/bin" not in html
@@ -154,7 +154,7 @@ def test_markdown_has_the_verdict_and_the_tables(report, tmp_path):
         "| window + sinks |",
         "| code | 2 |",
         f"| {TOPK} |",
-        "| 3 needles | 60 |",
+        "| 3 needles | 60 | 2 |",
         "- machine:",
     ):
         assert line in text

@@ -37,14 +37,17 @@ COST_POSITIONS = tuple(2**power for power in range(8, 21))
 
 
 class EvalSize(NamedTuple):
-    """How much is read: texts per kind, needle samples per task and length, keys of the multi-key task."""
+    """How much is read: texts per kind of text, and texts with needles per number of keys and length.
+
+    Every needle of a text is asked for: in all, FULL asks 16 questions with one key and 128 with eight.
+    """
 
     windows: int
-    needles: int
-    keys: tuple[int, ...] = (1, 4)
+    needle_texts: int
+    keys: tuple[int, ...] = (1, 8)
 
 
-FULL, QUICK = EvalSize(windows=8, needles=10), EvalSize(windows=2, needles=2)
+FULL, QUICK = EvalSize(windows=8, needle_texts=8), EvalSize(windows=2, needle_texts=2)
 
 
 def evaluate(settings: EvalSettings) -> dict[str, Any]:
@@ -90,7 +93,7 @@ def _needles(heldout: Sequence[Document], tokenizer: Any, length: int, size: Eva
     for n_tokens in (length // 2, length):
         for n_keys in size.keys:
             try:
-                samples += needle_samples(heldout, tokenizer, n_tokens, size.needles, n_keys=n_keys)
+                samples += needle_samples(heldout, tokenizer, n_tokens, size.needle_texts, n_keys=n_keys)
             except (ConfigError, CorpusError) as error:
                 say(f"No needles of {n_tokens} tokens: {error}")
     return samples
