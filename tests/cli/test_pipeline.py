@@ -20,7 +20,9 @@ import fulmen
 from fulmen.cli.evaluation_run import evaluate
 from fulmen.cli.pipeline import convert
 from fulmen.cli.settings import ConvertSettings, EvalSettings
+from fulmen.corpus import load_corpus
 from fulmen.errors import ConfigError, CorpusError, OutputError, ResumeError
+from fulmen.evaluation.tasks import needle_samples, score_by_forward, score_samples
 from fulmen.modeling.checkpoint import find_source
 from fulmen.modeling.mla_attention import fulmen_attention
 
@@ -208,4 +210,8 @@ def test_real_model(tmp_path, monkeypatch):
     prompt = tokenizer("def add(a, b):\n    return a +", return_tensors="pt")
     text = tokenizer.decode(model.generate(**prompt, max_new_tokens=3, do_sample=False)[0])
     assert text.startswith("def add(a, b):\n    return a + b")
+    needles = needle_samples(load_corpus().heldout, tokenizer, 384, 1, n_keys=4)
+    answers = score_samples(model, needles)
+    assert answers == [score_by_forward(model, sample) for sample in needles]
+    assert sum(answers) >= 2
     shutil.rmtree(out)
