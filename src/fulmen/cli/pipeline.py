@@ -1,6 +1,5 @@
 """A conversion from source to output directory: load, inherit, warm up, save; resumable at every point."""
 
-import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from fulmen.cli.settings import ConvertSettings
 from fulmen.cli.texts import up_to
 from fulmen.config import DsaConfig
 from fulmen.corpus import Corpus, load_corpus
-from fulmen.errors import ConfigError, OutputError
+from fulmen.errors import ConfigError
 from fulmen.evaluation.variants import indexer_state
 from fulmen.modeling.checkpoint import load_dense, require_free_output, save_converted
 from fulmen.modeling.families import family_for
@@ -96,10 +95,9 @@ def _inherit(
     settings: ConvertSettings,
     run: RunDir,
 ) -> list[dict[str, Any]]:
-    record_file = run.path / "inherit.json"
-    if (done := run.load_stage("inherit")) is not None and record_file.exists():
-        model.load_state_dict(done, strict=False)
-        return json.loads(record_file.read_text(encoding="utf-8"))
+    if (done := run.load_done("inherit")) is not None:
+        model.load_state_dict(done[0], strict=False)
+        return done[1]
     texts = up_to(corpus.calibration, tokenizer, window, CALIBRATION_WINDOWS, settings.seed)
     ids_BT = torch.stack([text.input_ids for text in texts]).to(model.device)
     n_layers = model.config.num_hidden_layers
@@ -114,7 +112,7 @@ def _inherit(
                 model, ids_BT, topk, lambda fit: advance(fit.layer + 1, n_layers, f"KL {fit.kl:.2f}")
             )
     record = [layer._asdict() for layer in layers]
-    record_file.write_text(json.dumps(record), encoding="utf-8")
+    run.save_record("inherit", record)
     run.save_stage("inherit", indexer_state(model))
     return record
 
@@ -127,6 +125,9 @@ def _warm_up(
     settings: ConvertSettings,
     run: RunDir,
 ) -> dict[str, Any]:
+    if (done := run.load_done("warmup")) is not None:
+        model.load_state_dict(done[0], strict=False)
+        return done[1]
     texts = up_to(corpus.training, tokenizer, window, TRAINING_WINDOWS + VALIDATION_WINDOWS, settings.seed)
     n_validation = min(VALIDATION_WINDOWS, len(texts) // 2)
     if not n_validation:
@@ -143,6 +144,8 @@ def _warm_up(
         f"Warm-up: validation loss {result.loss_before:.4f} -> {result.loss_after:.4f} "
         f"(step {result.best_step} of {result.last_step}, {result.seconds:.0f} s)"
     )
+    run.save_record("warmup", asdict(result))
+    run.save_stage("warmup", indexer_state(model))
     return asdict(result)
 
 
@@ -152,12 +155,8 @@ def _save(
     extras = {f"{STAGES_DIR}/inherit.safetensors": run.stage("inherit")}
     if (log := run.path / "warmup" / "layers.jsonl").exists():
         extras[f"{STAGES_DIR}/warmup-layers.jsonl"] = log
-    record_file = run.path / RECORD_FILE
-    try:
-        record_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{record_file} cannot be written: {error.strerror}") from error
-    extras[RECORD_FILE] = record_file
+    run.save_record("conversion", record)
+    extras[RECORD_FILE] = run.record("conversion")
     save_converted(model, tokenizer, out, conversion_card(record), overwrite=overwrite, extras=extras)
 
 
