@@ -27,6 +27,7 @@ from fulmen.modeling.inherit import inherit_gqa
 from fulmen.modeling.mla_attention import own_attention
 from fulmen.modeling.mla_convert import MLA_DSA_TYPES
 from fulmen.modeling.mla_inherit import inherit_mla
+from fulmen.training.processes import first_alone, is_first, wait_for_all
 from fulmen.training.warmup import WarmupSettings, warm_up
 
 CALIBRATION_WINDOWS = 4
@@ -49,10 +50,11 @@ def convert(settings: ConvertSettings) -> Path:
     model = family_for(dense.config).from_dense(dense, dsa).eval()
     run = RunDir(out)
     identity = _identity(settings, corpus, dsa, window)
-    if run.open(identity, discard_other=settings.overwrite):
+    if first_alone(lambda: run.open(identity, discard_other=settings.overwrite)):
         say("Resuming an interrupted conversion")
     with own_attention(model):
-        records: dict[str, Any] = {"inherit": _inherit(model, tokenizer, corpus, window, settings, run)}
+        inherited = first_alone(lambda: _inherit(model, tokenizer, corpus, window, settings, run))
+        records: dict[str, Any] = {"inherit": inherited}
         if "warmup" in settings.stages:
             records["warmup"] = _warm_up(model, tokenizer, corpus, window, settings, run)
     record = {
@@ -62,8 +64,10 @@ def convert(settings: ConvertSettings) -> Path:
         "stages_done": records,
         "made_with": _versions(),
     }
-    _save(model, tokenizer, out, record, run, overwrite=settings.overwrite)
-    run.remove()
+    if is_first():
+        _save(model, tokenizer, out, record, run, overwrite=settings.overwrite)
+        run.remove()
+    wait_for_all()
     say(f"Wrote {settings.out}; next: fulmen eval {settings.out} --html report.html")
     return out
 
@@ -144,8 +148,9 @@ def _warm_up(
         f"Warm-up: validation loss {result.loss_before:.4f} -> {result.loss_after:.4f} "
         f"(step {result.best_step} of {result.last_step}, {result.seconds:.0f} s)"
     )
-    run.save_record("warmup", asdict(result))
-    run.save_stage("warmup", indexer_state(model))
+    if is_first():
+        run.save_record("warmup", asdict(result))
+        run.save_stage("warmup", indexer_state(model))
     return asdict(result)
 
 

@@ -1,4 +1,4 @@
-"""A layer's attention as one distribution, the mean over its heads: what the indexer learns, the oracle knows."""
+"""A layer's attention as one distribution, the mean over heads: what the indexer learns."""
 
 import torch
 from torch import Tensor

@@ -30,6 +30,7 @@ from transformers import (
 from fulmen.errors import TrainingDivergedError, unwritable
 from fulmen.modeling.selectors import IndexerSelector, dsa_attentions, use_selector
 from fulmen.training.losses import IndexerLossSelector, LayerLoss, output_weight
+from fulmen.training.processes import as_the_first, first_alone, is_first
 
 # Evaluations after the first; fewer where they would take more than this share of a time budget.
 EVALUATIONS, EVALUATION_SHARE = 3, 0.2
@@ -143,13 +144,10 @@ def _warm_up(
     model.requires_grad_(False)
     stack.indexers.requires_grad_(True)
     model.eval()
-    last_step = _forget_what_is_not_whole(run_dir)
+    last_step = first_alone(lambda: _forget_what_is_not_whole(run_dir))
     last_checkpoint = str(run_dir / f"checkpoint-{last_step}") if last_step else None
-    if not (run_dir / INITIAL_FILE).exists():
-        state = {name: tensor.contiguous() for name, tensor in stack.indexers.state_dict().items()}
-        _write_aside(run_dir / INITIAL_FILE, lambda aside: save_file(state, aside))
-    initial = load_file(run_dir / INITIAL_FILE)
-    plan = _plan(stack, train, validation, run_dir, settings)
+    initial = first_alone(lambda: _initial(stack, run_dir))
+    plan = first_alone(lambda: _plan(stack, train, validation, run_dir, settings))
     trainer = _WarmupTrainer(
         model=stack,
         args=_arguments(run_dir, settings, plan["steps"], plan["evaluations"]),
@@ -241,14 +239,15 @@ class _Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         layers = self.stack.last
         rows = [_log_row(state.global_step, index, layer) for index, layer in sorted(layers.items())]
-        with open(self.log_file, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        if is_first():
+            with open(self.log_file, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
         means = {
             name: sum(getattr(layer, name) for layer in layers.values()) / len(layers)
             for name in ("kl", "changed")
         }
         self.on_step(state.global_step, state.max_steps, means)
-        if self.budget_s is not None and time.monotonic() - self.began > self.budget_s:
+        if self.budget_s is not None and as_the_first(time.monotonic() - self.began > self.budget_s):
             control.should_training_stop = control.should_evaluate = control.should_save = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
@@ -258,6 +257,15 @@ class _Watch(TrainerCallback):
 def _log_row(step: int, index: int, layer: LayerLoss) -> dict[str, float]:
     values = {name: getattr(layer, name) for name in ("kl", "changed", "entropy", "captured", "oracle")}
     return {"step": step, "layer": index, **values}
+
+
+def _initial(stack: IndexerStack, run_dir: Path) -> dict[str, Tensor]:
+    """The weights that training began with, written down at the first start."""
+    file = run_dir / INITIAL_FILE
+    if not file.exists():
+        state = {name: tensor.contiguous() for name, tensor in stack.indexers.state_dict().items()}
+        _write_aside(file, lambda aside: save_file(state, aside))
+    return load_file(file)
 
 
 def _plan(
@@ -353,7 +361,8 @@ def _forget_what_is_not_whole(run_dir: Path) -> int:
         # Steps after the checkpoint are run and logged again.
         rows = log.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= last_step]
-        _write_aside(log, lambda aside: aside.write_text("".join(kept), encoding="utf-8"))
+        if kept != rows:
+            _write_aside(log, lambda aside: aside.write_text("".join(kept), encoding="utf-8"))
     return last_step
 
 
