@@ -115,6 +115,10 @@ def test_page_follows_the_readers_colours(html):
     drawings = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
     assert all(f"var(--{name})" in drawings for name in ("dense", "oracle", "dsa", "window", "ink", "grid"))
     assert not any(color in drawings for color in VARIANT_COLORS.values())
+    # No word is left in the drawing library's own black, which a dark page would swallow.
+    words = re.findall(r"<text [^>]*>", drawings)
+    assert words
+    assert all("fill: var(--ink)" in word or "fill: #ffffff" in word for word in words)
 
 
 def test_page_says_what_was_found_and_how(report, html):

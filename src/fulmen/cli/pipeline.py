@@ -20,7 +20,7 @@ from fulmen.config import DsaConfig
 from fulmen.corpus import Corpus, load_corpus
 from fulmen.errors import ConfigError
 from fulmen.evaluation.variants import indexer_state
-from fulmen.modeling.checkpoint import load_dense, require_free_output, save_converted
+from fulmen.modeling.checkpoint import find_source, load_dense, require_free_output, save_converted
 from fulmen.modeling.families import family_for
 from fulmen.modeling.index_shape import default_dsa
 from fulmen.modeling.inherit import inherit_gqa
@@ -41,6 +41,7 @@ def convert(settings: ConvertSettings) -> Path:
     """Run a conversion as `fulmen convert` does. Raises every FulmenError its parts raise."""
     out = settings.out.expanduser().absolute()
     require_free_output(out, overwrite=settings.overwrite)
+    find_source(settings.source)
     corpus = load_corpus(*settings.data)
     say(f"Loading {settings.source}")
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)

@@ -148,11 +148,14 @@ def needle_verdict(result: Mapping[str, Any]) -> str:
     if not found["overall"]:
         return ""
     dsa, dense = found["overall"]["dsa"], found["overall"]["dense"]
-    pairs = found["pairs"]
+    pairs, gap = found["pairs"], found["dsa_minus_dense"]
+    limits = "no interval from one text"
+    if gap["low"] is not None:
+        limits = f"95 % interval {gap['low']:+.1f} to {gap['high']:+.1f}"
     return (
         f"Retrieval: DSA answers {dsa['right']} of {dsa['n']} questions about {found['texts']} texts, dense "
-        f"{dense['right']}: {points_text(found['dsa_minus_dense'])} points. Both right {pairs['both']}, only "
-        f"dense {pairs['dense_only']}, only DSA {pairs['dsa_only']}, neither {pairs['neither']}."
+        f"{dense['right']}: {gap['estimate']:+.1f} points ({limits}). Both right {pairs['both']}, only dense "
+        f"{pairs['dense_only']}, only DSA {pairs['dsa_only']}, neither {pairs['neither']}."
     )
 
 

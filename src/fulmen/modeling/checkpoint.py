@@ -58,9 +58,10 @@ def load_dense(source: str | Path, dtype: torch.dtype | str = "auto") -> tuple[P
         require_sound_gguf(Path(found.place, found.gguf_file))
     else:
         _require_supported_config(found)
+    tokenizer = _load_tokenizer(found)
     model = _load_weights(found, dtype)
     require_finite(model, str(found))
-    return model, _load_tokenizer(found)
+    return model, tokenizer
 
 
 def find_source(source: str | Path) -> ModelSource:
@@ -197,7 +198,9 @@ def _require_supported_config(source: ModelSource) -> None:
     try:
         values, _ = PreTrainedConfig.get_config_dict(source.place)
     except Exception as error:
-        raise CheckpointError(f"{source} has no readable config.json ({_one_line(error)})") from error
+        raise CheckpointError(
+            f"{source} has no readable config.json ({_one_line(error)}); check name, file, network"
+        ) from error
     if not values.get("model_type"):
         raise CheckpointError(f"{source} names no model_type in config.json; it is no Transformers model")
     family_for_type(values["model_type"])
@@ -247,7 +250,9 @@ def _load_tokenizer(source: ModelSource) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source.place, **options)
     except Exception as error:
-        raise CheckpointError(f"{source} has no readable tokenizer ({_one_line(error)})") from error
+        raise CheckpointError(
+            f"{source} has no readable tokenizer ({_one_line(error)}); put its tokenizer files there"
+        ) from error
 
 
 def _write_model(model: PreTrainedModel, tokenizer: Any, folder: Path, card: str) -> None:

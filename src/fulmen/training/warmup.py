@@ -323,6 +323,7 @@ def _arguments(run_dir: Path, settings: WarmupSettings, steps: int, evaluations:
         disable_tqdm=True,
         report_to=[],
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
     )
 
 
