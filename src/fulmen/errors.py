@@ -63,3 +63,15 @@ class CacheError(FulmenError):
 
 class BackendError(FulmenError):
     """A pinned backend cannot run the operation here; the message has the reason."""
+
+
+def unwritable(path: object, error: Exception) -> OutputError:
+    """The OutputError for a write that failed, whatever the library raised: what, why, and what to do."""
+    reason = (
+        getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+    )
+    if "enforce fail" in reason:  # torch's file writer
+        reason = "the disk is full, or takes no file of that size"
+    return OutputError(
+        f"{path} cannot be written ({reason[:200]}); make room or the place writable, then run the same again"
+    )

@@ -108,6 +108,7 @@ class TestErrors:
             (["--topk", "0"], "topk=0 cannot be; use an integer of at least 1"),
             (["--dtype", "int3"], "dtype='int3' is not known"),
             (["--data", "no/such/text"], "does not exist"),
+            (["--seed", "-1"], "seed=-1 cannot be; use an integer of 0 to 4294967295"),
         ],
     )
     def test_conversions_that_cannot_be(self, options, words, tmp_path):
@@ -115,10 +116,25 @@ class TestErrors:
 
     @pytest.mark.parametrize(
         ("options", "words"),
-        [(["--windows", "0"], "windows=0"), (["--html", "no/such/x.html"], "is no directory")],
+        [
+            (["--windows", "0"], "windows=0"),
+            (["--html", "no/such/x.html"], "is no directory"),
+            (["--json", "."], "is a directory; name a file"),
+            (["--length", "8"], "length=8 is too short for a text; use 64 or more"),
+            (["--quick"], "holds no config.json"),
+        ],
     )
     def test_evaluations_that_cannot_be(self, options, words, tmp_path):
         assert words in refused("eval", tmp_path, *options)
+
+    def test_evaluations_that_do_not_fit_the_model(self, dsa_dir, dense_dir):
+        assert "length=513 exceeds the model's context of 512" in refused("eval", dsa_dir, "--length", "513")
+        assert "'qwen2' is not a DSA model" in refused("eval", dense_dir)
+        missing = refused("eval", dsa_dir, "--length", "64", "--dense", "./no/such")
+        assert "no/such does not exist" in missing
+
+    def test_an_empty_question(self, tmp_path):
+        assert "prompt is empty; write a question" in refused("chat", tmp_path, "--prompt", " ")
 
     def test_options_of_the_wrong_type_exit_with_2_as_well(self):
         assert call("convert", "m", "--out", "o", "--topk", "many").exit_code == 2

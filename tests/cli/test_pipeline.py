@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ import fulmen
 from fulmen.cli.evaluation_run import evaluate
 from fulmen.cli.pipeline import convert
 from fulmen.cli.settings import ConvertSettings, EvalSettings
+from fulmen.corpus import load_corpus
 from fulmen.errors import ConfigError, CorpusError, OutputError, ResumeError
+from fulmen.evaluation.tasks import needle_samples, score_by_forward, score_samples
 from fulmen.modeling.checkpoint import find_source
 from fulmen.modeling.mla_attention import fulmen_attention
 
@@ -115,8 +118,7 @@ def test_inherit_alone_and_same_seed_same_weights(tmp_path, corpus_dir, llama_di
         convert(settings(llama_dir, tmp_path / name, corpus_dir, stages=("inherit",), steps=None))
         for name in "ab"
     ]
-    states = [AutoModelForCausalLM.from_pretrained(out).state_dict() for out in outs]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert_same_model(*outs)
 
 
 def test_existing_output_is_kept_unless_overwrite(tmp_path, corpus_dir, llama_dir):
@@ -145,7 +147,12 @@ def test_bad_requests_leave_nothing(tmp_path, corpus_dir, llama_dir):
     assert not (tmp_path / ".out.run").exists()
 
 
-def run_convert(source: Path, out: Path, corpus_dir: Path, *more: str) -> subprocess.Popen:
+PROGRAM = "from fulmen.cli.main import main; main()"
+
+
+def run_convert(
+    source: Path, out: Path, corpus_dir: Path, *more: str, before: tuple[str, ...] = (), code: str = PROGRAM
+) -> subprocess.Popen:
     arguments = [
         str(source),
         "--out",
@@ -157,10 +164,9 @@ def run_convert(source: Path, out: Path, corpus_dir: Path, *more: str) -> subpro
         "--data",
         str(corpus_dir),
     ]
-    code = "from fulmen.cli.main import main; main()"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-c", code, "convert", *arguments, *more],
+        [sys.executable, "-c", code, *before, "convert", *arguments, *more],
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
@@ -188,9 +194,88 @@ def test_interrupted_then_resumed_gives_the_same(how, tmp_path, corpus_dir, llam
     with pytest.raises(ResumeError, match="seed was 0, is 5"):
         convert(settings(llama_dir, out, corpus_dir, steps=steps, seed=5))
     convert(settings(llama_dir, out, corpus_dir, steps=steps))
-    states = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (whole, out)]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert_same_model(whole, out)
     assert not run.exists()
+
+
+KILLED_AT = """
+import os, signal, sys
+from importlib import import_module
+module, path, countdown = sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1))
+*holders, name = path.split(".")
+holder = import_module(module)
+for part in holders:
+    holder = getattr(holder, part)
+real = getattr(holder, name)
+def deadly(*args, **kwargs):
+    global countdown
+    countdown -= 1
+    if countdown == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kwargs)
+setattr(holder, name, deadly)
+from fulmen.cli.main import main
+main()
+"""
+MOMENTS = [
+    ("fulmen.cli.run_dir", "RunDir.save_stage", 1),  # inherited, not yet written
+    ("transformers.trainer", "Trainer._save_rng_state", 2),  # half of the second checkpoint is on the disk
+    ("fulmen.modeling.checkpoint", "_move_into_place", 1),  # all is written, under another name
+]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills itself by a signal")
+def test_killed_again_and_again_and_still_the_same(tmp_path, corpus_dir, llama_dir):
+    whole = convert(settings(llama_dir, tmp_path / "whole", corpus_dir, steps=6))
+    out = tmp_path / "out"
+    for module, name, count in MOMENTS:
+        process = run_convert(
+            llama_dir, out, corpus_dir, "--steps", "6", before=(module, name, str(count)), code=KILLED_AT
+        )
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == -signal.SIGKILL, errors
+        assert not out.exists()
+    convert(settings(llama_dir, out, corpus_dir, steps=6))
+    assert_same_model(whole, out)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
+    logs = [(folder / "stages/warmup-layers.jsonl").read_text() for folder in (whole, out)]
+    assert logs[0] == logs[1]
+
+
+@contextmanager
+def no_file_above(n_bytes: int):
+    """What a full disk is like, without one: longer writes fail."""
+    resource = pytest.importorskip("resource", reason="limits the size of files as POSIX can")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "file"),
+    [
+        (9_000, r"\.out\.run/inherit\.safetensors"),
+        (50_000, r"\.out\.run/warmup/checkpoint-2"),
+        (200_000, "out"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_then_it_goes_on(n_bytes, file, tmp_path, corpus_dir, llama_dir):
+    whole = convert(settings(llama_dir, tmp_path / "whole", corpus_dir))
+    out = tmp_path / "out"
+    with no_file_above(n_bytes), pytest.raises(OutputError, match=f"/{file} cannot be written .*make room"):
+        convert(settings(llama_dir, out, corpus_dir))
+    assert not out.exists()
+    assert not list(tmp_path.rglob("*.part"))
+    convert(settings(llama_dir, out, corpus_dir))
+    assert_same_model(whole, out)
+
+
+def assert_same_model(one: Path, other: Path) -> None:
+    states = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (one, other)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_real_model(tmp_path, monkeypatch):
@@ -208,4 +293,8 @@ def test_real_model(tmp_path, monkeypatch):
     prompt = tokenizer("def add(a, b):\n    return a +", return_tensors="pt")
     text = tokenizer.decode(model.generate(**prompt, max_new_tokens=3, do_sample=False)[0])
     assert text.startswith("def add(a, b):\n    return a + b")
+    needles = needle_samples(load_corpus().heldout, tokenizer, 384, 1, n_keys=4)
+    answers = score_samples(model, needles)
+    assert answers == [score_by_forward(model, sample) for sample in needles]
+    assert sum(answers) >= 2
     shutil.rmtree(out)

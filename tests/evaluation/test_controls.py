@@ -9,7 +9,7 @@ from fulmen.evaluation.controls import (
     OracleSelector,
     RandomSelector,
     WindowSelector,
-    mean_attention,
+    attention_of_rows,
 )
 from fulmen.modeling.cache import DsaCache
 from fulmen.modeling.mla_attention import fulmen_attention
@@ -40,7 +40,7 @@ def test_oracle_keeps_the_most_attended_keys(groups, queries, monkeypatch):
     visible_BTS = interval_mask(inputs.start_BT, inputs.stop_BT, 30)
     attention = attention_reference(inputs.q_BTHD, inputs.k_BSGD, inputs.v_BSGV, visible_BTS, inputs.scale)
     probs_BTS = attention.probs_BTHS.mean(2)
-    torch.testing.assert_close(mean_attention(inputs, 1, slice(None)), probs_BTS[1].nan_to_num())
+    torch.testing.assert_close(attention_of_rows(inputs, 1, slice(None)), probs_BTS[1].nan_to_num())
     expected = select_topk_reference(probs_BTS, inputs.start_BT, inputs.stop_BT, 6)
     assert torch.equal(OracleSelector().select(inputs, 6), expected)
 
@@ -128,7 +128,10 @@ def test_mass_counts_only_queries_that_must_choose():
     assert masses.result() == []
     masses.select(inputs, 29)
     ((layer, captured, oracle),) = masses.result()
-    dropped = mean_attention(inputs, 0, slice(29, 30))[0, 4], mean_attention(inputs, 1, slice(29, 30))[0, 4]
+    dropped = (
+        attention_of_rows(inputs, 0, slice(29, 30))[0, 4],
+        attention_of_rows(inputs, 1, slice(29, 30))[0, 4],
+    )
     assert layer == 0
     assert captured == pytest.approx(1 - sum(dropped).item() / 2, abs=1e-6)
     assert oracle >= captured

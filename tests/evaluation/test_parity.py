@@ -29,6 +29,7 @@ from fulmen.evaluation.parity_tables import (
     source_verdict,
     verdict,
 )
+from fulmen.evaluation.tasks import score_by_forward
 from fulmen.evaluation.variants import Text, indexer_state, last_hidden_states, swapped_indexers
 from fulmen.modeling.mla_attention import fulmen_attention
 from fulmen.modeling.selectors import dsa_attentions
@@ -160,6 +161,16 @@ def test_needle_difference_is_paired_and_in_points():
     assert tables["dsa_minus_dense"]["estimate"] == -50
     assert -100 <= tables["dsa_minus_dense"]["low"] < -50 < tables["dsa_minus_dense"]["high"] <= 100
     assert (tables["overall"]["dense"]["right"], tables["overall"]["dsa"]["right"]) == (3, 1)
+    assert tables["pairs"] == {"both": 1, "dense_only": 2, "dsa_only": 0, "neither": 1}
+    assert tables["texts"] == 4
+
+
+def test_needle_answers_are_those_of_whole_forwards(dense, measured):
+    result, _ = measured
+    model = tiny_dsa(dense)
+    right = [score_by_forward(model, sample) for sample in tiny_needles()]
+    assert result["needles"]["overall"]["dsa"]["right"] == sum(right)
+    assert [row["texts"] for row in result["needles"]["differences"]] == [2, 2, 4, 4]
 
 
 def test_progress_counts_every_token_once(measured):
@@ -304,5 +315,5 @@ def test_summary_has_one_row_per_variant(measured):
     header, *rows = short_summary(result)
     assert [len(row) for row in rows] == [len(header)] * len(VARIANTS)
     assert rows[0][:3] == ("dense", f"{result['variants']['dense']['second_half']:.4f}", "")
-    assert "of 16 needles" in needle_verdict(result)
+    assert "of 16 questions about 12 texts" in needle_verdict(result)
     assert "before conversion" in source_verdict(result)

@@ -115,6 +115,10 @@ def test_page_follows_the_readers_colours(html):
     drawings = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
     assert all(f"var(--{name})" in drawings for name in ("dense", "oracle", "dsa", "window", "ink", "grid"))
     assert not any(color in drawings for color in VARIANT_COLORS.values())
+    # No word is left in the drawing library's own black, which a dark page would swallow.
+    words = re.findall(r"<text [^>]*>", drawings)
+    assert words
+    assert all("fill: var(--ink)" in word or "fill: #ffffff" in word for word in words)
 
 
 def test_page_says_what_was_found_and_how(report, html):
@@ -122,7 +126,7 @@ def test_page_says_what_was_found_and_how(report, html):
     dsa = report["variants"]["dsa"]
     assert f"with {TOPK} of 80 tokens kept" in text
     assert f"{dsa['second_half']:.4f}" in text
-    assert "of 16 needles" in text
+    assert "of 16 questions about 12 texts" in text
     for value in ("tiny <model>", "fulmen parity out", "torch", "transformers", "2 code, 2 prose"):
         assert value in text
     assert "/usr/bin" not in html
@@ -154,7 +158,7 @@ def test_markdown_has_the_verdict_and_the_tables(report, tmp_path):
         "| window + sinks |",
         "| code | 2 |",
         f"| {TOPK} |",
-        "| 3 needles | 60 |",
+        "| 3 needles | 60 | 2 |",
         "- machine:",
     ):
         assert line in text

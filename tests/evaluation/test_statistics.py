@@ -7,6 +7,7 @@ import pytest
 
 from fulmen.errors import ConfigError
 from fulmen.evaluation.statistics import (
+    clustered_difference_interval,
     mean_interval,
     paired_difference_interval,
     paired_ratio_interval,
@@ -79,6 +80,47 @@ class TestPairedDifference:
             interval = paired_difference_interval(first, second)
             hits += interval.low <= 0.1 <= interval.high
         assert 0.92 < hits / 400 < 0.99
+
+
+class TestClusteredDifference:
+    def test_by_hand(self):
+        """Differences 3, 1, 0 on texts of 4 questions: mean 1/3, standard error sqrt(7/3) / 4 / sqrt(3)."""
+        first = [True] * 3 + [False] + [True] + [False] * 7
+        clusters = [0] * 4 + [1] * 4 + [2] * 4
+        interval = clustered_difference_interval(first, [False] * 12, clusters)
+        half = 4.302653 * math.sqrt(7 / 3) / 4 / math.sqrt(3)
+        assert interval == pytest.approx((1 / 3, 1 / 3 - half, 1), abs=1e-5)
+        assert 1 / 3 + half > 1
+
+    def test_never_narrower_than_independent_questions(self):
+        first, second = answers(36, 12, 2, 0)
+        alone = paired_difference_interval(first, second)
+        spread = clustered_difference_interval(first, second, [n % 10 for n in range(50)])
+        crowded = clustered_difference_interval(first, second, [n // 5 for n in range(50)])
+        for wider, narrower in ((crowded, spread), (spread, alone)):
+            assert wider.low <= narrower.low < narrower.high <= wider.high
+        assert crowded.low < alone.low
+
+    def test_covers_where_questions_of_a_text_are_all_alike(self):
+        """20 texts of 8 equal answers: the interval for independent questions misses most of the time."""
+        draw = random.Random(0)
+        covered = {"clustered": 0, "independent": 0}
+        for _ in range(300):
+            first, second = (
+                [answer for answer in (draw.random() < 0.5 for _ in range(20)) for _ in range(8)]
+                for _ in range(2)
+            )
+            clusters = [n // 8 for n in range(160)]
+            low, high = clustered_difference_interval(first, second, clusters)[1:]
+            covered["clustered"] += low <= 0 <= high
+            low, high = paired_difference_interval(first, second)[1:]
+            covered["independent"] += low <= 0 <= high
+        assert covered["clustered"] > 0.92 * 300
+        assert covered["independent"] < 0.7 * 300
+
+    def test_one_text_has_no_limits(self):
+        interval = clustered_difference_interval(*answers(1, 2, 0, 1), [0] * 4)
+        assert interval == (0.5, -math.inf, math.inf)
 
 
 class TestMean:

@@ -5,12 +5,25 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
+from tiny_parity import TOPK, random_ids, tiny_dense, tiny_dsa, tiny_v32
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fulmen.corpus import Document
 from fulmen.errors import ConfigError, CorpusError
-from fulmen.evaluation.tasks import DEPTHS, NAMES, needle_samples, score_by_forward
+from fulmen.evaluation.tasks import (
+    DEPTHS,
+    NAMES,
+    NeedleSample,
+    needle_samples,
+    sample_groups,
+    score_by_forward,
+    score_samples,
+    tokens_to_read,
+)
+from fulmen.evaluation.variants import VARIANTS
 from fulmen.modeling.checkpoint import find_source
+from fulmen.modeling.mla_attention import own_attention
+from fulmen.modeling.selectors import use_selector
 
 HAYSTACK = [Document(name, "prose", text) for name, text in topics.items() if len(text) > 12_000]
 
@@ -33,7 +46,9 @@ def model():
 @pytest.mark.parametrize("n_keys", [1, 4, 8])
 @pytest.mark.parametrize("length", [512, 1024])
 def test_prompts_are_exactly_as_long_and_end_in_the_question(tokenizer, length, n_keys):
-    for sample in needle_samples(HAYSTACK, tokenizer, length, 5, n_keys=n_keys):
+    samples = needle_samples(HAYSTACK, tokenizer, length, 2, n_keys=n_keys)
+    assert len(samples) == 2 * n_keys
+    for sample in samples:
         assert sample.prompt_ids.shape == (length,)
         assert sample.prompt_ids.dtype == sample.answer_ids.dtype == torch.int64
         assert (sample.length, sample.n_keys) == (length, n_keys)
@@ -49,8 +64,9 @@ def test_prompts_are_exactly_as_long_and_end_in_the_question(tokenizer, length, 
 @pytest.mark.parametrize("n_keys", [1, 8, len(NAMES)])
 def test_the_asked_needle_lies_at_its_depth_and_the_others_around_it(tokenizer, n_keys):
     length = 2048
-    samples = needle_samples(HAYSTACK, tokenizer, length, 10, n_keys=n_keys)
-    assert [sample.depth for sample in samples] == list(DEPTHS) * 2
+    samples = needle_samples(HAYSTACK, tokenizer, length, 6, n_keys=n_keys)
+    offsets = [*DEPTHS, DEPTHS[0]]
+    assert [sample.depth for sample in samples] == [(k + o) / n_keys for o in offsets for k in range(n_keys)]
     for sample in samples:
         prompt = tokenizer.decode(sample.prompt_ids).rpartition("\n\nQuestion")[0]
         *needles, _ = prompt.split("The secret number of ")
@@ -60,7 +76,7 @@ def test_the_asked_needle_lies_at_its_depth_and_the_others_around_it(tokenizer, 
 
 
 def test_numbers_and_names_of_a_prompt_differ(tokenizer):
-    (sample,) = needle_samples(HAYSTACK, tokenizer, 1024, 1, n_keys=8)
+    sample, *_ = needle_samples(HAYSTACK, tokenizer, 1024, 1, n_keys=8)
     lines = [
         line
         for line in tokenizer.decode(sample.prompt_ids).split("\n")
@@ -70,6 +86,19 @@ def test_numbers_and_names_of_a_prompt_differ(tokenizer):
         *(line.removeprefix("The secret number of ").split(": ") for line in lines), strict=True
     )
     assert len(set(names)) == len(set(numbers)) == 8
+
+
+def test_every_needle_of_a_text_is_asked_for_and_the_text_is_shared(tokenizer):
+    samples = needle_samples(HAYSTACK, tokenizer, 512, 3, n_keys=4)
+    groups = sample_groups(samples)
+    assert [len(group) for group in groups] == [4, 4, 4]
+    for group in groups:
+        assert len({sample.answer for sample in group}) == 4
+        # A question takes fewer than 40 tokens; all before it is the same.
+        assert tokens_to_read(group) < 512 + 3 * 40
+        assert len({tuple(sample.prompt_ids[: 512 - 40].tolist()) for sample in group}) == 1
+    single = needle_samples(HAYSTACK, tokenizer, 512, 3)
+    assert [len(group) for group in sample_groups(single)] == [1, 1, 1]
 
 
 def test_the_same_seed_gives_the_same_samples(tokenizer):
@@ -108,3 +137,28 @@ def test_score_is_that_of_greedy_decoding(tokenizer, model):
             wrong = greedy.answer_ids.clone()
             wrong[place] = (wrong[place] + 1) % 49152
             assert not score_by_forward(model, replace(sample, answer_ids=wrong))
+
+
+def greedy_ids(model, prompt_ids, count):
+    """What a forward pass without a cache would write, token by token."""
+    ids = prompt_ids
+    for _ in range(count):
+        with torch.no_grad():
+            logits = model(ids[None], use_cache=False).logits
+        ids = torch.cat([ids, logits[0, -1:].argmax(-1)])
+    return ids[len(prompt_ids) :]
+
+
+@pytest.mark.parametrize("variant", ["dense", "oracle", "dsa", "window", "random"])
+@pytest.mark.parametrize("make", [lambda: tiny_dsa(tiny_dense()), tiny_v32], ids=["llama", "deepseek_v32"])
+def test_questions_on_a_cached_text_have_the_answers_of_whole_forwards(make, variant):
+    model, text_ids = make(), random_ids(5 * TOPK)
+    with own_attention(model), use_selector(model, VARIANTS[variant]):
+        group = []
+        for number in range(8):
+            prompt_ids = torch.cat([text_ids, random_ids(3 + number, 7 + number)])
+            answer_ids = greedy_ids(model, prompt_ids, 2)
+            answer_ids[1] = (answer_ids[1] + number % 2) % 97
+            group.append(NeedleSample(prompt_ids, answer_ids, "", 0.5, 70, 8, text=3))
+        assert score_samples(model, group) == [True, False] * 4
+        assert [score_by_forward(model, sample) for sample in group] == [True, False] * 4

@@ -66,10 +66,15 @@ def tiny_windows(count=4, length=LENGTH):
 
 
 def tiny_needles():
-    return [
-        NeedleSample(random_ids(length, seed), random_ids(1, seed + 50), "1", depth, length, n_keys)
-        for seed in range(2)
-        for length in (40, 60)
-        for depth in (0.1, 0.7)
-        for n_keys in (1, 3)
-    ]
+    """Per length and depth two with a text of their own, and two that ask about one text."""
+    samples = []
+    for length in (40, 60):
+        for depth in (0.1, 0.7):
+            for seed in range(2):
+                answer_ids = random_ids(1, seed + 50)
+                samples.append(NeedleSample(random_ids(length, seed), answer_ids, "1", depth, length, 1))
+                shared_ids = torch.cat([random_ids(length - 6, int(10 * depth)), random_ids(6, seed)])
+                samples.append(
+                    NeedleSample(shared_ids, answer_ids, "1", depth, length, 3, text=int(10 * depth))
+                )
+    return sorted(samples, key=lambda sample: (sample.n_keys, sample.length))

@@ -230,6 +230,11 @@ class TestDefaultShape:
         dsa = default_dsa(smollm2, topk=64, index_n_heads=3, index_head_dim=16)
         assert dsa == DsaConfig(64, 3, 3, 16, tuple(range(30)))
 
+    def test_an_index_head_is_no_wider_than_the_head_it_comes_from(self, smollm2):
+        assert default_dsa(smollm2, index_head_dim=64).index_head_dim == 64
+        with pytest.raises(ConfigError, match="index_head_dim=66 is more than the model's head width 64"):
+            default_dsa(smollm2, index_head_dim=66)
+
     def test_sliding_layers_stay(self):
         config = Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=7, max_window_layers=2)
         assert default_dsa(config).layers == (0, 1)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fulmen.config import require_positive_int
-from fulmen.errors import CorpusError
+from fulmen.errors import ConfigError, CorpusError
 
 if TYPE_CHECKING:
     from fulmen.cli.chat_session import ChatSession, Turn
@@ -46,6 +46,8 @@ def chat_command(
     Example: [bold]fulmen chat out/smollm2-dsa --document README.md --prompt "What is this about?"[/]
     """
     require_positive_int("max_new_tokens", max_new_tokens)
+    if prompt is not None and not prompt.strip():
+        raise ConfigError("prompt is empty; write a question, or leave --prompt out to be asked for it")
     text = "" if document is None else read_document(document)
     from fulmen.cli.chat_session import ChatSession
 

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 
 from fulmen.cli.model_config import read_config
 from fulmen.errors import CheckpointError, ConfigError
-from fulmen.modeling.cache import CacheBytes, DsaCache
+from fulmen.modeling.cache import CacheBytes
 from fulmen.modeling.index_shape import dsa_of
 from fulmen.modeling.mla_attention import accelerate_mla
-from fulmen.modeling.mla_cache import MlaCache
+from fulmen.modeling.mla_cache import cache_with_index_keys
 from fulmen.modeling.model import PREFILL_CHUNK, set_topk
 
 
@@ -59,10 +59,9 @@ class ChatSession:
         self._document = document
         self._messages: list[dict[str, str]] = []
         self._cached_ids = torch.empty(0, dtype=torch.long)
-        own_type = getattr(self.model.config, "dsa", None)
-        if not own_type:
+        if not getattr(self.model.config, "dsa", None):
             accelerate_mla(self.model)
-        self._cache: Any = DsaCache(self.model.config) if own_type else MlaCache(self.model.config)
+        self._cache = cache_with_index_keys(self.model.config)
 
     @torch.no_grad()
     def ask(self, question: str, max_new_tokens: int, on_text: Callable[[str], None]) -> Turn:

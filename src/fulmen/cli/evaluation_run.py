@@ -1,6 +1,7 @@
 """An evaluation from model directory to reports: load, draw held-out texts and needles, measure, write."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +13,13 @@ from transformers import PreTrainedModel
 
 from fulmen.cli.chat_session import load_converted
 from fulmen.cli.model_card import fill_parity
+from fulmen.cli.model_config import read_config
 from fulmen.cli.pipeline import RECORD_FILE, STAGES_DIR
 from fulmen.cli.progress import console, progress_bar, say
 from fulmen.cli.settings import EvalSettings
 from fulmen.cli.texts import kinds_of
 from fulmen.corpus import Corpus, Document, Window, load_corpus, windows
-from fulmen.errors import ConfigError, CorpusError
+from fulmen.errors import ConfigError, CorpusError, OutputError
 from fulmen.evaluation.parity import measure_parity
 from fulmen.evaluation.parity_tables import short_summary, verdict
 from fulmen.evaluation.report import (
@@ -37,18 +39,22 @@ COST_POSITIONS = tuple(2**power for power in range(8, 21))
 
 
 class EvalSize(NamedTuple):
-    """How much is read: texts per kind, needle samples per task and length, keys of the multi-key task."""
+    """How much is read: texts per kind of text, and texts with needles per number of keys and length.
+
+    Every needle of a text is asked for: in all, FULL asks 16 questions with one key and 128 with eight.
+    """
 
     windows: int
-    needles: int
-    keys: tuple[int, ...] = (1, 4)
+    needle_texts: int
+    keys: tuple[int, ...] = (1, 8)
 
 
-FULL, QUICK = EvalSize(windows=8, needles=10), EvalSize(windows=2, needles=2)
+FULL, QUICK = EvalSize(windows=8, needle_texts=8), EvalSize(windows=2, needle_texts=2)
 
 
 def evaluate(settings: EvalSettings) -> dict[str, Any]:
     """Run an evaluation as `fulmen eval` does and return the report. Raises what its parts raise."""
+    _require_possible(settings)
     corpus = load_corpus(*settings.data)
     size = QUICK if settings.quick else FULL
     say(f"Loading {settings.model_dir}")
@@ -74,6 +80,24 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     return report
 
 
+def _require_possible(settings: EvalSettings) -> None:
+    """Look at configs and places before texts and weights are read; raises what they have against it."""
+    _, config = read_config(settings.model_dir)
+    dsa_of(config)
+    context = getattr(config, "max_position_embeddings", None)
+    if context and settings.length > context:
+        raise ConfigError(
+            f"length={settings.length} exceeds the model's context of {context} tokens; lower --length"
+        )
+    if settings.dense is not None:
+        read_config(settings.dense)
+    beside_model = None in (settings.json, settings.html, settings.markdown)
+    if beside_model and not os.access(settings.model_dir, os.W_OK):
+        raise OutputError(
+            f"{settings.model_dir} is not writable; name other places by --json, --html and --markdown"
+        )
+
+
 def _texts(settings: EvalSettings, corpus: Corpus, tokenizer: Any, count: int) -> list[Window]:
     """`count` held-out windows of each kind, or of the kinds asked for."""
     kinds = settings.kinds or kinds_of(corpus.heldout)
@@ -90,7 +114,7 @@ def _needles(heldout: Sequence[Document], tokenizer: Any, length: int, size: Eva
     for n_tokens in (length // 2, length):
         for n_keys in size.keys:
             try:
-                samples += needle_samples(heldout, tokenizer, n_tokens, size.needles, n_keys=n_keys)
+                samples += needle_samples(heldout, tokenizer, n_tokens, size.needle_texts, n_keys=n_keys)
             except (ConfigError, CorpusError) as error:
                 say(f"No needles of {n_tokens} tokens: {error}")
     return samples

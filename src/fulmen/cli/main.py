@@ -53,3 +53,7 @@ app.command("chat")(chat_command)
 def main() -> None:
     """Entry point of the installed program."""
     app()
+
+
+if __name__ == "__main__":  # for `accelerate launch -m fulmen.cli.main`
+    main()

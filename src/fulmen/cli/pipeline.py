@@ -1,6 +1,5 @@
 """A conversion from source to output directory: load, inherit, warm up, save; resumable at every point."""
 
-import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,15 +19,16 @@ from fulmen.cli.settings import ConvertSettings
 from fulmen.cli.texts import up_to
 from fulmen.config import DsaConfig
 from fulmen.corpus import Corpus, Window, load_corpus, window_stream
-from fulmen.errors import ConfigError, OutputError
+from fulmen.errors import ConfigError
 from fulmen.evaluation.variants import indexer_state
-from fulmen.modeling.checkpoint import load_dense, require_free_output, save_converted
+from fulmen.modeling.checkpoint import find_source, load_dense, require_free_output, save_converted
 from fulmen.modeling.families import family_for
 from fulmen.modeling.index_shape import default_dsa
 from fulmen.modeling.inherit import inherit_gqa
 from fulmen.modeling.mla_attention import own_attention
 from fulmen.modeling.mla_convert import MLA_DSA_TYPES
 from fulmen.modeling.mla_inherit import inherit_mla
+from fulmen.training.processes import first_alone, is_first, wait_for_all
 from fulmen.training.warmup import WarmupSettings, warm_up
 
 CALIBRATION_WINDOWS = 4
@@ -42,6 +42,7 @@ def convert(settings: ConvertSettings) -> Path:
     """Run a conversion as `fulmen convert` does. Raises every FulmenError its parts raise."""
     out = settings.out.expanduser().absolute()
     require_free_output(out, overwrite=settings.overwrite)
+    find_source(settings.source)
     corpus = load_corpus(*settings.data)
     say(f"Loading {settings.source}")
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
@@ -51,10 +52,11 @@ def convert(settings: ConvertSettings) -> Path:
     model = family_for(dense.config).from_dense(dense, dsa).eval()
     run = RunDir(out)
     identity = _identity(settings, corpus, dsa, window)
-    if run.open(identity, discard_other=settings.overwrite):
+    if first_alone(lambda: run.open(identity, discard_other=settings.overwrite)):
         say("Resuming an interrupted conversion")
     with own_attention(model):
-        records: dict[str, Any] = {"inherit": _inherit(model, tokenizer, corpus, window, settings, run)}
+        inherited = first_alone(lambda: _inherit(model, tokenizer, corpus, window, settings, run))
+        records: dict[str, Any] = {"inherit": inherited}
         if "warmup" in settings.stages:
             records["warmup"] = _warm_up(model, tokenizer, corpus, window, settings, run)
     record = {
@@ -64,8 +66,10 @@ def convert(settings: ConvertSettings) -> Path:
         "stages_done": records,
         "made_with": _versions(),
     }
-    _save(model, tokenizer, out, record, run, overwrite=settings.overwrite)
-    run.remove()
+    if is_first():
+        _save(model, tokenizer, out, record, run, overwrite=settings.overwrite)
+        run.remove()
+    wait_for_all()
     say(f"Wrote {settings.out}; next: fulmen eval {settings.out} --html report.html")
     return out
 
@@ -97,10 +101,9 @@ def _inherit(
     settings: ConvertSettings,
     run: RunDir,
 ) -> list[dict[str, Any]]:
-    record_file = run.path / "inherit.json"
-    if (done := run.load_stage("inherit")) is not None and record_file.exists():
-        model.load_state_dict(done, strict=False)
-        return json.loads(record_file.read_text(encoding="utf-8"))
+    if (done := run.load_done("inherit")) is not None:
+        model.load_state_dict(done[0], strict=False)
+        return done[1]
     texts = _calibration_texts(model, tokenizer, corpus, window, settings.seed)
     ids_BT = torch.stack([text.input_ids for text in texts]).to(model.device)
     n_layers = model.config.num_hidden_layers
@@ -115,7 +118,7 @@ def _inherit(
                 model, ids_BT, topk, lambda fit: advance(fit.layer + 1, n_layers, f"KL {fit.kl:.2f}")
             )
     record = [layer._asdict() for layer in layers]
-    record_file.write_text(json.dumps(record), encoding="utf-8")
+    run.save_record("inherit", record)
     run.save_stage("inherit", indexer_state(model))
     return record
 
@@ -141,6 +144,9 @@ def _warm_up(
     settings: ConvertSettings,
     run: RunDir,
 ) -> dict[str, Any]:
+    if (done := run.load_done("warmup")) is not None:
+        model.load_state_dict(done[0], strict=False)
+        return done[1]
     texts = up_to(corpus.training, tokenizer, window, TRAINING_WINDOWS + VALIDATION_WINDOWS, settings.seed)
     n_validation = min(VALIDATION_WINDOWS, len(texts) // 2)
     if not n_validation:
@@ -157,6 +163,9 @@ def _warm_up(
         f"Warm-up: validation loss {result.loss_before:.4f} -> {result.loss_after:.4f} "
         f"(step {result.best_step} of {result.last_step}, {result.seconds:.0f} s)"
     )
+    if is_first():
+        run.save_record("warmup", asdict(result))
+        run.save_stage("warmup", indexer_state(model))
     return asdict(result)
 
 
@@ -166,12 +175,8 @@ def _save(
     extras = {f"{STAGES_DIR}/inherit.safetensors": run.stage("inherit")}
     if (log := run.path / "warmup" / "layers.jsonl").exists():
         extras[f"{STAGES_DIR}/warmup-layers.jsonl"] = log
-    record_file = run.path / RECORD_FILE
-    try:
-        record_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{record_file} cannot be written: {error.strerror}") from error
-    extras[RECORD_FILE] = record_file
+    run.save_record("conversion", record)
+    extras[RECORD_FILE] = run.record("conversion")
     save_converted(model, tokenizer, out, conversion_card(record), overwrite=overwrite, extras=extras)
 
 

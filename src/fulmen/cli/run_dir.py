@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fulmen.errors import OutputError, ResumeError
+from fulmen.errors import ResumeError, unwritable
 
 SETTINGS_FILE = "settings.json"
 
@@ -49,7 +49,7 @@ class RunDir:
                 file, lambda aside: aside.write_text(json.dumps(settings, indent=1), encoding="utf-8")
             )
         except OSError as error:
-            raise OutputError(f"{self.path} cannot be written: {error.strerror}") from error
+            raise unwritable(self.path, error) from error
         return False
 
     def stage(self, name: str) -> Path:
@@ -62,13 +62,25 @@ class RunDir:
         try:
             self._write(self.stage(name), lambda aside: save_file(plain, aside))
         except Exception as error:
-            raise OutputError(
-                f"{self.stage(name)} cannot be written: {str(error).splitlines()[0]}"
-            ) from error
+            raise unwritable(self.stage(name), error) from error
 
-    def load_stage(self, name: str) -> dict[str, Tensor] | None:
-        """The indexers after a stage; None if it is not finished."""
-        return load_file(self.stage(name)) if self.stage(name).exists() else None
+    def save_record(self, name: str, record: Any) -> None:
+        """Write what is to be said about a stage, as JSON, whole or not at all. Raises OutputError."""
+        text, file = json.dumps(record, indent=1) + "\n", self.record(name)
+        try:
+            self._write(file, lambda aside: aside.write_text(text, encoding="utf-8"))
+        except OSError as error:
+            raise unwritable(file, error) from error
+
+    def record(self, name: str) -> Path:
+        """The file of `save_record`."""
+        return self.path / f"{name}.json"
+
+    def load_done(self, name: str) -> tuple[dict[str, Tensor], Any] | None:
+        """Indexers and record after a stage; None if it is not finished."""
+        if not (self.stage(name).exists() and self.record(name).exists()):
+            return None
+        return load_file(self.stage(name)), json.loads(self.record(name).read_text(encoding="utf-8"))
 
     def remove(self) -> None:
         """Delete the run; the output is in place, or it is to begin anew."""
@@ -77,5 +89,8 @@ class RunDir:
     @staticmethod
     def _write(target: Path, write: Callable[[Path], Any]) -> None:
         aside = target.with_name(f"{target.name}.part")
-        write(aside)
-        aside.rename(target)
+        try:
+            write(aside)
+            aside.replace(target)
+        finally:
+            aside.unlink(missing_ok=True)

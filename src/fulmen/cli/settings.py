@@ -1,5 +1,6 @@
 """What the commands are asked to do, checked: every mistake is a ConfigError before anything is loaded."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_BUDGET = "8m"
 DEFAULT_WINDOW = 2048
 DEFAULT_LENGTH = 2048
+# Of a text in an evaluation, which looks at its second half in parts.
+SHORTEST_LENGTH = 64
 
 _SECONDS = {"h": 3600, "m": 60, "s": 1}
 _DURATION = re.compile(r"(?=.)" + "".join(rf"(?:(?P<{unit}>\d+(?:\.\d+)?){unit})?" for unit in _SECONDS))
@@ -56,6 +59,8 @@ class ConvertSettings:
     def __post_init__(self) -> None:
         _require_positive(self, "topk", "steps", "index_heads", "index_head_dim", "window")
         _require_choice("dtype", self.dtype, DTYPES)
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed} cannot be; use an integer of 0 to {2**32 - 1}")
         _require_existing(self.data)
         if self.budget_s is not None and self.steps is not None:
             raise ConfigError("--budget and --steps exclude each other; give one of them")
@@ -101,9 +106,11 @@ class EvalSettings:
     def __post_init__(self) -> None:
         _require_positive(self, "windows", "length", "topk")
         _require_existing(self.data)
+        if self.length < SHORTEST_LENGTH:
+            raise ConfigError(f"length={self.length} is too short for a text; use {SHORTEST_LENGTH} or more")
         for path in (self.json, self.html, self.markdown):
-            if path is not None and not path.absolute().parent.is_dir():
-                raise ConfigError(f"{path} cannot be written: {path.parent} is no directory; make it first")
+            if path is not None:
+                _require_place_for_file(path)
 
 
 def parse_duration(text: str) -> float:
@@ -140,6 +147,17 @@ def _require_positive(settings: object, *names: str) -> None:
 def _require_choice(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise ConfigError(f"{name}={value!r} is not known; choose from {', '.join(known)}")
+
+
+def _require_place_for_file(path: Path) -> None:
+    """Said now, not after the work whose result goes there."""
+    folder = path.expanduser().absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"{path} cannot be written: {path.parent} is no directory; make it first")
+    if path.expanduser().is_dir():
+        raise ConfigError(f"{path} is a directory; name a file")
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"{path} cannot be written: {folder} is not writable; name another place")
 
 
 def _require_existing(sources: Sequence[str]) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fulmen.modeling.selectors import SelectionInputs, Selector
-from fulmen.ops.intervals import interval_mask, selection_mask
+from fulmen.ops.intervals import selection_mask
+from fulmen.ops.mean_attention import mean_attention
 from fulmen.ops.select_topk import select_topk
 
 # Numbers of one block of attention probabilities (heads x rows x keys), 32 MB.
@@ -29,7 +30,7 @@ class OracleSelector(Selector):
         chosen_BTK = _nothing_chosen(inputs, topk)
         for b in range(len(inputs.q_BTHD)):
             for rows in _row_blocks(inputs):
-                probs_RS = mean_attention(inputs, b, rows)[None]
+                probs_RS = attention_of_rows(inputs, b, rows)[None]
                 start_R, stop_R = inputs.start_BT[b, rows], inputs.stop_BT[b, rows]
                 found_RK = select_topk(probs_RS, start_R[None], stop_R[None], min(topk, n_keys))[0]
                 chosen_BTK[b, rows, : found_RK.shape[-1]] = found_RK
@@ -103,7 +104,7 @@ class MassSelector(Selector):
         n_keys = inputs.k_BSGD.shape[1]
         for b in range(len(inputs.q_BTHD)):
             for rows in self._sampled_rows(inputs, b, topk):
-                probs_RS = mean_attention(inputs, b, rows)
+                probs_RS = attention_of_rows(inputs, b, rows)
                 captured_R = probs_RS.sum(-1)
                 if chosen_BTK is not None:
                     kept_RS = selection_mask(chosen_BTK[b, rows], n_keys)[:, : probs_RS.shape[-1]]
@@ -127,21 +128,11 @@ class MassSelector(Selector):
         self._sums[layer] = [old + new for old, new in zip(self._sums[layer], found, strict=True)]
 
 
-@torch.no_grad()
-def mean_attention(inputs: SelectionInputs, b: int, rows: slice | Tensor) -> Tensor:
-    """probs_RS, float32: softmax over the visible keys, averaged over the heads, of some rows of one text.
-
-    S ends with the last key that any of the rows sees. Rows that see nothing are 0.
-    """
-    q_RHD, start_R, stop_R = inputs.q_BTHD[b, rows], inputs.start_BT[b, rows], inputs.stop_BT[b, rows]
+def attention_of_rows(inputs: SelectionInputs, b: int, rows: slice | Tensor) -> Tensor:
+    """probs_RS, `mean_attention` of some rows of one text; S ends with the last key that any of them sees."""
+    start_R, stop_R = inputs.start_BT[b, rows], inputs.stop_BT[b, rows]
     last = max(int(stop_R.max()), 1)
-    k_SGD = inputs.k_BSGD[b, :last]
-    q_GMRD = q_RHD.float().unflatten(1, (k_SGD.shape[1], -1)).permute(1, 2, 0, 3)
-    k_G1DS = k_SGD.float().permute(1, 2, 0)[:, None]
-    hidden_RS = ~interval_mask(start_R, stop_R, last)
-    logits_GMRS = torch.matmul(q_GMRD * inputs.scale, k_G1DS).masked_fill_(hidden_RS, -torch.inf)
-    probs_RS = logits_GMRS.softmax(-1).mean((0, 1))
-    return probs_RS.masked_fill_(hidden_RS, 0)
+    return mean_attention(inputs.q_BTHD[b, rows], inputs.k_BSGD[b, :last], start_R, stop_R, inputs.scale)
 
 
 def _nothing_chosen(inputs: SelectionInputs, topk: int) -> Tensor:

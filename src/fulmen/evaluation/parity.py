@@ -28,7 +28,7 @@ from fulmen.evaluation.parity_tables import (
     sweep_point,
     variant_table,
 )
-from fulmen.evaluation.tasks import score_by_forward
+from fulmen.evaluation.tasks import sample_groups, score_samples, tokens_to_read
 from fulmen.evaluation.variants import Bench, Text, current_topk, last_hidden_states
 from fulmen.modeling.mla_attention import own_attention
 from fulmen.ops.dispatch import pin_backend
@@ -60,7 +60,7 @@ def measure_parity(
         windows: held-out texts, all of one length.
         topk: keys that a query keeps; by default the model's own.
         inherited: the indexers before training (`indexer_state`), for a variant with them.
-        needles: samples of `fulmen.evaluation.tasks`, each scored in one forward pass per variant.
+        needles: samples of `fulmen.evaluation.tasks`; each variant reads a text that several ask about once.
         ks: budgets of the sweep, which reads the first window of each kind; by default those of k/4, k/2, k
             and 2k that are below the length.
         dense_model: the model before conversion; checks the dense variant, and DSA against the source.
@@ -129,7 +129,7 @@ class _Plan:
         """Tokens in all, for the progress bar."""
         readings = len(self.windows) * (len(bench.variants) + (self.dense_model is not None))
         readings += len(self.swept()) * len(SWEEP_VARIANTS) * sum(k != self.topk for k in self.ks)
-        needle_tokens = sum(len(sample.prompt_ids) for sample in self.needles) * len(NEEDLE_VARIANTS)
+        needle_tokens = sum(map(tokens_to_read, sample_groups(self.needles))) * len(NEEDLE_VARIANTS)
         return readings * len(self.windows[0].input_ids) + 2 * len(self.kernel_text().ids_T) + needle_tokens
 
     def kernel_text(self) -> Text:
@@ -199,8 +199,8 @@ def _kernel_gap(bench: Bench, plan: _Plan) -> dict[str, Any]:
 
 def _needle_answers(bench: Bench, plan: _Plan, variant: str) -> list[bool]:
     """Which samples one variant answers rightly."""
-    answers = []
-    for sample in plan.needles:
-        with bench.running(variant, plan.topk, len(sample.prompt_ids), f"needle, {variant}"):
-            answers.append(bool(score_by_forward(bench.model, sample)))
+    answers: list[bool] = []
+    for group in sample_groups(plan.needles):
+        with bench.running(variant, plan.topk, tokens_to_read(group), f"needle, {variant}"):
+            answers += score_samples(bench.model, group)
     return answers

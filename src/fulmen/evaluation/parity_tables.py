@@ -1,16 +1,18 @@
 """Means, ratios and intervals of a parity measurement, as plain JSON types, and its summary in words."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from fulmen.evaluation.statistics import (
     Interval,
-    paired_difference_interval,
+    clustered_difference_interval,
     paired_ratio_interval,
     wilson_interval,
 )
+from fulmen.evaluation.tasks import sample_groups
 
 VARIANT_LABELS = {
     "dense": "dense",
@@ -23,6 +25,13 @@ VARIANT_LABELS = {
 # The loss over dense that still counts as parity.
 PARITY_MARGIN = 0.01
 DEPTH_BUCKETS = 5
+# Who was right: (dense, DSA).
+PAIRS = {
+    "both": (True, True),
+    "dense_only": (True, False),
+    "dsa_only": (False, True),
+    "neither": (False, False),
+}
 
 
 def variant_table(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -57,7 +66,8 @@ def error_split(variants: Mapping[str, Any], kernel: Mapping[str, Any]) -> dict[
 def needle_tables(samples: Sequence[Any], answers: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
     """Accuracy per task, length, depth and variant; and DSA minus dense, pair by pair, in points.
 
-    `depth` is the lower end of a fifth of the text.
+    `depth` is the lower end of a fifth of the text. `pairs` counts who was right, `texts` the texts asked
+    about: questions about one text are alike, which the interval takes into account.
     """
     groups: dict[tuple, list[int]] = {}
     for place, sample in enumerate(samples):
@@ -71,13 +81,14 @@ def needle_tables(samples: Sequence[Any], answers: Mapping[str, Sequence[bool]])
     for (task, length, _), places in sorted(groups.items()):
         pooled.setdefault((task, length), []).extend(places)
     differences = [
-        {"task": task, "length": length, "n": len(places), "dsa_minus_dense": _points(answers, places)}
+        {"task": task, "length": length, "n": len(places), **_paired(samples, answers, places)}
         for (task, length), places in pooled.items()
     ]
     everything = list(range(len(samples)))
     overall = {name: _accuracy(right, everything) for name, right in answers.items()} if samples else {}
-    total = _points(answers, everything) if samples else None
-    return {"cells": cells, "differences": differences, "overall": overall, "dsa_minus_dense": total}
+    nothing = {"dsa_minus_dense": None, "pairs": None, "texts": 0}
+    total = _paired(samples, answers, everything) if samples else nothing
+    return {"cells": cells, "differences": differences, "overall": overall, **total}
 
 
 def source_table(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -137,10 +148,14 @@ def needle_verdict(result: Mapping[str, Any]) -> str:
     if not found["overall"]:
         return ""
     dsa, dense = found["overall"]["dsa"], found["overall"]["dense"]
-    gap = found["dsa_minus_dense"]
+    pairs, gap = found["pairs"], found["dsa_minus_dense"]
+    limits = "no interval from one text"
+    if gap["low"] is not None:
+        limits = f"95 % interval {gap['low']:+.1f} to {gap['high']:+.1f}"
     return (
-        f"Retrieval: DSA answers {dsa['right']} of {dsa['n']} needles, dense {dense['right']}: "
-        f"{gap['estimate']:+.1f} points (95 % interval {gap['low']:+.1f} to {gap['high']:+.1f})."
+        f"Retrieval: DSA answers {dsa['right']} of {dsa['n']} questions about {found['texts']} texts, dense "
+        f"{dense['right']}: {gap['estimate']:+.1f} points ({limits}). Both right {pairs['both']}, only dense "
+        f"{pairs['dense_only']}, only DSA {pairs['dsa_only']}, neither {pairs['neither']}."
     )
 
 
@@ -174,6 +189,13 @@ def interval_text(interval: Mapping[str, Any]) -> str:
     if interval["low"] is None:
         return percent(interval["estimate"])
     return f"{percent(interval['estimate'])} ({percent(interval['low'])} to {percent(interval['high'])})"
+
+
+def points_text(interval: Mapping[str, Any]) -> str:
+    """Estimate and limits of an interval in points."""
+    if interval["low"] is None:
+        return f"{interval['estimate']:+.1f} (no interval from one text)"
+    return f"{interval['estimate']:+.1f} ({interval['low']:+.1f} to {interval['high']:+.1f})"
 
 
 def worse_kind_text(row: Mapping[str, Any]) -> str:
@@ -220,9 +242,20 @@ def _accuracy(right: Sequence[bool], places: Sequence[int]) -> dict[str, Any]:
     return {"right": n_right, "n": len(places), "share": _as_json(wilson_interval(n_right, len(places)))}
 
 
-def _points(answers: Mapping[str, Sequence[bool]], places: Sequence[int]) -> dict[str, float | None]:
-    dsa, dense = ([answers[name][place] for place in places] for name in ("dsa", "dense"))
-    return _as_json(Interval(*(100 * value for value in paired_difference_interval(dsa, dense))))
+def _paired(
+    samples: Sequence[Any], answers: Mapping[str, Sequence[bool]], places: Sequence[int]
+) -> dict[str, Any]:
+    """DSA minus dense in points with its interval, who was right how often, and on how many texts."""
+    dsa, dense = ([bool(answers[name][place]) for place in places] for name in ("dsa", "dense"))
+    groups = sample_groups([samples[place] for place in places])
+    texts = [number for number, group in enumerate(groups) for _ in group]
+    interval = clustered_difference_interval(dsa, dense, texts)
+    seen = Counter(zip(dense, dsa, strict=True))
+    return {
+        "dsa_minus_dense": _as_json(Interval(*(100 * value for value in interval))),
+        "pairs": {name: seen[pair] for name, pair in PAIRS.items()},
+        "texts": len(groups),
+    }
 
 
 def _as_json(interval: Interval) -> dict[str, float | None]:

@@ -245,8 +245,15 @@ def _short_count(value: float) -> str:
 
 
 def _legend_above(axes: Any) -> None:
+    # The colour is named here: the style holds for what the axes drew themselves only.
     axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=9, borderaxespad=0.2
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=2,
+        frameon=False,
+        fontsize=9,
+        borderaxespad=0.2,
+        labelcolor=INK,
     )
 
 

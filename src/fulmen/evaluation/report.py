@@ -22,6 +22,7 @@ from fulmen.evaluation.page import parity_page
 from fulmen.evaluation.parity_tables import (
     interval_text,
     needle_verdict,
+    points_text,
     short_summary,
     source_verdict,
     verdict,
@@ -112,22 +113,15 @@ def _sweep_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _needle_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    header = ("task", "length", "dense", "DSA", "DSA − dense, points (95 % interval)")
+    header = ("task", "length", "texts", "dense", "DSA", "only dense", "only DSA")
     rows = []
     for row in report["needles"]["differences"]:
-        right = {
-            name: sum(
-                cell["right"]
-                for cell in report["needles"]["cells"]
-                if (cell["task"], cell["length"], cell["variant"]) == (row["task"], row["length"], name)
-            )
-            for name in ("dense", "dsa")
-        }
-        counts = (f"{right[name]} of {row['n']}" for name in ("dense", "dsa"))
-        gap = row["dsa_minus_dense"]
-        points = f"{gap['estimate']:+.1f} ({gap['low']:+.1f} to {gap['high']:+.1f})"
-        rows.append((row["task"], str(row["length"]), *counts, points))
-    return [header, *rows]
+        pairs = row["pairs"]
+        only = [pairs[name] for name in ("dense_only", "dsa_only")]
+        counts = (f"{pairs['both'] + alone} of {row['n']}" for alone in only)
+        place = (row["task"], str(row["length"]), str(row["texts"]))
+        rows.append((*place, *counts, *map(str, only), points_text(row["dsa_minus_dense"])))
+    return [(*header, "DSA − dense, points (95 % interval)"), *rows]
 
 
 def _write_whole(path: str | Path, text: str) -> Path:

@@ -1,7 +1,7 @@
 """Intervals for shares, paired differences, means and paired ratios: what a report writes after ±."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from statistics import NormalDist, fmean
 from typing import NamedTuple
 
@@ -55,6 +55,38 @@ def paired_difference_interval(
     low = difference - joined(share_1 - low_1, high_2 - share_2)
     high = difference + joined(high_1 - share_1, share_2 - low_2)
     return Interval(difference, low, high)
+
+
+def clustered_difference_interval(
+    first: Sequence[bool],
+    second: Sequence[bool],
+    clusters: Sequence[Hashable],
+    confidence: float = CONFIDENCE,
+) -> Interval:
+    """`paired_difference_interval` for questions that share texts: answers within a cluster may be alike.
+
+    Each limit is the farther one of two: Newcombe's, which takes the questions for independent but holds
+    where the two hardly ever differ; and that of the cluster totals as a ratio to the cluster sizes, which
+    takes the clusters for independent. No finite limits for a single cluster of several questions.
+
+    Args:
+        clusters: of each question; all different: the result is about Newcombe's.
+
+    Source: W. G. Cochran, Sampling Techniques, 3rd ed. (1977), chapter 9A.
+    Raises ConfigError without answers.
+    """
+    assert len(first) == len(clusters), (len(first), len(clusters))
+    alone = paired_difference_interval(first, second, confidence)
+    totals: dict[Hashable, list[int]] = {}
+    for one, two, cluster in zip(first, second, clusters, strict=True):
+        difference, size = totals.get(cluster, (0, 0))
+        totals[cluster] = [difference + bool(one) - bool(two), size + 1]
+    differences, sizes = zip(*totals.values(), strict=True)
+    together = paired_ratio_interval(differences, sizes, confidence)
+    low, high = min(alone.low, together.low), max(alone.high, together.high)
+    return Interval(
+        alone.estimate, low if math.isinf(low) else max(low, -1), high if math.isinf(high) else min(high, 1)
+    )
 
 
 def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:

@@ -4,20 +4,25 @@ A fixed selection of keys loses look-up long before it loses likelihood, so loss
 several needles of the same form the asked one must be told from its like: that finds an indexer that points
 to the right sort of line but not to the right line. The forms follow RULER (arXiv 2404.06654, section 3.1);
 the words were chosen so that a dense model of 135 M parameters finds most of the numbers.
+
+A text is the costly part, a question is short: every needle of a text is asked for, and `score_samples` reads
+the text once.
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import chain, cycle
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fulmen.config import require_positive_int
 from fulmen.corpus import Document, opening_ids, token_ids, windows
 from fulmen.errors import ConfigError
+from fulmen.modeling.mla_cache import cache_with_index_keys
 
 NEEDLE = "\n\nThe secret number of {name}: {number}\n\n"
 QUESTION = (
@@ -40,9 +45,10 @@ class NeedleSample:
         prompt_ids: [length] int64; the text with its needles and the question.
         answer_ids: [A] int64; the tokens of the answer that follow.
         answer: the five digits.
-        depth: where in the text the needle asked for lies, one of `DEPTHS`: 0 is the beginning, 1 the end.
+        depth: where in the text the needle asked for lies: 0 is the beginning, 1 the end.
         length: tokens of the prompt.
         n_keys: needles of the same form in it.
+        text: number of the text, which samples of the same length and `n_keys` may share; None: its own.
     """
 
     prompt_ids: Tensor
@@ -51,6 +57,7 @@ class NeedleSample:
     depth: float
     length: int
     n_keys: int
+    text: int | None = None
 
 
 def needle_samples(
@@ -62,10 +69,11 @@ def needle_samples(
     n_keys: int = 1,
     seed: int = 0,
 ) -> list[NeedleSample]:
-    """Build `count` samples of exactly `length` prompt tokens, each in a text of its own.
+    """Hide `n_keys` needles in each of `count` texts, and ask for every one of them.
 
-    The needles of a prompt lie evenly spread; the samples ask for the depths in turn. The same arguments give
-    the same samples.
+    That makes count * n_keys samples of exactly `length` prompt tokens, those of a text in a row. The needles
+    lie evenly spread: one in each of `n_keys` equal stretches, at one of `DEPTHS` of it, which the texts take
+    in turn. The same arguments give the same samples.
 
     Args:
         documents: the haystack, held-out text.
@@ -78,10 +86,53 @@ def needle_samples(
         raise ConfigError(f"n_keys={n_keys} is more than the {len(NAMES)} names there are; use fewer")
     haystacks = windows(documents, tokenizer, length, count, seed=seed)
     generator = random.Random(f"{seed}/{length}/{n_keys}")
-    return [
-        _needle_sample(haystack.input_ids.tolist(), tokenizer, depth, n_keys, generator)
-        for haystack, depth in zip(haystacks, cycle(DEPTHS), strict=False)
+    texts = [
+        _samples_of_text(number, haystack.input_ids.tolist(), tokenizer, depth, n_keys, generator)
+        for number, (haystack, depth) in enumerate(zip(haystacks, cycle(DEPTHS), strict=False))
     ]
+    return list(chain.from_iterable(texts))
+
+
+def sample_groups(samples: Sequence[NeedleSample]) -> list[list[NeedleSample]]:
+    """Neighbours that ask about one text, together; a sample whose text is its own is alone."""
+    groups: list[list[NeedleSample]] = []
+    for sample in samples:
+        if groups and sample.text is not None and _text_key(sample) == _text_key(groups[-1][0]):
+            groups[-1].append(sample)
+        else:
+            groups.append([sample])
+    return groups
+
+
+def tokens_to_read(group: Sequence[NeedleSample]) -> int:
+    """Prompt tokens that `score_samples` reads: the start that all prompts share once, the rest of each."""
+    shared = _shared_start(group)
+    return shared + sum(len(sample.prompt_ids) - shared for sample in group)
+
+
+@torch.no_grad()
+def score_samples(model: PreTrainedModel, group: Sequence[NeedleSample]) -> list[bool]:
+    """Whether a DSA model answers each sample of one text exactly, by greedy decoding.
+
+    The start that the prompts share is read once into a cache; what follows runs on top of it and is cut off
+    again. The answers are those of `score_by_forward`. The model must be in eval mode; a stock MLA model,
+    under `fulmen_attention`.
+    """
+    shared = _shared_start(group)
+    if len(group) == 1 or shared == 0:
+        return [score_by_forward(model, sample) for sample in group]
+    longest = max(len(sample.prompt_ids) + len(sample.answer_ids) for sample in group)
+    cache = cache_with_index_keys(model.config, longest)
+    options = {"past_key_values": cache, "use_cache": True}
+    model(group[0].prompt_ids[None, :shared].to(model.device), logits_to_keep=1, **options)
+    answers = []
+    for sample in group:
+        rest_ids = torch.cat([sample.prompt_ids[shared:], sample.answer_ids])
+        keep = len(sample.answer_ids) + 1
+        logits_BTV = model(rest_ids[None].to(model.device), logits_to_keep=keep, **options).logits
+        answers.append(_is_greedy(logits_BTV[0], sample))
+        cache.crop(-len(rest_ids))
+    return answers
 
 
 @torch.no_grad()
@@ -91,45 +142,62 @@ def score_by_forward(model: nn.Module, sample: NeedleSample) -> bool:
     Greedy decoding writes the answer if and only if each of its tokens is the most likely one after those
     before it, and these are then the answer's own: so all are given at once. The model must be in eval mode.
     """
-    length, answer_length = len(sample.prompt_ids), len(sample.answer_ids)
     input_ids = torch.cat([sample.prompt_ids, sample.answer_ids])[None]
     device = next(model.parameters()).device
-    logits = model(input_ids.to(device), use_cache=False, logits_to_keep=answer_length + 1).logits[0]
-    assert len(logits) in (answer_length + 1, length + answer_length)
-    return torch.equal(logits[-answer_length - 1 : -1].argmax(-1).cpu(), sample.answer_ids)
+    keep = len(sample.answer_ids) + 1
+    return _is_greedy(model(input_ids.to(device), use_cache=False, logits_to_keep=keep).logits[0], sample)
 
 
-def _needle_sample(
-    haystack: list[int], tokenizer: Any, depth: float, n_keys: int, generator: random.Random
-) -> NeedleSample:
-    """Lay needles into a text: the stretch of it that leaves room for them and the question."""
+def _is_greedy(logits_TV: Tensor, sample: NeedleSample) -> bool:
+    """Whether the answer's tokens are the likeliest; the last row, behind the answer, does not count."""
+    answer_length = len(sample.answer_ids)
+    assert len(logits_TV) > answer_length
+    return torch.equal(logits_TV[-answer_length - 1 : -1].argmax(-1).cpu(), sample.answer_ids)
+
+
+def _text_key(sample: NeedleSample) -> tuple[int, int, int | None]:
+    return sample.n_keys, sample.length, sample.text
+
+
+def _shared_start(group: Sequence[NeedleSample]) -> int:
+    """How many tokens all prompts begin with; every prompt has at least one more."""
+    first_S = group[0].prompt_ids
+    shared = min(len(sample.prompt_ids) for sample in group) - 1
+    for sample in group[1:]:
+        differs = (first_S[:shared] != sample.prompt_ids[:shared]).nonzero()
+        shared = int(differs[0]) if len(differs) else shared
+    return shared
+
+
+def _samples_of_text(
+    number: int, haystack: list[int], tokenizer: Any, offset: float, n_keys: int, generator: random.Random
+) -> list[NeedleSample]:
+    """Lay needles into a text, the stretch of it that leaves room for them and a question; ask for each."""
     names = generator.sample(NAMES, n_keys)
     numbers = [str(number) for number in generator.sample(range(10_000, 100_000), n_keys)]
-    needles = [
-        token_ids(tokenizer, NEEDLE.format(name=name, number=number))
-        for name, number in zip(names, numbers, strict=True)
-    ]
-    asked = int(depth * n_keys)
-    question, answer = _question_and_answer(tokenizer, names[asked], numbers[asked])
+    pairs = list(zip(names, numbers, strict=True))
+    needles = [token_ids(tokenizer, NEEDLE.format(name=name, number=number)) for name, number in pairs]
+    asked = [_question_and_answer(tokenizer, *pair) for pair in pairs]
     opening, length = opening_ids(tokenizer), len(haystack)
-    room = length - len(opening) - len(question) - sum(map(len, needles))
+    room = length - len(opening) - max(len(question) for question, _ in asked) - sum(map(len, needles))
     if room < n_keys:
         need = length - room + n_keys
         raise ConfigError(f"length={length} cannot hold {n_keys} needles and a question; use {need} or more")
-    text = haystack[len(opening) : len(opening) + room]
-    # One needle in each of n_keys equal stretches, at the same place in all of them.
-    cuts = [int(room * (depth + (key - asked) / n_keys)) for key in range(n_keys)]
-    prompt = opening + text[: cuts[0]]
-    for needle, start, stop in zip(needles, cuts, [*cuts[1:], room], strict=True):
-        prompt += needle + text[start:stop]
-    return NeedleSample(
-        prompt_ids=torch.tensor(prompt + question, dtype=torch.int64),
-        answer_ids=torch.tensor(answer, dtype=torch.int64),
-        answer=numbers[asked],
-        depth=depth,
-        length=length,
-        n_keys=n_keys,
-    )
+    text = haystack[len(opening) :]
+    depths = [(key + offset) / n_keys for key in range(n_keys)]
+    cuts = [int(room * depth) for depth in depths]
+    start = opening + text[: cuts[0]]
+    for needle, low, high in zip(needles, cuts, [*cuts[1:], room], strict=True):
+        start += needle + text[low:high]
+    samples = []
+    for depth, (question, answer), digits in zip(depths, asked, numbers, strict=True):
+        # A shorter question leaves room for some more of the text.
+        more = text[room : room + length - len(start) - len(question)]
+        prompt_ids, answer_ids = (
+            torch.tensor(ids, dtype=torch.int64) for ids in (start + more + question, answer)
+        )
+        samples.append(NeedleSample(prompt_ids, answer_ids, digits, depth, length, n_keys, number))
+    return samples
 
 
 def _question_and_answer(tokenizer: Any, name: str, number: str) -> tuple[list[int], list[int]]:

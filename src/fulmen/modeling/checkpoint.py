@@ -19,7 +19,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from fulmen.errors import CheckpointError, OutputError, UnsupportedModelError
+from fulmen.errors import CheckpointError, OutputError, UnsupportedModelError, unwritable
 from fulmen.modeling.bundle import bundle_auto_map, bundle_name, bundle_source
 from fulmen.modeling.families import dsa_family_for, family_for_type
 from fulmen.modeling.families.base import GqaFamily, plain_config
@@ -58,9 +58,10 @@ def load_dense(source: str | Path, dtype: torch.dtype | str = "auto") -> tuple[P
         require_sound_gguf(Path(found.place, found.gguf_file))
     else:
         _require_supported_config(found)
+    tokenizer = _load_tokenizer(found)
     model = _load_weights(found, dtype)
     require_finite(model, str(found))
-    return model, _load_tokenizer(found)
+    return model, tokenizer
 
 
 def find_source(source: str | Path) -> ModelSource:
@@ -129,9 +130,11 @@ def save_converted(
     """
     target = Path(out_dir).expanduser().absolute()
     require_free_output(target, overwrite=overwrite)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    # Always the same name: what a killed process left is removed by the next one.
+    aside = target.with_name(f".{target.name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         _write_model(model, tokenizer, aside, card)
         for name, file in extras.items():
@@ -139,7 +142,7 @@ def save_converted(
             shutil.copyfile(file, aside / name)
         _move_into_place(aside, target)
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"{target} cannot be written: {_one_line(error)}") from error
+        raise unwritable(target, error) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return target
@@ -195,7 +198,9 @@ def _require_supported_config(source: ModelSource) -> None:
     try:
         values, _ = PreTrainedConfig.get_config_dict(source.place)
     except Exception as error:
-        raise CheckpointError(f"{source} has no readable config.json ({_one_line(error)})") from error
+        raise CheckpointError(
+            f"{source} has no readable config.json ({_one_line(error)}); check name, file, network"
+        ) from error
     if not values.get("model_type"):
         raise CheckpointError(f"{source} names no model_type in config.json; it is no Transformers model")
     family_for_type(values["model_type"])
@@ -245,7 +250,9 @@ def _load_tokenizer(source: ModelSource) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source.place, **options)
     except Exception as error:
-        raise CheckpointError(f"{source} has no readable tokenizer ({_one_line(error)})") from error
+        raise CheckpointError(
+            f"{source} has no readable tokenizer ({_one_line(error)}); put its tokenizer files there"
+        ) from error
 
 
 def _write_model(model: PreTrainedModel, tokenizer: Any, folder: Path, card: str) -> None:
@@ -261,8 +268,9 @@ def _write_model(model: PreTrainedModel, tokenizer: Any, folder: Path, card: str
 
 
 def _move_into_place(aside: Path, target: Path) -> None:
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    old = target.with_name(f".{target.name}.old")
     if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
     try:
         aside.rename(target)

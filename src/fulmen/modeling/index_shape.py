@@ -8,6 +8,7 @@ the indexer start from the model's own heads (`fulmen.modeling.inherit`).
 from transformers import PreTrainedConfig
 
 from fulmen.config import DsaConfig
+from fulmen.errors import ConfigError
 from fulmen.modeling.cost import attention_shape, is_mla
 from fulmen.modeling.families import dsa_family_for, full_attention_layers
 from fulmen.ops.index_keys import SCALE_BYTES
@@ -34,6 +35,12 @@ def default_dsa(
     layers = tuple(full_attention_layers(config))
     heads, groups = config.num_attention_heads, 1 if is_mla(config) else config.num_key_value_heads
     most_heads = MAX_MLA_INDEX_HEADS if is_mla(config) else heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if index_head_dim is not None and index_head_dim > head_dim and not is_mla(config):
+        raise ConfigError(
+            f"index_head_dim={index_head_dim} is more than the model's head width {head_dim}, "
+            f"from which it takes its rotary pairs; use {head_dim} or less"
+        )
     return DsaConfig(
         topk=default_topk(config) if topk is None else topk,
         index_n_heads=min(heads, most_heads) if index_n_heads is None else index_n_heads,

@@ -10,7 +10,7 @@ from torch import Tensor
 from fulmen.modeling.mla_attention import mla_up_projections
 from fulmen.modeling.selectors import SelectionInputs, Selector
 from fulmen.ops.indexer_loss import indexer_loss
-from fulmen.ops.intervals import interval_mask
+from fulmen.ops.mean_attention import mean_attention
 from fulmen.ops.select_topk import index_topk, select_topk
 from fulmen.ops.selection_loss import selection_loss
 
@@ -83,7 +83,9 @@ class IndexerLossSelector(Selector):
     @torch.no_grad()
     def _mass(self, inputs: SelectionInputs, rows: Tensor, topk: int) -> tuple[float, float]:
         some = at_rows(inputs, rows[:: max(1, len(rows) // self.n_measured)])
-        p_BTS, ends = mean_attention(some), (some.start_BT, some.stop_BT)
+        ends = (some.start_BT, some.stop_BT)
+        texts = zip(some.q_BTHD, some.k_BSGD, *ends, strict=True)
+        p_BTS = torch.stack([mean_attention(*text, some.scale) for text in texts])
         index = (some.index_q_BTJE, some.index_k_BSIE, some.index_w_BTJ, some.index_b_BTJ)
         chosen_BTK = index_topk(*index, *ends, topk)
         return _held(p_BTS, chosen_BTK), _held(p_BTS, select_topk(p_BTS, *ends, topk))
@@ -117,16 +119,6 @@ def sampled_rows(inputs: SelectionInputs, topk: int, n_rows: int) -> Tensor:
         rows = torch.arange(len(seen_T), device=seen_T.device)
     drawn = torch.randperm(len(rows))[:n_rows].sort().values
     return rows[drawn.to(rows.device)]
-
-
-def mean_attention(inputs: SelectionInputs) -> Tensor:
-    """p_BTS: mean over heads of the dense attention of a few query rows; 0 outside their intervals."""
-    groups = inputs.k_BSGD.shape[2]
-    q_BGMTD = inputs.q_BTHD.float().unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
-    scores_BGMTS = q_BGMTD @ inputs.k_BSGD.float().permute(0, 2, 3, 1)[:, :, None] * inputs.scale
-    hidden_BTS = ~interval_mask(inputs.start_BT, inputs.stop_BT, inputs.k_BSGD.shape[1])
-    scores_BGMTS.masked_fill_(hidden_BTS[:, None, None], -torch.inf)
-    return scores_BGMTS.softmax(-1).mean((1, 2)).masked_fill_(hidden_BTS, 0)
 
 
 def _held(p_BTS: Tensor, topk_BTK: Tensor) -> float:

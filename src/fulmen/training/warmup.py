@@ -7,6 +7,7 @@ and resume work as they do for any model.
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -24,11 +26,11 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
-from fulmen.errors import TrainingDivergedError
+from fulmen.errors import TrainingDivergedError, unwritable
 from fulmen.modeling.selectors import IndexerSelector, dsa_attentions, use_selector
 from fulmen.training.losses import IndexerLossSelector, LayerLoss, output_weight
+from fulmen.training.processes import as_the_first, first_alone, is_first
 
 # Evaluations after the first; fewer where they would take more than this share of a time budget.
 EVALUATIONS, EVALUATION_SHARE = 3, 0.2
@@ -120,18 +122,32 @@ def warm_up(
 
     Raises:
         TrainingDivergedError: the loss became NaN or infinite; the weights are the best so far.
+        OutputError: `run_dir` cannot be written or is full; the same call goes on once that is mended.
     """
+    try:
+        return _warm_up(model, train, validation, run_dir, settings, on_step)
+    except (OSError, SafetensorError) as error:
+        raise unwritable(run_dir, error) from error
+
+
+def _warm_up(
+    model: PreTrainedModel,
+    train: Sequence[Tensor],
+    validation: Sequence[Tensor],
+    run_dir: Path,
+    settings: WarmupSettings,
+    on_step: Callable[[int, int, dict[str, float]], None],
+) -> WarmupResult:
     began = time.monotonic()
     run_dir.mkdir(parents=True, exist_ok=True)
     stack = IndexerStack(model, settings.n_rows)
     model.requires_grad_(False)
     stack.indexers.requires_grad_(True)
     model.eval()
-    last_checkpoint = get_last_checkpoint(str(run_dir))
-    if not (run_dir / INITIAL_FILE).exists():
-        _save_aside(stack.indexers.state_dict(), run_dir / INITIAL_FILE)
-    initial = load_file(run_dir / INITIAL_FILE)
-    plan = _plan(stack, train, validation, run_dir, settings)
+    last_step = first_alone(lambda: _forget_what_is_not_whole(run_dir))
+    last_checkpoint = str(run_dir / f"checkpoint-{last_step}") if last_step else None
+    initial = first_alone(lambda: _initial(stack, run_dir))
+    plan = first_alone(lambda: _plan(stack, train, validation, run_dir, settings))
     trainer = _WarmupTrainer(
         model=stack,
         args=_arguments(run_dir, settings, plan["steps"], plan["evaluations"]),
@@ -194,6 +210,14 @@ class _WarmupTrainer(Trainer):
             )
         return (loss, {}) if return_outputs else loss
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:  # torch's writer raises RuntimeError when the disk is full
+            folder = Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}")
+            shutil.rmtree(folder, ignore_errors=True)
+            raise unwritable(folder, error) from error
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         rows: Any = self.eval_dataset
         texts = [row["input_ids"] for row in rows]
@@ -215,14 +239,15 @@ class _Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         layers = self.stack.last
         rows = [_log_row(state.global_step, index, layer) for index, layer in sorted(layers.items())]
-        with open(self.log_file, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        if is_first():
+            with open(self.log_file, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
         means = {
             name: sum(getattr(layer, name) for layer in layers.values()) / len(layers)
             for name in ("kl", "changed")
         }
         self.on_step(state.global_step, state.max_steps, means)
-        if self.budget_s is not None and time.monotonic() - self.began > self.budget_s:
+        if self.budget_s is not None and as_the_first(time.monotonic() - self.began > self.budget_s):
             control.should_training_stop = control.should_evaluate = control.should_save = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
@@ -232,6 +257,15 @@ class _Watch(TrainerCallback):
 def _log_row(step: int, index: int, layer: LayerLoss) -> dict[str, float]:
     values = {name: getattr(layer, name) for name in ("kl", "changed", "entropy", "captured", "oracle")}
     return {"step": step, "layer": index, **values}
+
+
+def _initial(stack: IndexerStack, run_dir: Path) -> dict[str, Tensor]:
+    """The weights that training began with, written down at the first start."""
+    file = run_dir / INITIAL_FILE
+    if not file.exists():
+        state = {name: tensor.contiguous() for name, tensor in stack.indexers.state_dict().items()}
+        _write_aside(file, lambda aside: save_file(state, aside))
+    return load_file(file)
 
 
 def _plan(
@@ -257,9 +291,7 @@ def _plan(
         left_s = 0.9 * settings.budget_s - evaluation_s * (evaluations + 1) - step_s
         steps = max(evaluations, int(left_s / step_s))
     plan = {"steps": steps, "evaluations": evaluations, "loss_before": before}
-    aside = file.with_suffix(".part")
-    aside.write_text(json.dumps(plan), encoding="utf-8")
-    aside.rename(file)
+    _write_aside(file, lambda aside: aside.write_text(json.dumps(plan), encoding="utf-8"))
     return plan
 
 
@@ -291,6 +323,7 @@ def _arguments(run_dir: Path, settings: WarmupSettings, steps: int, evaluations:
         disable_tqdm=True,
         report_to=[],
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
     )
 
 
@@ -306,14 +339,39 @@ def _restore_best(
 ) -> int:
     """Load the best weights seen; return their step, 0 for the weights that training began with."""
     best, metric = trainer.state.best_model_checkpoint, trainer.state.best_metric
-    if best is None or metric is None or metric >= loss_before:
+    whole = best is not None and Path(best, "model.safetensors").exists()
+    if best is None or not whole or metric is None or metric >= loss_before:
         stack.indexers.load_state_dict(initial)
         return 0
     stack.load_state_dict(load_file(Path(best) / "model.safetensors"))
     return int(Path(best).name.rsplit("-", 1)[1])
 
 
-def _save_aside(state: dict[str, Tensor], target: Path) -> None:
+def _forget_what_is_not_whole(run_dir: Path) -> int:
+    """Remove what an interruption cut short or went beyond; return the last checkpoint's step, 0 for none."""
+    last_step = 0
+    for folder in run_dir.glob("checkpoint-*"):
+        try:
+            # Trainer writes this file last.
+            step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+            last_step = max(last_step, step)
+        except (OSError, ValueError):
+            shutil.rmtree(folder)
+    log = run_dir / LOG_FILE
+    if log.exists():
+        # Steps after the checkpoint are run and logged again.
+        rows = log.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= last_step]
+        if kept != rows:
+            _write_aside(log, lambda aside: aside.write_text("".join(kept), encoding="utf-8"))
+    return last_step
+
+
+def _write_aside(target: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a file beside `target`, then put it in its place: whole, or not at all."""
     aside = target.with_suffix(".part")
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, aside)
-    aside.rename(target)
+    try:
+        write(aside)
+        aside.replace(target)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fulmen.ops.attention_blocked import group_heads
 from fulmen.ops.index_scores.cpu import score_keys
 from fulmen.ops.indexer_loss.reference import IndexerLoss
+from fulmen.ops.mean_attention import tile_mean_attention
 from fulmen.ops.precision import math_dtype
 from fulmen.ops.tiles import KeyTile, interval_blocks, selected_tile, take_keys, zero_bad_keys
 
@@ -109,28 +109,10 @@ def _loss_block(
 ) -> tuple[Tensor, Tensor]:
     tile = make_tile()
     with torch.no_grad():
-        target_TC = _mean_attention(attn_q_THD, attn_k_SGD, tile, scale)
+        target_TC = tile_mean_attention(attn_q_THD, attn_k_SGD, tile, scale)
         entropy_T = -torch.xlogy(target_TC, target_TC).sum(-1)
     log_index_TC = _log_index(q_TJE, k_SIE, w_TJ, b_TJ, tile)
     return -(target_TC * log_index_TC).sum(-1) - entropy_T, entropy_T
-
-
-def _mean_attention(q_THD: Tensor, k_SGD: Tensor, tile: KeyTile, scale: float) -> Tensor:
-    """p: the mean over heads of softmax(scale * q.k) over the visible keys of the tile; 0 where hidden."""
-    queries, heads, _ = q_THD.shape
-    dtype = math_dtype(q_THD.dtype)
-    q_GMD = group_heads(q_THD.to(dtype) * scale, k_SGD.shape[1])
-    k_GCD = take_keys(k_SGD, tile.keys, dtype)
-    total_TC = q_GMD.new_zeros(queries, k_GCD.shape[1])
-    # One key head at a time: no more than its queries' probabilities are alive.
-    for q_MD, k_CD in zip(q_GMD, k_GCD, strict=True):
-        scores_XTC = (q_MD @ k_CD.T).unflatten(0, (-1, queries))
-        if tile.hidden_TS is not None:
-            scores_XTC.masked_fill_(tile.hidden_TS, -torch.inf)
-        total_TC += scores_XTC.softmax(-1).sum(0)
-    if tile.hidden_TS is not None:
-        total_TC.masked_fill_(tile.hidden_TS, 0)  # a row without keys is NaN so far
-    return total_TC.div_(heads)
 
 
 def _log_index(q_TJE: Tensor, k_SIE: Tensor, w_TJ: Tensor, b_TJ: Tensor | None, tile: KeyTile) -> Tensor:
