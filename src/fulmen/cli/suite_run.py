@@ -56,7 +56,7 @@ def evaluate_suites(settings: SuiteSettings, suites: tuple[str, ...]) -> dict[st
     corpus = load_corpus(*settings.data)
     say(f"Loading {settings.model or settings.source}")
     subject, tokenizer = load_subject(settings)
-    context = getattr(subject, "context", None) or ENDPOINT_CONTEXT
+    context = subject.context or ENDPOINT_CONTEXT
     plan = SuitePlan(
         suites=suites,
         lengths=settings.lengths or lengths_up_to(context),
@@ -67,11 +67,9 @@ def evaluate_suites(settings: SuiteSettings, suites: tuple[str, ...]) -> dict[st
     journal = Journal(settings.folder / SAMPLES_FILE, _identity(settings, corpus, subject))
     with progress_bar("Evaluate", counted=False) as advance:
         tables = run_suites(subject, tokenizer, corpus.heldout, plan, journal, lambda *done: advance(*done))
-    topk = getattr(subject, "topk", None)
-    about = about_run(settings.model or settings.source)
-    about["sizes"] = f"{plan.samples} samples of each task and length, seed {plan.seed}" + (
-        f", k = {subject.topk}" if getattr(subject, "topk", None) else ""
-    )
+    sparse = f", k = {subject.topk}" if subject.topk else ""
+    sizes = f"{plan.samples} samples of each task and length, seed {plan.seed}{sparse}"
+    about = {**about_run(settings.model or settings.source), "sizes": sizes}
     report = {"suites": tables, "about": about}
     _write(settings.folder, report)
     _print(report)
@@ -127,7 +125,7 @@ def _identity(settings: SuiteSettings, corpus: Corpus, subject: Subject) -> dict
         "model": settings.model or settings.source,
         "url": settings.url,
         "weights": None if settings.url else _weights_mark(find_source(settings.source)),
-        "topk": getattr(subject, "topk", None),
+        "topk": subject.topk,
         "corpus": corpus.fingerprint,
         "seed": settings.seed,
         "fulmen": __version__,

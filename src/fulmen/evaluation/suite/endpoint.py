@@ -33,6 +33,8 @@ class EndpointSubject:
     """
 
     variants: tuple[str, ...] = ("dense",)
+    topk: int | None = None
+    context: int | None = None
 
     def __init__(self, url: str, model: str, tokenizer: Any, timeout_s: float = TIMEOUT_S) -> None:
         self.url, self.model, self.tokenizer, self.timeout_s = url.rstrip("/"), model, tokenizer, timeout_s

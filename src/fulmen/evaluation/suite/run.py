@@ -97,7 +97,7 @@ def _units(
 
 def _tables(name: str, records: list[dict], subject: Any, plan: SuitePlan) -> dict[str, Any]:
     if name == "ruler":
-        return ruler_tables(records, getattr(subject, "topk", None))
+        return ruler_tables(records, subject.topk)
     if name == "short":
         return short_tables(records, subject.topk)
     return keyloss_tables(records, plan.seed) if name == "keyloss" else generation_tables(records)
@@ -110,8 +110,8 @@ def _require_fit(subject: Subject, plan: SuitePlan) -> None:
             raise ConfigError(f"suite={name!r} needs the model's logits, which an endpoint does not give")
         if name in NEEDS_DSA and "dsa" not in subject.variants:
             raise ConfigError(f"suite={name!r} compares DSA with dense, and this model has no DSA")
-    context = subject.context if isinstance(subject, LocalSubject) else None
-    if context and max(plan.lengths) > context:
+    if subject.context and max(plan.lengths) > subject.context:
         raise ConfigError(
-            f"length={max(plan.lengths)} is beyond the model's context of {context} tokens; use a shorter one"
+            f"length={max(plan.lengths)} is beyond the model's context of {subject.context} tokens; "
+            "use a shorter one"
         )

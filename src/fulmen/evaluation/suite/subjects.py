@@ -21,9 +21,18 @@ CONVERTED_VARIANTS = ("dense", "dsa", "window")
 
 
 class Subject(Protocol):
-    """What the suites ask. `variants`: who answers, each the same questions."""
+    """What the suites ask.
+
+    variants: who answers, each the same questions; "dense" is the first. topk: keys that a query of the
+    sparse ones keeps; None without DSA. context: tokens that the model was made for, if
+    that is known.
+    """
 
     variants: tuple[str, ...]
+    topk: int | None
+
+    @property
+    def context(self) -> int | None: ...
 
     def answer(self, sample: Sample, variant: str) -> str:
         """What it writes after the prompt, greedily; no more than `sample.answer_tokens`."""

@@ -70,8 +70,7 @@ def _ruler_section(tables: Mapping[str, Any]) -> Section:
     notes = (
         ruler_verdict(tables),
         "Right: all expected strings are in the answer, with Wilson's 95 % interval; found: the mean share "
-        f"of them, in the columns' order. “dense cannot”: below {DENSE_CAN:.0%} right, so the row says nothing "
-        "about DSA.",
+        f"of them, in the columns' order. “dense cannot”: below {DENSE_CAN:.0%} right, telling nothing of DSA.",
     )
     return Section("RULER's tasks", tuple(note for note in notes if note), rows)
 
