@@ -18,7 +18,9 @@ def call(*arguments):
 def refused(*arguments):
     result = call(*arguments)
     assert result.exit_code == 2, result.output
-    (line,) = result.stderr.splitlines()
+    *before, line = result.stderr.splitlines()
+    assert all(said.startswith("Loading ") for said in before)
+    assert line.startswith("error: ")
     return line
 
 

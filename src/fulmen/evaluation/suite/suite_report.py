@@ -69,9 +69,9 @@ def _ruler_section(tables: Mapping[str, Any]) -> Section:
         rows.append((*cells, _ruler_note(found[0], gap)))
     notes = (
         ruler_verdict(tables),
-        "Right: all expected strings are in the answer, with Wilson's 95 % interval. Found: the mean share of "
-        "them, in the columns' order.",
-        f"“dense cannot”: dense is right less than {DENSE_CAN:.0%} of the time, so the row says nothing about DSA.",
+        "Right: all expected strings are in the answer, with Wilson's 95 % interval. Found: the mean share "
+        "of them, in the columns' order.",
+        f"“dense cannot”: dense is right less than {DENSE_CAN:.0%} of the time, which says nothing of DSA.",
     )
     return Section("RULER's tasks", tuple(note for note in notes if note), rows)
 
