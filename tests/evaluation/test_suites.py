@@ -8,6 +8,7 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
+from tiny_parity import random_ids, tiny_v32
 from tiny_suites import VOCAB, tiny_llama
 from transformers import LlamaForCausalLM
 
@@ -116,6 +117,19 @@ class TestSubjects:
         found = replace(sample, expected=(word,), stop="\0")
         assert subject.answer(found, "dense").rstrip().endswith(word)
         assert found.share_found(subject.answer(found, "dense")) == 1
+
+    def test_a_stock_mla_model_has_the_same_variants(self):
+        stock, ids_T = tiny_v32(), random_ids(80)
+        subject = LocalSubject(stock, None)
+        for variant in subject.variants:
+            (written,) = subject.continue_text(ids_T, 1, variant)
+            last_C = subject.hidden(ids_T, variant)[-1]
+            assert written == stock.get_output_embeddings()(last_C).argmax()
+        with torch.no_grad():
+            assert subject.continue_text(ids_T, 1, "dsa") == [stock(ids_T[None]).logits[0, -1].argmax()]
+        gap = subject.hidden(ids_T, "dense") - subject.hidden(ids_T, "dsa")
+        assert gap[:12].abs().max() < 1e-5 < gap[12:].abs().max()
+        assert len(subject.continue_text(ids_T, 5, "dsa")) == 5
 
     def test_a_topk_needs_dsa(self, dense, tokenizer):
         with pytest.raises(ConfigError, match="has no DSA"):

@@ -18,7 +18,7 @@ from fulmen.evaluation.report import about_run, write_json
 from fulmen.evaluation.suite.endpoint import EndpointSubject
 from fulmen.evaluation.suite.journal import Journal
 from fulmen.evaluation.suite.ruler_tasks import find_tasks
-from fulmen.evaluation.suite.run import NEEDS_DSA, NEEDS_WEIGHTS, SUITES, SuitePlan, run_suites
+from fulmen.evaluation.suite.run import NEEDS_DSA, NEEDS_WEIGHTS, SUITES, SuitePlan, require_fit, run_suites
 from fulmen.evaluation.suite.subjects import LocalSubject, Subject
 from fulmen.evaluation.suite.suite_page import write_suite_page
 from fulmen.evaluation.suite.suite_report import suite_sections, write_suite_markdown
@@ -64,6 +64,7 @@ def evaluate_suites(settings: SuiteSettings, suites: tuple[str, ...]) -> dict[st
         tasks=settings.tasks,
         seed=settings.seed,
     )
+    require_fit(subject, plan)
     journal = Journal(settings.folder / SAMPLES_FILE, _identity(settings, corpus, subject))
     with progress_bar("Evaluate", counted=False) as advance:
         tables = run_suites(subject, tokenizer, corpus.heldout, plan, journal, lambda *done: advance(*done))

@@ -68,7 +68,7 @@ def run_suites(
         ConfigError: a suite that the subject cannot run, or a length beyond its context.
         CorpusError: the documents are too few.
     """
-    _require_fit(subject, plan)
+    require_fit(subject, plan)
     units = [unit for name in plan.suites for unit in _units(name, subject, tokenizer, documents, plan)]
     records = journal.run(units, progress)
     return {
@@ -103,7 +103,8 @@ def _tables(name: str, records: list[dict], subject: Any, plan: SuitePlan) -> di
     return keyloss_tables(records, plan.seed) if name == "keyloss" else generation_tables(records)
 
 
-def _require_fit(subject: Subject, plan: SuitePlan) -> None:
+def require_fit(subject: Subject, plan: SuitePlan) -> None:
+    """Raise ConfigError if the subject cannot run a suite of the plan, or a length is beyond its context."""
     is_local = isinstance(subject, LocalSubject)
     for name in plan.suites:
         if name in NEEDS_WEIGHTS and not is_local:

@@ -8,7 +8,7 @@ from fulmen.evaluation.statistics import mean_interval
 from fulmen.evaluation.suite.journal import Unit
 from fulmen.evaluation.suite.paired import as_json
 from fulmen.evaluation.suite.subjects import LocalSubject
-from fulmen.evaluation.suite.texts import token_losses
+from fulmen.evaluation.suite.texts import largest_logit_gap, token_losses
 
 SHORTEST = 128
 
@@ -52,10 +52,9 @@ def _unit(subject: LocalSubject, window: Window, length: int, number: int) -> Un
     def run() -> dict[str, Any]:
         hidden = {variant: subject.hidden(ids_T, variant) for variant in ("dense", "dsa")}
         loss = {name: token_losses(x_TC, head, ids_T).mean().item() for name, x_TC in hidden.items()}
-        gap_TV = (head(hidden["dsa"]) - head(hidden["dense"])).float().abs()
         return {
             "name": window.name,
-            "max_difference": gap_TV.max().item(),
+            "max_difference": largest_logit_gap(hidden["dsa"], hidden["dense"], head),
             "dense_loss": loss["dense"],
             "dsa_minus_dense": loss["dsa"] - loss["dense"],
         }

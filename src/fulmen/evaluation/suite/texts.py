@@ -32,6 +32,14 @@ def token_losses(hidden_TC: Tensor, lm_head: Any, ids_T: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def largest_logit_gap(one_TC: Tensor, other_TC: Tensor, lm_head: Any) -> float:
+    """The largest |difference| of a logit between two readings of one text; logits in chunks."""
+    rows = max(CHUNK_LOGITS // lm_head.weight.shape[0], 1)
+    chunks = zip(one_TC.split(rows), other_TC.split(rows), strict=True)
+    return max((lm_head(x_RC) - lm_head(y_RC)).float().abs().max().item() for x_RC, y_RC in chunks)
+
+
+@torch.no_grad()
 def require_plain_head(model: PreTrainedModel) -> None:
     """Raise UnsupportedModelError if logits are not `lm_head(hidden)`: some models scale or cap them."""
     ids_BT = torch.arange(PROBE_TOKENS, device=model.device)[None] % model.config.vocab_size
