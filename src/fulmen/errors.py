@@ -11,7 +11,8 @@
     ├── ResumeError                  a half-finished run with other settings lies in the output directory
     ├── TrainingDivergedError        NaN or Inf in a loss
     ├── CacheError                   a cache that has no room for index keys
-    └── BackendError                 a pinned backend that cannot run here
+    ├── BackendError                 a pinned backend that cannot run here
+    └── EndpointError                a model server that cannot be reached, or lacks the model
 
 A message is one line and names the thing, its value and the remedy. Our own invariants are `assert`s.
 """
@@ -75,3 +76,7 @@ def unwritable(path: object, error: Exception) -> OutputError:
     return OutputError(
         f"{path} cannot be written ({reason[:200]}); make room or the place writable, then run the same again"
     )
+
+
+class EndpointError(FulmenError):
+    """A model server that cannot be reached, refuses, or does not have the model."""

@@ -6,13 +6,25 @@ from typing import Annotated
 import typer
 
 from fulmen.cli.settings import DEFAULT_LENGTH, EvalSettings
+from fulmen.cli.suite_settings import (
+    DEFAULT_LENGTHS,
+    DEFAULT_SAMPLES,
+    PARITY,
+    SUITE_NAMES,
+    SuiteSettings,
+    parse_lengths,
+    parse_names,
+)
 
 
 def evaluate_command(
     model_dir: Annotated[
         Path,
         typer.Argument(
-            metavar="DIR", help="A model directory that fulmen convert wrote.", show_default=False
+            metavar="DIR",
+            help="A model directory that fulmen convert wrote; for suites that need no DSA any model's, "
+            "and with --url only the tokenizer is read.",
+            show_default=False,
         ),
     ],
     dense: Annotated[
@@ -77,11 +89,64 @@ def evaluate_command(
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer texts and needles, for a first look.")
     ] = False,
+    suite: Annotated[
+        str, typer.Option(metavar="NAMES", help=f"What to measure: {', '.join(SUITE_NAMES)}; some by commas.")
+    ] = PARITY,
+    lengths: Annotated[
+        str, typer.Option(help="Suites: tokens of a prompt, as 1k,2k,4k, or max.")
+    ] = DEFAULT_LENGTHS,
+    samples: Annotated[
+        int, typer.Option(help="Suites: questions per task and length, or texts per length.")
+    ] = DEFAULT_SAMPLES,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES", help="Suite ruler: some of its tasks. [dim]Default: all.[/]", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Suites: another seed asks other questions.")] = 0,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="Suites ruler and generate: ask an OpenAI-compatible endpoint, as http://host:8000/v1.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The endpoint's name for the model.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Suites: folder for results. [dim]Default: suites in DIR, or eval-NAME.[/]",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Compare a converted model with its dense source: loss, retrieval, and controls with the same budget.
 
+    With --suite also RULER's tasks, loss on key tokens, short texts and generation, of any model. An
+    interrupted run of suites goes on when the same command is run again.
+
     Example: [bold]fulmen eval out/smollm2-dsa --html report.html[/]
+
+    Example: [bold]fulmen eval out/smollm2-dsa --suite ruler,keyloss --lengths 1k,4k --samples 50[/]
     """
+    chosen = SuiteSettings(
+        source=str(model_dir),
+        suites=parse_names(suite, "suite", SUITE_NAMES),
+        lengths=parse_lengths(lengths),
+        samples=samples,
+        tasks=tuple(name.strip() for name in tasks.split(",")) if tasks else (),
+        seed=seed,
+        data=tuple(data or ()),
+        topk=topk,
+        url=url,
+        model=model,
+        out=out,
+    )
     settings = EvalSettings(
         model_dir=model_dir,
         dense=dense,
@@ -96,6 +161,19 @@ def evaluate_command(
         needles=not no_needles,
         quick=quick,
     )
-    from fulmen.cli.evaluation_run import evaluate
+    if chosen.suites == (PARITY,):
+        from fulmen.cli.evaluation_run import evaluate
 
-    evaluate(settings)
+        evaluate(settings)
+        return
+    _run_suites(chosen, settings)
+
+
+def _run_suites(chosen: SuiteSettings, settings: EvalSettings) -> None:
+    from fulmen.cli.evaluation_run import evaluate
+    from fulmen.cli.suite_run import evaluate_suites, suites_of
+
+    names = suites_of(chosen)
+    if PARITY in names:
+        evaluate(settings)
+    evaluate_suites(chosen, tuple(name for name in names if name != PARITY))

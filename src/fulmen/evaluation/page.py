@@ -49,10 +49,15 @@ def parity_page(report: Mapping[str, Any]) -> str:
         f"<h1>{escape(title)}</h1>",
         f'<p class="verdict">{escape(verdict(report))}</p>',
         *(f"<p>{escape(text)}</p>" for text in sentences if text),
-        f'<div class="scroll">{_html_table(short_summary(report), list(report["variants"]))}</div>',
-        f'<div class="figures">{"".join(_html_figure(plot) for plot in parity_plots(report))}</div>',
+        f'<div class="scroll">{html_table(short_summary(report), list(report["variants"]))}</div>',
+        f'<div class="figures">{"".join(html_figure(plot) for plot in parity_plots(report))}</div>',
         f"<footer>{_html_footer(report)}</footer>",
     ]
+    return html_page(title, body)
+
+
+def html_page(title: str, body: Sequence[str]) -> str:
+    """A page in fulmen's style. body: its elements, as HTML."""
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_style()}</style>"
@@ -91,7 +96,8 @@ def _style() -> str:
     return STYLE.replace("LIGHT", light).replace("DARK", dark)
 
 
-def _html_table(rows: Sequence[Sequence[str]], names: Sequence[str]) -> str:
+def html_table(rows: Sequence[Sequence[str]], names: Sequence[str]) -> str:
+    """A table whose first row is the header; `names` are the classes of the others."""
     header, *body = rows
     lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in header) + "</tr>"]
     for name, row in zip(names, body, strict=True):
@@ -100,7 +106,8 @@ def _html_table(rows: Sequence[Sequence[str]], names: Sequence[str]) -> str:
     return f"<table>{''.join(lines)}</table>"
 
 
-def _html_figure(plot: Plot) -> str:
+def html_figure(plot: Plot) -> str:
+    """A drawing with its title and caption."""
     return (
         f'<figure id="{plot.name}"><h2>{escape(plot.title)}</h2>{inline_svg(plot)}'
         f"<figcaption>{escape(plot.caption)}</figcaption></figure>\n"
@@ -115,4 +122,9 @@ def _html_footer(report: Mapping[str, Any]) -> str:
         "texts": f"{texts}; losses in nats per token over the second half of each",
         **report["about"],
     }
+    return html_facts(facts)
+
+
+def html_facts(facts: Mapping[str, str]) -> str:
+    """Names and values, for a page's end."""
     return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()) + "</dl>"

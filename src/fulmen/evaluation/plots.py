@@ -65,7 +65,7 @@ def crossover(rows: Sequence[Mapping[str, float]], unit: str) -> float | None:
 
 
 def _plot_by_position(report: Mapping[str, Any]) -> Plot:
-    figure, axes = _new_figure(3.4)
+    figure, axes = new_figure(3.4)
     variants, length = report["variants"], report["length"]
     for name in ("oracle", "dsa", "inherited", "window"):
         if name in variants:
@@ -77,7 +77,7 @@ def _plot_by_position(report: Mapping[str, Any]) -> Plot:
         axes.axvline(topk, color=INK, linewidth=0.8, linestyle=":")
         axes.annotate(f" k = {topk}", (topk, 0.02), xycoords=("data", "axes fraction"), color=INK)
     axes.set(xlabel="position in the text (tokens)", ylabel="loss over dense (%)", xlim=(0, length))
-    _legend_above(axes)
+    legend_above(axes)
     caption = "Loss over dense attention by position: left of k nothing is left out, so the gap begins there."
     return Plot("position", "Loss by position", caption, figure)
 
@@ -85,7 +85,7 @@ def _plot_by_position(report: Mapping[str, Any]) -> Plot:
 def _plot_sweep(report: Mapping[str, Any]) -> Plot | None:
     if not report["sweep"]:
         return None
-    figure, axes = _new_figure(3.4)
+    figure, axes = new_figure(3.4)
     for name in ("oracle", "dsa", "window"):
         points = [point for point in report["sweep"] if point["variant"] == name]
         _draw_line(axes, name, [p["k"] for p in points], [100 * p["over_dense"] for p in points])
@@ -93,13 +93,13 @@ def _plot_sweep(report: Mapping[str, Any]) -> Plot | None:
     axes.set_xscale("log", base=2)
     _plain_ticks(axes.xaxis, sorted({point["k"] for point in report["sweep"]}))
     axes.set(xlabel="keys kept per query, k (tokens)", ylabel="loss over dense (%)")
-    _legend_above(axes)
+    legend_above(axes)
     caption = "Loss over dense attention for smaller and larger budgets k, on the first text of each kind."
     return Plot("sweep", "Loss against budget", caption, figure)
 
 
 def _plot_error_split(report: Mapping[str, Any]) -> Plot:
-    figure, axes = _new_figure(2.3)
+    figure, axes = new_figure(2.3)
     split, dense = report["error_split"], report["variants"]["dense"]["second_half"]
     names = ("kernel", "indexer", "budget")
     labels = ("kernel: fast − reference", "indexer: DSA − oracle", "budget: oracle − dense")
@@ -124,14 +124,14 @@ def _plot_mass(report: Mapping[str, Any]) -> Plot | None:
     masses = {name: rows for name, rows in report["mass"].items() if rows}
     if not masses:
         return None
-    figure, axes = _new_figure(3.4)
+    figure, axes = new_figure(3.4)
     best = masses.get("dsa") or next(iter(masses.values()))
     _draw_line(axes, "oracle", [row["layer"] for row in best], [100 * row["oracle"] for row in best])
     for name, rows in masses.items():
         _draw_line(axes, name, [row["layer"] for row in rows], [100 * row["captured"] for row in rows])
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="layer", ylabel="attention mass captured (%)")
-    _legend_above(axes)
+    legend_above(axes)
     caption = (
         "Attention mass, averaged over heads, on the selected keys: local keys dominate it, so a small "
         "difference here can be a large one in retrieval."
@@ -145,7 +145,7 @@ def _plot_needles(report: Mapping[str, Any]) -> Plot | None:
         return None
     tasks = sorted({cell["task"] for cell in cells})
     depths = sorted({cell["depth"] for cell in cells})
-    figure, grid = _new_figure(0.9 + len(tasks) * (0.75 + 0.3 * len(depths)), rows=len(tasks), columns=2)
+    figure, grid = new_figure(0.9 + len(tasks) * (0.75 + 0.3 * len(depths)), rows=len(tasks), columns=2)
     for row, task in zip(grid, tasks, strict=True):
         for axes, variant in zip(row, ("dense", "dsa"), strict=True):
             chosen = [cell for cell in cells if (cell["task"], cell["variant"]) == (task, variant)]
@@ -164,7 +164,7 @@ def _plot_cost(report: Mapping[str, Any]) -> Plot | None:
     rows = report["cost"]
     if not rows:
         return None
-    figure, panels = _new_figure(5.6, rows=2, columns=1)
+    figure, panels = new_figure(5.6, rows=2, columns=1)
     positions = [row["position"] for row in rows]
     for (axes,), unit, label in zip(panels, ("bytes", "flops"), ("bytes read", "FLOPs"), strict=True):
         for name in ("dense", "dsa"):
@@ -178,12 +178,12 @@ def _plot_cost(report: Mapping[str, Any]) -> Plot | None:
             note = f" DSA is cheaper\n from {_short_count(place)}"
             axes.annotate(note, (place, 0.8), xycoords=("data", "axes fraction"), color=INK, fontsize=9)
     panels[-1][0].set_xlabel("position (tokens)")
-    _legend_above(panels[0][0])
+    legend_above(panels[0][0])
     caption = "What one generated token costs in attention and indexer at a position; dotted: the crossover."
     return Plot("cost", "Cost against position", caption, figure)
 
 
-def _new_figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+def new_figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
     """A figure without a window, and its axes: one, or rows of columns."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -244,7 +244,8 @@ def _short_count(value: float) -> str:
     return f"{value:.0f}" if value >= 10 else f"{value:g}"
 
 
-def _legend_above(axes: Any) -> None:
+def legend_above(axes: Any) -> None:
+    """A legend outside, above the axes' left corner."""
     # The colour is named here: the style holds for what the axes drew themselves only.
     axes.legend(
         loc="lower left",

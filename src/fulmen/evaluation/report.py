@@ -63,17 +63,17 @@ def about_run(model: str, command: Sequence[str] = ()) -> dict[str, str]:
 
 def write_json(report: Mapping[str, Any], path: str | Path) -> Path:
     """Write every number. Raises OutputError if `path` cannot be written."""
-    return _write_whole(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    return write_whole(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 
 def write_markdown(report: Mapping[str, Any], path: str | Path) -> Path:
     """Write verdict and tables, for a model card. Raises OutputError if `path` cannot be written."""
-    return _write_whole(path, markdown_text(report))
+    return write_whole(path, markdown_text(report))
 
 
 def write_html(report: Mapping[str, Any], path: str | Path) -> Path:
     """Write one page that needs no other file. Raises OutputError if `path` cannot be written."""
-    return _write_whole(path, parity_page(report))
+    return write_whole(path, parity_page(report))
 
 
 def markdown_text(report: Mapping[str, Any]) -> str:
@@ -124,7 +124,8 @@ def _needle_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [(*header, "DSA − dense, points (95 % interval)"), *rows]
 
 
-def _write_whole(path: str | Path, text: str) -> Path:
+def write_whole(path: str | Path, text: str) -> Path:
+    """Write a text aside and rename it into place. Raises OutputError if `path` cannot be written."""
     target = Path(path).expanduser()
     aside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:

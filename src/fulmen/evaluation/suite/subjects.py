@@ -1,0 +1,151 @@
+"""Who is asked: a converted model in three variants, any dense model, or an endpoint.
+
+A subject has `variants`, writes answers, and (where the weights are here) reads texts and continues them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fulmen.evaluation.suite.samples import Sample
+from fulmen.evaluation.variants import Bench, Text, current_topk, last_hidden_states
+from fulmen.modeling.mla_attention import own_attention
+from fulmen.modeling.model import PREFILL_CHUNK
+
+# DSA, what it is to equal, and the same budget without an indexer.
+CONVERTED_VARIANTS = ("dense", "dsa", "window")
+
+
+class Subject(Protocol):
+    """What the suites ask.
+
+    variants: who answers, each the same questions; "dense" is the first. topk: keys that a query of the
+    sparse ones keeps; None without DSA. context: tokens that the model was made for, if
+    that is known.
+    """
+
+    variants: tuple[str, ...]
+    topk: int | None
+
+    @property
+    def context(self) -> int | None: ...
+
+    def answer(self, sample: Sample, variant: str) -> str:
+        """What it writes after the prompt, greedily; no more than `sample.answer_tokens`."""
+        ...
+
+    def continue_text(self, prompt_ids: Tensor, n_tokens: int, variant: str) -> list[int]:
+        """The tokens that follow a prompt, greedily; the end of text does not stop it."""
+        ...
+
+
+class LocalSubject:
+    """A model on this machine.
+
+    Attributes:
+        variants: "dense", "dsa" and "window" of a converted model, "dense" alone of any other.
+        topk: keys that a query of the sparse variants keeps; None for a model without DSA.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, topk: int | None = None) -> None:
+        """Raises ConfigError if `topk` is given for a model without DSA."""
+        self.model, self.tokenizer = model, tokenizer
+        self.topk: int | None = None
+        if topk is not None or is_converted(model):
+            self.topk = current_topk(model) if topk is None else topk
+            current_topk(model)
+        self._bench = None if self.topk is None else Bench(model, inherited=None)
+        self.variants: tuple[str, ...] = CONVERTED_VARIANTS if self._bench else ("dense",)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model was made for; None if its config does not say."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    @contextmanager
+    def running(self, variant: str) -> Iterator[None]:
+        """Let the model be `variant` in the block."""
+        assert variant in self.variants, variant
+        running: AbstractContextManager = nullcontext()
+        if self._bench is not None:
+            assert self.topk is not None
+            running = self._bench.running(variant, self.topk, 0, "")
+        with own_attention(self.model), running:
+            yield
+
+    def answer(self, sample: Sample, variant: str) -> str:
+        """As `Subject.answer`; a fixed answer takes one forward pass and is cut where it goes wrong."""
+        if sample.answer_ids is not None:
+            with self.running(variant):
+                return self._text(answer_by_forward(self.model, sample.prompt_ids, sample.answer_ids))
+
+        def is_done(written: list[int]) -> bool:
+            text = self._text(written)
+            return sample.stop in text.lstrip() or sample.share_found(text) == 1
+
+        return self._text(self.continue_text(sample.prompt_ids, sample.answer_tokens, variant, is_done))
+
+    def continue_text(
+        self,
+        prompt_ids: Tensor,
+        n_tokens: int,
+        variant: str,
+        is_done: Callable[[list[int]], bool] = lambda written: False,
+    ) -> list[int]:
+        """As `Subject.continue_text`; ends early once `is_done`, asked after each token."""
+        with self.running(variant):
+            return continue_greedily(self.model, prompt_ids, n_tokens, is_done)
+
+    def hidden(self, ids_T: Tensor, variant: str) -> Tensor:
+        """The last hidden states hidden_TC of one text."""
+        with self.running(variant):
+            return last_hidden_states(self.model, Text(ids_T, None))
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def is_converted(model: PreTrainedModel) -> bool:
+    """Whether a model has DSA."""
+    return bool(getattr(model.config, "dsa", None) or getattr(model.config, "index_topk", None))
+
+
+@torch.no_grad()
+def continue_greedily(
+    model: PreTrainedModel, prompt_ids: Tensor, n_tokens: int, is_done: Callable[[list[int]], bool]
+) -> list[int]:
+    """Up to `n_tokens` likeliest tokens after a prompt, which is read in chunks."""
+    # A stock model makes its own cache in the first pass, a converted one in its own class.
+    cache = None
+    for chunk_T in prompt_ids.split(PREFILL_CHUNK):
+        ids_1T = chunk_T[None].to(model.device)
+        output = model(ids_1T, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+    written = [int(output.logits[0, -1].argmax())]
+    while len(written) < n_tokens and not is_done(written):
+        ids_11 = torch.tensor([[written[-1]]], device=model.device)
+        output = model(ids_11, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        written.append(int(output.logits[0, -1].argmax()))
+    return written
+
+
+@torch.no_grad()
+def answer_by_forward(model: PreTrainedModel, prompt_ids: Tensor, answer_ids: Tensor) -> list[int]:
+    """What greedy decoding writes after a prompt, up to its first token that is not the answer's.
+
+    Up to there it has read the answer's own tokens, so that all are given at once, in one pass.
+    """
+    input_ids = torch.cat((prompt_ids, answer_ids[:-1]))[None].to(model.device)
+    logits_TV = model(input_ids, use_cache=False, logits_to_keep=len(answer_ids)).logits[0]
+    written = logits_TV[-len(answer_ids) :].argmax(-1).tolist()
+    return written[: 1 + common_start(written, answer_ids.tolist())]
+
+
+def common_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts share from the beginning on."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
