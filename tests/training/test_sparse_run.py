@@ -160,6 +160,7 @@ def test_nan_stops_before_the_weights_change(tmp_path):
 
 def test_a_spike_stops_it(tmp_path, monkeypatch):
     monkeypatch.setattr(sparse_trainer, "SPIKE_FACTOR", 1.2)
+    monkeypatch.setattr(sparse_trainer, "SPIKE_KL", 0.3)
     model = fresh_model()
     spoil(model, 8, 40.0)
     with pytest.raises(TrainingDivergedError, match=r"at step 8 is a spike \(median of the steps before"):
