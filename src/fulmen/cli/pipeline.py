@@ -16,6 +16,7 @@ from fulmen.cli.model_card import conversion_card
 from fulmen.cli.progress import progress_bar, say
 from fulmen.cli.run_dir import RunDir
 from fulmen.cli.settings import ConvertSettings
+from fulmen.cli.sparse_stage import LOG_FILE, RECORD_FILE, SPARSE_DIR, STAGES_DIR, sparse_stage
 from fulmen.cli.texts import up_to
 from fulmen.config import DsaConfig
 from fulmen.corpus import Corpus, load_corpus
@@ -28,13 +29,12 @@ from fulmen.modeling.inherit import inherit_gqa
 from fulmen.modeling.mla_attention import own_attention
 from fulmen.modeling.mla_convert import MLA_DSA_TYPES
 from fulmen.modeling.mla_inherit import inherit_mla
+from fulmen.training.sparse import SparseSettings
 from fulmen.training.warmup import WarmupSettings, warm_up
 
 CALIBRATION_WINDOWS = 4
 TRAINING_WINDOWS = 64
 VALIDATION_WINDOWS = 4
-RECORD_FILE = "conversion.json"
-STAGES_DIR = "stages"
 
 
 def convert(settings: ConvertSettings) -> Path:
@@ -56,6 +56,8 @@ def convert(settings: ConvertSettings) -> Path:
         records: dict[str, Any] = {"inherit": _inherit(model, tokenizer, corpus, window, settings, run)}
         if "warmup" in settings.stages:
             records["warmup"] = _warm_up(model, tokenizer, corpus, window, settings, run)
+        if "sparse" in settings.stages:
+            records["sparse"] = _train_sparsely(model, tokenizer, corpus, window, settings, run)
     record = {
         **identity,
         "window": window,
@@ -127,22 +129,43 @@ def _warm_up(
     settings: ConvertSettings,
     run: RunDir,
 ) -> dict[str, Any]:
+    record_file = run.path / "warmup.json"
+    if (done := run.load_stage("warmup")) is not None and record_file.exists():
+        model.load_state_dict(done, strict=False)
+        return json.loads(record_file.read_text(encoding="utf-8"))
     texts = up_to(corpus.training, tokenizer, window, TRAINING_WINDOWS + VALIDATION_WINDOWS, settings.seed)
     n_validation = min(VALIDATION_WINDOWS, len(texts) // 2)
     if not n_validation:
         raise ConfigError(f"the training text fills one window of {window} tokens; warm-up needs 2: add text")
-    ids = [text.input_ids for text in texts]
     warmup = WarmupSettings(steps=settings.steps, budget_s=settings.budget_s, seed=settings.seed)
 
     def on_step(step: int, steps: int, logs: dict[str, float]) -> None:
         advance(step, steps, ", ".join(f"{name} {value:.4f}" for name, value in logs.items()))
 
     with progress_bar("Warm-up") as advance:
-        result = warm_up(model, ids[n_validation:], ids[:n_validation], run.path / "warmup", warmup, on_step)
+        result = warm_up(
+            model, texts[n_validation:], texts[:n_validation], run.path / "warmup", warmup, on_step
+        )
     say(
         f"Warm-up: validation loss {result.loss_before:.4f} -> {result.loss_after:.4f} "
         f"(step {result.best_step} of {result.last_step}, {result.seconds:.0f} s)"
     )
+    record_file.write_text(json.dumps(asdict(result)), encoding="utf-8")
+    run.save_stage("warmup", indexer_state(model))
+    return asdict(result)
+
+
+def _train_sparsely(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    corpus: Corpus,
+    window: int,
+    settings: ConvertSettings,
+    run: RunDir,
+) -> dict[str, Any]:
+    steps, budget_s = settings.sparse_steps, settings.sparse_budget_s
+    options = SparseSettings(steps=steps, budget_s=budget_s, seed=settings.seed)
+    result = sparse_stage(model, tokenizer, corpus, window, None, options, run.path / SPARSE_DIR)
     return asdict(result)
 
 
@@ -152,6 +175,8 @@ def _save(
     extras = {f"{STAGES_DIR}/inherit.safetensors": run.stage("inherit")}
     if (log := run.path / "warmup" / "layers.jsonl").exists():
         extras[f"{STAGES_DIR}/warmup-layers.jsonl"] = log
+    if (log := run.path / SPARSE_DIR / LOG_FILE).exists():
+        extras[f"{STAGES_DIR}/{LOG_FILE}"] = log
     record_file = run.path / RECORD_FILE
     try:
         record_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
