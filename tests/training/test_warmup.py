@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_gqa import make_dense, make_dsa, random_ids
 
+from fulmen.corpus import Window
 from fulmen.errors import TrainingDivergedError
 from fulmen.modeling.inherit import inherit_gqa
 from fulmen.training.warmup import IndexerStack, WarmupSettings, sparse_loss, warm_up
@@ -143,3 +144,24 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     assert resumed_result.loss_after == whole_result.loss_after
     for name, tensor in indexers(whole).items():
         assert torch.equal(tensor, indexers(resumed)[name]), name
+
+
+def test_packed_documents_are_not_mixed():
+    """A window of two documents has the sparse loss of the two, each token weighing the same."""
+    model = make_dsa(make_dense(), topk=8)
+    ids = torch.cat((TRAIN[0][:32], TRAIN[1]))
+    window = Window(("a", "b"), "prose", ids[:64], (0, 32))
+    assert window.position_ids.tolist() == [*range(32), *range(32)]
+    assert sparse_loss(model, [window]) == pytest.approx(sparse_losses_of_all(model, TRAIN[1][:32]), abs=1e-5)
+    rows = {"input_ids": window.input_ids[None], "position_ids": window.position_ids[None]}
+    stack = IndexerStack(model, 1000)
+    with torch.no_grad():
+        parts = [float(stack(ids[None])["loss"]) for ids in window.input_ids.split(32)]
+        assert float(stack(**rows)["loss"]) == pytest.approx(
+            sum(parts) / 2, rel=1e-2
+        )  # one temperature for both
+
+
+@torch.no_grad()
+def sparse_losses_of_all(model, ids_T) -> float:
+    return float(torch.nn.functional.cross_entropy(model(ids_T[None]).logits[0, :-1], ids_T[1:]))

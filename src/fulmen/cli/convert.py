@@ -7,6 +7,7 @@ import typer
 
 from fulmen.cli.settings import (
     DEFAULT_BUDGET,
+    DEFAULT_SPARSE_BUDGET,
     DEFAULT_STAGES,
     DEFAULT_WINDOW,
     DTYPES,
@@ -44,19 +45,33 @@ def convert_command(
         str,
         typer.Option(
             help=f"Stages to run, in this order, of {', '.join(STAGES)}. inherit builds the indexer from "
-            "the model's own heads (about a minute); warmup trains it to match the dense attention.",
+            "the model's own heads (about a minute); warmup trains it to match the dense attention; sparse "
+            "trains all weights under sparse attention, taught by the dense model (options: fulmen train).",
         ),
     ] = DEFAULT_STAGES,
     budget: Annotated[
         str | None,
         typer.Option(
             metavar="DURATION",
-            help=f"Time for training: 90s, 8m, 1h30m. Not with --steps. [dim]Default: {DEFAULT_BUDGET}.[/]",
+            help=f"Time for warmup: 90s, 8m, 1h30m. Not with --steps. [dim]Default: {DEFAULT_BUDGET}.[/]",
             show_default=False,
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps of training, instead of --budget.", show_default=False)
+        int | None,
+        typer.Option(help="Optimizer steps of the warm-up, instead of --budget.", show_default=False),
+    ] = None,
+    sparse_budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DURATION",
+            help=f"Time for the stage sparse. [dim]Default: {DEFAULT_SPARSE_BUDGET}.[/]",
+            show_default=False,
+        ),
+    ] = None,
+    sparse_steps: Annotated[
+        int | None,
+        typer.Option(help="Optimizer steps of it, instead of --sparse-budget.", show_default=False),
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -102,6 +117,8 @@ def convert_command(
         stages=parse_stages(stages),
         budget_s=None if budget is None else parse_duration(budget),
         steps=steps,
+        sparse_budget_s=None if sparse_budget is None else parse_duration(sparse_budget),
+        sparse_steps=sparse_steps,
         data=tuple(data or ()),
         overwrite=overwrite,
         dtype=dtype,

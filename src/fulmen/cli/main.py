@@ -10,6 +10,7 @@ from fulmen.cli.console import FulmenGroup
 from fulmen.cli.convert import convert_command
 from fulmen.cli.evaluate import evaluate_command
 from fulmen.cli.inspect import inspect_command
+from fulmen.cli.train import train_command
 
 app = typer.Typer(
     cls=FulmenGroup,
@@ -40,12 +41,13 @@ def fulmen(
 ) -> None:
     """Give a dense language model DeepSeek Sparse Attention, and show that nothing was lost.
 
-    inspect a model, convert it, eval the result against the dense model, chat with it.
+    inspect a model, convert it, train it further, eval the result against the dense model, chat with it.
     """
 
 
 app.command("inspect")(inspect_command)
 app.command("convert")(convert_command)
+app.command("train")(train_command)
 app.command("eval")(evaluate_command)
 app.command("chat")(chat_command)
 
@@ -55,5 +57,6 @@ def main() -> None:
     app()
 
 
-if __name__ == "__main__":  # for `accelerate launch -m fulmen.cli.main`
+# `accelerate launch -m fulmen.cli.main convert ...` starts several processes of it.
+if __name__ == "__main__":
     main()

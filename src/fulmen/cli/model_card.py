@@ -19,7 +19,7 @@ tags:
 # {record["source"]} with DeepSeek Sparse Attention
 
 Made by fulmen {record["made_with"]["fulmen"]} from `{record["source"]}`. {_indexer_sentence(record["dsa"])}
-All other weights are the dense model's own, under their own names. Stages: {", ".join(record["stages"])};
+{_trunk_sentence(record["stages"])} Stages: {", ".join(record["stages"])};
 seed {record["seed"]}.
 
 ```python
@@ -38,6 +38,12 @@ tokenizer = AutoTokenizer.from_pretrained("path/of/this/directory")
 Not measured yet: `fulmen eval` on this directory writes the table here.
 {PARITY_END}
 """
+
+
+def _trunk_sentence(stages: list[str]) -> str:
+    if "sparse" in stages:
+        return "All weights were trained under sparse attention, with the dense model as teacher."
+    return "All other weights are the dense model's own, under their own names."
 
 
 def _indexer_sentence(dsa: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from fulmen.cli.model_card import conversion_card
 from fulmen.cli.progress import progress_bar, say
 from fulmen.cli.run_dir import RunDir
 from fulmen.cli.settings import ConvertSettings
+from fulmen.cli.sparse_stage import LOG_FILE, RECORD_FILE, SPARSE_DIR, STAGES_DIR, sparse_stage
 from fulmen.cli.texts import up_to
 from fulmen.config import DsaConfig
 from fulmen.corpus import Corpus, Window, load_corpus, window_stream
@@ -29,13 +30,12 @@ from fulmen.modeling.mla_attention import own_attention
 from fulmen.modeling.mla_convert import MLA_DSA_TYPES
 from fulmen.modeling.mla_inherit import inherit_mla
 from fulmen.training.processes import first_alone, is_first, wait_for_all
+from fulmen.training.sparse import SparseSettings
 from fulmen.training.warmup import WarmupSettings, warm_up
 
 CALIBRATION_WINDOWS = 4
 TRAINING_WINDOWS = 64
 VALIDATION_WINDOWS = 4
-RECORD_FILE = "conversion.json"
-STAGES_DIR = "stages"
 
 
 def convert(settings: ConvertSettings) -> Path:
@@ -59,6 +59,8 @@ def convert(settings: ConvertSettings) -> Path:
         records: dict[str, Any] = {"inherit": inherited}
         if "warmup" in settings.stages:
             records["warmup"] = _warm_up(model, tokenizer, corpus, window, settings, run)
+        if "sparse" in settings.stages:
+            records["sparse"] = _train_sparsely(model, tokenizer, corpus, window, settings, run)
     record = {
         **identity,
         "window": window,
@@ -151,14 +153,15 @@ def _warm_up(
     n_validation = min(VALIDATION_WINDOWS, len(texts) // 2)
     if not n_validation:
         raise ConfigError(f"the training text fills one window of {window} tokens; warm-up needs 2: add text")
-    ids = [text.input_ids for text in texts]
     warmup = WarmupSettings(steps=settings.steps, budget_s=settings.budget_s, seed=settings.seed)
 
     def on_step(step: int, steps: int, logs: dict[str, float]) -> None:
         advance(step, steps, ", ".join(f"{name} {value:.4f}" for name, value in logs.items()))
 
     with progress_bar("Warm-up") as advance:
-        result = warm_up(model, ids[n_validation:], ids[:n_validation], run.path / "warmup", warmup, on_step)
+        result = warm_up(
+            model, texts[n_validation:], texts[:n_validation], run.path / "warmup", warmup, on_step
+        )
     say(
         f"Warm-up: validation loss {result.loss_before:.4f} -> {result.loss_after:.4f} "
         f"(step {result.best_step} of {result.last_step}, {result.seconds:.0f} s)"
@@ -169,12 +172,28 @@ def _warm_up(
     return asdict(result)
 
 
+def _train_sparsely(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    corpus: Corpus,
+    window: int,
+    settings: ConvertSettings,
+    run: RunDir,
+) -> dict[str, Any]:
+    steps, budget_s = settings.sparse_steps, settings.sparse_budget_s
+    options = SparseSettings(steps=steps, budget_s=budget_s, seed=settings.seed)
+    result = sparse_stage(model, tokenizer, corpus, window, None, options, run.path / SPARSE_DIR)
+    return asdict(result)
+
+
 def _save(
     model: PreTrainedModel, tokenizer: Any, out: Path, record: dict[str, Any], run: RunDir, *, overwrite: bool
 ) -> None:
     extras = {f"{STAGES_DIR}/inherit.safetensors": run.stage("inherit")}
     if (log := run.path / "warmup" / "layers.jsonl").exists():
         extras[f"{STAGES_DIR}/warmup-layers.jsonl"] = log
+    if (log := run.path / SPARSE_DIR / LOG_FILE).exists():
+        extras[f"{STAGES_DIR}/{LOG_FILE}"] = log
     run.save_record("conversion", record)
     extras[RECORD_FILE] = run.record("conversion")
     save_converted(model, tokenizer, out, conversion_card(record), overwrite=overwrite, extras=extras)

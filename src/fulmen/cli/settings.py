@@ -11,10 +11,12 @@ from fulmen.errors import ConfigError
 
 # A data set on the hub, as `fulmen.corpus` reads it.
 HUB_PREFIX = "hf:"
-STAGES = ("inherit", "warmup")
+STAGES = ("inherit", "warmup", "sparse")
+WITHOUT_TRUNK = STAGES[:2]
 DEFAULT_STAGES = "inherit,warmup"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_BUDGET = "8m"
+DEFAULT_SPARSE_BUDGET = "30m"
 DEFAULT_WINDOW = 2048
 DEFAULT_LENGTH = 2048
 # Of a text in an evaluation, which looks at its second half in parts.
@@ -33,8 +35,9 @@ class ConvertSettings:
         out: directory to write.
         topk, index_heads, index_head_dim: None lets the model's shape decide.
         stages: STAGES, or the first of them.
-        budget_s: seconds for training; None where `steps` says how long.
-        steps: optimizer steps of training; None where `budget_s` says how long.
+        budget_s: seconds for the warm-up; None where `steps` says how long.
+        steps: optimizer steps of the warm-up; None where `budget_s` says how long.
+        sparse_budget_s, sparse_steps: the same of the sparse stage.
         data: files, directories, or hub data sets as hf:name; empty: the text that comes with Python.
         overwrite: replace a model directory at `out`.
         dtype: of the weights, one of DTYPES.
@@ -45,9 +48,11 @@ class ConvertSettings:
     source: str
     out: Path
     topk: int | None = None
-    stages: tuple[str, ...] = STAGES
+    stages: tuple[str, ...] = WITHOUT_TRUNK
     budget_s: float | None = None
     steps: int | None = None
+    sparse_budget_s: float | None = None
+    sparse_steps: int | None = None
     data: tuple[str, ...] = ()
     overwrite: bool = False
     dtype: str = "auto"
@@ -57,7 +62,7 @@ class ConvertSettings:
     window: int = DEFAULT_WINDOW
 
     def __post_init__(self) -> None:
-        _require_positive(self, "topk", "steps", "index_heads", "index_head_dim", "window")
+        _require_positive(self, "topk", "steps", "sparse_steps", "index_heads", "index_head_dim", "window")
         _require_choice("dtype", self.dtype, DTYPES)
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed} cannot be; use an integer of 0 to {2**32 - 1}")
@@ -71,6 +76,19 @@ class ConvertSettings:
             )
         if trains and self.steps is None and self.budget_s is None:
             object.__setattr__(self, "budget_s", parse_duration(DEFAULT_BUDGET))
+        self._check_sparse()
+
+    def _check_sparse(self) -> None:
+        asked = self.sparse_budget_s is not None or self.sparse_steps is not None
+        if self.sparse_budget_s is not None and self.sparse_steps is not None:
+            raise ConfigError("--sparse-budget and --sparse-steps exclude each other; give one of them")
+        if asked and "sparse" not in self.stages:
+            raise ConfigError(
+                "stages have no sparse, so --sparse-budget and --sparse-steps do not apply; "
+                f"add it as in --stages {','.join(STAGES)}"
+            )
+        if "sparse" in self.stages and not asked:
+            object.__setattr__(self, "sparse_budget_s", parse_duration(DEFAULT_SPARSE_BUDGET))
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,13 @@ class Window:
         """The names as one label."""
         return " + ".join(self.names)
 
+    @property
+    def position_ids(self) -> Tensor:
+        """[length] int64: the place of each token in its document; tells a model where documents begin."""
+        place_T = torch.arange(len(self.input_ids))
+        starts_N = torch.tensor(self.starts)
+        return place_T - starts_N[torch.searchsorted(starts_N, place_T, right=True) - 1]
+
 
 def windows(
     documents: Iterable[Document],

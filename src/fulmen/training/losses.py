@@ -84,11 +84,10 @@ class IndexerLossSelector(Selector):
     def _mass(self, inputs: SelectionInputs, rows: Tensor, topk: int) -> tuple[float, float]:
         some = at_rows(inputs, rows[:: max(1, len(rows) // self.n_measured)])
         ends = (some.start_BT, some.stop_BT)
-        texts = zip(some.q_BTHD, some.k_BSGD, *ends, strict=True)
-        p_BTS = torch.stack([mean_attention(*text, some.scale) for text in texts])
+        p_BTS = batch_mean_attention(some)
         index = (some.index_q_BTJE, some.index_k_BSIE, some.index_w_BTJ, some.index_b_BTJ)
         chosen_BTK = index_topk(*index, *ends, topk)
-        return _held(p_BTS, chosen_BTK), _held(p_BTS, select_topk(p_BTS, *ends, topk))
+        return held_mass(p_BTS, chosen_BTK), held_mass(p_BTS, select_topk(p_BTS, *ends, topk))
 
 
 def output_weight(attention: Any) -> Tensor:
@@ -121,6 +120,13 @@ def sampled_rows(inputs: SelectionInputs, topk: int, n_rows: int) -> Tensor:
     return rows[drawn.to(rows.device)]
 
 
-def _held(p_BTS: Tensor, topk_BTK: Tensor) -> float:
+def batch_mean_attention(some: SelectionInputs) -> Tensor:
+    """p_BTS of a few query rows, the mean over heads."""
+    texts = zip(some.q_BTHD, some.k_BSGD, some.start_BT, some.stop_BT, strict=True)
+    return torch.stack([mean_attention(*text, some.scale) for text in texts])
+
+
+def held_mass(p_BTS: Tensor, topk_BTK: Tensor) -> float:
+    """Share of p that the selected keys hold, mean over rows."""
     mass_BTK = p_BTS.gather(-1, topk_BTK.clamp_min(0).long()).masked_fill(topk_BTK < 0, 0)
     return float(mass_BTK.sum(-1).mean())

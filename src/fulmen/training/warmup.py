@@ -31,6 +31,7 @@ from fulmen.errors import TrainingDivergedError, unwritable
 from fulmen.modeling.selectors import IndexerSelector, dsa_attentions, use_selector
 from fulmen.training.losses import IndexerLossSelector, LayerLoss, output_weight
 from fulmen.training.processes import as_the_first, first_alone, is_first
+from fulmen.training.rows import NO_LABEL, Text, next_tokens, text_row, text_rows
 
 # Evaluations after the first; fewer where they would take more than this share of a time budget.
 EVALUATIONS, EVALUATION_SHARE = 3, 0.2
@@ -94,19 +95,19 @@ class IndexerStack(nn.Module):
         self.model._apply(fn)  # moves the indexers too: they are the model's own
         return self
 
-    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> dict[str, Tensor]:
         """Mean over layers of `IndexerLossSelector`'s loss, with gradient to the indexers alone."""
         taps = IndexerLossSelector(self.out_weights, self.n_rows, MEASURED_ROWS)
         with use_selector(self.model, taps):
-            self.model.base_model(input_ids=input_ids, use_cache=False)
+            self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         self.last = taps.layers
         return {"loss": torch.stack([layer.loss for layer in taps.layers.values()]).mean()}
 
 
 def warm_up(
     model: PreTrainedModel,
-    train: Sequence[Tensor],
-    validation: Sequence[Tensor],
+    train: Sequence[Text],
+    validation: Sequence[Text],
     run_dir: Path,
     settings: WarmupSettings,
     on_step: Callable[[int, int, dict[str, float]], None] = lambda *_: None,
@@ -116,7 +117,7 @@ def warm_up(
     Interrupted, a call with the same arguments resumes from `run_dir` and ends with the same weights.
 
     Args:
-        train, validation: int64 token ids [T], all train texts of one length.
+        train, validation: texts, all train texts of one length; no loss crosses a window's documents.
         run_dir: checkpoints, `layers.jsonl` (per layer: KL, entropy, captured and oracle mass) and the plan.
         on_step: called with (step, steps, logs) for progress.
 
@@ -132,8 +133,8 @@ def warm_up(
 
 def _warm_up(
     model: PreTrainedModel,
-    train: Sequence[Tensor],
-    validation: Sequence[Tensor],
+    train: Sequence[Text],
+    validation: Sequence[Text],
     run_dir: Path,
     settings: WarmupSettings,
     on_step: Callable[[int, int, dict[str, float]], None],
@@ -151,8 +152,8 @@ def _warm_up(
     trainer = _WarmupTrainer(
         model=stack,
         args=_arguments(run_dir, settings, plan["steps"], plan["evaluations"]),
-        train_dataset=[{"input_ids": ids} for ids in train],
-        eval_dataset=[{"input_ids": ids} for ids in validation],
+        train_dataset=text_rows(train),
+        eval_dataset=text_rows(validation),
         callbacks=[
             EarlyStoppingCallback(settings.patience),
             _Watch(stack, run_dir, on_step, settings.budget_s, began),
@@ -173,20 +174,24 @@ def _warm_up(
 
 
 @torch.no_grad()
-def sparse_loss(model: PreTrainedModel, texts: Sequence[Tensor]) -> float:
+def sparse_loss(model: PreTrainedModel, texts: Sequence[Text]) -> float:
     """Next-token loss (nats) of the sparse model over the second half of each text."""
+    return _sparse_loss(model, text_rows(texts))
+
+
+def _sparse_loss(model: PreTrainedModel, rows: Sequence[dict[str, Tensor]]) -> float:
     total, count = 0.0, 0
     with use_selector(model, IndexerSelector()):
-        for ids_T in texts:
-            ids_T = ids_T.to(model.device)
-            half = len(ids_T) // 2
-            hidden_TC = model.base_model(input_ids=ids_T[None], use_cache=False)[0][0, half:-1]
-            for rows_TC, next_T in zip(
-                hidden_TC.split(LOGITS_ROWS), ids_T[half + 1 :].split(LOGITS_ROWS), strict=True
-            ):
+        for row in rows:
+            batch = {name: part[None].to(model.device) for name, part in row.items()}
+            half = batch["input_ids"].shape[1] // 2
+            next_T = next_tokens(batch["input_ids"], batch["position_ids"])[0, half:]
+            hidden_TC = model.base_model(**batch, use_cache=False)[0][0, half:][next_T != NO_LABEL]
+            next_T = next_T[next_T != NO_LABEL]
+            for rows_TC, some_T in zip(hidden_TC.split(LOGITS_ROWS), next_T.split(LOGITS_ROWS), strict=True):
                 logits_TV = model.get_output_embeddings()(rows_TC).float()
-                total += float(F.cross_entropy(logits_TV, next_T, reduction="sum"))
-                count += len(next_T)
+                total += float(F.cross_entropy(logits_TV, some_T, reduction="sum"))
+                count += len(some_T)
     return total / count
 
 
@@ -220,8 +225,8 @@ class _WarmupTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         rows: Any = self.eval_dataset
-        texts = [row["input_ids"] for row in rows]
-        metrics = {"eval_loss": sparse_loss(self.stack.model, texts)}
+        with torch.no_grad():
+            metrics = {"eval_loss": _sparse_loss(self.stack.model, rows)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -269,7 +274,7 @@ def _initial(stack: IndexerStack, run_dir: Path) -> dict[str, Tensor]:
 
 
 def _plan(
-    stack: IndexerStack, train: Sequence[Tensor], validation: Sequence[Tensor], run_dir: Path, settings: Any
+    stack: IndexerStack, train: Sequence[Text], validation: Sequence[Text], run_dir: Path, settings: Any
 ) -> dict[str, Any]:
     """Number of steps and the loss before; written down, so that a resumed run follows the same schedule."""
     file = run_dir / PLAN_FILE
@@ -284,7 +289,8 @@ def _plan(
         evaluations = min(max(affordable, 1), EVALUATIONS)
         clock = time.monotonic()
         stack.train()
-        stack(train[0][None].to(stack.model.device))["loss"].backward()
+        row = {name: part[None].to(stack.model.device) for name, part in text_row(train[0]).items()}
+        stack(**row)["loss"].backward()
         stack.zero_grad(set_to_none=True)
         step_s = time.monotonic() - clock
         # A margin, for the first step is timed once only, and saving takes time too.

@@ -1,0 +1,172 @@
+"""The sparse stage of a conversion, and `fulmen train`, which is that stage alone."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel
+
+from fulmen.cli.chat_session import load_converted
+from fulmen.cli.model_card import conversion_card
+from fulmen.cli.progress import progress_bar, say
+from fulmen.cli.run_dir import RunDir
+from fulmen.cli.texts import up_to
+from fulmen.cli.train_settings import TrainSettings
+from fulmen.corpus import Corpus, load_corpus
+from fulmen.errors import CheckpointError, ConfigError
+from fulmen.modeling.checkpoint import load_dense, require_free_output, save_converted
+from fulmen.modeling.index_shape import dsa_of
+from fulmen.modeling.mla_attention import own_attention
+from fulmen.modeling.model import set_topk
+from fulmen.training.sparse import SparseSettings
+from fulmen.training.sparse_run import SparseResult, train_sparse
+from fulmen.training.teacher import require_same_tokens
+
+SPARSE_DIR, LOG_FILE = "sparse", "sparse.jsonl"
+RECORD_FILE, STAGES_DIR = "conversion.json", "stages"
+# Where steps are not known beforehand: 256 windows of 2,048 tokens are half a million.
+SPARSE_WINDOWS, VALIDATION_WINDOWS = 256, 8
+# Numbers of each tensor that a fingerprint reads.
+SAMPLED_NUMBERS = 4096
+
+
+def sparse_stage(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    corpus: Corpus,
+    length: int,
+    n_windows: int | None,
+    settings: SparseSettings,
+    run_dir: Path,
+    teacher: PreTrainedModel | None = None,
+) -> SparseResult:
+    """Train `model` in place on the corpus's training part, with a bar. Raises what `train_sparse` does."""
+    state = PartialState()
+    if n_windows is None:
+        uses = (settings.steps or SPARSE_WINDOWS) * settings.accumulate * state.num_processes
+        n_windows = min(uses, SPARSE_WINDOWS) if settings.steps is None else uses
+    texts = up_to(corpus.training, tokenizer, length, n_windows + VALIDATION_WINDOWS, settings.seed)
+    n_validation = min(VALIDATION_WINDOWS, len(texts) // 2)
+    if not n_validation:
+        raise ConfigError(f"the training text fills one window of {length} tokens; sparse needs 2: add text")
+
+    def on_step(step: int, steps: int, logs: dict[str, float]) -> None:
+        advance(step, steps, ", ".join(f"{name} {value:.4f}" for name, value in logs.items()))
+
+    def on_teacher(done: int, total: int) -> None:
+        advance(done, total, "asking the teacher")
+
+    with progress_bar("Sparse") as advance:
+        result = train_sparse(
+            model, texts[n_validation:], texts[:n_validation], run_dir, settings, teacher, on_step, on_teacher
+        )
+    if state.is_main_process:
+        say(
+            f"Sparse stage: held-out loss {result.loss_before:.4f} -> {result.loss_after:.4f}, dense before "
+            f"{result.dense_before:.4f} (step {result.best_step} of {result.last_step}, "
+            f"{result.tokens} tokens, {result.seconds:.0f} s)"
+        )
+    return result
+
+
+def train(settings: TrainSettings) -> Path:
+    """Run the sparse stage as `fulmen train` does. Raises every FulmenError its parts raise."""
+    out = settings.out.expanduser().absolute()
+    require_free_output(out, overwrite=settings.overwrite)
+    options = SparseSettings(**settings.options)
+    corpus = load_corpus(*settings.data)
+    model, tokenizer = load_converted(settings.model_dir)
+    teacher = _teacher(settings, model, tokenizer)
+    if settings.topk is not None:
+        set_topk(model, settings.topk)
+    run = RunDir(out)
+    state = PartialState()
+    identity = _identity(settings, model, teacher, corpus)
+    if state.is_main_process and run.open(identity, discard_other=settings.overwrite):
+        say("Resuming an interrupted run")
+    state.wait_for_everyone()
+    with own_attention(model):
+        texts = (tokenizer, corpus, settings.length, settings.windows)
+        result = sparse_stage(model, *texts, options, run.path / SPARSE_DIR, teacher)
+    if state.is_main_process:
+        _save(model, tokenizer, out, settings, result, run)
+        run.remove()
+        say(f"Wrote {settings.out}; next: fulmen eval {settings.out} --dense SOURCE --html report.html")
+    state.wait_for_everyone()
+    return out
+
+
+def _teacher(settings: TrainSettings, model: PreTrainedModel, tokenizer: Any) -> PreTrainedModel | None:
+    if settings.teacher is None:
+        return None
+    teacher, teachers_tokenizer = load_dense(settings.teacher, model.dtype)
+    require_same_tokens(tokenizer, teachers_tokenizer)
+    return teacher.eval().requires_grad_(False)
+
+
+def _identity(
+    settings: TrainSettings, model: PreTrainedModel, teacher: PreTrainedModel | None, corpus: Corpus
+) -> dict[str, Any]:
+    """What must be equal for one run to be the continuation of another."""
+    asked = {
+        key: value for key, value in asdict(settings).items() if key not in ("out", "overwrite", "options")
+    }
+    return {
+        **asked,
+        **settings.options,
+        "model_dir": str(settings.model_dir),
+        "data": list(settings.data),
+        "topk": dsa_of(model.config).topk,
+        "processes": PartialState().num_processes,
+        "model_weights": weights_fingerprint(model),
+        "teacher_weights": None if teacher is None else weights_fingerprint(teacher),
+        "corpus": corpus.fingerprint,
+    }
+
+
+@torch.no_grad()
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 (hex, 16 digits) of names, shapes and evenly spread numbers of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        flat = tensor.detach().flatten()
+        few = flat[:: max(1, len(flat) // SAMPLED_NUMBERS)].cpu().contiguous()
+        digest.update(few.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _save(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    out: Path,
+    settings: TrainSettings,
+    result: SparseResult,
+    run: RunDir,
+) -> None:
+    record = {**_record_of(settings.model_dir)}
+    record["stages"] = [*record["stages"], "sparse"]
+    record["stages_done"] = {**record.get("stages_done", {}), "sparse": asdict(result)}
+    record["sparse"] = {**settings.options, "length": settings.length, "data": list(settings.data)}
+    record["dsa"] = dsa_of(model.config).to_dict()
+    record_file = run.path / RECORD_FILE
+    record_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    extras = {RECORD_FILE: record_file, f"{STAGES_DIR}/{LOG_FILE}": run.path / SPARSE_DIR / LOG_FILE}
+    for file in (settings.model_dir / STAGES_DIR).glob("*"):
+        extras.setdefault(f"{STAGES_DIR}/{file.name}", file)
+    save_converted(
+        model, tokenizer, out, conversion_card(record), overwrite=settings.overwrite, extras=extras
+    )
+
+
+def _record_of(model_dir: Path) -> dict[str, Any]:
+    """How the model was made. Raises CheckpointError if the directory does not say."""
+    file = model_dir / RECORD_FILE
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); name what fulmen convert wrote") from error

@@ -1,0 +1,156 @@
+"""`fulmen train`: options only; the work is in `fulmen.cli.sparse_stage`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fulmen.cli.settings import DEFAULT_LENGTH, DEFAULT_SPARSE_BUDGET, parse_duration
+from fulmen.cli.train_settings import TrainSettings
+
+
+def train_command(
+    model_dir: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="What fulmen convert wrote.", show_default=False),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(help="Directory for the trained model; made whole or not at all.", show_default=False),
+    ],
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DURATION",
+            help=f"Time: 90s, 30m, 2h. Not with --steps. [dim]Default: {DEFAULT_SPARSE_BUDGET}.[/]",
+            show_default=False,
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps, instead of --budget.", show_default=False)
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH",
+            help="Text: a file, a directory of them, or hf:name; may be repeated. "
+            "[dim]Default: the documentation and sources that come with Python.[/]",
+            show_default=False,
+        ),
+    ] = None,
+    length: Annotated[
+        int, typer.Option(help="Tokens per text; longer than k. Train at the lengths you will use.")
+    ] = DEFAULT_LENGTH,
+    windows: Annotated[
+        int | None,
+        typer.Option(help="Different texts at most. [dim]Default: as many as the steps use.[/]"),
+    ] = None,
+    topk: Annotated[
+        int | None,
+        typer.Option(help="Tokens that each query keeps. [dim]Default: the model's own.[/]"),
+    ] = None,
+    alpha: Annotated[
+        float,
+        typer.Option(
+            help="Share of the teacher in the trunk's loss: 1 restores the dense model's own function, 0 "
+            "only continues its training on --data. The teacher tells far more per token.",
+        ),
+    ] = 0.9,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="A dense model to learn from, with the same tokenizer. [dim]Default: DIR itself before "
+            "training, read densely.[/]",
+        ),
+    ] = None,
+    teacher_place: Annotated[
+        str,
+        typer.Option(
+            help="Where its answers come from: live (a copy in memory, asked in every step), disk (asked "
+            "once, 512 bytes a token), auto: disk where texts come more than once.",
+        ),
+    ] = "auto",
+    lr: Annotated[
+        float,
+        typer.Option(help="Peak learning rate of the trunk. Take 10 times as much with --lora."),
+    ] = 3e-5,
+    indexer_lr: Annotated[float, typer.Option(help="Peak learning rate of the indexers.")] = 3e-5,
+    indexer_loss: Annotated[
+        str,
+        typer.Option(
+            help="kl: over the selected keys, as DeepSeek; output: what the selection changes in the layer's "
+            "output; both.",
+        ),
+    ] = "both",
+    k_schedule: Annotated[
+        str,
+        typer.Option(
+            help="none: k from the first step on; shrink: from the whole text down to k over half of the "
+            "steps; layers: one layer after the other, the last first; dense: never sparse, as a control.",
+        ),
+    ] = "none",
+    lora: Annotated[
+        int | None,
+        typer.Option(
+            metavar="RANK",
+            help="Train low-rank updates of the trunk, merged at the end, where memory is short. Needs peft.",
+        ),
+    ] = None,
+    accumulate: Annotated[int, typer.Option(help="Texts per step (and process).")] = 1,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Recompute layers: less memory, a third slower.")
+    ] = False,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Compute in bfloat16; weights stay as they are.")
+    ] = False,
+    save_every: Annotated[
+        int | None,
+        typer.Option(help="Steps between checkpoints. [dim]Default: at the 5 evaluations.[/]"),
+    ] = None,
+    report_to: Annotated[
+        str, typer.Option(help="none, tensorboard or wandb; a log is written anyway.")
+    ] = "none",
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model directory at --out.")
+    ] = False,
+) -> None:
+    """Train all weights of a converted model under its sparse attention, taught by the dense model.
+
+    The best step by held-out loss is kept; if none is better, the weights stay as they were. Interrupted, the
+    same command goes on. Several processes: accelerate launch --num_processes 2 -m fulmen.cli.main train ...
+
+    Example: [bold]fulmen train out/smollm2-dsa --out out/smollm2-trained --budget 1h[/]
+    """
+    options = {
+        "steps": steps,
+        "budget_s": None if budget is None else parse_duration(budget),
+        "learning_rate": lr,
+        "indexer_learning_rate": indexer_lr,
+        "alpha": alpha,
+        "teacher_place": teacher_place,
+        "indexer_loss": indexer_loss,
+        "k_schedule": k_schedule,
+        "lora": lora,
+        "accumulate": accumulate,
+        "checkpointing": checkpointing,
+        "bf16": bf16,
+        "save_every": save_every,
+        "report_to": report_to,
+        "seed": seed,
+    }
+    settings = TrainSettings(
+        model_dir=model_dir,
+        out=out,
+        topk=topk,
+        data=tuple(data or ()),
+        teacher=teacher,
+        length=length,
+        windows=windows,
+        overwrite=overwrite,
+        options=options,
+    )
+    from fulmen.cli.sparse_stage import train
+
+    train(settings)

@@ -1,0 +1,52 @@
+"""Trainer's checkpoints, made safe: a half-written one is never taken for whole and costs no old one."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from fulmen.errors import OutputError
+
+# Written last; a checkpoint without it was interrupted.
+WHOLE_FILE = "whole"
+
+
+def last_whole_checkpoint(run_dir: Path) -> str | None:
+    """The latest finished checkpoint in `run_dir`; unfinished ones are deleted."""
+    found = {}
+    for folder in run_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if (folder / WHOLE_FILE).exists():
+            found[checkpoint_step(folder)] = str(folder)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+    return found[max(found)] if found else None
+
+
+def checkpoint_step(folder: str | Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(Path(folder).name.rsplit("-", 1)[1])
+
+
+class SafeCheckpoints:
+    """Goes before Trainer. Needs `save_total_limit` >= 2: the old one goes when the new is whole."""
+
+    args: Any
+    state: Any
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            if self.args.should_save:
+                (folder / WHOLE_FILE).touch()
+        # torch.save turns a full disk into a RuntimeError.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise OutputError(
+                f"{folder} cannot be written ({reason}); the checkpoints before it are whole: "
+                "make room and run the same command again"
+            ) from error

@@ -1,0 +1,46 @@
+"""LoRA for the trunk (peft, an option): low-rank updates that are merged into the weights at the end."""
+
+import importlib.util
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from fulmen.errors import ConfigError
+from fulmen.modeling.selectors import dsa_attentions
+
+# The linear maps of attention and MLP; the indexers are trained whole, embeddings and norms not at all.
+TARGETS = r"(?!.*\.indexer\.).*\.(self_attn|mlp)\..*_proj(_with_mqa)?"
+
+
+def add_lora(model: PreTrainedModel, rank: int, seed: int) -> None:
+    """Freeze the trunk and put adapters of `rank` beside its linear maps, in place.
+
+    Raises ConfigError if peft is not installed.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigError("lora needs the package peft; install fulmen[lora], or leave --lora out")
+    from peft import LoraConfig, inject_adapter_in_model
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS), model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    for attention in dsa_attentions(model):
+        attention.indexer.requires_grad_(True)
+
+
+def merge_lora(model: PreTrainedModel) -> None:
+    """Add the adapters to the weights and take them away; nothing happens where there are none."""
+    if importlib.util.find_spec("peft") is None:
+        return
+    from peft.tuners.lora import LoraLayer
+
+    layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
+    for name, layer in layers:
+        layer.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    for leftover in ("peft_config", "_hf_peft_config_loaded"):
+        vars(model).pop(leftover, None)

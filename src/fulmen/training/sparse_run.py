@@ -1,0 +1,280 @@
+"""One run of the sparse stage, from a model with indexers to the same model with its best weights."""
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerState,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+
+from fulmen.errors import ConfigError, OutputError
+from fulmen.modeling.index_shape import dsa_of
+from fulmen.modeling.selectors import dsa_attentions
+from fulmen.training.checkpoints import WHOLE_FILE, checkpoint_step, last_whole_checkpoint
+from fulmen.training.lora import add_lora, merge_lora
+from fulmen.training.rows import Text, text_rows
+from fulmen.training.schedule import TopkSchedule
+from fulmen.training.sparse import SparseSettings, SparseStage
+from fulmen.training.sparse_trainer import (
+    WEIGHTS_FILE,
+    OnStep,
+    SparseTrainer,
+    StepWatch,
+    held_out_loss,
+    load_trained,
+    training_arguments,
+)
+from fulmen.training.teacher import TARGET_KEYS, DistilledRows, Row, TargetFiles, Teacher
+
+INITIAL_FILE, PLAN_FILE, TARGETS_DIR = "initial.safetensors", "plan.json", "teacher"
+# Evaluations take no more than this share of a time budget.
+EVALUATION_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class SparseResult:
+    """Held-out loss (nats a token): read densely and sparsely before, sparsely at the kept step."""
+
+    dense_before: float
+    loss_before: float
+    loss_after: float
+    best_step: int
+    last_step: int
+    tokens: int
+    seconds: float
+
+
+def train_sparse(
+    model: PreTrainedModel,
+    train: Sequence[Text],
+    validation: Sequence[Text],
+    run_dir: Path,
+    settings: SparseSettings,
+    teacher: PreTrainedModel | None = None,
+    on_step: OnStep = lambda *_: None,
+    on_teacher: Callable[[int, int], None] = lambda *_: None,
+) -> SparseResult:
+    """Train all weights in place; leave the best step's in them, the first ones if none was better.
+
+    Interrupted, a call with the same arguments resumes from `run_dir` and ends with the same weights; the
+    model must have its first weights again, for they are the teacher's too.
+
+    Args:
+        train, validation: texts of one length, longer than the model's k.
+        run_dir: checkpoints, `sparse.jsonl` (a line a step), the plan, and what the teacher answered.
+        teacher: whom to learn from; None: the model as it is now, read densely.
+        on_step: called with (step, steps, logs). on_teacher: with (texts asked about, texts).
+
+    Raises:
+        ConfigError: no text is longer than k.
+        TrainingDivergedError: a loss spiked or was not finite; the weights are the best so far.
+        OutputError: the disk is full; what was written before is whole.
+    """
+    began = time.monotonic()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    rows, held_out = text_rows(train), text_rows(validation)
+    length, topk = len(rows[0]["input_ids"]), dsa_of(model.config).topk
+    if topk >= length:
+        raise ConfigError(f"topk={topk} is not below the texts' {length} tokens; use longer texts")
+    state = PartialState()
+    selectors = [attention.selector for attention in dsa_attentions(model)]
+    stage = prepare_stage(model, settings)
+    _keep_first_weights(stage, run_dir, state)
+    asked = _teacher(stage, teacher, settings)
+    plan = _plan(stage, asked, rows, held_out, run_dir, settings, state)
+    stage.schedule = TopkSchedule(
+        settings.k_schedule, length, topk, tuple(sorted(stage.attentions)), plan["steps"]
+    )
+    source = _target_source(asked, teacher is None, rows, plan, run_dir, settings, state, on_teacher)
+    watch = StepWatch(stage, run_dir, on_step, settings.budget_s, began)
+    trainer = _trainer(stage, DistilledRows(rows, source), held_out, run_dir, settings, plan, watch)
+    try:
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(run_dir))
+    finally:
+        best_step, after = restore_best(trainer, stage, run_dir, plan["loss_before"])
+        for attention, selector in zip(dsa_attentions(model), selectors, strict=True):
+            attention.selector = selector
+        merge_lora(model)
+        model.requires_grad_(True).eval()
+    seconds = time.monotonic() - began
+    before = (plan["dense_before"], plan["loss_before"])
+    return SparseResult(*before, after, best_step, trainer.state.global_step, watch.tokens, seconds)
+
+
+def prepare_stage(model: PreTrainedModel, settings: SparseSettings) -> SparseStage:
+    """The stage with gradients switched on where they are wanted; with LoRA if asked for."""
+    model.requires_grad_(True)
+    if settings.lora is not None:
+        add_lora(model, settings.lora, settings.seed)
+    if settings.k_schedule == "dense":
+        for attention in dsa_attentions(model):
+            attention.indexer.requires_grad_(False)
+    if settings.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return SparseStage(model, settings)
+
+
+def restore_best(
+    trainer: SparseTrainer, stage: SparseStage, run_dir: Path, loss_before: float
+) -> tuple[int, float]:
+    """Load the best weights seen; return their step (0: the first ones) and held-out loss."""
+    state = trainer.state
+    if not _is_whole(state.best_model_checkpoint) and (last := last_whole_checkpoint(run_dir)):
+        # The best one was being written when the run was stopped.
+        state = TrainerState.load_from_json(str(Path(last, TRAINER_STATE_NAME)))
+    best, metric = state.best_model_checkpoint, state.best_metric
+    if not _is_whole(best) or metric is None or not metric < loss_before:
+        load_trained(stage, run_dir / INITIAL_FILE)
+        return 0, loss_before
+    load_trained(stage, Path(best, WEIGHTS_FILE))
+    return checkpoint_step(best), metric
+
+
+def _is_whole(checkpoint: str | None) -> bool:
+    return checkpoint is not None and Path(checkpoint, WHOLE_FILE).exists()
+
+
+def _keep_first_weights(stage: SparseStage, run_dir: Path, state: PartialState) -> None:
+    file = run_dir / INITIAL_FILE
+    if state.is_main_process and not file.exists():
+        aside = file.with_suffix(".part")
+        try:
+            save_file(stage.trained_state(), aside)
+            aside.rename(file)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"{run_dir} has no room for the first weights ({error})") from error
+    state.wait_for_everyone()
+    # LoRA's are drawn at random, by each process.
+    load_trained(stage, file)
+
+
+def _teacher(stage: SparseStage, given: PreTrainedModel | None, settings: SparseSettings) -> Teacher | None:
+    if settings.alpha == 0:
+        return None
+    return Teacher(stage.model if given is None else given, settings.top_n)
+
+
+def _target_source(
+    asked: Teacher | None,
+    is_own: bool,
+    rows: Sequence[Row],
+    plan: dict[str, Any],
+    run_dir: Path,
+    settings: SparseSettings,
+    state: PartialState,
+    on_teacher: Callable[[int, int], None],
+) -> Teacher | TargetFiles | None:
+    """Where the rows' targets come from; files are filled before the first step, each process its share."""
+    if asked is None:
+        return None
+    uses = plan["steps"] * settings.accumulate * state.num_processes
+    if settings.teacher_place == "live" or (settings.teacher_place == "auto" and uses <= len(rows)):
+        # The model is about to change; its copy stays as it is.
+        asked.model = copy.deepcopy(asked.model).requires_grad_(False) if is_own else asked.model
+        return asked
+    files = TargetFiles(run_dir / TARGETS_DIR, asked)
+    files.fill(rows[state.process_index :: state.num_processes], on_teacher)
+    state.wait_for_everyone()
+    return files
+
+
+def _trainer(
+    stage: SparseStage,
+    data: DistilledRows,
+    held_out: list[Row],
+    run_dir: Path,
+    settings: SparseSettings,
+    plan: dict[str, Any],
+    watch: StepWatch,
+) -> SparseTrainer:
+    callbacks = [EarlyStoppingCallback(settings.patience), watch]
+    arguments = training_arguments(run_dir, settings, plan["steps"], plan["every"])
+    trainer = SparseTrainer(
+        model=stage, args=arguments, train_dataset=data, eval_dataset=data, callbacks=callbacks
+    )
+    trainer.validation, trainer.settings = held_out, settings
+    accelerator = trainer.accelerator
+    watch.processes, watch.writes = accelerator.num_processes, accelerator.is_main_process
+    watch.reduce = lambda means: accelerator.reduce(means.to(accelerator.device), "mean").cpu()
+    # Trainer writes its own tables to the console; on_step is ours.
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+def _plan(
+    stage: SparseStage,
+    asked: Teacher | None,
+    rows: Sequence[Row],
+    held_out: list[Row],
+    run_dir: Path,
+    settings: SparseSettings,
+    state: PartialState,
+) -> dict[str, Any]:
+    """Number of steps, and the losses before; written down, so that a resumed run does the same."""
+    file = run_dir / PLAN_FILE
+    if state.is_main_process and not file.exists():
+        plan = _new_plan(stage, asked, rows, held_out, settings)
+        aside = file.with_suffix(".part")
+        aside.write_text(json.dumps(plan), encoding="utf-8")
+        aside.rename(file)
+    state.wait_for_everyone()
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _new_plan(
+    stage: SparseStage, asked: Teacher | None, rows: Sequence[Row], held_out: list[Row], settings: Any
+) -> dict[str, Any]:
+    device = stage.model.device
+    clock = time.monotonic()
+    before = held_out_loss(stage, held_out, device)
+    evaluation_s = time.monotonic() - clock
+    dense = _dense_loss(stage, held_out)
+    steps, evaluations = settings.steps, settings.evaluations
+    if steps is None:
+        affordable = int(EVALUATION_SHARE * settings.budget_s / evaluation_s) - 2
+        evaluations = min(max(affordable, 1), evaluations)
+        step_s = settings.accumulate * _time_of_text(stage, asked, rows[0])
+        # A margin, for one text is timed only, and saving takes time too.
+        left_s = 0.9 * settings.budget_s - evaluation_s * (evaluations + 2) - step_s
+        steps = max(evaluations, int(left_s / step_s))
+    every = max(1, math.ceil(steps / evaluations))
+    return {"steps": steps, "every": every, "loss_before": before, "dense_before": dense}
+
+
+def _time_of_text(stage: SparseStage, asked: Teacher | None, row: Row) -> float:
+    """Seconds of one forward and backward pass, the teacher's included."""
+    clock = time.monotonic()
+    batch = {name: part[None].to(stage.model.device) for name, part in row.items()}
+    if asked is not None:
+        targets = asked.targets(row)
+        batch.update({key: part[None] for key, part in zip(TARGET_KEYS, targets, strict=True)})
+    stage.train()
+    stage(**batch)["loss"].backward()
+    stage.zero_grad(set_to_none=True)
+    return time.monotonic() - clock
+
+
+@torch.no_grad()
+def _dense_loss(stage: SparseStage, held_out: list[Row]) -> float:
+    schedule = stage.schedule
+    stage.schedule = TopkSchedule("dense", 0, 0, (), 1)
+    try:
+        return held_out_loss(stage, held_out, stage.model.device)
+    finally:
+        stage.schedule = schedule

@@ -1,0 +1,116 @@
+"""`fulmen train`, and the stage sparse of `fulmen convert`: the same stage, in one run or two."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_pipeline import corpus_dir, llama_dir, save_tiny, settings  # noqa: F401
+from tiny_gqa import make_dense
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fulmen.cli.pipeline import convert
+from fulmen.cli.run_dir import RunDir
+from fulmen.cli.sparse_stage import train
+from fulmen.cli.train_settings import TrainSettings
+from fulmen.errors import CheckpointError, ConfigError, ResumeError
+from fulmen.training import sparse_run
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory, corpus_dir, llama_dir) -> Path:  # noqa: F811
+    return convert(settings(llama_dir, tmp_path_factory.mktemp("converted") / "out", corpus_dir))
+
+
+def train_settings(model_dir: Path, out: Path, data: Path, *, options=(), **changes) -> TrainSettings:
+    own = {"steps": STEPS, **dict(options)}
+    return TrainSettings(model_dir, out, data=(str(data),), length=64, options=own, **changes)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def test_three_stages_in_one_run_or_two_give_the_same(tmp_path, corpus_dir, llama_dir, converted):  # noqa: F811
+    stages = ("inherit", "warmup", "sparse")
+    at_once = convert(settings(llama_dir, tmp_path / "once", corpus_dir, stages=stages, sparse_steps=STEPS))
+    in_two = train(train_settings(converted, tmp_path / "two", corpus_dir))
+    once, two = weights(at_once), weights(in_two)
+    assert once.keys() == two.keys()
+    assert all(torch.equal(once[name], two[name]) for name in once)
+    record = json.loads((in_two / "conversion.json").read_text())
+    assert record["stages"] == list(stages)
+    assert record["stages_done"]["sparse"]["last_step"] == STEPS
+    for folder in (at_once, in_two):
+        log = (folder / "stages" / "sparse.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in log] == list(range(1, STEPS + 1))
+        assert (folder / "stages" / "inherit.safetensors").exists()
+        assert "All weights were trained" in (folder / "README.md").read_text()
+        assert not RunDir(folder).path.exists()
+
+
+def test_resume_says_what_differs(tmp_path, corpus_dir, converted, monkeypatch):  # noqa: F811
+    """Interrupted after the plan; another rate, other text, other weights are named."""
+    out = tmp_path / "out"
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sparse_run, "_target_source", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(train_settings(converted, out, corpus_dir))
+    with pytest.raises(ResumeError, match=r"learning_rate was None, is 0\.5"):
+        train(train_settings(converted, out, corpus_dir, options={"learning_rate": 0.5}))
+    (tmp_path / "texts").mkdir()
+    for file in corpus_dir.iterdir():
+        (tmp_path / "texts" / file.name).write_text(file.read_text() + " w5")
+    with pytest.raises(ResumeError, match="corpus was "):
+        train(train_settings(converted, out, tmp_path / "texts"))
+    model = AutoModelForCausalLM.from_pretrained(converted)
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    original = (converted / "model.safetensors").read_bytes()
+    try:
+        model.save_pretrained(converted)
+        with pytest.raises(ResumeError, match="model_weights was "):
+            train(train_settings(converted, out, corpus_dir))
+    finally:
+        (converted / "model.safetensors").write_bytes(original)
+
+
+def test_a_teacher_of_its_own_and_one_with_other_tokens(tmp_path, corpus_dir, converted, llama_dir):  # noqa: F811
+    out = train(train_settings(converted, tmp_path / "out", corpus_dir, teacher=str(llama_dir)))
+    same = train(train_settings(converted, tmp_path / "same", corpus_dir))
+    ours, theirs = weights(out), weights(same)
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
+    other = save_tiny(make_dense("llama"), tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["brandnew"])
+    tokenizer.save_pretrained(other)
+    with pytest.raises(
+        ConfigError, match=r"teacher's tokenizer differs .token 'brandnew' is None here and 97"
+    ):
+        train(train_settings(converted, tmp_path / "no", corpus_dir, teacher=str(other)))
+
+
+def test_bad_requests(tmp_path, corpus_dir, llama_dir, converted):  # noqa: F811
+    def refused(words, **options):
+        with pytest.raises(ConfigError, match=words):
+            train_settings(converted, tmp_path / "out", corpus_dir, options=options)
+
+    refused("exclude each other", budget_s=3.0)
+    refused("lora=0 cannot be", lora=0)
+    refused("learning_rate=-1 cannot be", learning_rate=-1)
+    with pytest.raises(ConfigError, match="alpha=0 learns from no teacher"):
+        train_settings(converted, tmp_path / "out", corpus_dir, teacher="x", options={"alpha": 0})
+    with pytest.raises(ConfigError, match="--sparse-steps do not apply"):
+        settings(llama_dir, tmp_path / "out", corpus_dir, sparse_steps=3)
+    (converted / "conversion.json").rename(converted / "aside")
+    try:
+        with pytest.raises(CheckpointError, match=r"conversion\.json cannot be read"):
+            train(train_settings(converted, tmp_path / "out", corpus_dir))
+    finally:
+        (converted / "aside").rename(converted / "conversion.json")

@@ -1,0 +1,58 @@
+"""Two processes over gloo, started by `accelerate launch`: the same losses and weights as one process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sparse_setup import log_rows, run
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+SCRIPT = """
+import sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from sparse_setup import *
+run(Path(sys.argv[1]), n_rows=1000, steps=4, evaluations=2)
+"""
+
+
+def launch(script: Path, out: Path, *options: str) -> None:
+    machine = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [*LAUNCH, *machine, "--main_process_port", "0", *options, str(script), str(out)]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture
+def script(tmp_path) -> Path:
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "modeling")]
+    file = tmp_path / "two.py"
+    file.write_text(SCRIPT.format(paths=paths))
+    return file
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
+def test_two_processes_are_one_with_twice_the_texts(tmp_path, script):
+    launch(script, tmp_path / "two")
+    run(tmp_path / "one", n_rows=1000, steps=4, evaluations=2, accumulate=2)
+    one, two = log_rows(tmp_path / "one"), log_rows(tmp_path / "two")
+    assert len(one) == len(two) == 4
+    for ours, theirs in zip(one, two, strict=True):
+        assert ours["tokens"] == theirs["tokens"]
+        for name in ("loss", "lm", "kl", "indexer"):
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-4), name
+    states = [load_file(tmp_path / name / "checkpoint-4" / "model.safetensors") for name in ("one", "two")]
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-2, atol=2e-4)
