@@ -242,6 +242,25 @@ def test_killed_again_and_again_and_still_the_same(tmp_path, corpus_dir, llama_d
     assert logs[0] == logs[1]
 
 
+def test_two_processes_make_one_model(tmp_path, corpus_dir, llama_dir):
+    out = tmp_path / "out"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    asked = ["--out", str(out), "--topk", "8", "--window", str(WINDOW), "--data", str(corpus_dir)]
+    done = subprocess.run(
+        [*launcher, "-m", "fulmen.cli.main", "convert", str(llama_dir), *asked, "--steps", "4"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Wrote ") == 1
+    rows = [json.loads(line) for line in (out / "stages/warmup-layers.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["layer"]) for row in rows] == [(s, i) for s in range(1, 5) for i in range(3)]
+    assert AutoModelForCausalLM.from_pretrained(out).config.dsa["topk"] == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 @contextmanager
 def no_file_above(n_bytes: int):
     """What a full disk is like, without one: longer writes fail."""

@@ -21,7 +21,7 @@ from fulmen.cli.texts import kinds_of
 from fulmen.corpus import Corpus, Document, Window, load_corpus, windows
 from fulmen.errors import ConfigError, CorpusError, OutputError
 from fulmen.evaluation.parity import measure_parity
-from fulmen.evaluation.parity_tables import short_summary, verdict
+from fulmen.evaluation.parity_tables import needle_verdict, short_summary, verdict
 from fulmen.evaluation.report import (
     about_run,
     make_report,
@@ -169,3 +169,5 @@ def _print(report: dict[str, Any]) -> None:
         table.add_row(*row)
     console.print(table)
     say(verdict(report))
+    if retrieval := needle_verdict(report):
+        say(retrieval)
