@@ -1,10 +1,13 @@
 """The one DSA configuration, frozen; stored under the key `dsa` of a converted model's config.json."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from fulmen.errors import ConfigError
+
+# Shares are written with a few digits.
+MEAN_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,7 @@ class DsaConfig:
         index_n_kv_heads: index key heads (I); V3.2 has one. Divides `index_n_heads`.
         index_head_dim: width of an index head (E), even because RoPE turns pairs.
         layers: indices of the converted layers, ascending.
+        topk_shares: what each of them keeps, in units of `topk`; their mean is 1. Empty: all keep `topk`.
     """
 
     topk: int
@@ -24,6 +28,7 @@ class DsaConfig:
     index_n_kv_heads: int
     index_head_dim: int
     layers: tuple[int, ...]
+    topk_shares: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("topk", "index_n_heads", "index_n_kv_heads", "index_head_dim"):
@@ -36,21 +41,37 @@ class DsaConfig:
         if self.index_head_dim % 2:
             raise ConfigError(f"index_head_dim={self.index_head_dim} is odd; RoPE needs an even width")
         object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "topk_shares", tuple(self.topk_shares))
+        if self.topk_shares and (
+            len(self.topk_shares) != len(self.layers)
+            or min(self.topk_shares) <= 0
+            or abs(sum(self.topk_shares) / len(self.layers) - 1) > MEAN_TOLERANCE
+        ):
+            raise ConfigError(
+                f"topk_shares={self.topk_shares} cannot be; give each of the {len(self.layers)} layers a "
+                "positive number, of mean 1"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DsaConfig":
         """Read what `to_dict` wrote. Raises ConfigError on a missing or unknown key."""
         known = {field.name for field in fields(cls)}
-        if set(values) != known:
-            odd = sorted(set(values) ^ known)
-            raise ConfigError(
-                f"config key 'dsa' misses or does not know {odd}; it holds exactly {sorted(known)}"
-            )
+        if odd := sorted(known - {"topk_shares"} - set(values) | set(values) - known):
+            raise ConfigError(f"config key 'dsa' misses or does not know {odd}; it holds {sorted(known)}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return {**asdict(self), "layers": list(self.layers)}
+        return {**asdict(self), "layers": list(self.layers), "topk_shares": list(self.topk_shares)}
+
+    def layer_topk(self, layer: int) -> int:
+        """Tokens that a query keeps in a converted layer."""
+        return share_of_topk(self.topk, self.topk_shares, self.layers.index(layer))
+
+
+def share_of_topk(topk: int, shares: Sequence[float] | None, place: int) -> int:
+    """Tokens that a query keeps in the converted layer number `place`."""
+    return max(1, round(topk * shares[place])) if shares else topk
 
 
 def require_positive_int(name: str, value: object) -> int:

@@ -7,6 +7,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fulmen.config import DsaConfig
+
 if TYPE_CHECKING:
     from fulmen.cli.description import ModelDescription
     from fulmen.modeling.cost import CostRow
@@ -75,7 +77,7 @@ def _facts(model: "ModelDescription") -> list[tuple[str, str]]:
     facts += [("dense layers", f"{layers}: {reason}") for layers, reason in model.dense_layers.items()]
     shape = (
         f"{verb} {dsa.index_n_heads} query, {dsa.index_n_kv_heads} key, width {dsa.index_head_dim}, "
-        f"top-k {dsa.topk}; {_count(model.indexer_parameters)} parameters"
+        f"top-k {_topk_in_words(dsa)}; {_count(model.indexer_parameters)} parameters"
     )
     share = (
         f"{_bytes(model.token_bytes.kv)} a token, index keys {_bytes(model.token_bytes.index_keys)} more "
@@ -130,3 +132,11 @@ def _scaled(value: float, *units: tuple[str, float]) -> str:
         if value >= size:
             return f"{value / size:.3g}{name}" if value < 1000 * size else f"{value / size:,.0f}{name}"
     return f"{value:.3g}"
+
+
+def _topk_in_words(dsa: DsaConfig) -> str:
+    """ "256", or "256 (128 to 1,024 by layer)"."""
+    by_layer = [dsa.layer_topk(layer) for layer in dsa.layers]
+    if min(by_layer) == max(by_layer):
+        return f"{dsa.topk}"
+    return f"{dsa.topk} ({min(by_layer):,} to {max(by_layer):,} by layer)"

@@ -50,8 +50,16 @@ def _indexer_sentence(dsa: dict[str, Any]) -> str:
     return (
         f"A lightning indexer ({dsa['index_n_heads']} heads of {dsa['index_head_dim']} dims, "
         f"{dsa['index_n_kv_heads']} index key heads) picks {dsa['topk']} tokens for every query "
-        f"in {len(dsa['layers'])} layers."
+        f"in {len(dsa['layers'])} layers{_spread(dsa)}."
     )
+
+
+def _spread(dsa: dict[str, Any]) -> str:
+    shares = dsa["topk_shares"] or [1]
+    if min(shares) == max(shares):
+        return ""
+    least, most = (round(dsa["topk"] * share) for share in (min(shares), max(shares)))
+    return f" on average, {least} to {most} by layer"
 
 
 def fill_parity(model_dir: Path, table: str) -> None:

@@ -22,18 +22,21 @@ from fulmen.config import DsaConfig
 from fulmen.corpus import Corpus, Window, load_corpus, window_stream
 from fulmen.errors import ConfigError
 from fulmen.evaluation.variants import indexer_state
+from fulmen.modeling.budget import share_budget
 from fulmen.modeling.checkpoint import find_source, load_dense, require_free_output, save_converted
 from fulmen.modeling.families import family_for
-from fulmen.modeling.index_shape import default_dsa
+from fulmen.modeling.index_shape import default_dsa, dsa_of
 from fulmen.modeling.inherit import inherit_gqa
 from fulmen.modeling.mla_attention import own_attention
 from fulmen.modeling.mla_convert import MLA_DSA_TYPES
 from fulmen.modeling.mla_inherit import inherit_mla
+from fulmen.modeling.model import set_topk_shares
 from fulmen.training.processes import first_alone, is_first, wait_for_all
 from fulmen.training.sparse import SparseSettings
 from fulmen.training.warmup import WarmupSettings, warm_up
 
 CALIBRATION_WINDOWS = 4
+BUDGET_WINDOWS = 2
 TRAINING_WINDOWS = 64
 VALIDATION_WINDOWS = 4
 
@@ -64,7 +67,7 @@ def convert(settings: ConvertSettings) -> Path:
     record = {
         **identity,
         "window": window,
-        "dsa": dsa.to_dict(),
+        "dsa": dsa_of(model.config).to_dict(),
         "stages_done": records,
         "made_with": _versions(),
     }
@@ -105,6 +108,8 @@ def _inherit(
 ) -> list[dict[str, Any]]:
     if (done := run.load_done("inherit")) is not None:
         model.load_state_dict(done[0], strict=False)
+        if model.config.model_type not in MLA_DSA_TYPES:
+            set_topk_shares(model, [layer["topk_share"] for layer in done[1]])
         return done[1]
     texts = _calibration_texts(model, tokenizer, corpus, window, settings.seed)
     ids_BT = torch.stack([text.input_ids for text in texts]).to(model.device)
@@ -116,6 +121,7 @@ def _inherit(
             advance(n_layers, n_layers)
         else:
             topk = model.config.dsa["topk"]
+            set_topk_shares(model, share_budget(model, ids_BT[:BUDGET_WINDOWS], topk))
             layers = inherit_gqa(
                 model, ids_BT, topk, lambda fit: advance(fit.layer + 1, n_layers, f"KL {fit.kl:.2f}")
             )

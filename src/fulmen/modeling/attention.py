@@ -12,9 +12,9 @@ from transformers import AttentionInterface, PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from fulmen.config import DsaConfig
+from fulmen.config import DsaConfig, share_of_topk
 from fulmen.modeling.indexer import GqaIndexer, apply_rope
-from fulmen.modeling.selectors import IndexerSelector, SelectionInputs, Selector
+from fulmen.modeling.selectors import IndexerSelector, SelectionInputs, Selector, keep_short_pasts
 from fulmen.modeling.visible import Visible, narrowed_visible
 from fulmen.ops.dense_attention import dense_attention
 from fulmen.ops.index_keys import pack_index_keys, round_index_keys, unpack_index_keys
@@ -55,12 +55,19 @@ class DsaAttentionMixin:
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)  # type: ignore[call-arg]
-        self.indexer = GqaIndexer(config, DsaConfig.from_dict(config.dsa))
+        dsa = DsaConfig.from_dict(config.dsa)
+        self.indexer = GqaIndexer(config, dsa)
+        self._place = dsa.layers.index(layer_idx)
 
     @property
     def topk(self) -> int:
-        """Keys that a query keeps; read from the model's config at each forward pass."""
+        """The model's k: pasts up to it are kept whole. Read from its config at each forward pass."""
         return self.config.dsa["topk"]
+
+    @property
+    def layer_topk(self) -> int:
+        """Keys that a query keeps of a longer past in this layer."""
+        return share_of_topk(self.topk, self.config.dsa.get("topk_shares"), self._place)
 
     def forward(
         self,
@@ -101,10 +108,11 @@ class DsaAttentionMixin:
             inputs = SelectionInputs(
                 *index_inputs, q_BTHD, k_BSGD, v_BSGV, *intervals, self.scaling, self.layer_idx
             )
-            topk_BTK = self.selector.select(inputs, self.topk)
+            topk_BTK = self.selector.select(inputs, self.layer_topk)
         if topk_BTK is None:
             out_BTHV = attend_to_visible(self, q_BTHD, k_BSGD, v_BSGV, visible, self.scaling)
         else:
+            topk_BTK = keep_short_pasts(topk_BTK, visible.start_BT, visible.stop_BT, self.topk)
             out_BTHV, _ = sparse_attention(q_BTHD, k_BSGD, v_BSGV, topk_BTK, self.scaling)
         return self.o_proj(out_BTHV.flatten(2)), None
 

@@ -1,7 +1,7 @@
 """What a token costs, by its position: bytes of cache and floating-point operations, dense and with DSA.
 
 Everything follows from the config. With S visible keys (the token itself included), H heads of width D, G
-key/value heads, J index heads of width E, I index key heads, K = topk and b bytes per number, one layer costs
+key/value heads, J index heads of width E, I index key heads, K keys kept, b bytes per number, one layer costs
 
     keys and values      c = 2 G D numbers a token (GQA), or L + R (MLA: latent and rotary key)
     one query-key pair   a = 4 H D FLOPs (GQA), or 2 H (2 L + R) (MLA, absorbed): logit and value
@@ -203,11 +203,12 @@ def _step_cost(
         if layer not in converted:
             return dense_layer(layer)
         attended, index = dense_layer(layer), _Side(0, 0)
-        if position > dsa.topk:
-            gathered = dsa.topk * attention.token_width * dtype_bytes
-            attended = _Side(gathered, dsa.topk * attention.pair_flops)
+        kept = dsa.layer_topk(layer)
+        selects = position > max(dsa.topk, kept)
+        if selects:
+            attended = _Side(kept * attention.token_width * dtype_bytes, kept * attention.pair_flops)
         if layer in indexed:
-            index = _index_cost(indexer_shape(config, dsa), stored, position, position > dsa.topk, block)
+            index = _index_cost(indexer_shape(config, dsa), stored, position, selects, block)
         return _Side(attended.bytes + index.bytes, attended.flops + index.flops)
 
     windows, stored = layer_windows(config), index_key_bytes(config, dsa, dtype_bytes)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fulmen.config import DsaConfig
 from fulmen.errors import ConfigError, TrainingDivergedError
 from fulmen.modeling.indexer import apply_rope
 from fulmen.modeling.selectors import DenseSelector, dsa_attentions, use_selector
@@ -38,19 +39,22 @@ PAIR_BLOCK = 8
 RIDGE = 1e-2
 LOG_SCALES = torch.arange(-6.0, 3.0, 0.25)
 # A text shorter than this many times k has no boundary to learn; a smaller k is calibrated instead.
-LENGTH_OVER_TOPK = 8
+LENGTH_OVER_TOPK = 4
+SHORTEST_TEXT = 16
 
 
 class InheritedGqaLayer(NamedTuple):
     """How well one layer's indexer fits its attention on the calibration text.
 
     layer: its index in the model.
+    topk_share: what it keeps, in units of the model's k.
     key_fit: share of the heads' logit variance that the index keys carry, 0 to 1.
     threshold_fit: R² of the thresholds' regression, 0 to 1.
     kl: KL(p || softmax(I)) in nats, the warm-up loss before its first step.
     """
 
     layer: int
+    topk_share: float
     key_fit: float
     threshold_fit: float
     kl: float
@@ -78,7 +82,7 @@ def inherit_gqa(
     Args:
         model: as `Family.from_dense` makes it.
         input_ids_BT: int64 token ids, B texts of T tokens, no padding.
-        topk: the k the thresholds are made for; at most T / 8 is used.
+        topk: the k the thresholds are made for, times each layer's share; at most T / 4 is used.
         on_layer: called after each layer, for progress.
 
     Raises:
@@ -86,14 +90,15 @@ def inherit_gqa(
         TrainingDivergedError: NaN in the model's activations.
     """
     length = input_ids_BT.shape[1]
-    if length < 2 * LENGTH_OVER_TOPK:
-        raise ConfigError(
-            f"calibration length {length} is too short; use at least {2 * LENGTH_OVER_TOPK} tokens"
-        )
+    if length < SHORTEST_TEXT:
+        raise ConfigError(f"calibration length {length} is too short; use at least {SHORTEST_TEXT} tokens")
+    dsa = DsaConfig.from_dict(model.config.dsa)
     report: list[InheritedGqaLayer] = []
 
     def fit(attention: Any, _: Any, kwargs: dict) -> None:
-        report.append(_fit_layer(attention, kwargs, min(topk, length // LENGTH_OVER_TOPK)))
+        share = dsa.layer_topk(attention.layer_idx) / dsa.topk
+        layer_topk = min(max(1, round(topk * share)), length // LENGTH_OVER_TOPK)
+        report.append(_fit_layer(attention, kwargs, layer_topk)._replace(topk_share=share))
         on_layer(report[-1])
 
     hooks = [layer.register_forward_pre_hook(fit, with_kwargs=True) for layer in dsa_attentions(model)]
@@ -124,7 +129,7 @@ def _fit_layer(attention: Any, kwargs: dict, topk: int) -> InheritedGqaLayer:
         raise TrainingDivergedError(
             f"layer {attention.layer_idx} gives KL={kl} on the calibration text; check the model in float32"
         )
-    return InheritedGqaLayer(attention.layer_idx, key_fit, fit, kl)
+    return InheritedGqaLayer(attention.layer_idx, 1.0, key_fit, fit, kl)
 
 
 def _observe(attention: Any, kwargs: dict, topk: int) -> list[_Window]:

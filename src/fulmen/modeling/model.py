@@ -1,7 +1,7 @@
 """What turns a stock Transformers model into a DSA model: mixins that go before the stock classes."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -167,8 +167,9 @@ def require_dsa(config: PreTrainedConfig) -> DsaConfig:
 def set_topk(model: PreTrainedModel, topk: int) -> None:
     """Let every query of a DSA model keep `topk` tokens, from the next forward pass on.
 
-    At or above the length of the text the result is the dense model's. Takes models made by fulmen and
-    Transformers' own DSA models (`deepseek_v32`, `glm_moe_dsa`).
+    At or above the length of the text the result is the dense model's. Where layers share the budget unevenly
+    (`DsaConfig.topk_shares`), `topk` is their mean. Takes models made by fulmen and Transformers' own DSA
+    models (`deepseek_v32`, `glm_moe_dsa`).
 
     Raises ConfigError if `topk` is no positive integer, or the model has no DSA.
     """
@@ -185,6 +186,15 @@ def set_topk(model: PreTrainedModel, topk: int) -> None:
         raise ConfigError(
             f"{type(model).__name__} has no DSA to set topk={topk} on; convert it with fulmen first"
         )
+
+
+def set_topk_shares(model: PreTrainedModel, shares: Sequence[float]) -> None:
+    """Let the converted layers of a GQA DSA model share the budget so (`DsaConfig.topk_shares`).
+
+    Raises ConfigError if the shares cannot be.
+    """
+    dsa = DsaConfig.from_dict({**model.config.dsa, "topk_shares": tuple(shares)})
+    model.config.dsa = dsa.to_dict()
 
 
 def _slides(config: PreTrainedConfig, layer: int) -> bool:

@@ -5,7 +5,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from fulmen.errors import ConfigError
 from fulmen.ops.select_topk import index_topk
@@ -63,6 +65,23 @@ class DenseSelector(Selector):
 
     def is_needed(self, n_keys: int, topk: int) -> bool:
         return False
+
+
+def keep_short_pasts(topk_BTK: Tensor, start_BT: Tensor, stop_BT: Tensor, whole: int) -> Tensor:
+    """A selection in which queries that see at most `whole` keys keep all of them.
+
+    A layer may select fewer than the model's k; up to k the model is dense all the same, and whether a text
+    comes whole, in chunks or token by token must not matter.
+    """
+    start_BT, seen_BT = start_BT.clamp(min=0), stop_BT - start_BT
+    short_BT = (seen_BT > topk_BTK.shape[-1]) & (seen_BT <= whole)
+    if not short_BT.any():
+        return topk_BTK
+    width = int(seen_BT[short_BT].max())
+    past_BTK = start_BT[..., None] + torch.arange(width, device=start_BT.device)
+    past_BTK = torch.where(past_BTK < stop_BT[..., None], past_BTK, -1).to(topk_BTK.dtype)
+    padded_BTK = pad(topk_BTK, (0, width - topk_BTK.shape[-1]), value=-1)
+    return torch.where(short_BT[..., None], past_BTK, padded_BTK)
 
 
 def dsa_attentions(model: nn.Module) -> list[Any]:

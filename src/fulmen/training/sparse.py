@@ -165,8 +165,9 @@ class SparseStage(nn.Module):
             attention.selector = selector
 
     def _topk_of(self, layer: int) -> int:
-        topk = dsa_of(self.model.config).topk
-        return topk if self.schedule is None else self.schedule.at(self.step, layer)
+        dsa = dsa_of(self.model.config)
+        kept = dsa.topk if self.schedule is None else self.schedule.at(self.step, layer)
+        return dsa.layer_topk(layer) if kept == dsa.topk else kept
 
     def trunk_parameters(self) -> list[nn.Parameter]:
         """Trained weights outside the indexers."""
