@@ -97,7 +97,7 @@ dist.destroy_process_group()
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
 def test_sharded_by_fsdp2_gives_the_same_gradients(tmp_path, script):
-    """torch's own fully_shard, with checkpointing: on a CPU Accelerate 1.15 shards nothing and runs DDP instead."""
+    """torch's own fully_shard, with checkpointing: Accelerate 1.15 runs DDP in its place on CPUs."""
     script.write_text(SHARDED.format(paths=PATHS))
     done = subprocess.run(
         [*TORCHRUN, str(script), str(tmp_path / "grads")],
