@@ -60,7 +60,7 @@ def test_the_answer_is_what_the_model_generates(session, dsa_dir, tokenizer):
 
 def test_counts(session):
     _, turn = ask(session, "Who are you?", 1)
-    token = 3 * 4 * torch.tensor([2 * 2 * 8, 2 * 4])
+    token = 3 * torch.tensor([2 * 2 * 8 * 4, 2 * (4 + 2)])  # float32; 8-bit index keys and their scales
     assert turn.cache == tuple((turn.context * token).tolist())
     assert turn.read_per_step == 16
     assert turn.reused == 0

@@ -157,6 +157,8 @@ class TestErrors:
             # Refused until the command has opened its end: from then on it is in the middle of its work.
             with suppress(OSError):
                 writer = os.open(tmp_path / "pipe", os.O_WRONLY | os.O_NONBLOCK)
+        # A signal between the opening and the blocking read would set Python's flag and wake nobody.
+        time.sleep(1)
         running.send_signal(signal.SIGINT)
         _, said = running.communicate(timeout=60)
         os.close(writer)
@@ -176,7 +178,7 @@ class TestInspect:
             "4 query, 2 key/value, width 8",
             "0-1 (2 of 3)",
             "2: sliding window of 64: sparse already",
-            "would get 4 query, 2 key, width 2, top-k 256",
+            "would get 4 query, 2 key, width 4, top-k 256",
             "8K*",
             "1M*",
             "* beyond this model's context of 512 tokens",

@@ -1,0 +1,56 @@
+"""Multi-key needles with enough questions to tell a few points apart, dense against DSA.
+
+    .venv/bin/python benchmarks/needles.py out/smollm2-135m-dsa --lengths 1024,2048 --texts 8
+
+Eight numbers in a text, one question about each; a text is read once per variant. Prints the counts and DSA
+minus dense in points, with an interval that knows which questions share a text, as JSON.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fulmen.cli.chat_session import load_converted
+from fulmen.corpus import load_corpus
+from fulmen.evaluation.parity_tables import needle_tables
+from fulmen.evaluation.tasks import needle_samples, sample_groups, score_samples
+from fulmen.evaluation.variants import Bench, current_topk
+from fulmen.modeling.mla_attention import own_attention
+
+
+def main(
+    model_dir: Path,
+    lengths: str = "1024,2048",
+    texts: Annotated[int, typer.Option(help="Texts per length.")] = 8,
+    keys: Annotated[int, typer.Option(help="Needles and questions per text.")] = 8,
+    topk: Annotated[int | None, typer.Option(help="Default: the model's own.")] = None,
+    seed: int = 0,
+) -> None:
+    """Measure and print."""
+    model, tokenizer = load_converted(model_dir)
+    topk = topk or current_topk(model)
+    bench, heldout = Bench(model, None), load_corpus().heldout
+    samples = [
+        sample
+        for length in lengths.split(",")
+        for sample in needle_samples(heldout, tokenizer, int(length), texts, n_keys=keys, seed=seed)
+    ]
+    answers: dict[str, list[bool]] = {"dense": [], "dsa": []}
+    clock = time.perf_counter()
+    with own_attention(model):
+        for group in sample_groups(samples):
+            for name, right in answers.items():
+                with bench.running(name, topk, 0, "needles"):
+                    right += score_samples(model, group)
+    table = needle_tables(samples, answers)
+    seconds = round(time.perf_counter() - clock)
+    for row in [*table["differences"], {"task": "all", "n": len(samples), "pairs": table["pairs"]}]:
+        print(json.dumps(row))
+    print(json.dumps({"topk": topk, "dsa_minus_dense": table["dsa_minus_dense"], "seconds": seconds}))
+
+
+if __name__ == "__main__":
+    typer.run(main)
