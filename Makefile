@@ -30,7 +30,7 @@ native: setup ## Compile the C++ kernels again, after a change of them.
 	$(BIN)/pip install --quiet --no-deps --editable .
 
 demo: setup ## Convert the small model, compare it with its dense source, ask it something (about 12 minutes).
-	@test -f $(OUT)/config.json || $(BIN)/fulmen convert $(MODEL) --out $(OUT) --budget 150s
+	@test -f $(OUT)/config.json || $(BIN)/fulmen convert $(MODEL) --out $(OUT) --budget 120s
 	$(BIN)/fulmen inspect $(OUT)
 	@test -f $(OUT)/parity.html || $(BIN)/fulmen eval $(OUT) --quick
 	$(BIN)/fulmen chat $(OUT) --document LICENSE --prompt "What is this document about?" --max-new-tokens 64
