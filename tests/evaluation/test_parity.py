@@ -29,7 +29,7 @@ from fulmen.evaluation.parity_tables import (
     source_verdict,
     verdict,
 )
-from fulmen.evaluation.tasks import score_by_forward
+from fulmen.evaluation.tasks import NeedleSample, score_by_forward
 from fulmen.evaluation.variants import Text, indexer_state, last_hidden_states, swapped_indexers
 from fulmen.modeling.mla_attention import fulmen_attention
 from fulmen.modeling.selectors import dsa_attentions
@@ -163,6 +163,19 @@ def test_needle_difference_is_paired_and_in_points():
     assert (tables["overall"]["dense"]["right"], tables["overall"]["dsa"]["right"]) == (3, 1)
     assert tables["pairs"] == {"both": 1, "dense_only": 2, "dsa_only": 0, "neither": 1}
     assert tables["texts"] == 4
+
+
+def test_questions_about_one_text_count_as_one_text_whatever_their_depths():
+    prompt, answer = torch.arange(64), torch.arange(5)
+    samples = [
+        NeedleSample(prompt, answer, "12345", depth, length=64, n_keys=3, text=text)
+        for text in range(2)
+        for depth in (0.1, 0.5, 0.9)
+    ]
+    tables = needle_tables(samples, {"dense": [True] * 6, "dsa": [False] * 3 + [True] * 3})
+    (row,) = tables["differences"]
+    assert (row["texts"], tables["texts"]) == (2, 2)
+    assert row["dsa_minus_dense"] == tables["dsa_minus_dense"]
 
 
 def test_needle_answers_are_those_of_whole_forwards(dense, measured):

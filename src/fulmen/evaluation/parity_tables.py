@@ -81,7 +81,8 @@ def needle_tables(samples: Sequence[Any], answers: Mapping[str, Sequence[bool]])
     for (task, length, _), places in sorted(groups.items()):
         pooled.setdefault((task, length), []).extend(places)
     differences = [
-        {"task": task, "length": length, "n": len(places), **_paired(samples, answers, places)}
+        # In their own order: the questions about one text are neighbours.
+        {"task": task, "length": length, "n": len(places), **_paired(samples, answers, sorted(places))}
         for (task, length), places in pooled.items()
     ]
     everything = list(range(len(samples)))
