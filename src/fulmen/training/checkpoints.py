@@ -11,17 +11,20 @@ from fulmen.errors import OutputError
 
 # Written last; a checkpoint without it was interrupted.
 WHOLE_FILE = "whole"
+CHECKPOINTS = f"{PREFIX_CHECKPOINT_DIR}-*"
 
 
 def last_whole_checkpoint(run_dir: Path) -> str | None:
-    """The latest finished checkpoint in `run_dir`; unfinished ones are deleted."""
-    found = {}
-    for folder in run_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if (folder / WHOLE_FILE).exists():
-            found[checkpoint_step(folder)] = str(folder)
-        else:
+    """The latest finished checkpoint in `run_dir`."""
+    folders = [folder for folder in run_dir.glob(CHECKPOINTS) if (folder / WHOLE_FILE).exists()]
+    return str(max(folders, key=checkpoint_step)) if folders else None
+
+
+def drop_unfinished_checkpoints(run_dir: Path) -> None:
+    """Delete what an interrupted run left half-written. For one process, while none is saving."""
+    for folder in run_dir.glob(CHECKPOINTS):
+        if not (folder / WHOLE_FILE).exists():
             shutil.rmtree(folder, ignore_errors=True)
-    return found[max(found)] if found else None
 
 
 def checkpoint_step(folder: str | Path) -> int:
@@ -34,6 +37,7 @@ class SafeCheckpoints:
 
     args: Any
     state: Any
+    accelerator: Any
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -50,3 +54,5 @@ class SafeCheckpoints:
                 f"{folder} cannot be written ({reason}); the checkpoints before it are whole: "
                 "make room and run the same command again"
             ) from error
+        # No process goes on, to its end perhaps, before the checkpoint counts for all.
+        self.accelerator.wait_for_everyone()

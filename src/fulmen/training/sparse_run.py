@@ -25,7 +25,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from fulmen.errors import ConfigError, OutputError
 from fulmen.modeling.index_shape import dsa_of
 from fulmen.modeling.selectors import dsa_attentions
-from fulmen.training.checkpoints import WHOLE_FILE, checkpoint_step, last_whole_checkpoint
+from fulmen.training.checkpoints import (
+    WHOLE_FILE,
+    checkpoint_step,
+    drop_unfinished_checkpoints,
+    last_whole_checkpoint,
+)
 from fulmen.training.lora import add_lora, merge_lora
 from fulmen.training.rows import Text, text_rows
 from fulmen.training.schedule import TopkSchedule
@@ -92,6 +97,8 @@ def train_sparse(
     if topk >= length:
         raise ConfigError(f"topk={topk} is not below the texts' {length} tokens; use longer texts")
     state = PartialState()
+    if state.is_main_process:
+        drop_unfinished_checkpoints(run_dir)
     selectors = [attention.selector for attention in dsa_attentions(model)]
     stage = prepare_stage(model, settings)
     _keep_first_weights(stage, run_dir, state)
