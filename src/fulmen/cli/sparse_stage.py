@@ -148,14 +148,14 @@ def _save(
     result: SparseResult,
     run: RunDir,
 ) -> None:
-    record = {**_record_of(settings.model_dir)}
+    record = _record_of(settings.model_dir)
     record["stages"] = [*record["stages"], "sparse"]
     record["stages_done"] = {**record.get("stages_done", {}), "sparse": asdict(result)}
     record["sparse"] = {**settings.options, "length": settings.length, "data": list(settings.data)}
     record["dsa"] = dsa_of(model.config).to_dict()
-    record_file = run.path / RECORD_FILE
-    record_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    extras = {RECORD_FILE: record_file, f"{STAGES_DIR}/{LOG_FILE}": run.path / SPARSE_DIR / LOG_FILE}
+    run.save_record("conversion", record)
+    log = run.path / SPARSE_DIR / LOG_FILE
+    extras = {RECORD_FILE: run.record("conversion"), f"{STAGES_DIR}/{LOG_FILE}": log}
     for file in (settings.model_dir / STAGES_DIR).glob("*"):
         extras.setdefault(f"{STAGES_DIR}/{file.name}", file)
     save_converted(
