@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from fulmen.cli.chat_session import load_converted
@@ -22,6 +21,7 @@ from fulmen.modeling.checkpoint import load_dense, require_free_output, save_con
 from fulmen.modeling.index_shape import dsa_of
 from fulmen.modeling.mla_attention import own_attention
 from fulmen.modeling.model import set_topk
+from fulmen.training.processes import processes
 from fulmen.training.sparse import SparseSettings
 from fulmen.training.sparse_run import SparseResult, train_sparse
 from fulmen.training.teacher import require_same_tokens
@@ -45,7 +45,7 @@ def sparse_stage(
     teacher: PreTrainedModel | None = None,
 ) -> SparseResult:
     """Train `model` in place on the corpus's training part, with a bar. Raises what `train_sparse` does."""
-    state = PartialState()
+    state = processes()
     if n_windows is None:
         uses = (settings.steps or SPARSE_WINDOWS) * settings.accumulate * state.num_processes
         n_windows = min(uses, SPARSE_WINDOWS) if settings.steps is None else uses
@@ -84,7 +84,7 @@ def train(settings: TrainSettings) -> Path:
     if settings.topk is not None:
         set_topk(model, settings.topk)
     run = RunDir(out)
-    state = PartialState()
+    state = processes()
     identity = _identity(settings, model, teacher, corpus)
     if state.is_main_process and run.open(identity, discard_other=settings.overwrite):
         say("Resuming an interrupted run")
@@ -121,7 +121,7 @@ def _identity(
         "model_dir": str(settings.model_dir),
         "data": list(settings.data),
         "topk": dsa_of(model.config).topk,
-        "processes": PartialState().num_processes,
+        "processes": processes().num_processes,
         "model_weights": weights_fingerprint(model),
         "teacher_weights": None if teacher is None else weights_fingerprint(teacher),
         "corpus": corpus.fingerprint,

@@ -11,6 +11,12 @@ from accelerate.utils import broadcast_object_list
 Result = TypeVar("Result")
 
 
+def processes() -> PartialState:
+    """All processes of the run, connected. Accelerate's bare `PartialState()` may leave those of a machine
+    without a GPU unconnected, each then taking itself for the first."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 def is_first() -> bool:
     """Whether this is the process that writes: the only one, or number 0 of those a launcher started."""
     return os.environ.get("RANK", "0") == "0"
@@ -24,7 +30,7 @@ def are_many() -> bool:
 def wait_for_all() -> None:
     """Go on when every process is here."""
     if are_many():
-        _processes().wait_for_everyone()
+        processes().wait_for_everyone()
 
 
 def first_alone(work: Callable[[], Result]) -> Result:
@@ -41,9 +47,5 @@ def as_the_first(value: Result) -> Result:
     """The first process's `value`, in all of them."""
     if not are_many():
         return value
-    _processes()
+    processes()
     return broadcast_object_list([value])[0]
-
-
-def _processes() -> PartialState:
-    return PartialState(cpu=not torch.cuda.is_available())

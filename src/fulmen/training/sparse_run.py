@@ -32,6 +32,7 @@ from fulmen.training.checkpoints import (
     last_whole_checkpoint,
 )
 from fulmen.training.lora import add_lora, merge_lora
+from fulmen.training.processes import processes
 from fulmen.training.rows import Text, text_rows
 from fulmen.training.schedule import TopkSchedule
 from fulmen.training.sparse import SparseSettings, SparseStage
@@ -96,7 +97,7 @@ def train_sparse(
     length, topk = len(rows[0]["input_ids"]), dsa_of(model.config).topk
     if topk >= length:
         raise ConfigError(f"topk={topk} is not below the texts' {length} tokens; use longer texts")
-    state = PartialState()
+    state = processes()
     if state.is_main_process:
         drop_unfinished_checkpoints(run_dir)
     selectors = [attention.selector for attention in dsa_attentions(model)]
