@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fulmen.errors import ResumeError, unwritable
+from fulmen.training.checkpoints import write_aside
 
 SETTINGS_FILE = "settings.json"
 
@@ -45,7 +45,7 @@ class RunDir:
         self.remove()
         try:
             self.path.mkdir(parents=True)
-            self._write(
+            write_aside(
                 file, lambda aside: aside.write_text(json.dumps(settings, indent=1), encoding="utf-8")
             )
         except OSError as error:
@@ -60,7 +60,7 @@ class RunDir:
         """Write the indexers after a stage, whole or not at all. Raises OutputError."""
         plain = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
         try:
-            self._write(self.stage(name), lambda aside: save_file(plain, aside))
+            write_aside(self.stage(name), lambda aside: save_file(plain, aside))
         except Exception as error:
             raise unwritable(self.stage(name), error) from error
 
@@ -68,7 +68,7 @@ class RunDir:
         """Write what is to be said about a stage, as JSON, whole or not at all. Raises OutputError."""
         text, file = json.dumps(record, indent=1) + "\n", self.record(name)
         try:
-            self._write(file, lambda aside: aside.write_text(text, encoding="utf-8"))
+            write_aside(file, lambda aside: aside.write_text(text, encoding="utf-8"))
         except OSError as error:
             raise unwritable(file, error) from error
 
@@ -85,12 +85,3 @@ class RunDir:
     def remove(self) -> None:
         """Delete the run; the output is in place, or it is to begin anew."""
         shutil.rmtree(self.path, ignore_errors=True)
-
-    @staticmethod
-    def _write(target: Path, write: Callable[[Path], Any]) -> None:
-        aside = target.with_name(f"{target.name}.part")
-        try:
-            write(aside)
-            aside.replace(target)
-        finally:
-            aside.unlink(missing_ok=True)

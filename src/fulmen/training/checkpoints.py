@@ -1,17 +1,28 @@
-"""Trainer's checkpoints, made safe: a half-written one is never taken for whole and costs no old one."""
+"""Files of a run, made safe: what is half-written is never taken for whole, and costs nothing old."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fulmen.errors import OutputError
+from fulmen.errors import unwritable
 
 # Written last; a checkpoint without it was interrupted.
 WHOLE_FILE = "whole"
 CHECKPOINTS = f"{PREFIX_CHECKPOINT_DIR}-*"
+
+
+def write_aside(target: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a file beside `target`, then put it in its place: whole, or not at all."""
+    aside = target.with_name(f"{target.name}.part")
+    try:
+        write(aside)
+        aside.replace(target)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def last_whole_checkpoint(run_dir: Path) -> str | None:
@@ -49,10 +60,6 @@ class SafeCheckpoints:
         except (OSError, RuntimeError, SafetensorError) as error:
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise OutputError(
-                f"{folder} cannot be written ({reason}); the checkpoints before it are whole: "
-                "make room and run the same command again"
-            ) from error
+            raise unwritable(folder, error) from error
         # No process goes on, to its end perhaps, before the checkpoint counts for all.
         self.accelerator.wait_for_everyone()

@@ -30,6 +30,7 @@ from fulmen.training.checkpoints import (
     checkpoint_step,
     drop_unfinished_checkpoints,
     last_whole_checkpoint,
+    write_aside,
 )
 from fulmen.training.lora import add_lora, merge_lora
 from fulmen.training.processes import processes
@@ -160,10 +161,8 @@ def _is_whole(checkpoint: str | None) -> bool:
 def _keep_first_weights(stage: SparseStage, run_dir: Path, state: PartialState) -> None:
     file = run_dir / INITIAL_FILE
     if state.is_main_process and not file.exists():
-        aside = file.with_suffix(".part")
         try:
-            save_file(stage.trained_state(), aside)
-            aside.rename(file)
+            write_aside(file, lambda aside: save_file(stage.trained_state(), aside))
         except (OSError, SafetensorError) as error:
             raise OutputError(f"{run_dir} has no room for the first weights ({error})") from error
     state.wait_for_everyone()
@@ -238,9 +237,7 @@ def _plan(
     file = run_dir / PLAN_FILE
     if state.is_main_process and not file.exists():
         plan = _new_plan(stage, asked, rows, held_out, settings)
-        aside = file.with_suffix(".part")
-        aside.write_text(json.dumps(plan), encoding="utf-8")
-        aside.rename(file)
+        write_aside(file, lambda aside: aside.write_text(json.dumps(plan), encoding="utf-8"))
     state.wait_for_everyone()
     return json.loads(file.read_text(encoding="utf-8"))
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fulmen.errors import TrainingDivergedError
-from fulmen.training.checkpoints import SafeCheckpoints
+from fulmen.training.checkpoints import SafeCheckpoints, write_aside
 from fulmen.training.sparse import SparseSettings, SparseStage, StepLosses
 
 WEIGHTS_FILE, LOG_FILE = "model.safetensors", "sparse.jsonl"
@@ -140,9 +140,8 @@ class StepWatch(TrainerCallback):
         self.history = rows[-SPIKE_HISTORY:]
         self.tokens = rows[-1]["tokens"] if rows else 0
         if self.writes:
-            aside = self.log_file.with_suffix(".part")
-            aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            aside.rename(self.log_file)
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            write_aside(self.log_file, lambda aside: aside.write_text(text, encoding="utf-8"))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.taken = []

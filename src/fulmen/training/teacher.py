@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from fulmen.errors import ConfigError, OutputError
 from fulmen.modeling.selectors import DenseSelector, Selector, use_selector
+from fulmen.training.checkpoints import write_aside
 from fulmen.training.distill import TeacherTargets, teacher_targets
 
 Row = dict[str, Tensor]
@@ -69,13 +70,10 @@ class TargetFiles:
         return self.folder / f"{digest.hexdigest()[:32]}.safetensors"
 
     def _write(self, file: Path, targets: TeacherTargets) -> None:
-        aside = file.with_suffix(".part")
         try:
             tensors = {key: part.cpu() for key, part in zip(TARGET_KEYS, targets, strict=True)}
-            save_file(tensors, aside)
-            aside.rename(file)
+            write_aside(file, lambda aside: save_file(tensors, aside))
         except (OSError, SafetensorError) as error:
-            aside.unlink(missing_ok=True)
             raise OutputError(f"{file.parent} has no room for the teacher's answers ({error})") from error
 
 

@@ -7,7 +7,6 @@ and resume work as they do for any model.
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,13 @@ from transformers import (
 
 from fulmen.errors import TrainingDivergedError, unwritable
 from fulmen.modeling.selectors import IndexerSelector, dsa_attentions, use_selector
+from fulmen.training.checkpoints import (
+    SafeCheckpoints,
+    checkpoint_step,
+    drop_unfinished_checkpoints,
+    last_whole_checkpoint,
+    write_aside,
+)
 from fulmen.training.losses import IndexerLossSelector, LayerLoss, output_weight
 from fulmen.training.processes import as_the_first, first_alone, is_first
 from fulmen.training.rows import NO_LABEL, Text, next_tokens, text_row, text_rows
@@ -195,7 +201,7 @@ def _sparse_loss(model: PreTrainedModel, rows: Sequence[dict[str, Tensor]]) -> f
     return total / count
 
 
-class _WarmupTrainer(Trainer):
+class _WarmupTrainer(SafeCheckpoints, Trainer):
     """Evaluates what matters, the sparse model's loss on validation text, in place of the training loss."""
 
     @property
@@ -214,14 +220,6 @@ class _WarmupTrainer(Trainer):
                 f"lower the learning rate (now {self.args.learning_rate}) or check the data"
             )
         return (loss, {}) if return_outputs else loss
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        try:
-            super()._save_checkpoint(model, trial)
-        except Exception as error:  # torch's writer raises RuntimeError when the disk is full
-            folder = Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}")
-            shutil.rmtree(folder, ignore_errors=True)
-            raise unwritable(folder, error) from error
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         rows: Any = self.eval_dataset
@@ -269,7 +267,7 @@ def _initial(stack: IndexerStack, run_dir: Path) -> dict[str, Tensor]:
     file = run_dir / INITIAL_FILE
     if not file.exists():
         state = {name: tensor.contiguous() for name, tensor in stack.indexers.state_dict().items()}
-        _write_aside(file, lambda aside: save_file(state, aside))
+        write_aside(file, lambda aside: save_file(state, aside))
     return load_file(file)
 
 
@@ -297,7 +295,7 @@ def _plan(
         left_s = 0.9 * settings.budget_s - evaluation_s * (evaluations + 1) - step_s
         steps = max(evaluations, int(left_s / step_s))
     plan = {"steps": steps, "evaluations": evaluations, "loss_before": before}
-    _write_aside(file, lambda aside: aside.write_text(json.dumps(plan), encoding="utf-8"))
+    write_aside(file, lambda aside: aside.write_text(json.dumps(plan), encoding="utf-8"))
     return plan
 
 
@@ -350,34 +348,19 @@ def _restore_best(
         stack.indexers.load_state_dict(initial)
         return 0
     stack.load_state_dict(load_file(Path(best) / "model.safetensors"))
-    return int(Path(best).name.rsplit("-", 1)[1])
+    return checkpoint_step(best)
 
 
 def _forget_what_is_not_whole(run_dir: Path) -> int:
     """Remove what an interruption cut short or went beyond; return the last checkpoint's step, 0 for none."""
-    last_step = 0
-    for folder in run_dir.glob("checkpoint-*"):
-        try:
-            # Trainer writes this file last.
-            step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-            last_step = max(last_step, step)
-        except (OSError, ValueError):
-            shutil.rmtree(folder)
+    drop_unfinished_checkpoints(run_dir)
+    last = last_whole_checkpoint(run_dir)
+    last_step = checkpoint_step(last) if last else 0
     log = run_dir / LOG_FILE
     if log.exists():
         # Steps after the checkpoint are run and logged again.
         rows = log.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= last_step]
         if kept != rows:
-            _write_aside(log, lambda aside: aside.write_text("".join(kept), encoding="utf-8"))
+            write_aside(log, lambda aside: aside.write_text("".join(kept), encoding="utf-8"))
     return last_step
-
-
-def _write_aside(target: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file beside `target`, then put it in its place: whole, or not at all."""
-    aside = target.with_suffix(".part")
-    try:
-        write(aside)
-        aside.replace(target)
-    finally:
-        aside.unlink(missing_ok=True)
