@@ -209,7 +209,8 @@ def draw_init(rows: Sequence[Row], file: Path) -> None:
         tokens, shares = zip(*sorted(points), strict=True)
         style = {"color": color, "marker": marker, "linestyle": ("-", "--", ":")[number % 3]}
         axes.plot([t / 1024 for t in tokens], shares, label=f"{name}, {rate:g}", linewidth=1.8, **style)
-    axes.set(xlabel="tokens of warm-up (K)", ylabel="loss over dense (%)", yscale="log")
+    axes.set(xlabel="tokens of warm-up (K)", ylabel="loss over dense (%)")
+    axes.set_yscale("symlog", linthresh=1.0)  # from tenths to hundreds, and below 0 as well
     legend_above(axes)
     with rc_context({"svg.hashsalt": "fulmen"}):
         figure.savefig(file, metadata={"Date": None})
