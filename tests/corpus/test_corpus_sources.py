@@ -53,7 +53,7 @@ class TestDirectory:
         assert found[-1].text == prose(4)
 
     def test_what_is_no_text_is_counted(self, folder):
-        assert load_corpus(str(folder)).skipped == 3
+        assert load_corpus(str(folder)).skipped == {"empty or binary files": 3}
 
     def test_a_copy_elsewhere_is_the_same_corpus(self, folder, tmp_path_factory):
         other = tmp_path_factory.mktemp("elsewhere")
@@ -139,7 +139,7 @@ class TestRows:
 
     def test_rows_without_text_are_counted(self, tmp_path):
         rows = [*({"text": prose(seed)} for seed in range(3)), {"text": None}, {"text": " "}, {"other": "x"}]
-        assert load_corpus(write_rows(tmp_path / "a.jsonl", rows)).skipped == 3
+        assert load_corpus(write_rows(tmp_path / "a.jsonl", rows)).skipped == {"empty or binary files": 3}
 
     def test_line_separators_within_strings_do_not_end_a_row(self, tmp_path):
         path = tmp_path / "a.jsonl"
@@ -186,7 +186,7 @@ def test_several_sources_are_split_as_one(folder, tmp_path_factory):
     assert sorted(one.text for one in documents_of(both)) == sorted(
         {one.text for source in (folder, other) for one in documents_of(load_corpus(source))}
     )
-    assert both.skipped == 3
+    assert both.skipped == {"empty or binary files": 3}
     assert load_corpus(other, folder).fingerprint == both.fingerprint
 
 
