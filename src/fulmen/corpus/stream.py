@@ -25,8 +25,9 @@ class WindowStream:
         self.data_sets, self.tokenizer, self.length, self.part = data_sets, tokenizer, length, part
         self.packer = Packer(tokenizer, text_room(tokenizer, length))
         self.skipped: Counter[str] = Counter()
-        self.passes = self.texts = 0
-        self._at_member(0)
+        self.passes = self.texts = self.member = self.row = 0
+        self.field: str | None = None
+        self.rows: dict[str, Any] | None = None
 
     def __iter__(self) -> Iterator[Window]:
         """The windows of one pass; what does not fill the last one begins the next pass's first.
@@ -84,6 +85,4 @@ class WindowStream:
                 yield document
 
     def _at_member(self, number: int) -> None:
-        self.member = number
-        self.field: str | None = None
-        self.row, self.rows = 0, None
+        self.member, self.field, self.row, self.rows = number, None, 0, None

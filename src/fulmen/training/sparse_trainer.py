@@ -18,6 +18,7 @@ from fulmen.errors import TrainingDivergedError
 from fulmen.training.checkpoints import SafeCheckpoints, write_aside
 from fulmen.training.sparse import SparseSettings, SparseStage, StepLosses
 from fulmen.training.streamed import StreamedRows
+from fulmen.training.teacher import DistilledRows
 
 WEIGHTS_FILE, LOG_FILE, POSITION_FILE = "model.safetensors", "sparse.jsonl", "position.json"
 # A step's KL this many times the median of the last ones and this many nats above it, or an LM loss so many
@@ -31,9 +32,10 @@ OnStep = Callable[[int, int, dict[str, float]], None]
 class SparseTrainer(SafeCheckpoints, Trainer):
     """Two parameter groups that never meet, the held-out sparse loss, the trained weights as checkpoint.
 
-    With them lies the position in a stream of texts. `train_dataset` is a `DistilledRows`.
+    With them lies the position in a stream of texts.
     """
 
+    train_dataset: DistilledRows
     validation: list[dict[str, Tensor]]
     settings: SparseSettings
 
@@ -86,7 +88,8 @@ class SparseTrainer(SafeCheckpoints, Trainer):
         os.makedirs(output_dir, exist_ok=True)
         state = self.stage.trained_state() if state_dict is None else only_trained(self.stage, state_dict)
         save_file(state, Path(output_dir, WEIGHTS_FILE), metadata={"format": "pt"})
-        if isinstance(rows := self.train_dataset.rows, StreamedRows):
+        rows = self.train_dataset.rows
+        if isinstance(rows, StreamedRows):
             n_used = self.state.global_step * self.settings.accumulate * self.accelerator.num_processes
             Path(output_dir, POSITION_FILE).write_text(json.dumps(rows.state_dict(n_used)), encoding="utf-8")
 
