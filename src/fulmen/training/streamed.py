@@ -31,15 +31,13 @@ class StreamedRows:
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         assert number >= self.n_read - 1, f"row {number} was asked for after row {self.n_read - 1}"
-        while self.n_read <= number:
-            self.row = text_row(next(self.windows))
-            self.n_read += 1
-            self.positions[self.n_read] = self.stream.state_dict()
-            self.positions.pop(self.n_read - self.ahead - 1, None)
+        self._read_before(number + 1)
         return self.row
 
     def state_dict(self, number: int) -> dict[str, Any]:
-        """The position before row `number`, which is read already or the next one."""
+        """The position before row `number`."""
+        # The last rows before it may be those of other processes.
+        self._read_before(number)
         return {"number": number, "stream": self.positions[number]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -48,6 +46,13 @@ class StreamedRows:
         self.windows = self._endless()
         self.n_read = state["number"]
         self.positions = {self.n_read: state["stream"]}
+
+    def _read_before(self, number: int) -> None:
+        while self.n_read < number:
+            self.row = text_row(next(self.windows))
+            self.n_read += 1
+            self.positions[self.n_read] = self.stream.state_dict()
+            self.positions.pop(self.n_read - self.ahead - 1, None)
 
     def _endless(self) -> Iterator[Window]:
         while True:
