@@ -81,6 +81,38 @@ def test_resume_says_what_differs(tmp_path, corpus_dir, converted, monkeypatch):
         (converted / "model.safetensors").write_bytes(original)
 
 
+def write_rows(folder: Path, text: str = "") -> Path:
+    """A data set of two files; every tenth row has no text."""
+    folder.mkdir()
+    for shard in range(2):
+        rows = [{"text": " ".join(f"w{2 + (n * k + shard) % 95}" for k in range(40))} for n in range(1, 90)]
+        rows[::10] = [{"text": 3}, {"text": " "}, {"text": None}] * 3
+        (folder / f"{shard}.jsonl").write_text("\n".join(map(json.dumps, rows)) + text)
+    return folder
+
+
+def test_a_streamed_data_set(tmp_path, converted, monkeypatch, capsys):
+    """What is left out is reported; a run interrupted at a step is not continued with other rows."""
+    data, out = write_rows(tmp_path / "rows"), tmp_path / "out"
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sparse_run, "_target_source", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(train_settings(converted, out, data))
+    other = write_rows(tmp_path / "other", text='\n{"text": "w7"}')
+    with pytest.raises(ResumeError, match=r"corpus was .*, data was \['.*rows'\], is \['.*other'\]"):
+        train(train_settings(converted, out, other))
+    capsys.readouterr()
+    train(train_settings(converted, out, data))
+    assert "Of the data's rows and files 18 skipped: 6 empty, 12 not text" in capsys.readouterr().out
+    done = json.loads((out / "conversion.json").read_text())["stages_done"]["sparse"]
+    assert done["last_step"] == STEPS
+    assert done["skipped"] == {"not text": 12, "empty": 6}
+
+
 def test_a_teacher_of_its_own_and_one_with_other_tokens(tmp_path, corpus_dir, converted, llama_dir):  # noqa: F811
     out = train(train_settings(converted, tmp_path / "out", corpus_dir, teacher=str(llama_dir)))
     same = train(train_settings(converted, tmp_path / "same", corpus_dir))

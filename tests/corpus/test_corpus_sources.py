@@ -53,7 +53,7 @@ class TestDirectory:
         assert found[-1].text == prose(4)
 
     def test_what_is_no_text_is_counted(self, folder):
-        assert load_corpus(str(folder)).skipped == 3
+        assert load_corpus(str(folder)).skipped == {"empty or binary files": 3}
 
     def test_a_copy_elsewhere_is_the_same_corpus(self, folder, tmp_path_factory):
         other = tmp_path_factory.mktemp("elsewhere")
@@ -73,7 +73,7 @@ class TestDirectory:
         write_rows(folder / "rows.jsonl", [{"text": prose(50)}, {"text": None}])
         corpus = load_corpus(folder)
         assert "rows.jsonl:1" in {one.name for one in documents_of(corpus)}
-        assert corpus.skipped == 4
+        assert corpus.skipped == {"empty or binary files": 3, "not text": 1}
 
 
 class TestFile:
@@ -139,7 +139,8 @@ class TestRows:
 
     def test_rows_without_text_are_counted(self, tmp_path):
         rows = [*({"text": prose(seed)} for seed in range(3)), {"text": None}, {"text": " "}, {"other": "x"}]
-        assert load_corpus(write_rows(tmp_path / "a.jsonl", rows)).skipped == 3
+        skipped = load_corpus(write_rows(tmp_path / "a.jsonl", rows)).skipped
+        assert skipped == {"empty": 1, "not text": 2}
 
     def test_line_separators_within_strings_do_not_end_a_row(self, tmp_path):
         path = tmp_path / "a.jsonl"
@@ -154,7 +155,10 @@ class TestRows:
             ('{"text": "a"}\n["a"]', r"a\.jsonl:2 is no JSON object"),
             ('{"a": "x", "b": "y"}', r"several fields of strings \(a, b\) and no field 'text'"),
             ('{"a": 1}', "no field of strings and no field 'text'"),
-            ('{"text": null}\n{"text": ""}', "field 'text' is empty in all 2 rows"),
+            (
+                '{"text": null}\n{"text": ""}',
+                r"a\.jsonl has no text to use \(rows 2 skipped: 1 empty, 1 not text\)",
+            ),
         ],
         ids=["bad line", "list", "two fields", "no field", "all empty"],
     )
@@ -186,7 +190,7 @@ def test_several_sources_are_split_as_one(folder, tmp_path_factory):
     assert sorted(one.text for one in documents_of(both)) == sorted(
         {one.text for source in (folder, other) for one in documents_of(load_corpus(source))}
     )
-    assert both.skipped == 3
+    assert both.skipped == {"empty or binary files": 3}
     assert load_corpus(other, folder).fingerprint == both.fingerprint
 
 
@@ -199,7 +203,7 @@ class TestHub:
         assert sorted(one.text for one in found) == sorted(prose(seed) for seed in range(4))
 
     def test_takes_no_more_than_its_share(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("fulmen.corpus.sources.HUB_CHARACTERS", 3 * len(prose(0)))
+        monkeypatch.setattr("fulmen.corpus.sources.DATA_SET_CHARACTERS", 3 * len(prose(0)))
         write_rows(tmp_path / "train.jsonl", [{"text": prose(seed)} for seed in range(9)])
         assert len(documents_of(load_corpus(f"hf:{tmp_path}::train"))) in (3, 4)
 

@@ -19,7 +19,7 @@ from fulmen.cli.settings import ConvertSettings
 from fulmen.cli.sparse_stage import LOG_FILE, RECORD_FILE, SPARSE_DIR, STAGES_DIR, sparse_stage
 from fulmen.cli.texts import up_to
 from fulmen.config import DsaConfig
-from fulmen.corpus import Corpus, Window, load_corpus, window_stream
+from fulmen.corpus import Corpus, Window, load_corpus, stream_of, window_stream
 from fulmen.errors import ConfigError
 from fulmen.evaluation.variants import indexer_state
 from fulmen.modeling.budget import share_budget
@@ -188,7 +188,8 @@ def _train_sparsely(
 ) -> dict[str, Any]:
     steps, budget_s = settings.sparse_steps, settings.sparse_budget_s
     options = SparseSettings(steps=steps, budget_s=budget_s, seed=settings.seed)
-    result = sparse_stage(model, tokenizer, corpus, window, None, options, run.path / SPARSE_DIR)
+    texts = stream_of(*settings.data) or corpus
+    result = sparse_stage(model, tokenizer, texts, window, None, options, run.path / SPARSE_DIR)
     return asdict(result)
 
 

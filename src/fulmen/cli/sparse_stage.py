@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fulmen.cli.progress import progress_bar, say
 from fulmen.cli.run_dir import RunDir
 from fulmen.cli.texts import up_to
 from fulmen.cli.train_settings import TrainSettings
-from fulmen.corpus import Corpus, load_corpus
+from fulmen.corpus import Corpus, DataSets, Window, WindowStream, described, load_corpus, stream_of
 from fulmen.errors import CheckpointError, ConfigError
 from fulmen.modeling.checkpoint import load_dense, require_free_output, save_converted
 from fulmen.modeling.index_shape import dsa_of
@@ -37,22 +38,21 @@ SAMPLED_NUMBERS = 4096
 def sparse_stage(
     model: PreTrainedModel,
     tokenizer: Any,
-    corpus: Corpus,
+    texts: Corpus | DataSets,
     length: int,
     n_windows: int | None,
     settings: SparseSettings,
     run_dir: Path,
     teacher: PreTrainedModel | None = None,
 ) -> SparseResult:
-    """Train `model` in place on the corpus's training part, with a bar. Raises what `train_sparse` does."""
+    """Train `model` in place on the texts' training part, with a bar. Raises what `train_sparse` does."""
     state = processes()
-    if n_windows is None:
-        uses = (settings.steps or SPARSE_WINDOWS) * settings.accumulate * state.num_processes
-        n_windows = min(uses, SPARSE_WINDOWS) if settings.steps is None else uses
-    texts = up_to(corpus.training, tokenizer, length, n_windows + VALIDATION_WINDOWS, settings.seed)
-    n_validation = min(VALIDATION_WINDOWS, len(texts) // 2)
-    if not n_validation:
-        raise ConfigError(f"the training text fills one window of {length} tokens; sparse needs 2: add text")
+    if isinstance(texts, DataSets):
+        stream, held_out = _stream(texts, tokenizer, length)
+        # So few are held, and may come more than once.
+        train = stream if n_windows is None else list(islice(stream, n_windows))
+    else:
+        train, held_out = _windows(texts, tokenizer, length, n_windows, settings)
 
     def on_step(step: int, steps: int, logs: dict[str, float]) -> None:
         advance(step, steps, ", ".join(f"{name} {value:.4f}" for name, value in logs.items()))
@@ -61,16 +61,44 @@ def sparse_stage(
         advance(done, total, "asking the teacher")
 
     with progress_bar("Sparse") as advance:
-        result = train_sparse(
-            model, texts[n_validation:], texts[:n_validation], run_dir, settings, teacher, on_step, on_teacher
-        )
+        result = train_sparse(model, train, held_out, run_dir, settings, teacher, on_step, on_teacher)
+    result = replace(result, skipped=dict(stream.skipped if isinstance(texts, DataSets) else texts.skipped))
     if state.is_main_process:
         say(
             f"Sparse stage: held-out loss {result.loss_before:.4f} -> {result.loss_after:.4f}, dense before "
             f"{result.dense_before:.4f} (step {result.best_step} of {result.last_step}, "
             f"{result.tokens} tokens, {result.seconds:.0f} s)"
         )
+        if result.skipped:
+            say(f"Of the data's rows and files {described(result.skipped)}")
     return result
+
+
+def _stream(data_sets: DataSets, tokenizer: Any, length: int) -> tuple[WindowStream, list[Window]]:
+    """What is trained on, and the first windows of a part that neither training nor `fulmen eval` reads."""
+    held_out = list(
+        islice(WindowStream(data_sets, tokenizer, length, part="calibration"), VALIDATION_WINDOWS)
+    )
+    if not held_out:
+        raise ConfigError(
+            f"the rows kept for validation, one in ten, fill no window of {length} tokens; "
+            "add text, or use a smaller --length"
+        )
+    return WindowStream(data_sets, tokenizer, length), held_out
+
+
+def _windows(
+    corpus: Corpus, tokenizer: Any, length: int, n_windows: int | None, settings: SparseSettings
+) -> tuple[list[Window], list[Window]]:
+    """What is trained on and what is held out, from texts in memory."""
+    if n_windows is None:
+        uses = (settings.steps or SPARSE_WINDOWS) * settings.accumulate * processes().num_processes
+        n_windows = min(uses, SPARSE_WINDOWS) if settings.steps is None else uses
+    drawn = up_to(corpus.training, tokenizer, length, n_windows + VALIDATION_WINDOWS, settings.seed)
+    n_validation = min(VALIDATION_WINDOWS, len(drawn) // 2)
+    if not n_validation:
+        raise ConfigError(f"the training text fills one window of {length} tokens; sparse needs 2: add text")
+    return drawn[n_validation:], drawn[:n_validation]
 
 
 def train(settings: TrainSettings) -> Path:
@@ -78,20 +106,20 @@ def train(settings: TrainSettings) -> Path:
     out = settings.out.expanduser().absolute()
     require_free_output(out, overwrite=settings.overwrite)
     options = SparseSettings(**settings.options)
-    corpus = load_corpus(*settings.data)
+    texts = stream_of(*settings.data) or load_corpus(*settings.data)
     model, tokenizer = load_converted(settings.model_dir)
     teacher = _teacher(settings, model, tokenizer)
     if settings.topk is not None:
         set_topk(model, settings.topk)
     run = RunDir(out)
     state = processes()
-    identity = _identity(settings, model, teacher, corpus)
+    identity = _identity(settings, model, teacher, texts)
     if state.is_main_process and run.open(identity, discard_other=settings.overwrite):
         say("Resuming an interrupted run")
     state.wait_for_everyone()
     with own_attention(model):
-        texts = (tokenizer, corpus, settings.length, settings.windows)
-        result = sparse_stage(model, *texts, options, run.path / SPARSE_DIR, teacher)
+        asked = (tokenizer, texts, settings.length, settings.windows, options)
+        result = sparse_stage(model, *asked, run.path / SPARSE_DIR, teacher)
     if state.is_main_process:
         _save(model, tokenizer, out, settings, result, run)
         run.remove()
@@ -109,7 +137,10 @@ def _teacher(settings: TrainSettings, model: PreTrainedModel, tokenizer: Any) ->
 
 
 def _identity(
-    settings: TrainSettings, model: PreTrainedModel, teacher: PreTrainedModel | None, corpus: Corpus
+    settings: TrainSettings,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    texts: Corpus | DataSets,
 ) -> dict[str, Any]:
     """What must be equal for one run to be the continuation of another."""
     asked = {
@@ -124,7 +155,7 @@ def _identity(
         "processes": processes().num_processes,
         "model_weights": weights_fingerprint(model),
         "teacher_weights": None if teacher is None else weights_fingerprint(teacher),
-        "corpus": corpus.fingerprint,
+        "corpus": texts.fingerprint,
     }
 
 

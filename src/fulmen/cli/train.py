@@ -33,7 +33,8 @@ def train_command(
         list[str] | None,
         typer.Option(
             metavar="PATH",
-            help="Text: a file, a directory of them, or hf:name; may be repeated. "
+            help="Text: a file, a directory of them, or hf:name; may be repeated. Data sets (hf:name, JSONL, "
+            "Parquet, directories of these alone) of 100 texts or more are streamed, in their order. "
             "[dim]Default: the documentation and sources that come with Python.[/]",
             show_default=False,
         ),

@@ -20,7 +20,8 @@ class TrainSettings:
         model_dir: what `fulmen convert` wrote. out: directory to write.
         topk: keys that each query keeps; None: the model's own.
         data: as for a conversion. teacher: a dense model to learn from; None: the one inside `model_dir`.
-        length: tokens per text. windows: texts to train on at most; None: as many as the steps use.
+        length: tokens per text. windows: texts to train on at most, held in memory; None: as many as the
+        steps use, data sets being streamed.
         overwrite: replace a model directory at `out`.
         options: further fields of `fulmen.training.sparse.SparseSettings`.
     """

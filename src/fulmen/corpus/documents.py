@@ -2,8 +2,8 @@
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -31,13 +31,13 @@ class Corpus:
         calibration: about 10 % of the characters of every kind; inherit fits on it.
         training: about 60 %.
         heldout: about 30 %; every figure in a report comes from it.
-        skipped: files and rows of the source that hold no text.
+        skipped: how many files and rows were left out, by reason.
     """
 
     calibration: tuple[Document, ...]
     training: tuple[Document, ...]
     heldout: tuple[Document, ...]
-    skipped: int = 0
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -45,14 +45,18 @@ class Corpus:
         digest = hashlib.sha256()
         for part in (self.calibration, self.training, self.heldout):
             digest.update(b"%d documents" % len(part))
-            for field in (field for document in part for field in document):
-                raw = field.encode("utf-8", "surrogatepass")
+            for value in (value for document in part for value in document):
+                raw = value.encode("utf-8", "surrogatepass")
                 digest.update(b"%d:" % len(raw) + raw)
         return digest.hexdigest()
 
 
-def split_documents(documents: Iterable[Document], skipped: int = 0) -> Corpus:
-    """Split by file, kind by kind, in the order of the SHA-256 of the names.
+def split_documents(
+    documents: Iterable[Document],
+    placed: Iterable[tuple[Document, str]] = (),
+    skipped: Mapping[str, int] | None = None,
+) -> Corpus:
+    """Split by file, kind by kind, in the order of the SHA-256 of the names; `placed` have their part.
 
     The split depends on the names and texts alone, not on their order. A text that occurs twice is kept once.
     A kind of only one or two documents is cut: the last three tenths of each are held out. A kind of fewer
@@ -61,18 +65,29 @@ def split_documents(documents: Iterable[Document], skipped: int = 0) -> Corpus:
     Raises:
         CorpusError: no kind is large enough to be split.
     """
-    kinds = _by_kind(_without_copies(documents))
-    sizes = {kind: sum(len(document.text) for document in of_kind) for kind, of_kind in kinds.items()}
-    if max(sizes.values(), default=0) < MIN_CHARACTERS:
-        have = ", ".join(f"{size} characters of {kind}" for kind, size in sizes.items()) or "no text"
-        raise CorpusError(f"the corpus has {have}; a split needs {MIN_CHARACTERS} of one kind: add text")
-    parts: dict[str, list[Document]] = {part: [] for part in SHARES}
-    for kind, of_kind in kinds.items():
-        if sizes[kind] < MIN_CHARACTERS:
+    part_of = dict(placed)
+    rows = _without_copies(part_of)
+    texts = {row.text for row in rows}
+    files = _without_copies(document for document in documents if document.text not in texts)
+    _require_enough([*rows, *files])
+    parts = {part: [row for row in rows if part_of[row] == part] for part in SHARES}
+    for of_kind in _by_kind(files).values():
+        if sum(len(document.text) for document in of_kind) < MIN_CHARACTERS:
             parts["training"] += of_kind
         else:
             (_deal if len(of_kind) >= len(SHARES) else _cut)(of_kind, parts)
-    return Corpus(**{part: tuple(sorted(dealt)) for part, dealt in parts.items()}, skipped=skipped)
+    whole = {part: tuple(sorted(dealt)) for part, dealt in parts.items()}
+    return Corpus(**whole, skipped=dict(skipped or {}))
+
+
+def _require_enough(documents: Iterable[Document]) -> None:
+    """Raise CorpusError unless one kind has 6000 characters."""
+    sizes = {
+        kind: sum(len(document.text) for document in of_kind) for kind, of_kind in _by_kind(documents).items()
+    }
+    if max(sizes.values(), default=0) < MIN_CHARACTERS:
+        have = ", ".join(f"{size} characters of {kind}" for kind, size in sizes.items()) or "no text"
+        raise CorpusError(f"the corpus has {have}; a split needs {MIN_CHARACTERS} of one kind: add text")
 
 
 def _without_copies(documents: Iterable[Document]) -> list[Document]:

@@ -3,57 +3,102 @@
 The network is touched only for a source that says so: `hf:name`.
 """
 
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
 
+from fulmen.corpus.data_sets import (
+    FEW_TEXTS,
+    HUB_PREFIX,
+    DataSet,
+    DataSets,
+    find_data_sets,
+    is_table,
+    visible_files,
+)
 from fulmen.corpus.demo import DEMO, demo_documents
 from fulmen.corpus.documents import Corpus, Document, split_documents
+from fulmen.corpus.rows import part_of
 from fulmen.errors import CorpusError
 
-HUB_PREFIX = "hf:"
-# A hub data set may have terabytes; this much is far more than a conversion reads (some 50 M tokens).
-HUB_CHARACTERS = 200_000_000
-# Rows looked at to find the field with the text.
-SAMPLE_ROWS = 100
+# A data set may have terabytes; this much is far more than a conversion reads (some 50 M tokens).
+DATA_SET_CHARACTERS = 200_000_000
 PROSE_SUFFIXES = {"", ".adoc", ".log", ".markdown", ".md", ".org", ".rst", ".tex", ".text", ".txt"}
+NO_TEXT_FILE = "empty or binary files"
 
 
-class Reading(NamedTuple):
-    """Documents, and how many files or rows held no text."""
+@dataclass(frozen=True)
+class Reading:
+    """What one source holds, and what was left out, by reason.
 
-    documents: list[Document]
-    skipped: int = 0
+    documents: to be split together. rows: of a data set, each with its own part.
+    """
+
+    documents: tuple[Document, ...] = ()
+    rows: tuple[Document, ...] = ()
+    skipped: Counter[str] = field(default_factory=Counter)
 
 
 def load_corpus(*sources: str | Path) -> Corpus:
-    """Read the sources, the demo corpus if there are none, and split all their documents together.
+    """Read the sources, the demo corpus if there are none, and split their documents.
 
     Args:
         sources: each one of
             "demo": the library and the manual of this Python, no download;
             a path: a file of UTF-8 text, a `.jsonl` or `.parquet` file (field "text", or "messages", or the
             only field of strings), or a directory of such files at any depth;
-            "hf:name", "hf:name:config" or "hf:name:config:split": a data set on the hub, its first 200 M
-            characters; an empty config is the default one, the split is "train" unless given.
+            "hf:name", "hf:name:config" or "hf:name:config:split": a data set on the hub; an empty config is
+            the default one, the split is "train" unless given.
+            Of a data set (from the hub, a `.jsonl` or `.parquet` file, a directory of these alone) the first
+            200 M characters are read. From 100 texts on, `part_of` says where each row belongs, which is
+            also where it belongs when the data set is streamed; fewer are split as files are.
 
     Raises:
         CorpusError: missing, empty, binary, damaged, without text, or too small to be split.
     """
     readings = [_read(source) for source in sources or (DEMO,)]
     documents = chain.from_iterable(reading.documents for reading in readings)
-    return split_documents(documents, sum(reading.skipped for reading in readings))
+    rows = ((row, part_of(row.text)) for reading in readings for row in reading.rows)
+    return split_documents(documents, rows, sum((reading.skipped for reading in readings), Counter()))
+
+
+def stream_of(*sources: str | Path) -> DataSets | None:
+    """The sources as data sets to stream; None if they are to be read whole, by `load_corpus`.
+
+    Streamed are data sets of 100 texts or more: if every source is from the hub, a `.jsonl` or `.parquet`
+    file, or a directory of these alone.
+
+    Raises:
+        CorpusError: a data set cannot be read, or none of its rows holds text.
+    """
+    found = [find_data_sets(source) for source in sources]
+    if not found or not all(found) or any(DataSets(members).are_few() for members in found):
+        return None
+    return DataSets(tuple(chain.from_iterable(found)))
 
 
 def _read(source: str | Path) -> Reading:
     if source == DEMO:
-        return Reading(demo_documents())
-    if isinstance(source, str) and source.startswith(HUB_PREFIX):
-        return _read_hub(source)
+        return Reading(tuple(demo_documents()))
+    if members := find_data_sets(source):
+        return _read_data_sets(DataSets(members))
     return _read_path(Path(source).expanduser())
+
+
+def _read_data_sets(data_sets: DataSets) -> Reading:
+    skipped: Counter[str] = Counter()
+    read: list[Document] = []
+    characters, is_whole = 0, True
+    for document in data_sets.documents(skipped):
+        if characters >= DATA_SET_CHARACTERS:
+            is_whole = False
+            break
+        read.append(document)
+        characters += len(document.text)
+    if is_whole and len(read) < FEW_TEXTS:
+        return Reading(documents=tuple(read), skipped=skipped)
+    return Reading(rows=tuple(read), skipped=skipped)
 
 
 def _read_path(path: Path) -> Reading:
@@ -61,41 +106,26 @@ def _read_path(path: Path) -> Reading:
         return _read_directory(path)
     if not path.exists():
         raise CorpusError(f"{path} does not exist; name a file, a directory, {DEMO!r} or {HUB_PREFIX}name")
-    if path.suffix.lower() in TABLE_READERS:
-        return _read_table(path, path.name)
-    return Reading([_read_document(path, path.name)])
+    return Reading((_read_document(path, path.name),))
 
 
 def _read_directory(root: Path) -> Reading:
     """Files below `root` but hidden ones, named by their path from there; those with no text are skipped."""
     documents: list[Document] = []
-    skipped = 0
-    for path in sorted(_visible_files(root)):
+    skipped: Counter[str] = Counter()
+    for path in visible_files(root):
         name = path.relative_to(root).as_posix()
-        if path.suffix.lower() in TABLE_READERS:
-            reading = _read_table(path, name)
-            documents += reading.documents
-            skipped += reading.skipped
+        if is_table(path):
+            documents += DataSets((DataSet(name, str(path)),)).documents(skipped)
             continue
         try:
             documents.append(_read_document(path, name))
         except CorpusError:
-            skipped += 1
+            skipped[NO_TEXT_FILE] += 1
     if not documents:
-        raise CorpusError(
-            f"{root} holds no text ({skipped} files are empty or binary); name another directory"
-        )
-    return Reading(documents, skipped)
-
-
-def _visible_files(root: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(folder, name) for name in names if not name.startswith("."))
-
-
-def _read_table(path: Path, name: str) -> Reading:
-    return _read_rows(TABLE_READERS[path.suffix.lower()](path), name)
+        count = skipped[NO_TEXT_FILE]
+        raise CorpusError(f"{root} holds no text ({count} files are empty or binary); name another directory")
+    return Reading(tuple(documents), skipped=skipped)
 
 
 def _read_document(path: Path, name: str) -> Document:
@@ -119,108 +149,3 @@ def _read_text(path: Path) -> str:
     if not text.strip():
         raise CorpusError(f"{path} is empty; name a file with text")
     return text.replace("\r\n", "\n")
-
-
-def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CorpusError(f"{path}:{number} is not JSON ({error}); mend or remove that line") from error
-        if not isinstance(row, dict):
-            raise CorpusError(
-                f'{path}:{number} is no JSON object; each line must be one like {{"text": ...}}'
-            )
-        yield row
-
-
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    return _data_set_rows(str(path), "parquet", data_files=str(path), split="train")
-
-
-TABLE_READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
-    ".jsonl": _jsonl_rows,
-    ".parquet": _parquet_rows,
-}
-
-
-def _read_hub(source: str) -> Reading:
-    name, *more = source.removeprefix(HUB_PREFIX).split(":")
-    if not name or len(more) > 2:
-        raise CorpusError(
-            f"{source} is no data set; write {HUB_PREFIX}name, or {HUB_PREFIX}name:config:split"
-        )
-    config, split = (*more, "", "")[:2]
-    rows = _data_set_rows(source, name, config or None, split=split or "train")
-    return _read_rows(_first_rows(rows, HUB_CHARACTERS), name)
-
-
-def _first_rows(rows: Iterable[dict[str, Any]], characters: int) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        yield row
-        characters -= len(str(row))
-        if characters <= 0:
-            return
-
-
-def _data_set_rows(source: str, *names: str | None, **options: str) -> Iterator[dict[str, Any]]:
-    """Stream a data set: nothing is kept on the disk, and no more is fetched than is read."""
-    from datasets import load_dataset
-
-    try:
-        yield from load_dataset(*names, **options, streaming=True)
-    except Exception as error:  # the loaders raise whatever their formats and the network raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise CorpusError(
-            f"{source} cannot be read as a data set ({reason}); check its name, file or network"
-        ) from error
-
-
-def _read_rows(rows: Iterable[dict[str, Any]], name: str) -> Reading:
-    """One document per row, "name:1" the first; rows without text are counted as skipped."""
-    rows = iter(rows)
-    sample = list(islice(rows, SAMPLE_ROWS))
-    field = _text_field(sample, name)
-    documents: list[Document] = []
-    skipped = 0
-    for number, row in enumerate(chain(sample, rows), start=1):
-        text = _conversation(row.get(field)) if field == "messages" else row.get(field)
-        if not isinstance(text, str) or not text.strip():
-            skipped += 1
-        else:
-            documents.append(Document(f"{name}:{number}", "chat" if field == "messages" else "prose", text))
-    if not documents:
-        raise CorpusError(
-            f"{name} has no text: field {field!r} is empty in all {skipped} rows; name another file"
-        )
-    return Reading(documents, skipped)
-
-
-def _text_field(rows: list[dict[str, Any]], name: str) -> str:
-    """Where the text is: "text", else "messages", else the only field that holds strings."""
-    for known in ("text", "messages"):
-        if any(known in row for row in rows):
-            return known
-    strings = sorted({field for row in rows for field, value in row.items() if isinstance(value, str)})
-    if len(strings) != 1:
-        have = f"several fields of strings ({', '.join(strings)})" if strings else "no field of strings"
-        raise CorpusError(f"{name} has {have} and no field 'text'; rename the one with the text to 'text'")
-    return strings[0]
-
-
-def _conversation(messages: Any) -> str | None:
-    """Chat messages as plain text, `role: content`; the parts of a content that are no text are left out."""
-    if not isinstance(messages, list):
-        return None
-    turns = [
-        (message.get("role", ""), message.get("content")) for message in messages if isinstance(message, dict)
-    ]
-    lines = []
-    for role, content in turns:
-        if isinstance(content, list):
-            content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
-        if isinstance(content, str) and content:
-            lines.append(f"{role}: {content}")
-    return "\n\n".join(lines) + "\n" if lines else None

@@ -105,13 +105,70 @@ def opening_ids(tokenizer: Any) -> list[int]:
     return begins if begins == [tokenizer.bos_token_id] else []
 
 
+def text_room(tokenizer: Any, length: int) -> int:
+    """Tokens of text in a window of `length`. Raises ConfigError if there is none."""
+    room = require_positive_int("length", length) - len(opening_ids(tokenizer))
+    if room < 1:
+        raise ConfigError(f"length={length} holds BOS and no text; use a longer window")
+    return room
+
+
+class Packer:
+    """Documents end to end, each closed by EOS, and cut: what is left of one begins the next window.
+
+    Attributes:
+        held: (name, tokens, how many of them are used up) of the documents that wait for a full window.
+    """
+
+    def __init__(self, tokenizer: Any, room: int) -> None:
+        self.tokenizer, self.room = tokenizer, room
+        self.opening = opening_ids(tokenizer)
+        self.held: list[tuple[str, list[int], int]] = []
+
+    def add(self, name: str, ids: list[int]) -> None:
+        """Put a document at the end. Raises CorpusError if the tokenizer has no EOS."""
+        if not ids:
+            return
+        if self.tokenizer.eos_token_id is None:
+            raise CorpusError(
+                f"{name} is shorter than a window and the tokenizer has no EOS to pack documents with; "
+                "set tokenizer.eos_token or use a shorter window"
+            )
+        self.held.append((name, [*ids, self.tokenizer.eos_token_id], 0))
+
+    def full(self, kind: str) -> Iterator[Window]:
+        """The windows that are full; a document that is cut begins anew in the next one."""
+        while sum(len(ids) - used for _, ids, used in self.held) >= self.room:
+            yield self.window(kind, self._take())
+
+    def window(self, kind: str, parts: list[tuple[str, list[int]]]) -> Window:
+        """Parts that fill the room, behind BOS if this tokenizer writes one."""
+        ids = self.opening + [token for _, part in parts for token in part]
+        starts = [0]
+        for _, part in parts[:-1]:
+            starts.append(len(part) + (starts[-1] or len(self.opening)))
+        names = tuple(name for name, _ in parts)
+        return Window(names, kind, torch.tensor(ids, dtype=torch.int64), tuple(starts))
+
+    def _take(self) -> list[tuple[str, list[int]]]:
+        parts, missing = [], self.room
+        while missing:
+            name, ids, used = self.held.pop(0)
+            part = ids[used : used + missing]
+            parts.append((name, part))
+            missing -= len(part)
+            used += len(part)
+        # A lone EOS is no document.
+        if len(ids) - used > 1:
+            self.held.insert(0, (name, ids, used))
+        return parts
+
+
 def _drawers(
     documents: Iterable[Document], tokenizer: Any, length: int, kind: str | None, seed: int
 ) -> list["_WindowDrawer"]:
     """One per kind asked for."""
-    room = require_positive_int("length", length) - len(opening_ids(tokenizer))
-    if room < 1:
-        raise ConfigError(f"length={length} holds BOS and no text; use a longer window")
+    room = text_room(tokenizer, length)
     kinds: dict[str, list[Document]] = {}
     for document in sorted(documents):
         kinds.setdefault(document.kind, []).append(document)
@@ -131,9 +188,8 @@ class _WindowDrawer:
         self.tokenizer = tokenizer
         self.room = room
         self.random = random.Random(f"{seed}/{kind}")
-        self.opening = opening_ids(tokenizer)
+        self.packer = Packer(tokenizer, room)
         self.tokens = 0
-        self.packed: list[tuple[str, list[int]]] = []
 
     def draw(self) -> Iterator[Window]:
         spare: list[tuple[str, list[int]]] = []
@@ -141,13 +197,14 @@ class _WindowDrawer:
             ids = token_ids(self.tokenizer, text)
             self.tokens += len(ids)
             if len(ids) < self.room:
-                yield from self._pack(name, ids)
+                self.packer.add(name, ids)
+                yield from self.packer.full(self.kind)
                 continue
             first, *others = self._cut(ids)
             spare += [(name, other) for other in others]
-            yield self._window([(name, first)])
+            yield self.packer.window(self.kind, [(name, first)])
         self.random.shuffle(spare)
-        yield from (self._window([one]) for one in spare)
+        yield from (self.packer.window(self.kind, [one]) for one in spare)
 
     def _pieces(self) -> Iterator[tuple[str, str]]:
         """(name, text), in rounds: one piece of every document, then a second one of those that have it."""
@@ -170,31 +227,6 @@ class _WindowDrawer:
         offset = self.random.randrange(len(ids) % self.room + 1)
         starts = range(offset, len(ids) - self.room + 1, self.room)
         return [ids[start : start + self.room] for start in self.random.sample(starts, len(starts))]
-
-    def _pack(self, name: str, ids: list[int]) -> Iterator[Window]:
-        if not ids:
-            return
-        if self.tokenizer.eos_token_id is None:
-            raise CorpusError(
-                f"{name} is shorter than a window and the tokenizer has no EOS to pack documents with; "
-                "set tokenizer.eos_token or use a shorter window"
-            )
-        self.packed.append((name, [*ids, self.tokenizer.eos_token_id]))
-        surplus = sum(len(part) for _, part in self.packed) - self.room
-        if surplus < 0:
-            return
-        name, last = self.packed.pop()
-        kept = len(last) - surplus
-        yield self._window([*self.packed, (name, last[:kept])])
-        self.packed = [(name, last[kept:])] if surplus > 1 else []
-
-    def _window(self, parts: list[tuple[str, list[int]]]) -> Window:
-        ids = self.opening + [token for _, part in parts for token in part]
-        starts = [0]
-        for _, part in parts[:-1]:
-            starts.append(len(part) + (starts[-1] or len(self.opening)))
-        names = tuple(name for name, _ in parts)
-        return Window(names, self.kind, torch.tensor(ids, dtype=torch.int64), tuple(starts))
 
 
 def _in_turns(drawers: Iterable[_WindowDrawer]) -> Iterator[Window]:

@@ -4,8 +4,8 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
+from fulmen.corpus import WindowStream
 from fulmen.errors import ConfigError, OutputError
 from fulmen.modeling.index_shape import dsa_of
 from fulmen.modeling.selectors import dsa_attentions
@@ -38,6 +39,7 @@ from fulmen.training.rows import Text, text_rows
 from fulmen.training.schedule import TopkSchedule
 from fulmen.training.sparse import SparseSettings, SparseStage
 from fulmen.training.sparse_trainer import (
+    POSITION_FILE,
     WEIGHTS_FILE,
     OnStep,
     SparseTrainer,
@@ -46,6 +48,7 @@ from fulmen.training.sparse_trainer import (
     load_trained,
     training_arguments,
 )
+from fulmen.training.streamed import StreamedRows
 from fulmen.training.teacher import TARGET_KEYS, DistilledRows, Row, TargetFiles, Teacher
 
 INITIAL_FILE, PLAN_FILE, TARGETS_DIR = "initial.safetensors", "plan.json", "teacher"
@@ -55,7 +58,10 @@ EVALUATION_SHARE = 0.2
 
 @dataclass(frozen=True)
 class SparseResult:
-    """Held-out loss (nats a token): read densely and sparsely before, sparsely at the kept step."""
+    """Held-out loss (nats a token): read densely and sparsely before, sparsely at the kept step.
+
+    skipped: rows and files of the data that were left out, by reason; filled in by who reads them.
+    """
 
     dense_before: float
     loss_before: float
@@ -64,11 +70,12 @@ class SparseResult:
     last_step: int
     tokens: int
     seconds: float
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
 
 def train_sparse(
     model: PreTrainedModel,
-    train: Sequence[Text],
+    train: Sequence[Text] | WindowStream,
     validation: Sequence[Text],
     run_dir: Path,
     settings: SparseSettings,
@@ -82,22 +89,29 @@ def train_sparse(
     model must have its first weights again, for they are the teacher's too.
 
     Args:
-        train, validation: texts of one length, longer than the model's k.
+        train, validation: texts of one length, longer than the model's k. A stream is read in its order, as
+            far as the steps need it, and from its beginning again where it ends.
         run_dir: checkpoints, `sparse.jsonl` (a line a step), the plan, and what the teacher answered.
         teacher: whom to learn from; None: the model as it is now, read densely.
         on_step: called with (step, steps, logs). on_teacher: with (texts asked about, texts).
 
     Raises:
-        ConfigError: no text is longer than k.
+        ConfigError: no text is longer than k, or the teacher's answers about a stream are to be kept.
+        CorpusError: a stream cannot be read.
         TrainingDivergedError: a loss spiked or was not finite; the weights are the best so far.
         OutputError: the disk is full; what was written before is whole.
     """
     began = time.monotonic()
     run_dir.mkdir(parents=True, exist_ok=True)
-    rows, held_out = text_rows(train), text_rows(validation)
-    length, topk = len(rows[0]["input_ids"]), dsa_of(model.config).topk
+    held_out = text_rows(validation)
+    length, topk = len(held_out[0]["input_ids"]), dsa_of(model.config).topk
     if topk >= length:
         raise ConfigError(f"topk={topk} is not below the texts' {length} tokens; use longer texts")
+    if isinstance(train, WindowStream) and settings.teacher_place == "disk":
+        raise ConfigError(
+            "teacher_place='disk' keeps answers about texts that come again, which streamed ones do not; "
+            "use auto or live, or --windows for a number of texts that is held in memory"
+        )
     state = processes()
     if state.is_main_process:
         drop_unfinished_checkpoints(run_dir)
@@ -105,15 +119,18 @@ def train_sparse(
     stage = prepare_stage(model, settings)
     _keep_first_weights(stage, run_dir, state)
     asked = _teacher(stage, teacher, settings)
-    plan = _plan(stage, asked, rows, held_out, run_dir, settings, state)
+    plan = _plan(stage, asked, held_out, run_dir, settings, state)
+    n_uses = plan["steps"] * settings.accumulate * state.num_processes
+    checkpoint = last_whole_checkpoint(run_dir)
+    rows = _rows(train, n_uses, checkpoint, settings, state)
     stage.schedule = TopkSchedule(
         settings.k_schedule, length, topk, tuple(sorted(stage.attentions)), plan["steps"]
     )
-    source = _target_source(asked, teacher is None, rows, plan, run_dir, settings, state, on_teacher)
+    source = _target_source(asked, teacher is None, rows, n_uses, run_dir, settings, state, on_teacher)
     watch = StepWatch(stage, run_dir, on_step, settings.budget_s, began)
     trainer = _trainer(stage, DistilledRows(rows, source), held_out, run_dir, settings, plan, watch)
     try:
-        trainer.train(resume_from_checkpoint=last_whole_checkpoint(run_dir))
+        trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         best_step, after = restore_best(trainer, stage, run_dir, plan["loss_before"])
         for attention, selector in zip(dsa_attentions(model), selectors, strict=True):
@@ -170,6 +187,23 @@ def _keep_first_weights(stage: SparseStage, run_dir: Path, state: PartialState) 
     load_trained(stage, file)
 
 
+def _rows(
+    texts: Sequence[Text] | WindowStream,
+    n_uses: int,
+    checkpoint: str | None,
+    settings: SparseSettings,
+    state: PartialState,
+) -> Sequence[Row] | StreamedRows:
+    """What is trained on; a stream goes on where the checkpoint left it."""
+    if not isinstance(texts, WindowStream):
+        return text_rows(texts)
+    # Trainer draws a step's texts at once, Accelerate's loader one more in each process.
+    rows = StreamedRows(texts, n_uses, ahead=(settings.accumulate + 2) * state.num_processes)
+    if checkpoint is not None:
+        rows.load_state_dict(json.loads(Path(checkpoint, POSITION_FILE).read_text(encoding="utf-8")))
+    return rows
+
+
 def _teacher(stage: SparseStage, given: PreTrainedModel | None, settings: SparseSettings) -> Teacher | None:
     if settings.alpha == 0:
         return None
@@ -179,8 +213,8 @@ def _teacher(stage: SparseStage, given: PreTrainedModel | None, settings: Sparse
 def _target_source(
     asked: Teacher | None,
     is_own: bool,
-    rows: Sequence[Row],
-    plan: dict[str, Any],
+    rows: Sequence[Row] | StreamedRows,
+    n_uses: int,
     run_dir: Path,
     settings: SparseSettings,
     state: PartialState,
@@ -189,8 +223,8 @@ def _target_source(
     """Where the rows' targets come from; files are filled before the first step, each process its share."""
     if asked is None:
         return None
-    uses = plan["steps"] * settings.accumulate * state.num_processes
-    if settings.teacher_place == "live" or (settings.teacher_place == "auto" and uses <= len(rows)):
+    is_live = settings.teacher_place == "live" or (settings.teacher_place == "auto" and n_uses <= len(rows))
+    if isinstance(rows, StreamedRows) or is_live:
         # The model is about to change; its copy stays as it is.
         asked.model = copy.deepcopy(asked.model).requires_grad_(False) if is_own else asked.model
         return asked
@@ -210,7 +244,8 @@ def _trainer(
     watch: StepWatch,
 ) -> SparseTrainer:
     callbacks = [EarlyStoppingCallback(settings.patience), watch]
-    arguments = training_arguments(run_dir, settings, plan["steps"], plan["every"])
+    order = "sequential" if isinstance(data.rows, StreamedRows) else "random"
+    arguments = training_arguments(run_dir, settings, plan["steps"], plan["every"], order)
     trainer = SparseTrainer(
         model=stage, args=arguments, train_dataset=data, eval_dataset=data, callbacks=callbacks
     )
@@ -227,7 +262,6 @@ def _trainer(
 def _plan(
     stage: SparseStage,
     asked: Teacher | None,
-    rows: Sequence[Row],
     held_out: list[Row],
     run_dir: Path,
     settings: SparseSettings,
@@ -236,14 +270,14 @@ def _plan(
     """Number of steps, and the losses before; written down, so that a resumed run does the same."""
     file = run_dir / PLAN_FILE
     if state.is_main_process and not file.exists():
-        plan = _new_plan(stage, asked, rows, held_out, settings)
+        plan = _new_plan(stage, asked, held_out, settings)
         write_aside(file, lambda aside: aside.write_text(json.dumps(plan), encoding="utf-8"))
     state.wait_for_everyone()
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _new_plan(
-    stage: SparseStage, asked: Teacher | None, rows: Sequence[Row], held_out: list[Row], settings: Any
+    stage: SparseStage, asked: Teacher | None, held_out: list[Row], settings: Any
 ) -> dict[str, Any]:
     device = stage.model.device
     clock = time.monotonic()
@@ -254,7 +288,7 @@ def _new_plan(
     if steps is None:
         affordable = int(EVALUATION_SHARE * settings.budget_s / evaluation_s) - 2
         evaluations = min(max(affordable, 1), evaluations)
-        step_s = settings.accumulate * _time_of_text(stage, asked, rows[0])
+        step_s = settings.accumulate * _time_of_text(stage, asked, held_out[0])
         # A margin, for one text is timed only, and saving takes time too.
         left_s = 0.9 * settings.budget_s - evaluation_s * (evaluations + 2) - step_s
         steps = max(evaluations, int(left_s / step_s))

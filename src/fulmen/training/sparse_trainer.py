@@ -17,8 +17,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from fulmen.errors import TrainingDivergedError
 from fulmen.training.checkpoints import SafeCheckpoints, write_aside
 from fulmen.training.sparse import SparseSettings, SparseStage, StepLosses
+from fulmen.training.streamed import StreamedRows
+from fulmen.training.teacher import DistilledRows
 
-WEIGHTS_FILE, LOG_FILE = "model.safetensors", "sparse.jsonl"
+WEIGHTS_FILE, LOG_FILE, POSITION_FILE = "model.safetensors", "sparse.jsonl", "position.json"
 # A step's KL this many times the median of the last ones and this many nats above it, or an LM loss so many
 # nats above, is a spike: texts differ by a factor of 3 in the KL, and by 2 nats in how hard they are.
 SPIKE_FACTOR, SPIKE_KL, SPIKE_LM = 8.0, 1.0, 4.0
@@ -28,8 +30,12 @@ OnStep = Callable[[int, int, dict[str, float]], None]
 
 
 class SparseTrainer(SafeCheckpoints, Trainer):
-    """Two parameter groups that never meet, the held-out sparse loss, the trained weights as checkpoint."""
+    """Two parameter groups that never meet, the held-out sparse loss, the trained weights as checkpoint.
 
+    With them lies the position in a stream of texts.
+    """
+
+    train_dataset: DistilledRows
     validation: list[dict[str, Tensor]]
     settings: SparseSettings
 
@@ -82,6 +88,10 @@ class SparseTrainer(SafeCheckpoints, Trainer):
         os.makedirs(output_dir, exist_ok=True)
         state = self.stage.trained_state() if state_dict is None else only_trained(self.stage, state_dict)
         save_file(state, Path(output_dir, WEIGHTS_FILE), metadata={"format": "pt"})
+        rows = self.train_dataset.rows
+        if isinstance(rows, StreamedRows):
+            n_used = self.state.global_step * self.settings.accumulate * self.accelerator.num_processes
+            Path(output_dir, POSITION_FILE).write_text(json.dumps(rows.state_dict(n_used)), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_trained(self.stage, Path(resume_from_checkpoint, WEIGHTS_FILE))
@@ -214,7 +224,9 @@ def read_log(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def training_arguments(run_dir: Path, settings: SparseSettings, steps: int, every: int) -> TrainingArguments:
+def training_arguments(
+    run_dir: Path, settings: SparseSettings, steps: int, every: int, order: str = "random"
+) -> TrainingArguments:
     """Trainer's arguments; checkpoints at every evaluation, and in between where asked for."""
     if settings.report_to == "tensorboard":
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run_dir / "tensorboard"))
@@ -228,6 +240,7 @@ def training_arguments(run_dir: Path, settings: SparseSettings, steps: int, ever
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
         warmup_steps=min(20, steps // 10),
         seed=settings.seed,
+        train_sampling_strategy=order,
         bf16=settings.bf16,
         use_cpu=not torch.cuda.is_available(),
         eval_strategy="steps",

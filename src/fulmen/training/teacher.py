@@ -16,6 +16,7 @@ from fulmen.errors import ConfigError, OutputError
 from fulmen.modeling.selectors import DenseSelector, Selector, use_selector
 from fulmen.training.checkpoints import write_aside
 from fulmen.training.distill import TeacherTargets, teacher_targets
+from fulmen.training.streamed import StreamedRows
 
 Row = dict[str, Tensor]
 TARGET_KEYS = ("teacher_ids", "teacher_logp", "teacher_rest")
@@ -80,7 +81,7 @@ class TargetFiles:
 class DistilledRows(Dataset):
     """Rows for Trainer, with the teacher's targets beside the tokens; without where there is no teacher."""
 
-    def __init__(self, rows: Sequence[Row], source: Teacher | TargetFiles | None) -> None:
+    def __init__(self, rows: Sequence[Row] | StreamedRows, source: Teacher | TargetFiles | None) -> None:
         self.rows, self.source = rows, source
 
     def __len__(self) -> int:
