@@ -54,9 +54,9 @@ def train_command(
         float,
         typer.Option(
             help="Share of the teacher in the trunk's loss: 1 restores the dense model's own function, 0 "
-            "only continues its training on --data. The teacher tells far more per token.",
+            "only continues its training on --data.",
         ),
-    ] = 0.9,
+    ] = 1.0,
     teacher: Annotated[
         str | None,
         typer.Option(
@@ -107,7 +107,7 @@ def train_command(
     ] = False,
     save_every: Annotated[
         int | None,
-        typer.Option(help="Steps between checkpoints. [dim]Default: at the 5 evaluations.[/]"),
+        typer.Option(help="Steps between checkpoints. [dim]Default: at the 3 evaluations.[/]"),
     ] = None,
     report_to: Annotated[
         str, typer.Option(help="none, tensorboard or wandb; a log is written anyway.")

@@ -37,15 +37,15 @@ class SparseSettings:
     k_schedule: one of K_SCHEDULES. accumulate: texts per step and process.
     checkpointing: recompute layers in the backward pass. bf16: autocast to bfloat16.
     lora: rank; None trains all weights. evaluations: of the held-out loss, after the first.
-    patience: evaluations without improvement before it stops. save_every: steps between checkpoints; None
-    saves at evaluations alone. report_to: one of REPORTS. seed: of the data order and the drawn rows.
+    save_every: steps between checkpoints; None saves at evaluations alone. report_to: one of REPORTS.
+    seed: of the data order and the drawn rows.
     """
 
     steps: int | None = None
     budget_s: float | None = 1800.0
     learning_rate: float = 3e-5
     indexer_learning_rate: float = 3e-5
-    alpha: float = 0.9
+    alpha: float = 1.0
     top_n: int = 64
     teacher_place: str = "auto"
     indexer_loss: str = "both"
@@ -55,8 +55,7 @@ class SparseSettings:
     checkpointing: bool = False
     bf16: bool = False
     lora: int | None = None
-    evaluations: int = 5
-    patience: int = 3
+    evaluations: int = 3
     save_every: int | None = None
     report_to: str = "none"
     seed: int = 0

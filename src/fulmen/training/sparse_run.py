@@ -14,7 +14,6 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import (
-    EarlyStoppingCallback,
     PreTrainedModel,
     PrinterCallback,
     ProgressCallback,
@@ -243,11 +242,10 @@ def _trainer(
     plan: dict[str, Any],
     watch: StepWatch,
 ) -> SparseTrainer:
-    callbacks = [EarlyStoppingCallback(settings.patience), watch]
     order = "sequential" if isinstance(data.rows, StreamedRows) else "random"
     arguments = training_arguments(run_dir, settings, plan["steps"], plan["every"], order)
     trainer = SparseTrainer(
-        model=stage, args=arguments, train_dataset=data, eval_dataset=data, callbacks=callbacks
+        model=stage, args=arguments, train_dataset=data, eval_dataset=data, callbacks=[watch]
     )
     trainer.validation, trainer.settings = held_out, settings
     accelerator = trainer.accelerator
