@@ -1,4 +1,4 @@
-"""FSDP2 for Trainer (`accelerate launch --use_fsdp --fsdp_version 2`): a process keeps part of the weights."""
+"""FSDP2 for Trainer (`accelerate launch --use_fsdp --fsdp_version 2`): a process keeps parts of weights."""
 
 import os
 from dataclasses import replace
