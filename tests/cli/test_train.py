@@ -1,6 +1,7 @@
 """`fulmen train`, and the stage sparse of `fulmen convert`: the same stage, in one run or two."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,29 @@ def test_a_teacher_of_its_own_and_one_with_other_tokens(tmp_path, corpus_dir, co
         ConfigError, match=r"teacher's tokenizer differs .token 'brandnew' is None here and 97"
     ):
         train(train_settings(converted, tmp_path / "no", corpus_dir, teacher=str(other)))
+
+
+def test_tensorboard_has_the_losses_of_every_step(tmp_path, corpus_dir, converted, monkeypatch):  # noqa: F811
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    # Set and deleted, so that what the run sets is gone after the test.
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "x")
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR")
+    options = {"report_to": "tensorboard"}
+    out = train(train_settings(converted, tmp_path / "out", corpus_dir, options=options))
+    events = event_accumulator.EventAccumulator(str(out / "stages" / "tensorboard")).Reload()
+    rows = [json.loads(line) for line in (out / "stages" / "sparse.jsonl").read_text().splitlines()]
+    for name in ("loss", "lm", "kl", "indexer"):
+        scalars = events.Scalars(f"train/{name}")
+        assert [scalar.step for scalar in scalars] == [row["step"] for row in rows]
+        assert [scalar.value for scalar in scalars] == pytest.approx([row[name] for row in rows], rel=1e-4)
+    assert len(events.Scalars("eval/loss")) == STEPS
+
+
+@pytest.mark.parametrize("report", ["tensorboard", "wandb"])
+def test_a_report_without_its_package_is_refused(tmp_path, corpus_dir, report, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(sys.modules, report, None)
+    with pytest.raises(ConfigError, match=f"needs a package: pip install {report}, or use none"):
+        train_settings(tmp_path, tmp_path / "out", corpus_dir, options={"report_to": report})
 
 
 def test_bad_requests(tmp_path, corpus_dir, llama_dir, converted):  # noqa: F811

@@ -85,6 +85,40 @@ def test_bf16_accumulation_and_checkpointing_run(tmp_path):
     assert len(log_rows(tmp_path)) == 3
 
 
+def test_the_first_step_changes_the_weights(tmp_path):
+    model, before, after = fresh_model(), {}, {}
+    before.update({name: weight.clone() for name, weight in model.state_dict().items()})
+
+    def on_step(step, *_):
+        if step == 1 and not after:
+            after.update({name: weight.clone() for name, weight in model.state_dict().items()})
+
+    run(tmp_path, model, steps=20, patience=1, evaluations=10, learning_rate=1e-6, on_step=on_step)
+    # A warm-up of two steps: half of the rate.
+    assert log_rows(tmp_path)[0]["lr"] == pytest.approx(5e-7)
+    for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.indexer.wk.weight"):
+        assert not torch.equal(before[name], after[name])
+
+
+def test_bf16_weights_take_updates_that_bf16_would_round_away(tmp_path):
+    """Adam moves a weight by its rate a step: here at most a fifth of half the spacing of bfloat16."""
+    model = fresh_model().bfloat16()
+    large = {name: weight.abs() > 0.125 for name, weight in model.named_parameters()}
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    rate = 0.125 * 2**-8 / 5
+    _, result = run(tmp_path, model, steps=20, learning_rate=rate, indexer_learning_rate=rate)
+    assert result.best_step > 0
+    changed = {name: (weight != before[name])[large[name]] for name, weight in model.named_parameters()}
+    for part in (".indexer.", "mlp", "embed"):
+        assert torch.cat([some for name, some in changed.items() if part in name]).float().mean() > 0.05
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    saved = load_file(tmp_path / f"checkpoint-{result.best_step}" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    held_out = held_out_loss(prepare_stage(model, settings()), text_rows(HELD_OUT), "cpu")
+    assert result.loss_after < result.loss_before
+    assert held_out < result.loss_before
+
+
 def test_budget_ends_it(tmp_path):
     _, result = run(tmp_path, steps=None, budget_s=4.0, evaluations=1)
     assert result.last_step > 0

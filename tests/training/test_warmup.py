@@ -117,6 +117,32 @@ def test_gradient_reaches_the_indexers_alone():
     assert all((grad is not None) == (".indexer." in name) for name, grad in grads.items())
 
 
+def test_bf16_indexers_take_updates_that_bf16_would_round_away(tmp_path):
+    """As in the sparse stage; the first step, too, changes the float32 copies."""
+    model = make_dsa(make_dense(), topk=8)
+    inherit_gqa(model, torch.stack(TRAIN), 8)
+    model.bfloat16()
+    before, after_one = {name: tensor.clone() for name, tensor in indexers(model).items()}, {}
+
+    def on_step(step, *_):
+        if step == 1 and not after_one:
+            after_one.update({name: tensor.clone() for name, tensor in indexers(model).items()})
+
+    rate = 0.125 * 2**-8 / 5
+    small = WarmupSettings(steps=16, budget_s=None, learning_rate=rate, n_rows=32, patience=9)
+    result = warm_up(model, TRAIN, VALIDATION, tmp_path, small, on_step)
+    assert result.best_step > 6
+    changed, moved = [], []
+    for name, tensor in indexers(model).items():
+        if tensor.is_floating_point():
+            large = before[name].abs() > 0.125
+            changed.append((tensor != before[name])[large])
+            moved.append((after_one[name].float() != before[name].float())[large])
+            assert tensor.dtype == torch.bfloat16
+    assert torch.cat(changed).float().mean() > 0.05
+    assert torch.cat(moved).float().mean() > 0.9
+
+
 KILLED = """
 import os, signal, sys
 sys.path[:0] = {paths!r}

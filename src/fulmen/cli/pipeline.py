@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from fulmen import __version__
 from fulmen.cli.model_card import conversion_card
-from fulmen.cli.progress import progress_bar, say
+from fulmen.cli.progress import progress_bar, say, show_losses
 from fulmen.cli.run_dir import RunDir
 from fulmen.cli.settings import ConvertSettings
 from fulmen.cli.sparse_stage import LOG_FILE, RECORD_FILE, SPARSE_DIR, STAGES_DIR, sparse_stage
@@ -32,6 +32,7 @@ from fulmen.modeling.mla_convert import MLA_DSA_TYPES
 from fulmen.modeling.mla_inherit import inherit_mla
 from fulmen.modeling.model import set_topk_shares
 from fulmen.training.processes import first_alone, is_first, wait_for_all
+from fulmen.training.sharding import is_sharded
 from fulmen.training.sparse import SparseSettings
 from fulmen.training.warmup import WarmupSettings, warm_up
 
@@ -44,6 +45,10 @@ VALIDATION_WINDOWS = 4
 def convert(settings: ConvertSettings) -> Path:
     """Run a conversion as `fulmen convert` does. Raises every FulmenError its parts raise."""
     out = settings.out.expanduser().absolute()
+    if is_sharded():
+        raise ConfigError(
+            "a conversion cannot be sharded; launch it without --use_fsdp, then fulmen train with"
+        )
     require_free_output(out, overwrite=settings.overwrite)
     find_source(settings.source)
     corpus = load_corpus(*settings.data)
@@ -160,14 +165,9 @@ def _warm_up(
     if not n_validation:
         raise ConfigError(f"the training text fills one window of {window} tokens; warm-up needs 2: add text")
     warmup = WarmupSettings(steps=settings.steps, budget_s=settings.budget_s, seed=settings.seed)
-
-    def on_step(step: int, steps: int, logs: dict[str, float]) -> None:
-        advance(step, steps, ", ".join(f"{name} {value:.4f}" for name, value in logs.items()))
-
     with progress_bar("Warm-up") as advance:
-        result = warm_up(
-            model, texts[n_validation:], texts[:n_validation], run.path / "warmup", warmup, on_step
-        )
+        held_out, train = texts[:n_validation], texts[n_validation:]
+        result = warm_up(model, train, held_out, run.path / "warmup", warmup, show_losses(advance))
     say(
         f"Warm-up: validation loss {result.loss_before:.4f} -> {result.loss_after:.4f} "
         f"(step {result.best_step} of {result.last_step}, {result.seconds:.0f} s)"

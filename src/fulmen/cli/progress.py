@@ -1,7 +1,7 @@
 """Progress bars with the time left, on stderr."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -43,6 +43,13 @@ def progress_bar(title: str, counted: bool = True) -> Iterator[Advance]:
             bar.update(task, completed=done, total=total, note=note)
 
         yield advance
+
+
+def show_losses(advance: Advance) -> Callable[[int, int, dict[str, float]], None]:
+    """A trainer's `on_step`: its step, and its losses beside the bar."""
+    return lambda step, steps, logs: advance(
+        step, steps, ", ".join(f"{name} {value:.4f}" for name, value in logs.items())
+    )
 
 
 def say(text: str) -> None:

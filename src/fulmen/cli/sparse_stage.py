@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from fulmen.cli.chat_session import load_converted
 from fulmen.cli.model_card import conversion_card
-from fulmen.cli.progress import progress_bar, say
+from fulmen.cli.progress import progress_bar, say, show_losses
 from fulmen.cli.run_dir import RunDir
 from fulmen.cli.texts import up_to
 from fulmen.cli.train_settings import TrainSettings
@@ -23,8 +23,10 @@ from fulmen.modeling.index_shape import dsa_of
 from fulmen.modeling.mla_attention import own_attention
 from fulmen.modeling.model import set_topk
 from fulmen.training.processes import processes
+from fulmen.training.sharding import require_known_sharding
 from fulmen.training.sparse import SparseSettings
 from fulmen.training.sparse_run import SparseResult, train_sparse
+from fulmen.training.sparse_trainer import TENSORBOARD_DIR
 from fulmen.training.teacher import require_same_tokens
 
 SPARSE_DIR, LOG_FILE = "sparse", "sparse.jsonl"
@@ -54,14 +56,9 @@ def sparse_stage(
     else:
         train, held_out = _windows(texts, tokenizer, length, n_windows, settings)
 
-    def on_step(step: int, steps: int, logs: dict[str, float]) -> None:
-        advance(step, steps, ", ".join(f"{name} {value:.4f}" for name, value in logs.items()))
-
-    def on_teacher(done: int, total: int) -> None:
-        advance(done, total, "asking the teacher")
-
     with progress_bar("Sparse") as advance:
-        result = train_sparse(model, train, held_out, run_dir, settings, teacher, on_step, on_teacher)
+        show = (show_losses(advance), lambda done, total: advance(done, total, "asking the teacher"))
+        result = train_sparse(model, train, held_out, run_dir, settings, teacher, *show)
     result = replace(result, skipped=dict(stream.skipped if isinstance(texts, DataSets) else texts.skipped))
     if state.is_main_process:
         say(
@@ -104,6 +101,7 @@ def _windows(
 def train(settings: TrainSettings) -> Path:
     """Run the sparse stage as `fulmen train` does. Raises every FulmenError its parts raise."""
     out = settings.out.expanduser().absolute()
+    require_known_sharding()
     require_free_output(out, overwrite=settings.overwrite)
     options = SparseSettings(**settings.options)
     texts = stream_of(*settings.data) or load_corpus(*settings.data)
@@ -185,9 +183,11 @@ def _save(
     record["sparse"] = {**settings.options, "length": settings.length, "data": list(settings.data)}
     record["dsa"] = dsa_of(model.config).to_dict()
     run.save_record("conversion", record)
-    log = run.path / SPARSE_DIR / LOG_FILE
-    extras = {RECORD_FILE: run.record("conversion"), f"{STAGES_DIR}/{LOG_FILE}": log}
-    for file in (settings.model_dir / STAGES_DIR).glob("*"):
+    stage = run.path / SPARSE_DIR
+    extras = {RECORD_FILE: run.record("conversion"), f"{STAGES_DIR}/{LOG_FILE}": stage / LOG_FILE}
+    for file in (stage / TENSORBOARD_DIR).glob("*"):
+        extras[f"{STAGES_DIR}/{TENSORBOARD_DIR}/{file.name}"] = file
+    for file in filter(Path.is_file, (settings.model_dir / STAGES_DIR).glob("*")):
         extras.setdefault(f"{STAGES_DIR}/{file.name}", file)
     save_converted(
         model, tokenizer, out, conversion_card(record), overwrite=settings.overwrite, extras=extras

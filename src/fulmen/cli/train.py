@@ -103,7 +103,7 @@ def train_command(
         bool, typer.Option("--checkpointing", help="Recompute layers: less memory, a third slower.")
     ] = False,
     bf16: Annotated[
-        bool, typer.Option("--bf16", help="Compute in bfloat16; weights stay as they are.")
+        bool, typer.Option("--bf16", help="Compute in bfloat16, as is done anyway where weights are.")
     ] = False,
     save_every: Annotated[
         int | None,

@@ -9,8 +9,6 @@ from fulmen.cli.settings import DEFAULT_SPARSE_BUDGET, HUB_PREFIX, parse_duratio
 from fulmen.config import require_positive_int
 from fulmen.errors import ConfigError
 
-REPORT_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
-
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -61,8 +59,8 @@ class TrainSettings:
 
     def _check_packages(self) -> None:
         report = self.options.get("report_to", "none")
-        package = REPORT_PACKAGES.get(report)
-        if package and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"report_to={report!r} needs the package {package}; install it or use none")
+        # Both are packages of that name.
+        if report in ("tensorboard", "wandb") and importlib.util.find_spec(report) is None:
+            raise ConfigError(f"report_to={report!r} needs a package: pip install {report}, or use none")
         if self.teacher is not None and self.options.get("alpha") == 0:
             raise ConfigError("alpha=0 learns from no teacher, so --teacher does not apply; leave it out")

@@ -35,8 +35,9 @@ class SparseSettings:
     "auto" writes the answers to disk if texts come more than once.
     indexer_loss: one of INDEXER_LOSSES. n_rows: query rows per text and layer for it.
     k_schedule: one of K_SCHEDULES. accumulate: texts per step and process.
-    checkpointing: recompute layers in the backward pass. bf16: autocast to bfloat16.
-    lora: rank; None trains all weights. evaluations: of the held-out loss, after the first.
+    checkpointing: recompute layers in the backward pass. bf16: autocast to bfloat16; 16-bit weights are
+    trained so anyway, and kept in float32 meanwhile. lora: rank; None trains all weights.
+    evaluations: of the held-out loss, after the first.
     save_every: steps between checkpoints; None saves at evaluations alone. report_to: one of REPORTS.
     seed: of the data order and the drawn rows.
     """
@@ -167,6 +168,10 @@ class SparseStage(nn.Module):
         dsa = dsa_of(self.model.config)
         kept = dsa.topk if self.schedule is None else self.schedule.at(self.step, layer)
         return dsa.layer_topk(layer) if kept == dsa.topk else kept
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """The weights that training changes, tied ones once."""
+        return [*self.trunk_parameters(), *self.indexer_parameters()]
 
     def trunk_parameters(self) -> list[nn.Parameter]:
         """Trained weights outside the indexers."""

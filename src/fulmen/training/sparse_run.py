@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,11 @@ from fulmen.training.checkpoints import (
     write_aside,
 )
 from fulmen.training.lora import add_lora, merge_lora
+from fulmen.training.precision import are_half, in_float32
 from fulmen.training.processes import processes
 from fulmen.training.rows import Text, text_rows
 from fulmen.training.schedule import TopkSchedule
+from fulmen.training.sharding import is_sharded
 from fulmen.training.sparse import SparseSettings, SparseStage
 from fulmen.training.sparse_trainer import (
     POSITION_FILE,
@@ -116,6 +118,7 @@ def train_sparse(
         drop_unfinished_checkpoints(run_dir)
     selectors = [attention.selector for attention in dsa_attentions(model)]
     stage = prepare_stage(model, settings)
+    settings = replace(settings, bf16=settings.bf16 or are_half(stage.trained_parameters()))
     _keep_first_weights(stage, run_dir, state)
     asked = _teacher(stage, teacher, settings)
     plan = _plan(stage, asked, held_out, run_dir, settings, state)
@@ -126,16 +129,19 @@ def train_sparse(
         settings.k_schedule, length, topk, tuple(sorted(stage.attentions)), plan["steps"]
     )
     source = _target_source(asked, teacher is None, rows, n_uses, run_dir, settings, state, on_teacher)
-    watch = StepWatch(stage, run_dir, on_step, settings.budget_s, began)
-    trainer = _trainer(stage, DistilledRows(rows, source), held_out, run_dir, settings, plan, watch)
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        best_step, after = restore_best(trainer, stage, run_dir, plan["loss_before"])
-        for attention, selector in zip(dsa_attentions(model), selectors, strict=True):
-            attention.selector = selector
-        merge_lora(model)
-        model.requires_grad_(True).eval()
+    with in_float32(stage.trained_parameters()):
+        # FSDP2 cannot be undone: it shards a copy, and the model gets the best weights from their file.
+        trained = copy.deepcopy(stage) if is_sharded() else stage
+        watch = StepWatch(trained, run_dir, on_step, settings.budget_s, began)
+        trainer = _trainer(trained, DistilledRows(rows, source), held_out, run_dir, settings, plan, watch)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        finally:
+            best_step, after = restore_best(trainer, stage, run_dir, plan["loss_before"])
+            for attention, selector in zip(dsa_attentions(model), selectors, strict=True):
+                attention.selector = selector
+            merge_lora(model)
+            model.requires_grad_(True).eval()
     seconds = time.monotonic() - began
     before = (plan["dense_before"], plan["loss_before"])
     return SparseResult(*before, after, best_step, trainer.state.global_step, watch.tokens, seconds)
@@ -268,7 +274,10 @@ def _plan(
     """Number of steps, and the losses before; written down, so that a resumed run does the same."""
     file = run_dir / PLAN_FILE
     if state.is_main_process and not file.exists():
-        plan = _new_plan(stage, asked, held_out, settings)
+        # As the steps and evaluations compute.
+        autocast = torch.autocast(stage.model.device.type, torch.bfloat16, enabled=settings.bf16)
+        with in_float32(stage.trained_parameters()), autocast:
+            plan = _new_plan(stage, asked, held_out, settings)
         write_aside(file, lambda aside: aside.write_text(json.dumps(plan), encoding="utf-8"))
     state.wait_for_everyone()
     return json.loads(file.read_text(encoding="utf-8"))

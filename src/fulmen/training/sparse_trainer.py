@@ -16,11 +16,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fulmen.errors import TrainingDivergedError
 from fulmen.training.checkpoints import SafeCheckpoints, write_aside
+from fulmen.training.processes import as_the_first
+from fulmen.training.sharding import Sharded, load_whole
 from fulmen.training.sparse import SparseSettings, SparseStage, StepLosses
 from fulmen.training.streamed import StreamedRows
 from fulmen.training.teacher import DistilledRows
 
 WEIGHTS_FILE, LOG_FILE, POSITION_FILE = "model.safetensors", "sparse.jsonl", "position.json"
+TENSORBOARD_DIR = "tensorboard"
 # A step's KL this many times the median of the last ones and this many nats above it, or an LM loss so many
 # nats above, is a spike: texts differ by a factor of 3 in the KL, and by 2 nats in how hard they are.
 SPIKE_FACTOR, SPIKE_KL, SPIKE_LM = 8.0, 1.0, 4.0
@@ -29,7 +32,7 @@ PARTS = ("loss", "lm", "kl", "indexer")
 OnStep = Callable[[int, int, dict[str, float]], None]
 
 
-class SparseTrainer(SafeCheckpoints, Trainer):
+class SparseTrainer(SafeCheckpoints, Sharded, Trainer):
     """Two parameter groups that never meet, the held-out sparse loss, the trained weights as checkpoint.
 
     With them lies the position in a stream of texts.
@@ -83,15 +86,24 @@ class SparseTrainer(SafeCheckpoints, Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """A step's losses with their parts, for `report_to`."""
+        parts = {name: self.watch.row[name] for name in PARTS[1:]} if "loss" in logs else {}
+        super().log({**logs, **parts}, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The trained weights, whole, in one file: each process holds the best ones when the run ends."""
         assert output_dir is not None
-        os.makedirs(output_dir, exist_ok=True)
-        state = self.stage.trained_state() if state_dict is None else only_trained(self.stage, state_dict)
-        save_file(state, Path(output_dir, WEIGHTS_FILE), metadata={"format": "pt"})
-        rows = self.train_dataset.rows
-        if isinstance(rows, StreamedRows):
-            n_used = self.state.global_step * self.settings.accumulate * self.accelerator.num_processes
-            Path(output_dir, POSITION_FILE).write_text(json.dumps(rows.state_dict(n_used)), encoding="utf-8")
+        state = self.accelerator.get_state_dict(self.model)
+        if self.args.should_save:
+            os.makedirs(output_dir, exist_ok=True)
+            trained = only_trained(self.stage, state)
+            save_file(trained, Path(output_dir, WEIGHTS_FILE), metadata={"format": "pt"})
+            rows = self.train_dataset.rows
+            if isinstance(rows, StreamedRows):
+                n_used = self.state.global_step * self.settings.accumulate * self.accelerator.num_processes
+                position = json.dumps(rows.state_dict(n_used))
+                Path(output_dir, POSITION_FILE).write_text(position, encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_trained(self.stage, Path(resume_from_checkpoint, WEIGHTS_FILE))
@@ -117,9 +129,7 @@ def only_trained(stage: SparseStage, state: dict[str, Tensor]) -> dict[str, Tens
 
 def load_trained(stage: SparseStage, file: Path) -> None:
     """Put weights that `trained_state` gave back."""
-    state = load_file(file)
-    missing, unexpected = stage.load_state_dict(state, strict=False)
-    assert not unexpected, unexpected
+    missing = load_whole(stage, load_file(file))
     assert not {name for name, p in stage.named_parameters() if p.requires_grad} & set(missing)
 
 
@@ -174,7 +184,7 @@ class StepWatch(TrainerCallback):
             with open(self.log_file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(self.row) + "\n")
         self.on_step(state.global_step, state.max_steps, {name: self.row[name] for name in PARTS[1:]})
-        if self.budget_s is not None and time.monotonic() - self.began > self.budget_s:
+        if self.budget_s is not None and as_the_first(time.monotonic() - self.began > self.budget_s):
             control.should_training_stop = control.should_evaluate = control.should_save = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
@@ -229,14 +239,15 @@ def training_arguments(
 ) -> TrainingArguments:
     """Trainer's arguments; checkpoints at every evaluation, and in between where asked for."""
     if settings.report_to == "tensorboard":
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run_dir / "tensorboard"))
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run_dir / TENSORBOARD_DIR))
     return TrainingArguments(
         output_dir=str(run_dir),
         max_steps=steps,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
+        # Not cosine_with_min_lr, whose first step has a rate of 0.
+        lr_scheduler_type="cosine_warmup_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
         warmup_steps=min(20, steps // 10),
         seed=settings.seed,

@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from fulmen.training.checkpoints import (
     write_aside,
 )
 from fulmen.training.losses import IndexerLossSelector, LayerLoss, output_weight
+from fulmen.training.precision import are_half, in_float32
 from fulmen.training.processes import as_the_first, first_alone, is_first
 from fulmen.training.rows import NO_LABEL, Text, next_tokens, text_row, text_rows
 
@@ -55,7 +56,7 @@ class WarmupSettings:
     budget_s: wall-clock seconds for all of the warm-up, evaluations included.
     learning_rate: peak of a cosine schedule (Adam). n_rows: query rows per text and layer in a step.
     patience: evaluations without improvement before it stops. seed: of the data order and the drawn rows.
-    bf16: autocast to bfloat16.
+    bf16: autocast to bfloat16; 16-bit indexers are trained so anyway, and kept in float32 meanwhile.
     """
 
     steps: int | None = None
@@ -131,8 +132,11 @@ def warm_up(
         TrainingDivergedError: the loss became NaN or infinite; the weights are the best so far.
         OutputError: `run_dir` cannot be written or is full; the same call goes on once that is mended.
     """
+    indexers = [p for attention in dsa_attentions(model) for p in attention.indexer.parameters()]
+    settings = replace(settings, bf16=settings.bf16 or are_half(indexers))
     try:
-        return _warm_up(model, train, validation, run_dir, settings, on_step)
+        with in_float32(indexers):
+            return _warm_up(model, train, validation, run_dir, settings, on_step)
     except (OSError, SafetensorError) as error:
         raise unwritable(run_dir, error) from error
 
@@ -154,7 +158,9 @@ def _warm_up(
     last_step = first_alone(lambda: _forget_what_is_not_whole(run_dir))
     last_checkpoint = str(run_dir / f"checkpoint-{last_step}") if last_step else None
     initial = first_alone(lambda: _initial(stack, run_dir))
-    plan = first_alone(lambda: _plan(stack, train, validation, run_dir, settings))
+    # As the steps and evaluations compute.
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.bf16):
+        plan = first_alone(lambda: _plan(stack, train, validation, run_dir, settings))
     trainer = _WarmupTrainer(
         model=stack,
         args=_arguments(run_dir, settings, plan["steps"], plan["evaluations"]),
@@ -223,7 +229,7 @@ class _WarmupTrainer(SafeCheckpoints, Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         rows: Any = self.eval_dataset
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             metrics = {"eval_loss": _sparse_loss(self.stack.model, rows)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -306,7 +312,8 @@ def _arguments(run_dir: Path, settings: WarmupSettings, steps: int, evaluations:
         max_steps=steps,
         per_device_train_batch_size=1,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
+        # Not cosine_with_min_lr, whose first step has a rate of 0.
+        lr_scheduler_type="cosine_warmup_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
         warmup_steps=min(5, steps // 4),
         adam_beta2=0.95,

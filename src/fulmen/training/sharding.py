@@ -1,0 +1,65 @@
+"""FSDP2 for Trainer (`accelerate launch --use_fsdp --fsdp_version 2`): a process keeps parts of weights."""
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, parse_flag_from_env
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+
+from fulmen.errors import ConfigError
+
+
+def is_sharded() -> bool:
+    """Whether the launcher asks for sharded weights."""
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def require_known_sharding() -> None:
+    """Raise ConfigError for FSDP's first version, which `accelerate launch --use_fsdp` takes by default."""
+    if is_sharded() and (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        raise ConfigError(f"fsdp_version={version} is not supported; launch with --fsdp_version 2")
+
+
+def load_whole(module: nn.Module, state: dict[str, Tensor]) -> list[str]:
+    """Put whole weights into a module, sharded or not; return the names that `state` lacks.
+
+    Every process must have all of `state`. Raises RuntimeError for a name that the module lacks.
+    """
+    if not isinstance(module, FSDPModule):
+        missing, unexpected = module.load_state_dict(state, strict=False)
+    else:
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        missing, unexpected = set_model_state_dict(module, state, options=options)
+    assert not unexpected, unexpected
+    return missing
+
+
+class Sharded:
+    """Goes before Trainer: FSDP2 where the launcher asks for it, on CPUs too."""
+
+    accelerator: Any
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As Trainer's, which turns the launcher's variables into a plugin."""
+        processes = PartialState()
+        if is_sharded():
+            # All processes load and ask the whole model; the launcher's default would keep the first's alone,
+            # and part tied weights.
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+            if processes.distributed_type is DistributedType.MULTI_CPU:
+                # Accelerate 1.15 (AcceleratorState, state.py) takes up the plugin for kinds of GPUs only, and
+                # runs DDP on CPUs without a word. It makes FSDP of this value at once; torch's fully_shard
+                # finds out the kind of device for itself.
+                processes.distributed_type = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.mixed_precision_policy is not None:
+            # Accelerate's has bfloat16 losses and sums of gradients: 3 digits, too few to tell steps apart.
+            plugin.mixed_precision_policy = replace(
+                plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=torch.float32
+            )
