@@ -124,7 +124,7 @@ def test_a_teacher_of_its_own_and_one_with_other_tokens(tmp_path, corpus_dir, co
     tokenizer.add_tokens(["brandnew"])
     tokenizer.save_pretrained(other)
     with pytest.raises(
-        ConfigError, match=r"teacher's tokenizer differs .token 'brandnew' is None here and 97"
+        ConfigError, match=r"dense model's tokenizer differs .token 'brandnew' is None here and 97"
     ):
         train(train_settings(converted, tmp_path / "no", corpus_dir, teacher=str(other)))
 

@@ -93,6 +93,22 @@ class TestSubjects:
         assert subject.variants == ("dense", "dsa", "window")
         assert LocalSubject(dense, subject.tokenizer).variants == ("dense",)
 
+    def test_a_source_answers_as_dense_and_the_model_itself_sparsely(self, subject, dense, texts):
+        torch.manual_seed(2)
+        source, ids_T = tiny_llama(), texts[0].input_ids[:90]
+        with torch.no_grad():
+            source.lm_head.weight.mul_(-1)
+        asked = LocalSubject(subject.model, subject.tokenizer, source=source)
+        assert asked.variants == subject.variants
+        expected = {"dense": stock_losses(source, ids_T), "dsa": subject.losses(ids_T, "dsa")}
+        for variant, loss_P in expected.items():
+            torch.testing.assert_close(asked.losses(ids_T, variant), loss_P)
+            written = (LocalSubject(source, None) if variant == "dense" else subject).continue_text(
+                ids_T, 8, variant
+            )
+            assert asked.continue_text(ids_T, 8, variant) == written
+        assert asked.continue_text(ids_T, 8, "dense") != subject.continue_text(ids_T, 8, "dense")
+
     def test_selectors_are_as_before_afterwards(self, subject, texts):
         before = [attention.selector for attention in dsa_attentions(subject.model)]
         subject.hidden(texts[0].input_ids, "window")

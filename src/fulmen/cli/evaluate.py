@@ -31,7 +31,8 @@ def evaluate_command(
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="A dense model to compare with too. [dim]Default: only DIR itself, read densely.[/]",
+            help="The dense model to compare with, after fulmen train above all; in suites it is the one "
+            "that answers as dense. [dim]Default: only DIR itself, read densely.[/]",
             show_default=False,
         ),
     ] = None,
@@ -143,6 +144,7 @@ def evaluate_command(
         seed=seed,
         data=tuple(data or ()),
         topk=topk,
+        dense=dense,
         url=url,
         model=model,
         out=out,

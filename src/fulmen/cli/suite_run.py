@@ -23,6 +23,7 @@ from fulmen.evaluation.suite.subjects import LocalSubject, Subject
 from fulmen.evaluation.suite.suite_page import write_suite_page
 from fulmen.evaluation.suite.suite_report import suite_sections, write_suite_markdown
 from fulmen.modeling.checkpoint import ModelSource, find_source, load_dense
+from fulmen.training.teacher import require_same_tokens
 
 SAMPLES_FILE = "samples.jsonl"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
@@ -69,7 +70,8 @@ def evaluate_suites(settings: SuiteSettings, suites: tuple[str, ...]) -> dict[st
     with progress_bar("Evaluate", counted=False) as advance:
         tables = run_suites(subject, tokenizer, corpus.heldout, plan, journal, lambda *done: advance(*done))
     sparse = f", k = {subject.topk}" if subject.topk else ""
-    sizes = f"{plan.samples} samples of each task and length, seed {plan.seed}{sparse}"
+    dense = f", dense: {settings.dense}" if settings.dense else ""
+    sizes = f"{plan.samples} samples of each task and length, seed {plan.seed}{sparse}{dense}"
     about = {**about_run(settings.model or settings.source), "sizes": sizes}
     report = {"suites": tables, "about": about}
     _write(settings.folder, report)
@@ -90,15 +92,21 @@ def load_subject(settings: SuiteSettings) -> tuple[Subject, Any]:
         assert settings.model is not None
         tokenizer = _loaded(found, lambda: AutoTokenizer.from_pretrained(found.place, **_gguf(found)))
         return EndpointSubject(settings.url, settings.model, tokenizer), tokenizer
+    source = None
     if _is_converted(found):
         model, tokenizer = load_converted(settings.source)
+        if settings.dense is not None:
+            source, own_tokenizer = load_dense(settings.dense, model.dtype)
+            require_same_tokens(tokenizer, own_tokenizer)
+    elif settings.dense is not None:
+        raise ConfigError(f"--dense is what a converted model is compared with; {settings.source} has no DSA")
     elif found.gguf_file:
         model, tokenizer = load_dense(settings.source)
     else:
         # Any model of Transformers, known to a family or not: nothing of it is changed.
         tokenizer = _loaded(found, lambda: AutoTokenizer.from_pretrained(found.place))
         model = _loaded(found, lambda: AutoModelForCausalLM.from_pretrained(found.place, dtype="auto"))
-    return LocalSubject(model.eval(), tokenizer, settings.topk), tokenizer
+    return LocalSubject(model.eval(), tokenizer, settings.topk, source and source.eval()), tokenizer
 
 
 def _is_converted(found: ModelSource) -> bool:
@@ -126,6 +134,7 @@ def _identity(settings: SuiteSettings, corpus: Corpus, subject: Subject) -> dict
         "model": settings.model or settings.source,
         "url": settings.url,
         "weights": None if settings.url else _weights_mark(find_source(settings.source)),
+        "dense": settings.dense,
         "topk": subject.topk,
         "corpus": corpus.fingerprint,
         "seed": settings.seed,

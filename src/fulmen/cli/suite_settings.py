@@ -29,6 +29,7 @@ class SuiteSettings:
         seed: of every random choice.
         data: as for `EvalSettings`.
         topk: None: the model's own.
+        dense: the dense model that a converted one is compared with; None: itself, read densely.
         url, model: an OpenAI-compatible endpoint and its name for the model; both or neither.
         out: folder to write to; None: beside the model, or in the working directory.
     """
@@ -41,6 +42,7 @@ class SuiteSettings:
     seed: int = 0
     data: tuple[str, ...] = ()
     topk: int | None = None
+    dense: str | None = None
     url: str | None = None
     model: str | None = None
     out: Path | None = None

@@ -109,7 +109,7 @@ def require_same_tokens(tokenizer: object, teachers: object) -> None:
         else "they cut differently"
     )
     raise ConfigError(
-        f"the teacher's tokenizer differs ({which}); take a teacher of the same family, or none (--alpha 0)"
+        f"the dense model's tokenizer differs ({which}); name a model of the same family, or leave it out"
     )
 
 

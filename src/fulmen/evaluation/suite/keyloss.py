@@ -15,7 +15,7 @@ from fulmen.corpus import Window
 from fulmen.evaluation.suite.journal import Unit
 from fulmen.evaluation.suite.paired import as_json, bootstrap_ratio_interval
 from fulmen.evaluation.suite.subjects import LocalSubject
-from fulmen.evaluation.suite.texts import require_plain_head, token_losses
+from fulmen.evaluation.suite.texts import require_plain_head
 
 # The paper's thresholds: the log-probability gains more than 2 nats, and is above -2 with the long context.
 GAIN, LONG_LOG_PROB = 2.0, -2.0
@@ -44,11 +44,10 @@ def short_context_losses(subject: LocalSubject, ids_T: Tensor, short: int) -> Te
 
     The text is read in pieces of `2 * short` that overlap by half; each piece scores its second half.
     """
-    head = subject.model.get_output_embeddings()
     losses = []
     for start in range(0, len(ids_T) - 1, short):
         piece_T = ids_T[max(start - short, 0) : start + short + 1]
-        loss_P = token_losses(subject.hidden(piece_T, "dense"), head, piece_T)
+        loss_P = subject.losses(piece_T, "dense")
         losses.append(loss_P[min(start, short) :])
     return torch.cat(losses)
 
@@ -86,12 +85,12 @@ def _loss(records: Sequence[Mapping[str, Any]], variant: str, kind: str, seed: i
 
 
 def _unit(subject: LocalSubject, window: Window, number: int) -> Unit:
-    ids_T, head = window.input_ids, subject.model.get_output_embeddings()
+    ids_T = window.input_ids
     length = len(ids_T)
     short = short_context(length)
 
     def run() -> dict[str, Any]:
-        losses = {name: token_losses(subject.hidden(ids_T, name), head, ids_T) for name in subject.variants}
+        losses = {name: subject.losses(ids_T, name) for name in subject.variants}
         key_P = key_tokens(losses["dense"], short_context_losses(subject, ids_T, short))
         # The first tokens have no long context, so they are in neither kind.
         late_P = torch.arange(length - 1) >= length // 2

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fulmen.evaluation.suite.samples import Sample
+from fulmen.evaluation.suite.texts import token_losses
 from fulmen.evaluation.variants import Bench, Text, current_topk, last_hidden_states
 from fulmen.modeling.mla_attention import own_attention
 from fulmen.modeling.model import PREFILL_CHUNK
@@ -47,13 +48,21 @@ class LocalSubject:
     """A model on this machine.
 
     Attributes:
+        source: the model before its trunk was trained, which answers as "dense"; None: the model itself, read
+            densely.
         variants: "dense", "dsa" and "window" of a converted model, "dense" alone of any other.
         topk: keys that a query of the sparse variants keeps; None for a model without DSA.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, topk: int | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        topk: int | None = None,
+        source: PreTrainedModel | None = None,
+    ) -> None:
         """Raises ConfigError if `topk` is given for a model without DSA."""
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.source = model, tokenizer, source
         self.topk: int | None = None
         if topk is not None or is_converted(model):
             self.topk = current_topk(model) if topk is None else topk
@@ -67,8 +76,17 @@ class LocalSubject:
         return getattr(self.model.config, "max_position_embeddings", None)
 
     @contextmanager
+    def asked(self, variant: str) -> Iterator[PreTrainedModel]:
+        """Who answers as `variant` in the block."""
+        if variant == "dense" and self.source is not None:
+            yield self.source
+            return
+        with self.running(variant):
+            yield self.model
+
+    @contextmanager
     def running(self, variant: str) -> Iterator[None]:
-        """Let the model be `variant` in the block."""
+        """Let the model itself be `variant` in the block."""
         assert variant in self.variants, variant
         running: AbstractContextManager = nullcontext()
         if self._bench is not None:
@@ -80,8 +98,8 @@ class LocalSubject:
     def answer(self, sample: Sample, variant: str) -> str:
         """As `Subject.answer`; a fixed answer takes one forward pass and is cut where it goes wrong."""
         if sample.answer_ids is not None:
-            with self.running(variant):
-                return self._text(answer_by_forward(self.model, sample.prompt_ids, sample.answer_ids))
+            with self.asked(variant) as model:
+                return self._text(answer_by_forward(model, sample.prompt_ids, sample.answer_ids))
 
         def is_done(written: list[int]) -> bool:
             text = self._text(written)
@@ -97,13 +115,19 @@ class LocalSubject:
         is_done: Callable[[list[int]], bool] = lambda written: False,
     ) -> list[int]:
         """As `Subject.continue_text`; ends early once `is_done`, asked after each token."""
-        with self.running(variant):
-            return continue_greedily(self.model, prompt_ids, n_tokens, is_done)
+        with self.asked(variant) as model:
+            return continue_greedily(model, prompt_ids, n_tokens, is_done)
 
     def hidden(self, ids_T: Tensor, variant: str) -> Tensor:
-        """The last hidden states hidden_TC of one text."""
+        """The last hidden states hidden_TC of one text; the model itself reads it, also as "dense"."""
         with self.running(variant):
             return last_hidden_states(self.model, Text(ids_T, None))
+
+    def losses(self, ids_T: Tensor, variant: str) -> Tensor:
+        """loss_P of the tokens of one text, as `token_losses`."""
+        with self.asked(variant) as model:
+            hidden_TC = last_hidden_states(model, Text(ids_T, None))
+        return token_losses(hidden_TC, model.get_output_embeddings(), ids_T)
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
