@@ -35,7 +35,7 @@ from fulmen.training.checkpoints import (
 from fulmen.training.lora import add_lora, merge_lora
 from fulmen.training.precision import are_half, in_float32
 from fulmen.training.processes import processes
-from fulmen.training.rows import Text, text_rows
+from fulmen.training.rows import Text, text_row, text_rows
 from fulmen.training.schedule import TopkSchedule
 from fulmen.training.sharding import is_sharded
 from fulmen.training.sparse import SparseSettings, SparseStage
@@ -105,7 +105,8 @@ def train_sparse(
     began = time.monotonic()
     run_dir.mkdir(parents=True, exist_ok=True)
     held_out = text_rows(validation)
-    length, topk = len(held_out[0]["input_ids"]), dsa_of(model.config).topk
+    length = train.length if isinstance(train, WindowStream) else len(text_row(train[0])["input_ids"])
+    topk = dsa_of(model.config).topk
     if topk >= length:
         raise ConfigError(f"topk={topk} is not below the texts' {length} tokens; use longer texts")
     if isinstance(train, WindowStream) and settings.teacher_place == "disk":
