@@ -96,16 +96,19 @@ def test_files_are_written_and_a_second_run_reads_the_samples(dsa_dir, data, tmp
     assert "topk was 16, is 8" in refused(*command, "--topk", "8")
 
 
-def test_a_dense_source_is_named_in_the_report_and_belongs_to_the_results(dsa_dir, dense_dir, data, tmp_path):
+def test_a_dense_source_is_named_in_the_report_and_belongs_to_the_results(dsa_dir, tokenizer, data, tmp_path):
+    source = tmp_path / "source"
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(source)
+    tokenizer.save_pretrained(source)
     command = [
         *("eval", dsa_dir, "--suite", "keyloss", "--lengths", "192", "--samples", "1"),
         *("--data", data, "--out", tmp_path / "out"),
     ]
-    asked = call(*command, "--dense", dense_dir)
+    asked = call(*command, "--dense", source)
     assert asked.exit_code == 0, asked.output
     report = json.loads((tmp_path / "out" / "suites.json").read_text())
-    assert f"dense: {dense_dir}" in report["about"]["sizes"]
-    assert f"dense was {dense_dir}, is None" in refused(*command)
+    assert f"dense: {source}" in report["about"]["sizes"]
+    assert f"dense was {source}, is None" in refused(*command)
 
 
 def test_a_dense_source_of_a_dense_model_is_refused(dense_dir, data):
