@@ -188,10 +188,11 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch_prefilled_or_decoded(
 @pytest.mark.parametrize("by_key", [False, True], ids=["atomic", "deterministic"])
 def test_poison_stays_with_the_queries_that_select_it(poisoned, by_key):
     clean = attention_inputs(1, 6, 40, HEADS[0])
-    # The first 3 queries select among the first 20 keys, the others among the rest; most entries are nothing.
-    topk = torch.stack([torch.randperm(20)[:7] + (0 if t < 3 else 20) for t in range(6)])[None].to(DEVICE)
+    # The first 3 queries select among the first 20 keys, the others among the rest; query 0 key 3 alone.
+    topk = torch.arange(7).expand(1, 6, 7) + torch.tensor([2, 2, 9, 20, 26, 33])[:, None]
     topk[..., -2:] = -1
-    topk[:, 0, 0], topk[:, 0, 1:] = 3, -1
+    topk[:, 0] = torch.tensor([-1, 3, -1, -1, -1, -1, -1])
+    (topk,) = here(topk)
     bad = [x.detach().clone() for x in clean]
     bad[poisoned][:, 3 if poisoned else 0] = torch.nan
     bad = [x.requires_grad_() for x in bad]

@@ -22,7 +22,7 @@ LEAST_CAPABILITY = (8, 0)
 
 def triton_kernels(operation: str) -> Any:
     """The module `fulmen/ops/<operation>/triton.py`."""
-    return import_module(f"{__package__}.{operation}.triton")
+    return import_module(f"fulmen.ops.{operation}.triton")
 
 
 def triton_reason(device: torch.device | str) -> str | None:
@@ -56,7 +56,7 @@ def _import_reason() -> str | None:
     if find_spec("triton") is None:
         return "Triton is not installed; pip install 'fulmen[gpu]'"
     try:
-        import_module(f"{__package__}.triton_parts")
+        import_module("fulmen.ops.triton_parts")
     except ImportError as error:
         return f"its kernels cannot be imported ({error}); pip install 'fulmen[gpu]'"
     return None
