@@ -152,11 +152,14 @@ def test_index_topk_holds_no_more_scores_than_it_may():
 
 @pytest.mark.usefixtures("_small_tiles")
 @pytest.mark.parametrize("by_key", [False, True], ids=["atomic", "deterministic"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "dtype"),
+    [*((heads, torch.float32) for heads in HEADS), *((HEADS[0], dtype) for dtype in DTYPES[1:])],
+    ids=str,
+)
 def test_attention_matches_the_reference_forward_and_backward(heads, dtype, by_key):
     tolerance = torch.bfloat16 if dtype == torch.float16 else dtype
-    for sizes in [(2, 9, 60, 40), (2, 2, 90, 70)]:  # one part; three
+    for sizes in [(1, 9, 40, 24), (2, 1, 90, 70)]:  # one part; three
         qkv, (topk,) = attention_inputs(*sizes[:3], heads, dtype), here(random_selection(*sizes))
         expected = sparse_attention_reference(*qkv, topk, 0.3)
         out, lse = sparse_attention(*qkv, topk, 0.3)
@@ -176,7 +179,7 @@ def test_attention_matches_the_reference_forward_and_backward(heads, dtype, by_k
 
 @pytest.mark.usefixtures("_small_tiles")
 def test_a_sequence_has_the_same_bits_alone_and_in_a_batch_prefilled_or_decoded():
-    for sizes in [(3, 10, 60, 20), (3, 1, 90, 70)]:
+    for sizes in [(3, 9, 40, 9), (3, 1, 90, 70)]:
         qkv, (topk,) = attention_inputs(*sizes[:3], HEADS[0]), here(random_selection(*sizes))
         together = sparse_attention(*qkv, topk, 0.3)
         alone = sparse_attention(*(x[1:2] for x in (*qkv, topk)), 0.3)
