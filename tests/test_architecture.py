@@ -76,7 +76,7 @@ def test_libraries_stay_in_their_rooms(path):
     if room_of(path) == "ops":
         assert libraries <= OPS_LIBRARIES
     if "triton" in libraries:
-        assert path.name == "triton.py"
+        assert path.name.startswith("triton")
     if "vllm" in libraries:
         assert path.parts[:2] == ("serving", "vllm_plugin")
 

@@ -11,8 +11,9 @@ import fulmen
 from fulmen import errors
 
 ROOT = Path(__file__).parents[1]
-UNASKED = ["datasets", "matplotlib", "vllm", "triton", "typer"]
-HEAVY = ["torch", "transformers", "accelerate", "rich", *UNASKED]
+UNASKED = ["datasets", "matplotlib", "vllm", "typer"]
+# Triton comes with Transformers' models, where it is installed: torch's compiler looks for it.
+HEAVY = ["torch", "transformers", "accelerate", "rich", "triton", *UNASKED]
 
 
 def run(code):

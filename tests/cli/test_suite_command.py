@@ -4,6 +4,7 @@ import json
 from pydoc_data.topics import topics
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from fulmen.cli.main import app
@@ -98,7 +99,8 @@ def test_files_are_written_and_a_second_run_reads_the_samples(dsa_dir, data, tmp
 
 def test_a_dense_source_is_named_in_the_report_and_belongs_to_the_results(dsa_dir, tokenizer, data, tmp_path):
     source = tmp_path / "source"
-    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(source)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=49152, **sizes)).save_pretrained(source)
     tokenizer.save_pretrained(source)
     command = [
         *("eval", dsa_dir, "--suite", "keyloss", "--lengths", "192", "--samples", "1"),

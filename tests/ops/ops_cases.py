@@ -49,7 +49,7 @@ def random_selection(batch: int, queries: int, keys: int, topk: int, seed: int =
 def gradients(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], seed: int = 9) -> tuple[Tensor, ...]:
     """Of a random weighting of the finite numbers among the outputs."""
     total = sum(
-        (normal(*out.shape, seed=seed + i).to(out.dtype) * out.masked_fill(~out.isfinite(), 0)).sum()
+        (normal(*out.shape, seed=seed + i).to(out) * out.masked_fill(~out.isfinite(), 0)).sum()
         for i, out in enumerate(outputs)
     )
     return torch.autograd.grad(total, inputs)

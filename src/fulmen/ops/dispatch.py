@@ -1,7 +1,8 @@
 """Which backend computes an operation: chosen by device and dtype, or pinned by the user.
 
-Backends: "reference" (the specification, slow, everywhere), "cpu" (blocked plain torch, any device) and
-"native" (C++ kernels for the CPU; the default for the operations that have one, where the library was built).
+Backends: "reference" (the specification, slow, everywhere), "cpu" (blocked plain torch, any device), "native"
+(C++ kernels for the CPU, where the library was built) and "triton" (kernels for GPUs, where Triton is
+installed). The last two are the default on their devices, for the operations that they have.
 A pin comes from `with pin_backend("reference"):` or, outside of one, from the variable FULMEN_BACKEND.
 """
 
@@ -13,12 +14,16 @@ import torch
 
 from fulmen.errors import BackendError
 from fulmen.ops.native_library import native_reason
+from fulmen.ops.triton_library import triton_reason
 
-BACKENDS = ("reference", "cpu", "native")
+BACKENDS = ("reference", "cpu", "native", "triton")
 BACKEND_VARIABLE = "FULMEN_BACKEND"
 BACKEND_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Without the losses, and float64: there "cpu" is the default, and a pinned "native" raises.
-NATIVE_OPERATIONS = ("index_scores", "select_topk", "index_topk", "sparse_attention", "dense_attention")
+# The others, and float64: there "cpu" is the default, and pinning one of these raises.
+KERNEL_OPERATIONS = {
+    "native": ("index_scores", "select_topk", "index_topk", "sparse_attention", "dense_attention"),
+    "triton": ("index_scores", "select_topk", "index_topk", "sparse_attention"),
+}
 
 # One for the whole process, not a ContextVar: a model's own checkpointing recomputes its forward in
 # autograd's threads, and must meet the same backend there.
@@ -32,7 +37,8 @@ def resolve(op_name: str, device: torch.device | str, dtype: torch.dtype) -> str
     """
     name, origin = _pinned_or_default()
     if name is None:
-        name = "cpu" if reason_against_backend("native", op_name, device, dtype) else "native"
+        best = "native" if torch.device(device).type == "cpu" else "triton"
+        name = "cpu" if reason_against_backend(best, op_name, device, dtype) else best
     if reason := reason_against_backend(name, op_name, device, dtype):
         raise BackendError(f"backend {name!r} ({origin}) cannot run {op_name}: {reason}")
     return name
@@ -48,17 +54,19 @@ def reason_against_backend(
         return "tensors on device 'meta' hold no values; move the model to a real device"
     if dtype not in BACKEND_DTYPES:
         return f"dtype {dtype} is not one of {', '.join(str(known) for known in BACKEND_DTYPES)}"
-    return _reason_against_native(op_name, device, dtype) if name == "native" else None
+    return _reason_against_kernels(name, op_name, device, dtype) if name in KERNEL_OPERATIONS else None
 
 
-def _reason_against_native(op_name: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
-    if op_name not in NATIVE_OPERATIONS:
-        return f"it has kernels for {', '.join(NATIVE_OPERATIONS)} alone; pin 'cpu' here"
-    if torch.device(device).type != "cpu":
+def _reason_against_kernels(
+    name: str, op_name: str, device: torch.device | str, dtype: torch.dtype
+) -> str | None:
+    if op_name not in KERNEL_OPERATIONS[name]:
+        return f"it has kernels for {', '.join(KERNEL_OPERATIONS[name])} alone; pin 'cpu' here"
+    if name == "native" and torch.device(device).type != "cpu":
         return f"its kernels run on the CPU, not on device {str(device)!r}; pin 'cpu', which is plain torch"
     if dtype == torch.float64 and op_name != "select_topk":
         return "its kernels compute in float32, dtype torch.float64 needs more; pin 'cpu'"
-    return native_reason()
+    return native_reason() if name == "native" else triton_reason(device)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from fulmen.ops.index_scores.cpu import index_scores_blocked
 from fulmen.ops.index_scores.native import index_scores_native
 from fulmen.ops.index_scores.reference import index_scores_reference
 from fulmen.ops.precision import cast_as_autocast, outside_autocast
+from fulmen.ops.triton_library import triton_kernels
 
 
 @torch.no_grad()
@@ -44,6 +45,8 @@ def index_scores(
     with outside_autocast(q_BTJE.device):
         if backend == "native":
             return index_scores_native(*arguments)
+        if backend == "triton":
+            return triton_kernels("index_scores").index_scores_triton(*arguments)
         if backend == "cpu":
             return index_scores_blocked(*arguments)
         return index_scores_reference(*arguments).scores_BTS

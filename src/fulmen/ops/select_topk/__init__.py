@@ -17,6 +17,7 @@ from fulmen.ops.precision import cast_as_autocast, outside_autocast
 from fulmen.ops.select_topk.cpu import index_topk_blocked, select_topk_blocked
 from fulmen.ops.select_topk.native import index_topk_native, select_topk_native
 from fulmen.ops.select_topk.reference import select_topk_reference
+from fulmen.ops.triton_library import triton_kernels
 
 
 @torch.no_grad()
@@ -46,6 +47,8 @@ def select_topk(scores_BTS: Tensor, start_BT: Tensor, stop_BT: Tensor, topk: int
     backend = resolve("select_topk", scores_BTS.device, scores_BTS.dtype)
     if backend == "native":
         return select_topk_native(scores_BTS, start_BT, stop_BT, topk)
+    if backend == "triton":
+        return triton_kernels("select_topk").select_topk_triton(scores_BTS, start_BT, stop_BT, topk)
     if backend == "cpu":
         return select_topk_blocked(scores_BTS, start_BT, stop_BT, topk)
     return select_topk_reference(scores_BTS, start_BT, stop_BT, topk)
@@ -71,11 +74,14 @@ def index_topk(
     require_positive_int("topk", topk)
     q_BTJE, k_BSIE = cast_as_autocast(q_BTJE, k_BSIE)
     check_index_inputs(q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT=start_BT, stop_BT=stop_BT)
+    inputs = (q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT)
     backend = resolve("index_topk", q_BTJE.device, q_BTJE.dtype)
     with outside_autocast(q_BTJE.device):
         if backend == "native":
-            return index_topk_native(q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT, topk)
+            return index_topk_native(*inputs, topk)
+        if backend == "triton":
+            return triton_kernels("select_topk").index_topk_triton(*inputs, topk)
         if backend == "cpu":
-            return index_topk_blocked(q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT, topk)
-        scores_BTS = index_scores_reference(q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT).scores_BTS
+            return index_topk_blocked(*inputs, topk)
+        scores_BTS = index_scores_reference(*inputs).scores_BTS
         return select_topk_reference(scores_BTS, start_BT, stop_BT, topk)

@@ -8,6 +8,7 @@ from fulmen.ops.precision import cast_as_autocast, outside_autocast
 from fulmen.ops.sparse_attention.cpu import sparse_attention_blocked
 from fulmen.ops.sparse_attention.native import sparse_attention_native
 from fulmen.ops.sparse_attention.reference import sparse_attention_reference
+from fulmen.ops.triton_library import triton_kernels
 
 
 def sparse_attention(
@@ -39,6 +40,8 @@ def sparse_attention(
     with outside_autocast(q_BTHD.device):
         if backend == "native":
             return sparse_attention_native(*arguments)
+        if backend == "triton":
+            return triton_kernels("sparse_attention").sparse_attention_triton(*arguments)
         if backend == "cpu":
             return sparse_attention_blocked(*arguments)
         result = sparse_attention_reference(*arguments)

@@ -1,0 +1,62 @@
+"""The Triton kernels (`<operation>/triton.py`): whether they can run here, and how they are reached.
+
+Triton is optional, and a checkpoint's own copy of this source holds no kernel: so those modules are imported
+by name, where they are used, and `triton_reason` says why they cannot be.
+"""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Triton's own variable: its kernels are then computed by NumPy, on any device, for tests.
+INTERPRET_VARIABLE = "TRITON_INTERPRET"
+# Ampere: the first with bfloat16 matrix units.
+LEAST_CAPABILITY = (8, 0)
+
+
+def triton_kernels(operation: str) -> Any:
+    """The module `fulmen/ops/<operation>/triton.py`."""
+    return import_module(f"fulmen.ops.{operation}.triton")
+
+
+def triton_reason(device: torch.device | str) -> str | None:
+    """Why the Triton kernels cannot run on `device`; None if they can."""
+    if reason := _import_reason():
+        return reason
+    kind = torch.device(device).type
+    if kind == "cuda" and not torch.cuda.is_available():
+        return "this machine (or this build of torch) has no GPU"
+    if is_interpreted():
+        return None
+    if kind == "cpu":
+        return f"its kernels run on a GPU, not on device 'cpu'; to test them there set {INTERPRET_VARIABLE}=1"
+    if kind == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        return f"its kernels need a GPU of compute capability {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}"
+    return None
+
+
+def is_interpreted() -> bool:
+    """Whether Triton interprets its kernels. It reads the variable when it is imported: set it before."""
+    return os.environ.get(INTERPRET_VARIABLE, "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager:
+    """Kernels go to the current device; inside this context that is the device of `x`."""
+    return nullcontext() if x.device.type == "cpu" else getattr(torch, x.device.type).device(x.device)
+
+
+@cache
+def _import_reason() -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed; pip install 'fulmen[gpu]'"
+    try:
+        import_module("fulmen.ops.triton_parts")
+    except ImportError as error:
+        return f"its kernels cannot be imported ({error}); pip install 'fulmen[gpu]'"
+    return None

@@ -1,0 +1,101 @@
+"""What the Triton kernels share: their block sizes, and how they read rows of heads.
+
+Sizes are powers of 2, none below 16 where a matrix product meets them. All are here, so that another GPU
+means another table. They are first guesses for an H100 that no GPU has timed (`benchmarks/gpu_ops.py` does).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fulmen.ops.triton_library import is_interpreted
+
+SMALLEST_PRODUCT = 16
+# Of each kernel: rows and columns of its tiles, and how Triton compiles it.
+KERNEL_SIZES = {
+    # rows: queries x index heads of one key head; columns: keys
+    "index_scores": {"rows": 64, "columns": 128, "num_warps": 4, "num_stages": 3},
+    # columns: scores of one step through a row
+    "select": {"columns": 4096, "num_warps": 16, "num_stages": 2},
+    # rows: heads of one key head, at most; columns: selected keys
+    "attend": {"rows": 64, "columns": 64, "num_warps": 4, "num_stages": 2},
+    "attend_wide": {"rows": 64, "columns": 32, "num_warps": 8, "num_stages": 1},
+    "merge": {"num_warps": 4, "num_stages": 1},
+    "attend_backward": {"rows": 32, "columns": 32, "num_warps": 4, "num_stages": 1},
+    "attend_backward_wide": {"rows": 16, "columns": 16, "num_warps": 8, "num_stages": 1},
+    # rows: queries x heads that read one key
+    "key_gradients": {"rows": 32, "num_warps": 4, "num_stages": 1},
+    "key_gradients_wide": {"rows": 8, "num_warps": 8, "num_stages": 1},
+}
+# Heads wider than this (absorbed latents) take the table's "_wide" entries.
+WIDE_HEAD = 256
+
+
+def kernel_sizes(name: str, width: int = 0) -> dict[str, int]:
+    """The table's entry for a kernel on heads of `width` numbers."""
+    return KERNEL_SIZES[f"{name}_wide" if width > WIDE_HEAD else name]
+
+
+def compile_options(sizes: dict[str, int]) -> dict[str, int]:
+    """How to compile a kernel with these sizes."""
+    return {name: sizes[name] for name in ("num_warps", "num_stages")}
+
+
+def power_of_2(n: int, least: int = 1) -> int:
+    """The least power of 2 that is neither below `n` nor below `least`."""
+    return max(triton.next_power_of_2(max(n, 1)), least)
+
+
+def split_width(width: int) -> tuple[int, int]:
+    """Two powers of 2 that hold a head of `width` numbers, little to spare: 576 = 512 + 64, 128 = 128 + 0.
+
+    The second is 0 where the first holds all.
+    """
+    whole = power_of_2(width, SMALLEST_PRODUCT)
+    half = whole // 2
+    if whole == width or half < SMALLEST_PRODUCT:
+        return whole, 0
+    rest = power_of_2(width - half, SMALLEST_PRODUCT)
+    return (half, rest) if rest < half else (whole, 0)
+
+
+def product_dtype(x: Tensor) -> tl.dtype:
+    """In which matrix products take their factors; they add in float32."""
+    # The interpreter multiplies the bit patterns of bfloat16 (triton issue 11584).
+    if is_interpreted() or x.dtype not in (torch.bfloat16, torch.float16):
+        return tl.float32
+    return tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
+
+
+@triton.jit
+def load_rows(
+    base,
+    offsets_R,
+    inside_R,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """`[R, BLOCK]`: the numbers FIRST.. of rows that start at `base + offsets_R`; 0 outside of them."""
+    columns = FIRST + tl.arange(0, BLOCK)
+    inside_RC = inside_R[:, None] & (columns < WIDTH)[None, :]
+    return tl.load(base + offsets_R[:, None] + columns[None, :], mask=inside_RC, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def product(a_MK, b_KN):
+    """Matrix product in full precision: float32 factors are not rounded to tf32."""
+    return tl.dot(a_MK, b_KN, input_precision="ieee")
+
+
+@triton.jit
+def load_selected(topk_K, low, stop, BLOCK: tl.constexpr):
+    """Positions `low` <= i < `stop` of a query's selection: which key, as int64, and whether there is one.
+
+    The one place that turns a selected position into a row of the cache: a block table would be read here.
+    """
+    place_K = low + tl.arange(0, BLOCK)
+    key_K = tl.load(topk_K + place_K, mask=place_K < stop, other=-1)
+    return tl.maximum(key_K, 0).to(tl.int64), key_K >= 0
