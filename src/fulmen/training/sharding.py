@@ -25,7 +25,7 @@ def require_known_sharding() -> None:
         raise ConfigError(f"fsdp_version={version} is not supported; launch with --fsdp_version 2")
 
 
-def load_whole(module: nn.Module, state: dict[str, Tensor]) -> list[str]:
+def load_whole(module: nn.Module, state: dict[str, Any]) -> list[str]:
     """Put whole weights into a module, sharded or not; return the names that `state` lacks.
 
     Every process must have all of `state`. Raises RuntimeError for a name that the module lacks.
