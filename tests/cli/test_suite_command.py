@@ -110,7 +110,7 @@ def test_a_dense_source_is_named_in_the_report_and_belongs_to_the_results(dsa_di
     assert asked.exit_code == 0, asked.output
     report = json.loads((tmp_path / "out" / "suites.json").read_text())
     assert f"dense: {source}" in report["about"]["sizes"]
-    assert f"dense was {source}, is None" in refused(*command)
+    assert f"dense was '{source}', is None" in refused(*command)
 
 
 def test_a_dense_source_of_a_dense_model_is_refused(dense_dir, data):
