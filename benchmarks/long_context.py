@@ -1,6 +1,7 @@
 """Loss over dense at a long context, for a few variants: all of `fulmen eval` takes hours there on a CPU.
 
     .venv/bin/python benchmarks/long_context.py out/smollm2-135m-dsa --length 8192 --topk 512 --windows 8
+    .venv/bin/python benchmarks/long_context.py out/smollm2-135m-trained --before out/smollm2-135m-dsa
 
 One JSON line per text goes to the output file at once, and texts that it holds already are skipped, so the
 run can be stopped and continued. The table at the end has the mean loss over dense per kind of text.
@@ -28,6 +29,12 @@ def main(
     topk: int = 512,
     windows: Annotated[int, typer.Option(help="Texts per kind.")] = 8,
     variants: str = "dense,dsa,inherited",
+    before: Annotated[
+        Path | None,
+        typer.Option(
+            help="What fulmen train began with: it is read densely, the model itself only sparsely."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON lines; default: beside the model.")] = None,
 ) -> None:
     """Measure and print; second half of each text, nats a token."""
@@ -35,6 +42,9 @@ def main(
     done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     model, tokenizer = load_converted(model_dir)
     bench = Bench(model, load_file(model_dir / "stages/inherit.safetensors"))
+    benches = dict.fromkeys(variants.split(","), bench)
+    if before is not None:
+        benches = {"dense": Bench(load_converted(before)[0], None), "dsa": bench}
     heldout = load_corpus().heldout
     for kind in kinds_of(heldout):
         for number, window in zip(
@@ -43,11 +53,12 @@ def main(
             if any((row["kind"], row["number"]) == (kind, number) for row in done):
                 continue
             row = {"kind": kind, "number": number, "name": window.name, "loss": {}, "seconds": {}}
-            for variant in variants.split(","):
+            for variant, one in benches.items():
                 clock = time.perf_counter()
                 text = Text.of(window)
-                hidden_TC = bench.hidden(variant, text, topk, window.name)
-                row["loss"][variant] = second_half_loss(hidden_TC, model.get_output_embeddings(), text.ids_T)
+                hidden_TC = one.hidden(variant, text, topk, window.name)
+                head = one.model.get_output_embeddings()
+                row["loss"][variant] = second_half_loss(hidden_TC, head, text.ids_T)
                 row["seconds"][variant] = round(time.perf_counter() - clock, 1)
             done.append(row)
             with open(out, "a", encoding="utf-8") as file:

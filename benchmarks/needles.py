@@ -1,6 +1,7 @@
 """Multi-key needles with enough questions to tell a few points apart, dense against DSA.
 
     .venv/bin/python benchmarks/needles.py out/smollm2-135m-dsa --lengths 1024,2048 --texts 8
+    .venv/bin/python benchmarks/needles.py out/smollm2-135m-trained --before out/smollm2-135m-dsa
 
 Eight numbers in a text, one question about each; a text is read once per variant. Prints the counts and DSA
 minus dense in points, with an interval that knows which questions share a text, as JSON.
@@ -27,12 +28,17 @@ def main(
     texts: Annotated[int, typer.Option(help="Texts per length.")] = 8,
     keys: Annotated[int, typer.Option(help="Needles and questions per text.")] = 8,
     topk: Annotated[int | None, typer.Option(help="Default: the model's own.")] = None,
+    before: Annotated[
+        Path | None,
+        typer.Option(help="What fulmen train began with, to be read densely. Default: the model itself."),
+    ] = None,
     seed: int = 0,
 ) -> None:
     """Measure and print."""
     model, tokenizer = load_converted(model_dir)
     topk = topk or current_topk(model)
-    bench, heldout = Bench(model, None), load_corpus().heldout
+    first = model if before is None else load_converted(before)[0]
+    benches, heldout = {"dense": Bench(first, None), "dsa": Bench(model, None)}, load_corpus().heldout
     samples = [
         sample
         for length in lengths.split(",")
@@ -40,11 +46,11 @@ def main(
     ]
     answers: dict[str, list[bool]] = {"dense": [], "dsa": []}
     clock = time.perf_counter()
-    with own_attention(model):
+    with own_attention(model), own_attention(first):
         for group in sample_groups(samples):
             for name, right in answers.items():
-                with bench.running(name, topk, 0, "needles"):
-                    right += score_samples(model, group)
+                with benches[name].running(name, topk, 0, "needles"):
+                    right += score_samples(benches[name].model, group)
     table = needle_tables(samples, answers)
     seconds = round(time.perf_counter() - clock)
     for row in [*table["differences"], {"task": "all", "n": len(samples), "pairs": table["pairs"]}]:
