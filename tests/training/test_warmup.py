@@ -119,28 +119,22 @@ def test_gradient_reaches_the_indexers_alone():
 
 def test_bf16_indexers_take_updates_that_bf16_would_round_away(tmp_path):
     """As in the sparse stage; the first step, too, changes the float32 copies."""
-    model = make_dsa(make_dense(), topk=8)
-    inherit_gqa(model, torch.stack(TRAIN), 8)
-    model.bfloat16()
-    before, after_one = {name: tensor.clone() for name, tensor in indexers(model).items()}, {}
+    model = make_dsa(make_dense(), topk=8).bfloat16()
+    before, seen = {name: tensor.clone() for name, tensor in indexers(model).items()}, {}
 
     def on_step(step, *_):
-        if step == 1 and not after_one:
-            after_one.update({name: tensor.clone() for name, tensor in indexers(model).items()})
+        seen[step] = {name: tensor.clone() for name, tensor in indexers(model).items()}
 
-    rate = 0.125 * 2**-8 / 5
+    rate = 0.125 * 2**-8 / 3
     small = WarmupSettings(steps=16, budget_s=None, learning_rate=rate, n_rows=32, patience=9)
-    result = warm_up(model, TRAIN, VALIDATION, tmp_path, small, on_step)
-    assert result.best_step > 6
-    changed, moved = [], []
-    for name, tensor in indexers(model).items():
-        if tensor.is_floating_point():
-            large = before[name].abs() > 0.125
-            changed.append((tensor != before[name])[large])
-            moved.append((after_one[name].float() != before[name].float())[large])
-            assert tensor.dtype == torch.bfloat16
-    assert torch.cat(changed).float().mean() > 0.05
+    warm_up(model, TRAIN, VALIDATION, tmp_path, small, on_step)
+    large = {name: tensor.abs() > 0.125 for name, tensor in before.items() if tensor.is_floating_point()}
+    assert all(torch.equal((before[name] + rate)[large[name]], before[name][large[name]]) for name in large)
+    moved = [(seen[1][name] != before[name].float())[large[name]] for name in large]
     assert torch.cat(moved).float().mean() > 0.9
+    changed = [(seen[16][name].bfloat16() != before[name])[large[name]] for name in large]
+    assert torch.cat(changed).float().mean() > 0.05
+    assert {indexers(model)[name].dtype for name in large} == {torch.bfloat16}
 
 
 KILLED = """

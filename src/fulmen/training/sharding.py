@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
@@ -25,8 +25,8 @@ def require_known_sharding() -> None:
         raise ConfigError(f"fsdp_version={version} is not supported; launch with --fsdp_version 2")
 
 
-def load_whole(module: nn.Module, state: dict[str, Tensor]) -> list[str]:
-    """Put whole weights into a module, sharded or not; return the names that `state` lacks.
+def load_whole(module: nn.Module, state: dict[str, Any]) -> list[str]:
+    """Put whole weights (tensors by name) into a module, sharded or not; return the names that `state` lacks.
 
     Every process must have all of `state`. Raises RuntimeError for a name that the module lacks.
     """
