@@ -25,15 +25,15 @@ def states_equal(one, other) -> bool:
 
 
 def test_distillation_wins_the_dense_loss_back(tmp_path):
-    model, result = run(tmp_path, steps=30, learning_rate=1e-2)
+    model, result = run(tmp_path, steps=60, learning_rate=3e-4)
     assert result.dense_before < result.loss_before
     assert result.loss_after < result.loss_before - 0.2 * (result.loss_before - result.dense_before)
     assert result.best_step > 0
     stage = prepare_stage(model, settings())
     assert held_out_loss(stage, text_rows(HELD_OUT), "cpu") == pytest.approx(result.loss_after, abs=1e-6)
     rows = log_rows(tmp_path)
-    assert [row["step"] for row in rows] == list(range(1, 31))
-    assert [row["tokens"] for row in rows] == [LENGTH * step for step in range(1, 31)]
+    assert [row["step"] for row in rows] == list(range(1, 61))
+    assert [row["tokens"] for row in rows] == [LENGTH * step for step in range(1, 61)]
     assert set(rows[0]["captured"]) == {"0", "1", "2"}
     assert rows[-1]["kl"] < rows[0]["kl"]
     assert all(0 < mass <= 1 + 1e-6 for row in rows for mass in row["captured"].values())

@@ -26,7 +26,7 @@ def require_known_sharding() -> None:
 
 
 def load_whole(module: nn.Module, state: dict[str, Any]) -> list[str]:
-    """Put whole weights into a module, sharded or not; return the names that `state` lacks.
+    """Put whole weights (tensors by name) into a module, sharded or not; return the names that `state` lacks.
 
     Every process must have all of `state`. Raises RuntimeError for a name that the module lacks.
     """
