@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from sparse_setup import log_rows, run
+from sparse_setup import fresh_model, log_rows, run
 
 PATHS = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "modeling")]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 
-# Without a GPU, --multi_gpu starts gloo processes by torchrun; --cpu would ask for MPI.
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
 SCRIPT = """
 import sys
 sys.path[:0] = {paths!r}
@@ -22,13 +21,14 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from sparse_setup import *
-run(Path(sys.argv[1]), n_rows=1000, steps=4, evaluations=2)
+model = fresh_model().to(getattr(torch, sys.argv[2]))
+run(Path(sys.argv[1]), model, n_rows=1000, steps=4, evaluations=2)
 """
 
 
-def launch(script: Path, out: Path, *options: str) -> None:
+def launch(script: Path, out: Path, dtype: str, *options: str) -> None:
     machine = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [*LAUNCH, *machine, "--main_process_port", "0", *options, str(script), str(out)]
+    command = [*LAUNCH, *machine, "--main_process_port", "0", *options, str(script), str(out), dtype]
     done = subprocess.run(
         command,
         env=ENVIRONMENT,
@@ -48,7 +48,8 @@ def script(tmp_path) -> Path:
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
 def test_two_processes_are_one_with_twice_the_texts(tmp_path, script):
-    launch(script, tmp_path / "two")
+    # Without a GPU, --multi_gpu starts gloo processes by torchrun; --cpu would ask for MPI.
+    launch(script, tmp_path / "two", "float32", "--multi_gpu")
     run(tmp_path / "one", n_rows=1000, steps=4, evaluations=2, accumulate=2)
     one, two = log_rows(tmp_path / "one"), log_rows(tmp_path / "two")
     assert len(one) == len(two) == 4
@@ -59,3 +60,17 @@ def test_two_processes_are_one_with_twice_the_texts(tmp_path, script):
     states = [load_file(tmp_path / name / "checkpoint-4" / "model.safetensors") for name in ("one", "two")]
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[1][name], tensor, rtol=1e-2, atol=2e-4)
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
+def test_bf16_weights_sharded_by_fsdp2(tmp_path, script):
+    """Weights travel in bfloat16; what is trained, summed and told is float32."""
+    launch(script, tmp_path / "two", "bfloat16", "--use_fsdp", "--fsdp_version", "2")
+    run(tmp_path / "one", fresh_model().bfloat16(), n_rows=1000, steps=4, evaluations=2, accumulate=2)
+    for ours, theirs in zip(log_rows(tmp_path / "one"), log_rows(tmp_path / "two"), strict=True):
+        for name in ("loss", "lm", "kl"):
+            assert theirs[name] == pytest.approx(ours[name], rel=0.05), name
+        loss = torch.tensor(theirs["loss"])
+        assert loss != loss.bfloat16()
+    saved = load_file(tmp_path / "two" / "checkpoint-4" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}

@@ -59,7 +59,11 @@ class Sharded:
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.mixed_precision_policy is not None:
-            # Accelerate's has bfloat16 losses and sums of gradients: 3 digits, too few to tell steps apart.
+            # Weights travel in bfloat16, autocast does the rest. Accelerate's policy has bfloat16 losses and
+            # sums of gradients too: 3 digits, too few to tell steps apart.
             plugin.mixed_precision_policy = replace(
-                plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=torch.float32
+                plugin.mixed_precision_policy,
+                reduce_dtype=torch.float32,
+                output_dtype=torch.float32,
+                cast_forward_inputs=False,
             )

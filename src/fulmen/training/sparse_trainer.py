@@ -62,7 +62,9 @@ class SparseTrainer(SafeCheckpoints, Sharded, Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        losses = model(**inputs)
+        # Accelerate puts autocast into the model itself, but not where FSDP2 shards it.
+        with self.accelerator.autocast():
+            losses = model(**inputs)
         self.watch.took(float(losses["loss"].detach()), self.stage.last)
         return (losses["loss"], {}) if return_outputs else losses["loss"]
 
@@ -81,7 +83,8 @@ class SparseTrainer(SafeCheckpoints, Sharded, Trainer):
         return norms[0]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics = {"eval_loss": held_out_loss(self.model_wrapped, self.validation, self.args.device)}
+        with self.accelerator.autocast():
+            metrics = {"eval_loss": held_out_loss(self.model_wrapped, self.validation, self.args.device)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
