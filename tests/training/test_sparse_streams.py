@@ -137,7 +137,7 @@ def test_two_processes_read_what_one_would(tmp_path, data, whole_run):
 
     script = tmp_path / "two.py"
     script.write_text(SCRIPT.format(paths=PATHS, data=str(data)))
-    launch(script, tmp_path / "two")
+    launch(script, tmp_path / "two", "float32", "--multi_gpu")
     one, two = log_rows(whole_run[0]), log_rows(tmp_path / "two")
     assert len(one) == len(two) == 6
     for ours, theirs in zip(one, two, strict=True):
