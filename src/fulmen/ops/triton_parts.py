@@ -4,6 +4,8 @@ Sizes are powers of 2, none below 16 where a matrix product meets them. All are 
 means another table. They are first guesses for an H100 that no GPU has timed (`benchmarks/gpu_ops.py` does).
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +14,7 @@ from torch import Tensor
 from fulmen.ops.triton_library import is_interpreted
 
 SMALLEST_PRODUCT = 16
+LOG2_E = tl.constexpr(1.4426950408889634)
 # Of each kernel: rows and columns of its tiles, and how Triton compiles it.
 KERNEL_SIZES = {
     # rows: queries x index heads of one key head; columns: keys
@@ -66,6 +69,48 @@ def product_dtype(x: Tensor) -> tl.dtype:
     if is_interpreted() or x.dtype not in (torch.bfloat16, torch.float16):
         return tl.float32
     return tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
+
+
+def head_tiles(name: str, q_BTHD: Tensor, v_BSGV: Tensor) -> tuple[int, dict[str, Any]]:
+    """How attention is cut into tiles of query heads that read one key head.
+
+    Returns:
+        Programs for each sequence and query, and the arguments at compile time of a kernel that begins with
+        `heads_of_program`.
+    """
+    (heads, width), (n_key_heads, value_width) = q_BTHD.shape[2:], v_BSGV.shape[2:]
+    sizes = kernel_sizes(name, width)
+    shared = heads // n_key_heads
+    block_heads = min(power_of_2(shared, SMALLEST_PRODUCT), sizes["rows"])
+    head_blocks = triton.cdiv(shared, block_heads)
+    first, rest = split_width(width)
+    return n_key_heads * head_blocks, {
+        "KEY_HEADS": n_key_heads,
+        "SHARED": shared,
+        "WIDTH": width,
+        "VALUE_WIDTH": value_width,
+        "BLOCK_HEADS": block_heads,
+        "HEAD_BLOCKS": head_blocks,
+        "BLOCK_KEYS": sizes["columns"],
+        "BLOCK_FIRST": first,
+        "BLOCK_REST": rest,
+        "BLOCK_VALUE": power_of_2(value_width, SMALLEST_PRODUCT),
+        "DTYPE": product_dtype(q_BTHD),
+        **compile_options(sizes),
+    }
+
+
+@triton.jit
+def heads_of_program(
+    KEY_HEADS: tl.constexpr, SHARED: tl.constexpr, BLOCK_HEADS: tl.constexpr, HEAD_BLOCKS: tl.constexpr
+):
+    """batch, key_head, row (of batch and query), head_H (of rows and heads) and which of these there are."""
+    key_head = tl.program_id(1) // HEAD_BLOCKS % KEY_HEADS
+    batch = (tl.program_id(1) // (HEAD_BLOCKS * KEY_HEADS)).to(tl.int64)
+    shared_H = tl.program_id(1) % HEAD_BLOCKS * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    row = batch * tl.num_programs(0) + tl.program_id(0)
+    head_H = row * (KEY_HEADS * SHARED) + key_head * SHARED + shared_H
+    return batch, key_head, row, head_H, shared_H < SHARED
 
 
 @triton.jit

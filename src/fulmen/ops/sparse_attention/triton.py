@@ -16,18 +16,17 @@ from fulmen.ops.native_library import row_major
 from fulmen.ops.sparse_attention.triton_backward import sparse_attention_gradients
 from fulmen.ops.triton_library import on_device_of
 from fulmen.ops.triton_parts import (
-    SMALLEST_PRODUCT,
+    LOG2_E,
     compile_options,
+    head_tiles,
+    heads_of_program,
     kernel_sizes,
     load_rows,
     load_selected,
     power_of_2,
     product,
-    product_dtype,
-    split_width,
 )
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)
 # Up to this many queries a selection is cut.
 DECODE_QUERIES = 8
@@ -70,39 +69,25 @@ class TritonSparseAttention(torch.autograd.Function):
 def _attend(
     q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, topk_BTK: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    batch, queries, heads, width = q_BTHD.shape
-    n_key_heads, value_width = v_BSGV.shape[2:]
+    batch, queries, heads = q_BTHD.shape[:3]
     n_selected = topk_BTK.shape[-1]
     part_keys = _part_keys(queries, n_selected)
     n_parts = max(triton.cdiv(n_selected, part_keys), 1)
     dtype = q_BTHD.dtype if n_parts == 1 else torch.float32
-    out_NBTHV = torch.empty(n_parts, batch, queries, heads, value_width, dtype=dtype, device=q_BTHD.device)
+    out_NBTHV = torch.empty(
+        n_parts, batch, queries, heads, v_BSGV.shape[3], dtype=dtype, device=q_BTHD.device
+    )
     lse_NBTH = torch.empty(n_parts, batch, queries, heads, dtype=torch.float32, device=q_BTHD.device)
     if not lse_NBTH.numel():
         return out_NBTHV[0], lse_NBTH[0]
-    sizes = kernel_sizes("attend", width)
-    shared = heads // n_key_heads
-    block_heads = min(power_of_2(shared, SMALLEST_PRODUCT), sizes["rows"])
-    head_blocks = triton.cdiv(shared, block_heads)
+    programs, tiles = head_tiles("attend", q_BTHD, v_BSGV)
     k_BSGD, v_BSGV = row_major(k_BSGD), row_major(v_BSGV)
-    first, rest = split_width(width)
     with on_device_of(q_BTHD):
-        _attend_kernel[queries, batch * n_key_heads * head_blocks, n_parts](
+        _attend_kernel[queries, batch * programs, n_parts](
             *(q_BTHD.contiguous(), k_BSGD, v_BSGV, topk_BTK, out_NBTHV, lse_NBTH),
             *(*k_BSGD.stride()[:3], *v_BSGV.stride()[:3]),
             *(batch, n_selected, part_keys, scale),
-            KEY_HEADS=n_key_heads,
-            SHARED=shared,
-            WIDTH=width,
-            VALUE_WIDTH=value_width,
-            BLOCK_HEADS=block_heads,
-            HEAD_BLOCKS=head_blocks,
-            BLOCK_KEYS=sizes["columns"],
-            BLOCK_FIRST=first,
-            BLOCK_REST=rest,
-            BLOCK_VALUE=power_of_2(value_width, SMALLEST_PRODUCT),
-            DTYPE=product_dtype(q_BTHD),
-            **compile_options(sizes),
+            **tiles,
         )
         return (out_NBTHV[0], lse_NBTH[0]) if n_parts == 1 else _merge(out_NBTHV, lse_NBTH, q_BTHD.dtype)
 
@@ -155,13 +140,8 @@ def _attend_kernel(
     BLOCK_VALUE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    query, part, n_queries = tl.program_id(0), tl.program_id(2), tl.num_programs(0)
-    key_head = tl.program_id(1) // HEAD_BLOCKS % KEY_HEADS
-    batch = (tl.program_id(1) // (HEAD_BLOCKS * KEY_HEADS)).to(tl.int64)
-    shared_H = tl.program_id(1) % HEAD_BLOCKS * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
-    present_H = shared_H < SHARED
-    row = batch * n_queries + query
-    head_H = row * (KEY_HEADS * SHARED) + key_head * SHARED + shared_H
+    part, n_queries = tl.program_id(2), tl.num_programs(0)
+    batch, key_head, row, head_H, present_H = heads_of_program(KEY_HEADS, SHARED, BLOCK_HEADS, HEAD_BLOCKS)
     k_base = k_BSGD + batch * k_stride_b + key_head * k_stride_g
     v_base = v_BSGV + batch * v_stride_b + key_head * v_stride_g
 

@@ -14,18 +14,16 @@ from torch import Tensor
 from fulmen.ops.native_library import row_major
 from fulmen.ops.triton_library import on_device_of
 from fulmen.ops.triton_parts import (
-    SMALLEST_PRODUCT,
+    LOG2_E,
     compile_options,
+    head_tiles,
+    heads_of_program,
     kernel_sizes,
     load_rows,
     load_selected,
     power_of_2,
     product,
-    product_dtype,
-    split_width,
 )
-
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def sparse_attention_gradients(
@@ -69,30 +67,13 @@ def _launch_by_query(
     scale: float,
     atomic: bool,
 ) -> None:
-    batch, queries, heads, width = q_BTHD.shape
-    n_keys, n_key_heads, value_width = v_BSGV.shape[1:]
-    sizes = kernel_sizes("attend_backward", width)
-    shared = heads // n_key_heads
-    block_heads = min(power_of_2(shared, SMALLEST_PRODUCT), sizes["rows"])
-    head_blocks = triton.cdiv(shared, block_heads)
-    first, rest = split_width(width)
-    _by_query_kernel[queries, batch * n_key_heads * head_blocks](
+    programs, tiles = head_tiles("attend_backward", q_BTHD, v_BSGV)
+    _by_query_kernel[q_BTHD.shape[1], len(q_BTHD) * programs](
         *(q_BTHD, k_BSGD, v_BSGV, dout_BTHV, topk_BTK, lse_BTH, delta_BTH, dq_BTHD, dk_BSGD, dv_BSGV),
         *(*k_BSGD.stride()[:3], *v_BSGV.stride()[:3]),
-        *(n_keys, topk_BTK.shape[-1], scale),
+        *(k_BSGD.shape[1], topk_BTK.shape[-1], scale),
         ATOMIC=atomic,
-        KEY_HEADS=n_key_heads,
-        SHARED=shared,
-        WIDTH=width,
-        VALUE_WIDTH=value_width,
-        BLOCK_HEADS=block_heads,
-        HEAD_BLOCKS=head_blocks,
-        BLOCK_KEYS=sizes["columns"],
-        BLOCK_FIRST=first,
-        BLOCK_REST=rest,
-        BLOCK_VALUE=power_of_2(value_width, SMALLEST_PRODUCT),
-        DTYPE=product_dtype(q_BTHD),
-        **compile_options(sizes),
+        **tiles,
     )
 
 
@@ -174,13 +155,7 @@ def _by_query_kernel(
     BLOCK_VALUE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    query, n_queries = tl.program_id(0), tl.num_programs(0)
-    key_head = tl.program_id(1) // HEAD_BLOCKS % KEY_HEADS
-    batch = (tl.program_id(1) // (HEAD_BLOCKS * KEY_HEADS)).to(tl.int64)
-    shared_H = tl.program_id(1) % HEAD_BLOCKS * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
-    present_H = shared_H < SHARED
-    row = batch * n_queries + query
-    head_H = row * (KEY_HEADS * SHARED) + key_head * SHARED + shared_H
+    batch, key_head, row, head_H, present_H = heads_of_program(KEY_HEADS, SHARED, BLOCK_HEADS, HEAD_BLOCKS)
     k_base = k_BSGD + batch * k_stride_b + key_head * k_stride_g
     v_base = v_BSGV + batch * v_stride_b + key_head * v_stride_g
 
