@@ -1,7 +1,8 @@
 """Files of a run, made safe: what is half-written is never taken for whole, and costs nothing old."""
 
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,20 @@ def write_aside(target: Path, write: Callable[[Path], Any]) -> None:
         aside.replace(target)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def log_up_to(file: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of a stage's log up to a step; a last line cut off by a kill is left out."""
+    if not file.exists():
+        return []
+    rows = map(json.loads, file.read_text(encoding="utf-8").split("\n")[:-1])
+    return [row for row in rows if row["step"] <= step]
+
+
+def write_log(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Let a stage's log be these lines; those after them are run and logged again."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_aside(file, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def last_whole_checkpoint(run_dir: Path) -> str | None:

@@ -5,13 +5,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
 from fulmen.errors import ConfigError
+from fulmen.training.processes import processes
 
 
 def is_sharded() -> bool:
@@ -46,16 +46,16 @@ class Sharded:
 
     def create_accelerator_and_postprocess(self) -> None:
         """As Trainer's, which turns the launcher's variables into a plugin."""
-        processes = PartialState()
         if is_sharded():
+            state = processes()
             # All processes load and ask the whole model; the launcher's default would keep the first's alone,
             # and part tied weights.
             os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-            if processes.distributed_type is DistributedType.MULTI_CPU:
+            if state.distributed_type is DistributedType.MULTI_CPU:
                 # Accelerate 1.15 (AcceleratorState, state.py) takes up the plugin for kinds of GPUs only, and
                 # runs DDP on CPUs without a word. It makes FSDP of this value at once; torch's fully_shard
                 # finds out the kind of device for itself.
-                processes.distributed_type = DistributedType.MULTI_GPU
+                state.distributed_type = DistributedType.MULTI_GPU
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.mixed_precision_policy is not None:

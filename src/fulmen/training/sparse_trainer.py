@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fulmen.errors import TrainingDivergedError
-from fulmen.training.checkpoints import SafeCheckpoints, write_aside
+from fulmen.training.checkpoints import SafeCheckpoints, log_up_to, write_log
 from fulmen.training.processes import as_the_first
 from fulmen.training.sharding import Sharded, load_whole
 from fulmen.training.sparse import SparseSettings, SparseStage, StepLosses
@@ -159,12 +159,11 @@ class StepWatch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget the log of steps that are to be done again."""
-        rows = [row for row in read_log(self.log_file) if row["step"] <= state.global_step]
+        rows = log_up_to(self.log_file, state.global_step)
         self.history = rows[-SPIKE_HISTORY:]
         self.tokens = rows[-1]["tokens"] if rows else 0
         if self.writes:
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            write_aside(self.log_file, lambda aside: aside.write_text(text, encoding="utf-8"))
+            write_log(self.log_file, rows)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.taken = []
@@ -229,16 +228,8 @@ class StepWatch(TrainerCallback):
                 )
 
 
-def read_log(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log; a last line cut off by a kill is left out."""
-    if not file.exists():
-        return []
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
-
-
 def training_arguments(
-    run_dir: Path, settings: SparseSettings, steps: int, every: int, order: str = "random"
+    run_dir: Path, settings: SparseSettings, steps: int, every: int, order: str
 ) -> TrainingArguments:
     """Trainer's arguments; checkpoints at every evaluation, and in between where asked for."""
     if settings.report_to == "tensorboard":

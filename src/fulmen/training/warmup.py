@@ -33,7 +33,9 @@ from fulmen.training.checkpoints import (
     checkpoint_step,
     drop_unfinished_checkpoints,
     last_whole_checkpoint,
+    log_up_to,
     write_aside,
+    write_log,
 )
 from fulmen.training.losses import IndexerLossSelector, LayerLoss, output_weight
 from fulmen.training.precision import are_half, in_float32
@@ -365,9 +367,5 @@ def _forget_what_is_not_whole(run_dir: Path) -> int:
     last_step = checkpoint_step(last) if last else 0
     log = run_dir / LOG_FILE
     if log.exists():
-        # Steps after the checkpoint are run and logged again.
-        rows = log.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= last_step]
-        if kept != rows:
-            write_aside(log, lambda aside: aside.write_text("".join(kept), encoding="utf-8"))
+        write_log(log, log_up_to(log, last_step))
     return last_step
