@@ -29,6 +29,7 @@ from fulmen.ops.select_topk import index_topk, select_topk
 from fulmen.ops.sparse_attention import sparse_attention
 from fulmen.ops.sparse_attention.reference import sparse_attention_reference
 from fulmen.ops.triton_library import triton_reason
+from fulmen.training.checkpoints import write_aside
 
 TOPK = 2048
 DTYPE = torch.bfloat16
@@ -86,11 +87,8 @@ def main(
         results.append(record(case, broken, times, bandwidth))
         print(row(results[-1]), flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_suffix(".part")
-    beside.write_text(
-        json.dumps({**machine(), "bandwidth": bandwidth, "failures": failures, "results": results}, indent=1)
-    )
-    beside.replace(out)
+    everything = {**machine(), "bandwidth": bandwidth, "failures": failures, "results": results}
+    write_aside(out, lambda aside: aside.write_text(json.dumps(everything, indent=1)))
     raise typer.Exit(any(failures.values()))
 
 

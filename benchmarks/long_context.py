@@ -1,7 +1,7 @@
 """Loss over dense at a long context, for a few variants: all of `fulmen eval` takes hours there on a CPU.
 
     .venv/bin/python benchmarks/long_context.py out/smollm2-135m-dsa --length 8192 --topk 512 --windows 8
-    .venv/bin/python benchmarks/long_context.py out/smollm2-135m-trained --before out/smollm2-135m-dsa
+    .venv/bin/python benchmarks/long_context.py out/trained --before out/smollm2-135m-dsa --variants dense,dsa
 
 One JSON line per text goes to the output file at once, and texts that it holds already are skipped, so the
 run can be stopped and continued. The table at the end has the mean loss over dense per kind of text.
@@ -44,7 +44,7 @@ def main(
     bench = Bench(model, load_file(model_dir / "stages/inherit.safetensors"))
     benches = dict.fromkeys(variants.split(","), bench)
     if before is not None:
-        benches = {"dense": Bench(load_converted(before)[0], None), "dsa": bench}
+        benches["dense"] = Bench(load_converted(before)[0], None)
     heldout = load_corpus().heldout
     for kind in kinds_of(heldout):
         for number, window in zip(

@@ -1,8 +1,6 @@
 """What a cell is judged by: loss over dense on held-out text, attention mass, index key bytes, seconds."""
 
-import hashlib
 import time
-from collections.abc import Mapping
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -12,6 +10,7 @@ from cells import Cells
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fulmen.cli.sparse_stage import weights_fingerprint
 from fulmen.cli.texts import kinds_of
 from fulmen.corpus import Corpus, Window, window_stream
 from fulmen.evaluation.controls import MassSelector
@@ -23,7 +22,6 @@ from fulmen.modeling.selectors import DenseSelector, IndexerSelector, SelectionI
 
 # Every 64th query is asked for its attention mass: a few hundred rows a cell.
 MASS_STRIDE = 64
-SAMPLED_NUMBERS = 256
 Losses = dict[str, list[float]]
 
 
@@ -128,11 +126,6 @@ def mean(values: list[float]) -> float:
 
 
 def fingerprint(model: PreTrainedModel, indexers: bool = True) -> str:
-    """16 hex digits of SHA-256 over names and evenly spread numbers of the weights."""
-    state: Mapping[str, Tensor] = model.state_dict()
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        if indexers or ".indexer." not in name:
-            few = tensor.flatten()[:: max(1, tensor.numel() // SAMPLED_NUMBERS)]
-            digest.update(f"{name}{tuple(tensor.shape)}{few.tolist()}".encode())
-    return digest.hexdigest()[:16]
+    """`weights_fingerprint` of a model, with or without its indexers."""
+    state = model.state_dict()
+    return weights_fingerprint({name: x for name, x in state.items() if indexers or ".indexer." not in name})

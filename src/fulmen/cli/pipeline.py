@@ -17,7 +17,7 @@ from fulmen.cli.progress import progress_bar, say, show_losses
 from fulmen.cli.run_dir import RunDir
 from fulmen.cli.settings import ConvertSettings
 from fulmen.cli.sparse_stage import LOG_FILE, RECORD_FILE, SPARSE_DIR, STAGES_DIR, sparse_stage
-from fulmen.cli.texts import up_to
+from fulmen.cli.texts import split_off, up_to
 from fulmen.config import DsaConfig
 from fulmen.corpus import Corpus, Window, load_corpus, stream_of, window_stream
 from fulmen.errors import ConfigError
@@ -161,12 +161,9 @@ def _warm_up(
         model.load_state_dict(done[0], strict=False)
         return done[1]
     texts = up_to(corpus.training, tokenizer, window, TRAINING_WINDOWS + VALIDATION_WINDOWS, settings.seed)
-    n_validation = min(VALIDATION_WINDOWS, len(texts) // 2)
-    if not n_validation:
-        raise ConfigError(f"the training text fills one window of {window} tokens; warm-up needs 2: add text")
+    train, held_out = split_off(texts, VALIDATION_WINDOWS, "warm-up")
     warmup = WarmupSettings(steps=settings.steps, budget_s=settings.budget_s, seed=settings.seed)
     with progress_bar("Warm-up") as advance:
-        held_out, train = texts[:n_validation], texts[n_validation:]
         result = warm_up(model, train, held_out, run.path / "warmup", warmup, show_losses(advance))
     say(
         f"Warm-up: validation loss {result.loss_before:.4f} -> {result.loss_after:.4f} "

@@ -2,19 +2,21 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fulmen.cli.chat_session import load_converted
 from fulmen.cli.model_card import conversion_card
 from fulmen.cli.progress import progress_bar, say, show_losses
 from fulmen.cli.run_dir import RunDir
-from fulmen.cli.texts import up_to
+from fulmen.cli.texts import split_off, up_to
 from fulmen.cli.train_settings import TrainSettings
 from fulmen.corpus import Corpus, DataSets, Window, WindowStream, described, load_corpus, stream_of
 from fulmen.errors import CheckpointError, ConfigError
@@ -92,10 +94,7 @@ def _windows(
         uses = (settings.steps or SPARSE_WINDOWS) * settings.accumulate * processes().num_processes
         n_windows = min(uses, SPARSE_WINDOWS) if settings.steps is None else uses
     drawn = up_to(corpus.training, tokenizer, length, n_windows + VALIDATION_WINDOWS, settings.seed)
-    n_validation = min(VALIDATION_WINDOWS, len(drawn) // 2)
-    if not n_validation:
-        raise ConfigError(f"the training text fills one window of {length} tokens; sparse needs 2: add text")
-    return drawn[n_validation:], drawn[:n_validation]
+    return split_off(drawn, VALIDATION_WINDOWS, "sparse")
 
 
 def train(settings: TrainSettings) -> Path:
@@ -151,17 +150,17 @@ def _identity(
         "data": list(settings.data),
         "topk": dsa_of(model.config).topk,
         "processes": processes().num_processes,
-        "model_weights": weights_fingerprint(model),
-        "teacher_weights": None if teacher is None else weights_fingerprint(teacher),
+        "model_weights": weights_fingerprint(model.state_dict()),
+        "teacher_weights": None if teacher is None else weights_fingerprint(teacher.state_dict()),
         "corpus": texts.fingerprint,
     }
 
 
 @torch.no_grad()
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 (hex, 16 digits) of names, shapes and evenly spread numbers of all weights."""
+def weights_fingerprint(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex, 16 digits) of names, shapes and evenly spread numbers of weights."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         flat = tensor.detach().flatten()
         few = flat[:: max(1, len(flat) // SAMPLED_NUMBERS)].cpu().contiguous()
