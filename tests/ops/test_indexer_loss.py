@@ -54,7 +54,8 @@ def test_matches_the_reference_forward_and_backward(name, sizes, heads, dtype, s
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("name", ["interval", "selected"])
-def test_matches_the_reference_over_several_blocks(name, heads):
+def test_matches_the_reference_over_several_blocks(name, heads, monkeypatch):
+    monkeypatch.setattr("fulmen.ops.indexer_loss.cpu.LOSS_BLOCK_NUMBERS", 1)
     check_against_reference(name, SEVERAL_BLOCKS, heads, torch.float32, shifted=True)
 
 

@@ -42,6 +42,7 @@ def loss_of(index, attention, start, stop, topk=7):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-4)])
 def test_blocked_equals_reference_with_gradients(groups, dtype, tolerance, monkeypatch):
     monkeypatch.setattr("fulmen.ops.selection_loss.cpu.SELECTION_BLOCK_LOGITS", 500)
+    monkeypatch.setattr("fulmen.ops.selection_loss.cpu.LEAST_LOSS_ROWS", 3)
     case = inputs(groups=groups, dtype=dtype)
     results = []
     for backend in ("reference", "cpu"):

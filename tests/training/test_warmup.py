@@ -14,6 +14,7 @@ from tiny_gqa import make_dense, make_dsa, random_ids
 from fulmen.corpus import Window
 from fulmen.errors import TrainingDivergedError
 from fulmen.modeling.inherit import inherit_gqa
+from fulmen.training.losses import with_gradient_in_hand
 from fulmen.training.warmup import IndexerStack, WarmupSettings, sparse_loss, warm_up
 
 
@@ -115,6 +116,21 @@ def test_gradient_reaches_the_indexers_alone():
     IndexerStack(model, 16)(TRAIN[0][None])["loss"].backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all((grad is not None) == (".indexer." in name) for name, grad in grads.items())
+
+
+def test_gradient_taken_early_is_the_gradient():
+    weight, x = torch.randn(3, dtype=torch.float64, requires_grad=True), torch.arange(3.0)
+    inputs = (weight.exp(), None, x)  # like an indexer without a shift, and one input that is not trained
+    leaves = [None if y is None else y.detach().requires_grad_(y.requires_grad) for y in inputs]
+
+    def loss_of(y, _, z):
+        return (y**2 * z).sum() + y.prod()
+
+    (plain,) = torch.autograd.grad(3 * loss_of(*inputs), weight, retain_graph=True)
+    (3 * with_gradient_in_hand(loss_of(*leaves), leaves, inputs)).backward()
+    torch.testing.assert_close(weight.grad, plain)
+    with torch.no_grad():
+        assert not with_gradient_in_hand(loss_of(*inputs), inputs, inputs).requires_grad
 
 
 def test_bf16_indexers_take_updates_that_bf16_would_round_away(tmp_path):

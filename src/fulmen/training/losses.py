@@ -1,11 +1,12 @@
 """The warm-up's loss, taken where attention happens: a selector that selects nothing but measures."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fulmen.modeling.mla_attention import mla_up_projections
 from fulmen.modeling.selectors import SelectionInputs, Selector
@@ -64,15 +65,16 @@ class IndexerLossSelector(Selector):
         rows = sampled_rows(inputs, topk, self.n_rows)
         some = at_rows(inputs, rows)
         index = (some.index_q_BTJE, some.index_k_BSIE, some.index_w_BTJ, some.index_b_BTJ)
-        ends = (some.start_BT, some.stop_BT)
-        kl = indexer_loss(*index, some.q_BTHD.detach(), some.k_BSGD.detach(), *ends, some.scale)
+        leaves = (_leaf(index[0]), _leaf(index[1]), _leaf(index[2]), _leaf(index[3]))
         own = (some.q_BTHD.detach(), some.k_BSGD.detach(), some.v_BSGV.detach())
+        ends = (some.start_BT, some.stop_BT)
+        kl = indexer_loss(*leaves, *own[:2], *ends, some.scale)
         temperature = TEMPERATURE * float(some.index_w_BTJ.detach().abs().mean())
         out_weight = self.out_weights[inputs.layer_idx]
-        changed = selection_loss(*index, *own, out_weight, *ends, topk, some.scale, temperature)
+        changed = selection_loss(*leaves, *own, out_weight, *ends, topk, some.scale, temperature)
         captured, oracle = self._mass(inputs, rows, topk)
         self.layers[inputs.layer_idx] = LayerLoss(
-            changed.mean() + KL_WEIGHT * kl.kl_BT.mean(),
+            with_gradient_in_hand(changed.mean() + KL_WEIGHT * kl.kl_BT.mean(), leaves, index),
             float(kl.kl_BT.detach().mean()),
             float(changed.detach().mean()),
             float(kl.target_entropy_BT.detach().mean()),
@@ -88,6 +90,40 @@ class IndexerLossSelector(Selector):
         index = (some.index_q_BTJE, some.index_k_BSIE, some.index_w_BTJ, some.index_b_BTJ)
         chosen_BTK = index_topk(*index, *ends, topk)
         return held_mass(p_BTS, chosen_BTK), held_mass(p_BTS, select_topk(p_BTS, *ends, topk))
+
+
+def _leaf(x: Tensor | None) -> Any:
+    return None if x is None else x.detach().requires_grad_(x.requires_grad)
+
+
+def with_gradient_in_hand(
+    loss: Tensor, leaves: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
+) -> Tensor:
+    """The scalar `loss` of `leaves` as one of `inputs`, whose values they copy; its gradient is taken now.
+
+    So a layer's queries, keys and values need not wait in memory for the backward pass of the whole step.
+    """
+    if not loss.requires_grad:
+        return loss
+    pairs = [(leaf, x) for leaf, x in zip(leaves, inputs, strict=True) if leaf is not None]
+    pairs = [(leaf, x) for leaf, x in pairs if leaf.requires_grad]
+    gradients = torch.autograd.grad(loss, [leaf for leaf, _ in pairs])
+    return _GradientInHand.apply(loss.detach(), *gradients, *(x for _, x in pairs))
+
+
+class _GradientInHand(torch.autograd.Function):
+    """`apply(loss, *gradients, *inputs) -> loss`."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *gradients_and_inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients_and_inputs[: len(gradients_and_inputs) // 2])
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.saved_tensors
+        return (None, *(None for _ in gradients), *(dloss * gradient for gradient in gradients))
 
 
 def output_weight(attention: Any) -> Tensor:

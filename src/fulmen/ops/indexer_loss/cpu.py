@@ -11,7 +11,14 @@ from fulmen.ops.index_scores.cpu import score_keys
 from fulmen.ops.indexer_loss.reference import IndexerLoss
 from fulmen.ops.mean_attention import tile_mean_attention
 from fulmen.ops.precision import math_dtype
-from fulmen.ops.tiles import KeyTile, interval_blocks, selected_tile, take_keys, zero_bad_keys
+from fulmen.ops.tiles import (
+    LEAST_LOSS_ROWS,
+    KeyTile,
+    interval_blocks,
+    selected_tile,
+    take_keys,
+    zero_bad_keys,
+)
 
 # Numbers in the largest tensor of a block: queries x keys x (index heads, or heads of one key head). Measured
 # on one core (256 queries; 2 K and 8 K keys; 9 heads of 64): the fastest of 2**18 to 2**22, or within 5 %.
@@ -68,7 +75,7 @@ def indexer_loss_selected_blocked(
 
 def _loss_block_rows(n_keys: int, q_BTJE: Tensor, attn_q_BTHD: Tensor, attn_k_BSGD: Tensor) -> int:
     largest = max(q_BTJE.shape[2], attn_q_BTHD.shape[2] // attn_k_BSGD.shape[2]) * max(n_keys, 1)
-    return max(LOSS_BLOCK_NUMBERS // largest, 1)
+    return max(LOSS_BLOCK_NUMBERS // largest, LEAST_LOSS_ROWS)
 
 
 def _loss_over_blocks(

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fulmen.ops.selection_loss.reference import selection_loss_reference
+from fulmen.ops.tiles import LEAST_LOSS_ROWS
 
 # Numbers in a block's logits, all heads.
 SELECTION_BLOCK_LOGITS = 2**21
@@ -27,7 +28,7 @@ def selection_loss_blocked(
 ) -> Tensor:
     """See `fulmen.ops.selection_loss.selection_loss`."""
     batch, queries, heads, _ = attn_q_BTHD.shape
-    n_rows = max(SELECTION_BLOCK_LOGITS // (heads * k_BSIE.shape[1]), 1)
+    n_rows = max(SELECTION_BLOCK_LOGITS // (heads * k_BSIE.shape[1]), LEAST_LOSS_ROWS)
     rows_of_batch = []
     for b in range(batch):
         one = slice(b, b + 1)
