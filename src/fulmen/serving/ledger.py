@@ -27,7 +27,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from fulmen.errors import InsufficientBalance, LedgerError
-from fulmen.serving.ledger_database import READING, failures, make_engine
+from fulmen.serving.ledger_database import READING, failures, hold_book, make_engine
 from fulmen.serving.ledger_tables import VERSION, accounts, book, deposits, metadata, requests
 from fulmen.serving.prices import PriceTable, Rates, Tokens, from_units, money_text, to_units
 
@@ -142,11 +142,9 @@ class Ledger:
     def deposit(self, account_id: str, amount: Decimal, note: str) -> None:
         """Add to an account's balance; from the first deposit on, even one of 0, the account has a limit.
 
-        Raises LedgerError for an amount below 0, ConfigError for one with more than nine decimals.
+        Raises ConfigError for an amount below 0, too large, or with more than nine decimals.
         """
         units = to_units(amount)
-        if units < 0:
-            raise LedgerError(f"deposit {amount} cannot be; use an amount of at least 0")
         row = {"account": account_id, "amount": units, "note": note, "made_ms": _now_ms()}
         with self._writing() as connection:
             _account(connection, account_id)
@@ -215,6 +213,7 @@ class Ledger:
     def _open_book(self) -> None:
         """Make the tables, or see that those found are of this version and currency."""
         with self._writing() as connection:
+            hold_book(connection)
             metadata.create_all(connection)
             found = connection.execute(select(book)).one_or_none()
             if found is None:

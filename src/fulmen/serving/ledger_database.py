@@ -5,13 +5,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event
+from sqlalchemy import URL, Connection, Engine, create_engine, event, func, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from fulmen.errors import LedgerError
 
 BUSY_TIMEOUT_S = 30
+# Any number that no other program takes: "fulmen" in ASCII.
+BOOK_LOCK = 0x66756C6D656E
 READS = "fulmen_reads"
 # Options of a connection that will not write: in SQLite it then waits for no writer.
 READING = {READS: True}
@@ -59,6 +61,12 @@ def _begin_sqlite(connection: Connection) -> None:
     """A transaction that reads and then writes must be a writer from its start, or it may fail midway."""
     reads = connection.get_execution_options().get(READS)
     connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+
+def hold_book(connection: Connection) -> None:
+    """Let one process at a time make the tables, to the end of this transaction; SQLite does so by itself."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(select(func.pg_advisory_xact_lock(BOOK_LOCK)))
 
 
 @contextmanager

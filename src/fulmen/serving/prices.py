@@ -96,11 +96,11 @@ def read_prices(path: Path) -> PriceTable:
 
 
 def to_units(amount: Decimal) -> int:
-    """An amount as a whole number of UNITs. Raises ConfigError if it has more decimals, or is too large."""
-    fits = amount.is_finite() and abs(amount) <= MAX_AMOUNT
+    """An amount as a whole number of UNITs. Raises ConfigError if it cannot be one."""
+    fits = amount.is_finite() and 0 <= amount <= MAX_AMOUNT
     if not fits or amount.quantize(UNIT, context=_EXACT) != amount:
         raise ConfigError(
-            f"amount {amount} cannot be; use at most {MAX_AMOUNT:,} with at most {UNIT_DIGITS} decimals"
+            f"amount {amount} cannot be; use 0 to {MAX_AMOUNT:,}, with up to {UNIT_DIGITS} decimals"
         )
     return int(amount.scaleb(UNIT_DIGITS, _EXACT))
 
