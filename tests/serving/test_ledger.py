@@ -255,6 +255,8 @@ def test_any_order_of_calls_keeps_the_book_of_a_dictionary(steps):
 
 def test_threads_that_settle_the_same_requests_charge_each_once(ledger, place):
     names = [f"r{number}" for number in range(20)]
+    # Threads of one ledger take turns; another ledger's wait for the database alone.
+    books = [ledger, Ledger(place, DEFAULT_PRICES), Ledger(place, DEFAULT_PRICES)]
     ledger.deposit("alice", Decimal(1), "")
     for name in names:
         ledger.begin(name, "alice", *CHAT)
@@ -262,7 +264,7 @@ def test_threads_that_settle_the_same_requests_charge_each_once(ledger, place):
 
     def settle_all(mine, thread):
         for name in random.Random(thread).sample(names, len(names)):
-            mine[name] = ledger.settle(name, Tokens(0, thread, 0), "stop")
+            mine[name] = books[thread % 3].settle(name, Tokens(0, thread, 0), "stop")
 
     threads = [threading.Thread(target=settle_all, args=(mine, n)) for n, mine in enumerate(returned, 1)]
     for thread in threads:
@@ -270,6 +272,8 @@ def test_threads_that_settle_the_same_requests_charge_each_once(ledger, place):
     for thread in threads:
         thread.join()
     assert all(mine == {row.request_id: row.charge for row in ledger.rows()} for mine in returned)
+    for book in books[1:]:
+        book.close()
     require_reconciled(place)
 
 
