@@ -70,6 +70,7 @@ def test_files_are_their_owners_alone(accounts, tmp_path):
 def test_a_revoked_key_finds_nobody_and_the_account_gets_a_new_one(accounts):
     old, other = accounts.issue("alice", 2), accounts.issue("bob")
     accounts.revoke("alice")
+    assert len(accounts) == 3  # or a server would do without keys when the last is revoked
     assert accounts.find(old) is None
     assert accounts.find(other).id == "bob"
     assert accounts.get("alice").concurrency == 2
@@ -185,6 +186,15 @@ def test_a_file_with_a_plain_key_or_nonsense_is_refused_unseen(tmp_path, fields,
     with pytest.raises(AccountError, match=said) as refused:
         Accounts(tmp_path)
     assert PLAIN not in str(refused.value)
+
+
+def test_a_key_file_that_goes_away_lets_nobody_in(accounts, tmp_path):
+    key = accounts.issue("alice")
+    assert accounts.find(key).id == "alice"
+    (tmp_path / "state" / KEYS).unlink()
+    for ask in (lambda: accounts.find(key), lambda: len(accounts)):
+        with pytest.raises(AccountError, match=r"keys\.json is gone"):
+            ask()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"accounts": 3}', "null"])
