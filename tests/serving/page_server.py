@@ -1,9 +1,10 @@
-"""A small HTTP server that speaks the gateway's contract and answers from a script: what the page is tested against.
+"""A small HTTP server that speaks the gateway's contract and answers from a script, to test the page against.
 
     with PageServer() as server: server.url, server.release, server.dropped, server.requests
 
-What a message ends with chooses the answer: "fail 402" an error, "html" markup, "code" a fenced block, "hold" an answer
-whose second half comes after `release`, "break" one that ends too early, "long" many lines, "numbers" the usage alone.
+The last line of a message chooses the answer: "fail 402" an error, "html" markup, "code" a fenced block,
+"hold" one whose second half waits for `release`, "break" one that ends too early, "long" many lines; all else
+a few words.
 """
 
 import json
@@ -72,7 +73,7 @@ def usage(messages: list[dict[str, str]], output: int) -> dict[str, Any]:
 
 
 class PageServer(ThreadingHTTPServer):
-    """Serves the page at `url` and answers. release: set it to let a held answer go on; dropped: the page hung up."""
+    """Serves the page at `url`. release: set it to let a held answer go on. dropped: the page hung up."""
 
     daemon_threads = True
 

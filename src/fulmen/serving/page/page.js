@@ -142,11 +142,12 @@ function showInfo(loaded) {
   info = loaded;
   $("model").textContent = info.model;
   document.title = `${info.model} · fulmen`;
-  $("explanation").textContent = info.dsa
-    ? `For each token attention reads at most ${count.format(info.dsa.topk)} others (mean over layers), ` +
-      `however long the text, up to ${count.format(info.context)}. Attach, paste or drop a document: ` +
-      "it is read once, and later questions take it from the cache."
-    : `For each token attention reads all others, up to ${count.format(info.context)}.`;
+  $("explanation").textContent =
+    `Attach, paste or drop a document, up to ${count.format(info.context)} tokens. It is read once; ` +
+    "later questions take it from the cache." +
+    (info.dsa
+      ? ` For each token, attention reads at most ${count.format(info.dsa.topk)} (mean over layers).`
+      : "");
   $("key-hint").textContent =
     `${info.needs_key ? "Needed" : "Not needed"} by this server. Kept until the tab is closed.`;
   $("key").required = info.needs_key;

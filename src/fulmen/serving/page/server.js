@@ -3,7 +3,7 @@
 const ADVICE = {
   401: "The API key is missing or wrong: enter it under Settings, then send again.",
   402: "The balance of this API key is used up: top it up, then send again.",
-  429: "Too many requests at once with this API key: wait until another answer has ended, then send again.",
+  429: "Too many requests at once with this API key: wait for another answer to end, then send again.",
   500: "The server failed at this request: send it again, or tell whoever runs the server.",
   502: "The server behind this address does not answer: tell whoever runs it.",
   503: "The server is busy or starting: wait a moment, then send again.",
@@ -49,8 +49,11 @@ async function fetchOrExplain(path, options) {
 
 /** Fill `answer` ({text, usage, finish}) from the stream; calls onText after each piece of text. */
 export async function receive(body, answer, onText) {
+  let done = false;
   for await (const data of serverEvents(body)) {
-    if (data === "[DONE]") return;
+    // Read on to the end: hanging up here would look as if the reader had left.
+    if (data === "[DONE]") done = true;
+    if (done) continue;
     const chunk = JSON.parse(data);
     if (chunk.error) throw new ServerError(Number(chunk.error.code) || 500, chunk.error.message);
     answer.usage = chunk.usage ?? answer.usage;
@@ -61,7 +64,7 @@ export async function receive(body, answer, onText) {
       onText();
     }
   }
-  throw new ServerError(0, BROKE_OFF);
+  if (!done) throw new ServerError(0, BROKE_OFF);
 }
 
 /** The `data:` fields of a stream of server-sent events. Its other lines only keep the connection alive. */
