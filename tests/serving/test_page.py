@@ -426,7 +426,7 @@ def test_a_document_longer_than_the_context_is_marked(page):
     page.locator("#file").set_input_files(
         {"name": "a.txt", "mimeType": "text/plain", "buffer": b"word" * (CONTEXT + 100)}
     )
-    expect(page.locator("#attachments .too-long")).to_contain_text("about 8,300 tokens")
+    expect(page.locator("#attachments .too-long")).to_contain_text("about 8,300 tokens, too long")
 
 
 def test_an_answer_that_breaks_off_stays_and_says_so(page):

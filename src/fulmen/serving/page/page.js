@@ -108,7 +108,7 @@ function keep(turn, answer, failureNote) {
 
 function noteOnFailure(signal) {
   return signal.aborted
-    ? "Stopped. What was written until then is charged, but is not in the sums here."
+    ? "Stopped. What was read and written until then is charged, but is not in the sums here."
     : "The answer broke off here; ask to go on.";
 }
 
@@ -199,8 +199,10 @@ function attachmentChip({ title, text }) {
   const chip = copyOf("attachment-template");
   const tokens = text.length / CHARACTERS_PER_TOKEN;
   chip.querySelector(".title").textContent = title;
-  chip.querySelector(".size").textContent = `about ${count.format(Number(tokens.toPrecision(2)))} tokens`;
-  chip.classList.toggle("too-long", tokens > (info?.context ?? Infinity));
+  const tooLong = tokens > (info?.context ?? Infinity);
+  const size = `about ${count.format(Number(tokens.toPrecision(2)))} tokens`;
+  chip.querySelector(".size").textContent = tooLong ? `${size}, too long for this model` : size;
+  chip.classList.toggle("too-long", tooLong);
   return chip;
 }
 
