@@ -3,8 +3,8 @@
     with PageServer() as server: server.url, server.release, server.dropped, server.requests
 
 The last line of a message chooses the answer: "fail 402" an error, "html" markup, "code" a fenced block,
-"hold" one whose second half waits for `release`, "break" one that ends too early, "long" many lines; all else
-a few words.
+"hold" one whose second half waits for `release`, "cut" the same within a letter, "break" one that ends too
+early, "long" many lines; all else a few words.
 """
 
 import json
@@ -21,11 +21,12 @@ TOPK = 512
 PRICES = {"hit": "0.2", "miss": "2", "output": "3"}
 DENSE_PRICES = {"hit": "0.5", "miss": "4", "output": "12"}
 HTML = "<img src=x onerror=\"document.title='owned'\"><b>bold</b> & <script>document.title='owned'</script>"
-CODE = "Here it is:\n\n```python\ndef f(x):\n    return  x < 1 and x > 0\n```\n\nThat is all."
+CODE = "Here it is:\n\n```python\ndef f(x):\n    return  x < 1 or '<b>x</b>'\n```\n\nThat is all."
 ANSWERS = {
     "html": [HTML],
     "code": [CODE[i : i + 7] for i in range(0, len(CODE), 7)],
     "hold": ["The first half, ", "and the second."],
+    "cut": ["Whole, ", "cut in an ü."],
     "break": ["It began "],
     "long": [f"Line {i} of an answer that is longer than the window.\n" for i in range(120)],
 }
@@ -133,13 +134,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _events(self, request: dict[str, Any], script: str) -> Iterator[bytes]:
         pieces = ANSWERS.get(script, ["An ", "answer ", "— ünïcode."])
         yield b": keep-alive\n\n"
-        for i, text in enumerate(pieces):
-            if script == "hold" and i == 1:
-                yield from self._until_released()
-            whole = _event([{"index": 0, "delta": {"content": text}, "finish_reason": None}])
-            # Cut inside a line, and often inside a letter: a page must put it together again.
-            yield whole[: len(whole) // 2]
-            yield whole[len(whole) // 2 :]
+        events = [
+            _event([{"index": 0, "delta": {"content": text}, "finish_reason": None}]) for text in pieces
+        ]
+        if script == "hold":
+            yield events.pop(0)
+            yield from self._until_released()
+        elif script == "cut":
+            start, letter, end = b"".join(events).partition("ü".encode())
+            yield start + letter[:1]
+            self.server.release.wait(SECONDS)
+            events = [letter[1:] + end]
+        yield from events
         if script == "break":
             return
         yield _event([{"index": 0, "delta": {}, "finish_reason": "stop"}])

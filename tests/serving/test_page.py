@@ -294,6 +294,13 @@ def test_text_shows_while_the_rest_is_still_to_come(page, server):
     expect(page.get_by_role("button", name="Send")).to_be_visible()
 
 
+def test_a_letter_that_comes_in_two_pieces_is_one(page, server):
+    send(page, "cut")
+    expect(page.locator(".answer > .text")).to_have_text("Whole,")
+    server.release.set()
+    expect(answered(page).locator(".text")).to_have_text("Whole, cut in an ü.")
+
+
 @pytest.mark.parametrize("by", ["button", "key"])
 def test_stop_hangs_up_and_keeps_what_came(page, server, by):
     send(page, "hold")
