@@ -188,6 +188,10 @@ def test_figures_are_those_of_usage_and_add_up(page):
 
 def test_a_phone_scrolls_down_only(open_page):
     page = open_page(viewport={"width": 375, "height": 700}, has_touch=True)
+    document = {"name": f"{'long-name-' * 9}.txt", "mimeType": "text/plain", "buffer": b"word" * 90_000}
+    page.locator("#file").set_input_files(document)
+    expect(page.locator("#attachments li")).to_have_count(1)
+    assert too_wide(page) == []
     send(page, "A" * 300 + " " + "Hello. " * 900)
     answered(page)
     assert too_wide(page) == []

@@ -201,7 +201,7 @@ function attachmentChip({ title, text }) {
   chip.querySelector(".title").textContent = title;
   const tooLong = tokens > (info?.context ?? Infinity);
   const size = `about ${count.format(Number(tokens.toPrecision(2)))} tokens`;
-  chip.querySelector(".size").textContent = tooLong ? `${size}, too long for this model` : size;
+  chip.querySelector(".size").textContent = tooLong ? `${size}, too long` : size;
   chip.classList.toggle("too-long", tooLong);
   return chip;
 }
