@@ -13,6 +13,7 @@ from fulmen.modeling.cache import CacheBytes
 from fulmen.modeling.cost import (
     CostRow,
     cost_rows,
+    head_weights,
     index_key_share,
     indexer_shape,
     is_mla,
@@ -95,7 +96,7 @@ def describe(source: str) -> ModelDescription:
         architecture=type(model).__name__,
         parameters=model.num_parameters(),
         indexer_parameters=(indexer.key_weights + indexer.query_weights) * len(dsa.layers),
-        step_weights=(layer_weights(config) + config.hidden_size * config.vocab_size) * dtype.itemsize,
+        step_weights=(layer_weights(config) + head_weights(config)) * dtype.itemsize,
         layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
