@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -71,6 +71,20 @@ class Speed:
     samples: list[Sample]
     backends: dict[str, str]
     errors: dict[str, float]
+
+    @property
+    def last_position(self) -> int:
+        """The longest text that was timed, in tokens."""
+        return int(max(sample.position for sample in self.samples))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        lines = {
+            kind: {part: line._asdict() for part, line in parts._asdict().items()}
+            for kind, parts in self.lines.items()
+        }
+        samples = [sample._asdict() for sample in self.samples]
+        return {"lines": lines, "samples": samples, "backends": self.backends, "errors": self.errors}
 
 
 class LayerCase(NamedTuple):
