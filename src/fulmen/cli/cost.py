@@ -1,6 +1,5 @@
 """`fulmen cost`: what a million tokens cost against position, dense and with DSA. Loads no weights."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -16,9 +15,8 @@ if TYPE_CHECKING:
     from fulmen.evaluation.price import ModelShape, Pair, PriceRow, Pricing
     from fulmen.evaluation.speed import Speed
 
-# Places of the curve beside the powers of two, which the table shows.
-CURVE_STEPS = 64
-FIRST_POWER = 10
+# The table begins here.
+FIRST_SHOWN = 1024
 POOR_FIT = 0.25
 
 
@@ -47,7 +45,8 @@ def cost_command(
     ] = False,
     price: Annotated[float, typer.Option(help="Dollars an hour for the machine.")] = DEFAULT_PRICE,
     hit_rate: Annotated[
-        float, typer.Option(help="Share of the prompts' tokens that a prefix cache holds, at no cost: 0 to 1.")
+        float,
+        typer.Option(help="Share of the prompts' tokens that a prefix cache holds, at no cost: 0 to 1."),
     ] = 0.0,
     batch: Annotated[
         int, typer.Option(help="Sequences decoded together, which share each read of the weights.")
@@ -55,7 +54,9 @@ def cost_command(
     length: Annotated[int, typer.Option(help="The last position.")] = DEFAULT_POSITIONS,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder to write to. [dim]Default: cost-MODEL.[/]", show_default=False),
+        typer.Option(
+            metavar="DIR", help="Folder to write to. [dim]Default: cost-MODEL.[/]", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Price a model's tokens by position, read and generated, dense and with DSA. Loads no weights.
@@ -91,32 +92,26 @@ class PriceRun(NamedTuple):
 
 
 def price_model(settings: CostSettings) -> dict[str, Any]:
-    """Price, write and print as `fulmen cost` does; return what cost.json holds. Raises what its parts raise."""
+    """Price, write and print as `fulmen cost` does; return what cost.json holds.
+
+    Raises what its parts raise.
+    """
     from fulmen.cli.description import read_shape
-    from fulmen.evaluation.price import KINDS, Machine, Measured, Pricing, Roofline, Terms
+    from fulmen.evaluation.price import KINDS, Machine, Measured, Pricing, Roofline, Terms, curve_positions
 
     _, _, shape = read_shape(settings.source)
     speed = _measured(settings, shape) if settings.measure else None
-    if speed is None:
-        assert settings.flops is not None and settings.bandwidth is not None, "CostSettings asks for both"
-        machine = Machine(settings.flops, settings.bandwidth)
-    else:
-        machine = speed.machine
-    attention = Roofline(machine) if speed is None else Measured(speed.lines)
+    machine = speed.machine if speed else Machine(*settings.given_speed())
+    attention = Measured(speed.lines) if speed else Roofline(machine)
     pricing = Pricing(shape, machine, attention, Terms(settings.price, settings.hit_rate, settings.batch))
     crossovers = {kind: pricing.cheaper_from(kind, settings.length) for kind in KINDS}
-    run = PriceRun(settings, pricing, speed, pricing.rows(curve_positions(settings.length)), crossovers)
+    positions = curve_positions(shape.dsa, settings.length)
+    run = PriceRun(settings, pricing, speed, pricing.rows(positions), crossovers)
     report = _report(run)
     written = _write(run, report)
     _print(run, Console(highlight=False))
     typer.echo("Wrote " + ", ".join(map(str, written)), err=True)
     return report
-
-
-def curve_positions(length: int) -> list[int]:
-    """Ascending, up to `length`: CURVE_STEPS even steps, and the powers of two that the table shows."""
-    even = {-(-length * step // CURVE_STEPS) for step in range(1, CURVE_STEPS + 1)}
-    return sorted(even | {2**power for power in range(FIRST_POWER, length.bit_length()) if 2**power <= length})
 
 
 def _measured(settings: CostSettings, shape: "ModelShape") -> "Speed":
@@ -147,7 +142,7 @@ def _report(run: PriceRun) -> dict[str, Any]:
         "unit": "dollars per million tokens",
         "crossovers": run.crossovers,
         "rows": [price_dict(row) for row in run.rows],
-        "measured": run.speed and run.speed.to_dict(),
+        "measured": run.speed.to_dict() if run.speed else None,
     }
 
 
@@ -155,7 +150,7 @@ def _write(run: PriceRun, report: dict[str, Any]) -> list[Path]:
     from fulmen.evaluation.price_plot import png_bytes, price_csv, price_plot
     from fulmen.evaluation.report import write_json, write_whole
 
-    plot = price_plot(run.rows, run.crossovers, run.speed and run.speed.last_position)
+    plot = price_plot(run.rows, run.crossovers, run.speed.last_position if run.speed else None)
     folder = run.settings.folder
     return [
         write_json(report, folder / "cost.json"),
@@ -170,9 +165,10 @@ def _print(run: PriceRun, console: Console) -> None:
     for kind, position in run.crossovers.items():
         console.print(f"{kind}: {_crossover_in_words(position, length)}")
     how = "measured on this machine's CPU" if run.speed else "a bound, at the machine's full speed"
+    topk = run.pricing.shape.dsa.topk
     console.print(
         f"{how}: {machine.flops:.3g} FLOP/s, {machine.bandwidth:.3g} B/s, ${terms.per_hour:g} an hour; batch "
-        f"{terms.batch}, {terms.hit_rate:.0%} of the prompts' tokens cached; k = {run.pricing.shape.dsa.topk:,}"
+        f"{terms.batch}, {terms.hit_rate:.0%} of the prompts' tokens cached; k = {topk:,}"
     )
     if run.speed:
         _print_fit(run.speed, console)
@@ -184,7 +180,7 @@ def _table(rows: "list[PriceRow]", length: int) -> Table:
     for name in ("\nposition", *names):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        if row.position == length or row.position.bit_count() == 1 and row.position >= 2**FIRST_POWER:
+        if row.position == length or (row.position.bit_count() == 1 and row.position >= FIRST_SHOWN):
             table.add_row(f"{row.position:,}", *_cells(row.prefill), *_cells(row.decode))
     return table
 
@@ -206,12 +202,16 @@ def _print_fit(speed: "Speed", console: Console) -> None:
     worst = 0.0
     for kind, lines in speed.lines.items():
         parts = [
-            f"{part} {line.fixed * 1e6:.3g} us + {line.per_token * 1e9:.3g} ns a token (within {line.error:.0%})"
-            for part, line in lines._asdict().items()
+            f"{part} {fixed * 1e6:.3g} us + {per_token * 1e9:.3g} ns a token, within {error:.0%}"
+            for part, (fixed, per_token, error) in lines._asdict().items()
         ]
         worst = max(worst, *(line.error for line in lines))
-        console.print(f"one layer, {kind}: {', '.join(parts)}")
+        console.print(f"one layer, {kind}: {'; '.join(parts)}")
     backends = ", ".join(f"{part} by {name}" for part, name in speed.backends.items())
-    console.print(f"computed: {backends}; measured up to {speed.last_position:,} tokens, drawn from the lines")
+    console.print(
+        f"computed: {backends}; measured up to {speed.last_position:,} tokens, drawn from the lines"
+    )
     if worst > POOR_FIT:
-        console.print(f"The lines miss measured times by up to {worst:.0%}: the machine was busy, measure again")
+        console.print(
+            f"The lines miss measured times by up to {worst:.0%}: the machine was busy, measure again"
+        )

@@ -58,6 +58,12 @@ class CostSettings:
         if self.out is not None and self.folder.exists() and not self.folder.is_dir():
             raise ConfigError(f"out={str(self.out)!r} is a file; name a folder")
 
+    def given_speed(self) -> tuple[float, float]:
+        """FLOPs and bytes a second."""
+        assert self.flops, "without --measure both are given"
+        assert self.bandwidth, "without --measure both are given"
+        return self.flops, self.bandwidth
+
     @property
     def folder(self) -> Path:
         """Where results go."""

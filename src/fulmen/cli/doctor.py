@@ -58,7 +58,10 @@ def doctor_command(
 
 
 def diagnose() -> Diagnosis:
-    """Ask every operation on every device and dtype. Raises BackendError if FULMEN_BACKEND names no backend."""
+    """Ask about every operation on every device and dtype.
+
+    Raises BackendError if FULMEN_BACKEND names no backend.
+    """
     import torch
 
     from fulmen.ops.dispatch import BACKEND_DTYPES, BACKEND_VARIABLE, BACKENDS, OPERATIONS
@@ -66,7 +69,7 @@ def diagnose() -> Diagnosis:
     pin = os.environ.get(BACKEND_VARIABLE) or None
     if pin and pin not in BACKENDS:
         raise BackendError(
-            f"{BACKEND_VARIABLE}={pin!r} names no backend; set it to one of {', '.join(BACKENDS)}, or unset it"
+            f"{BACKEND_VARIABLE}={pin!r} names no backend; set it to {', '.join(BACKENDS)}, or unset it"
         )
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     choices = [
@@ -101,7 +104,9 @@ def _facts() -> dict[str, str]:
     facts["CPU"] = f"{processor_name()}, {os.cpu_count()} cores"
     facts["threads"] = str(torch.get_num_threads())
     facts["native library"] = (
-        f"cannot run: {reason}" if reason else f"built for {', '.join(native_simd()) or 'no vector extension'}"
+        f"cannot run: {reason}"
+        if reason
+        else f"built for {', '.join(native_simd()) or 'no vector extension'}"
     )
     if torch.cuda.is_available():
         facts["GPU"] = torch.cuda.get_device_name()
@@ -133,7 +138,7 @@ def _print(found: Diagnosis, console: Console) -> None:
         console.print(_table(device, choices))
         if any(choice.backend is None for choice in choices):
             console.print(
-                f"none: {BACKEND_VARIABLE}={found.pin} cannot compute this, and it raises; unset the variable, "
+                f"none: {BACKEND_VARIABLE}={found.pin} cannot compute this, and raises; unset the variable "
                 "or set it to cpu",
                 soft_wrap=True,
             )

@@ -36,6 +36,8 @@ TOKENS_OF_PRICE = 1_000_000
 SECONDS_PER_HOUR = 3600
 # Places where the search for a crossover looks, per doubling of the position; between them it halves.
 SEARCH_STEPS = 16
+# A curve's even steps, and the first power of two in it.
+CURVE_STEPS, FIRST_POWER = 64, 10
 
 
 class Pair(NamedTuple):
@@ -130,10 +132,10 @@ class Line(NamedTuple):
 
 
 class LayerLines(NamedTuple):
-    """What was measured of one layer: dense attention, selection by the indexer, attention to the selected."""
+    """What was measured of one layer: dense attention, the indexer's selection, attention to the selected."""
 
     dense: Line
-    index: Line
+    select: Line
     sparse: Line
 
 
@@ -153,7 +155,7 @@ class Measured:
         def dsa(layer: LayerStep) -> float:
             if layer.topk is None:
                 return lines.dense.at(layer.visible)
-            return lines.sparse.at(position) + (lines.index.at(position) if layer.has_indexer else 0.0)
+            return lines.sparse.at(position) + (lines.select.at(position) if layer.has_indexer else 0.0)
 
         layers = layer_steps(shape.config, shape.dsa, position)
         return Pair(sum(lines.dense.at(layer.visible) for layer in layers), sum(map(dsa, layers)))
@@ -200,18 +202,27 @@ class Pricing:
         return self.machine.seconds(Work(read * self.shape.dtype.itemsize / self.terms.batch, flops))
 
 
-def search_positions(dsa: DsaConfig, length: int) -> list[int]:
-    """Ascending positions 1 to `length` between which a comparison is taken to change its mind once.
+def curve_positions(dsa: DsaConfig, length: int) -> list[int]:
+    """Ascending positions to draw, up to `length`: even steps, powers of two, both sides of each jump."""
+    powers = {2**power for power in range(FIRST_POWER, length.bit_length())}
+    even = {-(-length * step // CURVE_STEPS) for step in range(1, CURVE_STEPS + 1)}
+    return sorted(at for at in {1} | powers | even | _jumps(dsa) if at <= length)
 
-    On both sides of every layer's k, where DSA's cost jumps, and `SEARCH_STEPS` per doubling.
-    """
-    jumps = {max(dsa.topk, dsa.layer_topk(layer)) for layer in dsa.layers}
-    found = {1, length, *jumps, *(jump + 1 for jump in jumps)}
+
+def search_positions(dsa: DsaConfig, length: int) -> list[int]:
+    """Ascending positions 1 to `length` between which a comparison is taken to change its mind once."""
+    found = {1, length} | _jumps(dsa)
     at = 1.0
     while at < length:
         found.add(round(at))
         at *= 2 ** (1 / SEARCH_STEPS)
-    return sorted(position for position in found if position <= length)
+    return sorted(at for at in found if at <= length)
+
+
+def _jumps(dsa: DsaConfig) -> set[int]:
+    """The last position without selection and the first with it, of every layer: DSA's cost jumps there."""
+    kept = {max(dsa.topk, dsa.layer_topk(layer)) for layer in dsa.layers}
+    return kept | {topk + 1 for topk in kept}
 
 
 def cheaper_from(cost: Callable[[int], Pair], positions: Sequence[int]) -> int | None:

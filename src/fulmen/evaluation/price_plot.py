@@ -9,10 +9,8 @@ from fulmen.evaluation.plots import (
     INK,
     VARIANT_COLORS,
     Plot,
-    legend_above,
     new_figure,
     plain_ticks,
-    short_count,
 )
 from fulmen.evaluation.price import KINDS, PriceRow
 
@@ -40,14 +38,14 @@ def price_plot(
             prices = [getattr(getattr(row, kind), side) for row in rows]
             style = {"color": VARIANT_COLORS[side], "linestyle": STYLES[side]}
             axes.plot(positions, prices, linewidth=1.8, label=LABELS[side], **style)
-        axes.set(xlim=(0, positions[-1]), ylabel=f"{kind}\n$ per million tokens")
+        axes.set(xlim=(0, positions[-1]), ylabel="$ per million tokens")
         axes.set_ylim(bottom=0)
         plain_ticks(axes.xaxis, [positions[-1] * step // 4 for step in range(5)])
-        _mark_crossover(axes, crossovers[kind], positions[-1])
+        _mark_crossover(axes, kind, crossovers[kind], positions[-1])
         if measured_to is not None and measured_to < positions[-1]:
             axes.axvspan(measured_to, positions[-1], color=INK, alpha=0.06, linewidth=0)
     panels[-1][0].set_xlabel("position (tokens)")
-    legend_above(panels[0][0])
+    panels[-1][0].legend(frameon=False, labelcolor=INK)
     caption = "What a million tokens cost at a position; dotted: from there on DSA is cheaper."
     if measured_to is not None:
         caption += f" Shaded: beyond the measured {measured_to:,} tokens, along the fitted lines."
@@ -75,14 +73,8 @@ def price_dict(row: PriceRow) -> dict[str, Any]:
     return {"position": row.position, **{kind: getattr(row, kind)._asdict() for kind in KINDS}}
 
 
-def _mark_crossover(axes: Any, position: int | None, length: int) -> None:
-    if position is None:
-        note = f"DSA is never cheaper within {short_count(length)}"
-        axes.annotate(note, (0.03, 0.92), xycoords="axes fraction", color=INK, fontsize=9)
-        return
-    axes.axvline(position, color=INK, linewidth=0.8, linestyle=":")
-    # On the side that has room.
-    near_end = position > 0.6 * length
-    note = f"DSA is cheaper \n from {short_count(position)} "
-    place = {"ha": "right" if near_end else "left", "va": "top"}
-    axes.annotate(note, (position, 0.95), xycoords=("data", "axes fraction"), color=INK, fontsize=9, **place)
+def _mark_crossover(axes: Any, kind: str, position: int | None, length: int) -> None:
+    if position is not None:
+        axes.axvline(position, color=INK, linewidth=0.8, linestyle=":")
+    note = f"never cheaper within {length:,}" if position is None else f"cheaper from {position:,}"
+    axes.set_title(f"{kind}: DSA is {note}", loc="left", fontsize=10, color=INK)

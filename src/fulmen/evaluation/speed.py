@@ -1,10 +1,10 @@
 """Times of one layer's attention on this machine's CPU, in a model's shape, as lines against position.
 
-Timed are fulmen's own operations: dense attention; unpacking, scoring and selection of index keys; attention to
-the selected. Decoding is one token after a cache, reading a prompt a block of PREFILL_BLOCK tokens after one;
-of either one sequence, of random numbers. The three are checked against the specification first, where more
-keys are visible than kept, then timed in turn, round after round; a figure is the median of the rounds. Lines
-are of least squares in relative distances, so that a short text's time counts as much as a long one's.
+Timed are fulmen's own operations: dense attention; unpacking, scoring and selecting by index keys; attention
+to the selected. Decoding is one token after a cache, reading a prompt a block of PREFILL_BLOCK tokens after
+one; of either one sequence, of random numbers. The three are checked against the specification first, where
+more keys are visible than kept, then timed in turn, round after round; a figure is the median of the rounds.
+Lines are of least squares in relative distances: a short text's time counts as much as a long one's.
 """
 
 import statistics
@@ -29,7 +29,7 @@ from fulmen.ops.index_scores.reference import index_scores_reference
 from fulmen.ops.select_topk import index_topk
 from fulmen.ops.sparse_attention import sparse_attention
 
-OPERATIONS = {"dense": "dense_attention", "index": "index_topk", "sparse": "sparse_attention"}
+OPERATIONS = {"dense": "dense_attention", "select": "index_topk", "sparse": "sparse_attention"}
 # Fast calls get as many rounds as fit into the seconds, slow ones the fewest.
 FEWEST_ROUNDS, MOST_ROUNDS, ROUNDS_SECONDS, WARM_UP = 5, 101, 1.0, 1
 CHECKED_QUERIES = 4
@@ -122,7 +122,7 @@ class LayerCase(NamedTuple):
 
 
 def measured_positions(topk: int, length: int) -> list[int]:
-    """Tokens to measure at, doubling from twice `topk`. Raises ConfigError if `length` has too few of them."""
+    """Tokens to measure at, doubling from twice `topk`. Raises ConfigError if there are too few."""
     first = max(SHORTEST_POSITION, 2 * topk)
     positions = [first * 2**n for n in range(DOUBLINGS) if first * 2**n <= length]
     if len(positions) < FEWEST_POSITIONS:
@@ -177,14 +177,14 @@ def check_operations(shape: ModelShape) -> dict[str, float]:
         found = {"dense": case.attend_densely(), "sparse": case.attend(topk_BTK)}
         for part, out_BTHV in found.items():
             errors[f"{kind} {part}"] = _relative_error(out_BTHV, wanted[part])
-        errors[f"{kind} index"] = _selection_error(case, topk_BTK)
+        errors[f"{kind} select"] = _selection_error(case, topk_BTK)
     tolerance = TOLERANCES[shape.dtype]
     for name, error in errors.items():
         if not error <= tolerance:
             part = name.split()[-1]
             backend = resolve(OPERATIONS[part], "cpu", shape.dtype)
             raise BackendError(
-                f"{OPERATIONS[part]} by {backend!r} is {error:.1e} off its specification in this model's shape; "
+                f"{OPERATIONS[part]} by {backend!r} is {error:.1e} off its specification in this shape; "
                 "nothing was timed; install fulmen here again, or set FULMEN_BACKEND=cpu"
             )
     return errors
@@ -196,7 +196,7 @@ def time_layer(shape: ModelShape, kind: str, position: int, seconds: float) -> l
     case = layer_case(shape, kind, queries, position)
     topk_BTK = case.select()
     assert case.topk < int(case.stop_BT.min()), "every query must leave something out"
-    parts = {"dense": case.attend_densely, "index": case.select, "sparse": lambda: case.attend(topk_BTK)}
+    parts = {"dense": case.attend_densely, "select": case.select, "sparse": lambda: case.attend(topk_BTK)}
     visible = float(case.stop_BT.float().mean())
     return [
         Sample(kind, part, visible, [second / queries for second in times])
@@ -240,7 +240,7 @@ def fit_lines(samples: Sequence[Sample]) -> dict[str, LayerLines]:
 
 
 def fit_line(positions: Sequence[float], seconds: Sequence[float]) -> Line:
-    """The line whose relative distances have the least squares, among those whose numbers are not negative."""
+    """The line whose relative distances have the least squares, among those without negative numbers."""
     x, y = np.array(positions), np.array(seconds)
     terms = np.stack((1 / y, x / y))
     fixed, slope = np.linalg.lstsq(terms.T, np.ones_like(y))[0]

@@ -18,11 +18,11 @@ key/value heads, J index heads of width E, I index key heads, K keys kept, b byt
 where "keys" and "queries" are the indexer's projections (2 FLOPs a weight) and Q = PREFILL_BLOCK queries
 share one read of the keys; selected keys are gathered for each query by itself. Reading a prompt, dense MLA
 expands each latent once, by weights that count among the others, and pays less per pair than absorbed; a
-selection, another one for each query, is read absorbed. Up to K tokens nothing is scored: DSA reads what dense
-attention reads and only stores an index key. A sliding layer sees its window; layers that are not converted
-cost the same on both sides. The other weights add 2 FLOPs each (of a mixture of experts: those of the experts
-that a token visits; the output head in decoding only, where every token needs it). Norms, softmax, biases and
-the read of the weights, which a batch shares (`read_weights`), are left out.
+selection, another one for each query, is read absorbed. Up to K tokens nothing is scored: DSA reads what
+dense attention reads and only stores an index key. A sliding layer sees its window; layers that are not
+converted cost the same on both sides. The other weights add 2 FLOPs each (of a mixture of experts: those of
+the experts that a token visits; the output head in decoding only, where every token needs it). Norms, softmax,
+biases and the read of the weights, which a batch shares (`read_weights`), are left out.
 """
 
 from collections.abc import Iterable
@@ -290,7 +290,7 @@ def _step_parts(
     weights: int,
     pair_flops: int,
 ) -> StepParts:
-    """One token at `position`; `block` queries share a read of what all of them see, at `pair_flops` a pair."""
+    """One token; `block` queries share a read of what all of them see, at `pair_flops` a pair."""
     layers = layer_steps(config, dsa, position)
     shape, indexer = attention_shape(config), indexer_shape(config, dsa)
     token, index_key = shape.token_width * dtype_bytes, index_key_bytes(config, dsa, dtype_bytes)
