@@ -21,8 +21,8 @@ expands each latent once, by weights that count among the others, and pays less 
 selection, another one for each query, is read absorbed. Up to K tokens nothing is scored: DSA reads what
 dense attention reads and only stores an index key. A sliding layer sees its window; layers that are not
 converted cost the same on both sides. The other weights add 2 FLOPs each (of a mixture of experts: those of
-the experts that a token visits; the output head in decoding only, where every token needs it). Norms, softmax,
-biases and the read of the weights, which a batch shares (`read_weights`), are left out.
+the experts that a token visits; the output head in decoding only, where every token needs it). Norms,
+softmax, biases and the read of the weights, which a batch shares (`read_weights`), are left out.
 """
 
 from collections.abc import Iterable
