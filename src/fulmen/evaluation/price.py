@@ -8,7 +8,7 @@ The seconds of a token are those of its weights and those of its attention, one 
     attention   by `Roofline` the same maximum, for attention and index scores apart; or by `Measured`, lines
                 fitted to times on a machine (`fulmen.evaluation.speed`)
 
-A roofline is a bound from below on both sides alike: caches on chip, launches and communication are left out.
+A roofline leaves out the same on both sides: launches, communication, caches on chip, several tokens a step.
 Bytes and FLOPs are those of `fulmen.modeling.cost`. Sources: arXiv 2512.02556, figure 3; Williams, Waterman
 and Patterson, "Roofline", 2009.
 """
