@@ -16,7 +16,7 @@ import fulmen
 from fulmen.cli.main import app
 from fulmen.modeling.checkpoint import find_source
 
-COMMANDS = ["inspect", "convert", "eval", "chat"]
+COMMANDS = ["inspect", "convert", "eval", "chat", "cost", "doctor"]
 
 
 def call(*arguments, **options):

@@ -114,7 +114,10 @@ def test_mla_by_hand():
     decode = decode_cost(V3, V3_DSA, 131_072)
     assert (decode.dense_bytes, decode.dsa_bytes) == (61 * dense, 61 * sparse)
     pair = 2 * 128 * (576 + 512)
-    assert cost.dense_flops == 2 * layer_weights(V3) + 61 * 131_072 * pair
+    expanded = 2 * 128 * (128 + 64 + 128)
+    assert cost.dense_flops == 2 * layer_weights(V3) + 61 * 131_072 * expanded
+    head = 2 * V3.vocab_size * V3.hidden_size
+    assert decode.dense_flops == 2 * layer_weights(V3) + head + 61 * 131_072 * pair
     indexer = 131_072 * 2 * 64 * 129 + 2 * (1536 * 64 * 128 + 7168 * 64 + 7168 * 128)
     assert cost.dsa_flops == 2 * layer_weights(V3) + 61 * (2048 * pair + indexer)
     assert round((layer_weights(V3) + V3.vocab_size * V3.hidden_size) / 1e9) == 37  # "37B activated"

@@ -9,10 +9,13 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from fulmen.cli.model_config import read_config
 from fulmen.config import DsaConfig
+from fulmen.evaluation.price import ModelShape
 from fulmen.modeling.cache import CacheBytes
+from fulmen.modeling.checkpoint import ModelSource
 from fulmen.modeling.cost import (
     CostRow,
     cost_rows,
+    head_weights,
     index_key_share,
     indexer_shape,
     is_mla,
@@ -78,13 +81,23 @@ class ModelDescription:
         return {**vars(self), **changed}
 
 
-def describe(source: str) -> ModelDescription:
-    """Read the config and compute all the rest. Raises as `read_config` and `default_dsa`."""
+def read_shape(source: str) -> tuple[ModelSource, bool, ModelShape]:
+    """Where a model is, whether it has DSA, and its shape with the DSA that it has or would get.
+
+    Raises as `read_config` and `default_dsa`.
+    """
     found, config = read_config(source)
     converted = any(config.model_type in family.dsa_types for family in all_families())
     dsa = dsa_of(config) if converted else default_dsa(config)
     # Quantized GGUF weights become float32 when loaded; a config without a dtype means the same.
     dtype: Any = (None if found.gguf_file else config.dtype) or torch.float32
+    return found, converted, ModelShape(config, dsa, dtype)
+
+
+def describe(source: str) -> ModelDescription:
+    """Read the config and compute all the rest. Raises as `read_config` and `default_dsa`."""
+    found, converted, shape = read_shape(source)
+    config, dsa, dtype = shape.config, shape.dsa, shape.dtype
     indexer = indexer_shape(config, dsa)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -95,7 +108,7 @@ def describe(source: str) -> ModelDescription:
         architecture=type(model).__name__,
         parameters=model.num_parameters(),
         indexer_parameters=(indexer.key_weights + indexer.query_weights) * len(dsa.layers),
-        step_weights=(layer_weights(config) + config.hidden_size * config.vocab_size) * dtype.itemsize,
+        step_weights=(layer_weights(config) + head_weights(config)) * dtype.itemsize,
         layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,

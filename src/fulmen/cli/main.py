@@ -8,6 +8,8 @@ from fulmen import __version__
 from fulmen.cli.chat import chat_command
 from fulmen.cli.console import FulmenGroup
 from fulmen.cli.convert import convert_command
+from fulmen.cli.cost import cost_command
+from fulmen.cli.doctor import doctor_command
 from fulmen.cli.evaluate import evaluate_command
 from fulmen.cli.inspect import inspect_command
 from fulmen.cli.keys import keys_app
@@ -44,6 +46,7 @@ def fulmen(
     """Give a dense language model DeepSeek Sparse Attention, and show that nothing was lost.
 
     inspect a model, convert it, train it further, eval the result against the dense model, chat with it.
+    cost prices its tokens, doctor shows what computes on this machine.
     For a server: keys makes its API keys, usage shows what they used.
     """
 
@@ -53,6 +56,8 @@ app.command("convert")(convert_command)
 app.command("train")(train_command)
 app.command("eval")(evaluate_command)
 app.command("chat")(chat_command)
+app.command("cost")(cost_command)
+app.command("doctor")(doctor_command)
 app.add_typer(keys_app, name="keys")
 app.command("usage")(usage_command)
 

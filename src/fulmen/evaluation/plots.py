@@ -91,7 +91,7 @@ def _plot_sweep(report: Mapping[str, Any]) -> Plot | None:
         _draw_line(axes, name, [p["k"] for p in points], [100 * p["over_dense"] for p in points])
     _percent_axis(axes)
     axes.set_xscale("log", base=2)
-    _plain_ticks(axes.xaxis, sorted({point["k"] for point in report["sweep"]}))
+    plain_ticks(axes.xaxis, sorted({point["k"] for point in report["sweep"]}))
     axes.set(xlabel="keys kept per query, k (tokens)", ylabel="loss over dense (%)")
     legend_above(axes)
     caption = "Loss over dense attention for smaller and larger budgets k, on the first text of each kind."
@@ -171,11 +171,11 @@ def _plot_cost(report: Mapping[str, Any]) -> Plot | None:
             _draw_line(axes, name, positions, [row[f"{name}_{unit}"] for row in rows])
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        _plain_ticks(axes.xaxis, positions[:: -(-len(positions) // 7)])
+        plain_ticks(axes.xaxis, positions[:: -(-len(positions) // 7)])
         axes.set_ylabel(f"{label} per token")
         if (place := crossover(rows, unit)) is not None:
             axes.axvline(place, color=INK, linewidth=0.8, linestyle=":")
-            note = f" DSA is cheaper\n from {_short_count(place)}"
+            note = f" DSA is cheaper\n from {short_count(place)}"
             axes.annotate(note, (place, 0.8), xycoords=("data", "axes fraction"), color=INK, fontsize=9)
     panels[-1][0].set_xlabel("position (tokens)")
     legend_above(panels[0][0])
@@ -227,16 +227,18 @@ def _percent_axis(axes: Any) -> None:
     low, high = min(low, 0.0), max(high, LINEAR_PERCENT)
     axes.set_yscale("symlog", linthresh=LINEAR_PERCENT, linscale=0.6)
     ticks = [sign * tick for tick in PERCENT_TICKS if tick >= LINEAR_PERCENT / 2 for sign in (-1, 1)]
-    _plain_ticks(axes.yaxis, [0, *(tick for tick in ticks if low <= tick <= high)])
+    plain_ticks(axes.yaxis, [0, *(tick for tick in ticks if low <= tick <= high)])
     axes.axhline(0, color=INK, linewidth=0.8)
 
 
-def _plain_ticks(axis: Any, places: Sequence[float]) -> None:
-    axis.set_ticks(places, labels=[_short_count(place) for place in places])
+def plain_ticks(axis: Any, places: Sequence[float]) -> None:
+    """Ticks at these places and nowhere else, as short counts."""
+    axis.set_ticks(places, labels=[short_count(place) for place in places])
     axis.set_ticks([], minor=True)
 
 
-def _short_count(value: float) -> str:
+def short_count(value: float) -> str:
+    """ "1M", "32K", "512" or "0.5"."""
     if value >= 2**20:
         return f"{value / 2**20:.0f}M"
     if value >= 10_000:

@@ -55,7 +55,7 @@ def about_run(model: str, command: Sequence[str] = ()) -> dict[str, str]:
         "model": model,
         "command": " ".join((Path(program).name, *arguments)),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": f"{_processor()}, {cores} cores, {threads} threads, {_accelerator()}",
+        "machine": f"{processor_name()}, {cores} cores, {threads} threads, {_accelerator()}",
         "versions": f"fulmen {__version__}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, Python {platform.python_version()}",
     }
@@ -124,13 +124,13 @@ def _needle_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [(*header, "DSA − dense, points (95 % interval)"), *rows]
 
 
-def write_whole(path: str | Path, text: str) -> Path:
-    """Write a text aside and rename it into place. Raises OutputError if `path` cannot be written."""
+def write_whole(path: str | Path, content: str | bytes) -> Path:
+    """Write a text or bytes aside, then rename into place. Raises OutputError if `path` cannot be written."""
     target = Path(path).expanduser()
     aside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
         aside.replace(target)
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error.strerror}; name another path") from error
@@ -141,7 +141,7 @@ def write_whole(path: str | Path, text: str) -> Path:
     return target
 
 
-def _processor() -> str:
+def processor_name() -> str:
     """The processor's name, which Python itself does not know on Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -5,6 +5,7 @@ key/value heads, J index heads of width E, I index key heads, K keys kept, b byt
 
     keys and values      c = 2 G D numbers a token (GQA), or L + R (MLA: latent and rotary key)
     one query-key pair   a = 4 H D FLOPs (GQA), or 2 H (2 L + R) (MLA, absorbed): logit and value
+    the same, expanded   e = a (GQA), or 2 H (N + R + V) (MLA: each head's own keys and values)
     one index key        y = I (E + 2) bytes (GQA: 8 bits a number and a scale), or E b (MLA)
     one index pair       x = 2 J (E + 1) FLOPs: dot products, and the weighted sum over heads
 
@@ -12,17 +13,19 @@ key/value heads, J index heads of width E, I index key heads, K keys kept, b byt
     decode, bytes               S c b      S c b + y             K c b + S y
     decode, FLOPs               S a        S a + keys            K a + S x + keys + queries
     prefill, bytes a token      S c b / Q  S c b / Q + y         K c b + S y / Q
-    prefill, FLOPs a token      S a        as decode             as decode
+    prefill, FLOPs a token      S e        S e + keys            as decode
 
 where "keys" and "queries" are the indexer's projections (2 FLOPs a weight) and Q = PREFILL_BLOCK queries
-share one read of the keys; selected keys are gathered for each query by itself. Up to K tokens nothing is
-scored: DSA reads what dense attention reads and only stores an index key. A sliding layer sees its window;
-layers that are not converted cost the same on both sides. The other weights add 2 FLOPs each (of a mixture of
-experts: those of the experts that a token visits; the output head in decoding only, where every token needs
-it). Norms, softmax, biases and the read of the weights, which a batch shares, are left out.
+share one read of the keys; selected keys are gathered for each query by itself. Reading a prompt, dense MLA
+expands each latent once, by weights that count among the others, and pays less per pair than absorbed; a
+selection, another one for each query, is read absorbed. Up to K tokens nothing is scored: DSA reads what
+dense attention reads and only stores an index key. A sliding layer sees its window; layers that are not
+converted cost the same on both sides. The other weights add 2 FLOPs each (of a mixture of experts: those of
+the experts that a token visits; the output head in decoding only, where every token needs it). Norms,
+softmax, biases and the read of the weights, which a batch shares (`read_weights`), are left out.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from transformers import PreTrainedConfig
@@ -53,11 +56,64 @@ class CostRow(NamedTuple):
     cache: CacheBytes
 
 
+class Work(NamedTuple):
+    """Bytes of cache read or written, and floating-point operations."""
+
+    bytes: float
+    flops: float
+
+
+class StepParts(NamedTuple):
+    """One token's work, all layers, by what does it.
+
+    Attributes:
+        weights: that the token is multiplied with, 2 FLOPs each; the indexers' apart.
+        index_weights: the indexers', likewise.
+        dense_attention, dsa_attention: queries, keys and values.
+        index_scores: index keys: stored, and read and scored where something is selected.
+    """
+
+    weights: int
+    index_weights: int
+    dense_attention: Work
+    dsa_attention: Work
+    index_scores: Work
+
+    def cost(self) -> StepCost:
+        """The sums of both sides."""
+        dense, dsa, index = self.dense_attention, self.dsa_attention, self.index_scores
+        linear = 2 * self.weights
+        return StepCost(
+            dense_bytes=dense.bytes,
+            dsa_bytes=dsa.bytes + index.bytes,
+            dense_flops=dense.flops + linear,
+            dsa_flops=dsa.flops + index.flops + linear + 2 * self.index_weights,
+        )
+
+
+class LayerStep(NamedTuple):
+    """What one layer does for a token.
+
+    Attributes:
+        visible: tokens that dense attention reads.
+        topk: tokens that DSA reads in their place; None where it attends to all visible ones.
+        has_indexer: whether it stores an index key; where there is a `topk` it scores all positions too.
+    """
+
+    visible: int
+    topk: int | None
+    has_indexer: bool
+
+
 class AttentionShape(NamedTuple):
-    """One layer's attention: numbers kept per token, FLOPs per query-key pair, weights of its projections."""
+    """One layer's attention: numbers kept per token, FLOPs per query-key pair, weights of its projections.
+
+    `expanded_pair_flops`: with each head's own keys and values, as dense attention reads a prompt.
+    """
 
     token_width: int
     pair_flops: int
+    expanded_pair_flops: int
     weights: int
 
 
@@ -67,13 +123,6 @@ class IndexerShape(NamedTuple):
     pair_flops: int
     key_weights: int
     query_weights: int
-
-
-class _Side(NamedTuple):
-    """Bytes and FLOPs of one layer, or of all."""
-
-    bytes: float
-    flops: float
 
 
 def decode_cost(config: PreTrainedConfig, dsa: DsaConfig, position: int, dtype_bytes: int = 2) -> StepCost:
@@ -87,13 +136,25 @@ def decode_cost(config: PreTrainedConfig, dsa: DsaConfig, position: int, dtype_b
 
     Raises ConfigError if `position` is no positive integer.
     """
-    head = 2 * config.hidden_size * config.vocab_size
-    return _step_cost(config, dsa, position, dtype_bytes, 1, head)
+    return decode_parts(config, dsa, position, dtype_bytes).cost()
 
 
 def prefill_cost(config: PreTrainedConfig, dsa: DsaConfig, position: int, dtype_bytes: int = 2) -> StepCost:
     """Cost of reading the prompt's token number `position`, as one of a block; otherwise as `decode_cost`."""
-    return _step_cost(config, dsa, position, dtype_bytes, PREFILL_BLOCK, 0)
+    return prefill_parts(config, dsa, position, dtype_bytes).cost()
+
+
+def decode_parts(config: PreTrainedConfig, dsa: DsaConfig, position: int, dtype_bytes: int = 2) -> StepParts:
+    """`decode_cost` in parts; arguments and errors are the same."""
+    weights = layer_weights(config) + head_weights(config)
+    pair_flops = attention_shape(config).pair_flops
+    return _step_parts(config, dsa, position, dtype_bytes, 1, weights, pair_flops)
+
+
+def prefill_parts(config: PreTrainedConfig, dsa: DsaConfig, position: int, dtype_bytes: int = 2) -> StepParts:
+    """`prefill_cost` in parts; arguments and errors are the same."""
+    pair_flops = attention_shape(config).expanded_pair_flops
+    return _step_parts(config, dsa, position, dtype_bytes, PREFILL_BLOCK, layer_weights(config), pair_flops)
 
 
 def cost_rows(
@@ -142,13 +203,15 @@ def attention_shape(config: PreTrainedConfig) -> AttentionShape:
     heads, hidden = config.num_attention_heads, config.hidden_size
     if not is_mla(config):
         width, groups = model_head_width(config), config.num_key_value_heads
-        return AttentionShape(2 * groups * width, 4 * heads * width, 2 * hidden * (heads + groups) * width)
+        weights = 2 * hidden * (heads + groups) * width
+        return AttentionShape(2 * groups * width, 4 * heads * width, 4 * heads * width, weights)
     latent, rope, q_rank = config.kv_lora_rank, config.qk_rope_head_dim, config.q_lora_rank
     q_width = heads * (config.qk_nope_head_dim + rope)
     q_weights = q_rank * (hidden + q_width) if q_rank else hidden * q_width
     up_weights = latent * heads * (config.qk_nope_head_dim + config.v_head_dim)
     weights = q_weights + hidden * (latent + rope) + up_weights + heads * config.v_head_dim * hidden
-    return AttentionShape(latent + rope, 2 * heads * (2 * latent + rope), weights)
+    absorbed, expanded = 2 * latent + rope, config.qk_nope_head_dim + rope + config.v_head_dim
+    return AttentionShape(latent + rope, 2 * heads * absorbed, 2 * heads * expanded, weights)
 
 
 def indexer_shape(config: PreTrainedConfig, dsa: DsaConfig) -> IndexerShape:
@@ -172,9 +235,27 @@ def layer_weights(config: PreTrainedConfig) -> int:
     if not n_moe:
         return attention + dense
     experts = config.num_experts_per_tok + (config.n_shared_experts or 0)
-    expert = 3 * config.hidden_size * config.moe_intermediate_size
     router = config.hidden_size * config.n_routed_experts
-    return attention + dense + n_moe * (experts * expert + router)
+    return attention + dense + n_moe * (experts * _expert_weights(config) + router)
+
+
+def head_weights(config: PreTrainedConfig) -> int:
+    """Weights of the output head, which every generated token is multiplied with."""
+    return config.hidden_size * config.vocab_size
+
+
+def read_weights(config: PreTrainedConfig, batch: int) -> float:
+    """Weights that one decoding step of `batch` tokens reads, the output head included, the indexers' not.
+
+    All tokens share one read. Of a mixture of n experts with m a token, tokens that choose evenly and each by
+    itself visit n (1 - (1 - m/n)^batch) on average.
+    """
+    weights = layer_weights(config) + head_weights(config)
+    if not (n_moe := _moe_layers(config)):
+        return weights
+    chosen, experts = config.num_experts_per_tok, config.n_routed_experts
+    visited = experts * (1 - (1 - chosen / experts) ** batch)
+    return weights + n_moe * (visited - chosen) * _expert_weights(config)
 
 
 def layer_windows(config: PreTrainedConfig) -> list[int | None]:
@@ -185,42 +266,54 @@ def layer_windows(config: PreTrainedConfig) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
-def _step_cost(
-    config: PreTrainedConfig, dsa: DsaConfig, position: int, dtype_bytes: int, block: int, head_flops: int
-) -> StepCost:
-    """One token at `position`; `block` queries share a read of what all of them see."""
+def layer_steps(config: PreTrainedConfig, dsa: DsaConfig, position: int) -> list[LayerStep]:
+    """What each layer does for the token that sees `position` tokens, itself included."""
     require_positive_int("position", position)
-    attention, indexed = attention_shape(config), _indexer_layers(config, dsa)
-    converted = set(dsa.layers)
-    linear = 2 * layer_weights(config) + head_flops
+    converted, indexed = set(dsa.layers), _indexer_layers(config, dsa)
 
-    def dense_layer(layer: int) -> _Side:
-        visible = min(position, windows[layer] or position)
-        read = visible * attention.token_width * dtype_bytes / block
-        return _Side(read, visible * attention.pair_flops)
-
-    def dsa_layer(layer: int) -> _Side:
+    def step(layer: int, window: int | None) -> LayerStep:
+        visible = min(position, window or position)
         if layer not in converted:
-            return dense_layer(layer)
-        attended, index = dense_layer(layer), _Side(0, 0)
+            return LayerStep(visible, None, False)
         kept = dsa.layer_topk(layer)
-        selects = position > max(dsa.topk, kept)
-        if selects:
-            attended = _Side(kept * attention.token_width * dtype_bytes, kept * attention.pair_flops)
-        if layer in indexed:
-            index = _index_cost(indexer_shape(config, dsa), stored, position, selects, block)
-        return _Side(attended.bytes + index.bytes, attended.flops + index.flops)
+        return LayerStep(visible, kept if position > max(dsa.topk, kept) else None, layer in indexed)
 
-    windows, stored = layer_windows(config), index_key_bytes(config, dsa, dtype_bytes)
-    dense, sparse = _all_layers(dense_layer, config), _all_layers(dsa_layer, config)
-    return StepCost(dense.bytes, sparse.bytes, dense.flops + linear, sparse.flops + linear)
+    return [step(layer, window) for layer, window in enumerate(layer_windows(config))]
 
 
-def _index_cost(shape: IndexerShape, stored: int, position: int, scores: bool, block: int) -> _Side:
-    if not scores:
-        return _Side(stored, 2 * shape.key_weights)
-    projections = 2 * (shape.key_weights + shape.query_weights)
-    return _Side(position * stored / block, position * shape.pair_flops + projections)
+def _step_parts(
+    config: PreTrainedConfig,
+    dsa: DsaConfig,
+    position: int,
+    dtype_bytes: int,
+    block: int,
+    weights: int,
+    pair_flops: int,
+) -> StepParts:
+    """One token; `block` queries share a read of what all of them see, at `pair_flops` a pair."""
+    layers = layer_steps(config, dsa, position)
+    shape, indexer = attention_shape(config), indexer_shape(config, dsa)
+    token, index_key = shape.token_width * dtype_bytes, index_key_bytes(config, dsa, dtype_bytes)
+
+    def attended(count: int) -> Work:
+        return Work(count * token / block, count * pair_flops)
+
+    rest = attended(sum(layer.visible for layer in layers if layer.topk is None))
+    kept = sum(layer.topk or 0 for layer in layers)
+    scoring = sum(layer.has_indexer and layer.topk is not None for layer in layers)
+    storing = sum(layer.has_indexer for layer in layers) - scoring
+    index_bytes = index_key * (storing + scoring * position / block)
+    return StepParts(
+        weights=weights,
+        index_weights=(scoring + storing) * indexer.key_weights + scoring * indexer.query_weights,
+        dense_attention=attended(sum(layer.visible for layer in layers)),
+        dsa_attention=Work(rest.bytes + kept * token, rest.flops + kept * shape.pair_flops),
+        index_scores=Work(index_bytes, scoring * position * indexer.pair_flops),
+    )
+
+
+def _expert_weights(config: PreTrainedConfig) -> int:
+    return 3 * config.hidden_size * config.moe_intermediate_size
 
 
 def _moe_layers(config: PreTrainedConfig) -> int:
@@ -228,11 +321,6 @@ def _moe_layers(config: PreTrainedConfig) -> int:
         return kinds.count("sparse")
     first = getattr(config, "first_k_dense_replace", None)
     return 0 if first is None else max(0, config.num_hidden_layers - first)
-
-
-def _all_layers(cost: Callable[[int], _Side], config: PreTrainedConfig) -> _Side:
-    sides = [cost(layer) for layer in range(config.num_hidden_layers)]
-    return _Side(sum(side.bytes for side in sides), sum(side.flops for side in sides))
 
 
 def _indexer_layers(config: PreTrainedConfig, dsa: DsaConfig) -> set[int]:

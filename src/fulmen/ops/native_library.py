@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NATIVE_VERSION = 1
+NATIVE_VERSION = 2
 # Numbers, as in `native/attention.h`: gradients have rows of whole vectors.
 ROW_MULTIPLE = 16
 
@@ -46,6 +46,12 @@ class AttentionShape(ctypes.Structure):
 def native_reason() -> str | None:
     """Why the native kernels cannot run on this machine; None if they can."""
     return _open_native()[1]
+
+
+def native_simd() -> tuple[str, ...]:
+    """Instruction sets that the library was built for, as ("AVX2", "FMA"); none where it cannot run."""
+    library = _open_native()[0]
+    return () if library is None else tuple(library.fulmen_native_simd().decode().split())
 
 
 def call_native(function: str, *arguments: Any) -> None:
@@ -94,7 +100,7 @@ def _open_native() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"its library does not load ({error}); install fulmen again"
     if library.fulmen_native_version() != NATIVE_VERSION:
         return None, "its library is of another version of fulmen; install fulmen again"
-    library.fulmen_native_lacks.restype = ctypes.c_char_p
+    library.fulmen_native_lacks.restype = library.fulmen_native_simd.restype = ctypes.c_char_p
     if lacking := library.fulmen_native_lacks():
         return (
             None,

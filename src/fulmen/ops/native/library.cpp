@@ -2,8 +2,35 @@
 
 extern "C" {
 
-// Raised with every change of a function's arguments; `native_library.py` expects the same number.
-int fulmen_native_version() { return 1; }
+// Raised with every change of a function's arguments, and with new functions; `native_library.py` expects the same number.
+int fulmen_native_version() { return 2; }
+
+// The instruction sets that the library was compiled for, those that set the kernels' speed.
+const char *fulmen_native_simd() {
+    return ""
+#ifdef __AVX__
+        "AVX "
+#endif
+#ifdef __AVX2__
+        "AVX2 "
+#endif
+#ifdef __FMA__
+        "FMA "
+#endif
+#ifdef __AVX512F__
+        "AVX512F "
+#endif
+#ifdef __AVX512VBMI2__
+        "AVX512VBMI2 "
+#endif
+#ifdef __ARM_NEON
+        "NEON "
+#endif
+#ifdef __ARM_FEATURE_SVE
+        "SVE "
+#endif
+        ;
+}
 
 // An instruction set that the library was compiled for and this CPU lacks; null if there is none.
 const char *fulmen_native_lacks() {
