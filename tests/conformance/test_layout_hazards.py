@@ -5,7 +5,7 @@ Against Transformers' own rotation and its own DSA models; nothing here is compu
 
 import pytest
 import torch
-from hazard_cases import PADS, TOPK, Watch, best_by_hand, logits_in_steps, make_model, new_cache, watched
+from hazard_cases import PADS, TOPK, best_by_hand, logits_in_steps, make_model, new_cache, watched
 from tiny_gqa import make_dense, make_dsa, random_ids
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Indexer
 from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaIndexer
@@ -19,7 +19,8 @@ from fulmen.modeling.families import family_for_type
 from fulmen.ops.index_keys import round_index_keys
 
 LENGTH, PROMPT = 100, 60
-IDS = random_ids(len(PADS), LENGTH).clamp(max=63)
+# Texts in which no selection of the MLA models hangs on a tie, for which Transformers has no rule.
+IDS = random_ids(len(PADS), LENGTH, seed=7).clamp(max=63)
 
 
 def all_causal(batch):
@@ -29,11 +30,10 @@ def all_causal(batch):
 
 @pytest.mark.parametrize("name", ["llama", "llama3-rope", "qwen2", "qwen3", "mistral"])
 def test_hazard_1_a_copied_head_is_turned_as_the_model_turns_it(name):
-    """Index heads that are the model's own heads select what its own queries and keys, turned by Transformers'
-    function, give the largest ReLU(q . k).
+    """Index heads that are the model's own select where its queries and keys, turned by Transformers' own
+    function, have the largest sum of ReLU(q . k).
 
-    Mutation: dims 2p and 2p + 1 in place of p and p + P in GqaIndexer.keys and .queries: `x[..., ::2],
-    x[..., 1::2]` in rotate_half_split (modeling/indexer.py).
+    Mutation: pairs of neighbours, `x[..., ::2], x[..., 1::2]`, in rotate_half_split (modeling/indexer.py).
     """
     dense = make_dense(name, torch.float64)
     heads, groups = dense.config.num_attention_heads, dense.config.num_key_value_heads
@@ -65,23 +65,12 @@ def test_hazard_1_a_copied_head_is_turned_as_the_model_turns_it(name):
             assert queries == {t: tuple(expected[row, t].tolist()) for t in range(TOPK, LENGTH)}
 
 
-class ClearCuts(Watch):
-    """Without the few queries whose last key and first missed one tie: Transformers has no rule for these."""
-
-    def write(self, inputs, topk_BTK, topk):
-        super().write(inputs, topk_BTK, topk)
-        scores_BTS, _, stop_BT = self.scores[-1]
-        best_BTK = scores_BTS.topk(topk + 1).values
-        for row, t in (best_BTK[..., -2] - best_BTK[..., -1] < 1e-6).nonzero().tolist():
-            self.chosen[inputs.layer_idx][row].pop(int(stop_BT[row, t]) - 1, None)
-
-
 @pytest.mark.parametrize("name", ["v32", "glm-shared"])
 @pytest.mark.parametrize("cached", [False, True])
 def test_hazard_1_mla_selects_what_transformers_own_indexer_selects(name, cached):
     """V3.2's indexer turns halves although its attention turns neighbours; GLM-5's turns neighbours in both.
 
-    Mutation: half_split_pairs for both kinds, or for neither: `if True` or `if False` for the isinstance in
+    Mutation: half_split_pairs for both kinds, or for neither: `if True` or `if False` for the isinstance of
     mla_index_inputs (modeling/mla_attention.py).
     """
     model, stock = make_model(name), {}
@@ -100,12 +89,15 @@ def test_hazard_1_mla_selects_what_transformers_own_indexer_selects(name, cached
         expected = feed()
     for hook in hooks:
         hook.remove()
-    watch, logits = watched(model, feed, ClearCuts())
+    watch, logits = watched(model, feed)
+    for scores_BTS, _, stop_BT in watch.scores:
+        best_BTK = scores_BTS.topk(min(TOPK + 1, scores_BTS.shape[-1])).values
+        assert (best_BTK[..., -2] - best_BTK[..., -1])[stop_BT > TOPK].min() > 1e-5
     assert len(watch.chosen) == len(indexers) > 1
     for layer, chosen in stock.items():
         chosen_TBK = [chosen_BK for part in chosen for chosen_BK in part.unbind(1)]
         for row, queries in watch.chosen[layer].items():
-            assert len(queries) > 0.9 * (len(chosen_TBK) - TOPK)
+            assert len(queries) == len(chosen_TBK) - TOPK
             for t, keys in queries.items():
                 assert set(chosen_TBK[t][row].tolist()) == set(keys), (layer, row, t)
     # Transformers softmaxes in float32.

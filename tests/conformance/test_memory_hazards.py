@@ -39,8 +39,8 @@ def chunk_of(keys):
 @pytest.mark.skipif(not CLEAR.exists(), reason="the peak is measured by Linux's /proc")
 @pytest.mark.parametrize("backend", ["cpu", "native"])
 def test_hazard_11_a_chunk_never_holds_all_of_its_scores(backend):
-    """Mutations: SELECT_BLOCK_SCORES = 2**40 and INDEX_TILE_LOGITS = 2**40 (ops/select_topk/cpu.py,
-    ops/index_scores/cpu.py); MOST_BLOCK_ROWS = BLOCK_SCORES = 1 << 40 (index_topk.cpp).
+    """Mutations: n_rows = all queries in index_topk_blocked (ops/select_topk/cpu.py); BLOCK_SCORES of 1 << 40
+    and MOST_BLOCK_ROWS of 200 * ROWS (native/index_topk.cpp).
     """
     if reason := reason_against_backend(backend, "index_topk", "cpu", torch.float32):
         pytest.skip(f"{backend}: {reason}")

@@ -1,6 +1,6 @@
 """Hazards of whole models: caches, chunks, batches, speculation, training; every kind of model, all layers.
 
-In float64, where rounding never decides a selection: what differs has a cause. Only plain torch computes that;
+In float64, where rounding never decides a selection: what differs has a cause. Only plain torch computes it;
 that the other backends select alike from the same index inputs is in test_selection_hazards.py.
 """
 
@@ -71,8 +71,7 @@ def test_models_of_these_tests_select_by_scores_that_vary(model):
 def test_hazards_5_and_9_a_padded_row_is_the_row_alone(model):
     """Padding holds NaN, so whatever reads it shows.
 
-    Mutations: `start_BT = torch.zeros_like(stop_BT)` in _padded_intervals (modeling/visible.py);
-    `(stop_BT <= start_BT)` left out of is_padding_BT there.
+    Mutation: zeros, or one token less, for start_BT in _padded_intervals (modeling/visible.py).
     """
     embeds = model.get_input_embeddings()(IDS).detach().clone()
     mask = torch.ones_like(IDS)
@@ -121,8 +120,8 @@ def test_hazard_6_index_keys_keep_their_own_scale_in_every_layer_and_block(sizes
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "llama-tied"])
 def test_hazard_6_a_cached_key_is_the_same_number_as_without_a_cache(name):
-    """Mutation: `unflatten(-1, packed_BTIX.shape[2:])` with its axes swapped in _extend_cache, or
-    round_index_keys left out (modeling/attention.py).
+    """Mutations: the key heads of packed_BSIX flipped in _extend_cache, or round_index_keys left out of
+    forward (modeling/attention.py).
     """
     model, keys = make_model(name), [{}, {}]
 
@@ -235,12 +234,12 @@ class WatchedLoss(SparseLossSelector, Watch):
 def test_hazard_12_training_and_serving_select_the_same_set(model):
     """Training reads whole texts without a cache, with gradients; serving, a prompt and then single tokens.
 
-    Mutations: index_k_BSIE as it is for round_index_keys(index_k_BSIE) in modeling/attention.py; keeps - 1 for
-    keeps in SparseLossSelector.select (training/sparse_losses.py).
+    Mutations: round_index_keys left out of forward (modeling/attention.py); keeps - 1 for keeps where
+    SparseLossSelector selects (training/sparse_losses.py).
     """
     steps = [LENGTH - 16] + [1] * 16
     serving, _ = watched(model, lambda: logits_in_steps(model, IDS, steps, new_cache(model)))
-    attentions = {layer.layer_idx: layer for layer in map(lambda block: block.self_attn, model.model.layers)}
+    attentions = {layer: block.self_attn for layer, block in enumerate(model.model.layers)}
     training = WatchedLoss(attentions, lambda layer: TOPK, "kl", n_rows=32)
     Watch.__init__(training)
     model.train()

@@ -26,9 +26,9 @@ def cases_for(backend, dtype):
 
 
 def test_hazard_3_ties_have_one_winner_in_every_replay(backend, dtype):
-    """Mutations: `s)` to `-s)` in reference.py's sort key; `taken_C` without `equal_later_C < n_equal` replaced
-    by `equal_C` counted from the first key in triton.py; `passed` left 0 and the list cut at topk in
-    index_topk.cpp; torch.topk of the scores themselves in cpu.py (all of ops/select_topk).
+    """Mutations, each for its backend, all in ops/select_topk but the last: `-s` for `s` in the sort key of
+    reference.py; zeros for positions_S in _rank_scores of cpu.py; `tl.cumsum(equal_C, 0) - equal_C` for
+    equal_later_C in triton.py; the oldest ties taken in take_best of native/index_topk.cpp.
     """
     inputs = case_for(backend, dtype, tied=True)
     expected = best_by_hand(index_scores(*inputs), *inputs[4:], TOPK)
@@ -57,8 +57,8 @@ def hard_rows(S):
 
 @pytest.mark.parametrize("topk", [1, 64, 500])
 def test_hazard_4_no_winner_is_lost(backend, topk, monkeypatch):
-    """Mutations: scores rounded to 16 bits, `numbers_TS.bfloat16().float()` in select_topk/cpu.py, `bits &=
-    ~0xffff` in rank_scores of index_topk.cpp, `DIGITS = 3` in select_topk/triton.py.
+    """Mutations: `scores_TS.bfloat16()` in _rank_scores of select_topk/cpu.py; `bits &= ~0xffff` in
+    rank_scores of native/index_topk.cpp; `& 0xFFFFFF00` on the ranks in _load_ranks of select_topk/triton.py.
     """
     # Several blocks of any backend.
     monkeypatch.setitem(KERNEL_SIZES["select"], "columns", 256)
@@ -81,7 +81,7 @@ def test_hazard_5_a_row_selects_alike_alone_and_in_a_batch(backend, dtype):
     """
     for q, k, w, b, start, stop in cases_for(backend, dtype):
         together = index_topk(q, k, w, b, start, stop, TOPK)
-        for row, t in [(0, 0), (1, 1), (2, 2), (2, q.shape[1] - 1)]:
+        for row, t in [(0, 0), (1, 1), (2, q.shape[1] - 1)]:
             one = (slice(row, row + 1), slice(t, t + 1))
             first, last = int(start[row, t]), int(stop[row, t])
             keys = k[one[0], first:last].clone()
@@ -91,9 +91,9 @@ def test_hazard_5_a_row_selects_alike_alone_and_in_a_batch(backend, dtype):
 
 
 def test_hazard_9_hidden_keys_and_missing_ones_are_never_read(backend, dtype):
-    """Mutations: `topk_TK.masked_fill(topk_TK < 0, 0)` in ops/tiles.py; `key_K >= -1` in load_selected of
-    ops/triton_parts.py; `count += 1` with max(..., 0) in keys_of of native/attention.h; `start_BT * 0` for
-    start_BT in select_topk/reference.py.
+    """Mutations: 0 for n_keys where _union_of_selected (ops/tiles.py) fills what is nothing; `key_K >= -1`
+    in load_selected (ops/triton_parts.py); max(..., 0) counted in keys_of (native/attention.h);
+    `topk.clamp(min=0)` in selection_mask (ops/intervals.py, of the reference).
     """
     for q, k, w, b, start, stop in cases_for(backend, dtype):
         # The first queries of each row see fewer than TOPK keys, one none; none sees key 0 or the last.
@@ -113,7 +113,7 @@ def test_hazard_9_hidden_keys_and_missing_ones_are_never_read(backend, dtype):
         heads = [normal(*k.shape[:2], 2, 16, seed=seed).to(dtype) for seed in (8, 9)]
         plain = sparse_attention(q, *heads, topk, 0.3)
         dense = dense_attention(q, *heads, start, stop, 0.3) if backend != "triton" else None
-        for poison in (torch.nan, torch.inf, -torch.inf):
+        for poison in (torch.nan, torch.inf, -torch.inf)[: 3 if backend in ("cpu", "native") else 1]:
             bad = k.masked_fill(hidden[..., None, None], poison)
             assert torch.equal(index_topk(q, bad, w, b, start, stop, TOPK), topk)
             bad_heads = [x.masked_fill(unread[..., None, None], poison) for x in heads]
@@ -129,8 +129,8 @@ def test_hazard_9_hidden_keys_and_missing_ones_are_never_read(backend, dtype):
 def test_hazard_10_several_queries_select_as_one_by_one(backend, dtype):
     """The chunk reads keys that lie beyond the first of its queries.
 
-    Mutation: `stop_T` for `stop_T.max()` of its rows in interval_blocks (ops/tiles.py), the whole chunk
-    seen by each of its queries; the same in index_topk.cpp's interval_of.
+    Mutations: `stop_T.max()` for every query in IntervalBlock.tile (ops/tiles.py); the last query's stop for
+    all in make_block (native/index_topk.cpp).
     """
     for q, k, w, b, start, stop in cases_for(backend, dtype):
         chunk = index_topk(q, k, w, b, start, stop, TOPK)
@@ -153,8 +153,9 @@ def _poisoned_memory():
 def test_hazard_8_buffers_filled_anew_are_selected_from_anew(backend):
     """As a captured graph has it: the inputs' memory stays, its contents change between replays.
 
-    Mutation: a dict in ops/select_topk/native.py (or cpu.py, triton.py) that keeps the result by the inputs'
-    data_ptr(); `take_all` left out for short rows (index_topk.cpp): the poison shows.
+    Mutations: index_topk_native keeps its results in a dict by the inputs' data_ptr() (ops/select_topk/
+    native.py); take_all left out of fulmen_index_topk (native/index_topk.cpp), or without its -1 in
+    select_topk/triton.py: then the poison shows.
     """
     contents = [case_for(backend, torch.float32, tied) for tied in (False, True)]
     contents = [(*case, normal(*case[1].shape[:2], 2, 16, seed=8)) for case in contents]
@@ -165,8 +166,8 @@ def test_hazard_8_buffers_filled_anew_are_selected_from_anew(backend):
         topk = index_topk(q, k, w, b, start, stop, TOPK)
         return topk, *sparse_attention(q, v, v, topk, 0.3)
 
-    # The others are loops in Python, and an interpreter, which nothing captures.
-    replay = torch.compile(step, backend="eager") if backend in ("cpu", "native") else step
+    # The default; the others are loops in Python and an interpreter, which nothing captures.
+    replay = torch.compile(step, backend="eager") if backend == "native" else step
     with pin_backend("reference"):
         expected = [step(*case) for case in contents]
     assert not torch.equal(expected[0][0], expected[1][0])
