@@ -77,7 +77,8 @@ def test_hazard_4_no_winner_is_lost(backend, topk, monkeypatch):
 def test_hazard_5_a_row_selects_alike_alone_and_in_a_batch(backend, dtype):
     """Alone means without its padding and without the other queries, as a server would meet it.
 
-    Mutation: PRODUCT_ROWS = PRODUCT_COLUMNS = 1 in ops/index_scores/cpu.py.
+    Mutations: `start_BT.amin(0)` for start_BT[b] in index_topk_blocked (ops/select_topk/cpu.py), or for
+    start_BT in call_index_kernel (ops/index_scores/native.py): every row sees what the longest one does.
     """
     for q, k, w, b, start, stop in cases_for(backend, dtype):
         together = index_topk(q, k, w, b, start, stop, TOPK)
@@ -88,6 +89,9 @@ def test_hazard_5_a_row_selects_alike_alone_and_in_a_batch(backend, dtype):
             ends = (start[one] - first, stop[one] - first)
             alone = index_topk(q[one], keys, w[one], b[one], *ends, TOPK)
             assert torch.equal(alone + first, together[one])
+            if backend in ("native", "triton"):  # these promise the bits of every score, in any company
+                scores = index_scores(q[one], keys, w[one], b[one], *ends)
+                assert torch.equal(scores, index_scores(q, k, w, b, start, stop)[one][..., first:last])
 
 
 def test_hazard_9_hidden_keys_and_missing_ones_are_never_read(backend, dtype):
