@@ -1,7 +1,17 @@
 """Inputs, intervals and tolerances that the tests of the operations share."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from fulmen.ops.dense_attention import dense_attention
+from fulmen.ops.index_scores import index_scores
+from fulmen.ops.indexer_loss import indexer_loss, indexer_loss_selected
+from fulmen.ops.select_topk import index_topk, select_topk
+from fulmen.ops.selection_loss import selection_loss
+from fulmen.ops.sparse_attention import sparse_attention
 
 # Largest allowed difference, relative and absolute, by the dtype of the inputs. For bfloat16 the results
 # themselves are rounded to 8 bits.
@@ -53,3 +63,32 @@ def gradients(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], seed: int
         for i, out in enumerate(outputs)
     )
     return torch.autograd.grad(total, inputs)
+
+
+def op_inputs(B=2, T=3, S=5, H=4, G=2, D=4, J=4, E=6, K=2) -> dict[Callable[..., Any], dict[str, Any]]:
+    """Arguments that every operation takes, by operation; I = 2."""
+    interval = {"start_BT": torch.zeros(B, T, dtype=torch.int64), "stop_BT": torch.full((B, T), S)}
+    topk = {"topk_BTK": torch.arange(min(K, S), dtype=torch.int32).expand(B, T, -1)}
+    index = {
+        "q_BTJE": normal(B, T, J, E),
+        "k_BSIE": normal(B, S, 2, E, seed=1),
+        "w_BTJ": normal(B, T, J, seed=2),
+        "b_BTJ": normal(B, T, J, seed=3),
+    }
+    qkv = {
+        "q_BTHD": normal(B, T, H, D, seed=4),
+        "k_BSGD": normal(B, S, G, D, seed=5),
+        "v_BSGV": normal(B, S, G, D, seed=6),
+    }
+    loss = {**index, "attn_q_BTHD": qkv["q_BTHD"], "attn_k_BSGD": qkv["k_BSGD"], "scale": 1.0}
+    values = {"attn_v_BSGV": qkv["v_BSGV"], "out_weight_CN": normal(3, H * D, seed=7)}
+    return {
+        dense_attention: {**qkv, **interval, "scale": 1.0},
+        sparse_attention: {**qkv, **topk, "scale": 1.0},
+        index_scores: {**index, **interval},
+        index_topk: {**index, **interval, "topk": K},
+        select_topk: {"scores_BTS": normal(B, T, S, seed=8), **interval, "topk": K},
+        indexer_loss: {**loss, **interval},
+        indexer_loss_selected: {**loss, **topk},
+        selection_loss: {**loss, **interval, **values, "topk": K, "temperature": 1.0},
+    }

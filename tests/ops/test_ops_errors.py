@@ -2,42 +2,18 @@
 
 import pytest
 import torch
+from ops_cases import op_inputs
 
 from fulmen.errors import BackendError, ConfigError
 from fulmen.ops.dense_attention import dense_attention
 from fulmen.ops.index_scores import index_scores
 from fulmen.ops.indexer_loss import indexer_loss, indexer_loss_selected
 from fulmen.ops.select_topk import index_topk, select_topk
+from fulmen.ops.selection_loss import selection_loss
 from fulmen.ops.sparse_attention import sparse_attention
 
 B, T, S, H, G, D, J, E, K = 2, 3, 5, 4, 2, 4, 4, 6, 2
 INDEX_KEYS = 2
-
-
-def good_inputs():
-    interval = {"start_BT": torch.zeros(B, T, dtype=torch.int64), "stop_BT": torch.full((B, T), S)}
-    topk = {"topk_BTK": torch.zeros(B, T, K, dtype=torch.int32)}
-    index = {
-        "q_BTJE": torch.ones(B, T, J, E),
-        "k_BSIE": torch.ones(B, S, INDEX_KEYS, E),
-        "w_BTJ": torch.ones(B, T, J),
-        "b_BTJ": torch.ones(B, T, J),
-    }
-    qkv = {
-        "q_BTHD": torch.ones(B, T, H, D),
-        "k_BSGD": torch.ones(B, S, G, D),
-        "v_BSGV": torch.ones(B, S, G, D),
-    }
-    loss = {**index, "attn_q_BTHD": qkv["q_BTHD"], "attn_k_BSGD": qkv["k_BSGD"], "scale": 1.0}
-    return {
-        dense_attention: {**qkv, **interval, "scale": 1.0},
-        sparse_attention: {**qkv, **topk, "scale": 1.0},
-        index_scores: {**index, **interval},
-        index_topk: {**index, **interval, "topk": K},
-        select_topk: {"scores_BTS": torch.ones(B, T, S), **interval, "topk": K},
-        indexer_loss: {**loss, **interval},
-        indexer_loss_selected: {**loss, **topk},
-    }
 
 
 WRONG = [
@@ -51,11 +27,22 @@ WRONG = [
     (dense_attention, "v_BSGV", torch.ones(B, S, G, D, device="meta"), r"v_BSGV is on meta"),
     (sparse_attention, "topk_BTK", torch.full((B, T, K), S), r"index 5; there are only S=5"),
     (sparse_attention, "topk_BTK", torch.zeros(B, T, K), r"topk_BTK has dtype torch.float32"),
+    (
+        sparse_attention,
+        "topk_BTK",
+        torch.zeros(B, T, K, dtype=torch.uint8),
+        r"topk_BTK has dtype torch.uint8",
+    ),
+    (dense_attention, "stop_BT", torch.ones(B, T, dtype=torch.int16), r"stop_BT has dtype torch.int16"),
+    (dense_attention, "q_BTHD", torch.ones(B, T, 0, D), r"q_BTHD has H=0; it needs at least 1"),
+    (dense_attention, "k_BSGD", torch.ones(B, S, G, D).to_sparse(), r"k_BSGD has layout torch.sparse_coo"),
     (sparse_attention, "q_BTHD", torch.ones(B, T, H, D, dtype=torch.int64), r"q_BTHD has dtype torch.int64"),
     (index_scores, "k_BSIE", torch.ones(B, S, 3, E), r"J=4 heads cannot share I=3"),
     (index_scores, "w_BTJ", torch.ones(B, T, J + 1), r"w_BTJ has J=5"),
     (index_scores, "b_BTJ", torch.ones(B, T, J, dtype=torch.int32), r"b_BTJ has dtype torch.int32"),
     (index_topk, "k_BSIE", torch.ones(B, S, INDEX_KEYS, E).double(), r"k_BSIE has dtype torch.float64"),
+    (index_topk, "q_BTJE", torch.ones(B, T, 0, E), r"q_BTJE has J=0; it needs at least 1"),
+    (index_topk, "q_BTJE", torch.ones(B, T, J, 0), r"q_BTJE has E=0; it needs at least 1"),
     (index_topk, "topk", 0, r"topk=0 cannot be"),
     (select_topk, "topk", -3, r"topk=-3 cannot be"),
     (select_topk, "topk", 2.0, r"topk=2.0 cannot be"),
@@ -64,23 +51,41 @@ WRONG = [
     (indexer_loss, "attn_q_BTHD", torch.ones(B, T + 1, H, D), r"attn_q_BTHD has T=4|has T=3"),
     (indexer_loss, "attn_q_BTHD", torch.ones(B, T, 3, D), r"H=3 heads cannot share G=2"),
     (indexer_loss_selected, "topk_BTK", torch.full((B, T, K), 99), r"index 99"),
+    (selection_loss, "topk", 0, r"topk=0 cannot be"),
+    (selection_loss, "attn_v_BSGV", torch.ones(B, S + 1, G, D), r"attn_v_BSGV has S=6"),
+    (selection_loss, "out_weight_CN", torch.ones(3, H * D + 1), r"out_weight_CN has N=17, .* values 16"),
 ]
 
 
 @pytest.mark.parametrize(("operation", "name", "value", "message"), WRONG)
 def test_a_wrong_input_raises_and_is_named(operation, name, value, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        operation(**{**good_inputs()[operation], name: value})
+        operation(**{**op_inputs()[operation], name: value})
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("operation", good_inputs(), ids=lambda operation: operation.__name__)
+@pytest.mark.parametrize("operation", op_inputs(), ids=lambda operation: operation.__name__)
 def test_the_same_inputs_unspoilt_are_fine(operation):
-    operation(**good_inputs()[operation])
+    operation(**op_inputs()[operation])
+
+
+@pytest.mark.parametrize("operation", op_inputs(), ids=lambda operation: operation.__name__)
+def test_more_keys_than_int32_can_number_are_refused_before_any_work(operation):
+    def stretched(name, value):
+        axes = name.rpartition("_")[2]
+        if not isinstance(value, torch.Tensor) or "S" not in axes:
+            return value
+        # One key, seen everywhere: no memory behind it.
+        first = value.narrow(axes.index("S"), 0, 1)
+        return first.expand([2**31 if axis == "S" else -1 for axis in axes])
+
+    inputs = {name: stretched(name, value) for name, value in op_inputs()[operation].items()}
+    with pytest.raises(ConfigError, match="S=2147483648 keys cannot be numbered; use at most 2147418112"):
+        operation(**inputs)
 
 
 def test_tensors_without_values_raise():
-    inputs = good_inputs()[dense_attention]
+    inputs = op_inputs()[dense_attention]
     hollow = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
     with pytest.raises(BackendError, match="hold no values"):
         dense_attention(**hollow)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fulmen.ops.intervals import kernel_positions
 from fulmen.ops.native_library import AttentionShape, call_native, kernel_floats
 
 
@@ -24,7 +25,7 @@ def attend_natively(
     call_native(
         "fulmen_attention",
         *(q_BTHD.float().contiguous(), k_BSGD, v_BSGV),
-        None if topk_BTK is None else topk_BTK.int().contiguous(),
+        None if topk_BTK is None else kernel_positions(topk_BTK),
         *(None if x is None else x.long().contiguous() for x in (start_BT, stop_BT)),
         *(out_BTHV, lse_BTH, shape, float(scale)),
     )

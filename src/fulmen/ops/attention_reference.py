@@ -32,6 +32,9 @@ def attention_reference(
         for b in range(q.shape[0])
         for t in range(q.shape[1])
     ]
+    if not rows:  # an empty result has gradients too
+        none_BTHS, none_BTHV = (q[..., :1].expand(-1, -1, -1, n) for n in (k.shape[1], v.shape[3]))
+        return AttentionReference(visible_BTS, none_BTHS, none_BTHS, none_BTHV.to(q_BTHD.dtype), q[..., 0])
     logits, probs, out, lse = (
         torch.stack(column).unflatten(0, q_BTHD.shape[:2]) for column in zip(*rows, strict=True)
     )

@@ -7,16 +7,25 @@ from torch import Tensor
 
 from fulmen.errors import ConfigError
 
+# Selected positions are int32, and kernels step past the last key by up to a block.
+MOST_KEYS = 2**31 - 2**16
+# Heads, and what a dot product sums over. No texts, queries, keys or values is a fine input.
+NEVER_EMPTY_AXES = "HGDJIE"
+INTEGER_DTYPES = (torch.int32, torch.int64)
+
 
 def check_axes(**tensors: Tensor | None) -> dict[str, int]:
     """Sizes of the axes that the names announce (`q_BTHD` has axes B, T, H, D); None is skipped.
 
-    Raises ConfigError if a tensor has another number of axes than its name, or two tensors disagree.
+    Raises ConfigError if a tensor has another number of axes than its name, two tensors disagree, an axis of
+    heads or widths is empty, there are more keys than can be numbered, or a tensor is a sparse one.
     """
     sizes: dict[str, int] = {}
     for name, tensor in tensors.items():
         if tensor is None:
             continue
+        if tensor.layout != torch.strided:
+            raise ConfigError(f"{name} has layout {tensor.layout}; pass x.to_dense()")
         axes = name.rpartition("_")[2]
         if tensor.ndim != len(axes):
             raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; it needs the {len(axes)} axes {axes}")
@@ -25,12 +34,16 @@ def check_axes(**tensors: Tensor | None) -> dict[str, int]:
                 raise ConfigError(
                     f"{name} has {axis}={size}, a tensor before it {axis}={sizes[axis]}; make them equal"
                 )
+            if size < 1 and axis in NEVER_EMPTY_AXES:
+                raise ConfigError(f"{name} has {axis}={size}; it needs at least 1")
+    if sizes.get("S", 0) > MOST_KEYS:
+        raise ConfigError(f"S={sizes['S']} keys cannot be numbered; use at most {MOST_KEYS}")
     return sizes
 
 
 def check_multiple(sizes: dict[str, int], many: str, few: str) -> None:
     """Raise ConfigError unless axis `many` (heads) is a multiple of axis `few` (key heads)."""
-    if sizes[few] < 1 or sizes[many] % sizes[few]:
+    if sizes[many] % sizes[few]:
         raise ConfigError(
             f"{many}={sizes[many]} heads cannot share {few}={sizes[few]} key heads; use a multiple"
         )
@@ -47,10 +60,10 @@ def check_same_dtype(**tensors: Tensor) -> None:
 
 
 def check_integer(**tensors: Tensor) -> None:
-    """Raise ConfigError unless all hold integers."""
+    """Raise ConfigError unless all are int32 or int64: narrower ones cannot even be clipped to 0..S."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-            raise ConfigError(f"{name} has dtype {tensor.dtype}; it must be an integer dtype")
+        if tensor.dtype not in INTEGER_DTYPES:
+            raise ConfigError(f"{name} has dtype {tensor.dtype}; it must be torch.int32 or torch.int64")
 
 
 def check_same_device(**tensors: Tensor | None) -> None:

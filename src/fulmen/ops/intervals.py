@@ -16,3 +16,11 @@ def selection_mask(topk: Tensor, n_keys: int) -> Tensor:
     columns = torch.where(topk < 0, n_keys, topk).long()
     mask = torch.zeros(*topk.shape[:-1], n_keys + 1, dtype=torch.bool, device=topk.device)
     return mask.scatter_(-1, columns, True)[..., :n_keys]
+
+
+def kernel_positions(topk: Tensor) -> Tensor:
+    """Selected positions as kernels read them: contiguous int32, where nothing is -1.
+
+    Without the clamp an int64 below the int32 range would come back as a position.
+    """
+    return topk.clamp(min=-1).int().contiguous()

@@ -65,7 +65,7 @@ class IntervalBlock(NamedTuple):
 
 def interval_blocks(start_T: Tensor, stop_T: Tensor, n_keys: int, n_rows: int) -> Iterator[IntervalBlock]:
     """Blocks of `n_rows` queries; a block in which no query sees a key is left out."""
-    start_T, stop_T = start_T.clamp(min=0), stop_T.clamp(max=n_keys)
+    start_T, stop_T = start_T.clamp(0, n_keys), stop_T.clamp(0, n_keys)
     starts, stops = start_T.tolist(), stop_T.tolist()
     for low in range(0, len(starts), n_rows):
         rows = slice(low, min(low + n_rows, len(starts)))

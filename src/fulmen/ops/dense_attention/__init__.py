@@ -19,7 +19,7 @@ def dense_attention(
 
     Args:
         q_BTHD, k_BSGD, v_BSGV: one floating dtype; H a multiple of G.
-        start_BT, stop_BT: integers; query t sees the keys start <= s < stop, clipped to 0..S.
+        start_BT, stop_BT: int32 or int64; query t sees the keys start <= s < stop, clipped to 0..S.
         scale: factor on q.k before the softmax, usually D ** -0.5.
 
     Returns:

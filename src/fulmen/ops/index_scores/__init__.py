@@ -29,7 +29,7 @@ def index_scores(
     Args:
         q_BTJE, k_BSIE: index queries and keys of one floating dtype; J a multiple of I.
         w_BTJ, b_BTJ: weight and shift of each index head, any floating dtype; b may be None (no shift).
-        start_BT, stop_BT: integers; query t sees the keys start <= s < stop, clipped to 0..S.
+        start_BT, stop_BT: int32 or int64; query t sees the keys start <= s < stop, clipped to 0..S.
 
     Returns:
         scores_BTS in float32 (float64 for float64 inputs), -inf outside the interval.

@@ -33,7 +33,7 @@ def indexer_loss(
     Args:
         q_BTJE, k_BSIE, w_BTJ, b_BTJ: the indexer's inputs, as for `index_scores`.
         attn_q_BTHD, attn_k_BSGD: the attention's queries and keys after RoPE; H a multiple of G.
-        start_BT, stop_BT: integers; query t sees the keys start <= s < stop, clipped to 0..S.
+        start_BT, stop_BT: int32 or int64; query t sees the keys start <= s < stop, clipped to 0..S.
         scale: factor on q.k of the attention, usually D ** -0.5.
 
     Returns:
@@ -72,7 +72,7 @@ def indexer_loss_selected(
     over the selected keys.
 
     Args:
-        topk_BTK: integers below S, distinct within a row, in any order; negative means nothing.
+        topk_BTK: int32 or int64, below S, distinct within a row, in any order; negative means nothing.
         The others, Returns, Raises: as `indexer_loss`; ConfigError also for an index beyond the keys.
     """
     q_BTJE, k_BSIE, attn_q_BTHD, attn_k_BSGD = cast_as_autocast(q_BTJE, k_BSIE, attn_q_BTHD, attn_k_BSGD)

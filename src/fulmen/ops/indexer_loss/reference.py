@@ -76,7 +76,7 @@ def _indexer_loss_over(
         attention = attention_reference(attn_q_BTHD, attn_k_BSGD, no_values_BSGV, visible_BTS, scale)
         target_BTS = attention.probs_BTHS.mean(2)
         entropy_BT = -torch.xlogy(target_BTS, target_BTS).sum(-1)
-    everything = torch.zeros_like(visible_BTS[..., 0], dtype=torch.long)
+    everything = torch.zeros(visible_BTS.shape[:2], dtype=torch.long, device=visible_BTS.device)
     scores_BTS = index_scores_reference(
         q_BTJE, k_BSIE, w_BTJ, b_BTJ, everything, everything + k_BSIE.shape[1]
     ).scores_BTS

@@ -83,8 +83,8 @@ struct AttentionInputs {
     // `room` for K numbers takes the selected positions without the -1 among them.
     KeyList keys_of(int64_t row, int32_t *room) const {
         if (start) {
-            const int64_t first = std::max<int64_t>(start[row], 0);
-            return {nullptr, first, std::max<int64_t>(std::min(stop[row], shape.keys) - first, 0)};
+            const int64_t first = std::clamp<int64_t>(start[row], 0, shape.keys);
+            return {nullptr, first, std::max<int64_t>(std::clamp<int64_t>(stop[row], 0, shape.keys) - first, 0)};
         }
         int64_t count = 0;
         for (int64_t i = 0; i < shape.topk; i++) {

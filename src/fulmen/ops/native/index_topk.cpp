@@ -49,7 +49,7 @@ struct Interval {
 };
 
 Interval interval_of(const int64_t *start, const int64_t *stop, int64_t row, int64_t keys) {
-    return {std::max<int64_t>(start[row], 0), std::min(stop[row], keys)};
+    return {std::clamp<int64_t>(start[row], 0, keys), std::clamp<int64_t>(stop[row], 0, keys)};
 }
 
 // ---- scores ----

@@ -29,7 +29,7 @@ def select_topk(scores_BTS: Tensor, start_BT: Tensor, stop_BT: Tensor, topk: int
 
     Args:
         scores_BTS: any floating dtype, compared as float32.
-        start_BT, stop_BT: integers; query t sees the keys start <= s < stop, clipped to 0..S.
+        start_BT, stop_BT: int32 or int64; query t sees the keys start <= s < stop, clipped to 0..S.
         topk: keys to keep, at least 1.
 
     Returns:

@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from fulmen.config import require_positive_int
-from fulmen.ops.checks import check_loss_inputs
+from fulmen.errors import ConfigError
+from fulmen.ops.checks import check_axes, check_floating, check_loss_inputs, check_same_device
 from fulmen.ops.dispatch import resolve
 from fulmen.ops.precision import math_dtype, outside_autocast
 from fulmen.ops.selection_loss.cpu import selection_loss_blocked
@@ -39,7 +40,7 @@ def selection_loss(
         q_BTJE, k_BSIE, w_BTJ, b_BTJ: the indexer's inputs, as for `index_scores`; they carry the gradient.
         attn_q_BTHD, attn_k_BSGD, attn_v_BSGV: the attention's own after RoPE; no gradient.
         out_weight_CN: the output projection W, N = H V.
-        start_BT, stop_BT: integers; query t sees the keys start <= s < stop.
+        start_BT, stop_BT: int32 or int64; query t sees the keys start <= s < stop.
         topk: size of the selection (k).
         scale: factor on q.k of the attention.
         temperature: width of the cut, in units of the index score.
@@ -55,6 +56,15 @@ def selection_loss(
     index_inputs = {"q_BTJE": q_BTJE, "k_BSIE": k_BSIE, "w_BTJ": w_BTJ, "b_BTJ": b_BTJ}
     attention_inputs = {"attn_q_BTHD": attn_q_BTHD.detach(), "attn_k_BSGD": attn_k_BSGD.detach()}
     check_loss_inputs(index_inputs, attention_inputs, start_BT=start_BT, stop_BT=stop_BT)
+    # Of dtypes of their own: under autocast, values and weights may differ from what RoPE has touched.
+    outputs = {"attn_v_BSGV": attn_v_BSGV, "out_weight_CN": out_weight_CN}
+    check_axes(**attention_inputs, **outputs)
+    check_floating(**outputs)
+    check_same_device(**attention_inputs, **outputs)
+    if out_weight_CN.shape[1] != (n := attn_q_BTHD.shape[2] * attn_v_BSGV.shape[3]):
+        raise ConfigError(
+            f"out_weight_CN has N={out_weight_CN.shape[1]}, the heads' values {n}; make them equal"
+        )
     dtype = math_dtype(q_BTJE.dtype)
     index = [None if x is None else x.to(dtype) for x in (q_BTJE, k_BSIE, w_BTJ, b_BTJ)]
     attention = [x.detach().to(dtype) for x in (attn_q_BTHD, attn_k_BSGD, attn_v_BSGV, out_weight_CN)]

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -28,20 +27,21 @@ def selection_loss_blocked(
 ) -> Tensor:
     """See `fulmen.ops.selection_loss.selection_loss`."""
     batch, queries, heads, _ = attn_q_BTHD.shape
-    n_rows = max(SELECTION_BLOCK_LOGITS // (heads * k_BSIE.shape[1]), LEAST_LOSS_ROWS)
-    rows_of_batch = []
+    n_rows = max(SELECTION_BLOCK_LOGITS // (heads * max(k_BSIE.shape[1], 1)), LEAST_LOSS_ROWS)
+    # Zeros with a gradient: no text at all can be trained on too.
+    loss_BT = w_BTJ[..., :0].sum(-1)
     for b in range(batch):
         one = slice(b, b + 1)
         keys = (k_BSIE[one], attn_k_BSGD[one], attn_v_BSGV[one])
-        losses = []
         for low in range(0, queries, n_rows):
             rows = slice(low, low + n_rows)
             own = (q_BTJE[one, rows], w_BTJ[one, rows], None if b_BTJ is None else b_BTJ[one, rows])
             ends = (start_BT[one, rows], stop_BT[one, rows])
             block = (own, keys, attn_q_BTHD[one, rows], out_weight_CN, ends, constants)
-            losses.append(checkpoint(_loss_of_rows, *block, use_reentrant=False, preserve_rng_state=False))
-        rows_of_batch.append(torch.cat(losses, 1))
-    return torch.cat(rows_of_batch)
+            loss_BT[one, rows] = checkpoint(
+                _loss_of_rows, *block, use_reentrant=False, preserve_rng_state=False
+            )
+    return loss_BT
 
 
 def _loss_of_rows(

@@ -21,7 +21,7 @@ def sparse_attention(
 
     Args:
         q_BTHD, k_BSGD, v_BSGV: one floating dtype; H a multiple of G; head h reads key head h // (H // G).
-        topk_BTK: integers below S, distinct within a row, in any order; negative means nothing.
+        topk_BTK: int32 or int64, below S, distinct within a row, in any order; negative means nothing.
         scale: factor on q.k before the softmax, usually D ** -0.5.
 
     Returns:

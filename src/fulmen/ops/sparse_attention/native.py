@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from fulmen.ops.attention_native import attend_natively, attention_shape
+from fulmen.ops.intervals import kernel_positions
 from fulmen.ops.native_library import ROW_MULTIPLE, call_native, kernel_floats
 
 
@@ -43,7 +44,7 @@ class NativeSparseAttention(torch.autograd.Function):
         delta_BTH = ((dout_BTHV.float() * out_BTHV).sum(-1) - dlse_BTH).contiguous()
         call_native(
             "fulmen_attention_backward",
-            *(q_rows, keys_BSGD, values_BSGV, topk_BTK.int().contiguous(), dout_rows, lse_BTH, delta_BTH),
+            *(q_rows, keys_BSGD, values_BSGV, kernel_positions(topk_BTK), dout_rows, lse_BTH, delta_BTH),
             *(dq_rows, dk_rows, dv_rows),
             *(attention_shape(q_BTHD, keys_BSGD, values_BSGV, topk_BTK.shape[-1]), float(ctx.scale)),
         )

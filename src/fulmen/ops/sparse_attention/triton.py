@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fulmen.ops.intervals import kernel_positions
 from fulmen.ops.native_library import row_major
 from fulmen.ops.sparse_attention.triton_backward import sparse_attention_gradients
 from fulmen.ops.triton_library import on_device_of
@@ -49,7 +50,7 @@ class TritonSparseAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, topk_BTK: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
-        topk_BTK = topk_BTK.int().contiguous()
+        topk_BTK = kernel_positions(topk_BTK)
         out_BTHV, lse_BTH = _attend(q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale)
         ctx.save_for_backward(q_BTHD, k_BSGD, v_BSGV, topk_BTK, out_BTHV, lse_BTH)
         ctx.scale = scale
