@@ -71,7 +71,7 @@ def test_models_of_these_tests_select_by_scores_that_vary(model):
 def test_hazards_5_and_9_a_padded_row_is_the_row_alone(model):
     """Padding holds NaN, so whatever reads it shows.
 
-    Mutation: zeros, or one token less, for start_BT in _padded_intervals (modeling/visible.py).
+    Mutation: zeros for start_BT in _padded_intervals (modeling/visible.py).
     """
     embeds = model.get_input_embeddings()(IDS).detach().clone()
     mask = torch.ones_like(IDS)
