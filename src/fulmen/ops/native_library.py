@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NATIVE_VERSION = 1
+NATIVE_VERSION = 2
 # Numbers, as in `native/attention.h`: gradients have rows of whole vectors.
 ROW_MULTIPLE = 16
 
 
 class IndexShape(ctypes.Structure):
-    """As in `native/index_topk.cpp`."""
+    """As in `native/index_inputs.h`."""
 
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
             *("batch", "queries", "keys", "heads", "key_heads", "width", "topk"),
-            *("k_is_bf16", "k_stride_b", "k_stride_s", "k_stride_i", "threads"),
+            *("key_kind", "k_stride_b", "k_stride_s", "k_stride_i", "threads", "use_tiles"),
         )
     ]
 
@@ -46,6 +46,12 @@ class AttentionShape(ctypes.Structure):
 def native_reason() -> str | None:
     """Why the native kernels cannot run on this machine; None if they can."""
     return _open_native()[1]
+
+
+def has_tiles() -> bool:
+    """Whether the native kernels may use the CPU's matrix tiles (Intel's AMX)."""
+    library = _open_native()[0]
+    return library is not None and bool(library.fulmen_native_tiles())
 
 
 def call_native(function: str, *arguments: Any) -> None:

@@ -1,9 +1,14 @@
 // Whether this library may run here: it is compiled for the machine that built it.
 
+#include "tiles.h"
+
 extern "C" {
 
 // Raised with every change of a function's arguments; `native_library.py` expects the same number.
-int fulmen_native_version() { return 1; }
+int fulmen_native_version() { return 2; }
+
+// 1 if matrix tiles (AMX) were compiled in and may be used here, else 0.
+int fulmen_native_tiles() { return tiles_granted(); }
 
 // An instruction set that the library was compiled for and this CPU lacks; null if there is none.
 const char *fulmen_native_lacks() {
