@@ -8,6 +8,7 @@
 #include "index_inputs.h"
 
 #ifdef FULMEN_TILES
+#include <cfloat>
 #include <cmath>
 
 // E is cut into chunks that a tile's row has room for.
@@ -19,21 +20,30 @@ struct Chunks {
     int64_t rows() const { return bytes / 4; }
 };
 
-// What a query's integers are times.
-static inline float digits_of(const float *q, int64_t width, int32_t *whole) {
-    // The largest that three digits of -128..127 hold.
-    constexpr float LARGEST = 127 * 65536 + 127 * 256 + 127;
-    float peak = 0;
-    for (int64_t e = 0; e < width; e++) peak = std::abs(q[e]) <= peak ? peak : std::abs(q[e]);
-    std::fill(whole, whole + width, 0);
-    if (!std::isfinite(peak)) return NAN;  // spoils every score of this query
-    if (peak == 0) return 0;
-    int power;
-    power = 23 - (std::frexp(peak, &power), power);
-    if (std::ldexp(peak, power) > LARGEST) power--;
-    for (int64_t e = 0; e < width; e++) whole[e] = int32_t(std::rint(std::ldexp(q[e], power)));
-    return std::ldexp(1.0f, -power);
-}
+// A query's numbers as integers: so many times a power of 2.
+struct Fixed {
+    float times, factor;  // the power, and what undoes it
+
+    Fixed(const float *q, int64_t width) : times(0), factor(0) {
+        // The largest that three digits of -128..127 hold.
+        constexpr float LARGEST = 127 * 65536 + 127 * 256 + 127;
+        float peak = 0;
+        bool finite = true;
+        for (int64_t e = 0; e < width; e++) {
+            const float size = std::abs(q[e]);
+            finite &= size <= FLT_MAX;
+            peak = size > peak ? size : peak;
+        }
+        if (!finite) factor = NAN;  // spoils every score of this query
+        if (!finite || peak == 0) return;
+        int power;
+        std::frexp(peak, &power);
+        power = std::min(23 - power, 126);  // of a query below 2^-103 less is kept
+        if (std::ldexp(peak, power) > LARGEST) power--;
+        times = std::ldexp(1.0f, power);
+        factor = std::ldexp(1.0f, -power);
+    }
+};
 
 class TileScorer {
     static constexpr int64_t DIGITS = 3, VECTORS = TILE / 16;
@@ -129,16 +139,26 @@ class TileScorer {
     void add_pair(Group &group, int64_t count, const QueryRows &block, int64_t row, int64_t head) {
         const int64_t width = in.shape.width, from = block.rows[row] * in.shape.heads + head;
         const int64_t place = group.pairs.size();
-        std::vector<int32_t> whole(width);
-        const float factor = digits_of(in.q + from * width, width, whole.data());
-        group.pairs.push_back({row, factor, in.w[from], in.b ? in.b[from] : 0.0f});
-        for (int64_t e = 0; e < width; e++) {
-            const int32_t third = int8_t(whole[e]), rest = (whole[e] - third) >> 8, second = int8_t(rest);
-            const int32_t digits[DIGITS] = {(rest - second) >> 8, second, third};
-            Line *rows = group.digits.get() + e / chunks.bytes * group.tiles * TILE_ROWS;
-            for (int64_t d = 0; d < DIGITS; d++)
-                rows[d * count + place].bytes[e % chunks.bytes] = char(digits[d]);
-        }
+        const Fixed fixed(in.q + from * width, width);
+        group.pairs.push_back({row, fixed.factor, in.w[from], in.b ? in.b[from] : 0.0f});
+        Line *rows = group.digits.get() + place;
+        for (int64_t c = 0; c < chunks.count; c++, rows += group.tiles * TILE_ROWS)
+            for (int64_t low = 0, e; low < chunks.bytes && (e = c * chunks.bytes + low) < width; low += 16) {
+                const int64_t numbers = std::min<int64_t>({16, chunks.bytes - low, width - e});
+                write_digits(in.q + from * width + e, fixed.times, numbers, rows->bytes + low, count);
+            }
+    }
+
+    // Up to 16 numbers' first, second and third digits, `count` lines apart.
+    static void write_digits(const float *q, float times, int64_t numbers, char *to, int64_t count) {
+        const __mmask16 present = __mmask16(0xffff >> (16 - numbers));
+        const auto last_digit = [](__m512i x) { return _mm512_srai_epi32(_mm512_slli_epi32(x, 24), 24); };
+        const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(present, q), _mm512_set1_ps(times));
+        const __m512i whole = _mm512_cvtps_epi32(scaled), third = last_digit(whole);
+        const __m512i rest = _mm512_srai_epi32(_mm512_sub_epi32(whole, third), 8), second = last_digit(rest);
+        const __m512i digits[DIGITS] = {_mm512_srai_epi32(_mm512_sub_epi32(rest, second), 8), second, third};
+        for (int64_t d = 0; d < DIGITS; d++)
+            _mm512_mask_cvtepi32_storeu_epi8(to + d * count * TILE_BYTES, present, digits[d]);
     }
 
     static void pack_vector(const IndexInputs &in, const Chunks &chunks, int64_t batch, int64_t first, int64_t i,

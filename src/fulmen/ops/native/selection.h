@@ -3,6 +3,8 @@
 
 #include "index_inputs.h"
 
+#include <cmath>
+
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -88,7 +90,8 @@ static inline void cut_by_sample(const int32_t *ranks, int64_t count, int64_t to
     int32_t sample[SAMPLE];
     for (int64_t i = 0; i < SAMPLE; i++) sample[i] = ranks[i * count / SAMPLE];
     std::sort(sample, sample + SAMPLE);
-    const int64_t place = SAMPLE - 1 - topk * SAMPLE / count, margin = 48;
+    const int64_t beyond = topk * SAMPLE / count, place = SAMPLE - 1 - beyond;
+    const int64_t margin = 2 + int64_t(3 * std::sqrt(double(beyond)));
     for (const int64_t at : {place - margin, place + margin}) {
         const int64_t middle = sample[std::clamp<int64_t>(at, 0, SAMPLE - 1)];
         bracket.cut(middle, count_from(ranks, count, middle), topk);
