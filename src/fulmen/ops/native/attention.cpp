@@ -55,7 +55,8 @@ struct QueryState {
         total[h] += sum_of_lanes(added);
     }
 
-    template <int N> void attend_heads(int64_t h, const AttentionInputs &in, const KeyTile &tile) {
+    template <int N, class Number>
+    void attend_heads(int64_t h, const AttentionInputs &in, const KeyTile<Number> &tile) {
         alignas(64) float scores[N * WIDEST_TILE];
         const float *heads_q = q.data() + h * in.k.padded;
         for (int64_t low = 0; low < tile.count; low += LANES) {
@@ -66,7 +67,7 @@ struct QueryState {
         add_rows<N>(scores, tile.v, tile.count, width, sum.data() + h * width);
     }
 
-    void attend(const AttentionInputs &in, const KeyTile &tile) {
+    template <class Number> void attend(const AttentionInputs &in, const KeyTile<Number> &tile) {
         for_heads(heads, [&](auto n, int64_t h) { attend_heads<decltype(n)::value>(h, in, tile); });
     }
 
@@ -93,13 +94,14 @@ struct Cut {
     }
 };
 
+template <class Number>
 void attend_item(const AttentionInputs &in, const Cut &cut, int64_t item, float scale, float *out, float *lse) {
     const AttentionShape &shape = in.shape;
     const int64_t part = item % cut.parts, g = item / cut.parts % shape.key_heads;
     const int64_t block = item / cut.parts / shape.key_heads, b = block / cut.blocks;
     const int64_t first_head = g * in.shared() + part * cut.heads;
     QueryState state(in, std::min(cut.heads, in.shared() - part * cut.heads));
-    KeyTile tile(in);
+    KeyTile<Number> tile(in);
     std::vector<int32_t> room(shape.topk + 1);
     const int64_t low = block % cut.blocks * cut.block;
     for (int64_t t = low; t < std::min(low + cut.block, shape.queries); t++) {
@@ -124,7 +126,10 @@ int fulmen_attention(const float *q, const void *k, const void *v, const int32_t
     const AttentionInputs in(*shape, q, k, v, topk, start, stop);
     const Cut cut(in);
     parallel_for(shape->batch * cut.blocks * shape->key_heads * cut.parts, in.shape.threads,
-                 [&](int64_t item) { attend_item(in, cut, item, scale, out, lse); });
+                 [&](int64_t item) {
+                     if (in.in_place<uint16_t>()) attend_item<uint16_t>(in, cut, item, scale, out, lse);
+                     else attend_item<float>(in, cut, item, scale, out, lse);
+                 });
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;
