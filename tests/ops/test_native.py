@@ -6,7 +6,7 @@ import pytest
 import torch
 from ops_cases import assert_near, causal, gradients, normal, ragged, random_selection
 
-from fulmen.ops import native_library
+from fulmen.ops import attention_native, native_library
 from fulmen.ops.dense_attention import dense_attention
 from fulmen.ops.dispatch import pin_backend
 from fulmen.ops.index_keys import pack_index_keys, unpack_index_keys
@@ -155,6 +155,74 @@ def test_gradients_match_the_reference_where_many_queries_share_keys(heads):
         torch.testing.assert_close(gradient, want, rtol=2e-5, atol=2e-5 * want.abs().max().item())
 
 
+def alike_selection(B, T, S, K, seed=0):
+    """As `random_selection`, from 2 K keys alone: neighbours have most of them in common."""
+    few = torch.randperm(S, generator=torch.Generator().manual_seed(seed))[: 2 * K].sort().values
+    chosen = random_selection(B, T, len(few), K, seed)
+    return torch.where(chosen < 0, -1, few[chosen.clamp(min=0)]).int()
+
+
+# Tiles take bfloat16 queries by 16: just enough, a whole block and a part, several
+@pytest.mark.parametrize("queries", [16, 23, 70])
+@pytest.mark.parametrize("heads", [*HEADS, (3, 1, 96, 64), (20, 1, 80, 512)], ids=str)
+def test_many_bfloat16_queries_match_the_reference(heads, queries, monkeypatch):
+    B, S, K = 2, 500, 90
+    qkv = attention_inputs(B, queries, S, heads, torch.bfloat16)
+    topk = alike_selection(B, queries, S, K)
+    topk[:, 5:7], topk[:, 9, 1:] = -1, -1
+    wanted = sparse_attention_reference(*qkv, topk, 0.3)
+    found = sparse_attention(*qkv, topk, 0.3)
+    assert_near(found[0], wanted.out_BTHV, torch.bfloat16)
+    assert_near(found[1], wanted.lse_BTH, torch.float32)
+    expected = gradients((wanted.out_BTHV, wanted.lse_BTH), qkv)
+    for gradient, want in zip(gradients(found, qkv), expected, strict=True):
+        torch.testing.assert_close(gradient, want, rtol=2e-2, atol=2e-2 * want.abs().max().item())
+    monkeypatch.setattr(attention_native, "has_tiles", lambda: False)
+    for a, b in zip(sparse_attention(*qkv, topk, 0.3), found, strict=True):
+        assert_near(a, b, torch.bfloat16)
+
+
+@pytest.mark.usefixtures("_restore_threads")
+def test_the_number_of_threads_changes_no_bit_of_many_bfloat16_queries():
+    B, T, S, K = 2, 90, 500, 60
+    qkv, topk = attention_inputs(B, T, S, HEADS[0], torch.bfloat16), alike_selection(B, T, S, K)
+    # Some blocks select so little alike that they are computed query by query.
+    topk[:, 32:48] = random_selection(B, 16, S, K)
+    torch.set_num_threads(1)
+    alone = sparse_attention(*qkv, topk, 0.3)
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        for together, one in zip(sparse_attention(*qkv, topk, 0.3), alone, strict=True):
+            assert torch.equal(together, one)
+
+
+@pytest.mark.parametrize("poisoned", [0, 1, 2], ids="qkv")
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+def test_poison_among_many_bfloat16_queries_stays_with_those_that_select_it(poisoned, poison):
+    B, T, S, K = 1, 20, 200, 40
+    clean, topk = attention_inputs(B, T, S, (4, 2, 32, 16), torch.bfloat16), alike_selection(B, T, S, K)
+    key = int(topk[0, 3].max())
+    bad = [x.detach().clone() for x in clean]
+    bad[poisoned][:, 3 if poisoned == 0 else key] = poison
+    spoilt = torch.arange(T) == 3 if poisoned == 0 else (topk[0] == key).any(-1)
+    assert 0 < spoilt.sum() < T
+    out, lse = sparse_attention(*clean, topk, 0.3)
+    bad_out, bad_lse = sparse_attention(*bad, topk, 0.3)
+    assert torch.equal(bad_out[:, ~spoilt], out[:, ~spoilt])
+    assert torch.equal(bad_lse[:, ~spoilt], lse[:, ~spoilt])
+    assert not bad_out[:, spoilt].isfinite().all(-1).any()
+
+
+def test_many_bfloat16_queries_read_views():
+    B, T, S, K = 2, 40, 300, 50
+    q, k, v = attention_inputs(B, T, S, HEADS[0], torch.bfloat16)
+    topk = alike_selection(B, T, S, K)
+    expected = sparse_attention(q, k, v, topk, 0.3)
+    k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+    for found, want in zip(sparse_attention(q, k, v, topk, 0.3), expected, strict=True):
+        assert torch.equal(found, want)
+
+
 def test_gradients_take_any_layout():
     qkv, topk = attention_inputs(2, 20, 50, HEADS[0]), random_selection(2, 20, 50, 9)
     out, lse = sparse_attention(*qkv, topk, 0.3)
@@ -230,4 +298,4 @@ def test_a_file_that_is_no_library_is_not_used(monkeypatch, tmp_path):
 
 def test_the_structures_have_the_sizes_that_the_kernels_read():
     assert ctypes.sizeof(native_library.IndexShape) == 13 * 8
-    assert ctypes.sizeof(native_library.AttentionShape) == 16 * 8
+    assert ctypes.sizeof(native_library.AttentionShape) == 17 * 8

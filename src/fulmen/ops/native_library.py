@@ -38,7 +38,7 @@ class AttentionShape(ctypes.Structure):
         for name in (
             *("batch", "queries", "keys", "heads", "key_heads", "width", "value_width", "topk"),
             *("is_bf16", "k_stride_b", "k_stride_s", "k_stride_g", "v_stride_b", "v_stride_s", "v_stride_g"),
-            "threads",
+            *("threads", "use_tiles"),
         )
     ]
 

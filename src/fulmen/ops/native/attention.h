@@ -12,7 +12,7 @@
 // Mirrored by `AttentionShape` in native_library.py. Strides count numbers; q and all results are contiguous.
 struct AttentionShape {
     int64_t batch, queries, keys, heads, key_heads, width, value_width, topk;
-    int64_t is_bf16, k_stride_b, k_stride_s, k_stride_g, v_stride_b, v_stride_s, v_stride_g, threads;
+    int64_t is_bf16, k_stride_b, k_stride_s, k_stride_g, v_stride_b, v_stride_s, v_stride_g, threads, use_tiles;
 };
 
 constexpr int64_t WIDEST_TILE = 128;

@@ -186,6 +186,7 @@ class TileScorer {
     // The compiler takes tiles by number only.
     template <int T> void multiply_tiles(const Group &group, const Line *keys, int32_t *sums) const {
         const Line *digits = group.digits.get();
+        settle_memory();
         _tile_zero(0);
         if constexpr (T > 1) _tile_zero(1);
         if constexpr (T > 2) _tile_zero(2);

@@ -47,16 +47,22 @@ struct alignas(64) TileConfig {
     }
 };
 
+// GCC 12 does not know that loading a tile, or the configuration, reads memory: all that is written must be there.
+static inline void settle_memory() { __asm__ volatile("" ::: "memory"); }
+
 // The tiles of this thread in some shape for as long as this lives; then as others (torch) had left them.
 class TileScope {
     TileConfig before;
 
   public:
     explicit TileScope(const TileConfig &config) {
+        settle_memory();
         _tile_storeconfig(&before);
         _tile_loadconfig(&config);
+        settle_memory();
     }
     ~TileScope() {
+        settle_memory();
         if (before.palette) _tile_loadconfig(&before);
         else _tile_release();
     }
