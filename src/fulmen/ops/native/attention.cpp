@@ -80,9 +80,10 @@ struct QueryState {
     }
 };
 
-// How the work is cut: items of a block of queries, one key head, some of its query heads.
+// How the work is cut: items of a block of queries, one key head, some of its query heads. Queries by themselves read
+// their tokens' keys of several heads together: they lie together, and each token is another page of memory.
 struct Cut {
-    int64_t block, blocks, heads, parts;
+    int64_t block, blocks, heads, parts, groups;
 
     Cut(const AttentionInputs &in) {
         const AttentionShape &shape = in.shape;
@@ -91,29 +92,33 @@ struct Cut {
         blocks = (shape.queries + block - 1) / block;
         heads = few ? std::min<int64_t>(in.shared(), MOST_HEADS) : in.shared();
         parts = (in.shared() + heads - 1) / heads;
+        groups = block > 1 ? 1 : (shape.key_heads + shape.threads - 1) / shape.threads;
     }
 };
 
-// Queries low <= t < high of batch row b, `heads` heads of key head g from `first` on.
+// Queries low <= t < high of batch row b; of the key heads from g on, each with `heads` heads from `first` on.
 struct Work {
-    int64_t b, low, high, g, first, heads;
+    int64_t b, low, high, g, groups, first, heads;
 };
 
 template <class Number>
 void attend_rows(const AttentionInputs &in, const Work &work, float scale, float *out, float *lse) {
     const AttentionShape &shape = in.shape;
-    QueryState state(in, work.heads);
+    std::vector<QueryState> states(work.groups, QueryState(in, work.heads));
     KeyTile<Number> tile(in);
     std::vector<int32_t> room(shape.topk + 1);
     for (int64_t t = work.low; t < work.high; t++) {
-        const int64_t row = work.b * shape.queries + t, head = row * shape.heads + work.g * in.shared() + work.first;
+        const int64_t row = work.b * shape.queries + t;
         const KeyList keys = in.keys_of(row, room.data());
-        state.begin(in, in.q + head * shape.width, scale * LOG2_E);
-        for (int64_t i = 0; i < keys.count; i += in.tile_keys()) {
-            tile.fill(in, keys, i, work.b, work.g);
-            state.attend(in, tile);
-        }
-        state.finish(out + head * shape.value_width, lse + head, shape.value_width);
+        const auto head = [&](int64_t g) { return row * shape.heads + (work.g + g) * in.shared() + work.first; };
+        for (int64_t g = 0; g < work.groups; g++) states[g].begin(in, in.q + head(g) * shape.width, scale * LOG2_E);
+        for (int64_t i = 0; i < keys.count; i += in.tile_keys())
+            for (int64_t g = 0; g < work.groups; g++) {
+                tile.fill(in, keys, i, work.b, work.g + g);
+                states[g].attend(in, tile);
+            }
+        for (int64_t g = 0; g < work.groups; g++)
+            states[g].finish(out + head(g) * shape.value_width, lse + head(g), shape.value_width);
     }
 }
 
@@ -124,12 +129,13 @@ void attend(const AttentionInputs &in, const Work &work, float scale, float *out
 
 void attend_all(const AttentionInputs &in, float scale, float *out, float *lse) {
     const Cut cut(in);
-    const int64_t groups = in.shape.key_heads;
-    parallel_for(in.shape.batch * cut.blocks * groups * cut.parts, in.shape.threads, [&](int64_t item) {
-        const int64_t first = item % cut.parts * cut.heads, block = item / cut.parts / groups;
+    const int64_t key_heads = in.shape.key_heads, ranges = (key_heads + cut.groups - 1) / cut.groups;
+    parallel_for(in.shape.batch * cut.blocks * ranges * cut.parts, in.shape.threads, [&](int64_t item) {
+        const int64_t first = item % cut.parts * cut.heads, block = item / cut.parts / ranges;
         const int64_t low = block % cut.blocks * cut.block, high = std::min(low + cut.block, in.shape.queries);
-        const int64_t g = item / cut.parts % groups, heads = std::min(cut.heads, in.shared() - first);
-        attend(in, {block / cut.blocks, low, high, g, first, heads}, scale, out, lse);
+        const int64_t g = item / cut.parts % ranges * cut.groups, groups = std::min(cut.groups, key_heads - g);
+        const int64_t heads = std::min(cut.heads, in.shared() - first);
+        attend(in, {block / cut.blocks, low, high, g, groups, first, heads}, scale, out, lse);
     });
 }
 
@@ -156,7 +162,7 @@ void attend_by_tiles(const AttentionInputs &in, float scale, float *out, float *
             if (attention.choose(block / blocks, low, high)) attention.attend(g, groups, scale, out, lse);
             else
                 for (int64_t i = g; i < g + groups; i++)
-                    attend(in, {block / blocks, low, high, i, 0, in.shared()}, scale, out, lse);
+                    attend(in, {block / blocks, low, high, i, 1, 0, in.shared()}, scale, out, lse);
         }
     });
 }
