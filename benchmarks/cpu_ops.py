@@ -3,10 +3,10 @@
     .venv/bin/python benchmarks/cpu_ops.py --out out/cpu_ops.json
 
 One thread; times are CPU time, which other work on the machine disturbs less than the clock. A kernel whose
-check fails is not timed, nor is anything that calls it. All sides of a comparison alternate in one run, a plain
-read of memory among them: it gives the bandwidth of that moment, and so the floor. The operations are called as a
-model calls them, input checks included. Dense peers are torch's SDPA for prompts; for one token, where SDPA
-crawls, the native dense attention over keys and values as a cache keeps them and head by head.
+check fails is not timed, nor is anything that calls it. All sides of a comparison alternate in one run, a
+plain read of memory among them: it gives the bandwidth of that moment, and so the floor. The operations are
+called as a model calls them, input checks included. Dense peers are torch's SDPA for prompts; for one token,
+where SDPA crawls, the native dense attention over keys and values as a cache keeps them and head by head.
 """
 
 import json
