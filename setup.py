@@ -7,6 +7,10 @@ from setuptools import Extension, setup
 NATIVE = "src/fulmen/ops/native"
 # For the machine that builds it; the library refuses to run on a lesser one (native/library.cpp).
 MACHINE = "-march=native" if platform.machine().lower() in ("x86_64", "amd64", "i686") else "-mcpu=native"
+HEADERS = (
+    *("vectors", "tiles", "threads", "attention", "attention_tiles"),
+    *("index_inputs", "index_vectors", "index_tiles", "selection"),
+)
 
 setup(
     ext_modules=[
@@ -16,7 +20,7 @@ setup(
                 f"{NATIVE}/{name}.cpp"
                 for name in ("library", "index_topk", "attention", "attention_backward")
             ],
-            depends=[f"{NATIVE}/{name}.h" for name in ("vectors", "threads", "attention")],
+            depends=[f"{NATIVE}/{name}.h" for name in HEADERS],
             extra_compile_args=["-std=c++17", "-O3", MACHINE, "-pthread"],
             extra_link_args=["-pthread"],
             # Without a compiler fulmen installs all the same, and computes by plain torch.

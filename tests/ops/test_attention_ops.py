@@ -53,6 +53,53 @@ def test_matches_the_reference_forward_and_backward(name, sizes, heads, dtype):
         assert_near(gradient, want, dtype)
 
 
+# T, S: fewer queries than torch's kernel is used for, just enough, a whole text, a chunk with a past
+CHUNKS = {"few": (15, 40), "enough": (16, 40), "whole": (60, 60), "chunk": (33, 300)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("sizes", CHUNKS.values(), ids=CHUNKS)
+def test_causal_chunks_match_the_reference_forward_and_backward(sizes, heads, dtype):
+    T, S = sizes
+    qkv, interval = inputs((2, T, S, 1), heads, dtype), causal(2, T, S)
+    expected = dense_attention_reference(*qkv, *interval, 0.3)
+    found = dense_attention(*qkv, *interval, 0.3)
+    assert [x.dtype for x in found] == [dtype, expected.lse_BTH.dtype]
+    wanted = (expected.out_BTHV, expected.lse_BTH)
+    for a, b in zip(found, wanted, strict=True):
+        assert_near(a, b, dtype)
+    for a, b in zip(gradients(found, qkv), gradients(wanted, qkv), strict=True):
+        assert_near(a, b, dtype)
+
+
+@pytest.mark.parametrize("queries", [20, 60])
+@pytest.mark.parametrize(
+    ("start", "stop"), [(0, -1), (1, 0), (-3, 0)], ids=["less", "windowed", "before the first"]
+)
+def test_intervals_that_are_nearly_causal_are_kept_to(queries, start, stop):
+    q, k, v = inputs((2, queries, 60, 1), HEADS["grouped"])
+    interval = [x.clone() for x in causal(2, queries, 60)]
+    interval[0][1, 7] += start
+    interval[1][1, 7] += stop
+    expected = dense_attention_reference(q, k, v, *interval, 0.3)
+    out, lse = dense_attention(q, k, v, *interval, 0.3)
+    assert_near(out, expected.out_BTHV, torch.float32)
+    assert_near(lse, expected.lse_BTH, torch.float32)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("poisoned", [1, 2], ids="kv")
+def test_a_bad_key_spoils_no_query_of_a_chunk_before_it(poisoned, poison):
+    clean, interval = inputs((1, 40, 60, 1), HEADS["grouped"]), causal(1, 40, 60)
+    bad = [x.detach().clone() for x in clean]
+    bad[poisoned][:, 50] = poison
+    out, _ = dense_attention(*clean, *interval, 0.3)
+    found, _ = dense_attention(*bad, *interval, 0.3)
+    assert_near(found[:, :30], out[:, :30], torch.float32)
+    assert not found[:, 30:].isfinite().any()
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 20), st.integers(1, 22), st.integers(0, 999))
 def test_any_small_shape_matches_the_reference(groups, queries, keys, topk, seed):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from ops_cases import DTYPES, assert_near, causal, normal, ragged
 
+from fulmen.ops.index_keys import pack_index_keys, unpack_index_keys
 from fulmen.ops.index_scores import index_scores
 from fulmen.ops.index_scores.reference import index_scores_reference
 
@@ -95,3 +96,57 @@ def test_under_autocast_the_arithmetic_stays_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         scores = index_scores(q, k, w, b, *interval)
     assert torch.equal(scores, index_scores(q.bfloat16(), k.bfloat16(), w, b, *interval))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [*HEADS.values(), (2, 2, 66), (6, 3, 130)], ids=str)
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_packed_keys_score_as_the_numbers_they_stand_for(sizes, heads, dtype):
+    q, k, w, b = inputs(sizes, heads, dtype)
+    packed, interval = pack_index_keys(k), ragged(*sizes)
+    scores = index_scores(q, packed, w, b, *interval)
+    exact = [x.double() for x in (q, unpack_index_keys(packed), w, b)]
+    expected = index_scores_reference(*exact, *interval).scores_BTS.to(scores.dtype)
+    tight = torch.float32 if dtype == torch.bfloat16 else dtype
+    assert_near(scores, expected, tight)
+
+
+def test_packed_keys_may_lie_anywhere():
+    sizes = SIZES["odd"]
+    q, k, w, b = inputs(sizes, HEADS["odd"])
+    packed, interval = pack_index_keys(k), ragged(*sizes)
+    expected = index_scores(q, packed, w, b, *interval)
+    room = torch.full((2, 100, 3, 40), 77, dtype=torch.int8)
+    with_room = room[:, 10:93, :, 5:27].copy_(packed)
+    turned = packed.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)
+    for view in (with_room, packed.transpose(1, 2).contiguous().transpose(1, 2), turned):
+        assert torch.equal(index_scores(q, view, w, b, *interval), expected)
+
+
+def test_a_packed_key_that_is_no_number_spoils_its_own_scores_alone():
+    q, k, w, b = inputs((1, 20, 70), HEADS["grouped"])
+    interval = causal(1, 20, 70)
+    expected = index_scores(q, pack_index_keys(k), w, b, *interval)
+    k[0, 33, 1, 2] = torch.nan
+    scores = index_scores(q, pack_index_keys(k), w, b, *interval)
+    assert scores[..., 33].isnan().all()
+    scores[..., 33] = expected[..., 33]
+    assert torch.equal(scores, expected)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_queries_of_any_size_score_packed_keys(size):
+    q, k, w, _ = inputs((1, 20, 70), HEADS["grouped"])
+    packed, interval = pack_index_keys(k), causal(1, 20, 70)
+    expected = index_scores(q, packed, w, None, *interval)
+    assert_near(index_scores(q * size, packed, w, None, *interval) / size, expected, torch.float32)
+    visible = index_scores(q * 0, packed, w, None, *interval)[expected.isfinite()]
+    assert torch.equal(visible, torch.zeros_like(visible))
+
+
+def test_under_autocast_packed_keys_stay_as_they_are():
+    q, k, w, b = inputs(SIZES["odd"], HEADS["grouped"])
+    interval, packed = ragged(*SIZES["odd"]), pack_index_keys(k)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = index_scores(q, packed, w, b, *interval)
+    assert torch.equal(scores, index_scores(q.bfloat16(), packed, w, b, *interval))

@@ -6,10 +6,12 @@ import pytest
 import torch
 from ops_cases import assert_near, causal, gradients, normal, ragged, random_selection
 
-from fulmen.ops import native_library
+from fulmen.ops import attention_native, native_library
 from fulmen.ops.dense_attention import dense_attention
 from fulmen.ops.dispatch import pin_backend
+from fulmen.ops.index_keys import pack_index_keys, unpack_index_keys
 from fulmen.ops.index_scores import index_scores
+from fulmen.ops.index_scores import native as native_scores
 from fulmen.ops.native_library import native_reason
 from fulmen.ops.select_topk import index_topk, select_topk
 from fulmen.ops.sparse_attention import sparse_attention
@@ -53,9 +55,11 @@ def everything(heads, index_heads):
     """Results of all kernels on one set of inputs."""
     B, T, S, K = 2, 50, 700, 40
     intervals = ragged(B, T, S)
-    index = index_inputs(B, T, S, index_heads)
+    q, k, w, b = index_inputs(B, T, S, index_heads)
+    index = (q, k, w, b)
     scores = index_scores(*index, *intervals)
     chosen = [index_topk(*index, *intervals, K), select_topk(scores, *intervals, K)]
+    chosen += [index_scores(q, pack_index_keys(k), w, b, *intervals)]
     qkv = attention_inputs(B, T, S, heads)
     sparse = sparse_attention(*qkv, random_selection(B, T, S, K), 0.3)
     return [scores, *chosen, *sparse, *gradients(sparse, qkv), *dense_attention(*qkv, *intervals, 0.3)]
@@ -72,11 +76,13 @@ def test_the_number_of_threads_changes_no_bit(heads, index_heads):
             assert torch.equal(together, one)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["numbers", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("heads", INDEX_HEADS)
-def test_a_decoded_query_scores_and_selects_as_in_the_prefill(heads, dtype):
+def test_a_decoded_query_scores_and_selects_as_in_the_prefill(heads, dtype, packed):
     B, S = 2, 300
     q, k, w, b = index_inputs(B, S, S, heads, dtype)
+    k = pack_index_keys(k) if packed else k
     start, stop = causal(B, S, S)
     scores, chosen = index_scores(q, k, w, b, start, stop), index_topk(q, k, w, b, start, stop, 16)
     for t in (0, 16, 17, 63, 64, 200, S - 1):
@@ -86,6 +92,38 @@ def test_a_decoded_query_scores_and_selects_as_in_the_prefill(heads, dtype):
         assert torch.equal(index_scores(*inputs), scores[:, row, past])
         decoded = index_topk(*inputs, 16)
         assert torch.equal(decoded, chosen[:, row, : decoded.shape[-1]])
+
+
+@pytest.mark.parametrize("heads", INDEX_HEADS)
+def test_packed_keys_without_tiles_score_bit_for_bit_as_their_numbers(heads, monkeypatch):
+    B, T, S = 2, 30, 300
+    q, k, w, b = index_inputs(B, T, S, heads)
+    packed, intervals = pack_index_keys(k), ragged(B, T, S)
+    monkeypatch.setattr(native_scores, "has_tiles", lambda: False)
+    expected = index_scores(q, unpack_index_keys(packed), w, b, *intervals)
+    assert torch.equal(index_scores(q, packed, w, b, *intervals), expected)
+
+
+def test_a_query_that_is_no_number_spoils_its_own_scores_alone():
+    q, k, w, b = index_inputs(1, 20, 70, INDEX_HEADS[0])
+    packed, intervals = pack_index_keys(k), causal(1, 20, 70)
+    expected = index_scores(q, packed, w, b, *intervals)
+    for bad in (torch.nan, torch.inf):
+        spoilt = q.clone()
+        spoilt[0, 7, 4, 3] = bad
+        scores = index_scores(spoilt, packed, w, b, *intervals)
+        assert not scores[0, 7, :57].isfinite().any()
+        scores[0, 7] = expected[0, 7]
+        assert torch.equal(scores, expected)
+
+
+def test_tiles_leave_torch_its_own():
+    # Both sides use the CPU's matrix tiles, in shapes of their own, on one thread.
+    x = normal(64, 256, dtype=torch.bfloat16)
+    q, k, w, b = index_inputs(1, 20, 70, INDEX_HEADS[0])
+    before = x @ x.T
+    index_scores(q, pack_index_keys(k), w, b, *causal(1, 20, 70))
+    assert torch.equal(x @ x.T, before)
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -115,6 +153,74 @@ def test_gradients_match_the_reference_where_many_queries_share_keys(heads):
         gradients(found, qkv), gradients((wanted.out_BTHV, wanted.lse_BTH), qkv), strict=True
     ):
         torch.testing.assert_close(gradient, want, rtol=2e-5, atol=2e-5 * want.abs().max().item())
+
+
+def alike_selection(B, T, S, K, seed=0):
+    """As `random_selection`, from 2 K keys alone: neighbours have most of them in common."""
+    few = torch.randperm(S, generator=torch.Generator().manual_seed(seed))[: 2 * K].sort().values
+    chosen = random_selection(B, T, len(few), K, seed)
+    return torch.where(chosen < 0, -1, few[chosen.clamp(min=0)]).int()
+
+
+# Tiles take bfloat16 queries by 16: just enough, a whole block and a part, several
+@pytest.mark.parametrize("queries", [16, 23, 70])
+@pytest.mark.parametrize("heads", [*HEADS, (3, 1, 96, 64), (20, 1, 80, 512)], ids=str)
+def test_many_bfloat16_queries_match_the_reference(heads, queries, monkeypatch):
+    B, S, K = 2, 500, 90
+    qkv = attention_inputs(B, queries, S, heads, torch.bfloat16)
+    topk = alike_selection(B, queries, S, K)
+    topk[:, 5:7], topk[:, 9, 1:] = -1, -1
+    wanted = sparse_attention_reference(*qkv, topk, 0.3)
+    found = sparse_attention(*qkv, topk, 0.3)
+    assert_near(found[0], wanted.out_BTHV, torch.bfloat16)
+    assert_near(found[1], wanted.lse_BTH, torch.float32)
+    expected = gradients((wanted.out_BTHV, wanted.lse_BTH), qkv)
+    for gradient, want in zip(gradients(found, qkv), expected, strict=True):
+        torch.testing.assert_close(gradient, want, rtol=2e-2, atol=2e-2 * want.abs().max().item())
+    monkeypatch.setattr(attention_native, "has_tiles", lambda: False)
+    for a, b in zip(sparse_attention(*qkv, topk, 0.3), found, strict=True):
+        assert_near(a, b, torch.bfloat16)
+
+
+@pytest.mark.usefixtures("_restore_threads")
+def test_the_number_of_threads_changes_no_bit_of_many_bfloat16_queries():
+    B, T, S, K = 2, 90, 500, 60
+    qkv, topk = attention_inputs(B, T, S, HEADS[0], torch.bfloat16), alike_selection(B, T, S, K)
+    # Some blocks select so little alike that they are computed query by query.
+    topk[:, 32:48] = random_selection(B, 16, S, K)
+    torch.set_num_threads(1)
+    alone = sparse_attention(*qkv, topk, 0.3)
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        for together, one in zip(sparse_attention(*qkv, topk, 0.3), alone, strict=True):
+            assert torch.equal(together, one)
+
+
+@pytest.mark.parametrize("poisoned", [0, 1, 2], ids="qkv")
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+def test_poison_among_many_bfloat16_queries_stays_with_those_that_select_it(poisoned, poison):
+    B, T, S, K = 1, 20, 200, 40
+    clean, topk = attention_inputs(B, T, S, (4, 2, 32, 16), torch.bfloat16), alike_selection(B, T, S, K)
+    key = int(topk[0, 3].max())
+    bad = [x.detach().clone() for x in clean]
+    bad[poisoned][:, 3 if poisoned == 0 else key] = poison
+    spoilt = torch.arange(T) == 3 if poisoned == 0 else (topk[0] == key).any(-1)
+    assert 0 < spoilt.sum() < T
+    out, lse = sparse_attention(*clean, topk, 0.3)
+    bad_out, bad_lse = sparse_attention(*bad, topk, 0.3)
+    assert torch.equal(bad_out[:, ~spoilt], out[:, ~spoilt])
+    assert torch.equal(bad_lse[:, ~spoilt], lse[:, ~spoilt])
+    assert not bad_out[:, spoilt].isfinite().all(-1).any()
+
+
+def test_many_bfloat16_queries_read_views():
+    B, T, S, K = 2, 40, 300, 50
+    q, k, v = attention_inputs(B, T, S, HEADS[0], torch.bfloat16)
+    topk = alike_selection(B, T, S, K)
+    expected = sparse_attention(q, k, v, topk, 0.3)
+    k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+    for found, want in zip(sparse_attention(q, k, v, topk, 0.3), expected, strict=True):
+        assert torch.equal(found, want)
 
 
 def test_gradients_take_any_layout():
@@ -155,6 +261,25 @@ def test_selection_far_below_the_length_and_just_below_it(topk):
     assert torch.equal(select_topk(scores, *interval, topk), expected)
 
 
+@pytest.mark.parametrize("topk", [1, 300, 2048, 15000, 19999])
+@pytest.mark.parametrize("kind", ["normal", "ascending", "ties", "one spike", "nan"])
+def test_selection_from_long_rows(kind, topk):
+    # Long enough for the threshold to be sought from a sample, which some of these rows mislead.
+    S = 20_000
+    numbers = normal(1, 2, S)
+    scores = {
+        "normal": numbers,
+        "ascending": numbers.sort(-1).values,
+        "ties": numbers.round(),
+        "one spike": numbers.abs().masked_fill(torch.arange(S) % 39 == 0, -1),
+        "nan": numbers.masked_fill(torch.arange(S) % 39 == 0, torch.nan),
+    }[kind]
+    interval = causal(1, 2, S)
+    with pin_backend("reference"):
+        expected = select_topk(scores, *interval, topk)
+    assert torch.equal(select_topk(scores, *interval, topk), expected)
+
+
 def test_a_library_of_another_version_is_not_used(monkeypatch):
     monkeypatch.setattr(native_library, "NATIVE_VERSION", -1)
     library, reason = native_library._open_native.__wrapped__()
@@ -172,5 +297,5 @@ def test_a_file_that_is_no_library_is_not_used(monkeypatch, tmp_path):
 
 
 def test_the_structures_have_the_sizes_that_the_kernels_read():
-    assert ctypes.sizeof(native_library.IndexShape) == 12 * 8
-    assert ctypes.sizeof(native_library.AttentionShape) == 16 * 8
+    assert ctypes.sizeof(native_library.IndexShape) == 13 * 8
+    assert ctypes.sizeof(native_library.AttentionShape) == 17 * 8

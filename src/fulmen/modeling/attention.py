@@ -17,7 +17,7 @@ from fulmen.modeling.indexer import GqaIndexer, apply_rope
 from fulmen.modeling.selectors import IndexerSelector, SelectionInputs, Selector, keep_short_pasts
 from fulmen.modeling.visible import Visible, narrowed_visible
 from fulmen.ops.dense_attention import dense_attention
-from fulmen.ops.index_keys import pack_index_keys, round_index_keys, unpack_index_keys
+from fulmen.ops.index_keys import pack_index_keys, round_index_keys
 from fulmen.ops.precision import math_dtype
 from fulmen.ops.sparse_attention import sparse_attention
 
@@ -87,23 +87,21 @@ class DsaAttentionMixin:
         # Detached here and below: the KL loss trains the indexer alone, the other losses all the rest.
         index_k_BSIE = self.indexer.keys(bare_k_BTGD.detach(), rotation)
         q_BTHD, k_BSGD = apply_rope(bare_q_BTHD, cos_BTR, sin_BTR), apply_rope(bare_k_BTGD, cos_BTR, sin_BTR)
-        packed_BSIX = None
         if past_key_values is not None:
             packed_BTIX = pack_index_keys(index_k_BSIE)
-            k_BSGD, v_BSGV, packed_BSIX = self._extend_cache(past_key_values, k_BSGD, v_BSGV, packed_BTIX)
+            k_BSGD, v_BSGV, index_k_BSIE = self._extend_cache(past_key_values, k_BSGD, v_BSGV, packed_BTIX)
 
         topk_BTK = None
         if self.selector.is_needed(k_BSGD.shape[1], self.topk):
             index_q_BTJE, w_BTJ, b_BTJ = self.indexer.queries(
                 hidden_states.detach(), bare_q_BTHD.detach(), rotation
             )
-            dtype = math_dtype(index_q_BTJE.dtype)
-            index_k_BSIE = (
-                round_index_keys(index_k_BSIE)
-                if packed_BSIX is None
-                else unpack_index_keys(packed_BSIX, dtype)
-            )
-            index_inputs = (index_q_BTJE.to(dtype), index_k_BSIE, w_BTJ, b_BTJ)
+            if past_key_values is None:
+                # The same numbers whether or not there is a cache; those alone have a gradient.
+                trained = index_k_BSIE.requires_grad
+                index_k_BSIE = round_index_keys(index_k_BSIE) if trained else pack_index_keys(index_k_BSIE)
+            index_q_BTJE = index_q_BTJE.to(math_dtype(index_q_BTJE.dtype))
+            index_inputs = (index_q_BTJE, index_k_BSIE, w_BTJ, b_BTJ)
             intervals = (visible.start_BT, visible.stop_BT)
             inputs = SelectionInputs(
                 *index_inputs, q_BTHD, k_BSGD, v_BSGV, *intervals, self.scaling, self.layer_idx

@@ -17,7 +17,8 @@ from fulmen.ops.select_topk import index_topk
 class SelectionInputs:
     """All that one layer knows when it selects: T queries over S keys, cached ones included.
 
-    Index tensors are as in `fulmen.ops.index_scores`; q, k, v are the attention's own, after RoPE.
+    Index tensors are as in `fulmen.ops.index_scores`, keys packed unless they have a gradient; q, k, v are
+    the attention's own, after RoPE.
     """
 
     index_q_BTJE: Tensor

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fulmen.ops.intervals import kernel_positions
-from fulmen.ops.native_library import AttentionShape, call_native, kernel_floats
+from fulmen.ops.native_library import AttentionShape, call_native, has_tiles, kernel_floats
 
 
 def attend_natively(
@@ -38,5 +38,5 @@ def attention_shape(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, topk: int) -
     return AttentionShape(
         *(batch, queries, k_BSGD.shape[1], heads, k_BSGD.shape[2], width, v_BSGV.shape[-1], topk),
         *(k_BSGD.dtype == torch.bfloat16, *k_BSGD.stride()[:3], *v_BSGV.stride()[:3]),
-        torch.get_num_threads(),
+        *(torch.get_num_threads(), has_tiles() and q_BTHD.dtype == torch.bfloat16),
     )

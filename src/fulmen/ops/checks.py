@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fulmen.errors import ConfigError
+from fulmen.ops.index_keys import SCALE_BYTES, is_packed
 
 # Selected positions are int32, and kernels step past the last key by up to a block.
 MOST_KEYS = 2**31 - 2**16
@@ -94,10 +95,15 @@ def check_index_inputs(
     q_BTJE: Tensor, k_BSIE: Tensor, w_BTJ: Tensor, b_BTJ: Tensor | None, **integers: Tensor
 ) -> dict[str, int]:
     """The checks of an indexer's inputs and its intervals or indices; returns the sizes of the axes."""
+    if is_packed(k_BSIE):
+        check_axes(k_BSIE=k_BSIE)
+        k_BSIE = k_BSIE[..., :-SCALE_BYTES]
+        check_same_dtype(q_BTJE=q_BTJE)
+    else:
+        check_same_dtype(q_BTJE=q_BTJE, k_BSIE=k_BSIE)
     tensors = {"q_BTJE": q_BTJE, "k_BSIE": k_BSIE, "w_BTJ": w_BTJ, "b_BTJ": b_BTJ, **integers}
     sizes = check_axes(**tensors)
     check_multiple(sizes, "J", "I")
-    check_same_dtype(q_BTJE=q_BTJE, k_BSIE=k_BSIE)
     check_floating(w_BTJ=w_BTJ, b_BTJ=b_BTJ)
     check_integer(**integers)
     check_same_device(**tensors)
@@ -118,6 +124,7 @@ def check_loss_inputs(
     index_inputs: dict[str, Any], attention_inputs: dict[str, Tensor], **integers: Tensor
 ) -> dict[str, int]:
     """Both sides of the indexer's loss, and that they agree; returns the sizes of the axes."""
+    check_same_dtype(q_BTJE=index_inputs["q_BTJE"], k_BSIE=index_inputs["k_BSIE"])
     check_index_inputs(**index_inputs, **integers)
     check_attention_inputs(attention_inputs, **integers)
     check_same_device(**index_inputs, **attention_inputs)

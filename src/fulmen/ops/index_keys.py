@@ -32,6 +32,23 @@ def unpack_index_keys(packed_BSIX: Tensor, dtype: torch.dtype = torch.float32) -
     return levels_BSIE.to(dtype) * scale_bytes.contiguous().view(torch.bfloat16).to(dtype)
 
 
+def index_key_numbers(k_BSIE: Tensor, dtype: torch.dtype) -> Tensor:
+    """Index keys as an operation takes them, packed (int8) or not, as numbers of `dtype`."""
+    return unpack_index_keys(k_BSIE, dtype) if is_packed(k_BSIE) else k_BSIE.to(dtype)
+
+
+def is_packed(k_BSIE: Tensor) -> bool:
+    """Whether index keys are rows of `pack_index_keys`."""
+    return k_BSIE.dtype == torch.int8
+
+
+def unpacked_index_inputs(q_BTJE: Tensor, k_BSIE: Tensor) -> tuple[Tensor, Tensor]:
+    """For a kernel that takes no packed keys: queries and keys of one dtype, in which both are exact."""
+    if not is_packed(k_BSIE):
+        return q_BTJE, k_BSIE
+    return q_BTJE.float(), unpack_index_keys(k_BSIE)
+
+
 def round_index_keys(k_BSIE: Tensor) -> Tensor:
     """What a cache would give back, with the gradient of the keys as they are (straight-through)."""
     exact_BSIE = k_BSIE.to(math_dtype(k_BSIE.dtype))

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NATIVE_VERSION = 2
+NATIVE_VERSION = 3
 # Numbers, as in `native/attention.h`: gradients have rows of whole vectors.
 ROW_MULTIPLE = 16
 
 
 class IndexShape(ctypes.Structure):
-    """As in `native/index_topk.cpp`."""
+    """As in `native/index_inputs.h`."""
 
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
             *("batch", "queries", "keys", "heads", "key_heads", "width", "topk"),
-            *("k_is_bf16", "k_stride_b", "k_stride_s", "k_stride_i", "threads"),
+            *("key_kind", "k_stride_b", "k_stride_s", "k_stride_i", "threads", "use_tiles"),
         )
     ]
 
@@ -38,7 +38,7 @@ class AttentionShape(ctypes.Structure):
         for name in (
             *("batch", "queries", "keys", "heads", "key_heads", "width", "value_width", "topk"),
             *("is_bf16", "k_stride_b", "k_stride_s", "k_stride_g", "v_stride_b", "v_stride_s", "v_stride_g"),
-            "threads",
+            *("threads", "use_tiles"),
         )
     ]
 
@@ -52,6 +52,12 @@ def native_simd() -> tuple[str, ...]:
     """Instruction sets that the library was built for, as ("AVX2", "FMA"); none where it cannot run."""
     library = _open_native()[0]
     return () if library is None else tuple(library.fulmen_native_simd().decode().split())
+
+
+def has_tiles() -> bool:
+    """Whether the native kernels may use the CPU's matrix tiles (Intel's AMX)."""
+    library = _open_native()[0]
+    return library is not None and bool(library.fulmen_native_tiles())
 
 
 def call_native(function: str, *arguments: Any) -> None:

@@ -12,12 +12,16 @@ def math_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def cast_as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, the tensors in its dtype, as torch's own attention would take them; else unchanged."""
+    """Under autocast, the tensors in its dtype, as torch's own attention would take them; else unchanged.
+
+    float64 stays, and so do packed index keys.
+    """
     kind = tensors[0].device.type
     if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+    stays = (torch.float64, torch.int8)
+    return tuple(tensor if tensor.dtype in stays else tensor.to(dtype) for tensor in tensors)
 
 
 def outside_autocast(device: torch.device) -> AbstractContextManager:

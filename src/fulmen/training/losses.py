@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from fulmen.modeling.mla_attention import mla_up_projections
 from fulmen.modeling.selectors import SelectionInputs, Selector
+from fulmen.ops.index_keys import index_key_numbers
 from fulmen.ops.indexer_loss import indexer_loss
 from fulmen.ops.mean_attention import mean_attention
 from fulmen.ops.select_topk import index_topk, select_topk
@@ -140,6 +141,8 @@ def at_rows(inputs: SelectionInputs, rows: Tensor) -> SelectionInputs:
     """The same layer with some of its queries; all keys stay."""
     by_query = ("index_q_BTJE", "index_w_BTJ", "index_b_BTJ", "q_BTHD", "start_BT", "stop_BT")
     taken = {name: value[:, rows] for name in by_query if (value := getattr(inputs, name)) is not None}
+    # Where no gradient is wanted the keys come packed; a loss takes numbers.
+    taken["index_k_BSIE"] = index_key_numbers(inputs.index_k_BSIE, inputs.index_q_BTJE.dtype)
     return replace(inputs, **taken)
 
 

@@ -27,7 +27,8 @@ def index_scores(
     trained through `indexer_loss`, which never holds the whole of these scores.
 
     Args:
-        q_BTJE, k_BSIE: index queries and keys of one floating dtype; J a multiple of I.
+        q_BTJE, k_BSIE: index queries and keys of one floating dtype; J a multiple of I. Or keys as a cache
+            keeps them: int8 rows of `pack_index_keys`, of width E + 2, any strides but the last.
         w_BTJ, b_BTJ: weight and shift of each index head, any floating dtype; b may be None (no shift).
         start_BT, stop_BT: int32 or int64; query t sees the keys start <= s < stop, clipped to 0..S.
 

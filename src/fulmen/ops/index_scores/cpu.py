@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fulmen.ops.index_keys import is_packed, unpack_index_keys
 from fulmen.ops.precision import math_dtype
 from fulmen.ops.tiles import TILE_NUMBERS, interval_blocks, take_keys
 
@@ -62,10 +63,17 @@ def score_keys(q_TJE: Tensor, k_CIE: Tensor, w_TJ: Tensor, b_TJ: Tensor | None) 
     b_IR1 = None if b_TJ is None else _rows_by_key_head(b_TJ.to(dtype)[..., None], n_groups)
     w_X1J = w_TJ.to(dtype).unflatten(1, (n_groups, 1, -1)).transpose(0, 1).flatten(0, 1)
     tiles = [
-        _score_tile(q_IRE, take_keys(tile_CIE, slice(None), dtype), w_X1J, b_IR1)
+        _score_tile(q_IRE, _take_index_keys(tile_CIE, dtype), w_X1J, b_IR1)
         for tile_CIE in k_CIE.split(_index_tile_width(k_CIE, n_rows=w_TJ.numel()))
     ]
     return torch.cat(tiles, -1)
+
+
+def _take_index_keys(k_CIE: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[I, C, E]` in `dtype`."""
+    if is_packed(k_CIE):
+        return unpack_index_keys(k_CIE, dtype).transpose(0, 1)
+    return take_keys(k_CIE, slice(None), dtype)
 
 
 def _score_tile(q_IRE: Tensor, k_ICE: Tensor, w_X1J: Tensor, b_IR1: Tensor | None) -> Tensor:

@@ -3,7 +3,11 @@
 import torch
 from torch import Tensor
 
-from fulmen.ops.native_library import IndexShape, call_native, kernel_floats
+from fulmen.ops.index_keys import is_packed
+from fulmen.ops.native_library import IndexShape, call_native, has_tiles, kernel_floats, row_major
+
+# `KeyKind` of `native/index_inputs.h`
+KEY_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
 def index_scores_native(
@@ -33,10 +37,10 @@ def call_index_kernel(
 ) -> None:
     """Fill `result` by one of the kernels that take an indexer's inputs."""
     batch, queries, heads, width = q_BTJE.shape
-    k_BSIE = kernel_floats(k_BSIE)
+    k_BSIE = row_major(k_BSIE) if is_packed(k_BSIE) else kernel_floats(k_BSIE)
     shape = IndexShape(
         *(batch, queries, k_BSIE.shape[1], heads, k_BSIE.shape[2], width, topk),
-        *(k_BSIE.dtype == torch.bfloat16, *k_BSIE.stride()[:3], torch.get_num_threads()),
+        *(KEY_KINDS[k_BSIE.dtype], *k_BSIE.stride()[:3], torch.get_num_threads(), has_tiles()),
     )
     q_BTJE = (q_BTJE.float() * width**-0.5).contiguous()
     shift_BTJ = None if b_BTJ is None else b_BTJ.float().contiguous()

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fulmen.ops.index_keys import unpacked_index_inputs
 from fulmen.ops.native_library import row_major
 from fulmen.ops.triton_library import on_device_of
 from fulmen.ops.triton_parts import (
@@ -31,6 +32,7 @@ def index_scores_triton(
     stop_BT: Tensor,
 ) -> Tensor:
     """See `fulmen.ops.index_scores.index_scores`."""
+    q_BTJE, k_BSIE = unpacked_index_inputs(q_BTJE, k_BSIE)
     shape = (*q_BTJE.shape[:2], k_BSIE.shape[1])
     scores_BTS = torch.full(shape, -torch.inf, dtype=torch.float32, device=q_BTJE.device)
     launch_index_scores(q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT, scores_BTS, enough=0)

@@ -3,7 +3,7 @@
 // Why not the union of neighbouring queries' keys, as the blocked torch code has it: a product with rows of single
 // keys needs no matrix here, so that keys which only some of the queries want cost nothing.
 
-#include "attention.h"
+#include "attention_tiles.h"
 
 #include <cfloat>
 #include <cmath>
@@ -55,7 +55,8 @@ struct QueryState {
         total[h] += sum_of_lanes(added);
     }
 
-    template <int N> void attend_heads(int64_t h, const AttentionInputs &in, const KeyTile &tile) {
+    template <int N, class Number>
+    void attend_heads(int64_t h, const AttentionInputs &in, const KeyTile<Number> &tile) {
         alignas(64) float scores[N * WIDEST_TILE];
         const float *heads_q = q.data() + h * in.k.padded;
         for (int64_t low = 0; low < tile.count; low += LANES) {
@@ -66,7 +67,7 @@ struct QueryState {
         add_rows<N>(scores, tile.v, tile.count, width, sum.data() + h * width);
     }
 
-    void attend(const AttentionInputs &in, const KeyTile &tile) {
+    template <class Number> void attend(const AttentionInputs &in, const KeyTile<Number> &tile) {
         for_heads(heads, [&](auto n, int64_t h) { attend_heads<decltype(n)::value>(h, in, tile); });
     }
 
@@ -79,9 +80,10 @@ struct QueryState {
     }
 };
 
-// How the work is cut: items of a block of queries, one key head, some of its query heads.
+// How the work is cut: items of a block of queries, one key head, some of its query heads. Queries by themselves read
+// their tokens' keys of several heads together: they lie together, and each token is another page of memory.
 struct Cut {
-    int64_t block, blocks, heads, parts;
+    int64_t block, blocks, heads, parts, groups;
 
     Cut(const AttentionInputs &in) {
         const AttentionShape &shape = in.shape;
@@ -90,29 +92,81 @@ struct Cut {
         blocks = (shape.queries + block - 1) / block;
         heads = few ? std::min<int64_t>(in.shared(), MOST_HEADS) : in.shared();
         parts = (in.shared() + heads - 1) / heads;
+        groups = block > 1 ? 1 : (shape.key_heads + shape.threads - 1) / shape.threads;
     }
 };
 
-void attend_item(const AttentionInputs &in, const Cut &cut, int64_t item, float scale, float *out, float *lse) {
+// Queries low <= t < high of batch row b; of the key heads from g on, each with `heads` heads from `first` on.
+struct Work {
+    int64_t b, low, high, g, groups, first, heads;
+};
+
+template <class Number>
+void attend_rows(const AttentionInputs &in, const Work &work, float scale, float *out, float *lse) {
     const AttentionShape &shape = in.shape;
-    const int64_t part = item % cut.parts, g = item / cut.parts % shape.key_heads;
-    const int64_t block = item / cut.parts / shape.key_heads, b = block / cut.blocks;
-    const int64_t first_head = g * in.shared() + part * cut.heads;
-    QueryState state(in, std::min(cut.heads, in.shared() - part * cut.heads));
-    KeyTile tile(in);
+    std::vector<QueryState> states(work.groups, QueryState(in, work.heads));
+    KeyTile<Number> tile(in);
     std::vector<int32_t> room(shape.topk + 1);
-    const int64_t low = block % cut.blocks * cut.block;
-    for (int64_t t = low; t < std::min(low + cut.block, shape.queries); t++) {
-        const int64_t row = b * shape.queries + t, head = row * shape.heads + first_head;
+    for (int64_t t = work.low; t < work.high; t++) {
+        const int64_t row = work.b * shape.queries + t;
         const KeyList keys = in.keys_of(row, room.data());
-        state.begin(in, in.q + head * shape.width, scale * LOG2_E);
-        for (int64_t i = 0; i < keys.count; i += in.tile_keys()) {
-            tile.fill(in, keys, i, b, g);
-            state.attend(in, tile);
-        }
-        state.finish(out + head * shape.value_width, lse + head, shape.value_width);
+        const auto head = [&](int64_t g) { return row * shape.heads + (work.g + g) * in.shared() + work.first; };
+        for (int64_t g = 0; g < work.groups; g++) states[g].begin(in, in.q + head(g) * shape.width, scale * LOG2_E);
+        for (int64_t i = 0; i < keys.count; i += in.tile_keys())
+            for (int64_t g = 0; g < work.groups; g++) {
+                tile.fill(in, keys, i, work.b, work.g + g);
+                states[g].attend(in, tile);
+            }
+        for (int64_t g = 0; g < work.groups; g++)
+            states[g].finish(out + head(g) * shape.value_width, lse + head(g), shape.value_width);
     }
 }
+
+void attend(const AttentionInputs &in, const Work &work, float scale, float *out, float *lse) {
+    if (in.in_place<uint16_t>()) attend_rows<uint16_t>(in, work, scale, out, lse);
+    else attend_rows<float>(in, work, scale, out, lse);
+}
+
+void attend_all(const AttentionInputs &in, float scale, float *out, float *lse) {
+    const Cut cut(in);
+    const int64_t key_heads = in.shape.key_heads, ranges = (key_heads + cut.groups - 1) / cut.groups;
+    parallel_for(in.shape.batch * cut.blocks * ranges * cut.parts, in.shape.threads, [&](int64_t item) {
+        const int64_t first = item % cut.parts * cut.heads, block = item / cut.parts / ranges;
+        const int64_t low = block % cut.blocks * cut.block, high = std::min(low + cut.block, in.shape.queries);
+        const int64_t g = item / cut.parts % ranges * cut.groups, groups = std::min(cut.groups, key_heads - g);
+        const int64_t heads = std::min(cut.heads, in.shared() - first);
+        attend(in, {block / cut.blocks, low, high, g, groups, first, heads}, scale, out, lse);
+    });
+}
+
+#ifdef FULMEN_TILES
+// Whether queries come by the tile; q is then exact as bfloat16.
+bool by_tiles(const AttentionInputs &in) {
+    const AttentionShape &shape = in.shape;
+    return shape.use_tiles && shape.is_bf16 && in.topk && shape.queries >= TILE_QUERIES;
+}
+
+void attend_by_tiles(const AttentionInputs &in, float scale, float *out, float *lse) {
+    const AttentionShape &shape = in.shape;
+    const int64_t blocks = (shape.queries + TILE_QUERIES - 1) / TILE_QUERIES;
+    // Few blocks: threads share their key heads. The others look for the union of keys once.
+    const int64_t parts = shape.batch * blocks < 4 * shape.threads ? shape.key_heads : 1;
+    const int64_t per_thread = (shape.batch * blocks * parts + 4 * shape.threads - 1) / (4 * shape.threads);
+    const int64_t items = shape.batch * blocks * parts;
+    parallel_for((items + per_thread - 1) / per_thread, shape.threads, [&](int64_t run) {
+        const TileScope scope(TileAttention::config());
+        TileAttention attention(in);
+        for (int64_t item = run * per_thread; item < std::min(items, (run + 1) * per_thread); item++) {
+            const int64_t block = item / parts, groups = shape.key_heads / parts, g = item % parts * groups;
+            const int64_t low = block % blocks * TILE_QUERIES, high = std::min(low + TILE_QUERIES, shape.queries);
+            if (attention.choose(block / blocks, low, high)) attention.attend(g, groups, scale, out, lse);
+            else
+                for (int64_t i = g; i < g + groups; i++)
+                    attend(in, {block / blocks, low, high, i, 1, 0, in.shared()}, scale, out, lse);
+        }
+    });
+}
+#endif
 
 }  // namespace
 
@@ -122,9 +176,13 @@ extern "C" {
 int fulmen_attention(const float *q, const void *k, const void *v, const int32_t *topk, const int64_t *start,
                      const int64_t *stop, float *out, float *lse, const AttentionShape *shape, float scale) try {
     const AttentionInputs in(*shape, q, k, v, topk, start, stop);
-    const Cut cut(in);
-    parallel_for(shape->batch * cut.blocks * shape->key_heads * cut.parts, in.shape.threads,
-                 [&](int64_t item) { attend_item(in, cut, item, scale, out, lse); });
+#ifdef FULMEN_TILES
+    if (by_tiles(in)) {
+        attend_by_tiles(in, scale, out, lse);
+        return 0;
+    }
+#endif
+    attend_all(in, scale, out, lse);
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;

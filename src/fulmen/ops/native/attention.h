@@ -12,7 +12,7 @@
 // Mirrored by `AttentionShape` in native_library.py. Strides count numbers; q and all results are contiguous.
 struct AttentionShape {
     int64_t batch, queries, keys, heads, key_heads, width, value_width, topk;
-    int64_t is_bf16, k_stride_b, k_stride_s, k_stride_g, v_stride_b, v_stride_s, v_stride_g, threads;
+    int64_t is_bf16, k_stride_b, k_stride_s, k_stride_g, v_stride_b, v_stride_s, v_stride_g, threads, use_tiles;
 };
 
 constexpr int64_t WIDEST_TILE = 128;
@@ -28,23 +28,27 @@ struct KeyList {
     int64_t at(int64_t i) const { return positions ? positions[i] : first + i; }
 };
 
-// Rows of one head's keys or values: used in place where they are whole vectors of float32, else copied.
+// Rows of one head's keys or values: used in place where they are whole vectors of numbers, else copied as float32.
 struct Source {
     const void *data;
     int64_t stride_b, stride_s, stride_g, width, padded;
     bool is_bf16;
 
-    bool in_place() const { return !is_bf16 && width == padded; }
+    template <class Number> bool in_place() const { return width == padded && is_bf16 == (sizeof(Number) == 2); }
 
     // Where the rows of some keys are; `copies` has room for them.
+    template <class Number>
     void find_rows(int64_t b, int64_t g, const KeyList &keys, int64_t low, int64_t count, float *copies,
-                   const float **rows) const {
+                   const Number **rows) const {
         const int64_t base = b * stride_b + g * stride_g;
+        if (in_place<Number>())
+            for (int64_t i = 0; i < count; i++) rows[i] = (const Number *)data + base + keys.at(low + i) * stride_s;
+        else if constexpr (sizeof(Number) == 4) copy_rows(base, keys, low, count, copies, rows);
+    }
+
+    void copy_rows(int64_t base, const KeyList &keys, int64_t low, int64_t count, float *copies,
+                   const float **rows) const {
         const float *first = (const float *)data + base;
-        if (in_place()) {
-            for (int64_t i = 0; i < count; i++) rows[i] = first + keys.at(low + i) * stride_s;
-            return;
-        }
         for (int64_t i = 0; i < count; i++, copies += padded) {
             const int64_t at = keys.at(low + i) * stride_s;
             if (is_bf16)
@@ -77,6 +81,8 @@ struct AttentionInputs {
 
     int64_t shared() const { return shape.heads / shape.key_heads; }
 
+    template <class Number> bool in_place() const { return k.in_place<Number>() && v.in_place<Number>(); }
+
     // Keys of a tile. A tile of wide rows should not fill the level 2 cache.
     int64_t tile_keys() const { return k.padded + v.padded > 512 ? 32 : WIDEST_TILE; }
 
@@ -95,15 +101,15 @@ struct AttentionInputs {
     }
 };
 
-// Some keys and values of one query and key head.
-struct KeyTile {
+// Some keys and values of one query and key head. Number: float, or uint16_t (bfloat16) if all are in place.
+template <class Number> struct KeyTile {
     int64_t count = 0;
-    const float *k[WIDEST_TILE], *v[WIDEST_TILE];
+    const Number *k[WIDEST_TILE], *v[WIDEST_TILE];
     std::vector<float> k_copy, v_copy;
 
     explicit KeyTile(const AttentionInputs &in)
-        : k_copy(in.k.in_place() ? 0 : in.tile_keys() * in.k.padded),
-          v_copy(in.v.in_place() ? 0 : in.tile_keys() * in.v.padded) {}
+        : k_copy(in.k.in_place<Number>() ? 0 : in.tile_keys() * in.k.padded),
+          v_copy(in.v.in_place<Number>() ? 0 : in.tile_keys() * in.v.padded) {}
 
     void fill(const AttentionInputs &in, const KeyList &keys, int64_t low, int64_t b, int64_t g) {
         count = std::min(in.tile_keys(), keys.count - low);
@@ -119,25 +125,27 @@ constexpr int KEYS = LANES < 8 ? LANES : 8;
 
 // Start to bring some rows from memory to the level 2 cache. They lie anywhere, so no hardware guesses them:
 // without this, half of the time goes into waiting.
-static inline void prefetch_rows(const float *const *rows, int64_t low, int64_t high, int64_t width) {
+template <class Number>
+static inline void prefetch_rows(const Number *const *rows, int64_t low, int64_t high, int64_t width) {
     for (int64_t i = low; i < high; i++)
-        for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(rows[i] + d, 0, 2);
+        for (int64_t d = 0; d < width; d += 64 / sizeof(Number)) __builtin_prefetch(rows[i] + d, 0, 2);
 }
 
 // The values of the keys low <= i < high of a tile, and the keys that come next.
-static inline void prefetch_tile(const AttentionInputs &in, const KeyTile &tile, int64_t low, int64_t high) {
-    if (in.k.in_place())
+template <class Number>
+static inline void prefetch_tile(const AttentionInputs &in, const KeyTile<Number> &tile, int64_t low, int64_t high) {
+    if (in.k.in_place<Number>())
         prefetch_rows(tile.k, std::min(high, tile.count), std::min(2 * high - low, tile.count), in.k.padded);
-    if (in.v.in_place()) prefetch_rows(tile.v, low, std::min(high, tile.count), in.v.padded);
+    if (in.v.in_place<Number>()) prefetch_rows(tile.v, low, std::min(high, tile.count), in.v.padded);
 }
 
 // out[h * WIDEST_TILE + i] = x[h] . rows[i] for N heads and whole vectors of rows.
-template <int N>
-static inline void dot_rows(const float *x, const float *const *rows, int64_t count, int64_t width, float *out) {
+template <int N, class Number>
+static inline void dot_rows(const float *x, const Number *const *rows, int64_t count, int64_t width, float *out) {
     for (int64_t low = 0; low < count; low += LANES) {
         Vec parts[N][LANES / KEYS];
         for (int half = 0; half < LANES / KEYS; half++) {
-            const float *const *row = rows + low + half * KEYS;
+            const Number *const *row = rows + low + half * KEYS;
             Vec sums[N][KEYS] = {};
             for (int64_t d = 0; d < width; d += LANES) {
                 Vec factor[N];
@@ -158,8 +166,8 @@ static inline void dot_rows(const float *x, const float *const *rows, int64_t co
 }
 
 // sums[h] += sum over i of weights[h * WIDEST_TILE + i] * rows[i], for N heads and C vectors from `from` on.
-template <int N, int C>
-static inline void add_rows_part(const float *weights, const float *const *rows, int64_t count, int64_t width,
+template <int N, int C, class Number>
+static inline void add_rows_part(const float *weights, const Number *const *rows, int64_t count, int64_t width,
                                  int64_t from, float *sums) {
     Vec total[N][C];
     for (int n = 0; n < N; n++)
@@ -174,8 +182,9 @@ static inline void add_rows_part(const float *weights, const float *const *rows,
         for (int c = 0; c < C; c++) store(sums + n * width + from + c * LANES, total[n][c]);
 }
 
-template <int N>
-static inline void add_rows(const float *weights, const float *const *rows, int64_t count, int64_t width, float *sums) {
+template <int N, class Number>
+static inline void add_rows(const float *weights, const Number *const *rows, int64_t count, int64_t width,
+                            float *sums) {
     int64_t from = 0;
     for (; from + 4 * LANES <= width; from += 4 * LANES) add_rows_part<N, 4>(weights, rows, count, width, from, sums);
     for (; from < width; from += LANES) add_rows_part<N, 1>(weights, rows, count, width, from, sums);

@@ -53,7 +53,8 @@ struct Block {
 };
 
 // Weights and their gradients for N heads and one tile of keys; adds to dq.
-template <int N> void differentiate_heads(Block &block, int64_t t, int64_t h, const KeyTile &tile, int64_t low) {
+template <int N> void differentiate_heads(Block &block, int64_t t, int64_t h, const KeyTile<float> &tile,
+                                                int64_t low) {
     const AttentionInputs &in = block.in;
     const Gradients &grads = block.grads;
     const int64_t head = block.head(t, h), width = in.k.padded;
@@ -75,7 +76,7 @@ template <int N> void differentiate_heads(Block &block, int64_t t, int64_t h, co
     add_rows<N>(dscores, tile.k, tile.count, width, grads.dq + head * width);
 }
 
-void differentiate_query(Block &block, int64_t t, int64_t g, KeyTile &tile) {
+void differentiate_query(Block &block, int64_t t, int64_t g, KeyTile<float> &tile) {
     const AttentionInputs &in = block.in;
     const KeyList keys = block.keys(t);
     for (int64_t low = 0; low < keys.count; low += in.tile_keys()) {
@@ -127,7 +128,7 @@ void differentiate_block(Block &block) {
     const AttentionShape &shape = block.in.shape;
     const int64_t groups = shape.key_heads, parts = (block.count + ITEM_QUERIES - 1) / ITEM_QUERIES;
     parallel_for(parts * groups, shape.threads, [&](int64_t item) {
-        KeyTile tile(block.in);
+        KeyTile<float> tile(block.in);
         const int64_t low = item / groups * ITEM_QUERIES;
         for (int64_t t = low; t < std::min(low + ITEM_QUERIES, block.count); t++)
             differentiate_query(block, t, item % groups, tile);

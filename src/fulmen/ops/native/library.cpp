@@ -1,9 +1,11 @@
 // Whether this library may run here: it is compiled for the machine that built it.
 
+#include "tiles.h"
+
 extern "C" {
 
 // Raised with every change of a function's arguments, and with new functions; `native_library.py` expects the same number.
-int fulmen_native_version() { return 2; }
+int fulmen_native_version() { return 3; }
 
 // The instruction sets that the library was compiled for, those that set the kernels' speed.
 const char *fulmen_native_simd() {
@@ -23,6 +25,9 @@ const char *fulmen_native_simd() {
 #ifdef __AVX512VBMI2__
         "AVX512VBMI2 "
 #endif
+#ifdef __AMX_BF16__
+        "AMX "
+#endif
 #ifdef __ARM_NEON
         "NEON "
 #endif
@@ -31,6 +36,9 @@ const char *fulmen_native_simd() {
 #endif
         ;
 }
+
+// 1 if matrix tiles (AMX) were compiled in and may be used here, else 0.
+int fulmen_native_tiles() { return tiles_granted(); }
 
 // An instruction set that the library was compiled for and this CPU lacks; null if there is none.
 const char *fulmen_native_lacks() {

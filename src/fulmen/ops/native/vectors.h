@@ -22,6 +22,15 @@ static inline Vec load(const float *from) {
     return x;
 }
 
+// 16-bit floats (bfloat16) become vectors of float32.
+static inline Vec load(const uint16_t *from) {
+    typedef uint16_t HalfVec __attribute__((vector_size(2 * LANES)));
+    typedef uint32_t WordVec __attribute__((vector_size(4 * LANES)));
+    HalfVec x;
+    std::memcpy(&x, from, sizeof x);
+    return (Vec)(__builtin_convertvector(x, WordVec) << 16);
+}
+
 static inline void store(float *to, Vec x) { std::memcpy(to, &x, sizeof x); }
 
 static inline Vec broadcast(float x) { return x - Vec{}; }

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fulmen.ops.index_keys import unpacked_index_inputs
 from fulmen.ops.index_scores.triton import launch_index_scores
 from fulmen.ops.triton_library import on_device_of
 from fulmen.ops.triton_parts import compile_options, kernel_sizes, power_of_2
@@ -40,6 +41,7 @@ def index_topk_triton(
     topk: int,
 ) -> Tensor:
     """See `fulmen.ops.select_topk.index_topk`. Queries that see no more than `topk` keys are not scored."""
+    q_BTJE, k_BSIE = unpacked_index_inputs(q_BTJE, k_BSIE)
     batch, queries, n_keys = *q_BTJE.shape[:2], k_BSIE.shape[1]
     n_columns = min(topk, n_keys)
     topk_BTK = torch.empty(batch, queries, n_columns, dtype=torch.int32, device=q_BTJE.device)

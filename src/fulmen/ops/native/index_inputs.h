@@ -1,0 +1,84 @@
+// What the kernels that take an indexer's inputs share: the inputs, intervals, and queries in blocks.
+#pragma once
+
+#include "tiles.h"
+#include "threads.h"
+#include "vectors.h"
+
+#include <algorithm>
+#include <climits>
+#include <memory>
+#include <vector>
+
+// Keys scored together.
+constexpr int COLUMNS = LANES == 8 ? 2 : 4;
+constexpr int TILE = COLUMNS * LANES;
+
+// `IndexShape.key_kind`. PACKED: rows of `pack_index_keys`, 8-bit levels and then the bytes of their bfloat16 scale.
+enum KeyKind : int64_t { FLOAT32 = 0, BFLOAT16 = 1, PACKED = 2 };
+
+// Mirrored by `IndexShape` in native_library.py. Strides count numbers (bytes of packed keys); all but k are
+// contiguous.
+struct IndexShape {
+    int64_t batch, queries, keys, heads, key_heads, width, topk;
+    int64_t key_kind, k_stride_b, k_stride_s, k_stride_i, threads, use_tiles;
+};
+
+struct Interval {
+    int64_t start, stop;
+};
+
+static inline Interval interval_of(const int64_t *start, const int64_t *stop, int64_t row, int64_t keys) {
+    return {std::clamp<int64_t>(start[row], 0, keys), std::clamp<int64_t>(stop[row], 0, keys)};
+}
+
+struct IndexInputs {
+    IndexShape shape;
+    const float *q, *w, *b;  // q is scaled; b may be null
+    const void *k;
+    const int64_t *start, *stop;
+    std::unique_ptr<Line[]> packed;  // all tiles of all keys, or null: then they are packed as they are needed
+
+    IndexInputs(const IndexShape &given, const float *q, const float *w, const float *b, const void *k,
+                const int64_t *start, const int64_t *stop)
+        : shape(given), q(q), w(w), b(b), k(k), start(start), stop(stop) {
+        const int64_t products = shape.batch * shape.queries * shape.keys * shape.heads * shape.width;
+        shape.threads = useful_threads(shape.threads, products);
+    }
+
+    // Sums of 8-bit products must be exact as float32.
+    bool by_tiles() const { return shape.use_tiles && shape.key_kind == PACKED && shape.width <= 1024; }
+    int64_t shared() const { return shape.heads / shape.key_heads; }
+    int64_t tiles() const { return (shape.keys + TILE - 1) / TILE; }
+    template <class Number> const Number *key(int64_t batch, int64_t s, int64_t i) const {
+        return (const Number *)k + batch * shape.k_stride_b + s * shape.k_stride_s + i * shape.k_stride_i;
+    }
+};
+
+static inline float scale_of_packed(const int8_t *row, int64_t width) {
+    uint16_t bits;
+    std::memcpy(&bits, row + width, sizeof bits);
+    return bf16_to_float(bits);
+}
+
+// Some queries of one batch row.
+struct QueryRows {
+    int64_t batch;
+    std::vector<int64_t> rows;  // indices into [B * T]
+    std::vector<Interval> intervals;
+    int64_t first, last;  // hull of the intervals
+
+    QueryRows(const IndexInputs &in, int64_t batch, std::vector<int64_t> some)
+        : batch(batch), rows(std::move(some)), first(in.shape.keys), last(0) {
+        for (const int64_t row : rows) {
+            const Interval seen = interval_of(in.start, in.stop, row, in.shape.keys);
+            intervals.push_back(seen);
+            if (seen.start >= seen.stop) continue;
+            first = std::min(first, seen.start);
+            last = std::max(last, seen.stop);
+        }
+    }
+
+    int64_t first_tile() const { return first / TILE; }
+    int64_t tiles() const { return std::max<int64_t>((last + TILE - 1) / TILE - first_tile(), 0); }
+};

@@ -1,0 +1,100 @@
+// Matrix products by Intel's AMX tiles, where the library was compiled for them and this CPU and kernel allow it.
+#pragma once
+
+#include "vectors.h"
+
+#if defined(__linux__) && defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__) && \
+    defined(__AVX512BW__) && defined(__AVX512BF16__)
+#define FULMEN_TILES 1
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+// Rows of a tile, and bytes of a row.
+constexpr int64_t TILE_ROWS = 16, TILE_BYTES = 64;
+
+// A line of the cache; tiles are loaded fastest from whole lines.
+struct alignas(64) Line {
+    char bytes[TILE_BYTES];
+};
+
+#ifdef FULMEN_TILES
+
+// Whether tiles may be used: the CPU has them, and Linux grants their state to this process (once, for all threads).
+static inline bool tiles_granted() {
+    static const bool granted = [] {
+        constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24, INT8 = 1u << 25;
+        constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+        unsigned a, b, c, d;
+        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || ~d & (BF16 | TILE | INT8)) return false;
+        return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+    }();
+    return granted;
+}
+
+// As the instruction reads it.
+struct alignas(64) TileConfig {
+    uint8_t palette = 0, start_row = 0, unused[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+
+    void set(int tile, int64_t n_rows, int64_t n_bytes) {
+        palette = 1;
+        rows[tile] = uint8_t(n_rows);
+        row_bytes[tile] = uint16_t(n_bytes);
+    }
+};
+
+// GCC 12 does not know that loading a tile, or the configuration, reads memory: all that is written must be there.
+static inline void settle_memory() { __asm__ volatile("" ::: "memory"); }
+
+// The tiles of this thread in some shape for as long as this lives; then as others (torch) had left them.
+class TileScope {
+    TileConfig before;
+
+  public:
+    explicit TileScope(const TileConfig &config) {
+        settle_memory();
+        _tile_storeconfig(&before);
+        _tile_loadconfig(&config);
+        settle_memory();
+    }
+    ~TileScope() {
+        settle_memory();
+        if (before.palette) _tile_loadconfig(&before);
+        else _tile_release();
+    }
+    TileScope(const TileScope &) = delete;
+};
+
+// 16 x 16 numbers of 32 bits, rows to columns, in place.
+static inline void transpose_dwords(__m512i *rows) {
+    __m512i x[16];
+    for (int i = 0; i < 8; i++) {
+        x[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+        x[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; i++)
+        for (int half = 0; half < 2; half++) {
+            rows[4 * i + 2 * half] = _mm512_unpacklo_epi64(x[4 * i + half], x[4 * i + 2 + half]);
+            rows[4 * i + 2 * half + 1] = _mm512_unpackhi_epi64(x[4 * i + half], x[4 * i + 2 + half]);
+        }
+    // Now rows[4 * i + j] holds, in its block b, column 4 * b + j of the rows 4 * i and up.
+    for (int j = 0; j < 4; j++) {
+        const __m512i low = _mm512_shuffle_i32x4(rows[j], rows[4 + j], 0x44);
+        const __m512i high = _mm512_shuffle_i32x4(rows[j], rows[4 + j], 0xee);
+        const __m512i low2 = _mm512_shuffle_i32x4(rows[8 + j], rows[12 + j], 0x44);
+        const __m512i high2 = _mm512_shuffle_i32x4(rows[8 + j], rows[12 + j], 0xee);
+        x[j] = _mm512_shuffle_i32x4(low, low2, 0x88);
+        x[4 + j] = _mm512_shuffle_i32x4(low, low2, 0xdd);
+        x[8 + j] = _mm512_shuffle_i32x4(high, high2, 0x88);
+        x[12 + j] = _mm512_shuffle_i32x4(high, high2, 0xdd);
+    }
+    for (int i = 0; i < 16; i++) rows[i] = x[i];
+}
+
+#else
+static inline bool tiles_granted() { return false; }
+#endif
