@@ -77,6 +77,9 @@ def test_libraries_stay_in_their_rooms(path):
         assert libraries <= OPS_LIBRARIES
     if "triton" in libraries:
         assert path.name.startswith("triton")
+    if "sqlalchemy" in libraries:
+        assert path.parts[0] == "serving"
+        assert path.name.startswith("ledger")
     if "vllm" in libraries:
         assert path.parts[:2] == ("serving", "vllm_plugin")
 

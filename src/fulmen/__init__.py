@@ -7,6 +7,7 @@ from typing import Any
 
 from fulmen.config import DsaConfig
 from fulmen.errors import (
+    AccountError,
     AlreadyConvertedError,
     BackendError,
     CacheError,
@@ -16,6 +17,8 @@ from fulmen.errors import (
     DocumentTooShortError,
     EndpointError,
     FulmenError,
+    InsufficientBalance,
+    LedgerError,
     OutputError,
     ResumeError,
     TrainingDivergedError,
@@ -26,6 +29,7 @@ from fulmen.modeling.registration import register_model_types
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccountError",
     "AlreadyConvertedError",
     "BackendError",
     "CacheError",
@@ -36,6 +40,8 @@ __all__ = [
     "DsaConfig",
     "EndpointError",
     "FulmenError",
+    "InsufficientBalance",
+    "LedgerError",
     "OutputError",
     "ResumeError",
     "TrainingDivergedError",

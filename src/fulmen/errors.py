@@ -12,7 +12,10 @@
     ├── TrainingDivergedError        NaN or Inf in a loss
     ├── CacheError                   a cache that has no room for index keys
     ├── BackendError                 a pinned backend that cannot run here
-    └── EndpointError                a model server that cannot be reached, or lacks the model
+    ├── EndpointError                a model server that cannot be reached, or lacks the model
+    ├── AccountError                 a key or key file that cannot be used, or an account that is not there
+    └── LedgerError                  a ledger that cannot be opened, or does not fit what is asked of it
+        └── InsufficientBalance      an account whose deposits are used up
 
 A message is one line and names the thing, its value and the remedy. Our own invariants are `assert`s.
 """
@@ -80,3 +83,15 @@ def unwritable(path: object, error: Exception) -> OutputError:
 
 class EndpointError(FulmenError):
     """A model server that cannot be reached, refuses, or does not have the model."""
+
+
+class AccountError(FulmenError):
+    """An API key, a file of them or an account that is missing, damaged or taken; never shows a key."""
+
+
+class LedgerError(FulmenError):
+    """A ledger that cannot be opened or written, holds another currency, or lacks the request."""
+
+
+class InsufficientBalance(LedgerError):
+    """An account whose deposits are used up: no new request until there is a new deposit."""

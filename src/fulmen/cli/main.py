@@ -10,7 +10,9 @@ from fulmen.cli.console import FulmenGroup
 from fulmen.cli.convert import convert_command
 from fulmen.cli.evaluate import evaluate_command
 from fulmen.cli.inspect import inspect_command
+from fulmen.cli.keys import keys_app
 from fulmen.cli.train import train_command
+from fulmen.cli.usage import usage_command
 
 app = typer.Typer(
     cls=FulmenGroup,
@@ -42,6 +44,7 @@ def fulmen(
     """Give a dense language model DeepSeek Sparse Attention, and show that nothing was lost.
 
     inspect a model, convert it, train it further, eval the result against the dense model, chat with it.
+    For a server: keys makes its API keys, usage shows what they used.
     """
 
 
@@ -50,6 +53,8 @@ app.command("convert")(convert_command)
 app.command("train")(train_command)
 app.command("eval")(evaluate_command)
 app.command("chat")(chat_command)
+app.add_typer(keys_app, name="keys")
+app.command("usage")(usage_command)
 
 
 def main() -> None:
