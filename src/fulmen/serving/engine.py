@@ -39,7 +39,7 @@ class Engine:
     def __init__(self, settings: EngineSettings, log: Path, say: Callable[[str], None]) -> None:
         self.settings, self.restarts = settings, 0
         self.url = ""
-        self._log, self._say = log, say
+        self.log, self._say = log, say
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = False
         self._watch: asyncio.Task[None] | None = None
@@ -83,10 +83,10 @@ class Engine:
         command = self.settings.command(port)
         self.url = f"http://127.0.0.1:{port}"
         try:
-            self._log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            log = self._log.open("wb")
+            self.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            log = self.log.open("wb")
         except OSError as error:
-            raise unwritable(self._log, error) from error
+            raise unwritable(self.log, error) from error
         with log:
             # A group of its own: Ctrl-C reaches the gateway alone, and all of the engine can be killed.
             self._process = subprocess.Popen(
@@ -107,7 +107,9 @@ class Engine:
                     self._ready = True
                     return
                 await asyncio.sleep(POLL_S)
-        raise EngineError(f"vLLM ended with code {self._process.returncode}: {self._last_words()}; see {self._log}")
+        raise EngineError(
+            f"vLLM ended with code {self._process.returncode}: {self._last_words()}; see {self.log}"
+        )
 
     async def _keep(self) -> None:
         """Watch for ever; bring it back when it is lost."""
@@ -155,7 +157,7 @@ class Engine:
     def _last_words(self) -> str:
         """The last line of the log that tells of an error, or its last line."""
         with contextlib.suppress(OSError):
-            lines = self._log.read_bytes()[-LOG_TAIL:].decode("utf-8", "replace").split("\n")
+            lines = self.log.read_bytes()[-LOG_TAIL:].decode("utf-8", "replace").split("\n")
             lines = [line.strip() for line in lines if line.strip()]
             errors = [line for line in lines if "Error" in line]
             return (errors or lines or ["it said nothing"])[-1][-300:]

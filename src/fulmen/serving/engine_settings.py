@@ -63,7 +63,9 @@ class EngineSettings:
     def command(self, port: int) -> list[str]:
         """The engine's command line. Raises EngineError if vLLM is not installed."""
         if find_spec("vllm") is None:
-            raise EngineError("vLLM is not installed; pip install 'fulmen[serve-cpu]', or vllm on a machine with GPUs")
+            raise EngineError(
+                "vLLM is not installed; pip install 'fulmen[serve-cpu]', or vllm on a machine with GPUs"
+            )
         flags = ["--model", str(self.model.place), "--served-model-name", self.model.name]
         flags += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(self.context)]
         # Usage with tokens found in the cache; an end to a request that says what it cost.

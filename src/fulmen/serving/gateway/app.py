@@ -106,7 +106,11 @@ def _model_routes(gateway: Gateway) -> APIRouter:
     async def complete(request: CompletionRequest, account: Asking) -> Response:
         """A text that goes on; with `suffix`, what stands between."""
         body = completion_body(request, model, account.salt)
-        texts = len(request.prompt) if isinstance(request.prompt, list) and isinstance(request.prompt[0], str) else 1
+        texts = (
+            len(request.prompt)
+            if isinstance(request.prompt, list) and isinstance(request.prompt[0], str)
+            else 1
+        )
         suffixes = tuple(f"-{place}" for place in range(texts))
         return Relay(gateway, Call("/v1/completions", body, account, _openai(request), "cmpl-", suffixes))
 

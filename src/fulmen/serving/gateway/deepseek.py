@@ -27,7 +27,9 @@ def chat_body(request: ChatRequest, model: ServedModel, salt: str) -> dict[str, 
         _check_thoughts(request.messages, thinking)
     if _prefixed(request.messages):
         if model.speaks_v32:
-            raise ApiError(400, "prefix: vLLM's V3.2 encoding cannot continue a message; leave it out", "messages")
+            raise ApiError(
+                400, "prefix: vLLM's V3.2 encoding cannot continue a message; leave it out", "messages"
+            )
         body |= {"continue_final_message": True, "add_generation_prompt": False}
     return body
 
@@ -38,7 +40,9 @@ def completion_body(request: CompletionRequest, model: ServedModel, salt: str) -
     body = _plain(request) | {"model": model.name, "cache_salt": salt}
     if request.suffix is not None:
         if model.fim is None:
-            raise ApiError(400, f"suffix: {model.name} has no tokens to fill in the middle; leave it out", "suffix")
+            raise ApiError(
+                400, f"suffix: {model.name} has no tokens to fill in the middle; leave it out", "suffix"
+            )
         if not isinstance(request.prompt, str):
             raise ApiError(400, "suffix needs a prompt that is one string", "prompt")
         body["prompt"] = model.fim.render(request.prompt, request.suffix)
@@ -90,7 +94,9 @@ def _message(message: Message) -> dict[str, Any]:
 def _prefixed(messages: list[Message]) -> bool:
     for place, message in enumerate(messages):
         if message.prefix and (message.role != "assistant" or place < len(messages) - 1):
-            raise ApiError(400, "prefix goes with the last message, of the assistant", f"messages[{place}].prefix")
+            raise ApiError(
+                400, "prefix goes with the last message, of the assistant", f"messages[{place}].prefix"
+            )
     return bool(messages[-1].prefix)
 
 
@@ -135,7 +141,9 @@ def check_strict(tool: Tool, field: str) -> None:
     for place, node in _objects(tool.function.parameters or {"type": "object"}, field):
         properties = node.get("properties", {})
         if missing := sorted(set(properties) - set(node.get("required", []))):
-            raise ApiError(422, f"{place}.required lacks {missing}; strict tools require every property", place)
+            raise ApiError(
+                422, f"{place}.required lacks {missing}; strict tools require every property", place
+            )
         if properties and node.get("additionalProperties") is not False:
             raise ApiError(422, f"{place}.additionalProperties must be false for a strict tool", place)
 

@@ -47,7 +47,10 @@ class ApiError(Exception):
     @property
     def anthropic_body(self) -> dict[str, Any]:
         """As Anthropic lays it out."""
-        return {"type": "error", "error": {"type": TYPES.get(self.status, "api_error"), "message": self.message}}
+        return {
+            "type": "error",
+            "error": {"type": TYPES.get(self.status, "api_error"), "message": self.message},
+        }
 
     @property
     def headers(self) -> dict[str, str]:

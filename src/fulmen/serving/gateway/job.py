@@ -86,7 +86,9 @@ class Job:
             await self._fail(error, outcome)
         except (httpx.HTTPError, asyncio.CancelledError) as error:
             outcome = "dropped" if self._dropped else "engine lost"
-            await self._fail(ApiError(503, "the engine was lost while it answered; try again shortly"), outcome)
+            await self._fail(
+                ApiError(503, "the engine was lost while it answered; try again shortly"), outcome
+            )
             if isinstance(error, asyncio.CancelledError) and not self._dropped:
                 raise
         except Exception:
@@ -122,7 +124,9 @@ class Job:
         call = self._call
         try:
             ledger = self._gateway.books.ledger
-            await asyncio.to_thread(ledger.begin, call.id, call.account.id, self._gateway.model.name, call.endpoint)
+            await asyncio.to_thread(
+                ledger.begin, call.id, call.account.id, self._gateway.model.name, call.endpoint
+            )
         except InsufficientBalance as error:
             raise ApiError(402, str(error)) from error
         self._begun = True

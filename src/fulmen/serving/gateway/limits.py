@@ -62,7 +62,8 @@ class Slots:
         """One more for the account, until the end of the block. Raises ApiError 429 or 503 if there is no room."""
         if account.concurrency is not None and self._open[account.id] >= account.concurrency:
             raise ApiError(
-                429, f"{account.concurrency} requests of this key are under way, its limit; wait for one to end"
+                429,
+                f"{account.concurrency} requests of this key are under way, its limit; wait for one to end",
             )
         if len(self) >= self._most:
             raise ApiError(503, f"{self._most} requests are under way, the server's limit; try again shortly")
@@ -113,7 +114,9 @@ class Door:
                         return b"".join(pieces)
                     size = max(size, sum(map(len, pieces)))
         except TimeoutError:
-            raise ApiError(400, f"the body did not come within {self._seconds:.0f} s; send it at once") from None
+            raise ApiError(
+                400, f"the body did not come within {self._seconds:.0f} s; send it at once"
+            ) from None
         raise ApiError(400, f"the body has more than {self._most:,} bytes; send less")
 
 

@@ -26,7 +26,9 @@ class Metrics:
         self.read = Counter(
             "fulmen_read_tokens", "Tokens that attention read, mean over layers.", registry=registry
         )
-        self.saved = Counter("fulmen_saved_bytes", "Bytes of cache not read, thanks to DSA.", registry=registry)
+        self.saved = Counter(
+            "fulmen_saved_bytes", "Bytes of cache not read, thanks to DSA.", registry=registry
+        )
         self.first_token = Histogram(
             "fulmen_first_token_seconds",
             "From the request to the first token sent.",

@@ -70,7 +70,11 @@ class Relay(Response):
                 if not self._began:
                     await respond(piece, scope["path"])(scope, receive, send)
                     return
-                failed = self._call.dialect.broken(piece) if self._call.streams else json.dumps(piece.body).encode()
+                failed = (
+                    self._call.dialect.broken(piece)
+                    if self._call.streams
+                    else json.dumps(piece.body).encode()
+                )
                 await self._send(send, failed)
                 continue
             await self._send(send, piece)

@@ -127,7 +127,11 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """`POST /completions`; with `suffix`, fill in the middle."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=64)] | Annotated[list[TokenId], Field(min_length=1)]
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=64)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+    )
     suffix: str | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
