@@ -106,7 +106,7 @@ def tool_parser(model: ServedModel) -> str:
 
 
 def kv_gib(model: ServedModel) -> int:
-    """Memory for the cache on a CPU, whole GiB: what FULL_REQUESTS need, or half of what is free, at least 1."""
+    """Memory for the cache on a CPU, in GiB: what FULL_REQUESTS need, or half of what is free; at least 1."""
     wanted = ceil(FULL_REQUESTS * model.context * sum(model.token_bytes) / GIB)
     weights = sum(file.stat().st_size for file in model.place.glob("*.safetensors"))
     free = psutil.virtual_memory().available - weights - RESERVED_BYTES

@@ -68,6 +68,7 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, gateway: Gateway, say: Callable[[str], None]) -> None:
         super().__init__(config)
         self._gateway, self._say = gateway, say
+        self.should_exit: bool = False
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -46,7 +46,7 @@ class Gateway:
 
     def __post_init__(self) -> None:
         self.keys = Keys(self.books.accounts)
-        # No limit on connections: `slots` is one. An answer may be hours in coming, so reading has no time limit.
+        # No limit on connections: `slots` is one. None on reading: an answer may be long in coming.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         timeout = httpx.Timeout(None, connect=5.0)
         self.client = httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False)
@@ -106,12 +106,7 @@ def _model_routes(gateway: Gateway) -> APIRouter:
     async def complete(request: CompletionRequest, account: Asking) -> Response:
         """A text that goes on; with `suffix`, what stands between."""
         body = completion_body(request, model, account.salt)
-        texts = (
-            len(request.prompt)
-            if isinstance(request.prompt, list) and isinstance(request.prompt[0], str)
-            else 1
-        )
-        suffixes = tuple(f"-{place}" for place in range(texts))
+        suffixes = tuple(f"-{place}" for place in range(request.texts))
         return Relay(gateway, Call("/v1/completions", body, account, _openai(request), "cmpl-", suffixes))
 
     @routes.get("/models", responses=ERRORS)

@@ -27,9 +27,8 @@ def chat_body(request: ChatRequest, model: ServedModel, salt: str) -> dict[str, 
         _check_thoughts(request.messages, thinking)
     if _prefixed(request.messages):
         if model.speaks_v32:
-            raise ApiError(
-                400, "prefix: vLLM's V3.2 encoding cannot continue a message; leave it out", "messages"
-            )
+            why = "prefix: vLLM's encoding for DeepSeek-V3.2 cannot continue a message; leave it out"
+            raise ApiError(400, why, f"messages[{len(request.messages) - 1}].prefix")
         body |= {"continue_final_message": True, "add_generation_prompt": False}
     return body
 
@@ -94,9 +93,8 @@ def _message(message: Message) -> dict[str, Any]:
 def _prefixed(messages: list[Message]) -> bool:
     for place, message in enumerate(messages):
         if message.prefix and (message.role != "assistant" or place < len(messages) - 1):
-            raise ApiError(
-                400, "prefix goes with the last message, of the assistant", f"messages[{place}].prefix"
-            )
+            field = f"messages[{place}].prefix"
+            raise ApiError(400, f"{field} belongs to the last message, of the assistant", field)
     return bool(messages[-1].prefix)
 
 
@@ -137,7 +135,7 @@ def check_schema(schema: dict[str, Any], field: str) -> None:
 
 
 def check_strict(tool: Tool, field: str) -> None:
-    """DeepSeek's rules for strict tools: each object names all its properties as required and allows no other."""
+    """DeepSeek's rules for strict tools: an object requires all its properties and allows no other."""
     for place, node in _objects(tool.function.parameters or {"type": "object"}, field):
         properties = node.get("properties", {})
         if missing := sorted(set(properties) - set(node.get("required", []))):

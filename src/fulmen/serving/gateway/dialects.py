@@ -21,9 +21,9 @@ class Event(NamedTuple):
 class Dialect(Protocol):
     """How one request's answer is read.
 
-    `feed` takes the stream's events one by one and returns what goes to the client now; `tail` returns what is
-    held back until the bill is made: the chunk that ends the answer and all after it. `plain` rewrites an
-    answer that does not stream; `broken` is what a stream ends with that failed midway.
+    `feed` takes the stream's events one by one and returns what goes to the client now; `tail` returns what
+    is held back until the bill is made: the chunk that ends the answer and all after it. `plain` rewrites
+    an answer that does not stream; `broken` is what a stream ends with that failed midway.
     """
 
     usage: UsageSeen
@@ -43,8 +43,8 @@ class OpenAiDialect:
     """Chat and completions.
 
     Args:
-        asked_usage: whether the client wants usage in a chunk of its own, without choices. If not, it comes with
-            the answer's last chunk, as DeepSeek sends it: clients that did not ask expect a choice in each.
+        asked_usage: whether the client wants usage in a chunk of its own, without choices. If not, it comes
+            with the answer's last chunk, as DeepSeek sends it: who did not ask expects a choice in each.
     """
 
     def __init__(self, asked_usage: bool) -> None:

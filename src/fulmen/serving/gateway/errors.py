@@ -1,12 +1,13 @@
 """Errors as DeepSeek's API words them: one JSON body, one code for each kind of trouble."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 TYPES = {
     400: "invalid_request_error",
@@ -58,8 +59,8 @@ class ApiError(Exception):
         return {"retry-after": RETRY_AFTER_S[self.status]} if self.status in RETRY_AFTER_S else {}
 
 
-def engine_error(status: int, body: Any) -> ApiError:
-    """What the engine refused, in our codes: it knows 404 for a model and 4xx for all that is bad input."""
+def engine_error(status: int, body: Any, fields: Collection[str] = ()) -> ApiError:
+    """What the engine refused, in our codes; `fields` are those of the request, to find the one to blame."""
     said = body.get("error", body) if isinstance(body, Mapping) else {}
     message = said.get("message") if isinstance(said, Mapping) else None
     param = said.get("param") if isinstance(said, Mapping) else None
@@ -69,9 +70,11 @@ def engine_error(status: int, body: Any) -> ApiError:
         return ApiError(503, "the engine is overloaded; try again shortly")
     if status >= 500 or not isinstance(message, str):
         return ApiError(500, "the engine failed on this request; its log says why")
-    if "rammar" in message and not param:
-        message += "; mend the schema in response_format or tools"
-        param = "response_format" if "response_format" in message else "tools"
+    if param == "input_tokens":
+        param = "prompt" if "prompt" in fields else "messages"
+    elif param is None and "rammar" in message:
+        param = "response_format" if "response_format" in fields else "tools"
+        message = f"{param} has a schema that no answer can meet, or that cannot be enforced: {message}"
     return ApiError(400, " ".join(message.split())[:1000], param)
 
 
@@ -92,8 +95,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(HTTPException, _on_http)
-    app.add_exception_handler(404, _on_http)
-    app.add_exception_handler(405, _on_http)
     app.add_exception_handler(Exception, _on_failure)
 
 

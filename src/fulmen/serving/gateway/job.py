@@ -1,8 +1,8 @@
 """One request at the engine, from the ledger's first word to its last; it lives on when its client is gone.
 
-Written down before the engine is asked, charged before the end of the answer leaves. A client that leaves makes
-the job end the request at the engine and read on to the usage with which the engine closes it, so that what was
-generated until then is charged exactly.
+Written down before the engine is asked, charged before the end of the answer leaves. A client that leaves
+makes the job end the request at the engine and read on to the usage with which the engine closes it, so that
+what was generated until then is charged exactly.
 """
 
 import asyncio
@@ -114,7 +114,7 @@ class Job:
         answer = await gateway.client.send(request, stream=True)
         try:
             if answer.status_code != httpx.codes.OK:
-                raise engine_error(answer.status_code, _json(await answer.aread()))
+                raise engine_error(answer.status_code, _json(await answer.aread()), call.body)
             await (self._stream(answer) if call.streams else self._plain(answer))
         finally:
             await answer.aclose()
@@ -157,7 +157,7 @@ class Job:
         self._noted_at = time.monotonic()
 
     async def _settle(self, outcome: str) -> dict[str, Any]:
-        """Charge for what was generated; a request that got no token costs nothing. Return the bill to show."""
+        """Charge for what was generated (no token: nothing) and return the bill to show."""
         gateway, tokens = self._gateway, self._dialect.usage.tokens
         if not tokens.output and outcome != "done":
             tokens = Tokens(0, 0, 0)

@@ -1,4 +1,4 @@
-"""Who may ask, and how much at once: requests per account and in all, bytes of a body and seconds to send it."""
+"""Who may ask, and how much at once: requests per account and in all, bytes and seconds of a body."""
 
 import asyncio
 import secrets
@@ -59,12 +59,10 @@ class Slots:
 
     @contextmanager
     def hold(self, account: Account) -> Iterator[None]:
-        """One more for the account, until the end of the block. Raises ApiError 429 or 503 if there is no room."""
+        """One more for the account, until the end of the block. Raises ApiError 429, or 503 if all is full."""
         if account.concurrency is not None and self._open[account.id] >= account.concurrency:
-            raise ApiError(
-                429,
-                f"{account.concurrency} requests of this key are under way, its limit; wait for one to end",
-            )
+            most = f"{account.concurrency} requests of this key are under way, its limit"
+            raise ApiError(429, f"{most}; wait for one to end")
         if len(self) >= self._most:
             raise ApiError(503, f"{self._most} requests are under way, the server's limit; try again shortly")
         self._open[account.id] += 1
@@ -114,9 +112,8 @@ class Door:
                         return b"".join(pieces)
                     size = max(size, sum(map(len, pieces)))
         except TimeoutError:
-            raise ApiError(
-                400, f"the body did not come within {self._seconds:.0f} s; send it at once"
-            ) from None
+            slow = f"the body did not come within {self._seconds:.0f} s; send it at once"
+            raise ApiError(400, slow) from None
         raise ApiError(400, f"the body has more than {self._most:,} bytes; send less")
 
 

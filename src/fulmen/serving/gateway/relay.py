@@ -1,4 +1,4 @@
-"""A job's answer on its way to the client: status, keep-alive while queued, and what happens when it leaves."""
+"""A job's answer on its way to the client: status, keep-alive while queued, an eye on whether it is gone."""
 
 import asyncio
 import contextlib
@@ -22,8 +22,9 @@ STREAM, PLAIN = "text/event-stream; charset=utf-8", "application/json"
 class Relay(Response):
     """Runs a call when the server sends it.
 
-    Nothing is sent before the job's first word or KEEP_ALIVE_S, so that an early error has its own status; after
-    that the status is 200 and something goes out every KEEP_ALIVE_S: a comment in a stream, else an empty line.
+    Nothing is sent before the job's first word or KEEP_ALIVE_S, so that an early error has its own status;
+    after that the status is 200 and something goes out every KEEP_ALIVE_S: a comment in a stream, else an
+    empty line.
     """
 
     def __init__(self, gateway: "Gateway", call: Call, keep_alive_s: float = KEEP_ALIVE_S) -> None:
@@ -70,16 +71,15 @@ class Relay(Response):
                 if not self._began:
                     await respond(piece, scope["path"])(scope, receive, send)
                     return
-                failed = (
-                    self._call.dialect.broken(piece)
-                    if self._call.streams
-                    else json.dumps(piece.body).encode()
-                )
-                await self._send(send, failed)
+                await self._send(send, self._late(piece))
                 continue
             await self._send(send, piece)
             self._time(job, started)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _late(self, error: ApiError) -> bytes:
+        """An error after the status was sent."""
+        return self._call.dialect.broken(error) if self._call.streams else json.dumps(error.body).encode()
 
     async def _send(self, send: Send, piece: bytes) -> None:
         if not self._began:

@@ -10,7 +10,8 @@ Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
 Stop = str | Annotated[list[str], Field(max_length=16)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-# Tokens that a chat template may turn into a field of its own are no business of the message's text.
+Prompts = Annotated[list[str], Field(min_length=1, max_length=64)]
+PromptIds = Annotated[list[TokenId], Field(min_length=1)]
 Role = Literal["system", "user", "assistant", "tool", "developer"]
 
 
@@ -127,14 +128,15 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """`POST /completions`; with `suffix`, fill in the middle."""
 
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=64)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-    )
+    prompt: str | Prompts | PromptIds
     suffix: str | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @property
+    def texts(self) -> int:
+        """How many prompts there are."""
+        return len(self.prompt) if isinstance(self.prompt, list) and isinstance(self.prompt[0], str) else 1
 
 
 class MessagesRequest(Model):

@@ -9,15 +9,15 @@ from fulmen.serving.prices import PriceTable, Tokens, money_text
 class UsageSeen:
     """The engine's counts for one request, as far as they came.
 
-    How much of the prompt lay in the cache is said at the end alone. Where there is no such end, because engine
-    or gateway crashed, the prompt counts as cached: the doubt is the customer's.
+    How much of the prompt lay in the cache is said at the end alone. Where there is no such end, because
+    engine or gateway crashed, the prompt counts as cached: the doubt is the customer's.
     """
 
     def __init__(self) -> None:
-        self.prompt, self.cached, self.reasoning = 0, None, None
+        self.prompt = 0
         self._outputs: dict[int, int] = {}
-        self.cached: int | None
-        self.reasoning: int | None
+        self.cached: int | None = None
+        self.reasoning: int | None = None
 
     @property
     def output(self) -> int:
