@@ -59,7 +59,7 @@ class Slots:
 
     @contextmanager
     def hold(self, account: Account) -> Iterator[None]:
-        """One more for the account, until the end of the block. Raises ApiError 429, or 503 if all is full."""
+        """One more for the account until the end of the block. Raises ApiError 429, or 503 if all is full."""
         if account.concurrency is not None and self._open[account.id] >= account.concurrency:
             most = f"{account.concurrency} requests of this key are under way, its limit"
             raise ApiError(429, f"{most}; wait for one to end")
