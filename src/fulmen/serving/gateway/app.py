@@ -35,11 +35,16 @@ LAST_JOBS_S = 30.0
 
 @dataclass
 class Gateway:
-    """What the routes share."""
+    """What the routes share.
+
+    Attributes:
+        keep_alive_s: seconds of silence after which a waiting client gets a sign of life.
+    """
 
     model: ServedModel
     engine: Engine
     books: Books
+    keep_alive_s: float = 10.0
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("fulmen.gateway"))
     slots: Slots = field(default_factory=Slots)
     metrics: Metrics = field(default_factory=Metrics)

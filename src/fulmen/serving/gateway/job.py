@@ -190,7 +190,7 @@ class Job:
                     timeout=ABORT_RETRY_S * 4,
                 )
             except httpx.HTTPError as error:
-                gateway.log.warning("request %s: no answer to its end (%s)", call.id, error)
+                gateway.log.info("request %s: no answer to its end (%s)", call.id, error)
             if await asyncio.wait([self.task], timeout=ABORT_RETRY_S) and self.task.done():
                 return
         self.task.cancel()

@@ -99,22 +99,24 @@ class Door:
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body; None if the client left."""
-        pieces, size = [], dict(scope["headers"]).get(b"content-length", b"0")
-        size = int(size) if size.isdigit() else 0
+        announced = dict(scope["headers"]).get(b"content-length", b"")
+        too_big = announced.isdigit() and int(announced) > self._most
+        pieces, room, more = [], -1 if too_big else self._most, True
         try:
             async with asyncio.timeout(self._seconds):
-                while size <= self._most:
+                while more and room >= 0:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
                     pieces.append(message.get("body", b""))
-                    if not message.get("more_body"):
-                        return b"".join(pieces)
-                    size = max(size, sum(map(len, pieces)))
+                    room -= len(pieces[-1])
+                    more = message.get("more_body", False)
         except TimeoutError:
             slow = f"the body did not come within {self._seconds:.0f} s; send it at once"
             raise ApiError(400, slow) from None
-        raise ApiError(400, f"the body has more than {self._most:,} bytes; send less")
+        if room < 0:
+            raise ApiError(400, f"the body has more than {self._most:,} bytes; send less")
+        return b"".join(pieces)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

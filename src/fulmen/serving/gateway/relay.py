@@ -15,21 +15,20 @@ from fulmen.serving.gateway.job import Call, Job
 if TYPE_CHECKING:
     from fulmen.serving.gateway.app import Gateway
 
-KEEP_ALIVE_S = 10.0
 STREAM, PLAIN = "text/event-stream; charset=utf-8", "application/json"
 
 
 class Relay(Response):
     """Runs a call when the server sends it.
 
-    Nothing is sent before the job's first word or KEEP_ALIVE_S, so that an early error has its own status;
-    after that the status is 200 and something goes out every KEEP_ALIVE_S: a comment in a stream, else an
+    Nothing is sent before the job's first word or `keep_alive_s`, so that an early error has its own status;
+    after that the status is 200 and something goes out every `keep_alive_s`: a comment in a stream, else an
     empty line.
     """
 
-    def __init__(self, gateway: "Gateway", call: Call, keep_alive_s: float = KEEP_ALIVE_S) -> None:
+    def __init__(self, gateway: "Gateway", call: Call) -> None:
         super().__init__()
-        self._gateway, self._call, self._keep_alive_s = gateway, call, keep_alive_s
+        self._gateway, self._call = gateway, call
         self._began = self._timed = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,7 +60,7 @@ class Relay(Response):
     async def _talk(self, job: Job, scope: Scope, receive: Receive, send: Send, started: float) -> None:
         while True:
             try:
-                piece = await asyncio.wait_for(job.pieces.get(), self._keep_alive_s)
+                piece = await asyncio.wait_for(job.pieces.get(), self._gateway.keep_alive_s)
             except TimeoutError:
                 await self._send(send, b": keep-alive\n\n" if self._call.streams else b"\n")
                 continue
