@@ -55,9 +55,8 @@ def describe(settings: "EngineSettings", books: "Books") -> list[str]:
     """Model, context, price list and who may ask."""
     model, prices, keys = settings.model, books.prices, len(books.accounts)
     kept = f"DSA, k = {model.dsa.topk:,}" if model.dsa else "dense attention"
-    shown = ", ".join(
-        f"{rate} {kind}" for kind, rate in zip(("cached", "read", "written"), prices.rates, strict=True)
-    )
+    rates = prices.rates
+    shown = f"{rates.hit} prompt in cache, {rates.miss} prompt computed, {rates.output} output"
     return [
         f"{model.name}: {kept}, context {settings.context:,} tokens",
         f"{prices.currency} per million tokens: {shown}",
