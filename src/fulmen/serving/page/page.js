@@ -1,0 +1,326 @@
+// The chat page: the conversation, what is typed and attached, the settings.
+
+import {
+  addToTotals,
+  count,
+  newTotals,
+  showContext,
+  showPrices,
+  showReceipt,
+  showTotals,
+} from "./figures.js";
+import { loadInfo, receive, requestAnswer } from "./server.js";
+import { drawText } from "./text.js";
+
+const PASTE_AS_DOCUMENT = 2000; // characters; a shorter paste stays in the message
+const LARGEST_FILE = 32 * 2 ** 20; // bytes
+const CHARACTERS_PER_TOKEN = 4; // a guess, and shown as one
+
+const $ = (id) => document.getElementById(id);
+const newChat = () => ({ messages: [], running: null, totals: newTotals() });
+const copyOf = (id) => $(id).content.firstElementChild.cloneNode(true);
+
+let info = null; // of the server, once it has answered
+let chat = newChat();
+let attached = []; // {title, text}: goes with the next message
+
+// ---- a turn -----------------------------------------------------------------------------------------------
+
+async function ask(question, documents) {
+  const mine = chat;
+  const answer = { text: "", usage: null, finish: null };
+  const turn = addTurn(question, documents);
+  mine.messages.push({ role: "user", content: [...documents.map((one) => one.text), question].join("\n\n") });
+  mine.running = new AbortController();
+  showRunning();
+  const { signal } = mine.running;
+  const failure = await answerInto(answer, turn, mine.messages, signal).catch((error) => error);
+  clearInterval(turn.timer);
+  mine.running = null;
+  if (mine !== chat) return; // a new chat has begun meanwhile
+  showRunning();
+  if (failure && !answer.text) withdraw(turn, question, documents);
+  else keep(turn, answer, failure && noteOnFailure(signal));
+  if (failure && !signal.aborted) showError(failure);
+}
+
+async function answerInto(answer, turn, messages, signal) {
+  info ??= await loadInfo().then(showInfo);
+  const temperature = $("temperature").value;
+  const body = {
+    model: info.model,
+    messages,
+    max_tokens: Number($("max-tokens").value),
+    ...(temperature && { temperature: Number(temperature) }),
+  };
+  const stream = await requestAnswer(body, $("key").value, signal);
+  await receive(
+    stream,
+    answer,
+    oncePerFrame(() => following(() => showText(turn, answer.text))),
+  );
+}
+
+function addTurn(question, documents) {
+  const turn = copyOf("turn-template");
+  turn.querySelector(".question .text").textContent = question;
+  turn.querySelector(".attachments").replaceChildren(...documents.map(attachmentChip));
+  const started = performance.now();
+  turn.timer = setInterval(() => {
+    const seconds = count.format((performance.now() - started) / 1000);
+    turn.querySelector("[data-field='waited']").textContent = ` for ${seconds} s`;
+  }, 1000);
+  $("welcome").hidden = true;
+  $("turns").append(turn);
+  $("scroll").scrollTop = $("scroll").scrollHeight;
+  return turn;
+}
+
+function showText(turn, text) {
+  turn.querySelector(".waiting").hidden = true;
+  turn.raw = text;
+  drawText(turn.querySelector(".answer > .text"), text);
+}
+
+/** Nothing was answered: the question goes back to where it was typed. */
+function withdraw(turn, question, documents) {
+  turn.remove();
+  chat.messages.pop();
+  $("welcome").hidden = chat.messages.length > 0;
+  $("question").value = [question, $("question").value].filter(Boolean).join("\n");
+  fitQuestion();
+  attach(documents, []);
+}
+
+function keep(turn, answer, failureNote) {
+  chat.messages.push({ role: "assistant", content: answer.text });
+  addToTotals(chat.totals, answer.usage);
+  following(() => {
+    showText(turn, answer.text);
+    turn.querySelector(".answer").ariaBusy = "false";
+    turn.querySelector(".note").textContent = failureNote || noteOn(answer);
+    if (answer.usage) showReceipt(turn.querySelector(".receipt"), answer.usage, info);
+    turn.querySelector(".foot").hidden = false;
+  });
+  showSums();
+  $("announcer").textContent = failureNote || "Answer complete";
+}
+
+function noteOnFailure(signal) {
+  return signal.aborted
+    ? "Stopped. What was read and written until then is charged, but is not in the sums here."
+    : "The answer broke off here; ask to go on.";
+}
+
+function noteOn(answer) {
+  if (answer.finish === "length")
+    return "The most tokens to write are reached: raise them in Settings, or ask to go on.";
+  return answer.text ? "" : "The model answered with nothing.";
+}
+
+/** Change the conversation; if its end was in view, keep it there. */
+function following(change) {
+  const view = $("scroll");
+  const atEnd = view.scrollHeight - view.scrollTop - view.clientHeight < 60;
+  change();
+  if (atEnd) view.scrollTop = view.scrollHeight;
+}
+
+function oncePerFrame(draw) {
+  let frame = 0;
+  return () => {
+    frame ||= requestAnimationFrame(() => {
+      frame = 0;
+      draw();
+    });
+  };
+}
+
+// ---- what is shown beside the turns -----------------------------------------------------------------------
+
+function showInfo(loaded) {
+  info = loaded;
+  $("model").textContent = info.model;
+  document.title = `${info.model} · fulmen`;
+  $("explanation").textContent =
+    `Attach, paste or drop a document, up to ${count.format(info.context)} tokens. It is read once; ` +
+    "later questions take it from the cache." +
+    (info.dsa
+      ? ` For each token, attention reads at most ${count.format(info.dsa.topk)} (mean over layers).`
+      : "");
+  $("key-hint").textContent =
+    `${info.needs_key ? "Needed" : "Not needed"} by this server. Kept until the tab is closed.`;
+  $("key").required = info.needs_key;
+  showPrices($("panel"), info);
+  showSums();
+  return info;
+}
+
+function showSums() {
+  showTotals($("panel"), $("badge"), chat.totals, info);
+  showContext($("context"), chat.totals.contextUsed, info.context);
+}
+
+function showRunning() {
+  $("send").hidden = Boolean(chat.running);
+  $("stop").hidden = !chat.running;
+}
+
+function showError(error) {
+  $("error").textContent = error.message;
+  $("announcer").textContent = "";
+  if (error.status === 401) openSettings($("key"));
+}
+
+/** On a narrow screen the panel opens over the conversation. */
+function openSettings(control) {
+  if (getComputedStyle($("panel-button")).display !== "none") $("panel").showPopover();
+  control.focus();
+}
+
+// ---- documents --------------------------------------------------------------------------------------------
+
+function attach(first, then) {
+  attached = [...first, ...then];
+  const chips = attached.map(attachmentChip);
+  chips.forEach((chip, i) => {
+    const remove = chip.querySelector(".remove");
+    remove.hidden = false;
+    remove.ariaLabel = `Remove ${attached[i].title}`;
+    remove.onclick = () => {
+      attach(attached.slice(0, i), attached.slice(i + 1));
+      $("question").focus();
+    };
+  });
+  $("attachments").replaceChildren(...chips);
+}
+
+function attachmentChip({ title, text }) {
+  const chip = copyOf("attachment-template");
+  const tokens = text.length / CHARACTERS_PER_TOKEN;
+  chip.querySelector(".title").textContent = title;
+  const tooLong = tokens > (info?.context ?? Infinity);
+  const size = `about ${count.format(Number(tokens.toPrecision(2)))} tokens`;
+  chip.querySelector(".size").textContent = tooLong ? `${size}, too long` : size;
+  chip.classList.toggle("too-long", tooLong);
+  return chip;
+}
+
+async function attachFiles(files) {
+  for (const file of files) {
+    if (file.size > LARGEST_FILE) {
+      showError(
+        new Error(`${file.name} is larger than ${LARGEST_FILE / 2 ** 20} MB: attach the part that matters.`),
+      );
+      continue;
+    }
+    try {
+      const text = new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
+      attach(attached, [{ title: file.name, text }]);
+    } catch {
+      showError(new Error(`${file.name} is not plain text in UTF-8: save it as text, then attach that.`));
+    }
+  }
+  $("question").focus();
+}
+
+$("attach").onclick = () => $("file").click();
+$("file").onchange = () => attachFiles([...$("file").files]).then(() => ($("file").value = ""));
+$("question").onpaste = (event) => {
+  const text = event.clipboardData.getData("text/plain");
+  if (text.length < PASTE_AS_DOCUMENT) return;
+  event.preventDefault();
+  attach(attached, [{ title: "Pasted text", text }]);
+};
+
+const isDrop = (event) => event.dataTransfer?.types.some((type) => type === "Files" || type === "text/plain");
+document.ondragover = (event) => {
+  if (!isDrop(event)) return;
+  event.preventDefault();
+  $("drop").hidden = false;
+};
+document.ondragleave = (event) => ($("drop").hidden ||= !event.relatedTarget);
+document.ondrop = (event) => {
+  $("drop").hidden = true;
+  if (!isDrop(event)) return;
+  event.preventDefault();
+  const text = event.dataTransfer.getData("text/plain");
+  if (event.dataTransfer.files.length) attachFiles([...event.dataTransfer.files]);
+  else if (text) attach(attached, [{ title: "Dropped text", text }]);
+};
+
+// ---- typing and buttons -----------------------------------------------------------------------------------
+
+function fitQuestion() {
+  const box = $("question");
+  box.style.height = "auto";
+  box.style.height = `${box.scrollHeight}px`;
+}
+
+function send(event) {
+  event.preventDefault();
+  const question = $("question").value.trim();
+  if (chat.running || !(question || attached.length)) return;
+  if (!$("settings").checkValidity()) {
+    openSettings($("settings").querySelector(":invalid"));
+    $("settings").reportValidity();
+    return;
+  }
+  const documents = attached;
+  $("error").textContent = "";
+  $("question").value = "";
+  fitQuestion();
+  attach([], []);
+  ask(question, documents);
+}
+
+async function copy(button) {
+  const text = button.closest(".code, .turn").raw;
+  try {
+    await navigator.clipboard.writeText(text);
+    button.textContent = "Copied";
+  } catch {
+    button.textContent = "The browser does not allow it"; // without TLS, other than on localhost
+  }
+  setTimeout(() => (button.textContent = "Copy"), 2000);
+}
+
+function turnTheme() {
+  const dark = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+  const now = localStorage.getItem("theme") ?? dark;
+  localStorage.setItem("theme", now === "dark" ? "light" : "dark");
+  showTheme();
+}
+
+function showTheme() {
+  document.documentElement.dataset.theme = localStorage.getItem("theme") ?? "";
+}
+
+$("composer").onsubmit = send;
+$("settings").onsubmit = (event) => event.preventDefault();
+$("question").oninput = fitQuestion;
+$("question").onkeydown = (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
+};
+$("stop").onclick = () => chat.running?.abort();
+$("turns").onclick = (event) => event.target.matches(".copy") && copy(event.target);
+$("theme").onclick = turnTheme;
+$("key").oninput = () => sessionStorage.setItem("key", $("key").value);
+$("new-chat").onclick = () => {
+  chat.running?.abort();
+  chat = newChat();
+  $("turns").replaceChildren();
+  $("welcome").hidden = false;
+  $("error").textContent = "";
+  showRunning();
+  if (info) showSums();
+  $("question").focus();
+};
+document.onkeydown = (event) => {
+  if (event.key === "Escape" && !$("panel").matches(":popover-open")) chat.running?.abort();
+};
+
+$("key").value = sessionStorage.getItem("key") ?? "";
+showTheme();
+loadInfo().then(showInfo, showError);
+$("question").focus();
