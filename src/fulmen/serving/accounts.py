@@ -90,8 +90,11 @@ class Accounts:
         return iter(sorted(self._refresh().items()))
 
     def __len__(self) -> int:
-        """Number of keys in force."""
-        return sum(record.key_sha256 is not None for record in self._refresh().values())
+        """Number of accounts, those with a revoked key too: with any, a server must ask for keys.
+
+        Counting keys in force instead would open the server to all when the last one is revoked.
+        """
+        return len(self._refresh())
 
     def issue(self, name: str, concurrency: int | None = None) -> str:
         """Make a key for a new account, or for one whose key was revoked, and return it: it is kept nowhere.
@@ -128,9 +131,11 @@ class Accounts:
             raise AccountError(f"{name} has a key; take another name, or `fulmen keys revoke {name}` first")
 
     def _refresh(self) -> dict[str, KeyRecord]:
-        """All records, read again if the file is another one than last time."""
+        """All records, read again if the file is another one than last time; one that is gone is an error."""
         with self._lock:
             if (stamp := self._stamp()) != self._seen:
+                if self._seen and not stamp:
+                    raise AccountError(f"{self._folder / KEYS} is gone; restore it, or start the server anew")
                 records = read_keys(self._folder)
                 if twice := records.keys() & self._environment.keys():
                     raise AccountError(

@@ -127,7 +127,8 @@ class Ledger:
         """
         left = select(requests).where(requests.c.state == "open", requests.c.server == self._server)
         with self._writing() as connection:
-            rows = connection.execute(left).all()
+            # PostgreSQL may still be committing what a killed server sent last: wait for that.
+            rows = connection.execute(left.with_for_update()).all()
             for row in rows:
                 self._settle(connection, row.id, Tokens(row.hit, row.miss, row.output), "crashed", None)
         return len(rows)

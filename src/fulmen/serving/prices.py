@@ -138,7 +138,7 @@ def _rates(path: Path, table: dict[str, Any], section: str) -> Rates:
 def _rate(path: Path, key: str, value: Any) -> Decimal:
     is_number = isinstance(value, int | Decimal) and not isinstance(value, bool)
     if not is_number or not Decimal(value).is_finite() or not 0 <= value <= MAX_RATE:
-        shown = "missing" if value is None else f"{value!s}"
+        shown = "missing" if value is None else repr(value) if isinstance(value, str) else str(value)
         raise ConfigError(
             f"price table {path}: {key} is {shown}; use a number from 0 to {MAX_RATE:,} (per million tokens)"
         )
