@@ -28,6 +28,7 @@ from fulmen.cli.model_config import read_config
 from fulmen.serving.accounts import Accounts
 from fulmen.serving.books import open_books
 from fulmen.serving.gateway.app import Gateway, create_app
+from fulmen.serving.page import FILES
 from fulmen.serving.prices import DEFAULT_PRICES, Tokens
 from fulmen.serving.served_model import served_model
 
@@ -110,6 +111,16 @@ def test_it_says_what_it_serves_at_what_price(server):
     info = httpx.get(f"{server.url}/fulmen/info").json()
     assert (info["context"], info["needs_key"], info["dsa"]) == (2048, True, None)
     assert info["prices"] == {"hit": "0.2", "miss": "2", "output": "3"}
+
+
+def test_the_page_and_its_parts_are_there_and_nothing_beside_them(server):
+    for path, file in FILES.items():
+        answer = httpx.get(server.url + path)
+        assert answer.content == file.path.read_bytes()
+        assert answer.headers["content-type"] == file.media_type
+        assert "script-src 'self'" in answer.headers["content-security-policy"]
+    for path in ("/__init__.py", "/../app.py", "/page.json"):
+        assert httpx.get(server.url + path).status_code == 404
 
 
 @pytest.mark.parametrize("path", ["", "/v1", "/beta"])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import httpx
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import FileResponse, Response
 
 from fulmen import __version__
@@ -18,13 +18,14 @@ from fulmen.serving.engine import Engine
 from fulmen.serving.gateway import errors
 from fulmen.serving.gateway.deepseek import chat_body, completion_body, messages_body
 from fulmen.serving.gateway.dialects import AnthropicDialect, OpenAiDialect
-from fulmen.serving.gateway.documents import ANSWERS, ERRORS, PAGE
+from fulmen.serving.gateway.documents import ANSWERS, ERRORS
 from fulmen.serving.gateway.errors import ApiError
 from fulmen.serving.gateway.job import Call
 from fulmen.serving.gateway.limits import Door, Keys, Slots
 from fulmen.serving.gateway.metrics import Metrics
 from fulmen.serving.gateway.relay import Relay
 from fulmen.serving.gateway.requests import ChatRequest, CompletionRequest, MessagesRequest, Sampling
+from fulmen.serving.page import FILES, HEADERS
 from fulmen.serving.prices import Rates, money_text
 from fulmen.serving.served_model import ServedModel
 
@@ -200,12 +201,14 @@ def _open_routes(gateway: Gateway) -> APIRouter:
         text, kind = gateway.metrics.text()
         return Response(text, media_type=kind)
 
-    if PAGE.is_file():
-
-        @routes.get("/", include_in_schema=False)
-        async def page() -> FileResponse:
-            """The page to chat with."""
-            return FileResponse(PAGE, headers={"cache-control": "no-cache"})
+    @routes.get("/", include_in_schema=False)
+    @routes.get("/{name}.{kind}", include_in_schema=False)
+    async def page(request: Request) -> FileResponse:
+        """The page to chat with, and its parts."""
+        file = FILES.get(request.url.path)
+        if file is None:
+            raise HTTPException(404)
+        return FileResponse(file.path, headers=HEADERS, media_type=file.media_type)
 
     return routes
 

@@ -1,9 +1,6 @@
-"""What the OpenAPI description says of answers and errors, and where the page lies."""
+"""What the OpenAPI description says of answers and errors."""
 
-from pathlib import Path
 from typing import Any
-
-PAGE = Path(__file__).parents[1] / "page" / "index.html"
 
 _ERROR = {
     "type": "object",
