@@ -47,7 +47,8 @@ class RemoteChat:
         messages = [*self._messages, {"role": "user", "content": first + question}]
         body = {"model": self.model, "messages": messages, "max_tokens": max_new_tokens, "stream": True}
         body["stream_options"] = {"include_usage": True}
-        said, usage = "", {}
+        said = ""
+        usage: dict[str, Any] = {}
         with self._asked("/chat/completions", body) as answer:
             for chunk in _chunks(answer):
                 if "error" in chunk:
