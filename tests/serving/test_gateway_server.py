@@ -41,7 +41,12 @@ QUESTION = [{"role": "user", "content": "Who are you?"}]
 NAMED = {"type": "function", "function": {"name": "f"}}
 WAIT_S = 60
 # Requests made up for each operation; FUZZED=500 looks longer.
-FUZZED = int(os.environ.get("FUZZED", "15"))
+FUZZING = settings(
+    max_examples=int(os.environ.get("FUZZED", "15")),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
 
 
 @pytest.fixture(scope="session")
@@ -339,20 +344,16 @@ def test_metrics_count_what_was_charged(server):
 def test_no_request_makes_the_server_fail(server):
     """Requests made up from the server's own description of itself."""
     described = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
-    counted = Counter()
+    counted, headers = Counter(), {"authorization": f"Bearer {BOB}"}
     for operation in described.get_all_operations():
 
-        @settings(
-            max_examples=FUZZED, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-        )
+        @FUZZING
         @given(operation.ok().as_strategy())
         def holds(case):
             if isinstance(case.body, dict):
                 # Else nearly all would end at the model's name, or never.
                 case.body |= {"model": "tiny", "max_tokens": 2, "n": 1}
-            answer = case.call(
-                base_url=server.url, headers={"authorization": f"Bearer {BOB}"}, timeout=WAIT_S
-            )
+            answer = case.call(base_url=server.url, headers=headers, timeout=WAIT_S)
             assert answer.status_code in (200, 400, 404, 422), answer.text
             assert answer.status_code == 200 or answer.json()["error"]["message"]
             counted[case.path, answer.status_code] += 1
