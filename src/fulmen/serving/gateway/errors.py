@@ -53,6 +53,10 @@ class ApiError(Exception):
             "error": {"type": TYPES.get(self.status, "api_error"), "message": self.message},
         }
 
+    def body_for(self, path: str) -> dict[str, Any]:
+        """In the dialect of the path that was asked."""
+        return self.anthropic_body if path.startswith("/anthropic") else self.body
+
     @property
     def headers(self) -> dict[str, str]:
         """When to come again, where that helps."""
@@ -100,8 +104,7 @@ def install(app: FastAPI) -> None:
 
 def respond(error: ApiError, path: str) -> JSONResponse:
     """The error in the dialect of the path that was asked."""
-    body = error.anthropic_body if path.startswith("/anthropic") else error.body
-    return JSONResponse(body, error.status, headers=error.headers)
+    return JSONResponse(error.body_for(path), error.status, headers=error.headers)
 
 
 async def _on_api_error(request: Request, error: Any) -> JSONResponse:

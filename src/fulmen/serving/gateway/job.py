@@ -25,8 +25,9 @@ from fulmen.serving.prices import Tokens
 if TYPE_CHECKING:
     from fulmen.serving.gateway.app import Gateway
 
-# How often a stream's usage is written down, for a crash of the gateway itself.
-PROGRESS_S = 0.5
+# How often a stream's usage is written down, for a crash of the gateway itself; all streams together write
+# no more than so many notes a second, each of which waits for the disk.
+PROGRESS_S, NOTES_PER_S = 0.5, 100
 ABORT_RETRY_S, ABORT_TRIES = 0.5, 20
 
 
@@ -137,7 +138,7 @@ class Job:
             self.first_at = self.first_at or time.perf_counter()
             if piece:
                 self.pieces.put_nowait(piece)
-            if self._dialect.usage.output and time.monotonic() - self._noted_at > PROGRESS_S:
+            if self._dialect.usage.output and self._note_is_due():
                 await self._note()
         if self._dialect.usage.cached is None:
             raise httpx.ReadError("the stream ended without its usage")
@@ -150,6 +151,10 @@ class Job:
         self._dialect.read_plain(body)
         bill = await self._settle("dropped" if self._dropped else "done")
         self.pieces.put_nowait(_dump(self._dialect.plain(body, bill)))
+
+    def _note_is_due(self) -> bool:
+        every = max(PROGRESS_S, len(self._gateway.slots) / NOTES_PER_S)
+        return time.monotonic() - self._noted_at > every
 
     async def _note(self) -> None:
         ledger, tokens = self._gateway.books.ledger, self._dialect.usage.tokens

@@ -70,15 +70,17 @@ class Relay(Response):
                 if not self._began:
                     await respond(piece, scope["path"])(scope, receive, send)
                     return
-                await self._send(send, self._late(piece))
+                await self._send(send, self._late(piece, scope["path"]))
                 continue
             await self._send(send, piece)
             self._time(job, started)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    def _late(self, error: ApiError) -> bytes:
+    def _late(self, error: ApiError, path: str) -> bytes:
         """An error after the status was sent."""
-        return self._call.dialect.broken(error) if self._call.streams else json.dumps(error.body).encode()
+        if self._call.streams:
+            return self._call.dialect.broken(error)
+        return json.dumps(error.body_for(path)).encode()
 
     async def _send(self, send: Send, piece: bytes) -> None:
         if not self._began:
