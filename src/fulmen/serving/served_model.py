@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from transformers import PreTrainedConfig
 from fulmen.config import DsaConfig
 from fulmen.errors import CheckpointError, UnsupportedModelError
 from fulmen.modeling.cache import CacheBytes
-from fulmen.modeling.cost import attention_shape, token_bytes
+from fulmen.modeling.cost import attention_shape, layer_windows, token_bytes
 from fulmen.modeling.index_shape import dsa_of
 
 DEFAULT_CONTEXT = 8192
@@ -62,17 +63,22 @@ class ServedModel:
     chat_template: str
     special_tokens: frozenset[str]
 
-    @property
+    @cached_property
     def token_bytes(self) -> CacheBytes:
         """What the cache keeps per token, in bfloat16."""
         if self.dsa is None:
             return CacheBytes(token_bytes(self.config, _NO_DSA).kv, 0)
         return token_bytes(self.config, self.dsa)
 
-    @property
+    @cached_property
     def layer_kv_bytes(self) -> int:
         """Keys and values of one token in one layer."""
         return 2 * attention_shape(self.config).token_width
+
+    @cached_property
+    def windows(self) -> list[int | None]:
+        """For each layer the number of tokens that its queries see; None: all."""
+        return layer_windows(self.config)
 
     @property
     def speaks_v32(self) -> bool:

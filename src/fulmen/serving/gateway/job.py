@@ -130,7 +130,7 @@ class Job:
             )
         except InsufficientBalance as error:
             raise ApiError(402, str(error)) from error
-        self._begun = True
+        self._begun, self._noted_at = True, time.monotonic()
 
     async def _stream(self, answer: httpx.Response) -> None:
         async for event in events_of(answer.aiter_raw()):

@@ -6,7 +6,6 @@ lay in the cache had their queries in an earlier request; the last generated tok
 answers to one request (`n`) are counted as if one followed the other.
 """
 
-from fulmen.modeling.cost import layer_windows
 from fulmen.serving.ledger import Reading
 from fulmen.serving.prices import Tokens
 from fulmen.serving.served_model import ServedModel
@@ -19,9 +18,8 @@ def reading_of(model: ServedModel, tokens: Tokens) -> Reading:
     counts each query's keys and values by themselves, less the index keys that were scored; bfloat16.
     """
     first, last = tokens.hit, tokens.hit + tokens.miss + max(0, tokens.output - 1)
-    windows = layer_windows(model.config)
     dense = sparse = index_tokens = 0
-    for layer, window in enumerate(windows):
+    for layer, window in enumerate(model.windows):
         seen = _sum_up_to(last, window) - _sum_up_to(first, window)
         dense += seen
         if model.dsa is None or layer not in model.dsa.layers:
@@ -34,7 +32,8 @@ def reading_of(model: ServedModel, tokens: Tokens) -> Reading:
     index_layers = len(model.dsa.layers) if model.dsa else 1
     index_bytes = index_tokens * model.token_bytes.index_keys // index_layers
     saved = (dense - sparse) * model.layer_kv_bytes - index_bytes
-    return Reading(dense // len(windows), sparse // len(windows), saved)
+    layers = len(model.windows)
+    return Reading(dense // layers, sparse // layers, saved)
 
 
 def _read_up_to(n: int, kept: int, all_up_to: int) -> int:
