@@ -3,8 +3,11 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx
+import openai
 import psutil
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -14,6 +17,8 @@ from fulmen.modeling.checkpoint import find_source
 
 ALICE, BOB, EVE, ONE = (f"sk-{name}-0123456789abcdef" for name in ("alice", "bob", "eve", "one"))
 VOCABULARY = 49152
+QUESTION = [{"role": "user", "content": "Who are you?"}]
+WAIT_S = 60
 
 
 def save_model(folder):
@@ -58,3 +63,37 @@ def engine_url(process):
     """Where that engine listens."""
     command = engine_of(process).cmdline()
     return f"http://127.0.0.1:{command[command.index('--port') + 1]}"
+
+
+def client(server, key=ALICE, path="/v1"):
+    return openai.OpenAI(base_url=server.url + path, api_key=key, max_retries=0, timeout=WAIT_S)
+
+
+def ask(server, key=ALICE, path="/v1", **fields):
+    return client(server, key, path).chat.completions.create(
+        **{"model": "tiny", "messages": QUESTION, "max_tokens": 4, **fields}
+    )
+
+
+def row(server, request_id):
+    (found,) = [row for row in server.ledger.rows() if row.request_id == request_id]
+    return found
+
+
+def settled(server, request_id):
+    deadline = time.monotonic() + WAIT_S
+    while (found := row(server, request_id)).state != "settled":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+def leave(url, body, events):
+    """Ask, and leave after so many events; after some of the work if there are none."""
+    with httpx.Client(timeout=WAIT_S, headers={"authorization": f"Bearer {ALICE}"}) as http:
+        try:
+            with http.stream("POST", url, json=body, timeout=None if events else 1.0) as answer:
+                for _, _ in zip(range(events), answer.iter_lines(), strict=False):
+                    pass
+        except httpx.ReadTimeout:
+            assert not events

@@ -21,7 +21,22 @@ import openai
 import schemathesis
 import uvicorn
 from hypothesis import HealthCheck, given, settings
-from served import ALICE, BOB, EVE, engine_of, engine_url, save_model, start
+from served import (
+    ALICE,
+    BOB,
+    EVE,
+    QUESTION,
+    WAIT_S,
+    ask,
+    client,
+    engine_of,
+    engine_url,
+    leave,
+    row,
+    save_model,
+    settled,
+    start,
+)
 from typer.testing import CliRunner
 
 from fulmen.cli.main import app
@@ -37,8 +52,6 @@ from fulmen.serving.served_model import served_model
 pytestmark = pytest.mark.xdist_group("server")
 DEPOSIT = Decimal(5)
 LONG = "The lighthouse keeper counts forty-two ships. " * 40
-QUESTION = [{"role": "user", "content": "Who are you?"}]
-WAIT_S = 60
 # Requests made up for each operation; FUZZED=500 looks longer.
 FUZZING = settings(
     max_examples=int(os.environ.get("FUZZED", "15")),
@@ -77,29 +90,6 @@ def server(tmp_path_factory):
     assert rest.splitlines()[-1] == "stopped"
     printed = "".join(lines) + rest + (state / "engine.log").read_text()
     assert not any(key in printed for key in (ALICE, BOB, EVE, one))
-
-
-def client(server, key=ALICE, path="/v1"):
-    return openai.OpenAI(base_url=server.url + path, api_key=key, max_retries=0, timeout=WAIT_S)
-
-
-def ask(server, key=ALICE, path="/v1", **fields):
-    return client(server, key, path).chat.completions.create(
-        **{"model": "tiny", "messages": QUESTION, "max_tokens": 4, **fields}
-    )
-
-
-def row(server, request_id):
-    (found,) = [row for row in server.ledger.rows() if row.request_id == request_id]
-    return found
-
-
-def settled(server, request_id):
-    deadline = time.monotonic() + WAIT_S
-    while (found := row(server, request_id)).state != "settled":
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return found
 
 
 def refusal(server, **fields):
@@ -220,17 +210,6 @@ def test_a_client_that_leaves_ends_the_request_and_pays_for_what_was_made(server
     assert all(
         line.endswith(" 0.0") for line in metrics.splitlines() if line.startswith("vllm:num_requests_")
     )
-
-
-def leave(url, body, events):
-    """Ask, and leave after so many events; after some of the work if there are none."""
-    with httpx.Client(timeout=WAIT_S, headers={"authorization": f"Bearer {ALICE}"}) as http:
-        try:
-            with http.stream("POST", url, json=body, timeout=None if events else 1.0) as answer:
-                for _, _ in zip(range(events), answer.iter_lines(), strict=False):
-                    pass
-        except httpx.ReadTimeout:
-            assert not events
 
 
 def test_a_prefix_is_continued(server):
