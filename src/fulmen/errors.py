@@ -13,6 +13,7 @@
     ├── CacheError                   a cache that has no room for index keys
     ├── BackendError                 a pinned backend that cannot run here
     ├── EndpointError                a model server that cannot be reached, or lacks the model
+    ├── EngineError                  the engine behind `fulmen serve` is not installed, or does not start
     ├── AccountError                 a key or key file that cannot be used, or an account that is not there
     └── LedgerError                  a ledger that cannot be opened, or does not fit what is asked of it
         └── InsufficientBalance      an account whose deposits are used up
@@ -83,6 +84,10 @@ def unwritable(path: object, error: Exception) -> OutputError:
 
 class EndpointError(FulmenError):
     """A model server that cannot be reached, refuses, or does not have the model."""
+
+
+class EngineError(FulmenError):
+    """The engine that serves a model is not installed, or ends before it answers."""
 
 
 class AccountError(FulmenError):

@@ -143,3 +143,20 @@ def test_models_that_cannot_chat(dense_dir, tmp_path, dsa_dir):
         ChatSession(tmp_path)
     with pytest.raises(ConfigError, match="topk=0"):
         ChatSession(dsa_dir, topk=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "give a model directory, or a server with --url"),
+        (["somewhere", "--url", "http://127.0.0.1:1"], "one of the two"),
+        (["--url", "http://127.0.0.1:1", "--topk", "4"], "topk=4 is the server's"),
+        (["--url", "127.0.0.1:8000"], "is no address"),
+        (["--url", "http://127.0.0.1:1"], "cannot be reached"),
+    ],
+)
+def test_a_server_is_named_alone_and_must_be_there(arguments, said):
+    result = call(*arguments, "--prompt", "Hello")
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1

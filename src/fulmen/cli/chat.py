@@ -1,5 +1,6 @@
-"""`fulmen chat`: talk to a converted model and see what each answer read."""
+"""`fulmen chat`: talk to a converted model, or to a server, and see what each answer read."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,16 +10,29 @@ from fulmen.config import require_positive_int
 from fulmen.errors import ConfigError, CorpusError
 
 if TYPE_CHECKING:
-    from fulmen.cli.chat_session import ChatSession, Turn
+    from fulmen.cli.chat_session import Turn
+
+# Asks the model one question, prints the answer, and returns a line about it.
+Ask = Callable[[str], str]
 
 
 def chat_command(
     model_dir: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
-            metavar="DIR", help="A model directory that fulmen convert wrote.", show_default=False
+            metavar="DIR",
+            help="A model directory that fulmen convert wrote; none with --url.",
+            show_default=False,
         ),
-    ],
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Talk to a server, as of fulmen serve; its key is read from FULMEN_API_KEY.",
+            show_default=False,
+        ),
+    ] = None,
     document: Annotated[
         Path | None,
         typer.Option(
@@ -48,14 +62,35 @@ def chat_command(
     require_positive_int("max_new_tokens", max_new_tokens)
     if prompt is not None and not prompt.strip():
         raise ConfigError("prompt is empty; write a question, or leave --prompt out to be asked for it")
+    if (model_dir is None) == (url is None):
+        raise ConfigError("give a model directory, or a server with --url; one of the two")
+    if url is not None and topk is not None:
+        raise ConfigError(f"topk={topk} is the server's to choose; leave it out with --url")
     text = "" if document is None else read_document(document)
+    ask = _server(url, text, max_new_tokens) if url else _model(model_dir, topk, text, max_new_tokens)
+    if prompt is None:
+        _converse(ask)
+    else:
+        _answer(ask, prompt)
+
+
+def _model(model_dir: Path | None, topk: int | None, document: str, max_new_tokens: int) -> Ask:
     from fulmen.cli.chat_session import ChatSession
 
-    session = ChatSession(model_dir, topk, text)
-    if prompt is None:
-        _converse(session, max_new_tokens)
-    else:
-        _answer(session, prompt, max_new_tokens)
+    assert model_dir is not None
+    session = ChatSession(model_dir, topk, document)
+    return lambda question: _summary(session.ask(question, max_new_tokens, _print))
+
+
+def _server(url: str, document: str, max_new_tokens: int) -> Ask:
+    from fulmen.cli.chat_remote import RemoteChat, summary
+
+    chat = RemoteChat(url, document)
+    return lambda question: summary(chat.ask(question, max_new_tokens, _print))
+
+
+def _print(piece: str) -> None:
+    typer.echo(piece, nl=False)
 
 
 def read_document(path: Path) -> str:
@@ -71,7 +106,7 @@ def read_document(path: Path) -> str:
     return text
 
 
-def _converse(session: "ChatSession", max_new_tokens: int) -> None:
+def _converse(ask: Ask) -> None:
     while True:
         try:
             question = input("> ").strip()
@@ -79,13 +114,13 @@ def _converse(session: "ChatSession", max_new_tokens: int) -> None:
             return
         if not question:
             return
-        _answer(session, question, max_new_tokens)
+        _answer(ask, question)
 
 
-def _answer(session: "ChatSession", question: str, max_new_tokens: int) -> None:
-    turn = session.ask(question, max_new_tokens, lambda piece: typer.echo(piece, nl=False))
+def _answer(ask: Ask, question: str) -> None:
+    about = ask(question)
     typer.echo()
-    typer.echo(_summary(turn), err=True)
+    typer.echo(about, err=True)
 
 
 def _summary(turn: "Turn") -> str:

@@ -13,6 +13,7 @@ from fulmen.cli.doctor import doctor_command
 from fulmen.cli.evaluate import evaluate_command
 from fulmen.cli.inspect import inspect_command
 from fulmen.cli.keys import keys_app
+from fulmen.cli.serve import EXTRA_FLAGS, serve_command
 from fulmen.cli.train import train_command
 from fulmen.cli.usage import usage_command
 
@@ -45,8 +46,8 @@ def fulmen(
 ) -> None:
     """Give a dense language model DeepSeek Sparse Attention, and show that nothing was lost.
 
-    inspect a model, convert it, train it further, eval the result against the dense model, chat with it.
-    cost prices its tokens, doctor shows what computes on this machine.
+    inspect a model, convert it, train it further, eval the result against the dense model, chat with it,
+    serve it. cost prices its tokens, doctor shows what computes on this machine.
     For a server: keys makes its API keys, usage shows what they used.
     """
 
@@ -58,6 +59,7 @@ app.command("eval")(evaluate_command)
 app.command("chat")(chat_command)
 app.command("cost")(cost_command)
 app.command("doctor")(doctor_command)
+app.command("serve", context_settings=EXTRA_FLAGS)(serve_command)
 app.add_typer(keys_app, name="keys")
 app.command("usage")(usage_command)
 

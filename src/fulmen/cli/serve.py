@@ -1,0 +1,64 @@
+"""`fulmen serve`: a model behind DeepSeek's API, with vLLM as the engine."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fulmen.cli.books import DEFAULT_STATE, LedgerUrl, State, books_at, missing_extra
+
+if TYPE_CHECKING:
+    from fulmen.serving.books import Books
+    from fulmen.serving.engine_settings import EngineSettings
+
+EXTRA_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": False}
+
+
+def serve_command(
+    context: typer.Context,
+    model_dir: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A model directory, converted or dense.", show_default=False)
+    ],
+    host: Annotated[
+        str, typer.Option(help="Address to serve at; others than this machine's need keys.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    state: State = DEFAULT_STATE,
+    ledger: LedgerUrl = None,
+) -> None:
+    """Serve a model: OpenAI's and DeepSeek's API, Anthropic's messages, a page to chat, metering by key.
+
+    What follows -- goes to vLLM: fulmen serve out/smol -- --max-num-seqs 64
+
+    Example: [bold]fulmen serve out/smollm2-dsa[/]
+    """
+    from fulmen.cli.model_config import read_config
+
+    found, config = read_config(model_dir)
+    try:
+        from fulmen.serving.engine_settings import EngineSettings
+        from fulmen.serving.served_model import served_model
+        from fulmen.serving.server import serve
+    except ModuleNotFoundError as error:
+        raise missing_extra(error) from error
+    settings = EngineSettings(served_model(Path(found.place), config), tuple(context.args))
+    settings.command(0)
+    books = books_at(state, ledger)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    for line in describe(settings, books):
+        typer.echo(line)
+    serve(settings, books, state.expanduser(), host, port, typer.echo)
+
+
+def describe(settings: "EngineSettings", books: "Books") -> list[str]:
+    """Model, context, price list and who may ask."""
+    model, prices, keys = settings.model, books.prices, len(books.accounts)
+    kept = f"DSA, k = {model.dsa.topk:,}" if model.dsa else "dense attention"
+    rates = prices.rates
+    shown = f"{rates.hit} prompt in cache, {rates.miss} prompt computed, {rates.output} output"
+    return [
+        f"{model.name}: {kept}, context {settings.context:,} tokens",
+        f"{prices.currency} per million tokens: {shown}",
+        f"{keys} keys" if keys else "no keys: everybody on this machine is one anonymous account",
+    ]

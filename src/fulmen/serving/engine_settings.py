@@ -1,0 +1,117 @@
+"""How vLLM is started for a model on this machine: its flags and variables."""
+
+import os
+import secrets
+import sys
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from math import ceil
+
+import psutil
+import torch
+
+from fulmen.errors import ConfigError, EngineError
+from fulmen.serving.served_model import ServedModel
+
+GIB = 2**30
+# The cache has room for so many requests of full length, if memory allows.
+FULL_REQUESTS = 16
+# Beside weights and cache: the engine's processes, its compiler, the rest of the machine.
+RESERVED_BYTES = 3 * GIB
+# A reasoning parser that finds <think> in what the model wrote, and one that goes by the template's switch.
+THINKS_ALWAYS, THINKS_WHEN_ASKED = "deepseek_r1", "qwen3"
+
+# What a chat template shows of a tool call, and the vLLM parser that reads it; the first that fits is taken.
+TOOL_MARKS = (
+    ("<｜tool▁calls▁begin｜>", "deepseek_v3"),
+    ("<function=", "qwen3_coder"),
+    ("<tool_call>", "hermes"),
+    ("[TOOL_CALLS]", "mistral"),
+    ("<|python_tag|>", "llama3_json"),
+    ("Environment: ipython", "llama3_json"),
+)
+# Reads calls in JSON between tags; for a template that says nothing of tools it is as good as another.
+DEFAULT_TOOL_PARSER = "hermes"
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """One engine.
+
+    Attributes:
+        model: what is served.
+        extra: further flags of vLLM's OpenAI server, which win over those chosen here.
+        key: what the engine asks of its callers, so that nobody on this machine gets past the gateway.
+    """
+
+    model: ServedModel
+    extra: tuple[str, ...] = ()
+    key: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
+
+    def __post_init__(self) -> None:
+        for taken in ("--host", "--port", "--uds", "--api-key", "--model", "--served-model-name"):
+            if any(flag.partition("=")[0] == taken for flag in self.extra):
+                raise ConfigError(f"{taken} is the gateway's to set; leave it out of the engine's flags")
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer that fit the model and, on a CPU, the cache."""
+        if _has_gpu():
+            return self.model.context
+        return min(self.model.context, kv_gib(self.model) * GIB // sum(self.model.token_bytes))
+
+    def command(self, port: int) -> list[str]:
+        """The engine's command line. Raises EngineError if vLLM is not installed."""
+        if find_spec("vllm") is None:
+            raise EngineError(
+                "vLLM is not installed; pip install 'fulmen[serve-cpu]', or vllm on a machine with GPUs"
+            )
+        flags = ["--model", str(self.model.place), "--served-model-name", self.model.name]
+        flags += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(self.context)]
+        # Usage with tokens found in the cache; an end to a request that says what it cost.
+        flags += ["--enable-prompt-tokens-details", "--enable-scale-out", "--disable-uvicorn-access-log"]
+        flags += parser_flags(self.model)
+        if not _has_gpu():
+            # Compiling takes two minutes; ready in twenty seconds is worth more by default.
+            flags += ["--enforce-eager"]
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags, *self.extra]
+
+    def environment(self) -> dict[str, str]:
+        """The engine's variables; the user's own settings win."""
+        chosen = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+        if not _has_gpu():
+            chosen["VLLM_CPU_KVCACHE_SPACE"] = str(kv_gib(self.model))
+        return {**chosen, **os.environ, "VLLM_API_KEY": self.key}
+
+
+def parser_flags(model: ServedModel) -> list[str]:
+    """vLLM's parsers for the way the model writes tool calls and thoughts, and its chat encoding."""
+    flags = ["--enable-auto-tool-choice", "--tool-call-parser", tool_parser(model)]
+    if model.config.model_type == "deepseek_v32":
+        # vLLM would take V3.2's encoding by the architecture; a converted V3 has a template of its own.
+        flags += ["--tokenizer-mode", "deepseek_v32" if model.speaks_v32 else "hf"]
+        return [*flags, "--reasoning-parser", "deepseek_v3"]
+    if "<think>" in model.chat_template:
+        asked = "enable_thinking" in model.chat_template
+        flags += ["--reasoning-parser", THINKS_WHEN_ASKED if asked else THINKS_ALWAYS]
+    return flags
+
+
+def tool_parser(model: ServedModel) -> str:
+    """The name of vLLM's parser for the model's tool calls."""
+    if model.speaks_v32:
+        return "deepseek_v32"
+    found = (parser for mark, parser in TOOL_MARKS if mark in model.chat_template)
+    return next(found, DEFAULT_TOOL_PARSER)
+
+
+def kv_gib(model: ServedModel) -> int:
+    """Memory for the cache on a CPU, in GiB: what FULL_REQUESTS need, or half of what is free; at least 1."""
+    wanted = ceil(FULL_REQUESTS * model.context * sum(model.token_bytes) / GIB)
+    weights = sum(file.stat().st_size for file in model.place.glob("*.safetensors"))
+    free = psutil.virtual_memory().available - weights - RESERVED_BYTES
+    return max(1, min(wanted, int(free / 2 / GIB)))
+
+
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()

@@ -1,0 +1,217 @@
+"""The gateway's routes: DeepSeek's API in front of one engine."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import httpx
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi.responses import FileResponse, Response
+
+from fulmen import __version__
+from fulmen.serving.accounts import Account
+from fulmen.serving.books import Books
+from fulmen.serving.engine import Engine
+from fulmen.serving.gateway import errors
+from fulmen.serving.gateway.deepseek import chat_body, completion_body, messages_body
+from fulmen.serving.gateway.dialects import AnthropicDialect, OpenAiDialect
+from fulmen.serving.gateway.documents import ANSWERS, ERRORS
+from fulmen.serving.gateway.errors import ApiError
+from fulmen.serving.gateway.job import Call
+from fulmen.serving.gateway.limits import Door, Keys, Slots
+from fulmen.serving.gateway.metrics import Metrics
+from fulmen.serving.gateway.relay import Relay
+from fulmen.serving.gateway.requests import ChatRequest, CompletionRequest, MessagesRequest, Sampling
+from fulmen.serving.page import FILES, HEADERS
+from fulmen.serving.prices import Rates, money_text
+from fulmen.serving.served_model import ServedModel
+
+# DeepSeek's base URLs: plain, as OpenAI's clients write it, and for prefix completion and FIM.
+PREFIXES = ("", "/v1", "/beta")
+LAST_JOBS_S = 30.0
+
+
+@dataclass
+class Gateway:
+    """What the routes share.
+
+    Attributes:
+        keep_alive_s: seconds of silence after which a waiting client gets a sign of life.
+    """
+
+    model: ServedModel
+    engine: Engine
+    books: Books
+    keep_alive_s: float = 10.0
+    log: logging.Logger = field(default_factory=lambda: logging.getLogger("fulmen.gateway"))
+    slots: Slots = field(default_factory=Slots)
+    metrics: Metrics = field(default_factory=Metrics)
+
+    def __post_init__(self) -> None:
+        self.keys = Keys(self.books.accounts)
+        # No limit on connections: `slots` is one. None on reading: an answer may be long in coming.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        timeout = httpx.Timeout(None, connect=5.0)
+        self.client = httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False)
+        self._kept: set[asyncio.Future[Any]] = set()
+
+    def keep(self, work: Coroutine[Any, Any, None] | asyncio.Task[None]) -> None:
+        """Let work end although nobody waits for it."""
+        task = asyncio.ensure_future(work)
+        self._kept.add(task)
+        task.add_done_callback(self._kept.discard)
+
+    async def close(self) -> None:
+        """Wait for what is under way, then close."""
+        if self._kept:
+            await asyncio.wait(self._kept, timeout=LAST_JOBS_S)
+        await self.client.aclose()
+
+
+def create_app(gateway: Gateway) -> FastAPI:
+    """The gateway as an ASGI application."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await gateway.close()
+
+    app = FastAPI(title="fulmen", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(Door, keys=gateway.keys)
+    errors.install(app)
+    for prefix in PREFIXES:
+        app.include_router(_model_routes(gateway), prefix=prefix, include_in_schema=prefix == "")
+    app.include_router(_anthropic_routes(gateway), prefix="/anthropic/v1")
+    app.include_router(_account_routes(gateway))
+    app.include_router(_open_routes(gateway))
+    return app
+
+
+def account_of(request: Request) -> Account:
+    """Who asks, as the door found out."""
+    return request.state.account
+
+
+Asking = Annotated[Account, Depends(account_of)]
+
+
+def _model_routes(gateway: Gateway) -> APIRouter:
+    routes, model = APIRouter(), gateway.model
+    about = {"id": model.name, "object": "model", "created": 0, "owned_by": "fulmen"}
+
+    @routes.post("/chat/completions", response_model=None, responses=ANSWERS)
+    async def chat(request: ChatRequest, account: Asking) -> Response:
+        """An answer to a conversation."""
+        body = chat_body(request, model, account.salt)
+        return Relay(gateway, Call("/v1/chat/completions", body, account, _openai(request)))
+
+    @routes.post("/completions", response_model=None, responses=ANSWERS)
+    async def complete(request: CompletionRequest, account: Asking) -> Response:
+        """A text that goes on; with `suffix`, what stands between."""
+        body = completion_body(request, model, account.salt)
+        suffixes = tuple(f"-{place}" for place in range(request.texts))
+        return Relay(gateway, Call("/v1/completions", body, account, _openai(request), "cmpl-", suffixes))
+
+    @routes.get("/models", responses=ERRORS)
+    async def models(account: Asking) -> dict[str, Any]:
+        """The one model."""
+        return {"object": "list", "data": [about]}
+
+    @routes.get("/models/{name}", responses=ERRORS)
+    async def one_model(name: str, account: Asking) -> dict[str, Any]:
+        """The model by its name."""
+        if name != model.name:
+            raise ApiError(404, f"model={name[:80]!r} does not exist; this server has {model.name}", "model")
+        return about
+
+    return routes
+
+
+def _openai(request: Sampling) -> OpenAiDialect:
+    options = request.stream_options
+    return OpenAiDialect(bool(options and options.include_usage))
+
+
+def _anthropic_routes(gateway: Gateway) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.post("/messages", response_model=None, responses=ANSWERS)
+    async def messages(request: MessagesRequest, account: Asking) -> Response:
+        """Anthropic's messages, as vLLM answers them."""
+        body = messages_body(request, gateway.model, account.salt)
+        return Relay(gateway, Call("/v1/messages", body, account, AnthropicDialect()))
+
+    return routes
+
+
+def _account_routes(gateway: Gateway) -> APIRouter:
+    routes, books = APIRouter(), gateway.books
+
+    @routes.get("/user/balance", responses=ERRORS)
+    async def balance(account: Asking) -> dict[str, Any]:
+        """What is left of the deposits; no entry for an account without a limit."""
+        left = await asyncio.to_thread(books.ledger.balance, account.id)
+        if left is None:
+            return {"is_available": True, "balance_infos": []}
+        total = f"{left:.2f}"
+        info = {"currency": books.prices.currency, "total_balance": total}
+        info |= {"granted_balance": "0.00", "topped_up_balance": total}
+        return {"is_available": left > 0, "balance_infos": [info]}
+
+    return routes
+
+
+def _open_routes(gateway: Gateway) -> APIRouter:
+    routes, model, prices = APIRouter(), gateway.model, gateway.books.prices
+
+    @routes.get("/fulmen/info")
+    async def info() -> dict[str, Any]:
+        """What the page shows before the first turn."""
+        return {
+            "model": model.name,
+            "context": gateway.engine.settings.context,
+            "needs_key": gateway.keys.needed,
+            "currency": prices.currency,
+            "prices": _shown(prices.rates),
+            "dense_prices": prices.dense and _shown(prices.dense),
+            "dsa": model.dsa
+            and {
+                "topk": model.dsa.topk,
+                "layers": len(model.dsa.layers),
+                "kv_bytes_per_token": model.token_bytes.kv,
+                "index_bytes_per_token": model.token_bytes.index_keys,
+            },
+        }
+
+    @routes.get("/health", responses={503: ERRORS[500]})
+    async def health() -> dict[str, str]:
+        """200 while the engine answers, else 503."""
+        if not gateway.engine.ready:
+            raise ApiError(503, "the engine is starting again")
+        return {"status": "ok"}
+
+    @routes.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """For Prometheus."""
+        gateway.metrics.open.set(len(gateway.slots))
+        gateway.metrics.engine_restarts.set(gateway.engine.restarts)
+        text, kind = gateway.metrics.text()
+        return Response(text, media_type=kind)
+
+    @routes.get("/", include_in_schema=False)
+    @routes.get("/{name}.{kind}", include_in_schema=False)
+    async def page(request: Request) -> FileResponse:
+        """The page to chat with, and its parts."""
+        file = FILES.get(request.url.path)
+        if file is None:
+            raise HTTPException(404)
+        return FileResponse(file.path, headers=HEADERS, media_type=file.media_type)
+
+    return routes
+
+
+def _shown(rates: Rates) -> dict[str, str]:
+    return {kind: money_text(rate) for kind, rate in rates._asdict().items()}

@@ -1,0 +1,212 @@
+"""One request at the engine, from the ledger's first word to its last; it lives on when its client is gone.
+
+Written down before the engine is asked, charged before the end of the answer leaves. A client that leaves
+makes the job end the request at the engine and read on to the usage with which the engine closes it, so that
+what was generated until then is charged exactly.
+"""
+
+import asyncio
+import json
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from fulmen.errors import FulmenError, InsufficientBalance
+from fulmen.serving.accounts import Account
+from fulmen.serving.gateway.dialects import Dialect, events_of
+from fulmen.serving.gateway.errors import ApiError, engine_error
+from fulmen.serving.gateway.reading import reading_of
+from fulmen.serving.gateway.usage import shown_bill
+from fulmen.serving.prices import Tokens
+
+if TYPE_CHECKING:
+    from fulmen.serving.gateway.app import Gateway
+
+# How often a stream's usage is written down, for a crash of the gateway itself; all streams together write
+# no more than so many notes a second, each of which waits for the disk.
+PROGRESS_S, NOTES_PER_S = 0.5, 100
+ABORT_RETRY_S, ABORT_TRIES = 0.5, 20
+
+
+@dataclass(frozen=True)
+class Call:
+    """What to ask the engine.
+
+    Attributes:
+        endpoint: its path there.
+        body: of the request.
+        account: who pays.
+        dialect: how the answer is read; new for each call.
+        id_prefix, id_suffixes: around our id, the engine's own names of the request.
+    """
+
+    endpoint: str
+    body: dict[str, Any]
+    account: Account
+    dialect: Dialect
+    id_prefix: str = "chatcmpl-"
+    id_suffixes: tuple[str, ...] = ("",)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def streams(self) -> bool:
+        """Whether the answer comes in pieces."""
+        return bool(self.body.get("stream"))
+
+
+class Job:
+    """Runs a call; `pieces` brings bytes for the client, or an ApiError, and None at the end.
+
+    Attributes:
+        asked_at, first_at: when the engine was asked, and when it began to answer.
+    """
+
+    def __init__(self, gateway: "Gateway", call: Call) -> None:
+        self.pieces: asyncio.Queue[bytes | ApiError | None] = asyncio.Queue()
+        self.asked_at = self.first_at = 0.0
+        self._gateway, self._call, self._dialect = gateway, call, call.dialect
+        self._begun = self._dropped = self._settled = False
+        self._noted_at = 0.0
+        self.task = asyncio.create_task(self._run())
+
+    def drop(self) -> None:
+        """The client is gone."""
+        if not self.task.done() and not self._dropped:
+            self._dropped = True
+            self._gateway.keep(self._abort())
+
+    async def _run(self) -> None:
+        outcome = "failed"
+        try:
+            outcome = await self._ask()
+        except ApiError as error:
+            outcome = "refused" if error.status < 500 else "failed"
+            await self._fail(error, outcome)
+        except (httpx.HTTPError, asyncio.CancelledError) as error:
+            outcome = "dropped" if self._dropped else "engine lost"
+            await self._fail(
+                ApiError(503, "the engine was lost while it answered; try again shortly"), outcome
+            )
+            if isinstance(error, asyncio.CancelledError) and not self._dropped:
+                raise
+        except Exception:
+            self._gateway.log.exception("request %s failed", self._call.id)
+            await self._fail(ApiError(500, "the server failed on this request; its log says why"), outcome)
+        finally:
+            self._gateway.metrics.ended(self._call.endpoint, outcome)
+            self.pieces.put_nowait(None)
+
+    async def _ask(self) -> str:
+        """Ask the engine and hand on its answer; return how it ended."""
+        call, gateway = self._call, self._gateway
+        if not gateway.engine.ready:
+            raise ApiError(503, "the engine is starting again; try again shortly")
+        await self._begin()
+        request = gateway.client.build_request(
+            "POST",
+            gateway.engine.url + call.endpoint,
+            json=call.body,
+            headers={"x-request-id": call.id, "authorization": f"Bearer {gateway.engine.settings.key}"},
+        )
+        self.asked_at = time.perf_counter()
+        answer = await gateway.client.send(request, stream=True)
+        try:
+            if answer.status_code != httpx.codes.OK:
+                raise engine_error(answer.status_code, _json(await answer.aread()), call.body)
+            await (self._stream(answer) if call.streams else self._plain(answer))
+        finally:
+            await answer.aclose()
+        return "dropped" if self._dropped else "done"
+
+    async def _begin(self) -> None:
+        call = self._call
+        try:
+            ledger = self._gateway.books.ledger
+            await asyncio.to_thread(
+                ledger.begin, call.id, call.account.id, self._gateway.model.name, call.endpoint
+            )
+        except InsufficientBalance as error:
+            raise ApiError(402, str(error)) from error
+        self._begun, self._noted_at = True, time.monotonic()
+
+    async def _stream(self, answer: httpx.Response) -> None:
+        async for event in events_of(answer.aiter_raw()):
+            piece = self._dialect.feed(event)
+            self.first_at = self.first_at or time.perf_counter()
+            if piece:
+                self.pieces.put_nowait(piece)
+            if self._dialect.usage.output and self._note_is_due():
+                await self._note()
+        if self._dialect.usage.cached is None:
+            raise httpx.ReadError("the stream ended without its usage")
+        bill = await self._settle("dropped" if self._dropped else "done")
+        self.pieces.put_nowait(self._dialect.tail(bill))
+
+    async def _plain(self, answer: httpx.Response) -> None:
+        body = _json(await answer.aread())
+        self.first_at = time.perf_counter()
+        self._dialect.read_plain(body)
+        bill = await self._settle("dropped" if self._dropped else "done")
+        self.pieces.put_nowait(_dump(self._dialect.plain(body, bill)))
+
+    def _note_is_due(self) -> bool:
+        every = max(PROGRESS_S, len(self._gateway.slots) / NOTES_PER_S)
+        return time.monotonic() - self._noted_at > every
+
+    async def _note(self) -> None:
+        ledger, tokens = self._gateway.books.ledger, self._dialect.usage.tokens
+        await asyncio.to_thread(ledger.progress, self._call.id, tokens)
+        self._noted_at = time.monotonic()
+
+    async def _settle(self, outcome: str) -> dict[str, Any]:
+        """Charge for what was generated (no token: nothing) and return the bill to show."""
+        gateway, tokens = self._gateway, self._dialect.usage.tokens
+        if not tokens.output and outcome != "done":
+            tokens = Tokens(0, 0, 0)
+        reading = reading_of(gateway.model, tokens)
+        charge = await asyncio.to_thread(gateway.books.ledger.settle, self._call.id, tokens, outcome, reading)
+        self._settled = True
+        gateway.metrics.billed(tokens, float(charge), gateway.books.prices.currency, reading)
+        return shown_bill(gateway.books.prices, tokens, charge, reading)
+
+    async def _fail(self, error: ApiError, outcome: str) -> None:
+        """Charge for what the client got, and tell it what went wrong."""
+        if self._begun and not self._settled:
+            try:
+                await self._settle(outcome)
+            except FulmenError:
+                # Left open in the ledger: `recover` charges for it.
+                self._gateway.log.exception("request %s could not be settled", self._call.id)
+        self.pieces.put_nowait(error)
+
+    async def _abort(self) -> None:
+        """End the request at the engine; it may not have got there yet."""
+        call, gateway = self._call, self._gateway
+        names = [f"{call.id_prefix}{call.id}{suffix}" for suffix in call.id_suffixes]
+        for _ in range(ABORT_TRIES):
+            try:
+                await gateway.client.post(
+                    f"{gateway.engine.url}/inference/v1/abort_requests",
+                    json={"request_ids": names},
+                    headers={"authorization": f"Bearer {gateway.engine.settings.key}"},
+                    timeout=ABORT_RETRY_S * 4,
+                )
+            except httpx.HTTPError as error:
+                gateway.log.info("request %s: no answer to its end (%s)", call.id, error)
+            if await asyncio.wait([self.task], timeout=ABORT_RETRY_S) and self.task.done():
+                return
+        self.task.cancel()
+
+
+def _json(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError:
+        return {}
+
+
+def _dump(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, ensure_ascii=False).encode()

@@ -1,0 +1,129 @@
+"""Who may ask, and how much at once: requests per account and in all, bytes and seconds of a body."""
+
+import asyncio
+import secrets
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fulmen.serving.accounts import Account, Accounts
+from fulmen.serving.gateway.errors import ApiError, respond
+
+MAX_OPEN = 1024
+MAX_BODY_BYTES = 16 * 2**20
+BODY_S = 60.0
+# What belongs to an account although it only reads.
+PRIVATE = ("/models", "/v1/models", "/beta/models", "/user/", "/v1/user/")
+
+
+class Keys:
+    """Accounts by their keys. While there is no key at all, everybody is one anonymous account."""
+
+    def __init__(self, accounts: Accounts) -> None:
+        self._accounts = accounts
+        self._anonymous = Account("anonymous", None, secrets.token_hex(32))
+
+    @property
+    def needed(self) -> bool:
+        """Whether requests need a key."""
+        return len(self._accounts) > 0
+
+    def account_of(self, headers: dict[bytes, bytes]) -> Account:
+        """Who asks: by `Authorization: Bearer KEY`, or `x-api-key` as Anthropic's clients send it.
+
+        Raises ApiError 401, which does not repeat the key.
+        """
+        if not self.needed:
+            return self._anonymous
+        scheme, _, key = headers.get(b"authorization", b"").strip().partition(b" ")
+        key = key.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"").strip()
+        if not key:
+            raise ApiError(401, "no API key; send it as the header Authorization: Bearer KEY")
+        account = self._accounts.find(key.decode("latin-1"))
+        if account is None:
+            raise ApiError(401, "the API key is not known here; ask whoever runs this server for one")
+        return account
+
+
+class Slots:
+    """Requests under way."""
+
+    def __init__(self, most: int = MAX_OPEN) -> None:
+        self._most = most
+        self._open: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return self._open.total()
+
+    @contextmanager
+    def hold(self, account: Account) -> Iterator[None]:
+        """One more for the account until the end of the block. Raises ApiError 429, or 503 if all is full."""
+        if account.concurrency is not None and self._open[account.id] >= account.concurrency:
+            most = f"{account.concurrency} requests of this key are under way, its limit"
+            raise ApiError(429, f"{most}; wait for one to end")
+        if len(self) >= self._most:
+            raise ApiError(503, f"{self._most} requests are under way, the server's limit; try again shortly")
+        self._open[account.id] += 1
+        try:
+            yield
+        finally:
+            self._open[account.id] -= 1
+
+
+class Door:
+    """Middleware: who asks is known before the body is read; a body too big or too slow ends the request.
+
+    The account is left in the request's state. Pages and what scrapers read are open to all.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Keys, most: int = MAX_BODY_BYTES, seconds: float = BODY_S) -> None:
+        self._app, self._keys, self._most, self._seconds = app, keys, most, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        reads = scope["method"] in ("GET", "HEAD")
+        try:
+            if not reads or scope["path"].startswith(PRIVATE):
+                scope.setdefault("state", {})["account"] = self._keys.account_of(dict(scope["headers"]))
+            body = b"" if reads else await self._read(scope, receive)
+        except ApiError as error:
+            await respond(error, scope["path"])(scope, receive, send)
+            return
+        if body is not None:
+            await self._app(scope, receive if reads else _replay(body, receive), send)
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The whole body; None if the client left."""
+        announced = dict(scope["headers"]).get(b"content-length", b"")
+        too_big = announced.isdigit() and int(announced) > self._most
+        pieces, room, more = [], -1 if too_big else self._most, True
+        try:
+            async with asyncio.timeout(self._seconds):
+                while more and room >= 0:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    pieces.append(message.get("body", b""))
+                    room -= len(pieces[-1])
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            slow = f"the body did not come within {self._seconds:.0f} s; send it at once"
+            raise ApiError(400, slow) from None
+        if room < 0:
+            raise ApiError(400, f"the body has more than {self._most:,} bytes; send less")
+        return b"".join(pieces)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """The body that was read, and then what comes: the client's leaving."""
+    first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> Message:
+        return first.pop() if first else await receive()
+
+    return again

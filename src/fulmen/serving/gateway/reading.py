@@ -1,0 +1,50 @@
+"""What attention read for one request: counted from its lengths and the model's config, not measured.
+
+A query at position s (the s-th token, itself included) sees s tokens, or the window of a sliding layer. With
+DSA a converted layer reads its k tokens where s > max(topk, k), all s before. The tokens of the prompt that
+lay in the cache had their queries in an earlier request; the last generated token has none yet. Several
+answers to one request (`n`) are counted as if one followed the other.
+"""
+
+from fulmen.serving.ledger import Reading
+from fulmen.serving.prices import Tokens
+from fulmen.serving.served_model import ServedModel
+
+
+def reading_of(model: ServedModel, tokens: Tokens) -> Reading:
+    """Tokens that dense attention would have read, those read, and the bytes between them.
+
+    `context_tokens` and `tokens_read` are means over layers, summed over the request's queries. `bytes_saved`
+    counts each query's keys and values by themselves, less the index keys that were scored; bfloat16.
+    """
+    first, last = tokens.hit, tokens.hit + tokens.miss + max(0, tokens.output - 1)
+    dense = sparse = index_tokens = 0
+    for layer, window in enumerate(model.windows):
+        seen = _sum_up_to(last, window) - _sum_up_to(first, window)
+        dense += seen
+        if model.dsa is None or layer not in model.dsa.layers:
+            sparse += seen
+            continue
+        kept = model.dsa.layer_topk(layer)
+        all_up_to = max(model.dsa.topk, kept)
+        sparse += _read_up_to(last, kept, all_up_to) - _read_up_to(first, kept, all_up_to)
+        index_tokens += _triangle(max(last, all_up_to)) - _triangle(max(first, all_up_to))
+    index_layers = len(model.dsa.layers) if model.dsa else 1
+    index_bytes = index_tokens * model.token_bytes.index_keys // index_layers
+    saved = (dense - sparse) * model.layer_kv_bytes - index_bytes
+    layers = len(model.windows)
+    return Reading(dense // layers, sparse // layers, saved)
+
+
+def _read_up_to(n: int, kept: int, all_up_to: int) -> int:
+    """Sum over positions 1..n: all of them up to a bound, `kept` beyond it."""
+    return _triangle(min(n, all_up_to)) + max(0, n - all_up_to) * kept
+
+
+def _sum_up_to(n: int, window: int | None) -> int:
+    """Sum over positions 1..n of what a query sees."""
+    return _triangle(n) if window is None else _read_up_to(n, window, window)
+
+
+def _triangle(n: int) -> int:
+    return n * (n + 1) // 2

@@ -1,0 +1,104 @@
+"""A job's answer on its way to the client: status, keep-alive while queued, an eye on whether it is gone."""
+
+import asyncio
+import contextlib
+import json
+import time
+from typing import TYPE_CHECKING
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from fulmen.serving.gateway.errors import ApiError, respond
+from fulmen.serving.gateway.job import Call, Job
+
+if TYPE_CHECKING:
+    from fulmen.serving.gateway.app import Gateway
+
+STREAM, PLAIN = "text/event-stream; charset=utf-8", "application/json"
+
+
+class Relay(Response):
+    """Runs a call when the server sends it.
+
+    Nothing is sent before the job's first word or `keep_alive_s`, so that an early error has its own status;
+    after that the status is 200 and something goes out every `keep_alive_s`: a comment in a stream, else an
+    empty line.
+    """
+
+    def __init__(self, gateway: "Gateway", call: Call) -> None:
+        super().__init__()
+        self._gateway, self._call = gateway, call
+        self._began = self._timed = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        started = time.perf_counter()
+        try:
+            with self._gateway.slots.hold(self._call.account):
+                await self._run(scope, receive, send, started)
+        except ApiError as error:
+            self._gateway.metrics.ended(self._call.endpoint, "refused")
+            await respond(error, scope["path"])(scope, receive, send)
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send, started: float) -> None:
+        job = Job(self._gateway, self._call)
+        leaving = asyncio.create_task(_until_gone(receive))
+        talking = asyncio.create_task(self._talk(job, scope, receive, send, started))
+        try:
+            await asyncio.wait({leaving, talking}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            leaving.cancel()
+            talking.cancel()
+            job.drop()
+            # The slot is free when the engine is done with the request too.
+            self._gateway.keep(job.task)
+            await asyncio.shield(asyncio.wait([job.task]))
+            with contextlib.suppress(asyncio.CancelledError, OSError):
+                await talking
+
+    async def _talk(self, job: Job, scope: Scope, receive: Receive, send: Send, started: float) -> None:
+        while True:
+            try:
+                piece = await asyncio.wait_for(job.pieces.get(), self._gateway.keep_alive_s)
+            except TimeoutError:
+                await self._send(send, b": keep-alive\n\n" if self._call.streams else b"\n")
+                continue
+            if piece is None:
+                break
+            if isinstance(piece, ApiError):
+                if not self._began:
+                    await respond(piece, scope["path"])(scope, receive, send)
+                    return
+                await self._send(send, self._late(piece, scope["path"]))
+                continue
+            await self._send(send, piece)
+            self._time(job, started)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _late(self, error: ApiError, path: str) -> bytes:
+        """An error after the status was sent."""
+        if self._call.streams:
+            return self._call.dialect.broken(error)
+        return json.dumps(error.body_for(path)).encode()
+
+    async def _send(self, send: Send, piece: bytes) -> None:
+        if not self._began:
+            self._began = True
+            kind = STREAM if self._call.streams else PLAIN
+            headers = {"content-type": kind, "cache-control": "no-cache", "x-request-id": self._call.id}
+            raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+            await send({"type": "http.response.start", "status": 200, "headers": raw})
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+
+    def _time(self, job: Job, started: float) -> None:
+        """Observe the first token, once."""
+        if self._call.streams and not self._timed:
+            self._timed, now = True, time.perf_counter()
+            self._gateway.metrics.first_token.observe(now - started)
+            self._gateway.metrics.overhead.observe(job.asked_at - started + now - job.first_at)
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,99 @@
+"""`fulmen serve` with a tiny random model and the real tokenizer, as a process of its own."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import fulmen
+from fulmen.modeling.checkpoint import find_source
+
+ALICE, BOB, EVE, ONE = (f"sk-{name}-0123456789abcdef" for name in ("alice", "bob", "eve", "one"))
+VOCABULARY = 49152
+QUESTION = [{"role": "user", "content": "Who are you?"}]
+WAIT_S = 60
+
+
+def save_model(folder):
+    """A dense Llama that never ends by itself; None without the package that has the tokenizer."""
+    source = find_source("smollm2-135m")
+    if not source.gguf_file:
+        return None
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+    LlamaForCausalLM(LlamaConfig(**shape, **heads)).to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source.place, gguf_file=source.gguf_file).save_pretrained(folder)
+    return folder
+
+
+def start(model, state):
+    """Start the server on a free port; return its process and the lines it printed until it was ready."""
+    keys = f"alice:{ALICE},bob:{BOB},eve:{EVE}"
+    chosen = {"PYTHONPATH": str(Path(fulmen.__file__).parents[1]), "FULMEN_API_KEYS": keys}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fulmen.cli.main", "serve", str(model), "--port", "0", "--state", str(state)],
+        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **chosen},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "ready at " in line:
+            return process, lines
+    raise AssertionError("".join(lines))
+
+
+def engine_of(process):
+    """The first process of the engine behind a server."""
+    children = psutil.Process(process.pid).children()
+    return next(child for child in children if any("api_server" in part for part in child.cmdline()))
+
+
+def engine_url(process):
+    """Where that engine listens."""
+    command = engine_of(process).cmdline()
+    return f"http://127.0.0.1:{command[command.index('--port') + 1]}"
+
+
+def client(server, key=ALICE, path="/v1"):
+    return openai.OpenAI(base_url=server.url + path, api_key=key, max_retries=0, timeout=WAIT_S)
+
+
+def ask(server, key=ALICE, path="/v1", **fields):
+    return client(server, key, path).chat.completions.create(
+        **{"model": "tiny", "messages": QUESTION, "max_tokens": 4, **fields}
+    )
+
+
+def row(server, request_id):
+    (found,) = [row for row in server.ledger.rows() if row.request_id == request_id]
+    return found
+
+
+def settled(server, request_id):
+    deadline = time.monotonic() + WAIT_S
+    while (found := row(server, request_id)).state != "settled":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+def leave(url, body, events):
+    """Ask, and leave after so many events; after some of the work if there are none."""
+    with httpx.Client(timeout=WAIT_S, headers={"authorization": f"Bearer {ALICE}"}) as http:
+        try:
+            with http.stream("POST", url, json=body, timeout=None if events else 1.0) as answer:
+                for _, _ in zip(range(events), answer.iter_lines(), strict=False):
+                    pass
+        except httpx.ReadTimeout:
+            assert not events

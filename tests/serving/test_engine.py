@@ -1,0 +1,182 @@
+"""The engine's flags for kinds of models, and its life as a process: crash, restart, end.
+
+Its life is shown on a small server of the standard library: what is watched is a process and an address.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs the extra serve: pip install 'fulmen[serve]'")
+
+import psutil
+from transformers import DeepseekV3Config, LlamaConfig
+
+from fulmen.errors import ConfigError, EngineError
+from fulmen.serving import engine as engine_module
+from fulmen.serving.engine import Engine
+from fulmen.serving.engine_settings import GIB, EngineSettings, kv_gib, parser_flags
+from fulmen.serving.served_model import ServedModel
+
+SERVER = """
+import sys, http.server
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+print("hello", flush=True)
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+WAIT_S = 30
+
+
+class Program:
+    """In place of vLLM's settings: a program that gets the port."""
+
+    def __init__(self, code):
+        self._code = code
+
+    def command(self, port):
+        return [sys.executable, "-c", self._code, str(port)]
+
+    def environment(self):
+        return dict(os.environ)
+
+
+def served(template="", tokens=(), context=2048, **config):
+    made = LlamaConfig(**config)
+    return ServedModel(Path("nowhere"), "m", made, None, context, template, frozenset(tokens))
+
+
+def deepseek(template="", tokens=()):
+    config = DeepseekV3Config(num_hidden_layers=1)
+    config.model_type = "deepseek_v32"
+    return ServedModel(Path("nowhere"), "m", config, None, 2048, template, frozenset(tokens))
+
+
+@pytest.mark.parametrize(
+    ("model", "tool", "reasoning", "tokenizer"),
+    [
+        (served(), "hermes", None, None),
+        (served("{% if tools %}<tool_call>{% endif %}"), "hermes", None, None),
+        (served("<tool_call> <think> enable_thinking"), "hermes", "qwen3", None),
+        (served("<tool_call><function=f> <think>"), "qwen3_coder", "deepseek_r1", None),
+        (served("[TOOL_CALLS]"), "mistral", None, None),
+        (served("<|python_tag|>"), "llama3_json", None, None),
+        (deepseek(tokens=["<｜User｜>"]), "deepseek_v32", "deepseek_v3", "deepseek_v32"),
+        (deepseek("<｜tool▁calls▁begin｜>", ["<｜User｜>"]), "deepseek_v3", "deepseek_v3", "hf"),
+    ],
+)
+def test_parsers_fit_the_way_the_model_writes(model, tool, reasoning, tokenizer):
+    flags = parser_flags(model)
+    chosen = dict(zip(flags[1::2], flags[2::2], strict=True))
+    assert chosen.get("--tool-call-parser") == tool
+    assert chosen.get("--reasoning-parser") == reasoning
+    assert chosen.get("--tokenizer-mode") == tokenizer
+
+
+@pytest.mark.skipif("not __import__('importlib.util').util.find_spec('vllm')", reason="vLLM is not installed")
+def test_vllm_knows_every_parser_that_is_chosen():
+    tool_parsers = Path(sys.prefix).glob("lib/python*/site-packages/vllm/tool_parsers/__init__.py")
+    names = next(tool_parsers).read_text() + (
+        next(Path(sys.prefix).glob("lib/python*/site-packages/vllm/reasoning/__init__.py")).read_text()
+    )
+    models = [served(), served("<function=f> <think>"), served("[TOOL_CALLS] <think> enable_thinking")]
+    for model in [
+        *models,
+        served("<|python_tag|>"),
+        deepseek(tokens=["<｜User｜>"]),
+        deepseek("<｜tool▁calls▁begin｜>"),
+    ]:
+        flags = parser_flags(model)
+        assert f'"{flags[2]}":' in names
+        if "--reasoning-parser" in flags:
+            assert f'"{flags[-1]}":' in names
+
+
+def test_the_cache_holds_the_requests_that_memory_allows():
+    one = served(
+        context=8192, hidden_size=576, num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=30
+    )
+    assert kv_gib(one) == -(-16 * 8192 * 23040 // GIB) == 3
+    huge = served(context=10**9, num_hidden_layers=100)
+    assert 1 <= kv_gib(huge) <= max(1, psutil.virtual_memory().total / 2 / GIB)
+    assert EngineSettings(huge).context * sum(huge.token_bytes) <= kv_gib(huge) * GIB
+
+
+def test_the_engines_key_is_not_on_its_command_line_nor_shown():
+    settings = EngineSettings(served())
+    assert settings.environment()["VLLM_API_KEY"] == settings.key
+    assert settings.key not in repr(settings)
+    assert EngineSettings(served()).key != settings.key
+
+
+def test_what_the_gateway_sets_cannot_be_set():
+    with pytest.raises(ConfigError, match="--port is the gateway's to set"):
+        EngineSettings(served(), ("--max-num-seqs", "4", "--port=1"))
+
+
+async def until(condition):
+    async with asyncio.timeout(WAIT_S):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """The same life, with shorter waits."""
+    for name, seconds in {"POLL_S": 0.02, "CHECK_S": 0.02, "FIRST_BACKOFF_S": 0.05, "STOP_S": 5.0}.items():
+        monkeypatch.setattr(engine_module, name, seconds)
+
+
+def test_a_killed_engine_comes_back_and_a_stopped_one_does_not(fast, tmp_path):
+    said = []
+
+    async def live():
+        engine = Engine(Program(SERVER), tmp_path / "state" / "log", said.append)
+        await engine.start()
+        first = engine.pid
+        assert engine.ready
+        os.kill(first, signal.SIGKILL)
+        await until(lambda: not engine.ready)
+        await until(lambda: engine.ready)
+        assert engine.pid != first
+        assert engine.restarts == 1
+        last = engine.pid
+        await engine.stop()
+        assert not engine.ready
+        assert not psutil.pid_exists(last)
+
+    asyncio.run(live())
+    assert ["lost" in line for line in said] == [True, False]
+    assert (tmp_path / "state" / "log").read_text().startswith("hello\n")
+
+
+def test_an_engine_that_does_not_start_says_why(fast, tmp_path):
+    engine = Engine(Program("raise OSError('no weights here')"), tmp_path / "log", print)
+    with pytest.raises(EngineError, match=r"ended with code 1: OSError: no weights here; see .*log"):
+        asyncio.run(engine.start())
+
+
+def test_all_of_an_engines_processes_end_with_it(fast, tmp_path):
+    child = "import subprocess, sys; p = subprocess.Popen(['sleep', '600']); print(p.pid, flush=True)"
+    engine = Engine(Program(child + SERVER), tmp_path / "log", print)
+
+    async def live():
+        await engine.start()
+        await engine.stop()
+
+    asyncio.run(live())
+    grandchild = int((tmp_path / "log").read_text().split()[0])
+    asyncio.run(until(lambda: not runs(grandchild)))
+
+
+def runs(pid):
+    """Whether a process is more than an entry that nobody has collected yet."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

