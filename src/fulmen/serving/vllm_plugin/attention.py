@@ -1,0 +1,149 @@
+"""The attention of a converted layer in vLLM: `fulmen.modeling.attention` over paged caches."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
+from vllm.forward_context import get_forward_context
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from fulmen.config import DsaConfig
+from fulmen.modeling.indexer import GqaIndexer, apply_rope
+from fulmen.modeling.selectors import keep_short_pasts
+from fulmen.ops.index_keys import SCALE_BYTES, pack_index_keys, unpack_index_keys
+from fulmen.ops.precision import math_dtype
+from fulmen.ops.select_topk import index_topk
+from fulmen.ops.sparse_attention import sparse_attention
+from fulmen.serving.vllm_plugin.caches import IndexKeyCache, KeyValueCache
+from fulmen.serving.vllm_plugin.step import Span, Step
+
+
+class DsaAttention(nn.Module):
+    """Takes the place of a vLLM attention module, whose projections it keeps, and adds `indexer`.
+
+    Tensor parallelism: the indexer and its cache are on every rank whole. It reads all heads' queries and keys,
+    gathered from the ranks, so that every rank computes the same scores from the same numbers and selects the same
+    tokens; each then attends with its own heads.
+    """
+
+    def __init__(
+        self, stock: Any, layer: int, dsa: DsaConfig, vllm_config: VllmConfig, name: str
+    ) -> None:
+        super().__init__()
+        self.qkv_proj, self.o_proj, self.rotary_emb = stock.qkv_proj, stock.o_proj, stock.rotary_emb
+        self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
+        self.head_dim, self.heads, self.kv_heads = stock.head_dim, stock.num_heads, stock.num_kv_heads
+        self.total_kv_heads, self.scale = stock.total_num_kv_heads, stock.scaling
+        self.topk, self.layer_topk = dsa.topk, dsa.layer_topk(layer)
+        self.indexer = GqaIndexer(vllm_config.model_config.hf_config, dsa)
+        self.name = f"{name}.attn"
+        self.cache = KeyValueCache(self.name, vllm_config, self.kv_heads, self.head_dim)
+        self.index_shape = (dsa.index_n_kv_heads, dsa.index_head_dim + SCALE_BYTES)
+        self.index_cache = IndexKeyCache(
+            f"{name}.index_keys", vllm_config, self.index_shape[0] * self.index_shape[1]
+        )
+        vllm_config.compilation_config.static_forward_context[self.name].attention = [self]
+
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        """As the stock attention: hidden states `[T, C]`, positions `[T]`."""
+        qkv, _ = self.qkv_proj(hidden_states)
+        out = qkv.new_empty(qkv.shape[0], self.heads * self.head_dim)
+        torch.ops.vllm.fulmen_dsa_attention(qkv, hidden_states, positions, out, self.name)
+        return self.o_proj(out)[0]
+
+    def attend(self, qkv: Tensor, x_TC: Tensor, positions_T: Tensor, step: Step, index_step: Step) -> Tensor:
+        """out_THD of the step's queries; stores their keys, values and index keys."""
+        q_THD, k_TGD, v_TGD = self._heads(qkv)
+        cos_TR, sin_TR = self._angles(positions_T, qkv.dtype)
+        rotation = self.indexer.rotation(cos_TR[None], sin_TR[None])
+        index_k_TIE = self.indexer.keys(self._all_key_heads(k_TGD)[None], rotation)[0]
+        index_inputs = None
+        if step.longest > self.topk:
+            index_inputs = self.indexer.queries(x_TC[None], self._all_query_heads(q_THD)[None], rotation)
+        q_THD, k_TGD = apply_rope(q_THD, cos_TR, sin_TR), apply_rope(k_TGD, cos_TR, sin_TR)
+
+        kv_rows = step.rows(self.cache.rows_per_block)
+        kv_RGC = self.cache.rows_RHC()
+        kv_RGC[kv_rows.new_T] = torch.cat((k_TGD, v_TGD), -1)
+        index_rows = index_step.rows(self.index_cache.rows_per_block)
+        packed_RX = self.index_cache.rows_RHC()[:, 0]
+        packed_RX[index_rows.new_T] = pack_index_keys(index_k_TIE).flatten(1)
+
+        out_THD = torch.empty_like(q_THD)
+        k_RGD, v_RGD = kv_RGC.split(self.head_dim, -1)
+        for span in step.spans:
+            shape = (-1, span.queries)
+            stop_BT = step.stop_T[span.tokens].unflatten(0, shape)
+            start_BT = torch.zeros_like(stop_BT)
+            all_rows_BS = kv_rows.all_BS[span.requests, : span.longest]
+            if span.longest <= self.topk:
+                topk_BTK = torch.arange(span.longest).expand(*stop_BT.shape, -1)
+                topk_BTK = torch.where(topk_BTK < stop_BT[..., None], topk_BTK, -1)
+            else:
+                index_q, w, b = (x[0, span.tokens].unflatten(0, shape) for x in index_inputs)
+                packed_BSIX = packed_RX[index_rows.all_BS[span.requests, : span.longest].long()].unflatten(
+                    -1, self.index_shape
+                )
+                dtype = math_dtype(index_q.dtype)
+                index_k = unpack_index_keys(packed_BSIX, dtype)
+                topk_BTK = index_topk(index_q.to(dtype), index_k, w, b, start_BT, stop_BT, self.layer_topk)
+                topk_BTK = keep_short_pasts(topk_BTK, start_BT, stop_BT, self.topk)
+            rows_BTK = all_rows_BS[:, None].expand(-1, span.queries, -1).gather(-1, topk_BTK.clamp(min=0).long())
+            rows_BTK = torch.where(topk_BTK < 0, -1, rows_BTK).flatten(0, 1)[None]
+            q_1THD = q_THD[span.tokens][None]
+            out_THD[span.tokens] = sparse_attention(q_1THD, k_RGD[None], v_RGD[None], rows_BTK, self.scale)[0][0]
+        return out_THD
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q_THD, k_TGD, v_TGD of this rank after bias or norm and before RoPE."""
+        sizes = (self.heads, self.kv_heads, self.kv_heads)
+        q_THD, k_TGD, v_TGD = qkv.unflatten(-1, (-1, self.head_dim)).split(sizes, 1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_THD, k_TGD = self.q_norm(q_THD.contiguous()), self.k_norm(k_TGD.contiguous())
+        return q_THD, k_TGD, v_TGD
+
+    def _angles(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos_TR and sin_TR, each half twice, as Transformers has them."""
+        cos_TP, sin_TP = self.rotary_emb.cos_sin_cache[positions_T].to(dtype).chunk(2, -1)
+        return torch.cat((cos_TP, cos_TP), -1), torch.cat((sin_TP, sin_TP), -1)
+
+    def _all_query_heads(self, q_THD: Tensor) -> Tensor:
+        if get_tensor_model_parallel_world_size() == 1:
+            return q_THD
+        return tensor_model_parallel_all_gather(q_THD.contiguous(), 1)
+
+    def _all_key_heads(self, k_TGD: Tensor) -> Tensor:
+        if get_tensor_model_parallel_world_size() == 1:
+            return k_TGD
+        gathered_TGD = tensor_model_parallel_all_gather(k_TGD.contiguous(), 1)
+        # With more ranks than key heads, neighbours hold the same one.
+        return gathered_TGD[:, :: gathered_TGD.shape[1] // self.total_kv_heads]
+
+
+def fulmen_dsa_attention(
+    qkv: Tensor, hidden_states: Tensor, positions: Tensor, out: Tensor, layer_name: str
+) -> None:
+    """One operation to torch.compile: all that depends on the step."""
+    context = get_forward_context()
+    steps = context.attn_metadata
+    if steps is None:  # vLLM measures memory
+        out.zero_()
+        return
+    (attention,) = context.no_compile_layers[layer_name].attention
+    step = steps[layer_name]
+    n = step.n_tokens
+    out_THD = attention.attend(
+        qkv[:n], hidden_states[:n], positions[:n], step, steps[attention.index_cache.name]
+    )
+    out[:n] = out_THD.flatten(1)
+
+
+def _fake(qkv: Tensor, hidden_states: Tensor, positions: Tensor, out: Tensor, layer_name: str) -> None:
+    return None
+
+
+direct_register_custom_op(
+    "fulmen_dsa_attention", fulmen_dsa_attention, mutates_args=["out"], fake_impl=_fake
+)
