@@ -15,15 +15,22 @@ def attend_natively(
     topk_BTK: Tensor | None = None,
     start_BT: Tensor | None = None,
     stop_BT: Tensor | None = None,
+    rows_BS: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out_BTHV and lse_BTH over the selected keys, or over those of the intervals; no gradient."""
+    """out_BTHV and lse_BTH over the selected keys, or over those of the intervals; no gradient.
+
+    With `rows_BS` (int32, a row contiguous), key s of batch row b is row `rows_BS[b, s]` of keys and values [1, R].
+    """
     k_BSGD, v_BSGV = kernel_floats(k_BSGD), kernel_floats(v_BSGV)
     shape = attention_shape(q_BTHD, k_BSGD, v_BSGV, 0 if topk_BTK is None else topk_BTK.shape[-1])
+    if rows_BS is not None:
+        shape.keys, shape.rows_stride = rows_BS.shape[1], rows_BS.stride(0)
+        shape.k_stride_b = shape.v_stride_b = 0
     out_BTHV = torch.empty(*q_BTHD.shape[:3], v_BSGV.shape[-1])
     lse_BTH = torch.empty(q_BTHD.shape[:3])
     call_native(
         "fulmen_attention",
-        *(q_BTHD.float().contiguous(), k_BSGD, v_BSGV),
+        *(q_BTHD.float().contiguous(), k_BSGD, v_BSGV, rows_BS),
         None if topk_BTK is None else topk_BTK.int().contiguous(),
         *(None if x is None else x.long().contiguous() for x in (start_BT, stop_BT)),
         *(out_BTHV, lse_BTH, shape, float(scale)),
@@ -37,5 +44,5 @@ def attention_shape(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, topk: int) -
     return AttentionShape(
         *(batch, queries, k_BSGD.shape[1], heads, k_BSGD.shape[2], width, v_BSGV.shape[-1], topk),
         *(k_BSGD.dtype == torch.bfloat16, *k_BSGD.stride()[:3], *v_BSGV.stride()[:3]),
-        torch.get_num_threads(),
+        *(0, torch.get_num_threads()),
     )

@@ -21,7 +21,10 @@ BACKEND_VARIABLE = "FULMEN_BACKEND"
 BACKEND_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # The others, and float64: there "cpu" is the default, and pinning one of these raises.
 KERNEL_OPERATIONS = {
-    "native": ("index_scores", "select_topk", "index_topk", "sparse_attention", "dense_attention"),
+    "native": (
+        *("index_scores", "select_topk", "index_topk", "sparse_attention", "dense_attention"),
+        *("paged_index_topk", "paged_attention"),
+    ),
     "triton": ("index_scores", "select_topk", "index_topk", "sparse_attention"),
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NATIVE_VERSION = 1
+NATIVE_VERSION = 2
 # Numbers, as in `native/attention.h`: gradients have rows of whole vectors.
 ROW_MULTIPLE = 16
 
@@ -24,8 +24,8 @@ class IndexShape(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
-            *("batch", "queries", "keys", "heads", "key_heads", "width", "topk"),
-            *("k_is_bf16", "k_stride_b", "k_stride_s", "k_stride_i", "threads"),
+            *("batch", "queries", "keys", "heads", "key_heads", "width", "topk", "whole", "columns"),
+            *("k_kind", "k_stride_b", "k_stride_s", "k_stride_i", "rows_stride", "threads"),
         )
     ]
 
@@ -38,7 +38,7 @@ class AttentionShape(ctypes.Structure):
         for name in (
             *("batch", "queries", "keys", "heads", "key_heads", "width", "value_width", "topk"),
             *("is_bf16", "k_stride_b", "k_stride_s", "k_stride_g", "v_stride_b", "v_stride_s", "v_stride_g"),
-            "threads",
+            *("rows_stride", "threads"),
         )
     ]
 

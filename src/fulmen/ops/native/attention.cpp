@@ -119,9 +119,10 @@ void attend_item(const AttentionInputs &in, const Cut &cut, int64_t item, float 
 extern "C" {
 
 // out [B, T, H, V], lse [B, T, H]; either topk, or start and stop.
-int fulmen_attention(const float *q, const void *k, const void *v, const int32_t *topk, const int64_t *start,
-                     const int64_t *stop, float *out, float *lse, const AttentionShape *shape, float scale) try {
-    const AttentionInputs in(*shape, q, k, v, topk, start, stop);
+int fulmen_attention(const float *q, const void *k, const void *v, const int32_t *rows, const int32_t *topk,
+                     const int64_t *start, const int64_t *stop, float *out, float *lse, const AttentionShape *shape,
+                     float scale) try {
+    const AttentionInputs in(*shape, q, k, v, topk, start, stop, rows);
     const Cut cut(in);
     parallel_for(shape->batch * cut.blocks * shape->key_heads * cut.parts, in.shape.threads,
                  [&](int64_t item) { attend_item(in, cut, item, scale, out, lse); });

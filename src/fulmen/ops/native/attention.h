@@ -10,9 +10,10 @@
 #include <vector>
 
 // Mirrored by `AttentionShape` in native_library.py. Strides count numbers; q and all results are contiguous.
+// With `rows`, key s of batch row b is row rows[b, s] of k and v.
 struct AttentionShape {
     int64_t batch, queries, keys, heads, key_heads, width, value_width, topk;
-    int64_t is_bf16, k_stride_b, k_stride_s, k_stride_g, v_stride_b, v_stride_s, v_stride_g, threads;
+    int64_t is_bf16, k_stride_b, k_stride_s, k_stride_g, v_stride_b, v_stride_s, v_stride_g, rows_stride, threads;
 };
 
 constexpr int64_t WIDEST_TILE = 128;
@@ -62,14 +63,15 @@ struct AttentionInputs {
     Source k, v;
     const int32_t *topk;          // [B, T, K]; read if there are no
     const int64_t *start, *stop;  // intervals
+    const int32_t *rows;          // or null
 
     AttentionInputs(const AttentionShape &shape, const float *q, const void *k, const void *v, const int32_t *topk,
-                    const int64_t *start, const int64_t *stop)
+                    const int64_t *start, const int64_t *stop, const int32_t *rows = nullptr)
         : shape(shape), q(q), k{k, shape.k_stride_b, shape.k_stride_s, shape.k_stride_g, shape.width,
                                 round_up(shape.width, ROW_MULTIPLE), shape.is_bf16 != 0},
           v{v, shape.v_stride_b, shape.v_stride_s, shape.v_stride_g, shape.value_width,
             round_up(shape.value_width, ROW_MULTIPLE), shape.is_bf16 != 0},
-          topk(topk), start(start), stop(stop) {
+          topk(topk), start(start), stop(stop), rows(rows) {
         const int64_t most = start ? shape.keys : shape.topk;
         const int64_t products = shape.batch * shape.queries * shape.heads * most * (shape.width + shape.value_width);
         this->shape.threads = useful_threads(shape.threads, products);
@@ -80,17 +82,21 @@ struct AttentionInputs {
     // Keys of a tile. A tile of wide rows should not fill the level 2 cache.
     int64_t tile_keys() const { return k.padded + v.padded > 512 ? 32 : WIDEST_TILE; }
 
-    // `room` for K numbers takes the selected positions without the -1 among them.
+    // `room` for K + 1 numbers takes the selected positions without the -1 among them.
     KeyList keys_of(int64_t row, int32_t *room) const {
+        const int32_t *from = rows ? rows + row / shape.queries * shape.rows_stride : nullptr;
         if (start) {
             const int64_t first = std::max<int64_t>(start[row], 0);
-            return {nullptr, first, std::max<int64_t>(std::min(stop[row], shape.keys) - first, 0)};
+            const int64_t count = std::max<int64_t>(std::min(stop[row], shape.keys) - first, 0);
+            return {from ? from + first : nullptr, first, count};
         }
         int64_t count = 0;
         for (int64_t i = 0; i < shape.topk; i++) {
             room[count] = topk[row * shape.topk + i];
             count += room[count] >= 0;
         }
+        if (from)
+            for (int64_t i = 0; i < count; i++) room[i] = from[room[i]];
         return {room, 0, count};
     }
 };

@@ -19,11 +19,16 @@ constexpr int TILE = COLUMNS * LANES;
 constexpr int64_t BLOCK_SCORES = 1 << 18;
 constexpr int64_t MOST_BLOCK_ROWS = 4 * ROWS;
 
-// Mirrored by `IndexShape` in native_library.py. Strides count numbers; all but k are contiguous.
+// Mirrored by `IndexShape` in native_library.py. Strides count numbers; all but k and rows are contiguous.
+//
+// Queries that see at most `whole` keys choose them all, the others topk of them, into rows of `columns`. Packed keys
+// (`index_keys.py`) have one stride of bytes. With `rows`, key s of batch row b is row rows[b, s] of k.
 struct IndexShape {
-    int64_t batch, queries, keys, heads, key_heads, width, topk;
-    int64_t k_is_bf16, k_stride_b, k_stride_s, k_stride_i, threads;
+    int64_t batch, queries, keys, heads, key_heads, width, topk, whole, columns;
+    int64_t k_kind, k_stride_b, k_stride_s, k_stride_i, rows_stride, threads;
 };
+
+enum KeyKind : int64_t { FLOAT32, BFLOAT16, PACKED };
 
 namespace {
 
@@ -31,11 +36,13 @@ struct Inputs {
     IndexShape shape;
     const float *q, *w, *b;  // q is scaled; b may be null
     const void *k;
+    const int32_t *rows;  // or null
     const int64_t *start, *stop;
     std::unique_ptr<float[]> packed;  // all tiles of all keys, or null: then they are packed as they are needed
 
     int64_t tiles() const { return (shape.keys + TILE - 1) / TILE; }
     int64_t tile_numbers() const { return shape.key_heads * shape.width * TILE; }
+    int64_t row_of(int64_t batch, int64_t key) const { return rows ? rows[batch * shape.rows_stride + key] : key; }
 };
 
 IndexShape with_useful_threads(IndexShape shape) {
@@ -72,8 +79,50 @@ template <class Number> void pack_keys(const Inputs &in, const Number *k, int64_
     }
 }
 
+// The same from packed keys: transposed as words of 4 bytes, then each byte becomes a number of its key's lane.
+void unpack_keys(const Inputs &in, int64_t batch, int64_t tile, float *to) {
+    const IndexShape &shape = in.shape;
+    constexpr int64_t CHUNK = 4 * LANES;
+    const int64_t head_bytes = shape.width + 2, row_bytes = shape.key_heads * head_bytes;
+    std::vector<Vec> scales(shape.key_heads);
+    for (int c = 0; c < TILE; c += LANES) {
+        const int8_t *keys[LANES];
+        for (int lane = 0; lane < LANES; lane++) {
+            // Beyond the last key, that one again: nobody reads those scores.
+            const int64_t key = std::min(tile * TILE + c + lane, shape.keys - 1);
+            keys[lane] = (const int8_t *)in.k + in.row_of(batch, key) * shape.k_stride_s;
+        }
+        for (int64_t i = 0; i < shape.key_heads; i++)
+            for (int lane = 0; lane < LANES; lane++) {
+                uint16_t scale;
+                std::memcpy(&scale, keys[lane] + i * head_bytes + shape.width, sizeof scale);
+                scales[i][lane] = bf16_to_float(scale);
+            }
+        for (int64_t done = 0; done < row_bytes; done += CHUNK) {
+            // The last chunk overlaps the one before it, as nothing may be read beyond the row.
+            const int64_t at = std::max<int64_t>(std::min(done, row_bytes - CHUNK), 0);
+            const int64_t bytes = std::min(CHUNK, row_bytes);
+            IntVec words[LANES] = {};
+            if (bytes == CHUNK)
+                for (int lane = 0; lane < LANES; lane++) std::memcpy(&words[lane], keys[lane] + at, CHUNK);
+            else
+                for (int lane = 0; lane < LANES; lane++) std::memcpy(&words[lane], keys[lane] + at, bytes);
+            transpose_words(words);
+            int64_t i = at / head_bytes, e = at % head_bytes;
+            for (int64_t byte = 0; byte < bytes; byte++) {
+                if (e < shape.width) {
+                    const IntVec level = (words[byte / 4] << int(24 - byte % 4 * 8)) >> 24;
+                    store(to + (i * shape.width + e) * TILE + c, __builtin_convertvector(level, Vec) * scales[i]);
+                }
+                if (++e == head_bytes) i++, e = 0;
+            }
+        }
+    }
+}
+
 void pack_tile(const Inputs &in, int64_t batch, int64_t tile, float *to) {
-    if (in.shape.k_is_bf16) pack_keys(in, (const uint16_t *)in.k, batch, tile, to);
+    if (in.shape.k_kind == PACKED) unpack_keys(in, batch, tile, to);
+    else if (in.shape.k_kind == BFLOAT16) pack_keys(in, (const uint16_t *)in.k, batch, tile, to);
     else pack_keys(in, (const float *)in.k, batch, tile, to);
 }
 
@@ -228,8 +277,8 @@ Threshold find_threshold(const int32_t *ranks, int64_t count, int64_t topk) {
     return {int32_t(low), from_low - topk};
 }
 
-void take_all(Interval seen, int64_t topk, int32_t *chosen) {
-    for (int64_t i = 0; i < topk; i++) chosen[i] = seen.start + i < seen.stop ? int32_t(seen.start + i) : -1;
+void take_all(Interval seen, int64_t columns, int32_t *chosen) {
+    for (int64_t i = 0; i < columns; i++) chosen[i] = seen.start + i < seen.stop ? int32_t(seen.start + i) : -1;
 }
 
 // Appends the positions low <= s < high with ranks from `least` on; no branch, so one number too many is written.
@@ -307,21 +356,23 @@ const float *row_scores(const QueryBlock &block, const float *scores, int64_t st
 extern "C" {
 
 // 0, or 1 where memory ran out (as in all functions here).
-int fulmen_index_topk(const float *q, const void *k, const float *w, const float *b, const int64_t *start,
-                      const int64_t *stop, int32_t *chosen, const IndexShape *shape) try {
-    Inputs in{with_useful_threads(*shape), q, w, b, k, start, stop, nullptr};
-    const int64_t topk = shape->topk;
+int fulmen_index_topk(const float *q, const void *k, const int32_t *rows, const float *w, const float *b,
+                      const int64_t *start, const int64_t *stop, int32_t *chosen, const IndexShape *shape) try {
+    Inputs in{with_useful_threads(*shape), q, w, b, k, rows, start, stop, nullptr};
+    const int64_t topk = shape->topk, columns = shape->columns;
     auto wanted = [&](int64_t row) {
         const Interval seen = interval_of(start, stop, row, shape->keys);
-        const bool must_choose = seen.stop - seen.start > topk;
-        if (!must_choose) take_all(seen, topk, chosen + row * topk);
+        const bool must_choose = seen.stop - seen.start > std::max(topk, shape->whole);
+        if (!must_choose) take_all(seen, columns, chosen + row * columns);
         return must_choose;
     };
     for_scored_blocks(in, wanted, [&](const QueryBlock &block, const float *scores, int64_t stride, int64_t threads) {
         parallel_for(block.rows.size(), threads, [&](int64_t r) {
             const SelectionRoom room(stride, topk);
             const float *row = row_scores(block, scores, stride, r);
-            take_best(row, block.intervals[r], topk, room, chosen + block.rows[r] * topk);
+            int32_t *to = chosen + block.rows[r] * columns;
+            take_best(row, block.intervals[r], topk, room, to);
+            std::fill(to + topk, to + columns, -1);
         });
     });
     return 0;
@@ -330,9 +381,9 @@ int fulmen_index_topk(const float *q, const void *k, const float *w, const float
 }
 
 // `scores` [B, T, S] is filled with -inf by the caller.
-int fulmen_index_scores(const float *q, const void *k, const float *w, const float *b, const int64_t *start,
-                        const int64_t *stop, float *scores, const IndexShape *shape) try {
-    Inputs in{with_useful_threads(*shape), q, w, b, k, start, stop, nullptr};
+int fulmen_index_scores(const float *q, const void *k, const int32_t *rows, const float *w, const float *b,
+                        const int64_t *start, const int64_t *stop, float *scores, const IndexShape *shape) try {
+    Inputs in{with_useful_threads(*shape), q, w, b, k, rows, start, stop, nullptr};
     auto wanted = [&](int64_t row) {
         const Interval seen = interval_of(start, stop, row, shape->keys);
         return seen.start < seen.stop;

@@ -3,7 +3,7 @@
 extern "C" {
 
 // Raised with every change of a function's arguments; `native_library.py` expects the same number.
-int fulmen_native_version() { return 1; }
+int fulmen_native_version() { return 2; }
 
 // An instruction set that the library was compiled for and this CPU lacks; null if there is none.
 const char *fulmen_native_lacks() {

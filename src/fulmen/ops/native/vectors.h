@@ -75,6 +75,20 @@ template <int N> static inline Vec add_lanes(const Vec *x) {
     }
 }
 
+template <int STEP, int... LANE>
+static inline void exchange_lanes(IntVec &x, IntVec &y, std::integer_sequence<int, LANE...>) {
+    const IntVec old = x;
+    x = __builtin_shufflevector(old, y, (LANE & STEP ? LANES + LANE - STEP : LANE)...);
+    y = __builtin_shufflevector(old, y, (LANE & STEP ? LANES + LANE : LANE + STEP)...);
+}
+
+// A square of words, in place: lane l of vector v becomes lane v of vector l.
+template <int STEP = LANES / 2> static inline void transpose_words(IntVec *x) {
+    for (int v = 0; v < LANES; v++)
+        if (!(v & STEP)) exchange_lanes<STEP>(x[v], x[v + STEP], std::make_integer_sequence<int, LANES>{});
+    if constexpr (STEP > 1) transpose_words<STEP / 2>(x);
+}
+
 static inline float largest_lane(Vec x) {
     float largest = x[0];
     for (int lane = 1; lane < LANES; lane++) largest = x[lane] > largest ? x[lane] : largest;

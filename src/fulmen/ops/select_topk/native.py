@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fulmen.ops.index_scores.native import call_index_kernel
+from fulmen.ops.index_scores.native import call_index_kernel, plain_keys
 from fulmen.ops.native_library import call_native
 
 
@@ -30,6 +30,6 @@ def index_topk_native(
     """See `fulmen.ops.select_topk.index_topk`. Queries that see no more than `topk` keys are not scored."""
     n_columns = min(topk, k_BSIE.shape[1])
     topk_BTK = torch.empty(*q_BTJE.shape[:2], n_columns, dtype=torch.int32)
-    inputs = (q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT)
+    inputs = (q_BTJE, plain_keys(k_BSIE), w_BTJ, b_BTJ, start_BT, stop_BT)
     call_index_kernel("fulmen_index_topk", *inputs, topk_BTK, n_columns)
     return topk_BTK

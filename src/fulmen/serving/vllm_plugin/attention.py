@@ -11,11 +11,9 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from fulmen.config import DsaConfig
 from fulmen.modeling.indexer import GqaIndexer, apply_rope
-from fulmen.modeling.selectors import keep_short_pasts
-from fulmen.ops.index_keys import SCALE_BYTES, pack_index_keys, unpack_index_keys
+from fulmen.ops.index_keys import SCALE_BYTES, pack_index_keys
+from fulmen.ops.paged import paged_attention, paged_index_topk
 from fulmen.ops.precision import math_dtype
-from fulmen.ops.select_topk import index_topk
-from fulmen.ops.sparse_attention import sparse_attention
 from fulmen.serving.vllm_plugin.caches import IndexKeyCache, KeyValueCache
 from fulmen.serving.vllm_plugin.step import Span, Step
 
@@ -64,37 +62,38 @@ class DsaAttention(nn.Module):
             index_inputs = self.indexer.queries(x_TC[None], self._all_query_heads(q_THD)[None], rotation)
         q_THD, k_TGD = apply_rope(q_THD, cos_TR, sin_TR), apply_rope(k_TGD, cos_TR, sin_TR)
 
-        kv_rows = step.rows(self.cache.rows_per_block)
-        kv_RGC = self.cache.rows_RHC()
-        kv_RGC[kv_rows.new_T] = torch.cat((k_TGD, v_TGD), -1)
-        index_rows = index_step.rows(self.index_cache.rows_per_block)
-        packed_RX = self.index_cache.rows_RHC()[:, 0]
-        packed_RX[index_rows.new_T] = pack_index_keys(index_k_TIE).flatten(1)
-
+        self._store(k_TGD, v_TGD, index_k_TIE, step, index_step)
         out_THD = torch.empty_like(q_THD)
-        k_RGD, v_RGD = kv_RGC.split(self.head_dim, -1)
         for span in step.spans:
-            shape = (-1, span.queries)
-            stop_BT = step.stop_T[span.tokens].unflatten(0, shape)
-            start_BT = torch.zeros_like(stop_BT)
-            all_rows_BS = kv_rows.all_BS[span.requests, : span.longest]
-            if span.longest <= self.topk:
-                topk_BTK = torch.arange(span.longest).expand(*stop_BT.shape, -1)
-                topk_BTK = torch.where(topk_BTK < stop_BT[..., None], topk_BTK, -1)
-            else:
-                index_q, w, b = (x[0, span.tokens].unflatten(0, shape) for x in index_inputs)
-                packed_BSIX = packed_RX[index_rows.all_BS[span.requests, : span.longest].long()].unflatten(
-                    -1, self.index_shape
-                )
-                dtype = math_dtype(index_q.dtype)
-                index_k = unpack_index_keys(packed_BSIX, dtype)
-                topk_BTK = index_topk(index_q.to(dtype), index_k, w, b, start_BT, stop_BT, self.layer_topk)
-                topk_BTK = keep_short_pasts(topk_BTK, start_BT, stop_BT, self.topk)
-            rows_BTK = all_rows_BS[:, None].expand(-1, span.queries, -1).gather(-1, topk_BTK.clamp(min=0).long())
-            rows_BTK = torch.where(topk_BTK < 0, -1, rows_BTK).flatten(0, 1)[None]
-            q_1THD = q_THD[span.tokens][None]
-            out_THD[span.tokens] = sparse_attention(q_1THD, k_RGD[None], v_RGD[None], rows_BTK, self.scale)[0][0]
+            shape = (span.stop_BT.shape[0], -1)
+            topk_BTK = None
+            if index_inputs is not None and span.longest > self.topk:
+                index_q_BTJE, w_BTJ, b_BTJ = (x[0, span.tokens].unflatten(0, shape) for x in index_inputs)
+                topk_BTK = self._select(index_q_BTJE, w_BTJ, b_BTJ, span, index_step)
+            q_BTHD = q_THD[span.tokens].unflatten(0, shape)
+            out_THD[span.tokens] = self._attend_span(q_BTHD, topk_BTK, span, step).flatten(0, 1)
         return out_THD
+
+    def _store(
+        self, k_TGD: Tensor, v_TGD: Tensor, index_k_TIE: Tensor, step: Step, index_step: Step
+    ) -> None:
+        new_T = step.rows(self.cache.rows_per_block).new_T
+        self.cache.rows_RHC()[new_T] = torch.cat((k_TGD, v_TGD), -1)
+        new_T = index_step.rows(self.index_cache.rows_per_block).new_T
+        self.index_cache.rows_RHC()[new_T, 0] = pack_index_keys(index_k_TIE).flatten(1)
+
+    def _select(
+        self, index_q_BTJE: Tensor, w_BTJ: Tensor, b_BTJ: Tensor, span: Span, index_step: Step
+    ) -> Tensor:
+        rows_BS = index_step.rows(self.index_cache.rows_per_block).all_BS[span.requests, : span.longest]
+        packed_RX = self.index_cache.rows_RHC()[:, 0]
+        inputs = (index_q_BTJE.to(math_dtype(index_q_BTJE.dtype)), packed_RX, rows_BS, w_BTJ, b_BTJ)
+        return paged_index_topk(*inputs, span.stop_BT, self.layer_topk, self.topk)
+
+    def _attend_span(self, q_BTHD: Tensor, topk_BTK: Tensor | None, span: Span, step: Step) -> Tensor:
+        rows_BS = step.rows(self.cache.rows_per_block).all_BS[span.requests, : span.longest]
+        k_RGD, v_RGD = self.cache.rows_RHC().split(self.head_dim, -1)
+        return paged_attention(q_BTHD, k_RGD, v_RGD, rows_BS, span.stop_BT, topk_BTK, self.scale)
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q_THD, k_TGD, v_TGD of this rank after bias or norm and before RoPE."""

@@ -4,7 +4,7 @@ A cache is a list of rows; a token's row holds all that a layer keeps of it. Tok
 `block_table[s // block_size] * rows_per_block + s % block_size`.
 """
 
-from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -18,16 +18,16 @@ class Span(NamedTuple):
     """Requests whose queries are computed in one call: some that decode, or one that reads its prompt.
 
     Attributes:
-        tokens: their queries among those of the step; `requests` of them, `queries` each.
+        tokens: their queries among those of the step.
         requests: the requests among those of the step.
-        queries: how many each request has.
         longest: the most keys that one of the requests has.
+        stop_BT: keys that each query sees, itself the last (int64).
     """
 
     tokens: slice
     requests: slice
-    queries: int
     longest: int
+    stop_BT: Tensor
 
 
 class Rows(NamedTuple):
@@ -43,7 +43,6 @@ class Step(AttentionMetadata):
     Attributes:
         spans: the queries, cut up.
         n_tokens: queries; a padded batch has more rows.
-        stop_T: keys that each query sees, itself the last (int64).
         longest: the most keys that a request has.
     """
 
@@ -56,16 +55,7 @@ class Step(AttentionMetadata):
         self.longest = max((span.longest for span in self.spans), default=0)
         self._blocks_BN = common.block_table_tensor[:, : -(-self.longest // block_size)]
         self._slots_T = common.slot_mapping[: self.n_tokens]
-        self._starts, self._lengths = starts, lengths
         self._rows: dict[int, Rows] = {}
-
-    @cached_property
-    def stop_T(self) -> Tensor:
-        stops = [
-            torch.arange(length - (stop - start), length) + 1
-            for start, stop, length in zip(self._starts, self._starts[1:], self._lengths, strict=False)
-        ]
-        return torch.cat(stops)
 
     def rows(self, rows_per_block: int) -> Rows:
         """The rows of a cache whose blocks lie `rows_per_block` rows apart."""
@@ -93,20 +83,22 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
 
 
 def cut_spans(starts: list[int], lengths: list[int]) -> list[Span]:
-    """Neighbouring requests with one query each go together; request r has the queries from `starts[r]` on."""
-    spans: list[Span] = []
-    for request, (start, stop, length) in enumerate(zip(starts, starts[1:], lengths, strict=False)):
-        queries = stop - start
-        if queries == 0:
-            continue
-        last = spans[-1] if spans else None
-        if last and queries == last.queries == 1 and last.requests.stop == request:
-            spans[-1] = Span(
-                slice(last.tokens.start, stop),
-                slice(last.requests.start, request + 1),
-                1,
-                max(last.longest, length),
+    """Request r has `lengths[r]` keys and the queries `starts[r]` to `starts[r + 1]`, its last tokens."""
+    counts = [stop - start for start, stop in pairwise(starts)]
+    spans, request = [], 0
+    while request < len(counts):
+        end = request + 1
+        while counts[request] == 1 and end < len(counts) and counts[end] == 1:
+            end += 1
+        if counts[request]:
+            back_T = torch.arange(1 - counts[request], 1)
+            spans.append(
+                Span(
+                    slice(starts[request], starts[end]),
+                    slice(request, end),
+                    max(lengths[request:end]),
+                    torch.tensor(lengths[request:end])[:, None] + back_T,
+                )
             )
-        else:
-            spans.append(Span(slice(start, stop), slice(request, request + 1), queries, length))
+        request = end
     return spans
