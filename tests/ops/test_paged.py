@@ -8,7 +8,7 @@ from fulmen import ConfigError
 from fulmen.ops.dense_attention import dense_attention
 from fulmen.ops.dispatch import pin_backend
 from fulmen.ops.index_keys import pack_index_keys, unpack_index_keys
-from fulmen.ops.paged import paged_attention, paged_index_topk
+from fulmen.ops.paged import paged_attention, paged_index_topk, store_index_keys
 from fulmen.ops.select_topk import index_topk
 from fulmen.ops.sparse_attention import sparse_attention
 
@@ -75,6 +75,18 @@ def test_attention_is_that_of_the_gathered_rows(backend, dtype, width, queries):
         sparse, _ = sparse_attention(q, k, v, topk, 0.2)
     assert_near(paged_attention(q, *paged, rows, stop, None, 0.2), dense, dtype)
     assert_near(paged_attention(q, *paged, rows, stop, topk, 0.2), sparse, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stored_index_keys_are_the_packed_ones(backend, dtype):
+    keys = normal(500, 3, 20, seed=6, dtype=dtype) * torch.logspace(-45, 38, 500)[:, None, None].to(dtype)
+    keys[0], keys[1, 1, 3], keys[2, 0, 4], keys[3, 2] = 0, torch.nan, -torch.inf, 127
+    rows = torch.randperm(600)[:500]
+    packed = torch.full((600, 66), 9, dtype=torch.int8)
+    store_index_keys(keys, packed, rows)
+    expected = pack_index_keys(keys)
+    assert torch.equal(unpack_index_keys(packed[rows].view(500, 3, 22)).nan_to_num(-7), unpack_index_keys(expected).nan_to_num(-7))
+    assert (packed[torch.arange(600)[~torch.isin(torch.arange(600), rows)]] == 9).all()
 
 
 def test_a_key_that_is_not_finite_comes_back_as_such(backend):

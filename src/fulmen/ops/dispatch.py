@@ -23,7 +23,7 @@ BACKEND_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 KERNEL_OPERATIONS = {
     "native": (
         *("index_scores", "select_topk", "index_topk", "sparse_attention", "dense_attention"),
-        *("paged_index_topk", "paged_attention"),
+        *("store_index_keys", "paged_index_topk", "paged_attention"),
     ),
     "triton": ("index_scores", "select_topk", "index_topk", "sparse_attention"),
 }

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <cmath>
 #include <memory>
 #include <vector>
 
@@ -203,13 +204,48 @@ void score_group(const Inputs &in, const float *q, const float *w, const float *
     }
 }
 
+// `score_head` for one query and N further heads of one key head, which meet each key while it is in a register.
+template <int N>
+void score_heads(const float *q, const float *w, const float *b, const float *k, int64_t width, float *scores) {
+    Vec sums[N][COLUMNS];
+    for (int n = 0; n < N; n++)
+        for (int c = 0; c < COLUMNS; c++) sums[n][c] = broadcast(b[n * ROWS]);
+    for (int64_t e = 0; e < width; e++, k += TILE) {
+        Vec keys[COLUMNS];
+        for (int c = 0; c < COLUMNS; c++) keys[c] = load(k + c * LANES);
+        for (int n = 0; n < N; n++)
+            for (int c = 0; c < COLUMNS; c++) sums[n][c] += keys[c] * q[(n * width + e) * ROWS];
+    }
+    for (int c = 0; c < COLUMNS; c++) {
+        Vec total = load(scores + c * LANES);
+        for (int n = 0; n < N; n++) {
+            const Vec relu = sums[n][c] < 0.0f ? Vec{} : sums[n][c];
+            total = total + relu * w[n * ROWS];
+        }
+        store(scores + c * LANES, total);
+    }
+}
+
+void score_query(const Inputs &in, const float *q, const float *w, const float *b, const float *tile, float *scores) {
+    constexpr int64_t MOST = 3;
+    const int64_t width = in.shape.width, shared = in.shape.heads / in.shape.key_heads;
+    score_head<1, true>(q, w, b, tile, width, scores, 0);
+    for (int64_t j = 1, now; j < in.shape.heads; j += now) {
+        const float *k = tile + j / shared * width * TILE, *q_j = q + j * width * ROWS;
+        now = std::min(MOST, shared - j % shared);
+        if (now == 3) score_heads<3>(q_j, w + j * ROWS, b + j * ROWS, k, width, scores);
+        else if (now == 2) score_heads<2>(q_j, w + j * ROWS, b + j * ROWS, k, width, scores);
+        else score_heads<1>(q_j, w + j * ROWS, b + j * ROWS, k, width, scores);
+    }
+}
+
 void score_tile(const Inputs &in, const QueryBlock &block, const float *tile, float *scores, int64_t stride) {
     const int64_t heads = in.shape.heads, width = in.shape.width;
     for (int64_t group = 0; group < block.groups(); group++, scores += ROWS * stride) {
         const float *q = block.q.data() + group * heads * width * ROWS;
         const float *w = block.w.data() + group * heads * ROWS, *b = block.b.data() + group * heads * ROWS;
         switch (block.group_rows(group)) {
-        case 1: score_group<1>(in, q, w, b, tile, scores, stride); break;
+        case 1: score_query(in, q, w, b, tile, scores); break;
         case 2: score_group<2>(in, q, w, b, tile, scores, stride); break;
         case 3: score_group<3>(in, q, w, b, tile, scores, stride); break;
         case 4: score_group<4>(in, q, w, b, tile, scores, stride); break;
@@ -351,9 +387,39 @@ const float *row_scores(const QueryBlock &block, const float *scores, int64_t st
     return scores + r * stride + block.intervals[r].start - block.first / TILE * TILE;
 }
 
+// One head's key as `index_keys.py` packs it.
+void pack_head(const float *k, int64_t width, int8_t *to) {
+    float peak = 0;
+    bool finite = true;
+    for (int64_t e = 0; e < width; e++) {
+        finite &= std::isfinite(k[e]);
+        peak = std::max(peak, std::fabs(k[e]));
+    }
+    const float least = finite ? peak / 127 : NAN;
+    uint32_t bits;
+    std::memcpy(&bits, &least, sizeof bits);
+    // The least bfloat16 that is not below; what is not finite stays so.
+    const uint16_t scale = uint16_t((bits >> 16) + (finite && (bits & 0xffff)));
+    const float divisor = bf16_to_float(scale) == 0 ? 1 : bf16_to_float(scale);
+    for (int64_t e = 0; e < width; e++) {
+        const float level = finite ? std::nearbyint(k[e] / divisor) : 0;
+        to[e] = int8_t(std::clamp(level, -127.0f, 127.0f));
+    }
+    std::memcpy(to + width, &scale, sizeof scale);
+}
+
 }  // namespace
 
 extern "C" {
+
+// Token t of k [tokens, heads, width] goes, packed, to row rows[t] of `to`.
+int fulmen_store_index_keys(const float *k, const int64_t *rows, int8_t *to, int64_t tokens, int64_t heads,
+                            int64_t width, int64_t row_bytes) {
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t i = 0; i < heads; i++)
+            pack_head(k + (t * heads + i) * width, width, to + rows[t] * row_bytes + i * (width + 2));
+    return 0;
+}
 
 // 0, or 1 where memory ran out (as in all functions here).
 int fulmen_index_topk(const float *q, const void *k, const int32_t *rows, const float *w, const float *b,

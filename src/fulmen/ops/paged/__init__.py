@@ -10,8 +10,32 @@ from torch import Tensor
 
 from fulmen.ops.checks import check_attention_inputs, check_axes, check_floating, check_integer
 from fulmen.ops.dispatch import resolve
-from fulmen.ops.paged.native import paged_attention_native, paged_index_topk_native
+from fulmen.ops.index_keys import pack_index_keys
+from fulmen.ops.paged.native import (
+    paged_attention_native,
+    paged_index_topk_native,
+    store_index_keys_native,
+)
 from fulmen.ops.paged.reference import paged_attention_reference, paged_index_topk_reference
+
+
+@torch.no_grad()
+def store_index_keys(k_TIE: Tensor, packed_RX: Tensor, rows_T: Tensor) -> None:
+    """Pack the index keys of T tokens into their rows of a cache, as `pack_index_keys` does.
+
+    Args:
+        packed_RX: int8, rows contiguous, X = I * (E + 2); written in place.
+        rows_T: int64, below R.
+
+    Raises: as `paged_index_topk`.
+    """
+    check_axes(k_TIE=k_TIE, packed_RX=packed_RX, rows_T=rows_T)
+    check_floating(k_TIE=k_TIE)
+    check_integer(packed_RX=packed_RX, rows_T=rows_T)
+    if resolve("store_index_keys", k_TIE.device, k_TIE.dtype) == "native":
+        store_index_keys_native(k_TIE, packed_RX, rows_T)
+    else:
+        packed_RX[rows_T] = pack_index_keys(k_TIE).flatten(1)
 
 
 @torch.no_grad()

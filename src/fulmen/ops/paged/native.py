@@ -5,6 +5,13 @@ from torch import Tensor
 
 from fulmen.ops.attention_native import attend_natively
 from fulmen.ops.index_scores.native import call_index_kernel, paged_keys
+from fulmen.ops.native_library import call_native
+
+
+def store_index_keys_native(k_TIE: Tensor, packed_RX: Tensor, rows_T: Tensor) -> None:
+    """See `fulmen.ops.paged.store_index_keys`."""
+    sizes = (*k_TIE.shape, packed_RX.stride(0))
+    call_native("fulmen_store_index_keys", k_TIE.float().contiguous(), rows_T.contiguous(), packed_RX, *sizes)
 
 
 def paged_index_topk_native(

@@ -10,12 +10,12 @@ from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from fulmen.config import DsaConfig
-from fulmen.modeling.indexer import GqaIndexer, apply_rope
-from fulmen.ops.index_keys import SCALE_BYTES, pack_index_keys
-from fulmen.ops.paged import paged_attention, paged_index_topk
+from fulmen.modeling.indexer import GqaIndexer, apply_rope, rotate_half_split
+from fulmen.ops.index_keys import SCALE_BYTES
+from fulmen.ops.paged import paged_attention, paged_index_topk, store_index_keys
 from fulmen.ops.precision import math_dtype
 from fulmen.serving.vllm_plugin.caches import IndexKeyCache, KeyValueCache
-from fulmen.serving.vllm_plugin.step import Span, Step
+from fulmen.serving.vllm_plugin.step import Angles, Span, Step
 
 
 class DsaAttention(nn.Module):
@@ -36,6 +36,7 @@ class DsaAttention(nn.Module):
         self.total_kv_heads, self.scale = stock.total_num_kv_heads, stock.scaling
         self.topk, self.layer_topk = dsa.topk, dsa.layer_topk(layer)
         self.indexer = GqaIndexer(vllm_config.model_config.hf_config, dsa)
+        self._weights_and_shift: tuple[Tensor, Tensor] | None = None
         self.name = f"{name}.attn"
         self.cache = KeyValueCache(self.name, vllm_config, self.kv_heads, self.head_dim)
         self.index_shape = (dsa.index_n_kv_heads, dsa.index_head_dim + SCALE_BYTES)
@@ -53,34 +54,59 @@ class DsaAttention(nn.Module):
 
     def attend(self, qkv: Tensor, x_TC: Tensor, positions_T: Tensor, step: Step, index_step: Step) -> Tensor:
         """out_THD of the step's queries; stores their keys, values and index keys."""
-        q_THD, k_TGD, v_TGD = self._heads(qkv)
-        cos_TR, sin_TR = self._angles(positions_T, qkv.dtype)
-        rotation = self.indexer.rotation(cos_TR[None], sin_TR[None])
-        index_k_TIE = self.indexer.keys(self._all_key_heads(k_TGD)[None], rotation)[0]
-        index_inputs = None
-        if step.longest > self.topk:
-            index_inputs = self.indexer.queries(x_TC[None], self._all_query_heads(q_THD)[None], rotation)
-        q_THD, k_TGD = apply_rope(q_THD, cos_TR, sin_TR), apply_rope(k_TGD, cos_TR, sin_TR)
-
-        self._store(k_TGD, v_TGD, index_k_TIE, step, index_step)
+        heads_TND, v_TGD = qkv.unflatten(-1, (-1, self.head_dim)).split(
+            (self.heads + self.kv_heads, self.kv_heads), 1
+        )
+        q_THD, k_TGD = heads_TND.split((self.heads, self.kv_heads), 1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_THD, k_TGD = self.q_norm(q_THD.contiguous()), self.k_norm(k_TGD.contiguous())
+            heads_TND = torch.cat((q_THD, k_TGD), 1)
+        angles = step.angles(self.rotary_emb, positions_T, qkv.dtype)
+        # While every context fits k nothing is selected; the index keys are stored for later all the same.
+        scored_THD = q_THD if step.longest > self.topk else None
+        index_q_TJE, index_k_TIE = self._index_heads(scored_THD, k_TGD, angles)
+        w_TJ, b_TJ = self._index_weights(x_TC) if scored_THD is not None else (None, None)
+        q_THD, k_TGD = apply_rope(heads_TND, angles.cos_TR, angles.sin_TR).split((self.heads, self.kv_heads), 1)
+        self._store(torch.cat((k_TGD, v_TGD), -1), index_k_TIE, step, index_step)
         out_THD = torch.empty_like(q_THD)
         for span in step.spans:
             shape = (span.stop_BT.shape[0], -1)
             topk_BTK = None
-            if index_inputs is not None and span.longest > self.topk:
-                index_q_BTJE, w_BTJ, b_BTJ = (x[0, span.tokens].unflatten(0, shape) for x in index_inputs)
-                topk_BTK = self._select(index_q_BTJE, w_BTJ, b_BTJ, span, index_step)
+            if span.longest > self.topk:
+                index_inputs = (x[span.tokens].unflatten(0, shape) for x in (index_q_TJE, w_TJ, b_TJ))
+                topk_BTK = self._select(*index_inputs, span, index_step)
             q_BTHD = q_THD[span.tokens].unflatten(0, shape)
             out_THD[span.tokens] = self._attend_span(q_BTHD, topk_BTK, span, step).flatten(0, 1)
         return out_THD
 
-    def _store(
-        self, k_TGD: Tensor, v_TGD: Tensor, index_k_TIE: Tensor, step: Step, index_step: Step
-    ) -> None:
-        new_T = step.rows(self.cache.rows_per_block).new_T
-        self.cache.rows_RHC()[new_T] = torch.cat((k_TGD, v_TGD), -1)
-        new_T = index_step.rows(self.index_cache.rows_per_block).new_T
-        self.index_cache.rows_RHC()[new_T, 0] = pack_index_keys(index_k_TIE).flatten(1)
+    def _index_heads(
+        self, q_THD: Tensor | None, k_TGD: Tensor, angles: Angles
+    ) -> tuple[Tensor | None, Tensor]:
+        """index_q_TJE (None without queries) and index_k_TIE: those of `GqaIndexer`, turned together."""
+        indexer = self.indexer
+        cos_TI1P, sin_TI1P = angles.padded_2TP[:, :, indexer.rope_pairs].unsqueeze(3)
+        groups = (indexer.n_kv_heads, -1, indexer.head_dim)
+        k_TI1E = indexer.wk(self._all_key_heads(k_TGD).flatten(1)).unflatten(-1, groups)
+        if q_THD is None:
+            return None, rotate_half_split(k_TI1E, cos_TI1P, sin_TI1P).flatten(1, 2)
+        q_TIME = indexer.wq(self._all_query_heads(q_THD).flatten(1)).unflatten(-1, groups)
+        both_TINE = rotate_half_split(torch.cat((q_TIME, k_TI1E), 2), cos_TI1P, sin_TI1P)
+        return both_TINE[:, :, :-1].flatten(1, 2), both_TINE[:, :, -1]
+
+    def _index_weights(self, x_TC: Tensor) -> tuple[Tensor, Tensor]:
+        """w_TJ and b_TJ, by one product."""
+        if self._weights_and_shift is None:
+            parts = (self.indexer.weights_proj, self.indexer.shift_proj)
+            self._weights_and_shift = (
+                torch.cat([part.weight for part in parts]),
+                torch.cat([part.bias for part in parts]),
+            )
+        return nn.functional.linear(x_TC, *self._weights_and_shift).chunk(2, -1)
+
+    def _store(self, kv_TGC: Tensor, index_k_TIE: Tensor, step: Step, index_step: Step) -> None:
+        self.cache.rows_RHC()[step.rows(self.cache.rows_per_block).new_T] = kv_TGC
+        packed_RX = self.index_cache.rows_RHC()[:, 0]
+        store_index_keys(index_k_TIE, packed_RX, index_step.rows(self.index_cache.rows_per_block).new_T)
 
     def _select(
         self, index_q_BTJE: Tensor, w_BTJ: Tensor, b_BTJ: Tensor, span: Span, index_step: Step
@@ -94,19 +120,6 @@ class DsaAttention(nn.Module):
         rows_BS = step.rows(self.cache.rows_per_block).all_BS[span.requests, : span.longest]
         k_RGD, v_RGD = self.cache.rows_RHC().split(self.head_dim, -1)
         return paged_attention(q_BTHD, k_RGD, v_RGD, rows_BS, span.stop_BT, topk_BTK, self.scale)
-
-    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q_THD, k_TGD, v_TGD of this rank after bias or norm and before RoPE."""
-        sizes = (self.heads, self.kv_heads, self.kv_heads)
-        q_THD, k_TGD, v_TGD = qkv.unflatten(-1, (-1, self.head_dim)).split(sizes, 1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_THD, k_TGD = self.q_norm(q_THD.contiguous()), self.k_norm(k_TGD.contiguous())
-        return q_THD, k_TGD, v_TGD
-
-    def _angles(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos_TR and sin_TR, each half twice, as Transformers has them."""
-        cos_TP, sin_TP = self.rotary_emb.cos_sin_cache[positions_T].to(dtype).chunk(2, -1)
-        return torch.cat((cos_TP, cos_TP), -1), torch.cat((sin_TP, sin_TP), -1)
 
     def _all_query_heads(self, q_THD: Tensor) -> Tensor:
         if get_tensor_model_parallel_world_size() == 1:

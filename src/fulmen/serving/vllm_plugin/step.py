@@ -5,7 +5,7 @@ A cache is a list of rows; a token's row holds all that a layer keeps of it. Tok
 """
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,15 @@ class Rows(NamedTuple):
     new_T: Tensor
 
 
+class Angles(NamedTuple):
+    """Cosines and sines of the step's tokens: `[T, R]` as Transformers has them (each half of R twice), and both of
+    each rotary pair, then of one that does not turn: `[2, T, R/2 + 1]`."""
+
+    cos_TR: Tensor
+    sin_TR: Tensor
+    padded_2TP: Tensor
+
+
 class Step(AttentionMetadata):
     """What the layers need to know of a step.
 
@@ -56,6 +65,17 @@ class Step(AttentionMetadata):
         self._blocks_BN = common.block_table_tensor[:, : -(-self.longest // block_size)]
         self._slots_T = common.slot_mapping[: self.n_tokens]
         self._rows: dict[int, Rows] = {}
+        self._angles: tuple[Any, Angles] | None = None
+
+    def angles(self, rotary: Any, positions_T: Tensor, dtype: torch.dtype) -> Angles:
+        """From the table of vLLM's rotary embedding; the same for all layers that share it."""
+        if self._angles is None or self._angles[0] is not rotary:
+            cos_TP, sin_TP = rotary.cos_sin_cache[positions_T].to(dtype).chunk(2, -1)
+            still_T1 = cos_TP.new_ones(len(positions_T), 1)
+            padded = (torch.cat((cos_TP, still_T1), -1), torch.cat((sin_TP, still_T1 - 1), -1))
+            halves = (torch.cat((x_TP, x_TP), -1) for x_TP in (cos_TP, sin_TP))
+            self._angles = (rotary, Angles(*halves, torch.stack(padded)))
+        return self._angles[1]
 
     def rows(self, rows_per_block: int) -> Rows:
         """The rows of a cache whose blocks lie `rows_per_block` rows apart."""
