@@ -80,12 +80,38 @@ template <class Number> void pack_keys(const Inputs &in, const Number *k, int64_
     }
 }
 
+// Where the bytes of a row of packed keys go: those of levels to the next vector of numbers, those of scales nowhere.
+struct RowSink {
+    const Vec *scales;
+    float *to;
+    int64_t width, place;  // place: byte within a head
+    Vec scale;
+
+    RowSink(const Vec *scales, float *to, int64_t width, int64_t byte)
+        : scales(scales + byte / (width + 2)), to(to + std::min(byte % (width + 2), width) * TILE), width(width),
+          place(byte % (width + 2)), scale(*this->scales) {
+        this->to += byte / (width + 2) * width * TILE;
+    }
+
+    // One byte of each key, in the highest bits of its lane.
+    void put(IntVec bytes) {
+        if (place < width) {
+            store(to, __builtin_convertvector(bytes >> 24, Vec) * scale);
+            to += TILE;
+            place++;
+        } else if (++place == width + 2) {
+            place = 0;
+            scale = *++scales;
+        }
+    }
+};
+
 // The same from packed keys: transposed as words of 4 bytes, then each byte becomes a number of its key's lane.
 void unpack_keys(const Inputs &in, int64_t batch, int64_t tile, float *to) {
     const IndexShape &shape = in.shape;
     constexpr int64_t CHUNK = 4 * LANES;
     const int64_t head_bytes = shape.width + 2, row_bytes = shape.key_heads * head_bytes;
-    std::vector<Vec> scales(shape.key_heads);
+    std::vector<Vec> scales(shape.key_heads + 1);
     for (int c = 0; c < TILE; c += LANES) {
         const int8_t *keys[LANES];
         for (int lane = 0; lane < LANES; lane++) {
@@ -109,13 +135,16 @@ void unpack_keys(const Inputs &in, int64_t batch, int64_t tile, float *to) {
             else
                 for (int lane = 0; lane < LANES; lane++) std::memcpy(&words[lane], keys[lane] + at, bytes);
             transpose_words(words);
-            int64_t i = at / head_bytes, e = at % head_bytes;
-            for (int64_t byte = 0; byte < bytes; byte++) {
-                if (e < shape.width) {
-                    const IntVec level = (words[byte / 4] << int(24 - byte % 4 * 8)) >> 24;
-                    store(to + (i * shape.width + e) * TILE + c, __builtin_convertvector(level, Vec) * scales[i]);
-                }
-                if (++e == head_bytes) i++, e = 0;
+            RowSink sink(scales.data(), to + c, shape.width, at);
+            for (int64_t word = 0; word < bytes / 4; word++) {
+                sink.put(words[word] << 24);
+                sink.put(words[word] << 16);
+                sink.put(words[word] << 8);
+                sink.put(words[word]);
+            }
+            if (bytes % 4) {  // rows have an even number of bytes
+                sink.put(words[bytes / 4] << 24);
+                sink.put(words[bytes / 4] << 16);
             }
         }
     }
