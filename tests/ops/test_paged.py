@@ -53,7 +53,9 @@ def test_selection_is_that_of_the_gathered_keys(backend, shape, queries, keys, t
     assert chosen.shape == (BATCH, queries, min(keys, max(topk, whole)))
     for row in range(BATCH):
         for t in range(queries):
-            expected = range(stop[row, t]) if stop[row, t] <= whole else best[row, t][best[row, t] >= 0].tolist()
+            expected = (
+                range(stop[row, t]) if stop[row, t] <= whole else best[row, t][best[row, t] >= 0].tolist()
+            )
             kept = chosen[row, t].tolist()
             assert kept == [*expected, *[-1] * (len(kept) - len(expected))]
 
@@ -85,7 +87,10 @@ def test_stored_index_keys_are_the_packed_ones(backend, dtype):
     packed = torch.full((600, 66), 9, dtype=torch.int8)
     store_index_keys(keys, packed, rows)
     expected = pack_index_keys(keys)
-    assert torch.equal(unpack_index_keys(packed[rows].view(500, 3, 22)).nan_to_num(-7), unpack_index_keys(expected).nan_to_num(-7))
+    assert torch.equal(
+        unpack_index_keys(packed[rows].view(500, 3, 22)).nan_to_num(-7),
+        unpack_index_keys(expected).nan_to_num(-7),
+    )
     assert (packed[torch.arange(600)[~torch.isin(torch.arange(600), rows)]] == 9).all()
 
 

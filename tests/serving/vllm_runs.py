@@ -43,9 +43,7 @@ def run_batch(engine, run, batch):
 
     if batch == "forget":
         return engine.apply_model(forget_index_keys)
-    sampling = SamplingParams(
-        temperature=0, max_tokens=run["max_tokens"], ignore_eos=True, detokenize=False
-    )
+    sampling = SamplingParams(temperature=0, max_tokens=run["max_tokens"], ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": prompt} for prompt in batch]
     answers = engine.generate(prompts, sampling, use_tqdm=False)
     return {

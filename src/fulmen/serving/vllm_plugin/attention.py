@@ -26,9 +26,7 @@ class DsaAttention(nn.Module):
     tokens; each then attends with its own heads.
     """
 
-    def __init__(
-        self, stock: Any, layer: int, dsa: DsaConfig, vllm_config: VllmConfig, name: str
-    ) -> None:
+    def __init__(self, stock: Any, layer: int, dsa: DsaConfig, vllm_config: VllmConfig, name: str) -> None:
         super().__init__()
         self.qkv_proj, self.o_proj, self.rotary_emb = stock.qkv_proj, stock.o_proj, stock.rotary_emb
         self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
@@ -66,7 +64,9 @@ class DsaAttention(nn.Module):
         scored_THD = q_THD if step.longest > self.topk else None
         index_q_TJE, index_k_TIE = self._index_heads(scored_THD, k_TGD, angles)
         w_TJ, b_TJ = self._index_weights(x_TC) if scored_THD is not None else (None, None)
-        q_THD, k_TGD = apply_rope(heads_TND, angles.cos_TR, angles.sin_TR).split((self.heads, self.kv_heads), 1)
+        q_THD, k_TGD = apply_rope(heads_TND, angles.cos_TR, angles.sin_TR).split(
+            (self.heads, self.kv_heads), 1
+        )
         self._store(torch.cat((k_TGD, v_TGD), -1), index_k_TIE, step, index_step)
         out_THD = torch.empty_like(q_THD)
         for span in step.spans:
@@ -156,6 +156,4 @@ def _fake(qkv: Tensor, hidden_states: Tensor, positions: Tensor, out: Tensor, la
     return None
 
 
-direct_register_custom_op(
-    "fulmen_dsa_attention", fulmen_dsa_attention, mutates_args=["out"], fake_impl=_fake
-)
+direct_register_custom_op("fulmen_dsa_attention", fulmen_dsa_attention, mutates_args=["out"], fake_impl=_fake)
