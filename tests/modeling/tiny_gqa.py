@@ -51,7 +51,10 @@ FAMILIES = list(CONFIGS)
 
 
 def make_dense(name: str = "llama", dtype: torch.dtype = torch.float32, **changes) -> PreTrainedModel:
-    """A stock model with random weights, biases and norms included; always the same one. `changes`: to its config."""
+    """A stock model with random weights, biases and norms included; always the same one.
+
+    `changes`: of its config.
+    """
     torch.manual_seed(0)
     config = CONFIGS[name]()
     config.update(changes)

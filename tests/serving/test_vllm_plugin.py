@@ -1,8 +1,9 @@
-"""Converted models in vLLM: equal to dense vLLM up to k, to fulmen's own `generate` above, however they are run."""
+"""Converted models in vLLM: dense vLLM up to k, fulmen's own `generate` above, however they are run."""
 
 import importlib.metadata
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,24 +46,30 @@ def shuffle_rope_pairs(model):
         pairs.copy_(torch.tensor([[5, 1, 8, 0], [2, 7, 3, 8]]))
 
 
-def run_plan(plan, folder):
+def run_plan(plan, folder, **environment):
     """What `vllm_runs.py` answered to each named run."""
     files = folder / "plan.json", folder / "result.json"
     files[0].write_text(json.dumps(list(plan.values())))
     script = Path(__file__).with_name("vllm_runs.py")
-    done = subprocess.run([sys.executable, script, *files], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, script, *files],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, **environment},
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return dict(zip(plan, json.loads(files[1].read_text()), strict=True))
 
 
+def engine_run(model, *batches, **engine):
+    settings = {"max_model_len": 512, **engine}
+    return {"model": str(model), "engine": settings, "max_tokens": NEW, "batches": batches}
+
+
 def plan_for(folder):
     def run(name, *batches, **engine):
-        return {
-            "model": str(folder / name),
-            "engine": {"max_model_len": 512, **engine},
-            "max_tokens": NEW,
-            "batches": batches,
-        }
+        return engine_run(folder / name, *batches, **engine)
 
     return {
         **{name: run(name, PROMPTS) for name in NAMES},
@@ -142,6 +149,20 @@ def test_a_prompt_in_chunks(results):
 def test_preemption(results, generated):
     assert results["crowded"]["preemptions"] > 0
     assert tokens(results, "crowded") == generated("llama", CROWD)
+
+
+def test_two_ranks_select_the_same(results, models):
+    """Key heads shared out, and (one key head) repeated on both ranks."""
+    one = make_dsa(make_dense("llama", hidden_size=128, head_dim=32, num_key_value_heads=1), topk=TOPK)
+    one.save_pretrained(models / "llama-one")
+    plan = {
+        "llama-alone": engine_run(models / "llama-one", PROMPTS),
+        "llama": engine_run(models / "llama", PROMPTS, tensor_parallel_size=2),
+        "llama-one": engine_run(models / "llama-one", PROMPTS, tensor_parallel_size=2),
+    }
+    ranks = run_plan(plan, models, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    assert tokens(ranks, "llama") == tokens(results, "llama")
+    assert tokens(ranks, "llama-one") == tokens(ranks, "llama-alone")
 
 
 def test_the_entry_point_is_declared():

@@ -1,10 +1,10 @@
 """Runs engines of vLLM one after the other and writes what they answered: a process of its own for the tests.
 
-`python vllm_runs.py PLAN RESULT`: PLAN is a JSON list of runs. A run has `model` (a directory), `engine` (further
-arguments of `vllm.LLM`), `max_tokens`, and `batches`: lists of prompts (token ids) that are given to the engine
-together. A batch "forget" sets all index keys to zero instead. RESULT holds, for each run, a list of batches with
-`tokens` and `cached` (prompt tokens found in the prefix cache) of every prompt, and the run's `preemptions` and
-`longest_step` (queries in one step).
+`python vllm_runs.py PLAN RESULT`: PLAN is a JSON list of runs. A run has `model` (a directory), `engine`
+(further arguments of `vllm.LLM`), `max_tokens`, and `batches`: lists of prompts (token ids) that are given to
+the engine together. A batch "forget" sets all index keys to zero instead. RESULT holds, for each run, a list
+of batches with `tokens` and `cached` (prompt tokens found in the prefix cache) of every prompt, and
+`preemptions`.
 """
 
 import gc
@@ -58,6 +58,6 @@ def forget_index_keys(model):
 
 
 if __name__ == "__main__":
-    os.environ.update(SETTINGS)
+    os.environ.update({**SETTINGS, **os.environ})
     plan, result = map(Path, sys.argv[1:])
     result.write_text(json.dumps([run_engine(run) for run in json.loads(plan.read_text())]))

@@ -19,7 +19,8 @@ def attend_natively(
 ) -> tuple[Tensor, Tensor]:
     """out_BTHV and lse_BTH over the selected keys, or over those of the intervals; no gradient.
 
-    With `rows_BS` (int32, a row contiguous), key s of batch row b is row `rows_BS[b, s]` of keys and values [1, R].
+    With `rows_BS` (int32, a row contiguous), key s of batch row b is row `rows_BS[b, s]` of keys and values
+    [1, R].
     """
     k_BSGD, v_BSGV = kernel_floats(k_BSGD), kernel_floats(v_BSGV)
     shape = attention_shape(q_BTHD, k_BSGD, v_BSGV, 0 if topk_BTK is None else topk_BTK.shape[-1])

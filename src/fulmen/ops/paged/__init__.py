@@ -1,8 +1,8 @@
 """Selection and attention straight from a paged cache, for serving; no gradient.
 
-A cache is a list of rows, each with what is kept of one token; `rows_BS` (int32) says in which row key s of batch row
-b lies. What comes out is that of `index_topk`, `sparse_attention` and `dense_attention` on the gathered rows; the
-native kernels read them where they are.
+A cache is a list of rows, each with what is kept of one token; `rows_BS` (int32) says in which row key s of
+batch row b lies. What comes out is that of `index_topk`, `sparse_attention` and `dense_attention` on the
+gathered rows; the native kernels read them where they are.
 """
 
 import torch
@@ -53,7 +53,8 @@ def paged_index_topk(
 
     Args:
         q_BTJE, w_BTJ, b_BTJ: as `fulmen.ops.index_scores.index_scores`.
-        packed_RX: int8, rows contiguous: the packed index keys (`fulmen.ops.index_keys`) of all index key heads.
+        packed_RX: int8, rows contiguous: the packed index keys (`fulmen.ops.index_keys`) of all index key
+        heads.
         rows_BS: int32, below R wherever s < stop.
         stop_BT: integers, at most S.
 

@@ -1,7 +1,7 @@
 """Converted Llama, Mistral, Qwen2 and Qwen3 models in vLLM, with an index-key cache beside keys and values.
 
-vLLM finds `register` by the entry-point group `vllm.general_plugins` and calls it in each of its processes. What is
-registered are names; nothing is imported until a converted model is loaded.
+vLLM finds `register` by the entry-point group `vllm.general_plugins` and calls it in each of its processes.
+What is registered are names; nothing is imported until a converted model is loaded.
 """
 
 ARCHITECTURES = ("LlamaDsaForCausalLM", "MistralDsaForCausalLM", "Qwen2DsaForCausalLM", "Qwen3DsaForCausalLM")

@@ -21,9 +21,9 @@ from fulmen.serving.vllm_plugin.step import Angles, Span, Step
 class DsaAttention(nn.Module):
     """Takes the place of a vLLM attention module, whose projections it keeps, and adds `indexer`.
 
-    Tensor parallelism: the indexer and its cache are on every rank whole. It reads all heads' queries and keys,
-    gathered from the ranks, so that every rank computes the same scores from the same numbers and selects the same
-    tokens; each then attends with its own heads.
+    Tensor parallelism: the indexer and its cache are on every rank whole. It reads all heads' queries and
+    keys, gathered from the ranks, so that every rank computes the same scores from the same numbers and
+    selects the same tokens; each then attends with its own heads.
     """
 
     def __init__(self, stock: Any, layer: int, dsa: DsaConfig, vllm_config: VllmConfig, name: str) -> None:

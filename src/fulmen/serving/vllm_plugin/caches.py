@@ -1,8 +1,8 @@
 """The two caches of a converted layer, in vLLM's block tables: keys with values, and packed index keys.
 
-Each is a cache layer of its own to vLLM, of the kind "full attention". So they share one group, one block table and
-one slot per token, and whatever happens to a block of keys happens to its index keys: a prefix hit brings both back,
-preemption drops both.
+Each is a cache layer of its own to vLLM, of the kind "full attention". So they share one group, one block
+table and one slot per token, and whatever happens to a block of keys happens to its index keys: a prefix hit
+brings both back, preemption drops both.
 """
 
 from typing import Any
@@ -49,7 +49,8 @@ class DsaBackend(AttentionBackend):
 class PagedCache(nn.Module, AttentionLayerBase):
     """A cache layer that vLLM allocates, `[blocks, heads, block_size, bytes or numbers of a head]`.
 
-    Takes its `name`, which must hold the layer's index and no other integer, from a layer that has it already.
+    Takes its `name`, which must hold the layer's index and no other integer, from a layer that has it
+    already.
     """
 
     kv_cache: Tensor

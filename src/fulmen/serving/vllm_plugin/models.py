@@ -1,4 +1,4 @@
-"""vLLM's own models with the attention of their converted layers swapped, as `fulmen.modeling.model` does it."""
+"""vLLM's own models with the attention of their converted layers swapped, as in `fulmen.modeling.model`."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -44,7 +44,7 @@ class MistralDsaForCausalLM(DsaServingMixin, MistralForCausalLM):
     """`fulmen.modeling.families.mistral` in vLLM."""
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        # MistralForCausalLM takes any `wq` and `wk` for those of Mistral's own file format; the indexer has both.
+        # MistralForCausalLM takes any `wq` for one of Mistral's own file format; the indexer has one.
         return LlamaForCausalLM.load_weights(self, weights)
 
 

@@ -31,15 +31,19 @@ class Span(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows of a cache: of each request's tokens `[B, S]` (int32; beyond its end any), of the new tokens `[T]`."""
+    """Rows of a cache, of the tokens of each request (int32; beyond its end any) and of the new tokens."""
 
     all_BS: Tensor
     new_T: Tensor
 
 
 class Angles(NamedTuple):
-    """Cosines and sines of the step's tokens: `[T, R]` as Transformers has them (each half of R twice), and both of
-    each rotary pair, then of one that does not turn: `[2, T, R/2 + 1]`."""
+    """Cosines and sines of the step's tokens.
+
+    Attributes:
+        cos_TR, sin_TR: as Transformers has them, each half of R twice.
+        padded_2TP: both, of each rotary pair, then of one that does not turn; P = R/2 + 1.
+    """
 
     cos_TR: Tensor
     sin_TR: Tensor
