@@ -18,7 +18,7 @@ setup(
             "fulmen.ops._native",
             sources=[
                 f"{NATIVE}/{name}.cpp"
-                for name in ("library", "index_topk", "attention", "attention_backward")
+                for name in ("library", "index_keys", "index_topk", "attention", "attention_backward")
             ],
             depends=[f"{NATIVE}/{name}.h" for name in HEADERS],
             extra_compile_args=["-std=c++17", "-O3", MACHINE, "-pthread"],

@@ -50,10 +50,14 @@ CONFIGS = {
 FAMILIES = list(CONFIGS)
 
 
-def make_dense(name: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A stock model with random weights, biases and norms included; always the same one."""
+def make_dense(name: str = "llama", dtype: torch.dtype = torch.float32, **changes) -> PreTrainedModel:
+    """A stock model with random weights, biases and norms included; always the same one.
+
+    `changes`: of its config.
+    """
     torch.manual_seed(0)
     config = CONFIGS[name]()
+    config.update(changes)
     model = family_for_type(config.model_type).source_class(config)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():

@@ -21,11 +21,14 @@ BACKEND_VARIABLE = "FULMEN_BACKEND"
 BACKEND_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OPERATIONS = (
     *("index_scores", "select_topk", "index_topk", "sparse_attention", "dense_attention"),
-    *("indexer_loss", "indexer_loss_selected", "selection_loss"),
+    *("indexer_loss", "indexer_loss_selected", "selection_loss", "store_index_keys"),
 )
 # The others, and float64: there "cpu" is the default, and pinning one of these raises.
 KERNEL_OPERATIONS = {
-    "native": ("index_scores", "select_topk", "index_topk", "sparse_attention", "dense_attention"),
+    "native": (
+        *("index_scores", "select_topk", "index_topk", "sparse_attention", "dense_attention"),
+        "store_index_keys",
+    ),
     "triton": ("index_scores", "select_topk", "index_topk", "sparse_attention"),
 }
 

@@ -26,7 +26,7 @@ const char *fulmen_native_simd() {
         "AVX512VBMI2 "
 #endif
 #ifdef __AMX_BF16__
-        "AMX "
+        "AMX_BF16 "
 #endif
 #ifdef __ARM_NEON
         "NEON "

@@ -1,0 +1,19 @@
+"""Converted Llama, Mistral, Qwen2 and Qwen3 models in vLLM, with an index-key cache beside keys and values.
+
+vLLM finds `register` by the entry-point group `vllm.general_plugins` and calls it in each of its processes.
+What is registered are names; nothing is imported until a converted model is loaded.
+"""
+
+ARCHITECTURES = ("LlamaDsaForCausalLM", "MistralDsaForCausalLM", "Qwen2DsaForCausalLM", "Qwen3DsaForCausalLM")
+
+
+def register() -> None:
+    """Make fulmen's model types known to Transformers and its architectures to vLLM. May be called again."""
+    from vllm import ModelRegistry
+
+    import fulmen  # noqa: F401  its import registers the model types
+
+    known = ModelRegistry.get_supported_archs()
+    for architecture in ARCHITECTURES:
+        if architecture not in known:
+            ModelRegistry.register_model(architecture, f"fulmen.serving.vllm_plugin.models:{architecture}")

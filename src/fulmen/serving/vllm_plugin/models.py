@@ -1,0 +1,72 @@
+"""vLLM's own models with the attention of their converted layers swapped, as in `fulmen.modeling.model`."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import vllm
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.mistral import MistralForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
+
+from fulmen.config import DsaConfig
+from fulmen.errors import ConfigError
+from fulmen.modeling.model import require_dsa
+from fulmen.serving.vllm_plugin.attention import DsaAttention
+
+# The interfaces used here are internal to vLLM and change between its versions.
+VLLM_SERIES = "0.32."
+
+
+class DsaServingMixin:
+    """Goes before a vLLM language model: gives its converted layers an indexer and sparse attention."""
+
+    model: Any
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        dsa = _require_servable(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        for layer in dsa.layers:
+            block = self.model.layers[layer]
+            if not isinstance(block, PPMissingLayer):
+                name = f"{maybe_prefix(prefix, 'model')}.layers.{layer}.self_attn"
+                block.self_attn = DsaAttention(block.self_attn, layer, dsa, vllm_config, name)
+
+
+class LlamaDsaForCausalLM(DsaServingMixin, LlamaForCausalLM):
+    """`fulmen.modeling.families.llama` in vLLM."""
+
+
+class MistralDsaForCausalLM(DsaServingMixin, MistralForCausalLM):
+    """`fulmen.modeling.families.mistral` in vLLM."""
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        # MistralForCausalLM takes any `wq` for one of Mistral's own file format; the indexer has one.
+        return LlamaForCausalLM.load_weights(self, weights)
+
+
+class Qwen2DsaForCausalLM(DsaServingMixin, Qwen2ForCausalLM):
+    """`fulmen.modeling.families.qwen2` in vLLM."""
+
+
+class Qwen3DsaForCausalLM(DsaServingMixin, Qwen3ForCausalLM):
+    """`fulmen.modeling.families.qwen3` in vLLM."""
+
+
+def _require_servable(vllm_config: VllmConfig) -> DsaConfig:
+    """The model's DSA part. Raises ConfigError where vLLM's version or settings do not fit it."""
+    if not vllm.__version__.startswith(VLLM_SERIES):
+        raise ConfigError(f"vllm {vllm.__version__} is not supported; install vllm {VLLM_SERIES}0")
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if cache_dtype not in ("auto", "float32", "bfloat16"):
+        raise ConfigError(f"kv_cache_dtype={cache_dtype!r} is not supported with DSA; use 'auto'")
+    if str(vllm_config.model_config.dtype) not in ("torch.float32", "torch.bfloat16"):
+        raise ConfigError(
+            f"dtype={vllm_config.model_config.dtype} is not supported with DSA; use bfloat16 or float32"
+        )
+    if vllm_config.parallel_config.decode_context_parallel_size > 1:
+        raise ConfigError("decode_context_parallel_size above 1 is not supported with DSA; use 1")
+    return require_dsa(vllm_config.model_config.hf_config)

@@ -1,0 +1,63 @@
+"""Runs engines of vLLM one after the other and writes what they answered: a process of its own for the tests.
+
+`python vllm_runs.py PLAN RESULT`: PLAN is a JSON list of runs. A run has `model` (a directory), `engine`
+(further arguments of `vllm.LLM`), `max_tokens`, and `batches`: lists of prompts (token ids) that are given to
+the engine together. A batch "forget" sets all index keys to zero instead. RESULT holds, for each run, a list
+of batches with `tokens` and `cached` (prompt tokens found in the prefix cache) of every prompt, and
+`preemptions`.
+"""
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+
+SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def run_engine(run):
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    settings = {"skip_tokenizer_init": True, "enforce_eager": True, "dtype": "float32", "block_size": 32}
+    engine = LLM(run["model"], disable_log_stats=False, **{**settings, **run["engine"]})
+    result = {"batches": [run_batch(engine, run, batch) for batch in run["batches"]]}
+    counts = {metric.name: getattr(metric, "value", None) for metric in engine.get_metrics()}
+    result["preemptions"] = counts["vllm:num_preemptions"]
+    del engine
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return result
+
+
+def run_batch(engine, run, batch):
+    from vllm import SamplingParams
+
+    if batch == "forget":
+        return engine.apply_model(forget_index_keys)
+    sampling = SamplingParams(temperature=0, max_tokens=run["max_tokens"], ignore_eos=True, detokenize=False)
+    prompts = [{"prompt_token_ids": prompt} for prompt in batch]
+    answers = engine.generate(prompts, sampling, use_tqdm=False)
+    return {
+        "tokens": [list(answer.outputs[0].token_ids) for answer in answers],
+        "cached": [answer.num_cached_tokens for answer in answers],
+    }
+
+
+def forget_index_keys(model):
+    for layer in model.model.layers:
+        layer.self_attn.index_cache.kv_cache.zero_()
+
+
+if __name__ == "__main__":
+    os.environ.update({**SETTINGS, **os.environ})
+    plan, result = map(Path, sys.argv[1:])
+    result.write_text(json.dumps([run_engine(run) for run in json.loads(plan.read_text())]))
