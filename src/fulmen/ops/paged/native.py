@@ -43,7 +43,7 @@ def paged_attention_native(
     scale: float,
 ) -> Tensor:
     """See `fulmen.ops.paged.paged_attention`."""
-    keys = {"topk_BTK": topk_BTK}
+    keys: dict[str, Tensor | None] = {"topk_BTK": topk_BTK}
     if topk_BTK is None:
         keys = {"start_BT": torch.zeros_like(stop_BT), "stop_BT": stop_BT}
     return attend_natively(q_BTHD, k_RGD[None], v_RGV[None], scale, rows_BS=rows_BS, **keys)[0]
