@@ -1,9 +1,9 @@
 """Selection and attention from a paged cache, for serving; no gradient.
 
-A cache is a list of rows, each with what is kept of one token; `rows_BS` (int32) says in which row key s of batch
-row b lies. What comes out is that of `index_topk`, `sparse_attention` and `dense_attention` on the gathered rows.
-Index keys are small and are gathered; keys and values are read where they lie when each sequence has one query,
-and gathered where many queries share them.
+A cache is a list of rows, each with what is kept of one token; `rows_BS` (int32) says in which row key s of
+batch row b lies. What comes out is that of `index_topk`, `sparse_attention` and `dense_attention` on the
+gathered rows. Index keys are small and are gathered; keys and values are read where they lie when each
+sequence has one query, and gathered where many queries share them.
 """
 
 import torch

@@ -9,9 +9,8 @@ ARCHITECTURES = ("LlamaDsaForCausalLM", "MistralDsaForCausalLM", "Qwen2DsaForCau
 
 def register() -> None:
     """Make fulmen's model types known to Transformers and its architectures to vLLM. May be called again."""
+    # Importing fulmen, as finding this function did, has told Transformers.
     from vllm import ModelRegistry
-
-    import fulmen  # noqa: F401  its import registers the model types
 
     known = ModelRegistry.get_supported_archs()
     for architecture in ARCHITECTURES:

@@ -63,7 +63,7 @@ class DsaAttention(nn.Module):
         # While every context fits k nothing is selected; the index keys are stored for later all the same.
         scored_THD = q_THD if step.longest > self.topk else None
         index_q_TJE, index_k_TIE = self._index_heads(scored_THD, k_TGD, angles)
-        w_TJ, b_TJ = self._index_weights(x_TC) if scored_THD is not None else (None, None)
+        index_inputs = None if index_q_TJE is None else (index_q_TJE, *self._index_weights(x_TC))
         q_THD, k_TGD = apply_rope(heads_TND, angles.cos_TR, angles.sin_TR).split(
             (self.heads, self.kv_heads), 1
         )
@@ -72,9 +72,9 @@ class DsaAttention(nn.Module):
         for span in step.spans:
             shape = (span.stop_BT.shape[0], -1)
             topk_BTK = None
-            if span.longest > self.topk:
-                index_inputs = (x[span.tokens].unflatten(0, shape) for x in (index_q_TJE, w_TJ, b_TJ))
-                topk_BTK = self._select(*index_inputs, span, index_step)
+            if index_inputs is not None and span.longest > self.topk:
+                index_q_BTJE, w_BTJ, b_BTJ = (x[span.tokens].unflatten(0, shape) for x in index_inputs)
+                topk_BTK = self._select(index_q_BTJE, w_BTJ, b_BTJ, span, index_step)
             q_BTHD = q_THD[span.tokens].unflatten(0, shape)
             out_THD[span.tokens] = self._attend_span(q_BTHD, topk_BTK, span, step).flatten(0, 1)
         return out_THD
@@ -101,7 +101,8 @@ class DsaAttention(nn.Module):
                 torch.cat([part.weight for part in parts]),
                 torch.cat([part.bias for part in parts]),
             )
-        return nn.functional.linear(x_TC, *self._weights_and_shift).chunk(2, -1)
+        w_TJ, b_TJ = nn.functional.linear(x_TC, *self._weights_and_shift).chunk(2, -1)
+        return w_TJ, b_TJ
 
     def _store(self, kv_TGC: Tensor, index_k_TIE: Tensor, step: Step, index_step: Step) -> None:
         self.cache.rows_RHC()[step.rows(self.cache.rows_per_block).new_T] = kv_TGC

@@ -77,8 +77,8 @@ class Step(AttentionMetadata):
             cos_TP, sin_TP = rotary.cos_sin_cache[positions_T].to(dtype).chunk(2, -1)
             still_T1 = cos_TP.new_ones(len(positions_T), 1)
             padded = (torch.cat((cos_TP, still_T1), -1), torch.cat((sin_TP, still_T1 - 1), -1))
-            halves = (torch.cat((x_TP, x_TP), -1) for x_TP in (cos_TP, sin_TP))
-            self._angles = (rotary, Angles(*halves, torch.stack(padded)))
+            cos_TR, sin_TR = (torch.cat((x_TP, x_TP), -1) for x_TP in (cos_TP, sin_TP))
+            self._angles = (rotary, Angles(cos_TR, sin_TR, torch.stack(padded)))
         return self._angles[1]
 
     def rows(self, rows_per_block: int) -> Rows:
