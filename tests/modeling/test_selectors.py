@@ -9,7 +9,7 @@ from fulmen.modeling.attention import project_normed_heads
 from fulmen.modeling.cache import DsaCache
 from fulmen.modeling.indexer import apply_rope
 from fulmen.modeling.selectors import DenseSelector, IndexerSelector, Selector, dsa_attentions, use_selector
-from fulmen.ops.index_keys import round_index_keys
+from fulmen.ops.index_keys import SCALE_BYTES, pack_index_keys
 from fulmen.ops.index_scores import index_scores
 
 TOPK, LENGTH = 6, 15
@@ -56,7 +56,8 @@ def test_inputs_are_full_width_and_positioned(model):
     inputs, topk, chosen = recorder.calls[1]
     assert topk == TOPK
     assert inputs.index_q_BTJE.shape == (2, 4, 4, 8)
-    assert inputs.index_k_BSIE.shape == (2, LENGTH, 2, 8)
+    assert inputs.index_k_BSIE.shape == (2, LENGTH, 2, 8 + SCALE_BYTES)
+    assert inputs.index_k_BSIE.dtype == torch.int8
     assert inputs.index_w_BTJ.shape == inputs.index_b_BTJ.shape == (2, 4, 4)
     assert inputs.q_BTHD.shape == (2, 4, 4, 24)
     assert inputs.k_BSGD.shape == inputs.v_BSGV.shape == (2, LENGTH, 2, 24)
@@ -82,7 +83,7 @@ def test_index_inputs_come_from_the_hidden_state_and_the_heads_before_rope(model
         with torch.no_grad():
             q_BTHD, k_BTGD, v_BTGD = project_normed_heads(attention, x_BTC)
             expected = attention.indexer(x_BTC, q_BTHD, k_BTGD, cos_BTR, sin_BTR)
-        expected = expected._replace(k_BTIE=round_index_keys(expected.k_BTIE))
+        expected = expected._replace(k_BTIE=pack_index_keys(expected.k_BTIE))
         got = (inputs.index_q_BTJE, inputs.index_k_BSIE, inputs.index_w_BTJ, inputs.index_b_BTJ)
         assert all(map(torch.equal, got, expected))
         assert torch.equal(inputs.q_BTHD, apply_rope(q_BTHD, cos_BTR, sin_BTR))
