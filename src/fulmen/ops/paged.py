@@ -104,8 +104,8 @@ def paged_attention(
         {"q_BTHD": q_BTHD, "k_RGD": k_RGD, "v_RGV": v_RGV}, rows_BS=rows_BS, stop_BT=stop_BT
     )
     if q_BTHD.shape[1] == 1 and q_BTHD.device.type == "cpu":
-        whole_cache = (x[None].expand(len(q_BTHD), -1, -1, -1) for x in (k_RGD, v_RGV))
-        return sparse_attention(q_BTHD, *whole_cache, _rows_read(rows_BS, stop_BT, topk_BTK), scale)[0]
+        k_BRGD, v_BRGV = (x[None].expand(len(q_BTHD), -1, -1, -1) for x in (k_RGD, v_RGV))
+        return sparse_attention(q_BTHD, k_BRGD, v_BRGV, _rows_read(rows_BS, stop_BT, topk_BTK), scale)[0]
     k_BSGD, v_BSGV = _gather(k_RGD, rows_BS), _gather(v_RGV, rows_BS)
     if topk_BTK is not None:
         return sparse_attention(q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale)[0]

@@ -140,7 +140,7 @@ def fulmen_dsa_attention(
 ) -> None:
     """One operation to torch.compile: all that depends on the step."""
     context = get_forward_context()
-    steps = context.attn_metadata
+    steps: Any = context.attn_metadata
     if steps is None:  # vLLM measures memory
         out.zero_()
         return

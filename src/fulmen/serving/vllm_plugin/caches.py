@@ -87,11 +87,12 @@ class KeyValueCache(PagedCache):
         self.heads, self.head_dim = heads, head_dim
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        dtype: Any = vllm_config.model_config.dtype  # resolved by now
         return FullAttentionSpec(
             block_size=vllm_config.cache_config.block_size,
             num_kv_heads=self.heads,
             head_size=self.head_dim,
-            dtype=vllm_config.model_config.dtype,
+            dtype=dtype,
         )
 
 
