@@ -48,7 +48,7 @@ lint: setup ## Check style and types.
 	$(BIN)/mypy
 
 test: lint ## Check style and types, then run all tests (under 10 minutes on 2 cores).
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadgroup -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q
 
 clean: ## Remove .venv, outputs and caches.
 	rm -rf .venv out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info src/fulmen/ops/*.so

@@ -19,6 +19,8 @@ ALICE, BOB, EVE, ONE = (f"sk-{name}-0123456789abcdef" for name in ("alice", "bob
 VOCABULARY = 49152
 QUESTION = [{"role": "user", "content": "Who are you?"}]
 WAIT_S = 60
+# So long that no answer ends before a test has left, refused or killed: about 1 ms a token.
+CONTEXT = 16384
 
 
 def save_model(folder):
@@ -28,7 +30,7 @@ def save_model(folder):
         return None
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
     LlamaForCausalLM(LlamaConfig(**shape, **heads)).to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(source.place, gguf_file=source.gguf_file).save_pretrained(folder)
     return folder
