@@ -61,7 +61,8 @@ def paged_index_topk(
         stop_BT: integers, at most S.
 
     Returns:
-        topk_BTK, int32: positions s, ascending, then -1; K = min(S, max(topk, whole)).
+        topk_BTK, int32: positions s, ascending, then -1; K = min(S, topk) where every query sees more than `whole`
+        keys, else min(S, max(topk, whole)).
 
     Raises:
         ConfigError: axes or dtypes that do not fit together.
@@ -74,6 +75,8 @@ def paged_index_topk(
     packed_BSIX = _gather(packed_RX, rows_BS).unflatten(-1, (-1, q_BTJE.shape[-1] + SCALE_BYTES))
     start_BT = torch.zeros_like(stop_BT)
     best_BTK = index_topk(q_BTJE, packed_BSIX, w_BTJ, b_BTJ, start_BT, stop_BT, topk)
+    if stop_BT.numel() and stop_BT.amin() > whole:
+        return best_BTK  # the usual case in decoding, where small operations cost as much as the large ones
     n_columns = min(rows_BS.shape[1], max(topk, whole))
     chosen_BTK = torch.nn.functional.pad(best_BTK, (0, n_columns - best_BTK.shape[-1]), value=-1)
     position_K = torch.arange(n_columns, dtype=torch.int32, device=q_BTJE.device)
@@ -122,7 +125,7 @@ def _rows_read(rows_BS: Tensor, stop_B1: Tensor, topk_B1K: Tensor | None) -> Ten
 
 
 def _gather(x_RX: Tensor, rows_BS: Tensor) -> Tensor:
-    return x_RX.index_select(0, rows_BS.flatten().long()).unflatten(0, tuple(rows_BS.shape))
+    return x_RX.index_select(0, rows_BS.flatten()).unflatten(0, tuple(rows_BS.shape))
 
 
 def _check_packed(packed_RX: Tensor) -> None:
