@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -34,6 +36,14 @@ def save_model(folder):
     LlamaForCausalLM(LlamaConfig(**shape, **heads)).to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(source.place, gguf_file=source.gguf_file).save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def state_folder():
+    """A folder in memory where there is one: a disk that stalls would decide what a test gets to see."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        yield Path(folder)
 
 
 def start(model, state):

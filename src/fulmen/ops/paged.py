@@ -61,8 +61,8 @@ def paged_index_topk(
         stop_BT: integers, at most S.
 
     Returns:
-        topk_BTK, int32: positions s, ascending, then -1; K = min(S, topk) where every query sees more than `whole`
-        keys, else min(S, max(topk, whole)).
+        topk_BTK, int32: positions s, ascending, then -1; K = min(S, topk) where every query sees more than
+        `whole` keys, else min(S, max(topk, whole)).
 
     Raises:
         ConfigError: axes or dtypes that do not fit together.
