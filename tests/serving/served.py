@@ -31,8 +31,9 @@ def save_model(folder):
     if not source.gguf_file:
         return None
     torch.manual_seed(0)
-    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
+    # As slow as a small real model: vLLM's server must keep up with its engine to hear of an abort.
+    shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 12, "vocab_size": VOCABULARY}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
     LlamaForCausalLM(LlamaConfig(**shape, **heads)).to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(source.place, gguf_file=source.gguf_file).save_pretrained(folder)
     return folder
