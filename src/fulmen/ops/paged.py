@@ -13,7 +13,7 @@ from fulmen.errors import ConfigError
 from fulmen.ops.checks import check_attention_inputs, check_axes, check_floating, check_integer
 from fulmen.ops.dense_attention import dense_attention
 from fulmen.ops.dispatch import resolve
-from fulmen.ops.index_keys import SCALE_BYTES, pack_index_keys
+from fulmen.ops.index_keys import SCALE_BYTES, is_packed, pack_index_keys
 from fulmen.ops.native_library import call_native
 from fulmen.ops.select_topk import index_topk
 from fulmen.ops.sparse_attention import sparse_attention
@@ -129,5 +129,5 @@ def _gather(x_RX: Tensor, rows_BS: Tensor) -> Tensor:
 
 
 def _check_packed(packed_RX: Tensor) -> None:
-    if packed_RX.dtype != torch.int8:
+    if not is_packed(packed_RX):
         raise ConfigError(f"packed_RX has dtype {packed_RX.dtype}; pack index keys by pack_index_keys")

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from fulmen.errors import AccountError, unwritable
+from fulmen.errors import AccountError
 from fulmen.serving.accounts import Accounts
+from fulmen.serving.key_file import open_lock
 from fulmen.serving.ledger import Ledger
 from fulmen.serving.prices import DEFAULT_PRICES, PriceTable, read_prices
 
@@ -52,11 +53,7 @@ def running(folder: Path) -> Iterator[None]:
 
     Raises AccountError if another process holds it. A killed process holds nothing.
     """
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(folder / RUNNING, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise unwritable(folder, error) from error
+    lock = open_lock(folder, RUNNING)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

@@ -49,14 +49,19 @@ def require_name(name: str) -> str:
     return name
 
 
+def open_lock(folder: Path, name: str) -> int:
+    """A lock file's descriptor, not locked yet; the folder is made if need be. Raises OutputError."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Make the folder if need be, and hold its lock against other processes. Raises OutputError."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise unwritable(folder, error) from error
+    lock = open_lock(folder, LOCK)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
