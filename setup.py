@@ -9,7 +9,7 @@ NATIVE = "src/fulmen/ops/native"
 MACHINE = "-march=native" if platform.machine().lower() in ("x86_64", "amd64", "i686") else "-mcpu=native"
 HEADERS = (
     *("vectors", "tiles", "threads", "attention", "attention_tiles"),
-    *("index_inputs", "index_vectors", "index_tiles", "selection"),
+    *("index_inputs", "index_vectors", "index_tiles", "selection", "paged"),
 )
 
 setup(
@@ -18,7 +18,7 @@ setup(
             "fulmen.ops._native",
             sources=[
                 f"{NATIVE}/{name}.cpp"
-                for name in ("library", "index_keys", "index_topk", "attention", "attention_backward")
+                for name in ("library", "index_keys", "index_topk", "attention", "attention_backward", "paged")
             ],
             depends=[f"{NATIVE}/{name}.h" for name in HEADERS],
             extra_compile_args=["-std=c++17", "-O3", MACHINE, "-pthread"],

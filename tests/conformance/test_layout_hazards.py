@@ -33,7 +33,7 @@ def test_hazard_1_a_copied_head_is_turned_as_the_model_turns_it(name):
     """Index heads that are the model's own select where its queries and keys, turned by Transformers' own
     function, have the largest sum of ReLU(q . k).
 
-    Mutation: pairs of neighbours, `x[..., ::2], x[..., 1::2]`, in rotate_half_split (modeling/indexer.py).
+    Mutation: pairs of neighbours, `x[..., ::2], x[..., 1::2]`, in rotate_half_split (ops/rope.py).
     """
     dense = make_dense(name, torch.float64)
     heads, groups = dense.config.num_attention_heads, dense.config.num_key_value_heads

@@ -6,7 +6,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from fulmen.config import DsaConfig
-from fulmen.modeling.indexer import GqaIndexer, apply_rope
+from fulmen.modeling.indexer import GqaIndexer
+from fulmen.ops.rope import apply_rope
 
 J, I, E, H, G, D, C, T = 4, 2, 6, 4, 2, 8, 32, 5  # noqa: E741
 CONFIG = LlamaConfig(

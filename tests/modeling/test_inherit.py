@@ -6,9 +6,9 @@ from tiny_gqa import FAMILIES, make_dense, make_dsa, random_ids
 from torch import Tensor
 
 from fulmen.errors import ConfigError
-from fulmen.modeling.indexer import apply_rope
 from fulmen.modeling.inherit import inherit_gqa, pair_matrices, pair_order, pick_pairs, ridge
 from fulmen.modeling.selectors import DenseSelector, IndexerSelector, Selector, use_selector
+from fulmen.ops.rope import apply_rope
 from fulmen.ops.select_topk import select_topk
 
 LENGTH, TOPK = 160, 20

@@ -7,10 +7,10 @@ from tiny_gqa import make_dense, make_dsa, random_ids
 from fulmen import ConfigError
 from fulmen.modeling.attention import project_normed_heads
 from fulmen.modeling.cache import DsaCache
-from fulmen.modeling.indexer import apply_rope
 from fulmen.modeling.selectors import DenseSelector, IndexerSelector, Selector, dsa_attentions, use_selector
 from fulmen.ops.index_keys import SCALE_BYTES, pack_index_keys
 from fulmen.ops.index_scores import index_scores
+from fulmen.ops.rope import apply_rope
 
 TOPK, LENGTH = 6, 15
 

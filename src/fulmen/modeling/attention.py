@@ -13,12 +13,13 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fulmen.config import DsaConfig, share_of_topk
-from fulmen.modeling.indexer import GqaIndexer, apply_rope
+from fulmen.modeling.indexer import GqaIndexer
 from fulmen.modeling.selectors import IndexerSelector, SelectionInputs, Selector, keep_short_pasts
 from fulmen.modeling.visible import Visible, narrowed_visible
 from fulmen.ops.dense_attention import dense_attention
 from fulmen.ops.index_keys import pack_index_keys, round_index_keys
 from fulmen.ops.precision import math_dtype
+from fulmen.ops.rope import apply_rope
 from fulmen.ops.sparse_attention import sparse_attention
 
 ATTENTION_NAME = "fulmen"

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fulmen.modeling.indexer import apply_rope
 from fulmen.modeling.inherit import own_logits
 from fulmen.modeling.selectors import DenseSelector, dsa_attentions, use_selector
 from fulmen.ops.intervals import selection_mask
+from fulmen.ops.rope import apply_rope
 
 # Budgets tried, in units of k, and the least that a layer gets.
 TRIED_SHARES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)

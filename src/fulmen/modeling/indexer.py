@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from fulmen.config import DsaConfig
+from fulmen.ops.rope import rotate_half_split
 
 
 class IndexInputs(NamedTuple):
@@ -93,17 +94,3 @@ class GqaIndexer(nn.Module):
 def model_head_width(config: PreTrainedConfig) -> int:
     """Width D of the model's own heads."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def rotate_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn dims p and p + P of `x` [..., 2P] by the angle whose cosine and sine [..., P] are given."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def apply_rope(x_BTND: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
-    """Turn the first R dims of every head by the model's own table; further dims (partial RoPE) stay."""
-    rotary = cos_BTR.shape[-1]
-    cos_BT1P, sin_BT1P = cos_BTR[..., None, : rotary // 2], sin_BTR[..., None, : rotary // 2]
-    turned = rotate_half_split(x_BTND[..., :rotary], cos_BT1P, sin_BT1P)
-    return turned if rotary == x_BTND.shape[-1] else torch.cat((turned, x_BTND[..., rotary:]), dim=-1)

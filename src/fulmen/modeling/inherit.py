@@ -24,10 +24,10 @@ from transformers import PreTrainedModel
 
 from fulmen.config import DsaConfig
 from fulmen.errors import ConfigError, TrainingDivergedError
-from fulmen.modeling.indexer import apply_rope
 from fulmen.modeling.selectors import DenseSelector, dsa_attentions, use_selector
 from fulmen.ops.index_keys import round_index_keys
 from fulmen.ops.index_scores import index_scores
+from fulmen.ops.rope import apply_rope
 
 # Queries of a text that the thresholds are fitted on (hidden sizes want many), spread evenly over log t so
 # that short pasts count too; every eighth of them where all pairs of dims are formed.

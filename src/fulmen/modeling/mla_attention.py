@@ -16,12 +16,12 @@ from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32At
 from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaAttention, GlmMoeDsaIndexer
 
 from fulmen.errors import CacheError, ConfigError, UnsupportedModelError
-from fulmen.modeling.indexer import apply_rope
 from fulmen.modeling.mla_cache import MlaCache, MlaLayer
 from fulmen.modeling.mla_convert import MLA_DSA_TYPES
 from fulmen.modeling.selectors import IndexerSelector, SelectionInputs, Selector
 from fulmen.modeling.visible import Visible, visible_intervals
 from fulmen.ops.dense_attention import dense_attention
+from fulmen.ops.rope import apply_rope
 from fulmen.ops.sparse_attention import sparse_attention
 
 MlaAttention = DeepseekV32Attention | GlmMoeDsaAttention

@@ -21,13 +21,14 @@ BACKEND_VARIABLE = "FULMEN_BACKEND"
 BACKEND_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OPERATIONS = (
     *("index_scores", "select_topk", "index_topk", "sparse_attention", "dense_attention"),
-    *("indexer_loss", "indexer_loss_selected", "selection_loss", "store_index_keys"),
+    *("indexer_loss", "indexer_loss_selected", "selection_loss"),
+    *("store_index_keys", "store_tokens", "paged_decode"),
 )
 # The others, and float64: there "cpu" is the default, and pinning one of these raises.
 KERNEL_OPERATIONS = {
     "native": (
         *("index_scores", "select_topk", "index_topk", "sparse_attention", "dense_attention"),
-        "store_index_keys",
+        *("store_index_keys", "store_tokens", "paged_decode"),
     ),
     "triton": ("index_scores", "select_topk", "index_topk", "sparse_attention"),
 }
@@ -73,6 +74,8 @@ def _reason_against_kernels(
         return f"its kernels run on the CPU, not on device {str(device)!r}; pin 'cpu', which is plain torch"
     if dtype == torch.float64 and op_name != "select_topk":
         return "its kernels compute in float32, dtype torch.float64 needs more; pin 'cpu'"
+    if dtype == torch.float16 and op_name in ("store_tokens", "paged_decode"):
+        return "its kernel takes float32 and bfloat16, not dtype torch.float16; pin 'cpu'"
     return native_reason() if name == "native" else triton_reason(device)
 
 

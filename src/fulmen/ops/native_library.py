@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NATIVE_VERSION = 3
+NATIVE_VERSION = 4
 # Numbers, as in `native/attention.h`: gradients have rows of whole vectors.
 ROW_MULTIPLE = 16
 
@@ -61,7 +61,7 @@ def has_tiles() -> bool:
 
 
 def call_native(function: str, *arguments: Any) -> None:
-    """Call a kernel with tensors (or None), structures, integers and floats."""
+    """Call a kernel with tensors (or None), structures, arrays, integers and floats."""
     library = _open_native()[0]
     assert library is not None, "resolve() chooses native only where it can run"
     status = getattr(library, function)(*(_as_ctype(argument) for argument in arguments))
@@ -85,7 +85,7 @@ def _as_ctype(argument: Any) -> Any:
             return ctypes.c_void_p(None)
         case Tensor():
             return ctypes.c_void_p(argument.data_ptr())
-        case ctypes.Structure():
+        case ctypes.Structure() | ctypes.Array():
             return ctypes.byref(argument)
         case float():
             return ctypes.c_float(argument)

@@ -170,19 +170,19 @@ void attend_by_tiles(const AttentionInputs &in, float scale, float *out, float *
 
 }  // namespace
 
+void attend_to_keys(const AttentionInputs &in, float scale, float *out, float *lse) {
+#ifdef FULMEN_TILES
+    if (by_tiles(in)) return attend_by_tiles(in, scale, out, lse);
+#endif
+    attend_all(in, scale, out, lse);
+}
+
 extern "C" {
 
 // out [B, T, H, V], lse [B, T, H]; either topk, or start and stop.
 int fulmen_attention(const float *q, const void *k, const void *v, const int32_t *topk, const int64_t *start,
                      const int64_t *stop, float *out, float *lse, const AttentionShape *shape, float scale) try {
-    const AttentionInputs in(*shape, q, k, v, topk, start, stop);
-#ifdef FULMEN_TILES
-    if (by_tiles(in)) {
-        attend_by_tiles(in, scale, out, lse);
-        return 0;
-    }
-#endif
-    attend_all(in, scale, out, lse);
+    attend_to_keys(AttentionInputs(*shape, q, k, v, topk, start, stop), scale, out, lse);
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;

@@ -204,3 +204,6 @@ template <class Work> void for_heads(int64_t heads, const Work &work) {
         h += now;
     }
 }
+
+// out [B, T, H, V], lse [B, T, H] (attention.cpp). Throws std::bad_alloc.
+void attend_to_keys(const AttentionInputs &in, float scale, float *out, float *lse);

@@ -37,11 +37,12 @@ struct IndexInputs {
     const float *q, *w, *b;  // q is scaled; b may be null
     const void *k;
     const int64_t *start, *stop;
+    const int32_t *rows;  // [B, S]: which row of k is a key's; null: in order
     std::unique_ptr<Line[]> packed;  // all tiles of all keys, or null: then they are packed as they are needed
 
     IndexInputs(const IndexShape &given, const float *q, const float *w, const float *b, const void *k,
-                const int64_t *start, const int64_t *stop)
-        : shape(given), q(q), w(w), b(b), k(k), start(start), stop(stop) {
+                const int64_t *start, const int64_t *stop, const int32_t *rows = nullptr)
+        : shape(given), q(q), w(w), b(b), k(k), start(start), stop(stop), rows(rows) {
         const int64_t products = shape.batch * shape.queries * shape.keys * shape.heads * shape.width;
         shape.threads = useful_threads(shape.threads, products);
     }
@@ -51,7 +52,8 @@ struct IndexInputs {
     int64_t shared() const { return shape.heads / shape.key_heads; }
     int64_t tiles() const { return (shape.keys + TILE - 1) / TILE; }
     template <class Number> const Number *key(int64_t batch, int64_t s, int64_t i) const {
-        return (const Number *)k + batch * shape.k_stride_b + s * shape.k_stride_s + i * shape.k_stride_i;
+        const int64_t row = rows ? rows[batch * shape.keys + s] : s;
+        return (const Number *)k + batch * shape.k_stride_b + row * shape.k_stride_s + i * shape.k_stride_i;
     }
 };
 
@@ -82,3 +84,6 @@ struct QueryRows {
     int64_t first_tile() const { return first / TILE; }
     int64_t tiles() const { return std::max<int64_t>((last + TILE - 1) / TILE - first_tile(), 0); }
 };
+
+// chosen [B, T, K] (index_topk.cpp). Keys in rows must be packed ones. Throws std::bad_alloc.
+void choose_best(IndexInputs &in, int32_t *chosen);

@@ -75,15 +75,10 @@ const float *row_scores(const QueryRows &block, const float *scores, int64_t str
 
 }  // namespace
 
-extern "C" {
-
-// 0, or 1 where memory ran out (as in all functions here).
-int fulmen_index_topk(const float *q, const void *k, const float *w, const float *b, const int64_t *start,
-                      const int64_t *stop, int32_t *chosen, const IndexShape *shape) try {
-    IndexInputs in(*shape, q, w, b, k, start, stop);
-    const int64_t topk = shape->topk;
+void choose_best(IndexInputs &in, int32_t *chosen) {
+    const int64_t topk = in.shape.topk;
     auto wanted = [&](int64_t row) {
-        const Interval seen = interval_of(start, stop, row, shape->keys);
+        const Interval seen = interval_of(in.start, in.stop, row, in.shape.keys);
         const bool must_choose = seen.stop - seen.start > topk;
         if (!must_choose) take_all(seen, topk, chosen + row * topk);
         return must_choose;
@@ -95,6 +90,15 @@ int fulmen_index_topk(const float *q, const void *k, const float *w, const float
             take_best(row, block.intervals[r], topk, room, chosen + block.rows[r] * topk);
         });
     });
+}
+
+extern "C" {
+
+// 0, or 1 where memory ran out (as in all functions here).
+int fulmen_index_topk(const float *q, const void *k, const float *w, const float *b, const int64_t *start,
+                      const int64_t *stop, int32_t *chosen, const IndexShape *shape) try {
+    IndexInputs in(*shape, q, w, b, k, start, stop);
+    choose_best(in, chosen);
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;

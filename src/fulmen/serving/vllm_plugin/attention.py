@@ -1,5 +1,6 @@
 """The attention of a converted layer in vLLM: `fulmen.modeling.attention` over paged caches."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,15 +8,18 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from fulmen.config import DsaConfig
-from fulmen.modeling.indexer import GqaIndexer, apply_rope, rotate_half_split
+from fulmen.modeling.indexer import GqaIndexer
 from fulmen.ops.index_keys import SCALE_BYTES
-from fulmen.ops.paged import paged_attention, paged_index_topk, store_index_keys
-from fulmen.ops.precision import math_dtype
+from fulmen.ops.paged import paged_attention, paged_index_topk
+from fulmen.ops.paged_decode import paged_decode
+from fulmen.ops.paged_layer import PagedLayer, store_tokens
 from fulmen.serving.vllm_plugin.caches import IndexKeyCache, KeyValueCache
-from fulmen.serving.vllm_plugin.step import Angles, Span, Step
+from fulmen.serving.vllm_plugin.step import Rows, Span, Step
 
 
 class DsaAttention(nn.Module):
@@ -34,7 +38,6 @@ class DsaAttention(nn.Module):
         self.total_kv_heads, self.scale = stock.total_num_kv_heads, stock.scaling
         self.topk, self.layer_topk = dsa.topk, dsa.layer_topk(layer)
         self.indexer = GqaIndexer(vllm_config.model_config.hf_config, dsa)
-        self._weights_and_shift: tuple[Tensor, Tensor] | None = None
         self.name = f"{name}.attn"
         self.cache = KeyValueCache(self.name, vllm_config, self.kv_heads, self.head_dim)
         self.index_shape = (dsa.index_n_kv_heads, dsa.index_head_dim + SCALE_BYTES)
@@ -47,80 +50,88 @@ class DsaAttention(nn.Module):
         """As the stock attention: hidden states `[T, C]`, positions `[T]`."""
         qkv, _ = self.qkv_proj(hidden_states)
         out = qkv.new_empty(qkv.shape[0], self.heads * self.head_dim)
-        torch.ops.vllm.fulmen_dsa_attention(qkv, hidden_states, positions, out, self.name)
+        if torch.compiler.is_compiling():
+            torch.ops.vllm.fulmen_dsa_attention(qkv, hidden_states, positions, out, self.name)
+        else:
+            fulmen_dsa_attention(qkv, hidden_states, positions, out, self.name)
         return self.o_proj(out)[0]
 
     def attend(self, qkv: Tensor, x_TC: Tensor, positions_T: Tensor, step: Step, index_step: Step) -> Tensor:
         """out_THD of the step's queries; stores their keys, values and index keys."""
-        heads_TND, v_TGD = qkv.unflatten(-1, (-1, self.head_dim)).split(
-            (self.heads + self.kv_heads, self.kv_heads), 1
-        )
-        q_THD, k_TGD = heads_TND.split((self.heads, self.kv_heads), 1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_THD, k_TGD = self.q_norm(q_THD.contiguous()), self.k_norm(k_TGD.contiguous())
-            heads_TND = torch.cat((q_THD, k_TGD), 1)
-        angles = step.angles(self.rotary_emb, positions_T, qkv.dtype)
+        heads = self._heads(qkv)
+        rows = step.rows(self.cache.rows_per_block)
+        index_rows = index_step.rows(self.index_cache.rows_per_block)
+        tokens = step.tokens(self.rotary_emb, positions_T, qkv.dtype, rows, index_rows)
         # While every context fits k nothing is selected; the index keys are stored for later all the same.
-        scored_THD = q_THD if step.longest > self.topk else None
-        index_q_TJE, index_k_TIE = self._index_heads(scored_THD, k_TGD, angles)
-        index_inputs = None if index_q_TJE is None else (index_q_TJE, *self._index_weights(x_TC))
-        q_THD, k_TGD = apply_rope(heads_TND, angles.cos_TR, angles.sin_TR).split(
-            (self.heads, self.kv_heads), 1
+        index_q_TJE, w_TJ, b_TJ = (
+            self._index_queries(heads[0], x_TC) if step.longest > self.topk else [None] * 3
         )
-        self._store(torch.cat((k_TGD, v_TGD), -1), index_k_TIE, step, index_step)
+        inputs = (*heads, index_q_TJE, self._index_keys(heads[1]))
+        if step.only_decodes:
+            seen = step.sequences(rows, index_rows)
+            return paged_decode(self._paged_layer(), tokens, seen, *inputs, w_TJ, b_TJ)
+        q_THD, index_q_TJE = store_tokens(self._paged_layer(), tokens, *inputs)
+        index_inputs = None if index_q_TJE is None else (index_q_TJE, w_TJ, b_TJ)
         out_THD = torch.empty_like(q_THD)
         for span in step.spans:
-            shape = (span.stop_BT.shape[0], -1)
-            topk_BTK = None
-            if index_inputs is not None and span.longest > self.topk:
-                index_q_BTJE, w_BTJ, b_BTJ = (x[span.tokens].unflatten(0, shape) for x in index_inputs)
-                topk_BTK = self._select(index_q_BTJE, w_BTJ, b_BTJ, span, index_step)
-            q_BTHD = q_THD[span.tokens].unflatten(0, shape)
-            out_THD[span.tokens] = self._attend_span(q_BTHD, topk_BTK, span, step).flatten(0, 1)
+            out_THD[span.tokens] = self._attend_span(q_THD, index_inputs, span, rows, index_rows)
         return out_THD
 
-    def _index_heads(
-        self, q_THD: Tensor | None, k_TGD: Tensor, angles: Angles
-    ) -> tuple[Tensor | None, Tensor]:
-        """index_q_TJE (None without queries) and index_k_TIE: those of `GqaIndexer`, turned together."""
-        indexer = self.indexer
-        cos_TI1P, sin_TI1P = angles.padded_2TP[:, :, indexer.rope_pairs].unsqueeze(3)
-        groups = (indexer.n_kv_heads, -1, indexer.head_dim)
-        k_TI1E = indexer.wk(self._all_key_heads(k_TGD).flatten(1)).unflatten(-1, groups)
-        if q_THD is None:
-            return None, rotate_half_split(k_TI1E, cos_TI1P, sin_TI1P).flatten(1, 2)
-        q_TIME = indexer.wq(self._all_query_heads(q_THD).flatten(1)).unflatten(-1, groups)
-        both_TINE = rotate_half_split(torch.cat((q_TIME, k_TI1E), 2), cos_TI1P, sin_TI1P)
-        return both_TINE[:, :, :-1].flatten(1, 2), both_TINE[:, :, -1]
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q_THD, k_TGD, v_TGD before RoPE."""
+        heads = (self.heads, self.kv_heads, self.kv_heads)
+        q_THD, k_TGD, v_TGD = qkv.unflatten(-1, (-1, self.head_dim)).split(heads, 1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_THD, k_TGD = self.q_norm(q_THD.contiguous()), self.k_norm(k_TGD.contiguous())
+        return q_THD, k_TGD, v_TGD
 
-    def _index_weights(self, x_TC: Tensor) -> tuple[Tensor, Tensor]:
-        """w_TJ and b_TJ, by one product."""
-        if self._weights_and_shift is None:
+    def _paged_layer(self) -> PagedLayer:
+        kept = self.__dict__.get("_kept_layer")
+        if kept is None or kept[0] is not self.cache.kv_cache:
+            caches = (self.cache.rows_RHC(), self.index_cache.rows_RHC()[:, 0], self.indexer.rope_pairs)
+            heads = (self.heads, self.indexer.n_heads)
+            kept = (self.cache.kv_cache, PagedLayer(*caches, *heads, self.layer_topk, self.topk, self.scale))
+            self.__dict__["_kept_layer"] = kept
+        return kept[1]
+
+    def _projections(self) -> tuple[Callable[[Tensor], Tensor], ...]:
+        """The indexer's wq, wk, and weights with shifts as one, each as fast as vLLM's own."""
+        if "_kept_projections" not in self.__dict__:
             parts = (self.indexer.weights_proj, self.indexer.shift_proj)
-            self._weights_and_shift = (
-                torch.cat([part.weight for part in parts]),
-                torch.cat([part.bias for part in parts]),
-            )
-        w_TJ, b_TJ = nn.functional.linear(x_TC, *self._weights_and_shift).chunk(2, -1)
-        return w_TJ, b_TJ
+            both = nn.Linear(parts[0].in_features, 2 * parts[0].out_features, dtype=parts[0].weight.dtype)
+            both.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
+            both.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
+            linears = (self.indexer.wq, self.indexer.wk, both)
+            self.__dict__["_kept_projections"] = tuple(_prepared(linear) for linear in linears)
+        return self.__dict__["_kept_projections"]
 
-    def _store(self, kv_TGC: Tensor, index_k_TIE: Tensor, step: Step, index_step: Step) -> None:
-        self.cache.rows_RHC()[step.rows(self.cache.rows_per_block).new_T] = kv_TGC
-        packed_RX = self.index_cache.rows_RHC()[:, 0]
-        store_index_keys(index_k_TIE, packed_RX, index_step.rows(self.index_cache.rows_per_block).new_T)
+    def _index_queries(self, q_THD: Tensor, x_TC: Tensor) -> list[Tensor]:
+        """index_q_TJE before RoPE, w_TJ, b_TJ: as `GqaIndexer.queries`."""
+        project_q, _, project_both = self._projections()
+        index_q_TJE = project_q(self._all_query_heads(q_THD).flatten(1)).unflatten(
+            -1, (self.indexer.n_heads, -1)
+        )
+        return [index_q_TJE, *project_both(x_TC).chunk(2, -1)]
 
-    def _select(
-        self, index_q_BTJE: Tensor, w_BTJ: Tensor, b_BTJ: Tensor, span: Span, index_step: Step
+    def _index_keys(self, k_TGD: Tensor) -> Tensor:
+        """index_k_TIE before RoPE."""
+        project_k = self._projections()[1]
+        return project_k(self._all_key_heads(k_TGD).flatten(1)).unflatten(-1, (self.indexer.n_kv_heads, -1))
+
+    def _attend_span(
+        self, q_THD: Tensor, index_inputs: Any, span: Span, rows: Rows, index_rows: Rows
     ) -> Tensor:
-        rows_BS = index_step.rows(self.index_cache.rows_per_block).all_BS[span.requests, : span.longest]
-        packed_RX = self.index_cache.rows_RHC()[:, 0]
-        inputs = (index_q_BTJE.to(math_dtype(index_q_BTJE.dtype)), packed_RX, rows_BS, w_BTJ, b_BTJ)
-        return paged_index_topk(*inputs, span.stop_BT, self.layer_topk, self.topk)
-
-    def _attend_span(self, q_BTHD: Tensor, topk_BTK: Tensor | None, span: Span, step: Step) -> Tensor:
-        rows_BS = step.rows(self.cache.rows_per_block).all_BS[span.requests, : span.longest]
-        k_RGD, v_RGD = self.cache.rows_RHC().split(self.head_dim, -1)
-        return paged_attention(q_BTHD, k_RGD, v_RGD, rows_BS, span.stop_BT, topk_BTK, self.scale)
+        """out_NHD of a span's queries."""
+        layer, shape = self._paged_layer(), (span.stop_BT.shape[0], -1)
+        rows_BS, index_rows_BS = (x.all_BS[span.requests, : span.longest] for x in (rows, index_rows))
+        topk_BTK = None
+        if index_inputs is not None and span.longest > self.topk:
+            index_q_BTJE, w_BTJ, b_BTJ = (x[span.tokens].unflatten(0, shape) for x in index_inputs)
+            inputs = (index_q_BTJE, layer.packed_RX, index_rows_BS, w_BTJ, b_BTJ, span.stop_BT)
+            topk_BTK = paged_index_topk(*inputs, layer.topk, layer.whole)
+        q_BTHD = q_THD[span.tokens].unflatten(0, shape)
+        caches = layer.kv_RGC.split(self.head_dim, -1)
+        return paged_attention(q_BTHD, *caches, rows_BS, span.stop_BT, topk_BTK, self.scale).flatten(0, 1)
 
     def _all_query_heads(self, q_THD: Tensor) -> Tensor:
         if get_tensor_model_parallel_world_size() == 1:
@@ -133,6 +144,15 @@ class DsaAttention(nn.Module):
         gathered_TGD = tensor_model_parallel_all_gather(k_TGD.contiguous(), 1)
         # With more ranks than key heads, neighbours hold the same one.
         return gathered_TGD[:, :: gathered_TGD.shape[1] // self.total_kv_heads]
+
+
+def _prepared(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """On a CPU by vLLM's packed weights, which one row at a time is twice as fast as torch's own product."""
+    if not current_platform.is_cpu():
+        return linear
+    layer: Any = linear
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+    return lambda x: layer.cpu_linear(x, layer.weight, layer.bias)
 
 
 def fulmen_dsa_attention(

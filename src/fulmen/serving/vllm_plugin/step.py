@@ -4,6 +4,7 @@ A cache is a list of rows; a token's row holds all that a layer keeps of it. Tok
 `block_table[s // block_size] * rows_per_block + s % block_size`.
 """
 
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -12,6 +13,9 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheSpec
+
+from fulmen.ops.paged_decode import Sequences
+from fulmen.ops.paged_layer import NewTokens
 
 
 class Span(NamedTuple):
@@ -30,24 +34,12 @@ class Span(NamedTuple):
     stop_BT: Tensor
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Rows:
     """Rows of a cache, of the tokens of each request (int32; beyond its end any) and of the new tokens."""
 
     all_BS: Tensor
     new_T: Tensor
-
-
-class Angles(NamedTuple):
-    """Cosines and sines of the step's tokens.
-
-    Attributes:
-        cos_TR, sin_TR: as Transformers has them, each half of R twice.
-        padded_2TP: both, of each rotary pair, then of one that does not turn; P = R/2 + 1.
-    """
-
-    cos_TR: Tensor
-    sin_TR: Tensor
-    padded_2TP: Tensor
 
 
 class Step(AttentionMetadata):
@@ -57,6 +49,7 @@ class Step(AttentionMetadata):
         spans: the queries, cut up.
         n_tokens: queries; a padded batch has more rows.
         longest: the most keys that a request has.
+        only_decodes: whether every request has one query.
     """
 
     def __init__(self, common: CommonAttentionMetadata, block_size: int) -> None:
@@ -68,18 +61,26 @@ class Step(AttentionMetadata):
         self.longest = max((span.longest for span in self.spans), default=0)
         self._blocks_BN = common.block_table_tensor[:, : -(-self.longest // block_size)]
         self._slots_T = common.slot_mapping[: self.n_tokens]
+        self.only_decodes = len(self.spans) == 1 and self.n_tokens == len(lengths)
         self._rows: dict[int, Rows] = {}
-        self._angles: tuple[Any, Angles] | None = None
+        self._tokens: tuple[tuple[Any, Rows, Rows], NewTokens] | None = None
+        self._sequences: tuple[tuple[Rows, Rows], Sequences] | None = None
 
-    def angles(self, rotary: Any, positions_T: Tensor, dtype: torch.dtype) -> Angles:
-        """From the table of vLLM's rotary embedding; the same for all layers that share it."""
-        if self._angles is None or self._angles[0] is not rotary:
+    def tokens(
+        self, rotary: Any, positions_T: Tensor, dtype: torch.dtype, rows: Rows, index: Rows
+    ) -> NewTokens:
+        """Where the tokens go in both caches, and their angles by vLLM's table; kept for further layers."""
+        if self._tokens is None or self._tokens[0] != (rotary, rows, index):
             cos_TP, sin_TP = rotary.cos_sin_cache[positions_T].to(dtype).chunk(2, -1)
-            still_T1 = cos_TP.new_ones(len(positions_T), 1)
-            padded = (torch.cat((cos_TP, still_T1), -1), torch.cat((sin_TP, still_T1 - 1), -1))
-            cos_TR, sin_TR = (torch.cat((x_TP, x_TP), -1) for x_TP in (cos_TP, sin_TP))
-            self._angles = (rotary, Angles(cos_TR, sin_TR, torch.stack(padded)))
-        return self._angles[1]
+            self._tokens = ((rotary, rows, index), NewTokens(rows.new_T, index.new_T, cos_TP, sin_TP))
+        return self._tokens[1]
+
+    def sequences(self, rows: Rows, index: Rows) -> Sequences:
+        """Where the keys lie if every request has one query; kept for further layers."""
+        if self._sequences is None or self._sequences[0] != (rows, index):
+            stop_B = self.spans[0].stop_BT[:, 0]
+            self._sequences = ((rows, index), Sequences(rows.all_BS, index.all_BS, stop_B))
+        return self._sequences[1]
 
     def rows(self, rows_per_block: int) -> Rows:
         """The rows of a cache whose blocks lie `rows_per_block` rows apart."""

@@ -1,0 +1,166 @@
+// New tokens over paged caches: turned and stored; and one token of each of B sequences to the end of its attention.
+//
+// Each part exists as an operation of its own. At one token a sequence, what lies between them (tensors, checks,
+// calls) takes longer than they do.
+
+#include "paged.h"
+
+#include "attention.h"
+
+namespace {
+
+// Sequences that decode: their new token is the last of `stop` keys.
+struct Sequences {
+    int64_t keys;
+    const int32_t *rows, *index_rows;  // [B, S]
+    const int64_t *stop;               // [B]
+};
+
+// Places in a list of heads.
+enum { Q, K, V, INDEX_Q, INDEX_K, W, B };
+
+template <class Number>
+void store_tokens(const PagedLayer &layer, const NewTokens &tokens, const Heads *heads, Number *q_out,
+                  float *index_q_out) {
+    constexpr int64_t PER_ITEM = 32;
+    const int64_t numbers = layer.heads * layer.width, index_numbers = layer.index_heads * layer.index_width;
+    const int64_t threads = useful_threads(tokens.threads, 16 * tokens.count * (numbers + index_numbers));
+    parallel_for((tokens.count + PER_ITEM - 1) / PER_ITEM, threads, [&](int64_t item) {
+        Turning<Number> turning(layer, tokens);
+        Storing<Number> storing(layer, tokens);
+        std::vector<float> turned(numbers);
+        for (int64_t t = item * PER_ITEM; t < std::min(tokens.count, (item + 1) * PER_ITEM); t++) {
+            turning.begin(t);
+            storing.store(turning, t, heads[K], heads[V], heads[INDEX_K]);
+            turning.turn_heads(heads[Q].of<Number>(t), layer.heads, turned.data());
+            narrow(turned.data(), numbers, q_out + t * numbers);
+            if (heads[INDEX_Q].numbers)
+                turning.turn_index_heads(heads[INDEX_Q].of<Number>(t), layer.index_heads, index_q_out + t * index_numbers);
+        }
+    });
+}
+
+float number(const float *x) { return *x; }
+float number(const uint16_t *x) { return bf16_to_float(*x); }
+
+template <class Number> class Decoding {
+    const PagedLayer &layer;
+    const NewTokens &tokens;
+    const Sequences &seen;
+    std::vector<float> q, index_q, weights, shifts;  // turned; index queries scaled, too
+
+  public:
+    Decoding(const PagedLayer &layer, const NewTokens &tokens, const Sequences &seen)
+        : layer(layer), tokens(tokens), seen(seen), q(tokens.count * layer.heads * layer.width),
+          index_q(tokens.count * layer.index_heads * layer.index_width), weights(tokens.count * layer.index_heads),
+          shifts(weights.size()) {}
+
+    void store(const Heads *heads, int64_t w_stride) {
+        Turning<Number> turning(layer, tokens);
+        Storing<Number> storing(layer, tokens);
+        for (int64_t t = 0; t < tokens.count; t++) {
+            turning.begin(t);
+            storing.store(turning, t, heads[K], heads[V], heads[INDEX_K]);
+            turning.turn_heads(heads[Q].of<Number>(t), layer.heads, q.data() + t * layer.heads * layer.width);
+            if (heads[INDEX_Q].numbers) take_index_queries(turning, t, heads, w_stride);
+        }
+    }
+
+    // Columns of a selection: as many as a sequence may read.
+    int64_t columns(bool selects) const {
+        return std::min(seen.keys, selects ? std::max(layer.topk, layer.whole) : seen.keys);
+    }
+
+    // [B, columns], as rows of keys and values: all keys of sequences that have no more than `whole`, of others the
+    // best `topk`.
+    std::vector<int32_t> choose(bool selects) const {
+        const int64_t width = columns(selects);
+        std::vector<int32_t> chosen(tokens.count * width, -1);
+        for (int64_t t = 0; t < tokens.count; t++)
+            if (!selects || seen.stop[t] <= layer.whole)
+                std::copy_n(seen.rows + t * seen.keys, seen.stop[t], chosen.data() + t * width);
+        if (selects) select(width, chosen.data());
+        return chosen;
+    }
+
+    void attend(const std::vector<int32_t> &chosen, Number *out) const {
+        const int64_t numbers = layer.heads * layer.width, columns = chosen.size() / tokens.count;
+        std::vector<float> sums(tokens.count * numbers), lse(tokens.count * layer.heads);
+        const AttentionShape shape{tokens.count, 1, INT32_MAX, layer.heads, layer.key_heads, layer.width, layer.width,
+                                   columns, layer.is_bf16, 0, layer.kv_stride_r, layer.kv_stride_g, 0,
+                                   layer.kv_stride_r, layer.kv_stride_g, tokens.threads, 0};
+        const Number *values = (const Number *)layer.kv + layer.width;
+        const AttentionInputs in(shape, q.data(), layer.kv, values, chosen.data(), nullptr, nullptr);
+        attend_to_keys(in, float(layer.scale), sums.data(), lse.data());
+        for (int64_t i = 0; i < int64_t(sums.size()); i += LANES) {
+            const int64_t count = std::min<int64_t>(LANES, sums.size() - i);
+            float room[LANES];
+            store_some(room, rounded<Number>(load_some(sums.data() + i, count)), count);
+            narrow(room, count, out + i);
+        }
+    }
+
+  private:
+    void take_index_queries(const Turning<Number> &turning, int64_t t, const Heads *inputs, int64_t w_stride) {
+        const int64_t heads = layer.index_heads, numbers = heads * layer.index_width;
+        const float scale = float(std::pow(double(layer.index_width), -0.5));
+        float *to = index_q.data() + t * numbers;
+        turning.turn_index_heads(inputs[INDEX_Q].of<Number>(t), heads, to);
+        for (int64_t i = 0; i < numbers; i++) to[i] *= scale;
+        for (int64_t j = 0; j < heads; j++) {
+            weights[t * heads + j] = number(inputs[W].of<Number>(t) + j * w_stride);
+            shifts[t * heads + j] = number(inputs[B].of<Number>(t) + j * w_stride);
+        }
+    }
+
+    void select(int64_t columns, int32_t *chosen) const {
+        const int64_t batch = tokens.count, topk = std::min(layer.topk, seen.keys);
+        std::vector<int64_t> start(batch), stop(batch);
+        for (int64_t t = 0; t < batch; t++) stop[t] = seen.stop[t] > layer.whole ? seen.stop[t] : 0;
+        const IndexShape shape{batch, 1, seen.keys, layer.index_heads, layer.index_key_heads, layer.index_width, topk,
+                               PACKED, 0, layer.packed_stride_r, layer.index_width + 2, tokens.threads, layer.use_tiles};
+        std::vector<int32_t> best(batch * topk);
+        IndexInputs in(shape, index_q.data(), weights.data(), shifts.data(), layer.packed, start.data(), stop.data(),
+                       seen.index_rows);
+        choose_best(in, best.data());
+        for (int64_t t = 0; t < batch; t++)
+            for (int64_t i = 0; stop[t] && i < topk; i++) {
+                const int32_t s = best[t * topk + i];
+                chosen[t * columns + i] = s < 0 ? -1 : seen.rows[t * seen.keys + s];
+            }
+    }
+};
+
+template <class Number>
+void decode(const PagedLayer &layer, const NewTokens &tokens, const Sequences &seen, const Heads *heads,
+            int64_t w_stride, Number *out) {
+    Decoding<Number> decoding(layer, tokens, seen);
+    decoding.store(heads, w_stride);
+    decoding.attend(decoding.choose(heads[INDEX_Q].numbers), out);
+}
+
+}  // namespace
+
+extern "C" {
+
+// heads: q, k, v, index_q (or null) and index_k of the tokens. q_out [T, H, D] in the model's dtype and index_q_out
+// [T, J, E], both turned; the keys and values are stored.
+int fulmen_paged_store(const PagedLayer *layer, const NewTokens *tokens, const Heads *heads, void *q_out,
+                       float *index_q_out) try {
+    if (layer->is_bf16) store_tokens(*layer, *tokens, heads, (uint16_t *)q_out, index_q_out);
+    else store_tokens(*layer, *tokens, heads, (float *)q_out, index_q_out);
+    return 0;
+} catch (const std::bad_alloc &) {
+    return 1;
+}
+
+// heads: the same, then w and b, whose numbers lie `w_stride` apart. out [B, H, D] in the model's dtype.
+int fulmen_paged_decode(const PagedLayer *layer, const NewTokens *tokens, const Sequences *seen, const Heads *heads,
+                        int64_t w_stride, void *out) try {
+    if (layer->is_bf16) decode(*layer, *tokens, *seen, heads, w_stride, (uint16_t *)out);
+    else decode(*layer, *tokens, *seen, heads, w_stride, (float *)out);
+    return 0;
+} catch (const std::bad_alloc &) {
+    return 1;
+}
+}

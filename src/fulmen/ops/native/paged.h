@@ -1,0 +1,154 @@
+// A layer's paged caches and new tokens: RoPE, and where keys, values and index keys are stored.
+#pragma once
+
+#include "index_inputs.h"
+
+#include <cmath>
+
+// index_keys.cpp
+extern "C" int fulmen_store_index_keys(const float *k, const int64_t *rows, int8_t *to, int64_t tokens, int64_t heads,
+                                       int64_t width, int64_t row_bytes);
+
+// Mirrored by `NativeLayer` in paged_layer.py. Strides count numbers (bytes of packed keys).
+struct PagedLayer {
+    int64_t heads, key_heads, width, index_heads, index_key_heads, index_width, topk, whole, is_bf16;
+    int64_t kv_stride_r, kv_stride_g, packed_stride_r, use_tiles;
+    void *kv;                   // [R, G, 2 D]: a head's key, then its value
+    int8_t *packed;             // [R, I * (E + 2)]
+    const int64_t *rope_pairs;  // [I, E / 2]: of the model's pairs; beyond them: does not turn
+    double scale;
+};
+
+// Mirrored there, too: the tokens of a step.
+struct NewTokens {
+    int64_t count, pairs, threads;
+    const int64_t *rows, *index_rows;  // [T]: where they are stored
+    const float *cos, *sin;            // [T, P], numbers of the model's dtype
+};
+
+// Of T tokens, all in the model's dtype and before RoPE: heads side by side, tokens `stride` apart.
+struct Heads {
+    const void *numbers;
+    int64_t stride;
+
+    template <class Number> const Number *of(int64_t token) const { return (const Number *)numbers + token * stride; }
+};
+
+// Hides where numbers came from: else the compiler fuses a product with the sum it goes into, and torch does not.
+static inline Vec opaque(Vec x) {
+#if defined(__x86_64__)
+    asm("" : "+x"(x));
+#elif defined(__aarch64__)
+    asm("" : "+w"(x));
+#else
+    asm("" : "+m"(x));
+#endif
+    return x;
+}
+
+// Results of one operation as torch stores them: to the nearest, ties to even.
+template <class Number> static inline Vec rounded(Vec x) {
+    x = opaque(x);
+    if constexpr (sizeof(Number) == 4) return x;
+    else {
+        const IntVec bits = (IntVec)x;
+        const IntVec near = (bits + 0x7fff + ((bits >> 16) & 1)) & ~0xffff;
+        return x != x ? x : (Vec)near;
+    }
+}
+
+// Some of the LANES numbers; the others are 0.
+template <class Number> static inline Vec load_some(const Number *from, int64_t count) {
+    if (count >= LANES) return load(from);
+    Number room[LANES] = {};
+    std::copy_n(from, count, room);
+    return load(room);
+}
+
+static inline void store_some(float *to, Vec x, int64_t count) {
+    if (count >= LANES) return store(to, x);
+    float room[LANES];
+    store(room, x);
+    std::copy_n(room, count, to);
+}
+
+// Numbers that Number holds.
+static inline void narrow(const float *from, int64_t count, float *to) { std::copy_n(from, count, to); }
+static inline void narrow(const float *from, int64_t count, uint16_t *to) {
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t bits;
+        std::memcpy(&bits, from + i, sizeof bits);
+        to[i] = uint16_t(bits >> 16);
+    }
+}
+
+// One token's heads by RoPE.
+template <class Number> class Turning {
+    const PagedLayer &layer;
+    const NewTokens &tokens;
+    std::vector<float> cos, sin;  // [I, E / 2]
+    const float *model_cos, *model_sin;
+
+    // Dims p and p + `half`, for all p, of a head; further ones stay.
+    static void turn(const Number *x, int64_t half, int64_t width, const float *cos, const float *sin, float *to) {
+        for (int64_t p = 0; p < half; p += LANES) {
+            const int64_t count = half - p;
+            const Vec first = load_some(x + p, count), second = load_some(x + half + p, count);
+            const Vec c = load_some(cos + p, count), s = load_some(sin + p, count);
+            store_some(to + p, rounded<Number>(rounded<Number>(first * c) - rounded<Number>(second * s)), count);
+            store_some(to + half + p, rounded<Number>(rounded<Number>(second * c) + rounded<Number>(first * s)), count);
+        }
+        for (int64_t d = 2 * half; d < width; d += LANES) store_some(to + d, load_some(x + d, width - d), width - d);
+    }
+
+  public:
+    Turning(const PagedLayer &layer, const NewTokens &tokens)
+        : layer(layer), tokens(tokens), cos(layer.index_key_heads * layer.index_width / 2), sin(cos.size()) {}
+
+    void begin(int64_t token) {
+        model_cos = tokens.cos + token * tokens.pairs, model_sin = tokens.sin + token * tokens.pairs;
+        for (size_t p = 0; p < cos.size(); p++) {
+            const int64_t pair = layer.rope_pairs[p];
+            cos[p] = pair < tokens.pairs ? model_cos[pair] : 1.0f;
+            sin[p] = pair < tokens.pairs ? model_sin[pair] : 0.0f;
+        }
+    }
+
+    void turn_heads(const Number *x, int64_t heads, float *to) const {
+        for (int64_t h = 0; h < heads; h++)
+            turn(x + h * layer.width, tokens.pairs, layer.width, model_cos, model_sin, to + h * layer.width);
+    }
+
+    // `heads` heads in all, those of one index key head side by side.
+    void turn_index_heads(const Number *x, int64_t heads, float *to) const {
+        const int64_t width = layer.index_width, half = width / 2;
+        for (int64_t j = 0; j < heads; j++) {
+            const int64_t at = j * layer.index_key_heads / heads * half;
+            turn(x + j * width, half, width, cos.data() + at, sin.data() + at, to + j * width);
+        }
+    }
+};
+
+// Keys, values and index keys of one token into their caches; `turning` has begun it.
+template <class Number> class Storing {
+    const PagedLayer &layer;
+    const NewTokens &tokens;
+    std::vector<float> turned, index_turned;
+
+  public:
+    Storing(const PagedLayer &layer, const NewTokens &tokens)
+        : layer(layer), tokens(tokens), turned(layer.key_heads * layer.width),
+          index_turned(layer.index_key_heads * layer.index_width) {}
+
+    void store(const Turning<Number> &turning, int64_t token, const Heads &k, const Heads &v, const Heads &index_k) {
+        turning.turn_heads(k.of<Number>(token), layer.key_heads, turned.data());
+        Number *row = (Number *)layer.kv + tokens.rows[token] * layer.kv_stride_r;
+        for (int64_t g = 0; g < layer.key_heads; g++, row += layer.kv_stride_g) {
+            narrow(turned.data() + g * layer.width, layer.width, row);
+            std::copy_n(v.of<Number>(token) + g * layer.width, layer.width, row + layer.width);
+        }
+        turning.turn_index_heads(index_k.of<Number>(token), layer.index_key_heads, index_turned.data());
+        fulmen_store_index_keys(index_turned.data(), tokens.index_rows + token, layer.packed, 1, layer.index_key_heads,
+                                layer.index_width, layer.packed_stride_r);
+    }
+};
