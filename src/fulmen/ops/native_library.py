@@ -24,7 +24,7 @@ class IndexShape(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
-            *("batch", "queries", "keys", "heads", "key_heads", "width", "topk"),
+            *("batch", "queries", "keys", "heads", "key_heads", "width", "topk", "columns"),
             *("key_kind", "k_stride_b", "k_stride_s", "k_stride_i", "threads", "use_tiles"),
         )
     ]

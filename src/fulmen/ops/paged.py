@@ -16,6 +16,7 @@ from fulmen.ops.dispatch import resolve
 from fulmen.ops.index_keys import SCALE_BYTES, is_packed, pack_index_keys
 from fulmen.ops.native_library import call_native
 from fulmen.ops.select_topk import index_topk
+from fulmen.ops.select_topk.native import index_topk_native
 from fulmen.ops.sparse_attention import sparse_attention
 
 
@@ -61,8 +62,7 @@ def paged_index_topk(
         stop_BT: integers, at most S.
 
     Returns:
-        topk_BTK, int32: positions s, ascending, then -1; K = min(S, topk) where every query sees more than
-        `whole` keys, else min(S, max(topk, whole)).
+        topk_BTK, int32: positions s, ascending, then -1; K = min(S, max(topk, whole)).
 
     Raises:
         ConfigError: axes or dtypes that do not fit together.
@@ -73,10 +73,10 @@ def paged_index_topk(
     _check_packed(packed_RX)
     check_integer(rows_BS=rows_BS, stop_BT=stop_BT)
     packed_BSIX = _gather(packed_RX, rows_BS).unflatten(-1, (-1, q_BTJE.shape[-1] + SCALE_BYTES))
-    start_BT = torch.zeros_like(stop_BT)
-    best_BTK = index_topk(q_BTJE, packed_BSIX, w_BTJ, b_BTJ, start_BT, stop_BT, topk)
-    if stop_BT.numel() and stop_BT.amin() > whole:
-        return best_BTK  # the usual case in decoding, where small operations cost as much as the large ones
+    inputs = (q_BTJE, packed_BSIX, w_BTJ, b_BTJ, torch.zeros_like(stop_BT), stop_BT)
+    if resolve("index_topk", q_BTJE.device, q_BTJE.dtype) == "native":
+        return index_topk_native(*inputs, topk, whole)
+    best_BTK = index_topk(*inputs, topk)
     n_columns = min(rows_BS.shape[1], max(topk, whole))
     chosen_BTK = torch.nn.functional.pad(best_BTK, (0, n_columns - best_BTK.shape[-1]), value=-1)
     position_K = torch.arange(n_columns, dtype=torch.int32, device=q_BTJE.device)
@@ -87,8 +87,7 @@ def paged_index_topk(
 @torch.no_grad()
 def paged_attention(
     q_BTHD: Tensor,
-    k_RGD: Tensor,
-    v_RGV: Tensor,
+    kv_RGC: Tensor,
     rows_BS: Tensor,
     stop_BT: Tensor,
     topk_BTK: Tensor | None,
@@ -97,19 +96,22 @@ def paged_attention(
     """out_BTHV, attention over the selected keys, or (with `topk_BTK` None) over all keys 0 <= s < stop.
 
     Args:
-        q_BTHD, k_RGD, v_RGV: one floating dtype.
+        q_BTHD, kv_RGC: one floating dtype; C = D + V, a head's key, then its value.
         rows_BS, stop_BT: as `paged_index_topk`.
         topk_BTK: positions s, negative for nothing.
 
     Raises: as `paged_index_topk`.
     """
-    check_attention_inputs(
-        {"q_BTHD": q_BTHD, "k_RGD": k_RGD, "v_RGV": v_RGV}, rows_BS=rows_BS, stop_BT=stop_BT
-    )
+    check_attention_inputs({"q_BTHD": q_BTHD, "kv_RGC": kv_RGC}, rows_BS=rows_BS, stop_BT=stop_BT)
+    width = q_BTHD.shape[-1]
+    if kv_RGC.shape[-1] <= width:
+        raise ConfigError(f"kv_RGC has C={kv_RGC.shape[-1]}; keys and values need more than D={width}")
     if q_BTHD.shape[1] == 1 and q_BTHD.device.type == "cpu":
-        k_BRGD, v_BRGV = (x[None].expand(len(q_BTHD), -1, -1, -1) for x in (k_RGD, v_RGV))
+        kv_BRGC = kv_RGC[None].expand(len(q_BTHD), -1, -1, -1)
+        k_BRGD, v_BRGV = kv_BRGC[..., :width], kv_BRGC[..., width:]
         return sparse_attention(q_BTHD, k_BRGD, v_BRGV, _rows_read(rows_BS, stop_BT, topk_BTK), scale)[0]
-    k_BSGD, v_BSGV = _gather(k_RGD, rows_BS), _gather(v_RGV, rows_BS)
+    kv_BSGC = _gather(kv_RGC, rows_BS)
+    k_BSGD, v_BSGV = kv_BSGC[..., :width], kv_BSGC[..., width:]
     if topk_BTK is not None:
         return sparse_attention(q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale)[0]
     return dense_attention(q_BTHD, k_BSGD, v_BSGV, torch.zeros_like(stop_BT), stop_BT, scale)[0]

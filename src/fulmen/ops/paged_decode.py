@@ -108,8 +108,7 @@ def paged_decode(
     if index_q_BJE is not None and w_BJ is not None and b_BJ is not None:
         inputs = (layer.packed_RX, seen.index_rows_BS, w_BJ[:, None], b_BJ[:, None])
         topk_B1K = paged_index_topk(index_q_BJE[:, None], *inputs, stop_B1, layer.topk, layer.whole)
-    k_RGD, v_RGD = layer.kv_RGC.chunk(2, -1)
-    return paged_attention(q_BHD[:, None], k_RGD, v_RGD, seen.rows_BS, stop_B1, topk_B1K, layer.scale)[:, 0]
+    return paged_attention(q_BHD[:, None], layer.kv_RGC, seen.rows_BS, stop_B1, topk_B1K, layer.scale)[:, 0]
 
 
 def _decode_natively(

@@ -20,7 +20,8 @@ def index_scores_native(
 ) -> Tensor:
     """See `fulmen.ops.index_scores.index_scores`."""
     scores_BTS = torch.full((*q_BTJE.shape[:2], k_BSIE.shape[1]), -torch.inf)
-    call_index_kernel("fulmen_index_scores", q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT, scores_BTS, 0)
+    inputs = (q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT)
+    call_index_kernel("fulmen_index_scores", *inputs, scores_BTS, 0, 0)
     return scores_BTS
 
 
@@ -34,12 +35,13 @@ def call_index_kernel(
     stop_BT: Tensor,
     result: Tensor,
     topk: int,
+    columns: int,
 ) -> None:
-    """Fill `result` by one of the kernels that take an indexer's inputs."""
+    """Fill `result` by one of the kernels that take an indexer's inputs; a selection has `columns`."""
     batch, queries, heads, width = q_BTJE.shape
     k_BSIE = row_major(k_BSIE) if is_packed(k_BSIE) else kernel_floats(k_BSIE)
     shape = IndexShape(
-        *(batch, queries, k_BSIE.shape[1], heads, k_BSIE.shape[2], width, topk),
+        *(batch, queries, k_BSIE.shape[1], heads, k_BSIE.shape[2], width, topk, columns),
         *(KEY_KINDS[k_BSIE.dtype], *k_BSIE.stride()[:3], torch.get_num_threads(), has_tiles()),
     )
     q_BTJE = (q_BTJE.float() * width**-0.5).contiguous()

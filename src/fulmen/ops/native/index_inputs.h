@@ -17,10 +17,11 @@ constexpr int TILE = COLUMNS * LANES;
 // `IndexShape.key_kind`. PACKED: rows of `pack_index_keys`, 8-bit levels and then the bytes of their bfloat16 scale.
 enum KeyKind : int64_t { FLOAT32 = 0, BFLOAT16 = 1, PACKED = 2 };
 
-// Mirrored by `IndexShape` in native_library.py. Strides count numbers (bytes of packed keys); all but k are
+// Mirrored by `IndexShape` in native_library.py. A selection has `columns`: room for all keys of queries that see no
+// more, for the best `topk` of the others. Strides count numbers (bytes of packed keys); all but k are
 // contiguous.
 struct IndexShape {
-    int64_t batch, queries, keys, heads, key_heads, width, topk;
+    int64_t batch, queries, keys, heads, key_heads, width, topk, columns;
     int64_t key_kind, k_stride_b, k_stride_s, k_stride_i, threads, use_tiles;
 };
 
@@ -85,5 +86,5 @@ struct QueryRows {
     int64_t tiles() const { return std::max<int64_t>((last + TILE - 1) / TILE - first_tile(), 0); }
 };
 
-// chosen [B, T, K] (index_topk.cpp). Keys in rows must be packed ones. Throws std::bad_alloc.
+// chosen [B, T, columns] (index_topk.cpp). Keys in rows must be packed ones. Throws std::bad_alloc.
 void choose_best(IndexInputs &in, int32_t *chosen);

@@ -76,18 +76,20 @@ const float *row_scores(const QueryRows &block, const float *scores, int64_t str
 }  // namespace
 
 void choose_best(IndexInputs &in, int32_t *chosen) {
-    const int64_t topk = in.shape.topk;
+    const int64_t topk = in.shape.topk, columns = in.shape.columns;
     auto wanted = [&](int64_t row) {
         const Interval seen = interval_of(in.start, in.stop, row, in.shape.keys);
-        const bool must_choose = seen.stop - seen.start > topk;
-        if (!must_choose) take_all(seen, topk, chosen + row * topk);
+        const bool must_choose = seen.stop - seen.start > columns;
+        if (!must_choose) take_all(seen, columns, chosen + row * columns);
         return must_choose;
     };
     score_and(in, wanted, [&](const QueryRows &block, const float *scores, int64_t stride, int64_t threads) {
         parallel_for(block.rows.size(), threads, [&](int64_t r) {
             const SelectionRoom room(stride, topk);
             const float *row = row_scores(block, scores, stride, r);
-            take_best(row, block.intervals[r], topk, room, chosen + block.rows[r] * topk);
+            int32_t *to = chosen + block.rows[r] * columns;
+            take_best(row, block.intervals[r], topk, room, to);
+            std::fill(to + topk, to + columns, -1);
         });
     });
 }

@@ -71,15 +71,17 @@ template <class Number> class Decoding {
         return std::min(seen.keys, selects ? std::max(layer.topk, layer.whole) : seen.keys);
     }
 
-    // [B, columns], as rows of keys and values: all keys of sequences that have no more than `whole`, of others the
-    // best `topk`.
+    // [B, columns], as rows of keys and values.
     std::vector<int32_t> choose(bool selects) const {
         const int64_t width = columns(selects);
         std::vector<int32_t> chosen(tokens.count * width, -1);
-        for (int64_t t = 0; t < tokens.count; t++)
-            if (!selects || seen.stop[t] <= layer.whole)
-                std::copy_n(seen.rows + t * seen.keys, seen.stop[t], chosen.data() + t * width);
         if (selects) select(width, chosen.data());
+        for (int64_t t = 0; t < tokens.count; t++)
+            for (int64_t i = 0; i < (selects ? width : seen.stop[t]); i++) {
+                int32_t &at = chosen[t * width + i];
+                const int64_t s = selects ? at : i;
+                if (s >= 0) at = seen.rows[t * seen.keys + s];
+            }
         return chosen;
     }
 
@@ -113,21 +115,16 @@ template <class Number> class Decoding {
         }
     }
 
+    // Positions, of which a sequence that keeps all its keys has them all.
     void select(int64_t columns, int32_t *chosen) const {
         const int64_t batch = tokens.count, topk = std::min(layer.topk, seen.keys);
-        std::vector<int64_t> start(batch), stop(batch);
-        for (int64_t t = 0; t < batch; t++) stop[t] = seen.stop[t] > layer.whole ? seen.stop[t] : 0;
+        const std::vector<int64_t> start(batch);
         const IndexShape shape{batch, 1, seen.keys, layer.index_heads, layer.index_key_heads, layer.index_width, topk,
-                               PACKED, 0, layer.packed_stride_r, layer.index_width + 2, tokens.threads, layer.use_tiles};
-        std::vector<int32_t> best(batch * topk);
-        IndexInputs in(shape, index_q.data(), weights.data(), shifts.data(), layer.packed, start.data(), stop.data(),
+                               columns, PACKED, 0, layer.packed_stride_r, layer.index_width + 2, tokens.threads,
+                               layer.use_tiles};
+        IndexInputs in(shape, index_q.data(), weights.data(), shifts.data(), layer.packed, start.data(), seen.stop,
                        seen.index_rows);
-        choose_best(in, best.data());
-        for (int64_t t = 0; t < batch; t++)
-            for (int64_t i = 0; stop[t] && i < topk; i++) {
-                const int32_t s = best[t * topk + i];
-                chosen[t * columns + i] = s < 0 ? -1 : seen.rows[t * seen.keys + s];
-            }
+        choose_best(in, chosen);
     }
 };
 

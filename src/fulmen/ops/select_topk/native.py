@@ -26,10 +26,15 @@ def index_topk_native(
     start_BT: Tensor,
     stop_BT: Tensor,
     topk: int,
+    whole: int = 0,
 ) -> Tensor:
-    """See `fulmen.ops.select_topk.index_topk`. Queries that see no more than `topk` keys are not scored."""
-    n_columns = min(topk, k_BSIE.shape[1])
+    """See `fulmen.ops.select_topk.index_topk`; queries that see no more than `whole` keys keep them all.
+
+    Nothing is scored for queries that keep all they see. K = min(S, max(topk, whole)).
+    """
+    n_keys = k_BSIE.shape[1]
+    n_columns = min(max(topk, whole), n_keys)
     topk_BTK = torch.empty(*q_BTJE.shape[:2], n_columns, dtype=torch.int32)
     inputs = (q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT)
-    call_index_kernel("fulmen_index_topk", *inputs, topk_BTK, n_columns)
+    call_index_kernel("fulmen_index_topk", *inputs, topk_BTK, min(topk, n_keys), n_columns)
     return topk_BTK

@@ -130,8 +130,7 @@ class DsaAttention(nn.Module):
             inputs = (index_q_BTJE, layer.packed_RX, index_rows_BS, w_BTJ, b_BTJ, span.stop_BT)
             topk_BTK = paged_index_topk(*inputs, layer.topk, layer.whole)
         q_BTHD = q_THD[span.tokens].unflatten(0, shape)
-        k_RGD, v_RGD = layer.kv_RGC.split(self.head_dim, -1)
-        out_BTHD = paged_attention(q_BTHD, k_RGD, v_RGD, rows_BS, span.stop_BT, topk_BTK, self.scale)
+        out_BTHD = paged_attention(q_BTHD, layer.kv_RGC, rows_BS, span.stop_BT, topk_BTK, self.scale)
         return out_BTHD.flatten(0, 1)
 
     def _all_query_heads(self, q_THD: Tensor) -> Tensor:
