@@ -17,8 +17,7 @@ from fulmen.modeling.indexer import GqaIndexer
 from fulmen.modeling.selectors import IndexerSelector, SelectionInputs, Selector, keep_short_pasts
 from fulmen.modeling.visible import Visible, narrowed_visible
 from fulmen.ops.dense_attention import dense_attention
-from fulmen.ops.index_keys import pack_index_keys, round_index_keys
-from fulmen.ops.precision import math_dtype
+from fulmen.ops.index_keys import is_packed, pack_index_keys, round_index_keys
 from fulmen.ops.rope import apply_rope
 from fulmen.ops.sparse_attention import sparse_attention
 
@@ -101,7 +100,8 @@ class DsaAttentionMixin:
                 # The same numbers whether or not there is a cache; those alone have a gradient.
                 trained = index_k_BSIE.requires_grad
                 index_k_BSIE = round_index_keys(index_k_BSIE) if trained else pack_index_keys(index_k_BSIE)
-            index_q_BTJE = index_q_BTJE.to(math_dtype(index_q_BTJE.dtype))
+            if not is_packed(index_k_BSIE):
+                index_q_BTJE = index_q_BTJE.to(index_k_BSIE.dtype)
             index_inputs = (index_q_BTJE, index_k_BSIE, w_BTJ, b_BTJ)
             intervals = (visible.start_BT, visible.stop_BT)
             inputs = SelectionInputs(

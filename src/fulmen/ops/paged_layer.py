@@ -18,7 +18,6 @@ from fulmen.ops.dispatch import resolve
 from fulmen.ops.index_keys import SCALE_BYTES, is_packed
 from fulmen.ops.native_library import call_native, has_tiles
 from fulmen.ops.paged import store_index_keys
-from fulmen.ops.precision import math_dtype
 from fulmen.ops.rope import apply_rope, rotate_half_split
 
 
@@ -157,7 +156,7 @@ def store_tokens(
     index_q_TJE: Tensor | None,
     index_k_TIE: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    """Store keys, values and index keys; return the queries and (in float32, if given) index queries, turned.
+    """Store keys, values and index keys; return the queries and (if given) the index queries, turned.
 
     Args: all before RoPE, of the cache's dtype.
 
@@ -170,7 +169,7 @@ def store_tokens(
     if not layer.is_native("store_tokens"):
         return _store_by_parts(layer, tokens, q_THD, k_TGD, v_TGD, index_q_TJE, index_k_TIE)
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
-    index_out_TJE = None if index_q_TJE is None else torch.empty(index_q_TJE.shape)
+    index_out_TJE = None if index_q_TJE is None else torch.empty(index_q_TJE.shape, dtype=q_THD.dtype)
     places, held = native_heads(heads)
     call_native("fulmen_paged_store", layer.native, tokens.native, places, out_THD, index_out_TJE)
     del held
@@ -198,7 +197,7 @@ def _store_by_parts(
         return q_THD, None
     shared = layer.n_index_heads // len(layer.rope_pairs_IP)
     angles = (x_TIP.repeat_interleave(shared, 1) for x_TIP in (cos_TIP, sin_TIP))
-    return q_THD, rotate_half_split(index_q_TJE, *angles).to(math_dtype(index_q_TJE.dtype))
+    return q_THD, rotate_half_split(index_q_TJE, *angles)
 
 
 def check_heads(layer: PagedLayer, tokens: NewTokens, heads: dict[str, Tensor | None]) -> None:

@@ -7,24 +7,38 @@
 
 namespace {
 
+// 8-bit levels of LANES numbers, `count` of them: to the nearest, ties to even.
+void write_levels(const float *k, int64_t count, float divisor, int8_t *to) {
+    typedef int8_t ByteVec __attribute__((vector_size(LANES)));
+    // Adding 1.5 * 2**23 rounds to an integer.
+    const Vec magic = broadcast(12582912.0f), most = broadcast(127.0f);
+    Vec level = load_some(k, count) / divisor + magic - magic;
+    level = level > most ? most : level;
+    level = level < -most ? -most : level;
+    const ByteVec bytes = __builtin_convertvector(__builtin_convertvector(level, IntVec), ByteVec);
+    std::memcpy(to, &bytes, std::min<int64_t>(count, LANES));
+}
+
 // One head's key.
 void pack_head(const float *k, int64_t width, int8_t *to) {
-    float peak = 0;
-    bool finite = true;
+    int32_t peak_bits = 0;  // of the largest size; numbers that are not finite are the largest
     for (int64_t e = 0; e < width; e++) {
-        finite &= std::isfinite(k[e]);
-        peak = std::max(peak, std::fabs(k[e]));
+        int32_t bits;
+        std::memcpy(&bits, k + e, sizeof bits);
+        peak_bits = std::max(peak_bits, bits & INT32_MAX);
     }
+    float peak;
+    std::memcpy(&peak, &peak_bits, sizeof peak);
+    const bool finite = std::isfinite(peak);
     const float least = finite ? peak / 127 : NAN;
     uint32_t bits;
     std::memcpy(&bits, &least, sizeof bits);
     // The least bfloat16 that is not below; what is not finite stays so.
     const uint16_t scale = uint16_t((bits >> 16) + (finite && (bits & 0xffff)));
     const float divisor = bf16_to_float(scale) == 0 ? 1 : bf16_to_float(scale);
-    for (int64_t e = 0; e < width; e++) {
-        const float level = finite ? std::nearbyint(k[e] / divisor) : 0;
-        to[e] = int8_t(std::clamp(level, -127.0f, 127.0f));
-    }
+    if (finite)
+        for (int64_t e = 0; e < width; e += LANES) write_levels(k + e, width - e, divisor, to + e);
+    else std::fill_n(to, width, int8_t(0));
     std::memcpy(to + width, &scale, sizeof scale);
 }
 

@@ -46,7 +46,7 @@ struct Fixed {
 };
 
 class TileScorer {
-    static constexpr int64_t DIGITS = 3, VECTORS = TILE / 16;
+    static constexpr int64_t DIGITS = 3, MOST_ROWS = 32, VECTORS = TILE / 16;
 
     struct Pair {
         int64_t row;
@@ -75,7 +75,7 @@ class TileScorer {
     static constexpr int64_t ROWS_AT_ONCE = 1;
 
     // Queries of a block, if the scores of so many fit.
-    static int64_t block_rows(int64_t fit) { return std::clamp<int64_t>(fit / 16 * 16, 16, 32); }
+    static int64_t block_rows(int64_t fit) { return std::clamp<int64_t>(fit / 16 * 16, 16, MOST_ROWS); }
     static int64_t tile_lines(const IndexInputs &in) { return in.shape.key_heads * head_lines(Chunks(in.shape.width)); }
 
     TileScorer(const IndexInputs &in, const QueryRows &block) : in(in), chunks(in.shape.width) {
@@ -107,16 +107,18 @@ class TileScorer {
 
     // Scores of the block's queries for one tile, into rows `stride` apart.
     void score(const Line *tile, int64_t n_rows, float *scores, int64_t stride) const {
-        for (int64_t r = 0; r < n_rows; r++) std::fill_n(scores + r * stride, TILE, 0.0f);
+        // Summed here: rows far apart would push each other out of the level 1 cache, head after head.
+        alignas(64) float total[MOST_ROWS * TILE] = {};
         for (const Group &group : groups) {
             const Line *keys = tile + group.key_head * head_lines(chunks);
             const float *scales = (const float *)(keys + VECTORS * chunks.count * chunks.rows());
             for (int64_t v = 0; v < VECTORS; v++) {
                 alignas(64) int32_t sums[DIGITS * TILE_ROWS * 16];
                 multiply(group, keys + v * chunks.count * chunks.rows(), sums);
-                add_heads(group, sums, scales + v * 16, scores + v * 16, stride);
+                add_heads(group, sums, scales + v * 16, total + v * 16);
             }
         }
+        for (int64_t r = 0; r < n_rows; r++) std::copy_n(total + r * TILE, TILE, scores + r * stride);
     }
 
   private:
@@ -208,7 +210,7 @@ class TileScorer {
         if constexpr (T > 2) _tile_stored(2, sums + 512, TILE_BYTES);
     }
 
-    static void add_heads(const Group &group, const int32_t *sums, const float *scales, float *scores, int64_t stride) {
+    static void add_heads(const Group &group, const int32_t *sums, const float *scales, float *total) {
         const int64_t count = group.pairs.size();
         const __m512 scale = _mm512_load_ps(scales), none = _mm512_setzero_ps();
         const __m512 first = _mm512_set1_ps(65536), second = _mm512_set1_ps(256);
@@ -219,8 +221,8 @@ class TileScorer {
             const __m512 product = _mm512_mul_ps(whole, _mm512_set1_ps(pair.factor));
             const __m512 logit = _mm512_fmadd_ps(product, scale, _mm512_set1_ps(pair.b));
             const __m512 relu = _mm512_max_ps(none, logit);  // NaN, as the second of the two, stays
-            float *at = scores + pair.row * stride;
-            _mm512_storeu_ps(at, _mm512_fmadd_ps(relu, _mm512_set1_ps(pair.w), _mm512_loadu_ps(at)));
+            float *at = total + pair.row * TILE;
+            _mm512_store_ps(at, _mm512_fmadd_ps(relu, _mm512_set1_ps(pair.w), _mm512_load_ps(at)));
         }
     }
 };

@@ -21,21 +21,22 @@ enum { Q, K, V, INDEX_Q, INDEX_K, W, B };
 
 template <class Number>
 void store_tokens(const PagedLayer &layer, const NewTokens &tokens, const Heads *heads, Number *q_out,
-                  float *index_q_out) {
+                  Number *index_q_out) {
     constexpr int64_t PER_ITEM = 32;
     const int64_t numbers = layer.heads * layer.width, index_numbers = layer.index_heads * layer.index_width;
     const int64_t threads = useful_threads(tokens.threads, 16 * tokens.count * (numbers + index_numbers));
     parallel_for((tokens.count + PER_ITEM - 1) / PER_ITEM, threads, [&](int64_t item) {
         Turning<Number> turning(layer, tokens);
         Storing<Number> storing(layer, tokens);
-        std::vector<float> turned(numbers);
+        std::vector<float> turned(numbers), index_turned(index_numbers);
         for (int64_t t = item * PER_ITEM; t < std::min(tokens.count, (item + 1) * PER_ITEM); t++) {
             turning.begin(t);
             storing.store(turning, t, heads[K], heads[V], heads[INDEX_K]);
             turning.turn_heads(heads[Q].of<Number>(t), layer.heads, turned.data());
             narrow(turned.data(), numbers, q_out + t * numbers);
-            if (heads[INDEX_Q].numbers)
-                turning.turn_index_heads(heads[INDEX_Q].of<Number>(t), layer.index_heads, index_q_out + t * index_numbers);
+            if (!heads[INDEX_Q].numbers) continue;
+            turning.turn_index_heads(heads[INDEX_Q].of<Number>(t), layer.index_heads, index_turned.data());
+            narrow(index_turned.data(), index_numbers, index_q_out + t * index_numbers);
         }
     });
 }
@@ -140,12 +141,12 @@ void decode(const PagedLayer &layer, const NewTokens &tokens, const Sequences &s
 
 extern "C" {
 
-// heads: q, k, v, index_q (or null) and index_k of the tokens. q_out [T, H, D] in the model's dtype and index_q_out
-// [T, J, E], both turned; the keys and values are stored.
+// heads: q, k, v, index_q (or null) and index_k of the tokens. q_out [T, H, D] and index_q_out [T, J, E], in the
+// model's dtype, are turned; the keys and values are stored.
 int fulmen_paged_store(const PagedLayer *layer, const NewTokens *tokens, const Heads *heads, void *q_out,
-                       float *index_q_out) try {
-    if (layer->is_bf16) store_tokens(*layer, *tokens, heads, (uint16_t *)q_out, index_q_out);
-    else store_tokens(*layer, *tokens, heads, (float *)q_out, index_q_out);
+                       void *index_q_out) try {
+    if (layer->is_bf16) store_tokens(*layer, *tokens, heads, (uint16_t *)q_out, (uint16_t *)index_q_out);
+    else store_tokens(*layer, *tokens, heads, (float *)q_out, (float *)index_q_out);
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;

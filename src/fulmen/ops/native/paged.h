@@ -57,21 +57,6 @@ template <class Number> static inline Vec rounded(Vec x) {
     }
 }
 
-// Some of the LANES numbers; the others are 0.
-template <class Number> static inline Vec load_some(const Number *from, int64_t count) {
-    if (count >= LANES) return load(from);
-    Number room[LANES] = {};
-    std::copy_n(from, count, room);
-    return load(room);
-}
-
-static inline void store_some(float *to, Vec x, int64_t count) {
-    if (count >= LANES) return store(to, x);
-    float room[LANES];
-    store(room, x);
-    std::copy_n(room, count, to);
-}
-
 // Numbers that Number holds.
 static inline void narrow(const float *from, int64_t count, float *to) { std::copy_n(from, count, to); }
 static inline void narrow(const float *from, int64_t count, uint16_t *to) {

@@ -82,19 +82,18 @@ static inline Bracket whole_bracket(const int32_t *ranks, int64_t count) {
     return {least, int64_t(most) + 1, count};
 }
 
-// Two ranks that probably have the threshold between them, from a sample; in a long row that saves two thirds of the
-// time of halving alone.
+// Two ranks that probably have the threshold between them, from a sample: halving alone takes three times as long.
 static inline void cut_by_sample(const int32_t *ranks, int64_t count, int64_t topk, Bracket &bracket) {
-    constexpr int64_t SAMPLE = 512, LONG = 16 * SAMPLE;
+    constexpr int64_t SAMPLE = 128, LONG = 4 * SAMPLE;
     if (count < LONG) return;
     int32_t sample[SAMPLE];
     for (int64_t i = 0; i < SAMPLE; i++) sample[i] = ranks[i * count / SAMPLE];
-    std::sort(sample, sample + SAMPLE);
     const int64_t beyond = topk * SAMPLE / count, place = SAMPLE - 1 - beyond;
     const int64_t margin = 2 + int64_t(3 * std::sqrt(double(beyond)));
     for (const int64_t at : {place - margin, place + margin}) {
-        const int64_t middle = sample[std::clamp<int64_t>(at, 0, SAMPLE - 1)];
-        bracket.cut(middle, count_from(ranks, count, middle), topk);
+        int32_t *wanted = sample + std::clamp<int64_t>(at, 0, SAMPLE - 1);
+        std::nth_element(sample, wanted, sample + SAMPLE);
+        bracket.cut(*wanted, count_from(ranks, count, *wanted), topk);
     }
 }
 

@@ -1,6 +1,7 @@
 // Vectors of floats in the compiler's own notation (GCC and clang), as wide as the machine has them.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -32,6 +33,21 @@ static inline Vec load(const uint16_t *from) {
 }
 
 static inline void store(float *to, Vec x) { std::memcpy(to, &x, sizeof x); }
+
+// Some of the LANES numbers; the others are 0.
+template <class Number> static inline Vec load_some(const Number *from, int64_t count) {
+    if (count >= LANES) return load(from);
+    Number room[LANES] = {};
+    std::copy_n(from, count, room);
+    return load(room);
+}
+
+static inline void store_some(float *to, Vec x, int64_t count) {
+    if (count >= LANES) return store(to, x);
+    float room[LANES];
+    store(room, x);
+    std::copy_n(room, count, to);
+}
 
 static inline Vec broadcast(float x) { return x - Vec{}; }
 
