@@ -297,5 +297,7 @@ def test_a_file_that_is_no_library_is_not_used(monkeypatch, tmp_path):
 
 
 def test_the_structures_have_the_sizes_that_the_kernels_read():
-    assert ctypes.sizeof(native_library.IndexShape) == 13 * 8
+    assert ctypes.sizeof(native_library.IndexShape) == 14 * 8
     assert ctypes.sizeof(native_library.AttentionShape) == 17 * 8
+    assert ctypes.sizeof(paged_layer.NativeLayer) == 17 * 8
+    assert ctypes.sizeof(paged_layer.NativeTokens) == 7 * 8
