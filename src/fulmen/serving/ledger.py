@@ -1,11 +1,12 @@
 """The book of requests and money, in SQLite or PostgreSQL: every request is charged once, whatever crashes.
 
-A request is written down before the engine is asked (`begin`, with the rates it will be charged by), its
-usage while it streams (`progress`), its charge at the end (`settle`). The charge, the row's state and the
+A request is written down at its start (`begin`, with the rates it will be charged by), its usage while it
+streams (`progress`), its charge at the end (`settle`). The charge, the row's state and the
 account's balance change in one transaction, on the condition that the row is open: a second `settle` finds
 it settled and returns the charge that was made. What a crash leaves open, `recover` charges by its last known
-usage. So that nothing goes uncharged, call `progress` before its tokens are sent, and `settle` before the
-last of them.
+usage. So that nothing goes uncharged, call `begin` before anything is sent, `progress` before its tokens are,
+and `settle` before the last of them. Those two wait for the disk and take with them what `begin` wrote, which
+does not wait: by itself it charges nothing.
 
 An account without any deposit has no limit. With one, `begin` asks for a balance above zero; requests under
 way may take it below. The balance is deposits minus charges, those from before the first deposit too.
@@ -27,7 +28,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from fulmen.errors import InsufficientBalance, LedgerError
-from fulmen.serving.ledger_database import READING, failures, hold_book, make_engine
+from fulmen.serving.ledger_database import READING, UNHURRIED, failures, hold_book, make_engine
 from fulmen.serving.ledger_tables import VERSION, accounts, book, deposits, metadata, requests
 from fulmen.serving.prices import PriceTable, Rates, Tokens, from_units, money_text, to_units
 
@@ -90,7 +91,7 @@ class Ledger:
     def begin(self, request_id: str, account_id: str, model: str, endpoint: str) -> None:
         """Write a request down, open. Raises InsufficientBalance, or LedgerError for an id used before."""
         rates = self.prices.rates
-        with self._writing() as connection:
+        with self._writing(UNHURRIED) as connection:
             account = _account(connection, account_id)
             if account.prepaid and account.balance <= 0:
                 raise InsufficientBalance(
@@ -231,8 +232,8 @@ class Ledger:
             )
 
     @contextmanager
-    def _writing(self) -> Iterator[Connection]:
-        with self._turn, failures(), self._engine.begin() as connection:
+    def _writing(self, options: dict[str, bool] | None = None) -> Iterator[Connection]:
+        with self._turn, failures(), self._engine.execution_options(**(options or {})).begin() as connection:
             yield connection
 
     @contextmanager

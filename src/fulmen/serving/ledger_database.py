@@ -17,6 +17,9 @@ BOOK_LOCK = 0x66756C6D656E
 READS = "fulmen_reads"
 # Options of a connection that will not write: in SQLite it then waits for no writer.
 READING = {READS: True}
+LAZY = "fulmen_lazy"
+# Of a transaction that need not wait for SQLite's disk: no kill loses it, a crash of the machine may.
+UNHURRIED = {LAZY: True}
 
 
 def make_engine(place: str | Path) -> Engine:
@@ -49,18 +52,18 @@ def _database_url(place: str | Path) -> URL:
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
-    """Settings of each connection: readers and one writer side by side, and every commit on the disk."""
+    """Settings of each connection: readers and one writer side by side."""
     connection.isolation_level = None  # `_begin_sqlite` begins, not the driver
     connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_S * 1000}")
     connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
 
 
 def _begin_sqlite(connection: Connection) -> None:
     """A transaction that reads and then writes must be a writer from its start, or it may fail midway."""
-    reads = connection.get_execution_options().get(READS)
-    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+    options = connection.get_execution_options()
+    connection.exec_driver_sql(f"PRAGMA synchronous = {'NORMAL' if options.get(LAZY) else 'FULL'}")
+    connection.exec_driver_sql("BEGIN" if options.get(READS) else "BEGIN IMMEDIATE")
 
 
 def hold_book(connection: Connection) -> None:

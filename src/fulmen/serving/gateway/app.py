@@ -40,6 +40,7 @@ class Gateway:
 
     Attributes:
         keep_alive_s: seconds of silence after which a waiting client gets a sign of life.
+        solvent: accounts that had money when they last asked.
     """
 
     model: ServedModel
@@ -49,6 +50,7 @@ class Gateway:
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("fulmen.gateway"))
     slots: Slots = field(default_factory=Slots)
     metrics: Metrics = field(default_factory=Metrics)
+    solvent: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.keys = Keys(self.books.accounts)
@@ -90,8 +92,8 @@ def create_app(gateway: Gateway) -> FastAPI:
     return app
 
 
-def account_of(request: Request) -> Account:
-    """Who asks, as the door found out."""
+async def account_of(request: Request) -> Account:
+    """Who asks, as the door found out. A coroutine, as FastAPI would run a plain function in a thread."""
     return request.state.account
 
 

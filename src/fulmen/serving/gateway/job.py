@@ -1,8 +1,9 @@
 """One request at the engine, from the ledger's first word to its last; it lives on when its client is gone.
 
-Written down before the engine is asked, charged before the end of the answer leaves. A client that leaves
-makes the job end the request at the engine and read on to the usage with which the engine closes it, so that
-what was generated until then is charged exactly.
+Written down before any of the answer leaves, charged before the end of it does. The engine is asked meanwhile;
+for an account that may be out of money, after the ledger said that it is not. A client that leaves makes the
+job end the request at the engine and read on to the usage with which the engine closes it, so that what was
+generated until then is charged exactly.
 """
 
 import asyncio
@@ -70,6 +71,7 @@ class Job:
         self._gateway, self._call, self._dialect = gateway, call, call.dialect
         self._begun = self._dropped = self._settled = False
         self._noted_at = 0.0
+        self._written: asyncio.Task[None]
         self.task = asyncio.create_task(self._run())
 
     def drop(self) -> None:
@@ -100,11 +102,21 @@ class Job:
             self.pieces.put_nowait(None)
 
     async def _ask(self) -> str:
-        """Ask the engine and hand on its answer; return how it ended."""
-        call, gateway = self._call, self._gateway
-        if not gateway.engine.ready:
+        """Write the request down, ask the engine, hand on its answer; return how it ended."""
+        if not self._gateway.engine.ready:
             raise ApiError(503, "the engine is starting again; try again shortly")
-        await self._begin()
+        self._written = asyncio.create_task(self._begin())
+        try:
+            if self._call.account.id not in self._gateway.solvent:
+                await asyncio.shield(self._written)
+            await self._answer()
+        finally:
+            # Whatever happened: what got into the ledger must be settled.
+            await asyncio.wait([self._written])
+        return "dropped" if self._dropped else "done"
+
+    async def _answer(self) -> None:
+        call, gateway = self._call, self._gateway
         request = gateway.client.build_request(
             "POST",
             gateway.engine.url + call.endpoint,
@@ -119,23 +131,23 @@ class Job:
             await (self._stream(answer) if call.streams else self._plain(answer))
         finally:
             await answer.aclose()
-        return "dropped" if self._dropped else "done"
 
     async def _begin(self) -> None:
-        call = self._call
+        call, gateway = self._call, self._gateway
         try:
-            ledger = self._gateway.books.ledger
-            await asyncio.to_thread(
-                ledger.begin, call.id, call.account.id, self._gateway.model.name, call.endpoint
-            )
+            begin = gateway.books.ledger.begin
+            await asyncio.to_thread(begin, call.id, call.account.id, gateway.model.name, call.endpoint)
         except InsufficientBalance as error:
+            gateway.solvent.discard(call.account.id)
             raise ApiError(402, str(error)) from error
+        gateway.solvent.add(call.account.id)
         self._begun, self._noted_at = True, time.monotonic()
 
     async def _stream(self, answer: httpx.Response) -> None:
         async for event in events_of(answer.aiter_raw()):
             piece = self._dialect.feed(event)
-            self.first_at = self.first_at or time.perf_counter()
+            if not self.first_at:
+                await self._came()
             if piece:
                 self.pieces.put_nowait(piece)
             if self._dialect.usage.output and self._note_is_due():
@@ -147,10 +159,15 @@ class Job:
 
     async def _plain(self, answer: httpx.Response) -> None:
         body = _json(await answer.aread())
-        self.first_at = time.perf_counter()
+        await self._came()
         self._dialect.read_plain(body)
         bill = await self._settle("dropped" if self._dropped else "done")
         self.pieces.put_nowait(_dump(self._dialect.plain(body, bill)))
+
+    async def _came(self) -> None:
+        """The engine has begun to answer: go on when the request is written down."""
+        self.first_at = time.perf_counter()
+        await asyncio.shield(self._written)
 
     def _note_is_due(self) -> bool:
         every = max(PROGRESS_S, len(self._gateway.slots) / NOTES_PER_S)
