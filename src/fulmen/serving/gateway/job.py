@@ -1,9 +1,9 @@
 """One request at the engine, from the ledger's first word to its last; it lives on when its client is gone.
 
-Written down before any of the answer leaves, charged before the end of it does. The engine is asked meanwhile;
-for an account that may be out of money, after the ledger said that it is not. A client that leaves makes the
-job end the request at the engine and read on to the usage with which the engine closes it, so that what was
-generated until then is charged exactly.
+Written down before any of the answer leaves, charged before the end of it does. The engine is asked
+meanwhile; for an account that may be out of money, after the ledger said that it is not. A client that leaves
+makes the job end the request at the engine and read on to the usage with which the engine closes it, so that
+what was generated until then is charged exactly.
 """
 
 import asyncio
