@@ -44,9 +44,9 @@ def test_decode_times_go_on_in_a_straight_line_and_are_marked(figures):
     assert [cell["seconds"]["vllm dense"] for cell in done[2:]] == [[10.0], [12.0], [14.0]]
     assert done[4]["ratios"]["vllm dsa over dense"] == 14.0
     assert "late" not in cells[1]["seconds"]
-    assert "| decode | 10 | 1000.0 ms | ~12000.0 ms | - |" in figures["table"](
-        done, ["vllm dsa", "vllm dense", "late"]
-    )
+    table = figures["table"](done, ["vllm dsa", "vllm dense", "late"])
+    assert "| vllm dense | 1000.0 ms | 9000.0 ms | 10000.0 ms | ~12000.0 ms | ~14000.0 ms |" in table
+    assert "| late | 5000.0 ms | - | - | - | - |" in table
 
 
 def test_the_best_peers_are_dense_and_named(figures):
@@ -55,7 +55,6 @@ def test_the_best_peers_are_dense_and_named(figures):
     assert (ratios["best peer"], ratios["vllm dsa over best peer"]) == ("llama.cpp Q4_1", 2.0)
     assert (ratios["best 16-bit peer"], ratios["vllm dsa over best 16-bit peer"]) == ("vllm dense", 3.0)
     assert "transformers dsa over dense" not in ratios
-    assert figures["compare"]({"vllm dense": [1.0]})["best peer"] == "vllm dense"
 
 
 @torch.no_grad()

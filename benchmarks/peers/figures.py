@@ -58,20 +58,20 @@ def compare(seconds: Seconds) -> dict[str, Any]:
     return ratios
 
 
-def table(cells: Iterable[dict[str, Any]], sides: Iterable[str]) -> str:
-    """Markdown: a row for each cell; "~" before what was extrapolated, "-" for what was not measured."""
-    columns = [*sides, *(f"{name} over dense, times" for name in ("vllm dsa", "transformers dsa"))]
-    columns += [f"over the {title}, times" for title in ("best peer", "best 16-bit peer")]
-    lines = [f"| work | tokens | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
-    for cell in cells:
-        values = [time_text(cell, name) for name in sides]
-        ratios = cell["ratios"]
-        values += [number(ratios.get(f"{name} over dense")) for name in ("vllm dsa", "transformers dsa")]
-        for title in ("best peer", "best 16-bit peer"):
-            over = number(ratios.get(f"{OURS} over {title}"))
-            values.append(f"{over} ({ratios[title]})" if title in ratios else over)
-        lines.append(f"| {cell['work']} | {cell['length']} | {' | '.join(values)} |")
-    return "\n".join(lines)
+def table(cells: list[dict[str, Any]], sides: Iterable[str]) -> str:
+    """Markdown, a column for each cell: "~" before what was extrapolated, "-" for what was not measured."""
+    heads = [f"{cell['work']} {cell['length']}" for cell in cells]
+    rows = [["", *heads], ["---"] * (len(heads) + 1)]
+    rows += [[name, *(time_text(cell, name) for cell in cells)] for name in sides]
+    ratios = [cell["ratios"] for cell in cells]
+    for name in (OURS, "transformers dsa"):
+        rows.append(
+            [f"{name}, times faster than dense", *(number(x.get(f"{name} over dense")) for x in ratios)]
+        )
+    for title in ("best peer", "best 16-bit peer"):
+        texts = [f"{number(x.get(f'{OURS} over {title}'))} ({x.get(title, 'none')})" for x in ratios]
+        rows.append([f"{OURS}, times faster than the {title}", *texts])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def time_text(cell: dict[str, Any], name: str) -> str:

@@ -41,12 +41,12 @@ class Engine:
 
     def prefill(self, prompt: list[int]) -> float:
         """Seconds until the first token of the answer; nothing of the prompt is in the prefix cache."""
-        self.core.scheduler.reset_prefix_cache()
+        self._forget()
         return self._run(prompt, 1)[0]
 
     def fill(self, prompt: list[int]) -> None:
         """Random keys, values and index keys, in blocks that the scheduler then takes for the prompt's."""
-        self.core.scheduler.reset_prefix_cache()
+        self._forget()
         pool, size = self.core.scheduler.kv_cache_manager.block_pool, self.core.scheduler.block_size
         count, sampling = len(prompt) // size, SamplingParams(max_tokens=1)
         request = Request("filled", prompt, sampling, None, block_hasher=self.core.request_block_hasher)
@@ -69,6 +69,9 @@ class Engine:
 
     def release(self) -> None:
         """vLLM keeps its cache."""
+
+    def _forget(self) -> None:
+        assert self.core.scheduler.reset_prefix_cache(), "a request still holds blocks"
 
     def _run(self, prompt: list[int], new_tokens: int) -> tuple[float, float, Any]:
         """Seconds to the first token and from there to the last, and vLLM's last output."""
