@@ -95,8 +95,9 @@ class Engine:
         """The likeliest token after these."""
         for start in range(0, len(tokens), BATCH):
             part = tokens[start : start + BATCH]
-            batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * len(part))(*part), len(part))
-            code = llama_cpp.llama_decode(self.context, batch)
+            # A batch points to its tokens and does not keep them alive.
+            ids = (llama_cpp.llama_token * len(part))(*part)
+            code = llama_cpp.llama_decode(self.context, llama_cpp.llama_batch_get_one(ids, len(part)))
             assert code == 0, f"llama_decode: {code}"
         logits = llama_cpp.llama_get_logits_ith(self.context, -1)
         return int(np.ctypeslib.as_array(logits, shape=(self.vocabulary,)).argmax())
