@@ -61,7 +61,7 @@ def main(
         dense = make_dense_twin(model, folder / "dense")
         sides = list(all_sides(model, dense, folder, llama_python))
         needs = {side.name: bytes_per_token(model, side) for side in sides}
-        set_environment(threads, 1.4 * tokens * needs["vllm dsa"])
+        set_environment(threads, 1.75 * tokens * needs[sides[0].name])
         workers, report["checks"] = start(sides, settings, Reference(model, dense), out.parent, stack)
         report["versions"] = {name: worker.versions for name, worker in workers.items()}
         report["cells"] = []

@@ -75,6 +75,8 @@ def check_plugin(side: Side, settings: dict[str, Any], reference: Reference, log
     gaps = {}
     for name, overrides in (("float32, k >= length", whole), ("float32", {})):
         exact = side._replace(dtype="float32", overrides=overrides)
-        with closing(Worker(exact, {**settings, "eager": True}, log)) as worker:
+        # A cache of float32 is twice as large: no longer than the prompts need.
+        short = {**settings, "eager": True, "tokens": LENGTHS[-1] + 2 * NEW_TOKENS}
+        with closing(Worker(exact, short, log)) as worker:
             gaps[name] = check(exact, worker, reference, sparse=not overrides)
     return gaps
