@@ -11,7 +11,7 @@ WORKERS ?= 2
 SERVER_TESTS := tests/serving/test_gateway_server.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo serve test lint clean
+.PHONY: help setup native demo serve bench test lint clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/' | expand -t 16
@@ -43,6 +43,13 @@ demo: $(OUT)/config.json ## Convert the small model, compare it with its dense s
 
 serve: $(OUT)/config.json ## Serve the small model, converted first if need be, at http://127.0.0.1:8000.
 	$(BIN)/fulmen serve $(OUT)
+
+# An interpreter that has llama-cpp-python, compiled for this machine; without one llama.cpp is not measured.
+LLAMA_PYTHON ?= $(BIN)/python
+
+bench: $(OUT)/config.json ## Time the operations, and the small model beside its dense self and other engines (about 20 minutes).
+	$(BIN)/python benchmarks/cpu_ops.py --out out/bench/cpu_ops.json --prefill 2048,8192 --loss 0
+	$(BIN)/python benchmarks/end_to_end.py $(OUT) --out out/bench/end_to_end.json --llama-python $(LLAMA_PYTHON)
 
 lint: setup ## Check style and types.
 	$(BIN)/ruff check .

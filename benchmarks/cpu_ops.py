@@ -10,9 +10,7 @@ where SDPA crawls, the native dense attention over keys and values as a cache ke
 """
 
 import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,6 +20,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 from gpu_ops import differs, library_version
+from machine import describe_machine
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from training_memory import estimate_gib, measure
@@ -312,14 +311,9 @@ def row(result: dict[str, Any]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     return {
-        "command": " ".join(sys.argv),
-        "cpu": next(
-            (line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine()
-        ),
+        **describe_machine(),
         "matrix tiles": has_tiles(),
-        "python": platform.python_version(),
         "versions": {name: library_version(name) for name in ("torch", "fulmen")},
     }
 

@@ -1,0 +1,140 @@
+"""A converted model end to end, beside its dense twin and the peers that a user would pick on a CPU.
+
+    .venv/bin/python benchmarks/end_to_end.py out/smollm2-135m-dsa --llama-python LLAMA/bin/python
+
+Sides: vLLM with DSA and dense (one engine, fulmen's plugin), Transformers with DSA and dense (SDPA), and
+llama.cpp (flash attention, f16 cache) with the same weights in bfloat16 and Q4_1. Each is a process of its
+own with the same number of threads; all stay alive and take turns, round by round.
+
+A side whose answers are not its model's is not timed (`peers/correctness.py`): it is printed as refused, and
+the exit code is 1. DSA in vLLM is checked in float32 too, at the model's k and at a k that covers the prompt.
+
+Prompts are random tokens. Before a decoding step the cache is filled with random numbers in place of a
+prompt that is read. Where memory does not hold the caches of all sides, those left out are extrapolated
+from their two longest lengths, marked "~". Beyond the model's context answers mean nothing, times do.
+"""
+
+import json
+import os
+import random
+import sys
+import tempfile
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import typer
+from machine import describe_machine
+from peers.correctness import LENGTHS, NEW_TOKENS, Reference, check, check_plugin
+from peers.figures import finished, table
+from peers.sides import Side, SideError, Worker, all_sides, bytes_per_token, set_environment
+from peers.weights import make_dense_twin
+
+from fulmen.training.checkpoints import write_aside
+
+SPARE_BYTES = 2**31
+LONG_PROMPT = 8192
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="What fulmen convert wrote.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="JSON file; the sides' output goes beside it.")] = Path(
+        "out/bench/end_to_end.json"
+    ),
+    decode: Annotated[str, typer.Option(help="Tokens before the decoded ones.")] = "2048,8192,32768,131072",
+    prefill: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "2048,8192",
+    rounds: Annotated[int, typer.Option(help="Turns of every side; prompts above 8192 tokens get one.")] = 5,
+    steps: Annotated[int, typer.Option(help="Tokens decoded in a turn.")] = 8,
+    threads: Annotated[int, typer.Option(help="Of every side.")] = len(os.sched_getaffinity(0)),
+    eager: Annotated[bool, typer.Option(help="vLLM without its compiler.")] = False,
+    llama_python: Annotated[str, typer.Option(help="An interpreter that has llama_cpp.")] = sys.executable,
+) -> None:
+    """Check, time, print a table and write everything to a JSON file."""
+    prompts, contexts = (sorted(map(int, filter(None, x.split(",")))) for x in (prefill, decode))
+    tokens = max([*prompts, *contexts, LENGTHS[-1] + NEW_TOKENS]) + 2 * steps
+    settings = {"threads": threads, "eager": eager, "tokens": tokens}
+    report = {**describe_machine(), "settings": settings}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        dense = make_dense_twin(model, folder / "dense")
+        sides = list(all_sides(model, dense, folder, llama_python))
+        needs = {side.name: bytes_per_token(model, side) for side in sides}
+        set_environment(threads, 1.75 * tokens * needs[sides[0].name])
+        workers, report["checks"] = start(sides, settings, Reference(model, dense), out.parent, stack)
+        report["versions"] = {name: worker.versions for name, worker in workers.items()}
+        report["cells"] = []
+        for length in prompts:
+            report["cells"].append(measure_prefill(workers, length, rounds if length <= LONG_PROMPT else 1))
+            write(report, out)
+        for length in contexts:
+            report["cells"].append(measure_decode(workers, needs, length, rounds, steps))
+            write(report, out)
+    print(table(finished(report["cells"]), [side.name for side in sides]))
+    raise typer.Exit(any(found["refused"] for found in report["checks"].values()))
+
+
+def start(
+    sides: list[Side], settings: dict[str, Any], reference: Reference, logs: Path, stack: ExitStack
+) -> tuple[dict[str, Worker], dict[str, dict[str, Any]]]:
+    """The sides whose answers are right, alive until the stack ends, and what the checks of all found."""
+    workers, checks = {}, {}
+    for side in sides:
+        log = logs / f"{side.name.replace(' ', '-')}.log"
+        try:
+            plugin = side.engine == "vllm" and side.sparse
+            gaps = check_plugin(side, settings, reference, log) if plugin else {}
+            with ExitStack() as trial:
+                worker = trial.enter_context(closing(Worker(side, settings, log)))
+                gaps[side.dtype] = check(side, worker, reference, side.sparse)
+                stack.push(trial.pop_all())
+            workers[side.name] = worker
+            checks[side.name] = {"worst gap in nats": gaps, "refused": None}
+        except SideError as error:
+            checks[side.name] = {"refused": str(error)}
+        print(f"{side.name}: {checks[side.name]}", flush=True)
+    return workers, checks
+
+
+def random_prompt(length: int, seed: int) -> list[int]:
+    """Tokens that every vocabulary has."""
+    return random.Random(seed).choices(range(100, 10_000), k=length)
+
+
+def measure_prefill(workers: dict[str, Worker], length: int, rounds: int) -> dict[str, Any]:
+    """Seconds until the first token of an answer to another prompt in every round."""
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    for done in range(rounds):
+        prompt = random_prompt(length, seed=done)
+        for name, worker in workers.items():
+            seconds[name].append(worker.ask("prefill", prompt))
+    return {"work": "prefill", "length": length, "seconds": seconds}
+
+
+def measure_decode(
+    workers: dict[str, Worker], needs: dict[str, int], length: int, rounds: int, steps: int
+) -> dict[str, Any]:
+    """Seconds of a token after a filled cache, of the sides whose cache has room; a first turn is dropped."""
+    prompt, seconds = random_prompt(length, seed=length), dict[str, list[float]]()
+    for name, worker in workers.items():
+        if needs[name] * length < psutil.virtual_memory().available - SPARE_BYTES:
+            worker.ask("fill", prompt)
+            worker.ask("decode", steps)
+            seconds[name] = []
+    for _ in range(rounds):
+        for name, times in seconds.items():
+            times.append(workers[name].ask("decode", steps))
+    for name in seconds:
+        workers[name].ask("release")
+    return {"work": "decode", "length": length, "seconds": seconds}
+
+
+def write(report: dict[str, Any], out: Path) -> None:
+    """Everything measured so far."""
+    text = json.dumps({**report, "cells": finished(report["cells"])}, indent=1)
+    write_aside(out, lambda aside: aside.write_text(text))
+
+
+if __name__ == "__main__":
+    typer.run(main)
