@@ -8,7 +8,7 @@ OUT := out/$(MODEL)-dsa
 # 2 test processes, each on one core.
 WORKERS ?= 2
 # Alone on the machine: they ask what happens while an answer is being made, and a starved engine hears of it late.
-SERVER_TESTS := tests/serving/test_gateway_server.py
+SERVER_TESTS := tests/serving/test_gateway_server.py tests/serving/test_deepseek_docs.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup native demo serve bench test lint clean
@@ -57,7 +57,7 @@ lint: setup ## Check style and types.
 	$(BIN)/mypy
 
 test: lint ## Check style and types, then run all tests (about 11 minutes on 2 cores).
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q --ignore $(SERVER_TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q $(addprefix --ignore=,$(SERVER_TESTS))
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q $(SERVER_TESTS)
 
 clean: ## Remove .venv, outputs and caches.

@@ -13,6 +13,7 @@ from fulmen.ops.index_keys import pack_index_keys, unpack_index_keys
 from fulmen.ops.index_scores import index_scores
 from fulmen.ops.index_scores import native as native_scores
 from fulmen.ops.native_library import native_reason
+from fulmen.ops.paged_layer import NativeLayer, NativeTokens
 from fulmen.ops.select_topk import index_topk, select_topk
 from fulmen.ops.sparse_attention import sparse_attention
 from fulmen.ops.sparse_attention.reference import sparse_attention_reference
@@ -299,5 +300,5 @@ def test_a_file_that_is_no_library_is_not_used(monkeypatch, tmp_path):
 def test_the_structures_have_the_sizes_that_the_kernels_read():
     assert ctypes.sizeof(native_library.IndexShape) == 14 * 8
     assert ctypes.sizeof(native_library.AttentionShape) == 17 * 8
-    assert ctypes.sizeof(paged_layer.NativeLayer) == 17 * 8
-    assert ctypes.sizeof(paged_layer.NativeTokens) == 7 * 8
+    assert ctypes.sizeof(NativeLayer) == 17 * 8
+    assert ctypes.sizeof(NativeTokens) == 7 * 8
