@@ -82,9 +82,10 @@ static inline Bracket whole_bracket(const int32_t *ranks, int64_t count) {
     return {least, int64_t(most) + 1, count};
 }
 
-// Two ranks that probably have the threshold between them, from a sample: halving alone takes three times as long.
+// Two ranks that probably have the threshold between them, from a sample; in a long row that saves two thirds of the
+// time of halving alone, in a short one it takes as long.
 static inline void cut_by_sample(const int32_t *ranks, int64_t count, int64_t topk, Bracket &bracket) {
-    constexpr int64_t SAMPLE = 128, LONG = 4 * SAMPLE;
+    constexpr int64_t SAMPLE = 128, LONG = 64 * SAMPLE;
     if (count < LONG) return;
     int32_t sample[SAMPLE];
     for (int64_t i = 0; i < SAMPLE; i++) sample[i] = ranks[i * count / SAMPLE];
