@@ -9,8 +9,8 @@ own with the same number of threads; all stay alive and take turns, round by rou
 A side whose answers are not its model's is not timed (`peers/correctness.py`): it is printed as refused, and
 the exit code is 1. DSA in vLLM is checked in float32 too, at the model's k and at a k that covers the prompt.
 
-Prompts are random tokens. Before a decoding step the cache is filled with random numbers in place of a
-prompt that is read. Where memory does not hold the caches of all sides, those left out are extrapolated
+Prompts that are read are Python's own sources. Before a decoding step the cache is filled with random numbers
+in place of a prompt that is read. Where memory does not hold the caches of all sides, those left out are extrapolated
 from their two longest lengths, marked "~". Beyond the model's context answers mean nothing, times do.
 """
 
@@ -30,6 +30,7 @@ from peers.correctness import LENGTHS, NEW_TOKENS, Reference, check, check_plugi
 from peers.figures import finished, table
 from peers.sides import Side, SideError, Worker, all_sides, bytes_per_token, set_environment
 from peers.weights import make_dense_twin
+from transformers import AutoTokenizer
 
 from fulmen.training.checkpoints import write_aside
 
@@ -65,8 +66,10 @@ def main(
         workers, report["checks"] = start(sides, settings, Reference(model, dense), out.parent, stack)
         report["versions"] = {name: worker.versions for name, worker in workers.items()}
         report["cells"] = []
+        text = program_text(model, 2 * max([*prompts, 1]))
         for length in prompts:
-            report["cells"].append(measure_prefill(workers, length, rounds if length <= LONG_PROMPT else 1))
+            turns = rounds if length <= LONG_PROMPT else 1
+            report["cells"].append(measure_prefill(workers, text, length, turns))
             write(report, out)
         for length in contexts:
             report["cells"].append(measure_decode(workers, needs, length, rounds, steps))
@@ -102,11 +105,22 @@ def random_prompt(length: int, seed: int) -> list[int]:
     return random.Random(seed).choices(range(100, 10_000), k=length)
 
 
-def measure_prefill(workers: dict[str, Worker], length: int, rounds: int) -> dict[str, Any]:
-    """Seconds until the first token of an answer to another prompt in every round."""
+def program_text(model: Path, length: int) -> list[int]:
+    """At least `length` tokens of Python's own sources."""
+    tokenizer, tokens = AutoTokenizer.from_pretrained(model), []
+    for file in sorted(Path(os.__file__).parent.glob("*.py")):
+        if len(tokens) >= length:
+            break
+        tokens += tokenizer(file.read_text(errors="replace"), verbose=False)["input_ids"]
+    return tokens
+
+
+def measure_prefill(workers: dict[str, Worker], text: list[int], length: int, rounds: int) -> dict[str, Any]:
+    """Seconds until the first token of an answer to another piece of the text in every round."""
     seconds: dict[str, list[float]] = {name: [] for name in workers}
     for done in range(rounds):
-        prompt = random_prompt(length, seed=done)
+        start = done * (len(text) - length) // rounds
+        prompt = text[start : start + length]
         for name, worker in workers.items():
             seconds[name].append(worker.ask("prefill", prompt))
     return {"work": "prefill", "length": length, "seconds": seconds}
