@@ -10,8 +10,9 @@ A side whose answers are not its model's is not timed (`peers/correctness.py`): 
 the exit code is 1. DSA in vLLM is checked in float32 too, at the model's k and at a k that covers the prompt.
 
 Prompts that are read are Python's own sources. Before a decoding step the cache is filled with random numbers
-in place of a prompt that is read. Where memory does not hold the caches of all sides, those left out are extrapolated
-from their two longest lengths, marked "~". Beyond the model's context answers mean nothing, times do.
+in place of a prompt that is read. Where memory does not hold the caches of all sides, those left out are
+extrapolated from their two longest lengths, marked "~". Beyond the model's context answers mean nothing,
+times do.
 """
 
 import json
