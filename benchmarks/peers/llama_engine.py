@@ -26,6 +26,8 @@ class Engine:
         llama_cpp.llama_backend_init()
         self.threads, self.context, self.position = settings["threads"], None, 0
         parameters = llama_cpp.llama_model_default_params()
+        # Repacked for AMX, Q4_1 weights of SmolLM2-135M crash llama-cpp-python 0.3.36.
+        parameters.use_extra_bufts = not settings["model"].endswith("Q4_1.gguf")
         self.model = llama_cpp.llama_model_load_from_file(settings["model"].encode(), parameters)
         assert self.model, f"llama.cpp cannot load {settings['model']}"
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
