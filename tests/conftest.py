@@ -1,8 +1,13 @@
 """Without a GPU, Triton interprets its kernels. It must be told before anything imports it, and torch may."""
 
 import os
+import signal
 
 import torch
+
+# A shell that starts the tests in the background lets them, and so the programs that they start, ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fulmen.errors import ConfigError
+from fulmen.ops.dispatch import resolve
 from fulmen.ops.native_library import call_native
 from fulmen.ops.paged import paged_attention, paged_index_topk
 from fulmen.ops.paged_layer import (
@@ -100,7 +101,7 @@ def paged_decode(
         )
     if index_q_BJE is None and seen.longest > layer.whole:
         raise ConfigError(f"a sequence has {seen.longest} keys, more than {layer.whole}; pass index queries")
-    if layer.is_native("paged_decode"):
+    if resolve("paged_decode", *layer.place) == "native":
         return _decode_natively(layer, tokens, seen, heads, weights)
     q_BHD, index_q_BJE = store_tokens(layer, tokens, q_BHD, k_BGD, v_BGD, index_q_BJE, index_k_BIE)
     stop_B1 = seen.stop_B[:, None]

@@ -96,9 +96,10 @@ class PagedLayer:
             **{"w": (self.n_index_heads,), "b": (self.n_index_heads,)},
         }
 
-    def is_native(self, operation: str) -> bool:
-        """Whether the native kernels compute `operation`. Raises BackendError, as `dispatch.resolve`."""
-        return resolve(operation, self.kv_RGC.device, self.kv_RGC.dtype) == "native"
+    @cached_property
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        """Device and dtype of the cache, which choose the backend."""
+        return self.kv_RGC.device, self.kv_RGC.dtype
 
     @cached_property
     def native(self) -> NativeLayer:
@@ -166,7 +167,7 @@ def store_tokens(
     """
     heads = {"q": q_THD, "k": k_TGD, "v": v_TGD, "index_q": index_q_TJE, "index_k": index_k_TIE}
     check_heads(layer, tokens, heads)
-    if not layer.is_native("store_tokens"):
+    if resolve("store_tokens", *layer.place) != "native":
         return _store_by_parts(layer, tokens, q_THD, k_TGD, v_TGD, index_q_TJE, index_k_TIE)
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
     index_out_TJE = None if index_q_TJE is None else torch.empty(index_q_TJE.shape, dtype=q_THD.dtype)
