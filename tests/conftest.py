@@ -5,7 +5,7 @@ import signal
 
 import torch
 
-# A shell that starts the tests in the background lets them, and so the programs that they start, ignore Ctrl-C.
+# A shell that starts the tests in the background has them, and the programs that they start, ignore Ctrl-C.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

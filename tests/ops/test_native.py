@@ -1,6 +1,9 @@
 """What the native kernels promise beyond the other backends: bits that depend on nothing but the numbers."""
 
 import ctypes
+import os
+import signal
+import time
 
 import pytest
 import torch
@@ -302,3 +305,26 @@ def test_the_structures_have_the_sizes_that_the_kernels_read():
     assert ctypes.sizeof(native_library.AttentionShape) == 17 * 8
     assert ctypes.sizeof(NativeLayer) == 17 * 8
     assert ctypes.sizeof(NativeTokens) == 7 * 8
+
+
+def test_threads_survive_a_fork():
+    """A forked process inherits the team of threads without its threads."""
+    inputs = (normal(1, 64, 4, 16), normal(1, 4096, 2, 16), normal(1, 64, 4), None, *causal(1, 64, 4096))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = index_topk(*inputs, 9)
+        child = os.fork()
+        if child == 0:
+            os._exit(not torch.equal(index_topk(*inputs, 9), expected))
+        for _ in range(600):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                break
+            time.sleep(0.1)
+        else:
+            os.kill(child, signal.SIGKILL)
+        assert ended
+        assert status == 0
+    finally:
+        torch.set_num_threads(threads)

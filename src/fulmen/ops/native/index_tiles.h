@@ -96,12 +96,14 @@ class TileScorer {
     static void pack(const IndexInputs &in, int64_t batch, int64_t tile, Line *to) {
         const Chunks chunks(in.shape.width);
         const int64_t first = tile * TILE, count = std::min<int64_t>(TILE, in.shape.keys - first);
+        const int8_t *rows[TILE];
+        for (int64_t c = 0; c < count; c++) rows[c] = in.key<int8_t>(batch, first + c, 0);
         for (int64_t i = 0; i < in.shape.key_heads; i++, to += head_lines(chunks)) {
             float *scales = (float *)(to + VECTORS * chunks.count * chunks.rows());
-            for (int64_t c = 0; c < TILE; c++)
-                scales[c] = c < count ? scale_of_packed(in.key<int8_t>(batch, first + c, i), in.shape.width) : 0.0f;
-            for (int64_t v = 0; v < VECTORS; v++)
-                pack_vector(in, chunks, batch, first + v * 16, i, to + v * chunks.count * chunks.rows());
+            for (int64_t v = 0; v < VECTORS; v++) {
+                const int64_t some = std::clamp<int64_t>(count - v * 16, 0, 16);
+                pack_vector(in.shape, chunks, rows + v * 16, some, i, to + v * chunks.count * chunks.rows(), scales + v * 16);
+            }
         }
     }
 
@@ -163,17 +165,25 @@ class TileScorer {
             _mm512_mask_cvtepi32_storeu_epi8(to + d * count * TILE_BYTES, present, digits[d]);
     }
 
-    static void pack_vector(const IndexInputs &in, const Chunks &chunks, int64_t batch, int64_t first, int64_t i,
-                            Line *to) {
-        const int64_t count = std::clamp<int64_t>(in.shape.keys - first, 0, 16);
+    // 16 keys of a head, the rows' first `count`.
+    static void pack_vector(const IndexShape &shape, const Chunks &chunks, const int8_t *const *keys, int64_t count,
+                            int64_t head, Line *to, float *scales) {
         for (int64_t c = 0; c < chunks.count; c++, to += chunks.rows()) {
-            const int64_t low = c * chunks.bytes, bytes = std::min(in.shape.width - low, chunks.bytes);
-            const __mmask64 present = ~uint64_t(0) >> (TILE_BYTES - bytes);
+            const int64_t low = c * chunks.bytes, bytes = std::min(shape.width - low, chunks.bytes);
+            // The scale behind the last levels comes along where there is room; queries are zero there.
+            const bool with_scale = c == chunks.count - 1 && bytes + 2 <= TILE_BYTES;
+            const __mmask64 present = ~uint64_t(0) >> (TILE_BYTES - bytes - (with_scale ? 2 : 0));
             __m512i rows[16] = {};
             for (int64_t s = 0; s < count; s++)
-                rows[s] = _mm512_maskz_loadu_epi8(present, in.key<int8_t>(batch, first + s, i) + low);
+                rows[s] = _mm512_maskz_loadu_epi8(present, keys[s] + head * shape.k_stride_i + low);
             transpose_dwords(rows);
             for (int64_t r = 0; r < chunks.rows(); r++) _mm512_store_si512(to + r, rows[r]);
+            if (with_scale) {
+                const __m512i last = rows[bytes / 4], high = _mm512_set1_epi32(0xffff0000);
+                _mm512_store_si512(scales, bytes % 4 ? _mm512_and_si512(last, high) : _mm512_slli_epi32(last, 16));
+            } else if (c == chunks.count - 1)
+                for (int64_t s = 0; s < 16; s++)
+                    scales[s] = s < count ? scale_of_packed(keys[s] + head * shape.k_stride_i, shape.width) : 0.0f;
         }
     }
 
