@@ -56,7 +56,7 @@ lint: setup ## Check style and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint ## Check style and types, then run all tests (about 11 minutes on 2 cores).
+test: lint ## Check style and types, then run all tests (about 10 minutes on 2 cores).
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q $(addprefix --ignore=,$(SERVER_TESTS))
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q $(SERVER_TESTS)
 
