@@ -1,6 +1,7 @@
 """The attention of a converted layer in vLLM: `fulmen.modeling.attention` over paged caches."""
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -94,20 +95,18 @@ class DsaAttention(nn.Module):
             self.__dict__["_kept_layer"] = kept
         return kept[1]
 
+    @cached_property
     def _projections(self) -> tuple[Callable[[Tensor], Tensor], ...]:
         """The indexer's wq, wk, and weights with shifts as one, each as fast as vLLM's own."""
-        if "_kept_projections" not in self.__dict__:
-            parts = (self.indexer.weights_proj, self.indexer.shift_proj)
-            both = nn.Linear(parts[0].in_features, 2 * parts[0].out_features, dtype=parts[0].weight.dtype)
-            both.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
-            both.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
-            linears = (self.indexer.wq, self.indexer.wk, both)
-            self.__dict__["_kept_projections"] = tuple(_prepared(linear) for linear in linears)
-        return self.__dict__["_kept_projections"]
+        parts = (self.indexer.weights_proj, self.indexer.shift_proj)
+        both = nn.Linear(parts[0].in_features, 2 * parts[0].out_features, dtype=parts[0].weight.dtype)
+        both.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
+        both.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
+        return tuple(_prepared(linear) for linear in (self.indexer.wq, self.indexer.wk, both))
 
     def _index_queries(self, q_THD: Tensor, x_TC: Tensor) -> list[Tensor]:
         """index_q_TJE before RoPE, w_TJ, b_TJ: as `GqaIndexer.queries`."""
-        project_q, _, project_both = self._projections()
+        project_q, _, project_both = self._projections
         index_q_TJE = project_q(self._all_query_heads(q_THD).flatten(1)).unflatten(
             -1, (self.indexer.n_heads, -1)
         )
@@ -115,7 +114,7 @@ class DsaAttention(nn.Module):
 
     def _index_keys(self, k_TGD: Tensor) -> Tensor:
         """index_k_TIE before RoPE."""
-        project_k = self._projections()[1]
+        project_k = self._projections[1]
         return project_k(self._all_key_heads(k_TGD).flatten(1)).unflatten(-1, (self.indexer.n_kv_heads, -1))
 
     def _attend_span(
