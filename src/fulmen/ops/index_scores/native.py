@@ -44,7 +44,7 @@ def call_index_kernel(
         *(batch, queries, k_BSIE.shape[1], heads, k_BSIE.shape[2], width, topk, columns),
         *(KEY_KINDS[k_BSIE.dtype], *k_BSIE.stride()[:3], torch.get_num_threads(), has_tiles()),
     )
-    q_BTJE = (q_BTJE.float() * width**-0.5).contiguous()
+    q_BTJE = q_BTJE.float().contiguous()
     shift_BTJ = None if b_BTJ is None else b_BTJ.float().contiguous()
     intervals = (x.long().contiguous() for x in (start_BT, stop_BT))
     call_native(function, q_BTJE, k_BSIE, w_BTJ.float().contiguous(), shift_BTJ, *intervals, result, shape)

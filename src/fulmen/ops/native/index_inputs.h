@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <cmath>
 #include <memory>
 #include <vector>
 
@@ -35,7 +36,8 @@ static inline Interval interval_of(const int64_t *start, const int64_t *stop, in
 
 struct IndexInputs {
     IndexShape shape;
-    const float *q, *w, *b;  // q is scaled; b may be null
+    const float *q, *w, *b;  // b may be null
+    const float factor;      // E^-1/2, on products
     const void *k;
     const int64_t *start, *stop;
     const int32_t *rows;  // [B, S]: which row of k is a key's; null: in order
@@ -43,13 +45,12 @@ struct IndexInputs {
 
     IndexInputs(const IndexShape &given, const float *q, const float *w, const float *b, const void *k,
                 const int64_t *start, const int64_t *stop, const int32_t *rows = nullptr)
-        : shape(given), q(q), w(w), b(b), k(k), start(start), stop(stop), rows(rows) {
+        : shape(given), q(q), w(w), b(b), factor(float(std::pow(double(given.width), -0.5))), k(k), start(start), stop(stop), rows(rows) {
         const int64_t products = shape.batch * shape.queries * shape.keys * shape.heads * shape.width;
         shape.threads = useful_threads(shape.threads, products);
     }
 
-    // Sums of 8-bit products must be exact as float32.
-    bool by_tiles() const { return shape.use_tiles && shape.key_kind == PACKED && shape.width <= 1024; }
+    bool by_tiles() const { return shape.use_tiles && shape.key_kind == PACKED; }
     int64_t shared() const { return shape.heads / shape.key_heads; }
     int64_t tiles() const { return (shape.keys + TILE - 1) / TILE; }
     template <class Number> const Number *key(int64_t batch, int64_t s, int64_t i) const {

@@ -1,238 +1,385 @@
-// Index scores of packed keys by products of integers: exact, so that no order of addition exists to depend on.
+// Index scores of packed keys by matrix tiles: one query over many keys, or many queries over many keys.
 //
-// The keys' levels are integers as they lie in the cache. A query's numbers become integers of 24 bits, in units of
-// 2^-23 of a power of 2 above its largest, which is what float32 keeps of that one; each is three digits of 8 bits.
-// Only what follows the sums is rounded: digits to one number, scales, shift, ReLU, weight, heads one after the other.
+// Keys' levels are integers up to 127, which bfloat16 holds; queries are cut into terms that it holds, one if they are
+// bfloat16 already, else three. A product's sum over E runs in one order in both scorers, heads are added one after the
+// other, and what else a tile computes does not matter: a score has the same bits in decoding and in prompts.
 #pragma once
 
 #include "index_inputs.h"
 
 #ifdef FULMEN_TILES
-#include <cfloat>
 #include <cmath>
 
-// E is cut into chunks that a tile's row has room for.
+// How E is cut: into blocks, a vector of levels each, and every block into two chunks, a tile's row of bfloat16 each.
+// A chunk holds every other 8 numbers of its block, as instructions that widen bytes leave them.
 struct Chunks {
-    int64_t count, bytes;
+    int64_t width, blocks, block_width;
 
     explicit Chunks(int64_t width)
-        : count((width + TILE_BYTES - 1) / TILE_BYTES), bytes(round_up((width + count - 1) / count, 4)) {}
-    int64_t rows() const { return bytes / 4; }
+        : width(width), blocks((width + TILE_BYTES - 1) / TILE_BYTES),
+          block_width(round_up((width + blocks - 1) / blocks, 16)) {}
+
+    int64_t count() const { return 2 * blocks; }
+    int64_t bytes() const { return block_width; }
+    int64_t rows() const { return bytes() / 4; }
 };
 
-// A query's numbers as integers: so many times a power of 2.
-struct Fixed {
-    float times, factor;  // the power, and what undoes it
+// 64 levels to bfloat16, by tables of its two bytes for every size.
+class Widening {
+    __m512i high_bytes[2], low_bytes[2];
 
-    Fixed(const float *q, int64_t width) : times(0), factor(0) {
-        // The largest that three digits of -128..127 hold.
-        constexpr float LARGEST = 127 * 65536 + 127 * 256 + 127;
-        float peak = 0;
-        bool finite = true;
-        for (int64_t e = 0; e < width; e++) {
-            const float size = std::abs(q[e]);
-            finite &= size <= FLT_MAX;
-            peak = size > peak ? size : peak;
+    Widening() {
+        for (int size = 0; size < 128; size++) {
+            const float number = float(size);
+            uint32_t bits;
+            std::memcpy(&bits, &number, sizeof bits);
+            ((uint8_t *)high_bytes)[size] = uint8_t(bits >> 24), ((uint8_t *)low_bytes)[size] = uint8_t(bits >> 16);
         }
-        if (!finite) factor = NAN;  // spoils every score of this query
-        if (!finite || peak == 0) return;
-        int power;
-        std::frexp(peak, &power);
-        power = std::min(23 - power, 126);  // of a query below 2^-103 less is kept
-        if (std::ldexp(peak, power) > LARGEST) power--;
-        times = std::ldexp(1.0f, power);
-        factor = std::ldexp(1.0f, -power);
+    }
+
+    void widen(__m512i levels, __m512i &first, __m512i &second) const {
+        const __m512i size = _mm512_abs_epi8(levels), sign = _mm512_set1_epi8(char(0x80));
+        const __m512i low = _mm512_permutex2var_epi8(low_bytes[0], size, low_bytes[1]);
+        __m512i high = _mm512_permutex2var_epi8(high_bytes[0], size, high_bytes[1]);
+        high = _mm512_ternarylogic_epi32(high, levels, sign, 0xf8);  // high | (levels & sign)
+        first = _mm512_unpacklo_epi8(low, high), second = _mm512_unpackhi_epi8(low, high);
+    }
+
+  public:
+    // The levels of a head of `count` keys to rows [chunk][key] of their numbers.
+    static void widen_keys(const int8_t *const *keys, int64_t count, int64_t at, const Chunks &chunks, Line *to) {
+        static const Widening shared;
+        const Widening widening = shared;  // in registers
+        for (int64_t block = 0; block < chunks.blocks; block++, to += 2 * TILE_ROWS) {
+            const int64_t low = block * chunks.block_width, some = std::min(chunks.block_width, chunks.width - low);
+            const __mmask64 present = ~uint64_t(0) >> (TILE_BYTES - some);
+            for (int64_t s = 0; s < count; s++) {
+                __m512i first, second;
+                widening.widen(_mm512_maskz_loadu_epi8(present, keys[s] + at + low), first, second);
+                _mm512_store_si512(to + s, first), _mm512_store_si512(to + TILE_ROWS + s, second);
+            }
+        }
     }
 };
 
-class TileScorer {
-    static constexpr int64_t DIGITS = 3, MOST_ROWS = 32, VECTORS = TILE / 16;
+// A query's numbers as sums of bfloat16 numbers.
+class Terms {
+    static constexpr uint32_t HIGH = 0xffff0000;
 
-    struct Pair {
-        int64_t row;
-        float factor, w, b;
-    };
-    // Up to 16 pairs of a query and a head that reads this key head. Their digits are the rows of a left matrix: all
-    // first digits, all second, all third, in as few tiles as that takes.
+    static uint32_t bits_of(float x) {
+        uint32_t bits;
+        std::memcpy(&bits, &x, sizeof bits);
+        return bits;
+    }
+
+  public:
+    static constexpr int64_t MOST = 3;
+
+    // How many terms all of these numbers need. One that is not finite becomes NaN as a sum of three.
+    static int64_t needed(const float *x, int64_t count) {
+        uint32_t low = 0;
+        bool finite = true;
+        for (int64_t i = 0; i < count; i++) low |= bits_of(x[i]) & ~HIGH, finite &= std::isfinite(x[i]);
+        return low == 0 && finite ? 1 : MOST;
+    }
+
+    // Terms of up to 8 numbers, `stride` apart.
+    static void write(const float *x, int64_t count, int64_t terms, uint16_t *to, int64_t stride) {
+        __m256 left = _mm256_maskz_loadu_ps(__mmask8(0xff >> (8 - count)), x);
+        for (int64_t t = 0; t < terms; t++, to += stride) {
+            const __m256i bits = _mm256_and_si256((__m256i)left, _mm256_set1_epi32(int(HIGH)));
+            left = _mm256_sub_ps(left, (__m256)bits);  // exact; of infinity: NaN, in further terms
+            _mm_storeu_si128((__m128i *)to, _mm256_cvtepi32_epi16(_mm256_srli_epi32(bits, 16)));
+        }
+    }
+
+    // Of a query's numbers, to [term][chunk] rows, `stride` lines apart.
+    static void write_row(const float *q, const Chunks &chunks, int64_t terms, Line *to, int64_t stride) {
+        for (int64_t low = 0; low < chunks.width; low += 8) {
+            const int64_t block = low / chunks.block_width, within = low % chunks.block_width;
+            const int64_t chunk = 2 * block + within / 8 % 2;
+            uint16_t *at = (uint16_t *)to[chunk * stride].bytes + within / 16 * 8;
+            write(q + low, std::min<int64_t>(8, chunks.width - low), terms, at, chunks.count() * stride * (TILE_BYTES / 2));
+        }
+    }
+};
+
+// Tiles 0 to 3: sums, 4 and 5: left matrices, 6 and 7: right ones.
+class IndexTileScope {
+    TileScope tiles;
+
+    static TileConfig config(const Chunks &chunks) {
+        TileConfig config;
+        for (int tile = 0; tile < 4; tile++) config.set(tile, TILE_ROWS, TILE_BYTES);
+        for (int tile = 4; tile < 6; tile++) config.set(tile, TILE_ROWS, chunks.bytes());
+        for (int tile = 6; tile < 8; tile++) config.set(tile, chunks.rows(), TILE_BYTES);
+        return config;
+    }
+
+  public:
+    explicit IndexTileScope(const IndexInputs &in) : tiles(config(Chunks(in.shape.width))) {}
+};
+
+// Of 16 keys and one head: their scales, times E^-1/2; 0 where there is no key.
+static inline void write_scales(const IndexInputs &in, const int8_t *const *keys, int64_t count, int64_t head, float *to) {
+    const int64_t at = head * in.shape.k_stride_i + in.shape.width;
+    alignas(64) uint32_t bits[16] = {};
+    for (int64_t s = 0; s < count; s++) {
+        uint16_t some;
+        std::memcpy(&some, keys[s] + at, sizeof some);
+        bits[s] = uint32_t(some) << 16;
+    }
+    _mm512_store_ps(to, _mm512_mul_ps((__m512)_mm512_load_si512(bits), _mm512_set1_ps(in.factor)));
+}
+
+// One more head to the scores of 16 keys.
+static inline __m512 add_head(__m512 total, __m512 product, __m512 scale, float w, float b) {
+    const __m512 logit = _mm512_fmadd_ps(product, scale, _mm512_set1_ps(b));
+    const __m512 relu = _mm512_max_ps(_mm512_setzero_ps(), logit);  // NaN, as the second of the two, stays
+    return _mm512_fmadd_ps(relu, _mm512_set1_ps(w), total);
+}
+
+// One query: 16 keys are the rows of a left matrix, as they lie in the cache, and the query's heads the columns of a
+// right one. Heads of several key heads share a product: elsewhere a column is zero.
+class QueryScorer {
+    static constexpr int64_t VECTORS = TILE / 16;
+
     struct Group {
-        int64_t key_head, tiles;
-        std::vector<Pair> pairs;
-        std::unique_ptr<Line[]> digits;  // [chunk][row]
+        int64_t first_head, heads, first_key_head, key_heads;
+        std::unique_ptr<Line[]> columns;  // [key head][term][chunk][pair of numbers]
     };
 
     const IndexInputs &in;
     const Chunks chunks;
+    const int64_t row, terms;
     std::vector<Group> groups;
 
   public:
-    class Scope {
-        TileScope tiles;
+    using Scope = IndexTileScope;
+    static constexpr int64_t ROWS_AT_ONCE = 1;
 
-      public:
-        explicit Scope(const IndexInputs &in) : tiles(config(in)) {}
-    };
+    static int64_t block_rows(int64_t) { return 1; }
+    static int64_t tile_lines(const IndexInputs &in) { return in.shape.key_heads * head_lines(Chunks(in.shape.width)); }
 
+    QueryScorer(const IndexInputs &in, const QueryRows &block)
+        : in(in), chunks(in.shape.width), row(block.rows[0]),
+          terms(Terms::needed(in.q + row * in.shape.heads * chunks.width, in.shape.heads * chunks.width)) {
+        const int64_t shared = in.shared(), together = std::max<int64_t>(TILE_ROWS / shared, 1);
+        for (int64_t i = 0; i < in.shape.key_heads; i += together) {
+            const int64_t key_heads = std::min(together, in.shape.key_heads - i);
+            for (int64_t m = 0; m < key_heads * shared; m += TILE_ROWS)
+                add_group(i * shared + m, std::min(TILE_ROWS, key_heads * shared - m), i, key_heads);
+        }
+    }
+
+    // Tile of keys to [vector of keys][key head]: [chunk][key], then the scales; zero beyond the last key.
+    static void pack(const IndexInputs &in, int64_t batch, int64_t tile, Line *to) {
+        const Chunks chunks(in.shape.width);
+        const int64_t first = tile * TILE, count = std::min<int64_t>(TILE, in.shape.keys - first);
+        const int8_t *rows[TILE];
+        for (int64_t c = 0; c < count; c++) rows[c] = in.key<int8_t>(batch, first + c, 0);
+        for (int64_t v = 0; v < VECTORS; v++)
+            for (int64_t i = 0; i < in.shape.key_heads; i++, to += vector_lines(chunks)) {
+                const int64_t some = std::clamp<int64_t>(count - v * 16, 0, 16);
+                Widening::widen_keys(rows + v * 16, some, i * in.shape.k_stride_i, chunks, to);
+                // Rows without a key are whatever was there: their scores are not used.
+                write_scales(in, rows + v * 16, some, i, (float *)(to + chunks.count() * TILE_ROWS));
+            }
+    }
+
+    void score(const Line *tile, int64_t, float *scores, int64_t) const {
+        const int64_t lines = vector_lines(chunks), stride = in.shape.key_heads * lines;
+        __m512 total[VECTORS] = {};
+        for (const Group &group : groups) {
+            __m512i sums[VECTORS][TILE_ROWS];
+            multiply(group, tile + group.first_key_head * lines, stride, sums[0]);
+            for (int64_t v = 0; v < VECTORS; v++) {
+                transpose_dwords(sums[v]);
+                for (int64_t m = 0; m < group.heads; m++) {
+                    const int64_t head = group.first_head + m, from = row * in.shape.heads + head;
+                    const Line *scales = tile + v * stride + head / in.shared() * lines + chunks.count() * TILE_ROWS;
+                    const float b = in.b ? in.b[from] : 0.0f;
+                    total[v] = add_head(total[v], (__m512)sums[v][m], _mm512_load_ps(scales), in.w[from], b);
+                }
+            }
+        }
+        for (int64_t v = 0; v < VECTORS; v++) _mm512_storeu_ps(scores + v * 16, total[v]);
+    }
+
+  private:
+    static int64_t vector_lines(const Chunks &chunks) { return chunks.count() * TILE_ROWS + 1; }
+    static int64_t head_lines(const Chunks &chunks) { return VECTORS * vector_lines(chunks); }
+
+    void add_group(int64_t first_head, int64_t heads, int64_t first_key_head, int64_t key_heads) {
+        const int64_t per_chunk = chunks.rows(), per_term = chunks.count() * per_chunk;
+        Group group{first_head, heads, first_key_head, key_heads,
+                    std::unique_ptr<Line[]>(new Line[key_heads * terms * per_term]())};
+        std::unique_ptr<Line[]> rows(new Line[terms * chunks.count() * TILE_ROWS]);
+        for (int64_t i = 0; i < key_heads; i++) {
+            std::fill_n(rows.get(), terms * chunks.count() * TILE_ROWS, Line{});
+            for (int64_t m = 0; m < heads; m++) {
+                const float *q = in.q + (row * in.shape.heads + first_head + m) * chunks.width;
+                if ((first_head + m) / in.shared() == first_key_head + i)
+                    Terms::write_row(q, chunks, terms, rows.get() + m, TILE_ROWS);
+            }
+            for (int64_t c = 0; c < terms * chunks.count(); c++) {
+                __m512i *numbers = (__m512i *)(rows.get() + c * TILE_ROWS);
+                transpose_dwords(numbers);
+                std::copy_n(numbers, per_chunk, (__m512i *)(group.columns.get() + i * terms * per_term + c * per_chunk));
+            }
+        }
+        groups.push_back(std::move(group));
+    }
+
+    // Sums [vector of keys][key][head], of tiles whose vectors are `stride` lines apart.
+    void multiply(const Group &group, const Line *keys, int64_t stride, __m512i *sums) const {
+        const Line *columns = group.columns.get();
+        static_assert(VECTORS == 4, "a tile of sums for each");
+        settle_memory();
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t i = 0; i < group.key_heads; i++, keys += vector_lines(chunks))
+            for (int64_t t = 0; t < terms; t++)
+                for (int64_t c = 0; c < chunks.count(); c++, columns += chunks.rows()) {
+                    const Line *some = keys + c * TILE_ROWS;
+                    _tile_loadd(6, columns, TILE_BYTES);
+                    _tile_loadd(4, some, TILE_BYTES);
+                    _tile_dpbf16ps(0, 4, 6);
+                    _tile_loadd(5, some + stride, TILE_BYTES);
+                    _tile_dpbf16ps(1, 5, 6);
+                    _tile_loadd(4, some + 2 * stride, TILE_BYTES);
+                    _tile_dpbf16ps(2, 4, 6);
+                    _tile_loadd(5, some + 3 * stride, TILE_BYTES);
+                    _tile_dpbf16ps(3, 5, 6);
+                }
+        _tile_stored(0, sums, TILE_BYTES);
+        _tile_stored(1, sums + TILE_ROWS, TILE_BYTES);
+        _tile_stored(2, sums + 2 * TILE_ROWS, TILE_BYTES);
+        _tile_stored(3, sums + 3 * TILE_ROWS, TILE_BYTES);
+        settle_memory();
+    }
+};
+
+// Many queries: 16 of them, of one head, are the rows of a left matrix, 16 keys the columns of a right one.
+class BlockScorer {
+    static constexpr int64_t MOST_ROWS = 2 * TILE_ROWS, VECTORS = TILE / 16, SUMS = TILE_ROWS * 16;
+
+    const IndexInputs &in;
+    const Chunks chunks;
+    const int64_t tiles;  // of queries: one or two
+    int64_t terms = 1;
+    std::unique_ptr<Line[]> numbers;  // [head][tile][term][chunk][query]
+    std::vector<float> w, b;          // [head][query]
+
+    int64_t query_lines() const { return terms * chunks.count() * TILE_ROWS; }
+
+  public:
+    using Scope = IndexTileScope;
     static constexpr int64_t ROWS_AT_ONCE = 1;
 
     // Queries of a block, if the scores of so many fit.
     static int64_t block_rows(int64_t fit) { return std::clamp<int64_t>(fit / 16 * 16, 16, MOST_ROWS); }
     static int64_t tile_lines(const IndexInputs &in) { return in.shape.key_heads * head_lines(Chunks(in.shape.width)); }
 
-    TileScorer(const IndexInputs &in, const QueryRows &block) : in(in), chunks(in.shape.width) {
-        const int64_t n_rows = block.rows.size(), all = n_rows * in.shared();
-        const int64_t parts = (all + TILE_ROWS - 1) / TILE_ROWS, size = (all + parts - 1) / parts;
-        for (int64_t i = 0; i < in.shape.key_heads; i++)
-            for (int64_t low = 0; low < all; low += size) {
-                const int64_t count = std::min(size, all - low), tiles = (DIGITS * count + TILE_ROWS - 1) / TILE_ROWS;
-                Group group{i, tiles, {}, std::unique_ptr<Line[]>(new Line[chunks.count * tiles * TILE_ROWS]())};
-                // Head after head: a query's heads are added in their order.
-                for (int64_t p = 0; p < count; p++)
-                    add_pair(group, count, block, (low + p) % n_rows, i * in.shared() + (low + p) / n_rows);
-                groups.push_back(std::move(group));
+    BlockScorer(const IndexInputs &in, const QueryRows &block)
+        : in(in), chunks(in.shape.width), tiles((int64_t(block.rows.size()) + TILE_ROWS - 1) / TILE_ROWS),
+          w(in.shape.heads * MOST_ROWS), b(w.size()) {
+        const int64_t heads = in.shape.heads, count = heads * chunks.width;
+        for (const int64_t row : block.rows) terms = std::max(terms, Terms::needed(in.q + row * count, count));
+        numbers.reset(new Line[heads * tiles * query_lines()]());
+        for (int64_t j = 0; j < heads; j++)
+            for (int64_t r = 0; r < int64_t(block.rows.size()); r++) {
+                const int64_t from = block.rows[r] * heads + j;
+                w[j * MOST_ROWS + r] = in.w[from], b[j * MOST_ROWS + r] = in.b ? in.b[from] : 0.0f;
+                Line *to = numbers.get() + (j * tiles + r / TILE_ROWS) * query_lines() + r % TILE_ROWS;
+                Terms::write_row(in.q + from * chunks.width, chunks, terms, to, TILE_ROWS);
             }
     }
 
-    // Tile of keys to [key head]: [vector of keys][chunk][4 E][key][4], then the scales; zero beyond the last key.
+    // Tile of keys to [key head]: [vector of keys][chunk][pair of numbers][key], then the scales; zero beyond the last.
     static void pack(const IndexInputs &in, int64_t batch, int64_t tile, Line *to) {
         const Chunks chunks(in.shape.width);
         const int64_t first = tile * TILE, count = std::min<int64_t>(TILE, in.shape.keys - first);
         const int8_t *rows[TILE];
         for (int64_t c = 0; c < count; c++) rows[c] = in.key<int8_t>(batch, first + c, 0);
-        for (int64_t i = 0; i < in.shape.key_heads; i++, to += head_lines(chunks)) {
-            float *scales = (float *)(to + VECTORS * chunks.count * chunks.rows());
+        std::unique_ptr<Line[]> room(new Line[chunks.count() * TILE_ROWS]());
+        for (int64_t i = 0; i < in.shape.key_heads; i++, to += head_lines(chunks))
             for (int64_t v = 0; v < VECTORS; v++) {
                 const int64_t some = std::clamp<int64_t>(count - v * 16, 0, 16);
-                pack_vector(in.shape, chunks, rows + v * 16, some, i, to + v * chunks.count * chunks.rows(), scales + v * 16);
+                Widening::widen_keys(rows + v * 16, some, i * in.shape.k_stride_i, chunks, room.get());
+                for (int64_t c = 0; c < chunks.count(); c++) {
+                    __m512i *numbers = (__m512i *)(room.get() + c * TILE_ROWS);
+                    transpose_dwords(numbers);
+                    std::copy_n(numbers, chunks.rows(), (__m512i *)(to + (v * chunks.count() + c) * chunks.rows()));
+                }
+                write_scales(in, rows + v * 16, some, i, (float *)(to + VECTORS * vector_lines(chunks) + v));
             }
-        }
     }
 
     // Scores of the block's queries for one tile, into rows `stride` apart.
     void score(const Line *tile, int64_t n_rows, float *scores, int64_t stride) const {
         // Summed here: rows far apart would push each other out of the level 1 cache, head after head.
         alignas(64) float total[MOST_ROWS * TILE] = {};
-        for (const Group &group : groups) {
-            const Line *keys = tile + group.key_head * head_lines(chunks);
-            const float *scales = (const float *)(keys + VECTORS * chunks.count * chunks.rows());
-            for (int64_t v = 0; v < VECTORS; v++) {
-                alignas(64) int32_t sums[DIGITS * TILE_ROWS * 16];
-                multiply(group, keys + v * chunks.count * chunks.rows(), sums);
-                add_heads(group, sums, scales + v * 16, total + v * 16);
+        for (int64_t j = 0; j < in.shape.heads; j++) {
+            const Line *keys = tile + j / in.shared() * head_lines(chunks);
+            const float *scales = (const float *)(keys + VECTORS * vector_lines(chunks));
+            for (int64_t v = 0; v < VECTORS; v += 2) {
+                alignas(64) float sums[4 * SUMS];
+                if (tiles == 1) multiply<1>(j, keys + v * vector_lines(chunks), sums);
+                else multiply<2>(j, keys + v * vector_lines(chunks), sums);
+                for (int64_t t = 0; t < tiles; t++) add_tile(j, t, sums + 2 * t * SUMS, scales + v * 16, total + v * 16);
             }
         }
         for (int64_t r = 0; r < n_rows; r++) std::copy_n(total + r * TILE, TILE, scores + r * stride);
     }
 
   private:
-    static int64_t head_lines(const Chunks &chunks) {
-        return VECTORS * chunks.count * chunks.rows() + TILE * int64_t(sizeof(float)) / TILE_BYTES;
-    }
+    static int64_t vector_lines(const Chunks &chunks) { return chunks.count() * chunks.rows(); }
+    static int64_t head_lines(const Chunks &chunks) { return VECTORS * (vector_lines(chunks) + 1); }
 
-    // Tiles 0 to 2: sums, 3 to 5: queries, 6: keys.
-    static TileConfig config(const IndexInputs &in) {
-        const Chunks chunks(in.shape.width);
-        TileConfig config;
-        for (int t = 0; t < DIGITS; t++) {
-            config.set(t, TILE_ROWS, TILE_BYTES);
-            config.set(DIGITS + t, TILE_ROWS, chunks.bytes);
-        }
-        config.set(2 * DIGITS, chunks.rows(), TILE_BYTES);
-        return config;
-    }
-
-    void add_pair(Group &group, int64_t count, const QueryRows &block, int64_t row, int64_t head) {
-        const int64_t width = in.shape.width, from = block.rows[row] * in.shape.heads + head;
-        const int64_t place = group.pairs.size();
-        const Fixed fixed(in.q + from * width, width);
-        group.pairs.push_back({row, fixed.factor, in.w[from], in.b ? in.b[from] : 0.0f});
-        Line *rows = group.digits.get() + place;
-        for (int64_t c = 0; c < chunks.count; c++, rows += group.tiles * TILE_ROWS)
-            for (int64_t low = 0, e; low < chunks.bytes && (e = c * chunks.bytes + low) < width; low += 16) {
-                const int64_t numbers = std::min<int64_t>({16, chunks.bytes - low, width - e});
-                write_digits(in.q + from * width + e, fixed.times, numbers, rows->bytes + low, count);
-            }
-    }
-
-    // Up to 16 numbers' first, second and third digits, `count` lines apart.
-    static void write_digits(const float *q, float times, int64_t numbers, char *to, int64_t count) {
-        const __mmask16 present = __mmask16(0xffff >> (16 - numbers));
-        const auto last_digit = [](__m512i x) { return _mm512_srai_epi32(_mm512_slli_epi32(x, 24), 24); };
-        const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(present, q), _mm512_set1_ps(times));
-        const __m512i whole = _mm512_cvtps_epi32(scaled), third = last_digit(whole);
-        const __m512i rest = _mm512_srai_epi32(_mm512_sub_epi32(whole, third), 8), second = last_digit(rest);
-        const __m512i digits[DIGITS] = {_mm512_srai_epi32(_mm512_sub_epi32(rest, second), 8), second, third};
-        for (int64_t d = 0; d < DIGITS; d++)
-            _mm512_mask_cvtepi32_storeu_epi8(to + d * count * TILE_BYTES, present, digits[d]);
-    }
-
-    // 16 keys of a head, the rows' first `count`.
-    static void pack_vector(const IndexShape &shape, const Chunks &chunks, const int8_t *const *keys, int64_t count,
-                            int64_t head, Line *to, float *scales) {
-        for (int64_t c = 0; c < chunks.count; c++, to += chunks.rows()) {
-            const int64_t low = c * chunks.bytes, bytes = std::min(shape.width - low, chunks.bytes);
-            // The scale behind the last levels comes along where there is room; queries are zero there.
-            const bool with_scale = c == chunks.count - 1 && bytes + 2 <= TILE_BYTES;
-            const __mmask64 present = ~uint64_t(0) >> (TILE_BYTES - bytes - (with_scale ? 2 : 0));
-            __m512i rows[16] = {};
-            for (int64_t s = 0; s < count; s++)
-                rows[s] = _mm512_maskz_loadu_epi8(present, keys[s] + head * shape.k_stride_i + low);
-            transpose_dwords(rows);
-            for (int64_t r = 0; r < chunks.rows(); r++) _mm512_store_si512(to + r, rows[r]);
-            if (with_scale) {
-                const __m512i last = rows[bytes / 4], high = _mm512_set1_epi32(0xffff0000);
-                _mm512_store_si512(scales, bytes % 4 ? _mm512_and_si512(last, high) : _mm512_slli_epi32(last, 16));
-            } else if (c == chunks.count - 1)
-                for (int64_t s = 0; s < 16; s++)
-                    scales[s] = s < count ? scale_of_packed(keys[s] + head * shape.k_stride_i, shape.width) : 0.0f;
-        }
-    }
-
-    void multiply(const Group &group, const Line *keys, int32_t *sums) const {
-        switch (group.tiles) {
-        case 1: multiply_tiles<1>(group, keys, sums); break;
-        case 2: multiply_tiles<2>(group, keys, sums); break;
-        default: multiply_tiles<3>(group, keys, sums);
-        }
-    }
-
-    // The compiler takes tiles by number only.
-    template <int T> void multiply_tiles(const Group &group, const Line *keys, int32_t *sums) const {
-        const Line *digits = group.digits.get();
+    // Of T tiles of queries and two vectors of keys: sums [tile][vector][query][key].
+    template <int T> void multiply(int64_t head, const Line *keys, float *sums) const {
+        const Line *left = numbers.get() + head * tiles * query_lines(), *other = left + query_lines();
         settle_memory();
         _tile_zero(0);
-        if constexpr (T > 1) _tile_zero(1);
-        if constexpr (T > 2) _tile_zero(2);
-        for (int64_t c = 0; c < chunks.count; c++, digits += T * TILE_ROWS, keys += chunks.rows()) {
-            _tile_loadd(6, keys, TILE_BYTES);
-            _tile_loadd(3, digits, TILE_BYTES);
-            _tile_dpbssd(0, 3, 6);
-            if constexpr (T > 1) {
-                _tile_loadd(4, digits + TILE_ROWS, TILE_BYTES);
-                _tile_dpbssd(1, 4, 6);
-            }
-            if constexpr (T > 2) {
-                _tile_loadd(5, digits + 2 * TILE_ROWS, TILE_BYTES);
-                _tile_dpbssd(2, 5, 6);
-            }
+        _tile_zero(1);
+        if constexpr (T > 1) {
+            _tile_zero(2);
+            _tile_zero(3);
         }
+        for (int64_t t = 0; t < terms; t++)
+            for (int64_t c = 0; c < chunks.count(); c++, left += TILE_ROWS, other += TILE_ROWS) {
+                _tile_loadd(6, keys + c * chunks.rows(), TILE_BYTES);
+                _tile_loadd(7, keys + vector_lines(chunks) + c * chunks.rows(), TILE_BYTES);
+                _tile_loadd(4, left, TILE_BYTES);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 4, 7);
+                if constexpr (T > 1) {
+                    _tile_loadd(5, other, TILE_BYTES);
+                    _tile_dpbf16ps(2, 5, 6);
+                    _tile_dpbf16ps(3, 5, 7);
+                }
+            }
         _tile_stored(0, sums, TILE_BYTES);
-        if constexpr (T > 1) _tile_stored(1, sums + 256, TILE_BYTES);
-        if constexpr (T > 2) _tile_stored(2, sums + 512, TILE_BYTES);
+        _tile_stored(1, sums + SUMS, TILE_BYTES);
+        if constexpr (T > 1) {
+            _tile_stored(2, sums + 2 * SUMS, TILE_BYTES);
+            _tile_stored(3, sums + 3 * SUMS, TILE_BYTES);
+        }
+        settle_memory();
     }
 
-    static void add_heads(const Group &group, const int32_t *sums, const float *scales, float *total) {
-        const int64_t count = group.pairs.size();
-        const __m512 scale = _mm512_load_ps(scales), none = _mm512_setzero_ps();
-        const __m512 first = _mm512_set1_ps(65536), second = _mm512_set1_ps(256);
-        for (int64_t p = 0; p < count; p++) {
-            const Pair &pair = group.pairs[p];
-            const auto digit = [&](int64_t d) { return _mm512_cvtepi32_ps(_mm512_load_si512(sums + (d * count + p) * 16)); };
-            const __m512 whole = _mm512_fmadd_ps(digit(0), first, _mm512_fmadd_ps(digit(1), second, digit(2)));
-            const __m512 product = _mm512_mul_ps(whole, _mm512_set1_ps(pair.factor));
-            const __m512 logit = _mm512_fmadd_ps(product, scale, _mm512_set1_ps(pair.b));
-            const __m512 relu = _mm512_max_ps(none, logit);  // NaN, as the second of the two, stays
-            float *at = total + pair.row * TILE;
-            _mm512_store_ps(at, _mm512_fmadd_ps(relu, _mm512_set1_ps(pair.w), _mm512_load_ps(at)));
+    // One head to the scores of a tile of queries and two vectors of keys.
+    void add_tile(int64_t head, int64_t tile, const float *sums, const float *scales, float *total) const {
+        const __m512 first = _mm512_load_ps(scales), second = _mm512_load_ps(scales + 16);
+        const int64_t row = tile * TILE_ROWS;
+        const float *ws = w.data() + head * MOST_ROWS + row, *bs = b.data() + head * MOST_ROWS + row;
+        float *at = total + row * TILE;
+        for (int64_t r = 0; r < TILE_ROWS; r++, at += TILE, sums += 16) {
+            _mm512_store_ps(at, add_head(_mm512_load_ps(at), _mm512_load_ps(sums), first, ws[r], bs[r]));
+            _mm512_store_ps(at + 16, add_head(_mm512_load_ps(at + 16), _mm512_load_ps(sums + SUMS), second, ws[r], bs[r]));
         }
     }
 };

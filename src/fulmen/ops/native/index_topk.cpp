@@ -1,7 +1,7 @@
 // Index scores and the exact selection of the K best keys of every query; see ops/README.md for both rules.
 //
-// A score's bits depend on its query and its key alone, whatever else is computed: by vectors (index_vectors.h) as
-// every sum has one order, by tiles (index_tiles.h) as sums are exact.
+// A score's bits depend on its query and its key alone, whatever else is computed: every sum has
+// one order, by vectors (index_vectors.h) and by tiles (index_tiles.h).
 
 #include "index_inputs.h"
 #include "index_tiles.h"
@@ -55,7 +55,8 @@ void for_scored_blocks(IndexInputs &in, const Wanted &wanted, const Finish &fini
             if (wanted(batch * shape.queries + t)) rows.push_back(batch * shape.queries + t);
         if (rows.empty()) return;
         const QueryRows block(in, batch, std::move(rows));
-        const int64_t stride = block.tiles() * TILE;
+        // Not a power of two: rows would share their places in the caches.
+        const int64_t stride = block.tiles() * TILE + LANES;
         std::unique_ptr<float[]> scores(new float[round_up(block.rows.size(), Scorer::ROWS_AT_ONCE) * stride]);
         score_block<Scorer>(in, block, inner, scores.get(), stride);
         finish(block, scores.get(), stride, inner);
@@ -64,7 +65,8 @@ void for_scored_blocks(IndexInputs &in, const Wanted &wanted, const Finish &fini
 
 template <class Wanted, class Finish> void score_and(IndexInputs &in, const Wanted &wanted, const Finish &finish) {
 #ifdef FULMEN_TILES
-    if (in.by_tiles()) return for_scored_blocks<TileScorer>(in, wanted, finish);
+    if (in.by_tiles() && in.shape.queries == 1) return for_scored_blocks<QueryScorer>(in, wanted, finish);
+    if (in.by_tiles()) return for_scored_blocks<BlockScorer>(in, wanted, finish);
 #endif
     for_scored_blocks<VectorScorer>(in, wanted, finish);
 }

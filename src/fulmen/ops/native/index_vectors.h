@@ -39,7 +39,7 @@ class VectorScorer {
                 const int64_t head = (r / ROWS) * heads + j, from = block.rows[r] * heads + j;
                 w[head * ROWS + r % ROWS] = in.w[from];
                 b[head * ROWS + r % ROWS] = in.b ? in.b[from] : 0.0f;
-                for (int64_t e = 0; e < width; e++) q[(head * width + e) * ROWS + r % ROWS] = in.q[from * width + e];
+                for (int64_t e = 0; e < width; e++) q[(head * width + e) * ROWS + r % ROWS] = in.q[from * width + e] * in.factor;
             }
     }
 

@@ -48,7 +48,7 @@ template <class Number> class Decoding {
     const PagedLayer &layer;
     const NewTokens &tokens;
     const Sequences &seen;
-    std::vector<float> q, index_q, weights, shifts;  // turned; index queries scaled, too
+    std::vector<float> q, index_q, weights, shifts;  // turned
 
   public:
     Decoding(const PagedLayer &layer, const NewTokens &tokens, const Sequences &seen)
@@ -106,10 +106,8 @@ template <class Number> class Decoding {
   private:
     void take_index_queries(const Turning<Number> &turning, int64_t t, const Heads *inputs, int64_t w_stride) {
         const int64_t heads = layer.index_heads, numbers = heads * layer.index_width;
-        const float scale = float(std::pow(double(layer.index_width), -0.5));
         float *to = index_q.data() + t * numbers;
         turning.turn_index_heads(inputs[INDEX_Q].of<Number>(t), heads, to);
-        for (int64_t i = 0; i < numbers; i++) to[i] *= scale;
         for (int64_t j = 0; j < heads; j++) {
             weights[t * heads + j] = number(inputs[W].of<Number>(t) + j * w_stride);
             shifts[t * heads + j] = number(inputs[B].of<Number>(t) + j * w_stride);

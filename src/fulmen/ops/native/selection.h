@@ -4,6 +4,7 @@
 #include "index_inputs.h"
 
 #include <cmath>
+#include <type_traits>
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -32,26 +33,33 @@ static inline int64_t count_from(const int32_t *ranks, int64_t count, int64_t le
     return total;
 }
 
-// Appends to `taken` of `to` the values (positions: `first` and up) of those low <= s < high with ranks from `least`
-// on. Writes up to a vector beyond them; `to` may be `ranks`.
-template <bool POSITIONS>
-static inline int64_t append_from(const int32_t *ranks, int64_t low, int64_t high, int32_t least, int32_t *to,
-                                  int64_t taken) {
+static inline float of_rank(int32_t rank) {
+    const int32_t bits = rank ^ ((rank >> 31) & INT_MAX);
+    float number;
+    std::memcpy(&number, &bits, sizeof number);
+    return number;
+}
+
+// Appends to `taken` of `to` the values (POSITIONS: where they are) of those of numbers[low] to numbers[high - 1] that
+// are `least` or more; NaN is not. Writes up to a vector beyond them; `to` may be `numbers`.
+template <bool POSITIONS, class Number, class To>
+static inline int64_t append_from(const Number *numbers, int64_t low, int64_t high, Number least, To *to, int64_t taken) {
     int64_t s = low;
 #ifdef __AVX512F__
     __m512i place = _mm512_add_epi32(_mm512_set1_epi32(int32_t(low)),
                                      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
     for (; s + 16 <= high; s += 16, place = _mm512_add_epi32(place, _mm512_set1_epi32(16))) {
-        const __m512i some = _mm512_loadu_si512(ranks + s);
-        const __mmask16 wanted = _mm512_cmpge_epi32_mask(some, _mm512_set1_epi32(least));
-        if (!wanted) continue;
+        const __m512i some = _mm512_loadu_si512(numbers + s);
+        __mmask16 wanted;
+        if constexpr (std::is_same_v<Number, float>) wanted = _mm512_cmp_ps_mask((__m512)some, _mm512_set1_ps(least), _CMP_GE_OQ);
+        else wanted = _mm512_cmpge_epi32_mask(some, _mm512_set1_epi32(least));
         _mm512_storeu_si512(to + taken, _mm512_maskz_compress_epi32(wanted, POSITIONS ? place : some));
         taken += __builtin_popcount(wanted);
     }
 #endif
     for (; s < high; s++) {
-        to[taken] = POSITIONS ? int32_t(s) : ranks[s];
-        taken += ranks[s] >= least;
+        to[taken] = POSITIONS ? To(s) : To(numbers[s]);
+        taken += numbers[s] >= least;
     }
     return taken;
 }
@@ -82,27 +90,10 @@ static inline Bracket whole_bracket(const int32_t *ranks, int64_t count) {
     return {least, int64_t(most) + 1, count};
 }
 
-// Two ranks that probably have the threshold between them, from a sample; in a long row that saves two thirds of the
-// time of halving alone, in a short one it takes as long.
-static inline void cut_by_sample(const int32_t *ranks, int64_t count, int64_t topk, Bracket &bracket) {
-    constexpr int64_t SAMPLE = 128, LONG = 64 * SAMPLE;
-    if (count < LONG) return;
-    int32_t sample[SAMPLE];
-    for (int64_t i = 0; i < SAMPLE; i++) sample[i] = ranks[i * count / SAMPLE];
-    const int64_t beyond = topk * SAMPLE / count, place = SAMPLE - 1 - beyond;
-    const int64_t margin = 2 + int64_t(3 * std::sqrt(double(beyond)));
-    for (const int64_t at : {place - margin, place + margin}) {
-        int32_t *wanted = sample + std::clamp<int64_t>(at, 0, SAMPLE - 1);
-        std::nth_element(sample, wanted, sample + SAMPLE);
-        bracket.cut(*wanted, count_from(ranks, count, *wanted), topk);
-    }
-}
-
 // Halves the range of ranks until `topk` of them (0 < topk < count) lie from the threshold on. Once those that may
 // matter are a quarter of all, `few` takes them.
 static inline Threshold find_threshold(const int32_t *ranks, int64_t count, int64_t topk, int32_t *few) {
     Bracket bracket = whole_bracket(ranks, count);
-    cut_by_sample(ranks, count, topk, bracket);
     while (bracket.high - bracket.low > 1 && bracket.from_low != topk) {
         if (4 * bracket.from_low < count) {
             count = append_from<false>(ranks, 0, count, int32_t(bracket.low), few, 0);
@@ -116,11 +107,49 @@ static inline Threshold find_threshold(const int32_t *ranks, int64_t count, int6
 
 // Room for one row's selection.
 struct SelectionRoom {
+    std::unique_ptr<float[]> high;
     std::unique_ptr<int32_t[]> ranks, few, positions;
 
     SelectionRoom(int64_t keys, int64_t topk)
-        : ranks(new int32_t[keys]), few(new int32_t[keys / 4 + LANES]), positions(new int32_t[topk + LANES]) {}
+        : high(new float[keys + LANES]), ranks(new int32_t[keys]), few(new int32_t[keys / 4 + LANES]),
+          positions(new int32_t[topk + LANES]) {}
 };
+
+// A score that probably is no higher than the threshold, though only a few times as many scores as are wanted reach it;
+// from a sample.
+static inline float probable_floor(const float *scores, int64_t count, int64_t topk) {
+    constexpr int64_t SAMPLE = 128;
+    const int64_t beyond = topk * SAMPLE / count, place = beyond + 3 + int64_t(3 * std::sqrt(double(beyond)));
+    if (count < 8 * SAMPLE || 2 * place > SAMPLE) return -INFINITY;
+    float sample[SAMPLE];
+    int32_t ranks[SAMPLE], few[SAMPLE / 4 + LANES];
+    for (int64_t i = 0; i < SAMPLE; i++) sample[i] = scores[i * count / SAMPLE];
+    rank_scores(sample, SAMPLE, ranks);
+    const int32_t rank = find_threshold(ranks, SAMPLE, place, few).rank;
+    return rank == INT_MIN ? -INFINITY : of_rank(rank);
+}
+
+// Of scores that are longer than topk.
+static inline Threshold find_score_threshold(const float *scores, int64_t count, int64_t topk, const SelectionRoom &room) {
+    const float *some = room.high.get();
+    int64_t n = append_from<false>(scores, 0, count, probable_floor(scores, count, topk), room.high.get(), 0);
+    // Too few: the sample misled, or there are fewer numbers than are wanted.
+    if (n < topk) some = scores, n = count;
+    rank_scores(some, n, room.ranks.get());
+    if (n == topk) return {*std::min_element(room.ranks.get(), room.ranks.get() + n), 0};
+    return find_threshold(room.ranks.get(), n, topk, room.few.get());
+}
+
+// All numbers, and as many of what is no number, the most recent, as are still wanted.
+static inline void take_with_spoilt(const float *scores, int64_t count, int64_t topk, int32_t *positions) {
+    int64_t spoilt = topk;
+    for (int64_t s = 0; s < count; s++) spoilt -= scores[s] == scores[s];
+    for (int64_t s = count, to = topk; to > 0;) {
+        s--;
+        if (scores[s] == scores[s]) positions[--to] = int32_t(s);
+        else if (spoilt > 0) spoilt--, positions[--to] = int32_t(s);
+    }
+}
 
 static inline void take_all(Interval seen, int64_t topk, int32_t *chosen) {
     for (int64_t i = 0; i < topk; i++) chosen[i] = seen.start + i < seen.stop ? int32_t(seen.start + i) : -1;
@@ -129,15 +158,17 @@ static inline void take_all(Interval seen, int64_t topk, int32_t *chosen) {
 // `scores` are those of the interval, longer than topk.
 static inline void take_best(const float *scores, Interval seen, int64_t topk, const SelectionRoom &room,
                              int32_t *chosen) {
-    const int32_t *ranks = room.ranks.get();
     const int64_t count = seen.stop - seen.start;
-    rank_scores(scores, count, room.ranks.get());
-    const Threshold threshold = find_threshold(ranks, count, topk, room.few.get());
-    int64_t passed = 0;  // so far, ties lose
-    for (int64_t excess = threshold.excess; excess > 0; passed++) excess -= ranks[passed] == threshold.rank;
+    const Threshold threshold = find_score_threshold(scores, count, topk, room);
     int32_t *positions = room.positions.get();
-    // No rank is INT_MAX: that would be a NaN.
-    const int64_t taken = append_from<true>(ranks, 0, passed, threshold.rank + 1, positions, 0);
-    append_from<true>(ranks, passed, count, threshold.rank, positions, taken);
+    if (threshold.rank == INT_MIN) take_with_spoilt(scores, count, topk, positions);
+    else {
+        const float least = of_rank(threshold.rank), above = of_rank(threshold.rank + 1);
+        int64_t passed = 0;  // so far, ties lose
+        for (int64_t excess = threshold.excess; excess > 0; passed++) excess -= scores[passed] == least;
+        // Above infinity there is NaN, which no number reaches.
+        const int64_t taken = append_from<true>(scores, 0, passed, above, positions, 0);
+        append_from<true>(scores, passed, count, least, positions, taken);
+    }
     for (int64_t i = 0; i < topk; i++) chosen[i] = int32_t(seen.start + positions[i]);
 }

@@ -4,7 +4,7 @@
 #include "vectors.h"
 
 #if defined(__linux__) && defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__) && \
-    defined(__AVX512BW__) && defined(__AVX512BF16__)
+    defined(__AVX512BW__) && defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 #define FULMEN_TILES 1
 #include <cpuid.h>
 #include <immintrin.h>
