@@ -9,7 +9,7 @@ from test_paged import BATCH, scattered_rows
 
 from fulmen import ConfigError
 from fulmen.ops.dispatch import pin_backend
-from fulmen.ops.paged_decode import Sequences, paged_decode
+from fulmen.ops.paged_decode import Projections, Sequences, paged_decode
 from fulmen.ops.paged_layer import NewTokens, PagedLayer, store_tokens
 
 # H, G, D, J, I, E, rotary pairs
@@ -37,17 +37,27 @@ def decode_case(shape, keys, topk, whole, dtype, seed=0):
     stop = torch.tensor([keys, keys - keys // 3])
     new = (x.gather(1, stop[:, None] - 1)[:, 0].long() for x in (rows, index_rows))
     tokens = NewTokens(*new, angles.cos().to(dtype), angles.sin().to(dtype))
-    weights = normal(BATCH, 2 * index_heads, seed=seed + 7, dtype=dtype)
     heads = {
         "q_BHD": normal(BATCH, n_heads + 2 * kv_heads, width, seed=seed + 3, dtype=dtype)[:, :n_heads],
         "k_BGD": normal(BATCH, kv_heads, width, seed=seed + 4, dtype=dtype),
         "v_BGD": normal(BATCH, width, kv_heads, seed=seed + 5, dtype=dtype).mT,
-        "index_q_BJE": normal(BATCH, index_heads, index_width, seed=seed + 6, dtype=dtype),
-        "index_k_BIE": normal(BATCH, index_kv_heads, index_width, seed=seed + 8, dtype=dtype),
-        "w_BJ": weights[:, :index_heads],
-        "b_BJ": weights[:, index_heads:],
+        # More heads than this process has, and widths that are no whole vectors.
+        "all_q_BX": normal(BATCH, n_heads * width + 9, seed=seed + 6, dtype=dtype)[:, 2:],
+        "all_k_BX": normal(BATCH, kv_heads * width + 5, seed=seed + 7, dtype=dtype),
+        "x_BC": normal(BATCH, 67, seed=seed + 8, dtype=dtype),
     }
-    return layer, (tokens, Sequences(rows, index_rows, stop)), heads
+    projections = projections_for(layer, heads, seed + 9)
+    return layer, (projections, tokens, Sequences(rows, index_rows, stop)), heads
+
+
+def projections_for(layer, heads, seed):
+    """Whose results are about as large as what they read."""
+    index_heads, index_width = layer.shapes["index_q"]
+    rows = (index_heads * index_width, layer.rope_pairs_IP.numel() * 2, 2 * index_heads)
+    widths = [heads[name].shape[1] for name in ("all_q_BX", "all_k_BX", "x_BC")]
+    matrices = (normal(y, x, seed=seed + y) * x**-0.5 for y, x in zip(rows, widths, strict=True))
+    dtype = layer.kv_RGC.dtype
+    return Projections(*(matrix.to(dtype) for matrix in matrices), normal(rows[2], seed=seed, dtype=dtype))
 
 
 def copied(layer):
@@ -80,10 +90,10 @@ def test_the_new_token_is_among_those_read(backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_is_scored_while_all_keys_are_kept(backend, dtype):
     layer, step, heads = decode_case(SHAPES[0], 70, 8, 70, dtype)
-    with_index, without = paged_decode(copied(layer), *step, **heads), copied(layer)
-    assert torch.equal(
-        paged_decode(without, *step, **{**heads, "index_q_BJE": None, "w_BJ": None, "b_BJ": None}), with_index
-    )
+    expected = paged_decode(copied(layer), *step, **heads)
+    # What makes index queries, weights and shifts may then be anything.
+    spoilt = {name: torch.full_like(heads[name], torch.nan) for name in ("all_q_BX", "x_BC")}
+    assert torch.equal(paged_decode(copied(layer), *step, **{**heads, **spoilt}), expected)
 
 
 def test_a_sequence_alone_has_the_same_bits_as_in_a_batch(backend):
@@ -93,9 +103,9 @@ def test_a_sequence_alone_has_the_same_bits_as_in_a_batch(backend):
         one = slice(row, row + 1)
         alone = (
             type(part)(*(getattr(part, field.name)[one] for field in dataclasses.fields(part)))
-            for part in step
+            for part in step[1:]
         )
-        out = paged_decode(copied(layer), *alone, **{name: x[one] for name, x in heads.items()})
+        out = paged_decode(copied(layer), step[0], *alone, **{name: x[one] for name, x in heads.items()})
         assert torch.equal(out, together[one])
 
 
@@ -103,9 +113,11 @@ def test_a_sequence_alone_has_the_same_bits_as_in_a_batch(backend):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("queries", [True, False])
 def test_tokens_are_turned_and_stored_to_the_bit(backend, dtype, shape, queries):
-    layer, (tokens, _), heads = decode_case(shape, 300, 8, 8, dtype)
-    names = ("q_BHD", "k_BGD", "v_BGD", "index_q_BJE", "index_k_BIE")
-    inputs = [heads[name] if queries or name != "index_q_BJE" else None for name in names]
+    layer, (_, tokens, _), heads = decode_case(shape, 300, 8, 8, dtype)
+    index_q, index_k = (
+        normal(BATCH, *layer.shapes[name], seed=3, dtype=dtype) for name in ("index_q", "index_k")
+    )
+    inputs = [heads[name] for name in ("q_BHD", "k_BGD", "v_BGD")] + [index_q if queries else None, index_k]
     by_parts = copied(layer)
     turned = store_tokens(layer, tokens, *inputs)
     with pin_backend("cpu"):
@@ -118,15 +130,20 @@ def test_tokens_are_turned_and_stored_to_the_bit(backend, dtype, shape, queries)
 
 def test_inputs_that_do_not_fit_are_refused():
     layer, step, heads = decode_case(SHAPES[0], 50, 8, 8, torch.float32)
-    with pytest.raises(ConfigError, match="a sequence has 50 keys, more than 8; pass index queries"):
-        paged_decode(layer, *step, **{**heads, "index_q_BJE": None, "w_BJ": None, "b_BJ": None})
-    with pytest.raises(ConfigError, match="index_q, w and b belong together"):
-        paged_decode(layer, *step, **{**heads, "b_BJ": None})
+    projections, tokens, seen = step
+    fewer = dataclasses.replace(projections, q_YX=projections.q_YX[:-1])
+    with pytest.raises(ConfigError, match="projections have 431, 144, 18 rows; the layer asks for 432, 144"):
+        paged_decode(layer, fewer, tokens, seen, **heads)
+    one = Sequences(*(getattr(seen, field.name)[:1] for field in dataclasses.fields(seen)))
+    with pytest.raises(ConfigError, match="2 tokens belong to as many sequences, not 1"):
+        paged_decode(layer, projections, tokens, one, **heads)
+    with pytest.raises(ConfigError, match="w_YC has dtype"):
+        dataclasses.replace(projections, w_YC=projections.w_YC.bfloat16())
     with pytest.raises(ConfigError, match=r"k has shape \(2, 2, 64\)"):
         paged_decode(layer, *step, **{**heads, "k_BGD": heads["k_BGD"][:, :2]})
-    with pytest.raises(ConfigError, match=r"w has .* dtype torch.bfloat16"):
-        paged_decode(layer, *step, **{**heads, "w_BJ": heads["w_BJ"].bfloat16()})
+    with pytest.raises(ConfigError, match=r"x has .* dtype torch.bfloat16"):
+        paged_decode(layer, *step, **{**heads, "x_BC": heads["x_BC"].bfloat16()})
     with pytest.raises(ConfigError, match=r"packed_RX has dtype torch.int8 and X=149"):
         dataclasses.replace(layer, packed_RX=layer.packed_RX[:, :-1])
     with pytest.raises(ConfigError, match=r"stop_B has dtype torch\.int32"):
-        dataclasses.replace(step[1], stop_B=step[1].stop_B.int())
+        dataclasses.replace(seen, stop_B=seen.stop_B.int())

@@ -5,6 +5,7 @@ storing keys, values and packed index keys.
 """
 
 import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -87,13 +88,12 @@ class PagedLayer:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the heads of one token, by the names that `store_tokens` and `paged_decode` have for them."""
+        """Of the heads of one token, by the names that `store_tokens` has for them."""
         key_heads, width = self.kv_RGC.shape[1], self.kv_RGC.shape[2] // 2
         index_key_heads, pairs = self.rope_pairs_IP.shape
         return {
             **{"q": (self.n_heads, width), "k": (key_heads, width), "v": (key_heads, width)},
             **{"index_q": (self.n_index_heads, 2 * pairs), "index_k": (index_key_heads, 2 * pairs)},
-            **{"w": (self.n_index_heads,), "b": (self.n_index_heads,)},
         }
 
     @cached_property
@@ -166,7 +166,7 @@ def store_tokens(
         BackendError: a pinned backend that cannot run here.
     """
     heads = {"q": q_THD, "k": k_TGD, "v": v_TGD, "index_q": index_q_TJE, "index_k": index_k_TIE}
-    check_heads(layer, tokens, heads)
+    check_heads(layer, tokens, heads, layer.shapes)
     if resolve("store_tokens", *layer.place) != "native":
         return _store_by_parts(layer, tokens, q_THD, k_TGD, v_TGD, index_q_TJE, index_k_TIE)
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
@@ -201,8 +201,13 @@ def _store_by_parts(
     return q_THD, rotate_half_split(index_q_TJE, *angles)
 
 
-def check_heads(layer: PagedLayer, tokens: NewTokens, heads: dict[str, Tensor | None]) -> None:
-    """Raise ConfigError unless all have the layer's shapes, dtype and device; None is skipped.
+def check_heads(
+    layer: PagedLayer,
+    tokens: NewTokens,
+    heads: Mapping[str, Tensor | None],
+    shapes: dict[str, tuple[int, ...]],
+) -> None:
+    """Raise ConfigError unless all (but None) have these shapes per token, and the layer's dtype and device.
 
     A few comparisons instead of the usual checks, which take longer than a token does.
     """
@@ -213,7 +218,7 @@ def check_heads(layer: PagedLayer, tokens: NewTokens, heads: dict[str, Tensor | 
     for name, x in heads.items():
         if x is None:
             continue
-        expected = (count, *layer.shapes[name])
+        expected = (count, *shapes[name])
         if x.shape != expected or x.dtype != like.dtype or x.device != like.device:
             raise ConfigError(
                 f"{name} has shape {tuple(x.shape)}, dtype {x.dtype}, device {x.device}; it must have "
@@ -221,7 +226,7 @@ def check_heads(layer: PagedLayer, tokens: NewTokens, heads: dict[str, Tensor | 
             )
 
 
-def native_heads(heads: dict[str, Tensor | None]) -> tuple[Any, list[Tensor | None]]:
+def native_heads(heads: Mapping[str, Tensor | None]) -> tuple[Any, list[Tensor | None]]:
     """`Heads` of `native/paged.h`, one after the other, and what must live as long; None becomes null."""
     held = [None if x is None else _side_by_side(x) for x in heads.values()]
     places = [part for x in held for part in ((0, 0) if x is None else (x.data_ptr(), x.stride(0)))]

@@ -16,8 +16,16 @@ struct Sequences {
     const int64_t *stop;               // [B]
 };
 
-// Places in a list of heads.
+// Mirrored by `NativeProjections` in paged_decode.py: matrices of the model's dtype, row after row.
+struct Projections {
+    int64_t q_width, k_width, x_width;
+    const void *q, *k, *w_and_b;  // [J E, X], [I E, X], [2 J, C]
+    const float *bias;            // [2 J]
+};
+
+// Places in a list of heads: of the store, and of the decoding step, which makes the index heads itself.
 enum { Q, K, V, INDEX_Q, INDEX_K, W, B };
+enum { ALL_Q = 3, ALL_K, X };
 
 template <class Number>
 void store_tokens(const PagedLayer &layer, const NewTokens &tokens, const Heads *heads, Number *q_out,
@@ -44,6 +52,63 @@ void store_tokens(const PagedLayer &layer, const NewTokens &tokens, const Heads 
 float number(const float *x) { return *x; }
 float number(const uint16_t *x) { return bf16_to_float(*x); }
 
+template <class Number> float dot(const Number *x, const float *y, int64_t count) {
+    Vec sums[4] = {};
+    int64_t at = 0;
+    for (; at + 4 * LANES <= count; at += 4 * LANES)
+        for (int part = 0; part < 4; part++) sums[part] += load(x + at + part * LANES) * load(y + at + part * LANES);
+    for (; at < count; at += LANES) sums[0] += load_some(x + at, count - at) * load_some(y + at, count - at);
+    return sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// Index queries, keys, weights and shifts of the new tokens, before RoPE. A few tokens meet all of the matrices once: as
+// much memory as a thread can read, so the threads share the rows.
+template <class Number> class Projecting {
+    const PagedLayer &layer;
+    const NewTokens &tokens;
+    const Projections &by;
+    const int64_t n_q, n_k, n_w;  // rows of the three matrices
+    std::vector<float> inputs;    // of one matrix: [B, width]
+
+    void project(const void *matrix, int64_t rows, int64_t width, const Heads &from, const float *bias, int64_t place) {
+        constexpr int64_t PER_ITEM = 16;
+        inputs.resize(tokens.count * width);
+        for (int64_t t = 0; t < tokens.count; t++)
+            for (int64_t i = 0; i < width; i++) inputs[t * width + i] = number(from.of<Number>(t) + i);
+        const int64_t threads = useful_threads(tokens.threads, 2 * tokens.count * rows * width);
+        parallel_for((rows + PER_ITEM - 1) / PER_ITEM, threads, [&](int64_t item) {
+            for (int64_t y = item * PER_ITEM; y < std::min(rows, (item + 1) * PER_ITEM); y++)
+                for (int64_t t = 0; t < tokens.count; t++) {
+                    const float sum = dot((const Number *)matrix + y * width, inputs.data() + t * width, width);
+                    float room[LANES];
+                    store(room, rounded<Number>(broadcast(sum + (bias ? bias[y] : 0.0f))));
+                    narrow(room, 1, out.data() + t * stride() + place + y);
+                }
+        });
+    }
+
+    int64_t stride() const { return n_q + n_k + n_w; }
+    Heads at(int64_t place) const { return {out.data() + place, stride()}; }
+
+  public:
+    std::vector<Number> out;  // [B]: index queries, keys, then weights and shifts
+
+    Projecting(const PagedLayer &layer, const NewTokens &tokens, const Projections &by)
+        : layer(layer), tokens(tokens), by(by), n_q(layer.index_heads * layer.index_width),
+          n_k(layer.index_key_heads * layer.index_width), n_w(2 * layer.index_heads), out(tokens.count * stride()) {}
+
+    // `given`, and after q, k and v what the store and the selection take; no queries where nothing is selected.
+    std::vector<Heads> heads(const Heads *given, bool selects) {
+        project(by.k, n_k, by.k_width, given[ALL_K], nullptr, n_q);
+        std::vector<Heads> all(given, given + V + 1);
+        if (!selects) return all.insert(all.end(), {{}, at(n_q)}), all;
+        project(by.q, n_q, by.q_width, given[ALL_Q], nullptr, 0);
+        project(by.w_and_b, n_w, by.x_width, given[X], by.bias, n_q + n_k);
+        all.insert(all.end(), {at(0), at(n_q), at(n_q + n_k), at(n_q + n_k + layer.index_heads)});
+        return all;
+    }
+};
+
 template <class Number> class Decoding {
     const PagedLayer &layer;
     const NewTokens &tokens;
@@ -56,14 +121,14 @@ template <class Number> class Decoding {
           index_q(tokens.count * layer.index_heads * layer.index_width), weights(tokens.count * layer.index_heads),
           shifts(weights.size()) {}
 
-    void store(const Heads *heads, int64_t w_stride) {
+    void store(const Heads *heads) {
         Turning<Number> turning(layer, tokens);
         Storing<Number> storing(layer, tokens);
         for (int64_t t = 0; t < tokens.count; t++) {
             turning.begin(t);
             storing.store(turning, t, heads[K], heads[V], heads[INDEX_K]);
             turning.turn_heads(heads[Q].of<Number>(t), layer.heads, q.data() + t * layer.heads * layer.width);
-            if (heads[INDEX_Q].numbers) take_index_queries(turning, t, heads, w_stride);
+            if (heads[INDEX_Q].numbers) take_index_queries(turning, t, heads);
         }
     }
 
@@ -104,13 +169,13 @@ template <class Number> class Decoding {
     }
 
   private:
-    void take_index_queries(const Turning<Number> &turning, int64_t t, const Heads *inputs, int64_t w_stride) {
+    void take_index_queries(const Turning<Number> &turning, int64_t t, const Heads *inputs) {
         const int64_t heads = layer.index_heads, numbers = heads * layer.index_width;
         float *to = index_q.data() + t * numbers;
         turning.turn_index_heads(inputs[INDEX_Q].of<Number>(t), heads, to);
         for (int64_t j = 0; j < heads; j++) {
-            weights[t * heads + j] = number(inputs[W].of<Number>(t) + j * w_stride);
-            shifts[t * heads + j] = number(inputs[B].of<Number>(t) + j * w_stride);
+            weights[t * heads + j] = number(inputs[W].of<Number>(t) + j);
+            shifts[t * heads + j] = number(inputs[B].of<Number>(t) + j);
         }
     }
 
@@ -128,11 +193,13 @@ template <class Number> class Decoding {
 };
 
 template <class Number>
-void decode(const PagedLayer &layer, const NewTokens &tokens, const Sequences &seen, const Heads *heads,
-            int64_t w_stride, Number *out) {
+void decode(const PagedLayer &layer, const Projections &projections, const NewTokens &tokens, const Sequences &seen,
+            const Heads *given, Number *out) {
+    const bool selects = *std::max_element(seen.stop, seen.stop + tokens.count) > layer.whole;
+    Projecting<Number> projecting(layer, tokens, projections);
     Decoding<Number> decoding(layer, tokens, seen);
-    decoding.store(heads, w_stride);
-    decoding.attend(decoding.choose(heads[INDEX_Q].numbers), out);
+    decoding.store(projecting.heads(given, selects).data());
+    decoding.attend(decoding.choose(selects), out);
 }
 
 }  // namespace
@@ -150,11 +217,12 @@ int fulmen_paged_store(const PagedLayer *layer, const NewTokens *tokens, const H
     return 1;
 }
 
-// heads: the same, then w and b, whose numbers lie `w_stride` apart. out [B, H, D] in the model's dtype.
-int fulmen_paged_decode(const PagedLayer *layer, const NewTokens *tokens, const Sequences *seen, const Heads *heads,
-                        int64_t w_stride, void *out) try {
-    if (layer->is_bf16) decode(*layer, *tokens, *seen, heads, w_stride, (uint16_t *)out);
-    else decode(*layer, *tokens, *seen, heads, w_stride, (float *)out);
+// heads: q, k and v, then what the projections read: queries and keys of all heads, hidden states. out [B, H, D] in the
+// model's dtype.
+int fulmen_paged_decode(const PagedLayer *layer, const Projections *projections, const NewTokens *tokens,
+                        const Sequences *seen, const Heads *heads, void *out) try {
+    if (layer->is_bf16) decode(*layer, *projections, *tokens, *seen, heads, (uint16_t *)out);
+    else decode(*layer, *projections, *tokens, *seen, heads, (float *)out);
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;

@@ -17,7 +17,7 @@ from fulmen.config import DsaConfig
 from fulmen.modeling.indexer import GqaIndexer
 from fulmen.ops.index_keys import SCALE_BYTES
 from fulmen.ops.paged import paged_attention, paged_index_topk
-from fulmen.ops.paged_decode import paged_decode
+from fulmen.ops.paged_decode import Projections, paged_decode
 from fulmen.ops.paged_layer import PagedLayer, store_tokens
 from fulmen.serving.vllm_plugin.caches import IndexKeyCache, KeyValueCache
 from fulmen.serving.vllm_plugin.step import Rows, Span, Step
@@ -63,15 +63,18 @@ class DsaAttention(nn.Module):
         rows = step.rows(self.cache.rows_per_block)
         index_rows = index_step.rows(self.index_cache.rows_per_block)
         tokens = step.tokens(self.rotary_emb, positions_T, qkv.dtype, rows, index_rows)
-        # While every context fits k nothing is selected; the index keys are stored for later all the same.
-        index_q_TJE, w_TJ, b_TJ = (
-            self._index_queries(heads[0], x_TC) if step.longest > self.topk else [None] * 3
-        )
-        inputs = (*heads, index_q_TJE, self._index_keys(heads[1]))
+        all_q_TX = self._all_query_heads(heads[0]).flatten(1)
+        all_k_TX = self._all_key_heads(heads[1]).flatten(1)
         if step.only_decodes:
             seen = step.sequences(rows, index_rows)
-            return paged_decode(self._paged_layer(), tokens, seen, *inputs, w_TJ, b_TJ)
-        q_THD, index_q_TJE = store_tokens(self._paged_layer(), tokens, *inputs)
+            inputs = (*heads, all_q_TX, all_k_TX, x_TC)
+            return paged_decode(self._paged_layer(), self._projections, tokens, seen, *inputs)
+        # While every context fits k nothing is selected; the index keys are stored for later all the same.
+        index_q_TJE, w_TJ, b_TJ = (
+            self._index_queries(all_q_TX, x_TC) if step.longest > self.topk else [None] * 3
+        )
+        index_heads = (index_q_TJE, self._index_keys(all_k_TX))
+        q_THD, index_q_TJE = store_tokens(self._paged_layer(), tokens, *heads, *index_heads)
         index_inputs = None if index_q_TJE is None else (index_q_TJE, w_TJ, b_TJ)
         out_THD = torch.empty_like(q_THD)
         for span in step.spans:
@@ -96,26 +99,28 @@ class DsaAttention(nn.Module):
         return kept[1]
 
     @cached_property
-    def _projections(self) -> tuple[Callable[[Tensor], Tensor], ...]:
-        """The indexer's wq, wk, and weights with shifts as one, each as fast as vLLM's own."""
+    def _projections(self) -> Projections:
+        """The indexer's weights, those of its weights and shifts as one matrix."""
         parts = (self.indexer.weights_proj, self.indexer.shift_proj)
-        both = nn.Linear(parts[0].in_features, 2 * parts[0].out_features, dtype=parts[0].weight.dtype)
-        both.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
-        both.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
-        return tuple(_prepared(linear) for linear in (self.indexer.wq, self.indexer.wk, both))
+        both = (torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]))
+        return Projections(self.indexer.wq.weight, self.indexer.wk.weight, *both)
 
-    def _index_queries(self, q_THD: Tensor, x_TC: Tensor) -> list[Tensor]:
+    @cached_property
+    def _products(self) -> tuple[Callable[[Tensor], Tensor], ...]:
+        """The same as functions of many tokens, each as fast as vLLM's own."""
+        by = self._projections
+        matrices = ((by.q_YX, None), (by.k_YX, None), (by.w_YC, by.bias_Y))
+        return tuple(_prepared(*matrix) for matrix in matrices)
+
+    def _index_queries(self, all_q_TX: Tensor, x_TC: Tensor) -> list[Tensor]:
         """index_q_TJE before RoPE, w_TJ, b_TJ: as `GqaIndexer.queries`."""
-        project_q, _, project_both = self._projections
-        index_q_TJE = project_q(self._all_query_heads(q_THD).flatten(1)).unflatten(
-            -1, (self.indexer.n_heads, -1)
-        )
+        project_q, _, project_both = self._products
+        index_q_TJE = project_q(all_q_TX).unflatten(-1, (self.indexer.n_heads, -1))
         return [index_q_TJE, *project_both(x_TC).chunk(2, -1)]
 
-    def _index_keys(self, k_TGD: Tensor) -> Tensor:
+    def _index_keys(self, all_k_TX: Tensor) -> Tensor:
         """index_k_TIE before RoPE."""
-        project_k = self._projections[1]
-        return project_k(self._all_key_heads(k_TGD).flatten(1)).unflatten(-1, (self.indexer.n_kv_heads, -1))
+        return self._products[1](all_k_TX).unflatten(-1, (self.indexer.n_kv_heads, -1))
 
     def _attend_span(
         self, q_THD: Tensor, index_inputs: Any, span: Span, rows: Rows, index_rows: Rows
@@ -145,11 +150,12 @@ class DsaAttention(nn.Module):
         return gathered_TGD[:, :: gathered_TGD.shape[1] // self.total_kv_heads]
 
 
-def _prepared(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """On a CPU by vLLM's packed weights, which one row at a time is twice as fast as torch's own product."""
+def _prepared(weight_YX: Tensor, bias_Y: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """A product; on a CPU by vLLM's packed weights."""
     if not current_platform.is_cpu():
-        return linear
-    layer: Any = linear
+        return lambda x: nn.functional.linear(x, weight_YX, bias_Y)
+    layer: Any = nn.Module()
+    layer.weight, layer.bias = nn.Parameter(weight_YX, requires_grad=False), bias_Y
     dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
     return lambda x: layer.cpu_linear(x, layer.weight, layer.bias)
 

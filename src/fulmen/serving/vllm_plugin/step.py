@@ -17,6 +17,9 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from fulmen.ops.paged_decode import Sequences
 from fulmen.ops.paged_layer import NewTokens
 
+# As many tokens as pass through a layer faster in one call than by matrix products of their own.
+FEW = 32
+
 
 class Span(NamedTuple):
     """Requests whose queries are computed in one call: some that decode, or one that reads its prompt.
@@ -49,7 +52,7 @@ class Step(AttentionMetadata):
         spans: the queries, cut up.
         n_tokens: queries; a padded batch has more rows.
         longest: the most keys that a request has.
-        only_decodes: whether every request has one query.
+        only_decodes: whether every request has one query, and they are few.
     """
 
     def __init__(self, common: CommonAttentionMetadata, block_size: int) -> None:
@@ -61,7 +64,7 @@ class Step(AttentionMetadata):
         self.longest = max((span.longest for span in self.spans), default=0)
         self._blocks_BN = common.block_table_tensor[:, : -(-self.longest // block_size)]
         self._slots_T = common.slot_mapping[: self.n_tokens]
-        self.only_decodes = len(self.spans) == 1 and self.n_tokens == len(lengths)
+        self.only_decodes = len(self.spans) == 1 and self.n_tokens == len(lengths) <= FEW
         self._rows: dict[int, Rows] = {}
         self._tokens: tuple[tuple[Any, Rows, Rows], NewTokens] | None = None
         self._sequences: tuple[tuple[Rows, Rows], Sequences] | None = None
