@@ -37,27 +37,24 @@ def decode_case(shape, keys, topk, whole, dtype, seed=0):
     stop = torch.tensor([keys, keys - keys // 3])
     new = (x.gather(1, stop[:, None] - 1)[:, 0].long() for x in (rows, index_rows))
     tokens = NewTokens(*new, angles.cos().to(dtype), angles.sin().to(dtype))
-    heads = {
-        "q_BHD": normal(BATCH, n_heads + 2 * kv_heads, width, seed=seed + 3, dtype=dtype)[:, :n_heads],
-        "k_BGD": normal(BATCH, kv_heads, width, seed=seed + 4, dtype=dtype),
-        "v_BGD": normal(BATCH, width, kv_heads, seed=seed + 5, dtype=dtype).mT,
-        # More heads than this process has, and widths that are no whole vectors.
-        "all_q_BX": normal(BATCH, n_heads * width + 9, seed=seed + 6, dtype=dtype)[:, 2:],
-        "all_k_BX": normal(BATCH, kv_heads * width + 5, seed=seed + 7, dtype=dtype),
-        "x_BC": normal(BATCH, 67, seed=seed + 8, dtype=dtype),
+    inputs = {
+        # Rows may lie apart, and what makes index heads may hold more than is read.
+        "qkv_BX": normal(BATCH, (n_heads + 2 * kv_heads) * width + 3, seed=seed + 3, dtype=dtype)[:, 3:],
+        "all_qk_BX": normal(BATCH, (n_heads + kv_heads) * width + 40, seed=seed + 4, dtype=dtype),
+        "x_BC": normal(BATCH, 67, seed=seed + 5, dtype=dtype),
     }
-    projections = projections_for(layer, heads, seed + 9)
-    return layer, (projections, tokens, Sequences(rows, index_rows, stop)), heads
+    widths = (n_heads * width + 9, kv_heads * width + 5, 67)
+    matrices = (normal(y, x, seed=seed + y) * x**-0.5 for y, x in zip(layer.index_rows, widths, strict=True))
+    bias = normal(2 * index_heads, seed=seed + 6, dtype=dtype)
+    projections = Projections(*(matrix.to(dtype) for matrix in matrices), bias)
+    return layer, (projections, tokens, Sequences(rows, index_rows, stop)), inputs
 
 
-def projections_for(layer, heads, seed):
-    """Whose results are about as large as what they read."""
-    index_heads, index_width = layer.shapes["index_q"]
-    rows = (index_heads * index_width, layer.rope_pairs_IP.numel() * 2, 2 * index_heads)
-    widths = [heads[name].shape[1] for name in ("all_q_BX", "all_k_BX", "x_BC")]
-    matrices = (normal(y, x, seed=seed + y) * x**-0.5 for y, x in zip(rows, widths, strict=True))
-    dtype = layer.kv_RGC.dtype
-    return Projections(*(matrix.to(dtype) for matrix in matrices), normal(rows[2], seed=seed, dtype=dtype))
+def decoded(layer, step, inputs):
+    """The layer's output; it is poisoned first."""
+    out = torch.full((BATCH, layer.out_width), torch.nan, dtype=layer.kv_RGC.dtype)[: len(inputs["x_BC"])]
+    paged_decode(layer, *step, **inputs, out_BX=out)
+    return out
 
 
 def copied(layer):
@@ -68,11 +65,11 @@ def copied(layer):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("keys", "topk", "whole"), [(1, 4, 4), (40, 60, 20), (300, 16, 16), (300, 16, 250)])
 def test_one_call_is_its_parts(backend, dtype, shape, keys, topk, whole):
-    layer, step, heads = decode_case(shape, keys, topk, whole, dtype)
+    layer, step, inputs = decode_case(shape, keys, topk, whole, dtype)
     by_parts = copied(layer)
-    out = paged_decode(layer, *step, **heads)
+    out = decoded(layer, step, inputs)
     with pin_backend("cpu"):
-        expected = paged_decode(by_parts, *step, **heads)
+        expected = decoded(by_parts, step, inputs)
     assert_near(out, expected, dtype)
     # Stored to the bit, so that a token written here and one written by a prompt are the same.
     assert torch.equal(layer.kv_RGC, by_parts.kv_RGC)
@@ -80,32 +77,32 @@ def test_one_call_is_its_parts(backend, dtype, shape, keys, topk, whole):
 
 
 def test_the_new_token_is_among_those_read(backend):
-    layer, step, heads = decode_case(SHAPES[0], 50, 4, 60, torch.float32)
+    layer, step, inputs = decode_case(SHAPES[0], 50, 4, 60, torch.float32)
     layer.kv_RGC.zero_()  # all other keys lose
-    heads["q_BHD"] = 100 * heads["k_BGD"].repeat_interleave(3, 1)
-    out = paged_decode(layer, *step, **heads)
-    assert_near(out, heads["v_BGD"].repeat_interleave(3, 1), torch.float32)
+    q, k, v = inputs["qkv_BX"].unflatten(1, (-1, 64)).split((9, 3, 3), 1)
+    q.copy_(100 * k.repeat_interleave(3, 1))
+    assert_near(decoded(layer, step, inputs), v.repeat_interleave(3, 1).flatten(1), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_is_scored_while_all_keys_are_kept(backend, dtype):
-    layer, step, heads = decode_case(SHAPES[0], 70, 8, 70, dtype)
-    expected = paged_decode(copied(layer), *step, **heads)
-    # What makes index queries, weights and shifts may then be anything.
-    spoilt = {name: torch.full_like(heads[name], torch.nan) for name in ("all_q_BX", "x_BC")}
-    assert torch.equal(paged_decode(copied(layer), *step, **{**heads, **spoilt}), expected)
+    layer, step, inputs = decode_case(SHAPES[0], 70, 8, 70, dtype)
+    expected = decoded(copied(layer), step, inputs)
+    # What makes weights and shifts may then be anything.
+    spoilt = {**inputs, "x_BC": torch.full_like(inputs["x_BC"], torch.nan)}
+    assert torch.equal(decoded(copied(layer), step, spoilt), expected)
 
 
 def test_a_sequence_alone_has_the_same_bits_as_in_a_batch(backend):
-    layer, step, heads = decode_case(SHAPES[0], 500, 32, 32, torch.bfloat16)
-    together = paged_decode(copied(layer), *step, **heads)
+    layer, step, inputs = decode_case(SHAPES[0], 500, 32, 32, torch.bfloat16)
+    together = decoded(copied(layer), step, inputs)
     for row in range(BATCH):
         one = slice(row, row + 1)
-        alone = (
+        alone = [
             type(part)(*(getattr(part, field.name)[one] for field in dataclasses.fields(part)))
             for part in step[1:]
-        )
-        out = paged_decode(copied(layer), step[0], *alone, **{name: x[one] for name, x in heads.items()})
+        ]
+        out = decoded(copied(layer), (step[0], *alone), {name: x[one] for name, x in inputs.items()})
         assert torch.equal(out, together[one])
 
 
@@ -113,11 +110,12 @@ def test_a_sequence_alone_has_the_same_bits_as_in_a_batch(backend):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("queries", [True, False])
 def test_tokens_are_turned_and_stored_to_the_bit(backend, dtype, shape, queries):
-    layer, (_, tokens, _), heads = decode_case(shape, 300, 8, 8, dtype)
-    index_q, index_k = (
-        normal(BATCH, *layer.shapes[name], seed=3, dtype=dtype) for name in ("index_q", "index_k")
-    )
-    inputs = [heads[name] for name in ("q_BHD", "k_BGD", "v_BGD")] + [index_q if queries else None, index_k]
+    layer, (_, tokens, _), _ = decode_case(shape, 300, 8, 8, dtype)
+    heads = {
+        name: normal(BATCH, *layer.shapes[name], seed=i, dtype=dtype) for i, name in enumerate(layer.shapes)
+    }
+    heads["v"] = heads["v"].mT.contiguous().mT
+    inputs = [heads[name] if queries or name != "index_q" else None for name in layer.shapes]
     by_parts = copied(layer)
     turned = store_tokens(layer, tokens, *inputs)
     with pin_backend("cpu"):
@@ -129,20 +127,24 @@ def test_tokens_are_turned_and_stored_to_the_bit(backend, dtype, shape, queries)
 
 
 def test_inputs_that_do_not_fit_are_refused():
-    layer, step, heads = decode_case(SHAPES[0], 50, 8, 8, torch.float32)
+    layer, step, inputs = decode_case(SHAPES[0], 50, 8, 8, torch.float32)
     projections, tokens, seen = step
     fewer = dataclasses.replace(projections, q_YX=projections.q_YX[:-1])
-    with pytest.raises(ConfigError, match="projections have 431, 144, 18 rows; the layer asks for 432, 144"):
-        paged_decode(layer, fewer, tokens, seen, **heads)
+    with pytest.raises(
+        ConfigError, match=r"projections have \(431, 144, 18\) rows; the layer asks for \(432, "
+    ):
+        decoded(layer, (fewer, tokens, seen), inputs)
     one = Sequences(*(getattr(seen, field.name)[:1] for field in dataclasses.fields(seen)))
     with pytest.raises(ConfigError, match="2 tokens belong to as many sequences, not 1"):
-        paged_decode(layer, projections, tokens, one, **heads)
+        decoded(layer, (projections, tokens, one), inputs)
+    with pytest.raises(ConfigError, match=r"qkv_BX has shape \(2, 959\).* it must have \(2, 960\)"):
+        decoded(layer, step, {**inputs, "qkv_BX": inputs["qkv_BX"][:, 1:]})
+    with pytest.raises(ConfigError, match=r"all_qk_BX has shape \(2, 700\)"):
+        decoded(layer, step, {**inputs, "all_qk_BX": inputs["all_qk_BX"][:, :700]})
+    with pytest.raises(ConfigError, match=r"x_BC has .* torch.bfloat16"):
+        decoded(layer, step, {**inputs, "x_BC": inputs["x_BC"].bfloat16()})
     with pytest.raises(ConfigError, match="w_YC has dtype"):
         dataclasses.replace(projections, w_YC=projections.w_YC.bfloat16())
-    with pytest.raises(ConfigError, match=r"k has shape \(2, 2, 64\)"):
-        paged_decode(layer, *step, **{**heads, "k_BGD": heads["k_BGD"][:, :2]})
-    with pytest.raises(ConfigError, match=r"x has .* dtype torch.bfloat16"):
-        paged_decode(layer, *step, **{**heads, "x_BC": heads["x_BC"].bfloat16()})
     with pytest.raises(ConfigError, match=r"packed_RX has dtype torch.int8 and X=149"):
         dataclasses.replace(layer, packed_RX=layer.packed_RX[:, :-1])
     with pytest.raises(ConfigError, match=r"stop_B has dtype torch\.int32"):

@@ -9,6 +9,7 @@ A pin comes from `with pin_backend("reference"):` or, outside of one, from the v
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
@@ -43,9 +44,16 @@ def resolve(op_name: str, device: torch.device | str, dtype: torch.dtype) -> str
 
     Raises BackendError, with the reason, if a pinned backend cannot run it (or no backend can).
     """
-    name, origin = _pinned_or_default()
+    return _resolve(*_pinned_or_default(), op_name, torch.device(device), dtype, native_reason())
+
+
+@cache  # a decoding model asks for every layer of every token
+def _resolve(
+    name: str | None, origin: str, op_name: str, device: torch.device, dtype: torch.dtype, _native: str | None
+) -> str:
+    """As `resolve`; the answers' only cause that may change with time, `_native`, is in the key."""
     if name is None:
-        best = "native" if torch.device(device).type == "cpu" else "triton"
+        best = "native" if device.type == "cpu" else "triton"
         name = "cpu" if reason_against_backend(best, op_name, device, dtype) else best
     if reason := reason_against_backend(name, op_name, device, dtype):
         raise BackendError(f"backend {name!r} ({origin}) cannot run {op_name}: {reason}")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NATIVE_VERSION = 6
+NATIVE_VERSION = 7
 # Numbers, as in `native/attention.h`: gradients have rows of whole vectors.
 ROW_MULTIPLE = 16
 
@@ -67,6 +67,21 @@ def call_native(function: str, *arguments: Any) -> None:
     status = getattr(library, function)(*(_as_ctype(argument) for argument in arguments))
     if status:
         raise MemoryError(f"{function} ran out of memory")
+
+
+def call_native_by_numbers(function: str, *numbers: int) -> None:
+    """Call a kernel whose arguments are addresses and integers alone: less work in Python."""
+    if _of_numbers(function, len(numbers))(*numbers):
+        raise MemoryError(f"{function} ran out of memory")
+
+
+@cache
+def _of_numbers(function: str, count: int) -> Any:
+    library = _open_native()[0]
+    assert library is not None, "resolve() chooses native only where it can run"
+    kernel = library[function]  # not shared with `call_native`
+    kernel.argtypes = [ctypes.c_int64] * count
+    return kernel
 
 
 def row_major(x: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ at one token a sequence, some forty small operations would take the most time.
 """
 
 import ctypes
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,16 +15,9 @@ from torch.nn.functional import linear
 from fulmen.errors import ConfigError
 from fulmen.ops.checks import check_axes, check_same_device, check_same_dtype
 from fulmen.ops.dispatch import resolve
-from fulmen.ops.native_library import call_native
+from fulmen.ops.native_library import call_native_by_numbers
 from fulmen.ops.paged import paged_attention, paged_index_topk
-from fulmen.ops.paged_layer import (
-    NewTokens,
-    PagedLayer,
-    check_fields,
-    check_heads,
-    native_heads,
-    store_tokens,
-)
+from fulmen.ops.paged_layer import NewTokens, PagedLayer, check_fields, store_tokens
 
 
 class _NativeSequences(ctypes.Structure):
@@ -70,22 +62,26 @@ class Projections:
         check_axes(w_YC=self.w_YC, bias_Y=self.bias_Y)
         check_same_device(**matrices, bias_Y=self.bias_Y)
 
-    def shapes(self, layer: PagedLayer) -> dict[str, tuple[int, ...]]:
-        """Of what is projected, per token. Raises ConfigError for projections of another layer's shape."""
-        rows = [math.prod(layer.shapes[name]) for name in ("index_q", "index_k")] + [2 * layer.n_index_heads]
-        if [len(x) for x in (self.q_YX, self.k_YX, self.w_YC)] != rows:
-            raise ConfigError(
-                f"projections have {len(self.q_YX)}, {len(self.k_YX)}, {len(self.w_YC)} rows; "
-                f"the layer asks for {rows[0]}, {rows[1]}, {rows[2]}"
-            )
-        inputs = {"all_q": self.q_YX, "all_k": self.k_YX, "x": self.w_YC}
-        return {name: (matrix.shape[1],) for name, matrix in inputs.items()}
+    @cached_property
+    def widths(self) -> tuple[int, int]:
+        """Of what is projected, per token: queries and keys of all heads, and the hidden state."""
+        return self.q_YX.shape[1] + self.k_YX.shape[1], self.w_YC.shape[1]
+
+    @cached_property
+    def rows(self) -> tuple[int, ...]:
+        """Results of the three matrices."""
+        return tuple(len(x) for x in (self.q_YX, self.k_YX, self.w_YC))
 
     @cached_property
     def native(self) -> NativeProjections:
         """For the kernel; valid as long as this object."""
         widths = (x.shape[1] for x in (self.q_YX, self.k_YX, self.w_YC))
         return NativeProjections(*widths, *(x.data_ptr() for x in self._held))
+
+    @cached_property
+    def native_place(self) -> int:
+        """Its address."""
+        return ctypes.addressof(self.native)
 
     @cached_property
     def _held(self) -> tuple[Tensor, ...]:
@@ -122,66 +118,103 @@ class Sequences:
         return _NativeSequences(self.rows_BS.shape[1], *(x.data_ptr() for x in self._held))
 
     @cached_property
+    def native_place(self) -> int:
+        """Its address."""
+        return ctypes.addressof(self.native)
+
+    @cached_property
     def _held(self) -> tuple[Tensor, ...]:
         return tuple(x.contiguous() for x in (self.rows_BS, self.index_rows_BS, self.stop_B))
 
 
-@torch.no_grad()
 def paged_decode(
     layer: PagedLayer,
     projections: Projections,
     tokens: NewTokens,
     seen: Sequences,
-    q_BHD: Tensor,
-    k_BGD: Tensor,
-    v_BGD: Tensor,
-    all_q_BX: Tensor,
-    all_k_BX: Tensor,
+    qkv_BX: Tensor,
+    all_qk_BX: Tensor,
     x_BC: Tensor,
-) -> Tensor:
-    """out_BHD, the attention of each sequence's new token, whose keys and value are stored first.
+    out_BX: Tensor,
+) -> None:
+    """Attention of each sequence's new token, whose keys and value are stored first.
 
     Args:
         tokens: one of each sequence, in the order of `seen`.
-        q_BHD, k_BGD, v_BGD: before RoPE, of the cache's dtype.
-        all_q_BX, all_k_BX, x_BC: what the index heads are made of: queries and keys of all heads (where this
-            process has some of them only, more than q and k), and hidden states.
+        qkv_BX: queries, keys and values before RoPE, head after head: X = (H + 2 G) D; of the cache's dtype.
+        all_qk_BX, x_BC: what index heads are made of: queries and keys of all heads, and hidden states. The
+            former is `qkv_BX` again, unless this process has but some of the heads; what follows is not read.
+        out_BX: contiguous, written: X = H D.
 
     Raises:
         ConfigError: axes or dtypes that do not fit together.
         BackendError: a pinned backend that cannot run here.
     """
-    heads = {"q": q_BHD, "k": k_BGD, "v": v_BGD}
-    inputs = {"all_q": all_q_BX, "all_k": all_k_BX, "x": x_BC}
-    check_heads(layer, tokens, heads, layer.shapes)
-    check_heads(layer, tokens, inputs, projections.shapes(layer))
-    if len(seen.stop_B) != len(q_BHD):
-        raise ConfigError(f"{len(q_BHD)} tokens belong to as many sequences, not {len(seen.stop_B)}")
+    _check_inputs(layer, projections, tokens, seen, qkv_BX, all_qk_BX, x_BC, out_BX)
     if resolve("paged_decode", *layer.place) != "native":
-        return _decode_by_parts(layer, projections, tokens, seen, heads, inputs)
-    places, held = native_heads(heads | inputs)
-    out_BHD = torch.empty(q_BHD.shape, dtype=q_BHD.dtype)
-    native = (layer.native, projections.native, tokens.native, seen.native)
-    call_native("fulmen_paged_decode", *native, places, out_BHD)
-    del held
-    return out_BHD
+        inputs = (qkv_BX, all_qk_BX, x_BC)
+        out_BX.copy_(_decode_by_parts(layer, projections, tokens, seen, *inputs).flatten(1))
+        return
+    assert qkv_BX.stride(1) == all_qk_BX.stride(1) == x_BC.stride(1) == 1
+    call_native_by_numbers(
+        "fulmen_paged_decode",
+        *(layer.native_place, projections.native_place, tokens.native_place, seen.native_place),
+        *(qkv_BX.data_ptr(), qkv_BX.stride(0), all_qk_BX.data_ptr(), all_qk_BX.stride(0)),
+        *(x_BC.data_ptr(), x_BC.stride(0), out_BX.data_ptr()),
+    )
 
 
+def _check_inputs(
+    layer: PagedLayer,
+    projections: Projections,
+    tokens: NewTokens,
+    seen: Sequences,
+    qkv_BX: Tensor,
+    all_qk_BX: Tensor,
+    x_BC: Tensor,
+    out_BX: Tensor,
+) -> None:
+    """Little work if all fits, as it is done for every layer of every token."""
+    if projections.rows != layer.index_rows:
+        raise ConfigError(f"projections have {projections.rows} rows; the layer asks for {layer.index_rows}")
+    count, dtype = tokens.count, layer.kv_RGC.dtype
+    if len(seen.stop_B) != count:
+        raise ConfigError(f"{count} tokens belong to as many sequences, not {len(seen.stop_B)}")
+    n_qk, n_x = projections.widths
+    _check_input("qkv_BX", qkv_BX, count, layer.qkv_width, dtype)
+    _check_input("x_BC", x_BC, count, n_x, dtype)
+    _check_input("out_BX", out_BX, count, layer.out_width, dtype)
+    if all_qk_BX is not qkv_BX:
+        _check_input("all_qk_BX", all_qk_BX, count, max(n_qk, all_qk_BX.shape[-1]), dtype)
+
+
+def _check_input(name: str, x_BX: Tensor, count: int, width: int, dtype: torch.dtype) -> None:
+    if x_BX.shape != (count, width) or x_BX.dtype is not dtype:
+        raise ConfigError(
+            f"{name} has shape {tuple(x_BX.shape)}, {x_BX.dtype}; it must have ({count}, {width}), {dtype}"
+        )
+
+
+@torch.no_grad()
 def _decode_by_parts(
     layer: PagedLayer,
     projections: Projections,
     tokens: NewTokens,
     seen: Sequences,
-    heads: dict[str, Tensor],
-    inputs: dict[str, Tensor],
+    qkv_BX: Tensor,
+    all_qk_BX: Tensor,
+    x_BC: Tensor,
 ) -> Tensor:
-    """The specification, on any device."""
-    index_k_BIE = linear(inputs["all_k"], projections.k_YX).unflatten(1, layer.shapes["index_k"])
-    index_q_BJE = linear(inputs["all_q"], projections.q_YX).unflatten(1, layer.shapes["index_q"])
+    """The specification, on any device: out_BHD."""
+    n_heads, kv_heads, width = layer.n_heads, layer.kv_RGC.shape[1], layer.shapes["q"][1]
+    qkv = qkv_BX.unflatten(1, (-1, width)).split((n_heads, kv_heads, kv_heads), 1)
+    all_q_BX, all_k_BX, _ = all_qk_BX.tensor_split((projections.q_YX.shape[1], projections.widths[0]), 1)
+    index_q_BJE = linear(all_q_BX, projections.q_YX).unflatten(1, layer.shapes["index_q"])
+    index_k_BIE = linear(all_k_BX, projections.k_YX).unflatten(1, layer.shapes["index_k"])
     bias_Y = projections.bias_Y.to(projections.w_YC.dtype)
-    w_B1J, b_B1J = linear(inputs["x"], projections.w_YC, bias_Y)[:, None].chunk(2, -1)
-    qkv = (heads["q"], heads["k"], heads["v"])
-    q_BHD, index_q_BJE = store_tokens(layer, tokens, *qkv, index_q_BJE, index_k_BIE)
+    w_B1J, b_B1J = linear(x_BC, projections.w_YC, bias_Y)[:, None].chunk(2, -1)
+    q_BHD, k_BGD, v_BGD = qkv
+    q_BHD, index_q_BJE = store_tokens(layer, tokens, q_BHD, k_BGD, v_BGD, index_q_BJE, index_k_BIE)
     stop_B1, topk_B1K = seen.stop_B[:, None], None
     if index_q_BJE is not None and seen.longest > layer.whole:
         index = (index_q_BJE[:, None], layer.packed_RX, seen.index_rows_BS, w_B1J, b_B1J, stop_B1)

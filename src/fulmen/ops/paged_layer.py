@@ -5,7 +5,6 @@ storing keys, values and packed index keys.
 """
 
 import ctypes
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -97,6 +96,22 @@ class PagedLayer:
         }
 
     @cached_property
+    def qkv_width(self) -> int:
+        """Numbers of a token's queries, keys and values."""
+        return (self.n_heads + 2 * self.kv_RGC.shape[1]) * self.shapes["q"][1]
+
+    @cached_property
+    def out_width(self) -> int:
+        """Numbers of a token's attention."""
+        return self.n_heads * self.shapes["q"][1]
+
+    @cached_property
+    def index_rows(self) -> tuple[int, ...]:
+        """Numbers of a token's index queries, index keys, and weights with shifts."""
+        (heads, width), (key_heads, _) = self.shapes["index_q"], self.shapes["index_k"]
+        return heads * width, key_heads * width, 2 * heads
+
+    @cached_property
     def place(self) -> tuple[torch.device, torch.dtype]:
         """Device and dtype of the cache, which choose the backend."""
         return self.kv_RGC.device, self.kv_RGC.dtype
@@ -113,6 +128,11 @@ class PagedLayer:
             *(self.packed_RX.stride(0), has_tiles(), self.kv_RGC.data_ptr(), self.packed_RX.data_ptr()),
             *(self.rope_pairs_IP.data_ptr(), self.scale),
         )
+
+    @cached_property
+    def native_place(self) -> int:
+        """Its address."""
+        return ctypes.addressof(self.native)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +162,16 @@ class NewTokens:
         return NativeTokens(*sizes, *(x.data_ptr() for x in self._held))
 
     @cached_property
+    def native_place(self) -> int:
+        """Its address."""
+        return ctypes.addressof(self.native)
+
+    @cached_property
+    def count(self) -> int:
+        """How many."""
+        return len(self.rows_T)
+
+    @cached_property
     def _held(self) -> tuple[Tensor, ...]:
         rows = (x.contiguous() for x in (self.rows_T, self.index_rows_T))
         return (*rows, *(x.float().contiguous() for x in (self.cos_TP, self.sin_TP)))
@@ -166,12 +196,12 @@ def store_tokens(
         BackendError: a pinned backend that cannot run here.
     """
     heads = {"q": q_THD, "k": k_TGD, "v": v_TGD, "index_q": index_q_TJE, "index_k": index_k_TIE}
-    check_heads(layer, tokens, heads, layer.shapes)
+    _check_heads(layer, tokens, heads)
     if resolve("store_tokens", *layer.place) != "native":
         return _store_by_parts(layer, tokens, q_THD, k_TGD, v_TGD, index_q_TJE, index_k_TIE)
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
     index_out_TJE = None if index_q_TJE is None else torch.empty(index_q_TJE.shape, dtype=q_THD.dtype)
-    places, held = native_heads(heads)
+    places, held = _native_heads(heads)
     call_native("fulmen_paged_store", layer.native, tokens.native, places, out_THD, index_out_TJE)
     del held
     return out_THD, index_out_TJE
@@ -201,13 +231,8 @@ def _store_by_parts(
     return q_THD, rotate_half_split(index_q_TJE, *angles)
 
 
-def check_heads(
-    layer: PagedLayer,
-    tokens: NewTokens,
-    heads: Mapping[str, Tensor | None],
-    shapes: dict[str, tuple[int, ...]],
-) -> None:
-    """Raise ConfigError unless all (but None) have these shapes per token, and the layer's dtype and device.
+def _check_heads(layer: PagedLayer, tokens: NewTokens, heads: dict[str, Tensor | None]) -> None:
+    """Raise ConfigError unless all have the layer's shapes, dtype and device; None is skipped.
 
     A few comparisons instead of the usual checks, which take longer than a token does.
     """
@@ -218,7 +243,7 @@ def check_heads(
     for name, x in heads.items():
         if x is None:
             continue
-        expected = (count, *shapes[name])
+        expected = (count, *layer.shapes[name])
         if x.shape != expected or x.dtype != like.dtype or x.device != like.device:
             raise ConfigError(
                 f"{name} has shape {tuple(x.shape)}, dtype {x.dtype}, device {x.device}; it must have "
@@ -226,7 +251,7 @@ def check_heads(
             )
 
 
-def native_heads(heads: Mapping[str, Tensor | None]) -> tuple[Any, list[Tensor | None]]:
+def _native_heads(heads: dict[str, Tensor | None]) -> tuple[Any, list[Tensor | None]]:
     """`Heads` of `native/paged.h`, one after the other, and what must live as long; None becomes null."""
     held = [None if x is None else _side_by_side(x) for x in heads.values()]
     places = [part for x in held for part in ((0, 0) if x is None else (x.data_ptr(), x.stride(0)))]

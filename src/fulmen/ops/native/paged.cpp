@@ -23,9 +23,8 @@ struct Projections {
     const float *bias;            // [2 J]
 };
 
-// Places in a list of heads: of the store, and of the decoding step, which makes the index heads itself.
+// Places in a list of heads.
 enum { Q, K, V, INDEX_Q, INDEX_K, W, B };
-enum { ALL_Q = 3, ALL_K, X };
 
 template <class Number>
 void store_tokens(const PagedLayer &layer, const NewTokens &tokens, const Heads *heads, Number *q_out,
@@ -61,52 +60,70 @@ template <class Number> float dot(const Number *x, const float *y, int64_t count
     return sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// Index queries, keys, weights and shifts of the new tokens, before RoPE. A few tokens meet all of the matrices once: as
-// much memory as a thread can read, so the threads share the rows.
+// Index queries, keys, weights and shifts of the new tokens, before RoPE. Few tokens take as long as the matrices take to
+// be read, so the threads share their rows.
 template <class Number> class Projecting {
     const PagedLayer &layer;
     const NewTokens &tokens;
-    const Projections &by;
-    const int64_t n_q, n_k, n_w;  // rows of the three matrices
-    std::vector<float> inputs;    // of one matrix: [B, width]
+    const int64_t n_q, n_k, n_w;  // rows of the matrices
 
-    void project(const void *matrix, int64_t rows, int64_t width, const Heads &from, const float *bias, int64_t place) {
-        constexpr int64_t PER_ITEM = 16;
-        inputs.resize(tokens.count * width);
+    struct Matrix {
+        const Number *rows;
+        int64_t count, width, place;  // where its results go
+        Heads from;
+        const float *bias;
+        std::vector<float> inputs;  // [B, width]
+    };
+
+    Matrix matrix(const void *rows, int64_t count, int64_t width, int64_t place, const Heads &from, const float *bias) const {
+        Matrix made{(const Number *)rows, count, width, place, from, bias, std::vector<float>(tokens.count * width)};
         for (int64_t t = 0; t < tokens.count; t++)
-            for (int64_t i = 0; i < width; i++) inputs[t * width + i] = number(from.of<Number>(t) + i);
-        const int64_t threads = useful_threads(tokens.threads, 2 * tokens.count * rows * width);
-        parallel_for((rows + PER_ITEM - 1) / PER_ITEM, threads, [&](int64_t item) {
-            for (int64_t y = item * PER_ITEM; y < std::min(rows, (item + 1) * PER_ITEM); y++)
-                for (int64_t t = 0; t < tokens.count; t++) {
-                    const float sum = dot((const Number *)matrix + y * width, inputs.data() + t * width, width);
-                    float room[LANES];
-                    store(room, rounded<Number>(broadcast(sum + (bias ? bias[y] : 0.0f))));
-                    narrow(room, 1, out.data() + t * stride() + place + y);
-                }
-        });
+            for (int64_t i = 0; i < width; i++) made.inputs[t * width + i] = number(from.of<Number>(t) + i);
+        return made;
+    }
+
+    void project_row(const Matrix &by, int64_t y) {
+        for (int64_t t = 0; t < tokens.count; t++) {
+            const float sum = dot(by.rows + y * by.width, by.inputs.data() + t * by.width, by.width);
+            float room[LANES];
+            store(room, rounded<Number>(broadcast(sum + (by.bias ? by.bias[y] : 0.0f))));
+            narrow(room, 1, out.data() + t * stride() + by.place + y);
+        }
     }
 
     int64_t stride() const { return n_q + n_k + n_w; }
-    Heads at(int64_t place) const { return {out.data() + place, stride()}; }
 
   public:
-    std::vector<Number> out;  // [B]: index queries, keys, then weights and shifts
+    std::vector<Number> out;  // [B]: index queries, index keys, then weights and shifts
 
-    Projecting(const PagedLayer &layer, const NewTokens &tokens, const Projections &by)
-        : layer(layer), tokens(tokens), by(by), n_q(layer.index_heads * layer.index_width),
+    Projecting(const PagedLayer &layer, const NewTokens &tokens)
+        : layer(layer), tokens(tokens), n_q(layer.index_heads * layer.index_width),
           n_k(layer.index_key_heads * layer.index_width), n_w(2 * layer.index_heads), out(tokens.count * stride()) {}
 
-    // `given`, and after q, k and v what the store and the selection take; no queries where nothing is selected.
-    std::vector<Heads> heads(const Heads *given, bool selects) {
-        project(by.k, n_k, by.k_width, given[ALL_K], nullptr, n_q);
-        std::vector<Heads> all(given, given + V + 1);
-        if (!selects) return all.insert(all.end(), {{}, at(n_q)}), all;
-        project(by.q, n_q, by.q_width, given[ALL_Q], nullptr, 0);
-        project(by.w_and_b, n_w, by.x_width, given[X], by.bias, n_q + n_k);
-        all.insert(all.end(), {at(0), at(n_q), at(n_q + n_k), at(n_q + n_k + layer.index_heads)});
-        return all;
+    // From queries and keys of all heads, side by side, and hidden states; keys alone where nothing is selected.
+    void project(const Projections &by, const Heads &all_qk, const Heads &x, bool selects) {
+        constexpr int64_t PER_ITEM = 48;
+        std::vector<Matrix> matrices{matrix(by.k, n_k, by.k_width, n_q, all_qk.from<Number>(by.q_width), nullptr)};
+        if (selects) {
+            matrices.push_back(matrix(by.q, n_q, by.q_width, 0, all_qk, nullptr));
+            matrices.push_back(matrix(by.w_and_b, n_w, by.x_width, n_q + n_k, x, by.bias));
+        }
+        std::vector<std::pair<const Matrix *, int64_t>> items;
+        int64_t products = 0;
+        for (const Matrix &some : matrices) {
+            for (int64_t y = 0; y < some.count; y += PER_ITEM) items.push_back({&some, y});
+            products += tokens.count * some.count * some.width;
+        }
+        parallel_for(items.size(), useful_threads(tokens.threads, 2 * products), [&](int64_t item) {
+            const auto [by, low] = items[item];
+            for (int64_t y = low; y < std::min(by->count, low + PER_ITEM); y++) project_row(*by, y);
+        });
     }
+
+    Heads index_q() const { return {out.data(), stride()}; }
+    Heads index_k() const { return {out.data() + n_q, stride()}; }
+    Heads w() const { return {out.data() + n_q + n_k, stride()}; }
+    Heads b() const { return {out.data() + n_q + n_k + layer.index_heads, stride()}; }
 };
 
 template <class Number> class Decoding {
@@ -194,11 +211,15 @@ template <class Number> class Decoding {
 
 template <class Number>
 void decode(const PagedLayer &layer, const Projections &projections, const NewTokens &tokens, const Sequences &seen,
-            const Heads *given, Number *out) {
+            const Heads &qkv, const Heads &all_qk, const Heads &x, Number *out) {
     const bool selects = *std::max_element(seen.stop, seen.stop + tokens.count) > layer.whole;
-    Projecting<Number> projecting(layer, tokens, projections);
+    Projecting<Number> projected(layer, tokens);
+    projected.project(projections, all_qk, x, selects);
+    const int64_t k = layer.heads * layer.width, v = k + layer.key_heads * layer.width;
+    const Heads heads[] = {qkv, qkv.from<Number>(k), qkv.from<Number>(v), selects ? projected.index_q() : Heads{},
+                           projected.index_k(), projected.w(), projected.b()};
     Decoding<Number> decoding(layer, tokens, seen);
-    decoding.store(projecting.heads(given, selects).data());
+    decoding.store(heads);
     decoding.attend(decoding.choose(selects), out);
 }
 
@@ -217,12 +238,14 @@ int fulmen_paged_store(const PagedLayer *layer, const NewTokens *tokens, const H
     return 1;
 }
 
-// heads: q, k and v, then what the projections read: queries and keys of all heads, hidden states. out [B, H, D] in the
-// model's dtype.
+// qkv: heads of queries, keys and values side by side; all_qk: queries and keys of all heads; x: hidden states. out
+// [B, H, D] in the model's dtype.
 int fulmen_paged_decode(const PagedLayer *layer, const Projections *projections, const NewTokens *tokens,
-                        const Sequences *seen, const Heads *heads, void *out) try {
-    if (layer->is_bf16) decode(*layer, *projections, *tokens, *seen, heads, (uint16_t *)out);
-    else decode(*layer, *projections, *tokens, *seen, heads, (float *)out);
+                        const Sequences *seen, const void *qkv, int64_t qkv_stride, const void *all_qk,
+                        int64_t all_qk_stride, const void *x, int64_t x_stride, void *out) try {
+    const Heads of_qkv{qkv, qkv_stride}, of_all{all_qk, all_qk_stride}, of_x{x, x_stride};
+    if (layer->is_bf16) decode(*layer, *projections, *tokens, *seen, of_qkv, of_all, of_x, (uint16_t *)out);
+    else decode(*layer, *projections, *tokens, *seen, of_qkv, of_all, of_x, (float *)out);
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;

@@ -32,6 +32,7 @@ struct Heads {
     int64_t stride;
 
     template <class Number> const Number *of(int64_t token) const { return (const Number *)numbers + token * stride; }
+    template <class Number> Heads from(int64_t place) const { return {(const Number *)numbers + place, stride}; }
 };
 
 // Hides where numbers came from: else the compiler fuses a product with the sum it goes into, and torch does not.

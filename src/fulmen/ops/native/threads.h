@@ -13,7 +13,7 @@
 
 // As many of `threads` as `products` multiplications keep busy for longer than it takes to wake one.
 inline int64_t useful_threads(int64_t threads, int64_t products) {
-    constexpr int64_t WORTH_A_THREAD = 1 << 18;
+    constexpr int64_t WORTH_A_THREAD = 1 << 16;
     return std::clamp<int64_t>(products / WORTH_A_THREAD, 1, std::max<int64_t>(threads, 1));
 }
 

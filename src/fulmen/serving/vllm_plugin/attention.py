@@ -45,11 +45,16 @@ class DsaAttention(nn.Module):
         self.index_cache = IndexKeyCache(
             f"{name}.index_keys", vllm_config, self.index_shape[0] * self.index_shape[1]
         )
+        self.index_name = self.index_cache.name
         vllm_config.compilation_config.static_forward_context[self.name].attention = [self]
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         """As the stock attention: hidden states `[T, C]`, positions `[T]`."""
         qkv, _ = self.qkv_proj(hidden_states)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k, v = self._heads(qkv)
+            normed = (self.q_norm(q.contiguous()), self.k_norm(k.contiguous()), v)
+            qkv = torch.cat([x.flatten(1) for x in normed], -1)
         out = qkv.new_empty(qkv.shape[0], self.heads * self.head_dim)
         if torch.compiler.is_compiling():
             torch.ops.vllm.fulmen_dsa_attention(qkv, hidden_states, positions, out, self.name)
@@ -57,46 +62,43 @@ class DsaAttention(nn.Module):
             fulmen_dsa_attention(qkv, hidden_states, positions, out, self.name)
         return self.o_proj(out)[0]
 
-    def attend(self, qkv: Tensor, x_TC: Tensor, positions_T: Tensor, step: Step, index_step: Step) -> Tensor:
-        """out_THD of the step's queries; stores their keys, values and index keys."""
-        heads = self._heads(qkv)
-        rows = step.rows(self.cache.rows_per_block)
-        index_rows = index_step.rows(self.index_cache.rows_per_block)
-        tokens = step.tokens(self.rotary_emb, positions_T, qkv.dtype, rows, index_rows)
-        all_q_TX = self._all_query_heads(heads[0]).flatten(1)
-        all_k_TX = self._all_key_heads(heads[1]).flatten(1)
-        if step.only_decodes:
-            seen = step.sequences(rows, index_rows)
-            inputs = (*heads, all_q_TX, all_k_TX, x_TC)
-            return paged_decode(self._paged_layer(), self._projections, tokens, seen, *inputs)
+    def attend(
+        self, qkv: Tensor, x_TC: Tensor, positions_T: Tensor, step: Step, index_step: Step, out_TX: Tensor
+    ) -> None:
+        """Fill `out_TX` for the step's queries; store their keys, values and index keys."""
+        layer = self._paged_layer()
+        where = step.layout(index_step, self._rows_per_block, self.rotary_emb, positions_T, qkv.dtype)
+        all_qk_TX = qkv if get_tensor_model_parallel_world_size() == 1 else self._gathered(qkv)
+        if where.sequences is not None:
+            inputs = (qkv, all_qk_TX, x_TC, out_TX)
+            paged_decode(layer, self._projections, where.tokens, where.sequences, *inputs)
+            return
         # While every context fits k nothing is selected; the index keys are stored for later all the same.
         index_q_TJE, w_TJ, b_TJ = (
-            self._index_queries(all_q_TX, x_TC) if step.longest > self.topk else [None] * 3
+            self._index_queries(all_qk_TX, x_TC) if step.longest > self.topk else [None] * 3
         )
-        index_heads = (index_q_TJE, self._index_keys(all_k_TX))
-        q_THD, index_q_TJE = store_tokens(self._paged_layer(), tokens, *heads, *index_heads)
+        index_heads = (index_q_TJE, self._index_keys(all_qk_TX))
+        q_THD, index_q_TJE = store_tokens(layer, where.tokens, *self._heads(qkv), *index_heads)
         index_inputs = None if index_q_TJE is None else (index_q_TJE, w_TJ, b_TJ)
-        out_THD = torch.empty_like(q_THD)
         for span in step.spans:
-            out_THD[span.tokens] = self._attend_span(q_THD, index_inputs, span, rows, index_rows)
-        return out_THD
+            out_THD = self._attend_span(q_THD, index_inputs, span, where.rows, where.index_rows)
+            out_TX[span.tokens] = out_THD.flatten(1)
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q_THD, k_TGD, v_TGD before RoPE."""
         heads = (self.heads, self.kv_heads, self.kv_heads)
-        q_THD, k_TGD, v_TGD = qkv.unflatten(-1, (-1, self.head_dim)).split(heads, 1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_THD, k_TGD = self.q_norm(q_THD.contiguous()), self.k_norm(k_TGD.contiguous())
-        return q_THD, k_TGD, v_TGD
+        return qkv.unflatten(-1, (-1, self.head_dim)).split(heads, 1)
 
     def _paged_layer(self) -> PagedLayer:
         kept = self.__dict__.get("_kept_layer")
-        if kept is None or kept[0] is not self.cache.kv_cache:
+        if kept is None or kept[0] is not kept[1].kv_cache:
             caches = (self.cache.rows_RHC(), self.index_cache.rows_RHC()[:, 0], self.indexer.rope_pairs)
             heads = (self.heads, self.indexer.n_heads)
-            kept = (self.cache.kv_cache, PagedLayer(*caches, *heads, self.layer_topk, self.topk, self.scale))
+            layer = PagedLayer(*caches, *heads, self.layer_topk, self.topk, self.scale)
+            kept = (self.cache.kv_cache, self.cache, layer)
             self.__dict__["_kept_layer"] = kept
-        return kept[1]
+            self._rows_per_block = (self.cache.rows_per_block, self.index_cache.rows_per_block)
+        return kept[2]
 
     @cached_property
     def _projections(self) -> Projections:
@@ -112,14 +114,15 @@ class DsaAttention(nn.Module):
         matrices = ((by.q_YX, None), (by.k_YX, None), (by.w_YC, by.bias_Y))
         return tuple(_prepared(*matrix) for matrix in matrices)
 
-    def _index_queries(self, all_q_TX: Tensor, x_TC: Tensor) -> list[Tensor]:
+    def _index_queries(self, all_qk_TX: Tensor, x_TC: Tensor) -> list[Tensor]:
         """index_q_TJE before RoPE, w_TJ, b_TJ: as `GqaIndexer.queries`."""
         project_q, _, project_both = self._products
-        index_q_TJE = project_q(all_q_TX).unflatten(-1, (self.indexer.n_heads, -1))
-        return [index_q_TJE, *project_both(x_TC).chunk(2, -1)]
+        index_q_TX = project_q(all_qk_TX[:, : self._projections.q_YX.shape[1]])
+        return [index_q_TX.unflatten(-1, (self.indexer.n_heads, -1)), *project_both(x_TC).chunk(2, -1)]
 
-    def _index_keys(self, all_k_TX: Tensor) -> Tensor:
+    def _index_keys(self, all_qk_TX: Tensor) -> Tensor:
         """index_k_TIE before RoPE."""
+        all_k_TX = all_qk_TX[:, self._projections.q_YX.shape[1] : self._projections.widths[0]]
         return self._products[1](all_k_TX).unflatten(-1, (self.indexer.n_kv_heads, -1))
 
     def _attend_span(
@@ -137,17 +140,14 @@ class DsaAttention(nn.Module):
         out_BTHD = paged_attention(q_BTHD, layer.kv_RGC, rows_BS, span.stop_BT, topk_BTK, self.scale)
         return out_BTHD.flatten(0, 1)
 
-    def _all_query_heads(self, q_THD: Tensor) -> Tensor:
-        if get_tensor_model_parallel_world_size() == 1:
-            return q_THD
-        return tensor_model_parallel_all_gather(q_THD.contiguous(), 1)
-
-    def _all_key_heads(self, k_TGD: Tensor) -> Tensor:
-        if get_tensor_model_parallel_world_size() == 1:
-            return k_TGD
-        gathered_TGD = tensor_model_parallel_all_gather(k_TGD.contiguous(), 1)
+    def _gathered(self, qkv: Tensor) -> Tensor:
+        """Queries and keys of all ranks' heads, side by side."""
+        q_THD, k_TGD, _ = self._heads(qkv)
+        all_q_THD = tensor_model_parallel_all_gather(q_THD.contiguous(), 1)
+        all_k_TGD = tensor_model_parallel_all_gather(k_TGD.contiguous(), 1)
         # With more ranks than key heads, neighbours hold the same one.
-        return gathered_TGD[:, :: gathered_TGD.shape[1] // self.total_kv_heads]
+        all_k_TGD = all_k_TGD[:, :: all_k_TGD.shape[1] // self.total_kv_heads]
+        return torch.cat((all_q_THD.flatten(1), all_k_TGD.flatten(1)), 1)
 
 
 def _prepared(weight_YX: Tensor, bias_Y: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -171,11 +171,11 @@ def fulmen_dsa_attention(
         return
     (attention,) = context.no_compile_layers[layer_name].attention
     step = steps[layer_name]
-    n = step.n_tokens
-    out_THD = attention.attend(
-        qkv[:n], hidden_states[:n], positions[:n], step, steps[attention.index_cache.name]
-    )
-    out[:n] = out_THD.flatten(1)
+    if step.n_tokens != len(qkv):  # a padded batch
+        qkv, hidden_states, positions, out = (
+            x[: step.n_tokens] for x in (qkv, hidden_states, positions, out)
+        )
+    attention.attend(qkv, hidden_states, positions, step, steps[attention.index_name], out)
 
 
 def _fake(qkv: Tensor, hidden_states: Tensor, positions: Tensor, out: Tensor, layer_name: str) -> None:

@@ -45,6 +45,19 @@ class Rows:
     new_T: Tensor
 
 
+class Layout(NamedTuple):
+    """Where a step's tokens and their contexts lie in the caches of a layer.
+
+    Attributes:
+        sequences: of a step that only decodes.
+    """
+
+    rows: Rows
+    index_rows: Rows
+    tokens: NewTokens
+    sequences: Sequences | None
+
+
 class Step(AttentionMetadata):
     """What the layers need to know of a step.
 
@@ -65,35 +78,35 @@ class Step(AttentionMetadata):
         self._blocks_BN = common.block_table_tensor[:, : -(-self.longest // block_size)]
         self._slots_T = common.slot_mapping[: self.n_tokens]
         self.only_decodes = len(self.spans) == 1 and self.n_tokens == len(lengths) <= FEW
-        self._rows: dict[int, Rows] = {}
-        self._tokens: tuple[tuple[Any, Rows, Rows], NewTokens] | None = None
-        self._sequences: tuple[tuple[Rows, Rows], Sequences] | None = None
+        self._layouts: dict[Any, Layout] = {}
 
-    def tokens(
-        self, rotary: Any, positions_T: Tensor, dtype: torch.dtype, rows: Rows, index: Rows
-    ) -> NewTokens:
-        """Where the tokens go in both caches, and their angles by vLLM's table; kept for further layers."""
-        if self._tokens is None or self._tokens[0] != (rotary, rows, index):
+    def layout(
+        self,
+        index_step: "Step",
+        rows_per_block: tuple[int, int],
+        rotary: Any,
+        positions_T: Tensor,
+        dtype: torch.dtype,
+    ) -> Layout:
+        """For layers whose caches are cut like this and turn like this; kept for the further ones."""
+        key = (rows_per_block, id(rotary))
+        if key not in self._layouts:
+            rows, index_rows = self._rows(rows_per_block[0]), index_step._rows(rows_per_block[1])
             cos_TP, sin_TP = rotary.cos_sin_cache[positions_T].to(dtype).chunk(2, -1)
-            self._tokens = ((rotary, rows, index), NewTokens(rows.new_T, index.new_T, cos_TP, sin_TP))
-        return self._tokens[1]
+            tokens = NewTokens(rows.new_T, index_rows.new_T, cos_TP, sin_TP)
+            sequences = None
+            if self.only_decodes:
+                sequences = Sequences(rows.all_BS, index_rows.all_BS, self.spans[0].stop_BT[:, 0])
+            self._layouts[key] = Layout(rows, index_rows, tokens, sequences)
+        return self._layouts[key]
 
-    def sequences(self, rows: Rows, index: Rows) -> Sequences:
-        """Where the keys lie if every request has one query; kept for further layers."""
-        if self._sequences is None or self._sequences[0] != (rows, index):
-            stop_B = self.spans[0].stop_BT[:, 0]
-            self._sequences = ((rows, index), Sequences(rows.all_BS, index.all_BS, stop_B))
-        return self._sequences[1]
-
-    def rows(self, rows_per_block: int) -> Rows:
+    def _rows(self, rows_per_block: int) -> Rows:
         """The rows of a cache whose blocks lie `rows_per_block` rows apart."""
-        if rows_per_block not in self._rows:
-            places = torch.arange(self.block_size, dtype=torch.int32)
-            all_BNP = self._blocks_BN[:, :, None] * rows_per_block + places
-            block_T, place_T = self._slots_T // self.block_size, self._slots_T % self.block_size
-            new_T = block_T * rows_per_block + place_T
-            self._rows[rows_per_block] = Rows(all_BNP.flatten(1), new_T.long())
-        return self._rows[rows_per_block]
+        places = torch.arange(self.block_size, dtype=torch.int32)
+        all_BNP = self._blocks_BN[:, :, None] * rows_per_block + places
+        block_T, place_T = self._slots_T // self.block_size, self._slots_T % self.block_size
+        new_T = block_T * rows_per_block + place_T
+        return Rows(all_BNP.flatten(1), new_T.long())
 
 
 class StepBuilder(AttentionMetadataBuilder[Step]):
