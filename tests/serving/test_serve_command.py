@@ -1,5 +1,6 @@
 """`fulmen serve` refuses what cannot be, before an engine is started."""
 
+import asyncio
 import socket
 from importlib.util import find_spec
 
@@ -12,6 +13,7 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from fulmen.cli.main import app
+from fulmen.serving.server import listen
 
 
 @pytest.fixture
@@ -60,3 +62,24 @@ def test_flags_that_are_the_gateways_are_refused(tmp_path, model):
     arguments = ["serve", str(model), "--state", str(tmp_path / "state"), "--", "--uds", "/x"]
     result = CliRunner().invoke(app, arguments)
     assert (result.exit_code, "--uds is the gateway's to set" in result.stderr) == (2, True)
+
+
+def test_a_first_token_does_not_wait_until_the_headers_are_acknowledged():
+    """Fails where the listener's protocol is 0: asyncio then leaves Nagle's algorithm on."""
+
+    async def connect():
+        seen = asyncio.get_running_loop().create_future()
+
+        async def answer(_, writer):
+            seen.set_result(
+                writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            )
+            writer.close()
+
+        with listen("127.0.0.1", 0) as listener:
+            async with await asyncio.start_server(answer, sock=listener):
+                _, writer = await asyncio.open_connection(*listener.getsockname())
+                writer.close()
+                return await seen
+
+    assert asyncio.run(connect())

@@ -35,7 +35,7 @@ def serve(
     """
     if host not in LOOPBACK and not len(books.accounts):
         raise ConfigError(f"host={host} lets others in, and there is no key; make one: fulmen keys add NAME")
-    with running(state), contextlib.closing(_listen(host, port)) as listener:
+    with running(state), contextlib.closing(listen(host, port)) as listener:
         if left := books.ledger.recover():
             say(f"{left} requests that the last run left open were charged for what they had got")
         asyncio.run(_serve(Engine(settings, state / ENGINE_LOG, say), books, listener, say))
@@ -90,10 +90,15 @@ class Server(uvicorn.Server):
             self._say(f"waiting for {count} open requests; Ctrl-C again ends them")
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """The address, taken now: a mistake is known before the engine starts."""
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at this address, taken now: a mistake is known before the engine starts.
+
+    Raises ConfigError for an address that is taken or is none.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # By its number: asyncio turns off Nagle's algorithm only where TCP is named, and with it on, the first token
+    # would wait until the client has acknowledged the headers.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
