@@ -27,8 +27,9 @@ def pytest_runtest_makereport(item, call):
         report.sections.append(
             ("the server's processes", "\n".join(map(state_of, family_of(server.process))))
         )
-        log = (server.state / "engine.log").read_text(errors="replace")
-        report.sections.append(("the engine's last words", log[-3000:]))
+        log = server.state / "engine.log"
+        words = log.read_text(errors="replace")[-3000:] if log.exists() else "it left no log"
+        report.sections.append(("the engine's last words", words))
 
 
 def family_of(process):
