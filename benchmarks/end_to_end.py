@@ -44,7 +44,7 @@ def main(
     out: Annotated[Path, typer.Option(help="JSON file; the sides' output goes beside it.")] = Path(
         "out/bench/end_to_end.json"
     ),
-    decode: Annotated[str, typer.Option(help="Tokens before the decoded ones.")] = "512,2048,8192,32768,131072",
+    decode: Annotated[str, typer.Option(help="Tokens before those decoded.")] = "512,2048,8192,32768,131072",
     prefill: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "2048,8192",
     rounds: Annotated[int, typer.Option(help="Turns of every side; prompts above 8192 tokens get one.")] = 3,
     steps: Annotated[int, typer.Option(help="Tokens decoded in a turn.")] = 8,
