@@ -96,8 +96,8 @@ def listen(host: str, port: int) -> socket.socket:
     Raises ConfigError for an address that is taken or is none.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns off Nagle's algorithm only where TCP is named; with it on, the first token would wait for the
-    # client to acknowledge the headers.
+    # asyncio turns off Nagle's algorithm only where TCP is named. With it on, the first token would wait for
+    # the client to acknowledge the headers.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
