@@ -44,14 +44,21 @@ def resolve(op_name: str, device: torch.device | str, dtype: torch.dtype) -> str
 
     Raises BackendError, with the reason, if a pinned backend cannot run it (or no backend can).
     """
-    return _resolve(*_pinned_or_default(), op_name, torch.device(device), dtype, native_reason())
+    (name, origin), device = _pinned_or_default(), torch.device(device)
+    if device.type == "cpu" and name != "triton":
+        return _resolve_on_cpu(name, origin, op_name, device, dtype, native_reason())
+    return _resolve(name, origin, op_name, device, dtype)
 
 
 @cache  # a decoding model asks for every layer of every token
-def _resolve(
+def _resolve_on_cpu(
     name: str | None, origin: str, op_name: str, device: torch.device, dtype: torch.dtype, _native: str | None
 ) -> str:
-    """As `resolve`; the answers' only cause that may change with time, `_native`, is in the key."""
+    """Kept by all that the answer depends on; `_native`: why the native kernels cannot run."""
+    return _resolve(name, origin, op_name, device, dtype)
+
+
+def _resolve(name: str | None, origin: str, op_name: str, device: torch.device, dtype: torch.dtype) -> str:
     if name is None:
         best = "native" if device.type == "cpu" else "triton"
         name = "cpu" if reason_against_backend(best, op_name, device, dtype) else best
