@@ -17,7 +17,7 @@ from fulmen.ops.checks import check_axes, check_same_device, check_same_dtype
 from fulmen.ops.dispatch import resolve
 from fulmen.ops.native_library import call_native_by_numbers
 from fulmen.ops.paged import paged_attention, paged_index_topk
-from fulmen.ops.paged_layer import NewTokens, PagedLayer, check_fields, store_tokens
+from fulmen.ops.paged_layer import NewTokens, PagedLayer, check_fields, check_pairs, store_tokens
 
 
 class _NativeSequences(ctypes.Structure):
@@ -79,11 +79,6 @@ class Projections:
         return NativeProjections(*widths, *(x.data_ptr() for x in self._held))
 
     @cached_property
-    def native_place(self) -> int:
-        """Its address."""
-        return ctypes.addressof(self.native)
-
-    @cached_property
     def _held(self) -> tuple[Tensor, ...]:
         matrices = (x.contiguous() for x in (self.q_YX, self.k_YX, self.w_YC))
         return (*matrices, self.bias_Y.float().contiguous())
@@ -116,11 +111,6 @@ class Sequences:
     def native(self) -> _NativeSequences:
         """For the kernel; valid as long as this object."""
         return _NativeSequences(self.rows_BS.shape[1], *(x.data_ptr() for x in self._held))
-
-    @cached_property
-    def native_place(self) -> int:
-        """Its address."""
-        return ctypes.addressof(self.native)
 
     @cached_property
     def _held(self) -> tuple[Tensor, ...]:
@@ -156,9 +146,10 @@ def paged_decode(
         out_BX.copy_(_decode_by_parts(layer, projections, tokens, seen, *inputs).flatten(1))
         return
     assert qkv_BX.stride(1) == all_qk_BX.stride(1) == x_BC.stride(1) == 1
+    assert out_BX.is_contiguous()
     call_native_by_numbers(
         "fulmen_paged_decode",
-        *(layer.native_place, projections.native_place, tokens.native_place, seen.native_place),
+        *map(ctypes.addressof, (layer.native, projections.native, tokens.native, seen.native)),
         *(qkv_BX.data_ptr(), qkv_BX.stride(0), all_qk_BX.data_ptr(), all_qk_BX.stride(0)),
         *(x_BC.data_ptr(), x_BC.stride(0), out_BX.data_ptr()),
     )
@@ -177,6 +168,7 @@ def _check_inputs(
     """Little work if all fits, as it is done for every layer of every token."""
     if projections.rows != layer.index_rows:
         raise ConfigError(f"projections have {projections.rows} rows; the layer asks for {layer.index_rows}")
+    check_pairs(layer, tokens)
     count, dtype = tokens.count, layer.kv_RGC.dtype
     if len(seen.stop_B) != count:
         raise ConfigError(f"{count} tokens belong to as many sequences, not {len(seen.stop_B)}")

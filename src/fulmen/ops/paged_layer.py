@@ -129,11 +129,6 @@ class PagedLayer:
             *(self.rope_pairs_IP.data_ptr(), self.scale),
         )
 
-    @cached_property
-    def native_place(self) -> int:
-        """Its address."""
-        return ctypes.addressof(self.native)
-
 
 @dataclass(frozen=True, eq=False)
 class NewTokens:
@@ -160,11 +155,6 @@ class NewTokens:
         """For the kernels; valid as long as this object."""
         sizes = (*self.cos_TP.shape, torch.get_num_threads())
         return NativeTokens(*sizes, *(x.data_ptr() for x in self._held))
-
-    @cached_property
-    def native_place(self) -> int:
-        """Its address."""
-        return ctypes.addressof(self.native)
 
     @cached_property
     def count(self) -> int:
@@ -231,15 +221,19 @@ def _store_by_parts(
     return q_THD, rotate_half_split(index_q_TJE, *angles)
 
 
+def check_pairs(layer: PagedLayer, tokens: NewTokens) -> None:
+    """Raise ConfigError for angles of more rotary pairs than a head has."""
+    if 2 * (pairs := tokens.cos_TP.shape[1]) > layer.shapes["q"][1]:
+        raise ConfigError(f"cos_TP has P={pairs} pairs; a head has {layer.shapes['q'][1]} dims")
+
+
 def _check_heads(layer: PagedLayer, tokens: NewTokens, heads: dict[str, Tensor | None]) -> None:
     """Raise ConfigError unless all have the layer's shapes, dtype and device; None is skipped.
 
     A few comparisons instead of the usual checks, which take longer than a token does.
     """
-    count, pairs = tokens.cos_TP.shape
-    if 2 * pairs > layer.shapes["q"][1]:
-        raise ConfigError(f"cos_TP has P={pairs} pairs; a head has {layer.shapes['q'][1]} dims")
-    like = layer.kv_RGC
+    check_pairs(layer, tokens)
+    count, like = tokens.count, layer.kv_RGC
     for name, x in heads.items():
         if x is None:
             continue
