@@ -23,16 +23,18 @@ BACKEND_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OPERATIONS = (
     *("index_scores", "select_topk", "index_topk", "sparse_attention", "dense_attention"),
     *("indexer_loss", "indexer_loss_selected", "selection_loss"),
-    *("store_index_keys", "store_tokens", "paged_decode"),
+    *("store_index_keys", "store_tokens", "paged_decode", "paged_sparse_attention"),
 )
 # The others, and float64: there "cpu" is the default, and pinning one of these raises.
 KERNEL_OPERATIONS = {
     "native": (
         *("index_scores", "select_topk", "index_topk", "sparse_attention", "dense_attention"),
-        *("store_index_keys", "store_tokens", "paged_decode"),
+        *("store_index_keys", "store_tokens", "paged_decode", "paged_sparse_attention"),
     ),
     "triton": ("index_scores", "select_topk", "index_topk", "sparse_attention"),
 }
+# Their kernels take the model's numbers as they lie in its caches.
+WITHOUT_FLOAT16 = ("store_tokens", "paged_decode", "paged_sparse_attention")
 
 # One for the whole process, not a ContextVar: a model's own checkpointing recomputes its forward in
 # autograd's threads, and must meet the same backend there.
@@ -89,7 +91,7 @@ def _reason_against_kernels(
         return f"its kernels run on the CPU, not on device {str(device)!r}; pin 'cpu', which is plain torch"
     if dtype == torch.float64 and op_name != "select_topk":
         return "its kernels compute in float32, dtype torch.float64 needs more; pin 'cpu'"
-    if dtype == torch.float16 and op_name in ("store_tokens", "paged_decode"):
+    if dtype == torch.float16 and op_name in WITHOUT_FLOAT16:
         return "its kernel takes float32 and bfloat16, not dtype torch.float16; pin 'cpu'"
     return native_reason() if name == "native" else triton_reason(device)
 

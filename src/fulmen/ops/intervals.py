@@ -19,8 +19,8 @@ def selection_mask(topk: Tensor, n_keys: int) -> Tensor:
 
 
 def kernel_positions(topk: Tensor) -> Tensor:
-    """Selected positions as kernels read them: contiguous int32, where nothing is -1.
+    """Selected positions as kernels read them: contiguous int32, where nothing is negative.
 
     Without the clamp an int64 below the int32 range would come back as a position.
     """
-    return topk.clamp(min=-1).int().contiguous()
+    return (topk if topk.dtype == torch.int32 else topk.clamp(min=-1).int()).contiguous()

@@ -16,21 +16,13 @@ from fulmen.errors import ConfigError
 from fulmen.ops.checks import check_axes, check_same_device, check_same_dtype
 from fulmen.ops.dispatch import resolve
 from fulmen.ops.native_library import call_native_by_numbers
-from fulmen.ops.paged import paged_attention, paged_index_topk
-from fulmen.ops.paged_layer import NewTokens, PagedLayer, check_fields, check_pairs, store_tokens
-
-
-class _NativeSequences(ctypes.Structure):
-    """`Sequences` of `native/paged.cpp`."""
-
-    _fields_ = [
-        ("keys", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("rows", "index_rows", "stop")),
-    ]
+from fulmen.ops.paged import paged_attention
+from fulmen.ops.paged_layer import NewTokens, PagedLayer, check_pairs, store_tokens
+from fulmen.ops.paged_sparse import Sequences, paged_sparse_attention
 
 
 class NativeProjections(ctypes.Structure):
-    """`Projections` there."""
+    """`Projections` of `native/paged.cpp`."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("q_width", "k_width", "x_width")),
@@ -84,39 +76,6 @@ class Projections:
         return (*matrices, self.bias_Y.float().contiguous())
 
 
-@dataclass(frozen=True, eq=False)
-class Sequences:
-    """Where the keys of each sequence lie, for all layers whose caches are cut alike.
-
-    Attributes:
-        rows_BS, index_rows_BS: int32, the rows of both caches in which key s lies (below R).
-        stop_B: int64, keys of each sequence with the new token, which is the last: 1 to S.
-
-    Raises ConfigError: axes or dtypes that do not fit together.
-    """
-
-    rows_BS: Tensor
-    index_rows_BS: Tensor
-    stop_B: Tensor
-
-    def __post_init__(self) -> None:
-        check_fields(self, rows_BS=torch.int32, index_rows_BS=torch.int32, stop_B=torch.int64)
-
-    @cached_property
-    def longest(self) -> int:
-        """The most keys that a sequence has."""
-        return int(self.stop_B.max())
-
-    @cached_property
-    def native(self) -> _NativeSequences:
-        """For the kernel; valid as long as this object."""
-        return _NativeSequences(self.rows_BS.shape[1], *(x.data_ptr() for x in self._held))
-
-    @cached_property
-    def _held(self) -> tuple[Tensor, ...]:
-        return tuple(x.contiguous() for x in (self.rows_BS, self.index_rows_BS, self.stop_B))
-
-
 def paged_decode(
     layer: PagedLayer,
     projections: Projections,
@@ -130,7 +89,7 @@ def paged_decode(
     """Attention of each sequence's new token, whose keys and value are stored first.
 
     Args:
-        tokens: one of each sequence, in the order of `seen`.
+        tokens: one of each sequence, in the order of `seen`; there T = 1.
         qkv_BX: queries, keys and values before RoPE, head after head: X = (H + 2 G) D; of the cache's dtype.
         all_qk_BX, x_BC: what index heads are made of: queries and keys of all heads, and hidden states. The
             former is `qkv_BX` again, unless this process has but some of the heads; what follows is not read.
@@ -170,8 +129,11 @@ def _check_inputs(
         raise ConfigError(f"projections have {projections.rows} rows; the layer asks for {layer.index_rows}")
     check_pairs(layer, tokens)
     count, dtype = tokens.count, layer.kv_RGC.dtype
-    if len(seen.stop_B) != count:
-        raise ConfigError(f"{count} tokens belong to as many sequences, not {len(seen.stop_B)}")
+    if seen.stop_BT.shape != (count, 1):
+        raise ConfigError(
+            f"{count} tokens belong to as many sequences of one query; "
+            f"stop_BT has shape {tuple(seen.stop_BT.shape)}"
+        )
     n_qk, n_x = projections.widths
     _check_input("qkv_BX", qkv_BX, count, layer.qkv_width, dtype)
     _check_input("x_BC", x_BC, count, n_x, dtype)
@@ -207,8 +169,11 @@ def _decode_by_parts(
     w_B1J, b_B1J = linear(x_BC, projections.w_YC, bias_Y)[:, None].chunk(2, -1)
     q_BHD, k_BGD, v_BGD = qkv
     q_BHD, index_q_BJE = store_tokens(layer, tokens, q_BHD, k_BGD, v_BGD, index_q_BJE, index_k_BIE)
-    stop_B1, topk_B1K = seen.stop_B[:, None], None
-    if index_q_BJE is not None and seen.longest > layer.whole:
-        index = (index_q_BJE[:, None], layer.packed_RX, seen.index_rows_BS, w_B1J, b_B1J, stop_B1)
-        topk_B1K = paged_index_topk(*index, layer.topk, layer.whole)
-    return paged_attention(q_BHD[:, None], layer.kv_RGC, seen.rows_BS, stop_B1, topk_B1K, layer.scale)[:, 0]
+    if index_q_BJE is None or seen.longest <= layer.whole:
+        return paged_attention(q_BHD[:, None], layer.kv_RGC, seen.rows_BS, seen.stop_BT, None, layer.scale)[
+            :, 0
+        ]
+    out_BHD = torch.empty_like(q_BHD)
+    index = (index_q_BJE[:, None], w_B1J, b_B1J)
+    paged_sparse_attention(layer, q_BHD[:, None], *index, seen, out_BHD[:, None])
+    return out_BHD

@@ -21,10 +21,10 @@ struct QueryState {
     QueryState(const AttentionInputs &in, int64_t heads)
         : heads(heads), width(in.v.padded), q(heads * in.k.padded), sum(heads * in.v.padded), peak(heads), total(heads) {}
 
-    void begin(const AttentionInputs &in, const float *from, float scale) {
-        for (int64_t h = 0; h < heads; h++)
-            for (int64_t d = 0; d < in.shape.width; d++)
-                q[h * in.k.padded + d] = from[h * in.shape.width + d] * scale;
+    // From the head `first` on, counted over all.
+    void begin(const AttentionInputs &in, int64_t first, float scale) {
+        if (in.shape.is_bf16) take_queries(in, (const uint16_t *)in.q + first * in.shape.width, scale);
+        else take_queries(in, (const float *)in.q + first * in.shape.width, scale);
         std::fill(sum.begin(), sum.end(), 0.0f);
         // Finite, so that infinity is never subtracted from itself where no key counts yet.
         std::fill(peak.begin(), peak.end(), -FLT_MAX);
@@ -71,12 +71,15 @@ struct QueryState {
         for_heads(heads, [&](auto n, int64_t h) { attend_heads<decltype(n)::value>(h, in, tile); });
     }
 
-    void finish(float *out, float *lse, int64_t value_width) const {
-        for (int64_t h = 0; h < heads; h++) {
-            const float scale = total[h] == 0 ? 0.0f : 1 / total[h];
-            for (int64_t d = 0; d < value_width; d++) out[h * value_width + d] = sum[h * width + d] * scale;
-            lse[h] = (peak[h] + std::log2(total[h])) / LOG2_E;
-        }
+    void finish(int64_t first, const Results &results) const {
+        for (int64_t h = 0; h < heads; h++) results.write(first + h, sum.data() + h * width, total[h], peak[h]);
+    }
+
+    template <class Number> void take_queries(const AttentionInputs &in, const Number *from, float scale) {
+        const int64_t size = in.shape.width;
+        for (int64_t h = 0; h < heads; h++)
+            for (int64_t d = 0; d < size; d += LANES)
+                store(q.data() + h * in.k.padded + d, load_some(from + h * size + d, size - d) * scale);
     }
 };
 
@@ -102,7 +105,7 @@ struct Work {
 };
 
 template <class Number>
-void attend_rows(const AttentionInputs &in, const Work &work, float scale, float *out, float *lse) {
+void attend_rows(const AttentionInputs &in, const Work &work, float scale, const Results &results) {
     const AttentionShape &shape = in.shape;
     std::vector<QueryState> states(work.groups, QueryState(in, work.heads));
     KeyTile<Number> tile(in);
@@ -111,23 +114,22 @@ void attend_rows(const AttentionInputs &in, const Work &work, float scale, float
         const int64_t row = work.b * shape.queries + t;
         const KeyList keys = in.keys_of(row, room.data());
         const auto head = [&](int64_t g) { return row * shape.heads + (work.g + g) * in.shared() + work.first; };
-        for (int64_t g = 0; g < work.groups; g++) states[g].begin(in, in.q + head(g) * shape.width, scale * LOG2_E);
+        for (int64_t g = 0; g < work.groups; g++) states[g].begin(in, head(g), scale * LOG2_E);
         for (int64_t i = 0; i < keys.count; i += in.tile_keys())
             for (int64_t g = 0; g < work.groups; g++) {
                 tile.fill(in, keys, i, work.b, work.g + g);
                 states[g].attend(in, tile);
             }
-        for (int64_t g = 0; g < work.groups; g++)
-            states[g].finish(out + head(g) * shape.value_width, lse + head(g), shape.value_width);
+        for (int64_t g = 0; g < work.groups; g++) states[g].finish(head(g), results);
     }
 }
 
-void attend(const AttentionInputs &in, const Work &work, float scale, float *out, float *lse) {
-    if (in.in_place<uint16_t>()) attend_rows<uint16_t>(in, work, scale, out, lse);
-    else attend_rows<float>(in, work, scale, out, lse);
+void attend(const AttentionInputs &in, const Work &work, float scale, const Results &results) {
+    if (in.in_place<uint16_t>()) attend_rows<uint16_t>(in, work, scale, results);
+    else attend_rows<float>(in, work, scale, results);
 }
 
-void attend_all(const AttentionInputs &in, float scale, float *out, float *lse) {
+void attend_all(const AttentionInputs &in, float scale, const Results &results) {
     const Cut cut(in);
     const int64_t key_heads = in.shape.key_heads, ranges = (key_heads + cut.groups - 1) / cut.groups;
     parallel_for(in.shape.batch * cut.blocks * ranges * cut.parts, in.shape.threads, [&](int64_t item) {
@@ -135,18 +137,18 @@ void attend_all(const AttentionInputs &in, float scale, float *out, float *lse) 
         const int64_t low = block % cut.blocks * cut.block, high = std::min(low + cut.block, in.shape.queries);
         const int64_t g = item / cut.parts % ranges * cut.groups, groups = std::min(cut.groups, key_heads - g);
         const int64_t heads = std::min(cut.heads, in.shared() - first);
-        attend(in, {block / cut.blocks, low, high, g, groups, first, heads}, scale, out, lse);
+        attend(in, {block / cut.blocks, low, high, g, groups, first, heads}, scale, results);
     });
 }
 
 #ifdef FULMEN_TILES
-// Whether queries come by the tile; q is then exact as bfloat16.
+// Whether queries come by the tile.
 bool by_tiles(const AttentionInputs &in) {
     const AttentionShape &shape = in.shape;
     return shape.use_tiles && shape.is_bf16 && in.topk && shape.queries >= TILE_QUERIES;
 }
 
-void attend_by_tiles(const AttentionInputs &in, float scale, float *out, float *lse) {
+void attend_by_tiles(const AttentionInputs &in, float scale, const Results &results) {
     const AttentionShape &shape = in.shape;
     const int64_t blocks = (shape.queries + TILE_QUERIES - 1) / TILE_QUERIES;
     // Few blocks: threads share their key heads. The others look for the union of keys once.
@@ -159,10 +161,10 @@ void attend_by_tiles(const AttentionInputs &in, float scale, float *out, float *
         for (int64_t item = run * per_thread; item < std::min(items, (run + 1) * per_thread); item++) {
             const int64_t block = item / parts, groups = shape.key_heads / parts, g = item % parts * groups;
             const int64_t low = block % blocks * TILE_QUERIES, high = std::min(low + TILE_QUERIES, shape.queries);
-            if (attention.choose(block / blocks, low, high)) attention.attend(g, groups, scale, out, lse);
+            if (attention.choose(block / blocks, low, high)) attention.attend(g, groups, scale, results);
             else
                 for (int64_t i = g; i < g + groups; i++)
-                    attend(in, {block / blocks, low, high, i, 1, 0, in.shared()}, scale, out, lse);
+                    attend(in, {block / blocks, low, high, i, 1, 0, in.shared()}, scale, results);
         }
     });
 }
@@ -170,19 +172,19 @@ void attend_by_tiles(const AttentionInputs &in, float scale, float *out, float *
 
 }  // namespace
 
-void attend_to_keys(const AttentionInputs &in, float scale, float *out, float *lse) {
+void attend_to_keys(const AttentionInputs &in, float scale, const Results &results) {
 #ifdef FULMEN_TILES
-    if (by_tiles(in)) return attend_by_tiles(in, scale, out, lse);
+    if (by_tiles(in)) return attend_by_tiles(in, scale, results);
 #endif
-    attend_all(in, scale, out, lse);
+    attend_all(in, scale, results);
 }
 
 extern "C" {
 
 // out [B, T, H, V], lse [B, T, H]; either topk, or start and stop.
-int fulmen_attention(const float *q, const void *k, const void *v, const int32_t *topk, const int64_t *start,
-                     const int64_t *stop, float *out, float *lse, const AttentionShape *shape, float scale) try {
-    attend_to_keys(AttentionInputs(*shape, q, k, v, topk, start, stop), scale, out, lse);
+int fulmen_attention(const void *q, const void *k, const void *v, const int32_t *topk, const int64_t *start,
+                     const int64_t *stop, void *out, float *lse, const AttentionShape *shape, float scale) try {
+    attend_to_keys(AttentionInputs(*shape, q, k, v, topk, start, stop), scale, Results(*shape, out, lse));
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;

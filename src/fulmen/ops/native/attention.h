@@ -5,11 +5,13 @@
 #include "vectors.h"
 
 #include <algorithm>
-#include <type_traits>
+#include <cmath>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
-// Mirrored by `AttentionShape` in native_library.py. Strides count numbers; q and all results are contiguous.
+// Mirrored by `AttentionShape` in native_library.py. Strides count numbers; q and all results are contiguous. Keys and
+// values are bfloat16 or float32; forward, so are queries and results.
 struct AttentionShape {
     int64_t batch, queries, keys, heads, key_heads, width, value_width, topk;
     int64_t is_bf16, k_stride_b, k_stride_s, k_stride_g, v_stride_b, v_stride_s, v_stride_g, threads, use_tiles;
@@ -20,7 +22,7 @@ constexpr int64_t WIDEST_TILE = 128;
 constexpr int64_t ROW_MULTIPLE = 16;
 constexpr float LOG2_E = 1.4426950408889634f;
 
-// The keys of a query: positions from a list, or (without one) from first on.
+// The keys of a query, as rows of the keys and values: from a list, or (without one) from first on.
 struct KeyList {
     const int32_t *positions;
     int64_t first, count;
@@ -62,18 +64,19 @@ struct Source {
 
 struct AttentionInputs {
     AttentionShape shape;
-    const float *q;
+    const void *q;
     Source k, v;
     const int32_t *topk;          // [B, T, K]; read if there are no
     const int64_t *start, *stop;  // intervals
+    const int32_t *rows;          // [B, S]: which row of k and v holds selected key s; null: in order
 
-    AttentionInputs(const AttentionShape &shape, const float *q, const void *k, const void *v, const int32_t *topk,
-                    const int64_t *start, const int64_t *stop)
+    AttentionInputs(const AttentionShape &shape, const void *q, const void *k, const void *v, const int32_t *topk,
+                    const int64_t *start, const int64_t *stop, const int32_t *rows = nullptr)
         : shape(shape), q(q), k{k, shape.k_stride_b, shape.k_stride_s, shape.k_stride_g, shape.width,
                                 round_up(shape.width, ROW_MULTIPLE), shape.is_bf16 != 0},
           v{v, shape.v_stride_b, shape.v_stride_s, shape.v_stride_g, shape.value_width,
             round_up(shape.value_width, ROW_MULTIPLE), shape.is_bf16 != 0},
-          topk(topk), start(start), stop(stop) {
+          topk(topk), start(start), stop(stop), rows(rows) {
         const int64_t most = start ? shape.keys : shape.topk;
         const int64_t products = shape.batch * shape.queries * shape.heads * most * (shape.width + shape.value_width);
         this->shape.threads = useful_threads(shape.threads, products);
@@ -86,7 +89,9 @@ struct AttentionInputs {
     // Keys of a tile. A tile of wide rows should not fill the level 2 cache.
     int64_t tile_keys() const { return k.padded + v.padded > 512 ? 32 : WIDEST_TILE; }
 
-    // `room` for K numbers takes the selected positions without the -1 among them.
+    int64_t row_of_key(int64_t b, int64_t s) const { return rows ? rows[b * shape.keys + s] : s; }
+
+    // `room` for K numbers takes the rows of what is selected, without the -1 among it.
     KeyList keys_of(int64_t row, int32_t *room) const {
         if (start) {
             const int64_t first = std::clamp<int64_t>(start[row], 0, shape.keys);
@@ -97,7 +102,34 @@ struct AttentionInputs {
             room[count] = topk[row * shape.topk + i];
             count += room[count] >= 0;
         }
+        for (int64_t i = 0; rows && i < count; i++) room[i] = row_of_key(row / shape.queries, room[i]);
         return {room, 0, count};
+    }
+};
+
+// out [B, T, H, V] of the queries' numbers; lse [B, T, H], or null where nobody asks for it.
+struct Results {
+    void *out;
+    float *lse;
+    int64_t width;
+    bool is_bf16;
+
+    Results(const AttentionShape &shape, void *out, float *lse)
+        : out(out), lse(lse), width(shape.value_width), is_bf16(shape.is_bf16 != 0) {}
+
+    // Of one query's head, counted over all: sums of weighted values, the sum of the weights, and the power of 2 that
+    // they lack.
+    void write(int64_t head, const float *sums, float total, float peak) const {
+        const float scale = total == 0 ? 0.0f : 1 / total;
+        if (is_bf16) write_row(sums, scale, (uint16_t *)out + head * width);
+        else write_row(sums, scale, (float *)out + head * width);
+        if (lse) lse[head] = (peak + std::log2(total)) / LOG2_E;
+    }
+
+  private:
+    template <class Number> void write_row(const float *sums, float scale, Number *to) const {
+        for (int64_t d = 0; d < width; d += LANES)
+            put(rounded<Number>(load_some(sums + d, width - d) * scale), width - d, to + d);
     }
 };
 
@@ -205,5 +237,5 @@ template <class Work> void for_heads(int64_t heads, const Work &work) {
     }
 }
 
-// out [B, T, H, V], lse [B, T, H] (attention.cpp). Throws std::bad_alloc.
-void attend_to_keys(const AttentionInputs &in, float scale, float *out, float *lse);
+// In attention.cpp. Throws std::bad_alloc.
+void attend_to_keys(const AttentionInputs &in, float scale, const Results &results);

@@ -19,7 +19,7 @@ constexpr int64_t ITEM_QUERIES = 16;
 // All with rows padded as `Source` pads them: q and dq [B, T, H, D], dout [B, T, H, V], dk [B, S, G, D],
 // dv [B, S, G, V]; lse and delta [B, T, H]. dk and dv come as zeros.
 struct Gradients {
-    const float *dout, *lse, *delta;
+    const float *q, *dout, *lse, *delta;
     float *dq, *dk, *dv;
     float scale;
 };
@@ -59,7 +59,7 @@ template <int N> void differentiate_heads(Block &block, int64_t t, int64_t h, co
     const Gradients &grads = block.grads;
     const int64_t head = block.head(t, h), width = in.k.padded;
     alignas(64) float probs[N * WIDEST_TILE], dscores[N * WIDEST_TILE];
-    dot_rows<N>(in.q + head * width, tile.k, tile.count, width, probs);
+    dot_rows<N>(grads.q + head * width, tile.k, tile.count, width, probs);
     dot_rows<N>(grads.dout + head * in.v.padded, tile.v, tile.count, in.v.padded, dscores);
     for (int n = 0; n < N; n++) {
         const float lse = grads.lse[head + n], delta = grads.delta[head + n];
@@ -116,7 +116,7 @@ void gather_range(const Block &block, int64_t g, int64_t low, int64_t high) {
         const int64_t head = block.head(t, g * shared), at = (t * shape.heads + g * shared) * topk;
         for (const int32_t *s = std::lower_bound(keys.positions, end, low); s < end && *s < high; s++) {
             const int64_t row = (block.batch * shape.keys + *s) * shape.key_heads + g, i = at + (s - keys.positions);
-            add_to_key(block.dscores.get() + i, topk, in.q + head * in.k.padded, shared, in.k.padded,
+            add_to_key(block.dscores.get() + i, topk, grads.q + head * in.k.padded, shared, in.k.padded,
                        grads.dk + row * in.k.padded);
             add_to_key(block.probs.get() + i, topk, grads.dout + head * in.v.padded, shared, in.v.padded,
                        grads.dv + row * in.v.padded);
@@ -147,8 +147,8 @@ extern "C" {
 int fulmen_attention_backward(const float *q, const void *k, const void *v, const int32_t *topk, const float *dout,
                               const float *lse, const float *delta, float *dq, float *dk, float *dv,
                               const AttentionShape *shape, float scale) try {
-    const AttentionInputs in(*shape, q, k, v, topk, nullptr, nullptr);
-    const Gradients grads{dout, lse, delta, dq, dk, dv, scale};
+    const AttentionInputs in(*shape, nullptr, k, v, topk, nullptr, nullptr);
+    const Gradients grads{q, dout, lse, delta, dq, dk, dv, scale};
     const int64_t most = std::clamp<int64_t>(BLOCK_WEIGHTS / (shape->heads * shape->topk + 1), 1, shape->queries + 1);
     for (int64_t b = 0; b < shape->batch; b++) {
         Block block(in, grads, b, most);

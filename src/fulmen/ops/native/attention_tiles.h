@@ -29,16 +29,22 @@ class KeyUnion {
 
     // Returns how many keys are selected, those of several queries as often.
     int64_t find(const int32_t *topk, int64_t count, int64_t width) {
-        int32_t first = INT32_MAX, last = -1;
+        __m512i lowest = _mm512_set1_epi32(INT32_MAX), highest = _mm512_set1_epi32(-1);
         int64_t found = 0;
         for (int64_t t = 0; t < count; t++)
-            for (int64_t i = 0; i < width; i++) {
-                const int32_t s = topk[t * width + i];
-                if (s < 0) continue;
-                member[s] |= uint16_t(1 << t);
-                found++;
-                first = std::min(first, s), last = std::max(last, s);
+            for (int64_t i = 0; i < width; i += 16) {
+                const __mmask16 inside = __mmask16(0xffff >> (16 - std::min<int64_t>(16, width - i)));
+                const __m512i some = _mm512_mask_loadu_epi32(_mm512_set1_epi32(-1), inside, topk + t * width + i);
+                const __mmask16 taken = _mm512_cmpge_epi32_mask(some, _mm512_setzero_si512());
+                lowest = _mm512_mask_min_epi32(lowest, taken, lowest, some);
+                highest = _mm512_max_epi32(highest, some);
+                alignas(64) int32_t keys[16];
+                _mm512_store_si512(keys, _mm512_maskz_compress_epi32(taken, some));
+                const int64_t n = __builtin_popcount(taken);
+                for (int64_t j = 0; j < n; j++) member[keys[j]] |= uint16_t(1 << t);
+                found += n;
             }
+        const int32_t first = _mm512_reduce_min_epi32(lowest), last = _mm512_reduce_max_epi32(highest);
         positions.clear(), queries.clear();
         for (int64_t low = first / 32 * 32; low <= last; low += 32) {
             const __m512i some = _mm512_loadu_si512(member.data() + low);
@@ -54,26 +60,39 @@ class KeyUnion {
 
 class TileAttention {
     // Keys of a step: of 128 numbers and as many values, packed, they take 64 KB of a core's level 2 cache.
-    static constexpr int64_t KEYS = 128;
+    static constexpr int64_t KEYS = 128, KEY_VECTORS = KEYS / 16;
     // Queries that a key of the union must have, on average. Measured with random selections: at 4.2, and 3 heads of
     // 64, this takes as long as query by query; at 8, and 4 heads of 128, half of the time.
     static constexpr int64_t LEAST_ALIKE = 4;
     static constexpr int64_t SUMS_ROOM = 1 << 16;
+    // Heads that pass through a step's products and weights together. A tile waits for what was just stored: by then
+    // the others' weights are computed.
+    static constexpr int64_t TOGETHER = 4;
+
+    struct Query {
+        __m512 total = _mm512_setzero_ps();  // of its weights, lane by lane
+        // Finite, so that infinity is never subtracted from itself where no key counts yet.
+        float peak = -FLT_MAX;
+    };
 
     const AttentionInputs &in;
     const int64_t most_heads, d_chunks, v_tiles;  // 32 numbers of a key, 16 of a value (an even count)
     KeyUnion chosen;
     int64_t b = 0, row = 0, count = 0;  // the queries: their batch row, the first among all, how many
-    // Left matrices [head][chunk of D][query], [chunk of 32 keys][query]; right ones [16 keys][chunk of D][pair of D],
-    // [chunk of 32 keys][16 of V][pair of keys].
+    // Left matrices [head][chunk of D][query], [head][chunk of 32 keys][query]; right ones [16 keys][chunk of D][pair of
+    // D], [chunk of 32 keys][16 of V][pair of keys].
     std::unique_ptr<Line[]> q, probs, k, v;
-    std::unique_ptr<Line[]> scores, sums;  // [query][key], [head][query][V]
-    std::vector<float> peak, total;        // [head][query]
-    __mmask16 seen[TILE_QUERIES][KEYS / 16];
-    std::vector<int64_t> bad;  // keys of this step whose values are not finite
+    std::unique_ptr<Line[]> scores, sums;  // [head][query][key], [head][query][V]
+    std::vector<Query> queries;            // [head][query]
+    std::vector<__mmask16> seen;           // [16 keys of the union][query]
+    const uint16_t *rows[KEYS];            // of this step's keys or values
+    std::vector<int64_t> bad;              // keys of this step whose values are not finite
 
     int64_t value_width() const { return v_tiles * 16; }
     float *sums_of(int64_t h) { return (float *)(sums.get() + h * TILE_QUERIES * v_tiles); }
+    // Of one of the heads that are together.
+    float *scores_of(int64_t slot) { return (float *)scores.get() + slot * TILE_QUERIES * KEYS; }
+    Line *probs_of(int64_t slot) { return probs.get() + slot * KEYS / 32 * TILE_ROWS; }
 
     static std::unique_ptr<Line[]> lines(int64_t count) { return std::unique_ptr<Line[]>(new Line[count]()); }
 
@@ -87,116 +106,128 @@ class TileAttention {
     explicit TileAttention(const AttentionInputs &in)
         : in(in), most_heads(std::clamp<int64_t>(SUMS_ROOM / (TILE_QUERIES * in.v.padded), 1, in.shared())),
           d_chunks((in.shape.width + 31) / 32), v_tiles(round_up(in.v.width, 32) / 16), chosen(in.shape.keys),
-          q(lines(most_heads * d_chunks * TILE_ROWS)), probs(lines(KEYS / 32 * TILE_ROWS)),
+          q(lines(most_heads * d_chunks * TILE_ROWS)), probs(lines(TOGETHER * KEYS / 32 * TILE_ROWS)),
           k(lines(KEYS / 16 * d_chunks * TILE_ROWS)), v(lines(KEYS / 32 * v_tiles * TILE_ROWS)),
-          scores(lines(TILE_QUERIES * KEYS / 16)), sums(lines(most_heads * TILE_QUERIES * v_tiles)),
-          peak(most_heads * TILE_QUERIES), total(most_heads * TILE_QUERIES) {}
+          scores(lines(TOGETHER * TILE_QUERIES * KEYS / 16)), sums(lines(most_heads * TILE_QUERIES * v_tiles)),
+          queries(most_heads * TILE_QUERIES) {}
 
     // Takes up the queries low <= t < high of batch row b. Whether they select enough alike for this to pay.
     bool choose(int64_t of_batch, int64_t low, int64_t high) {
         b = of_batch, row = b * in.shape.queries + low, count = high - low;
         const int64_t selected = chosen.find(in.topk + row * in.shape.topk, count, in.shape.topk);
-        return LEAST_ALIKE * chosen.size() <= selected;
+        if (LEAST_ALIKE * chosen.size() > selected) return false;
+        find_seen();
+        return true;
     }
 
     // Those queries, by the key heads from `first` on.
-    void attend(int64_t first, int64_t groups, float scale, float *out, float *lse) {
+    void attend(int64_t first, int64_t groups, float scale, const Results &results) {
         for (int64_t g = first; g < first + groups; g++)
             for (int64_t h = 0; h < in.shared(); h += most_heads) {
                 const int64_t heads = std::min(most_heads, in.shared() - h);
                 begin(g * in.shared() + h, heads);
-                for (int64_t i = 0; i < chosen.size(); i += KEYS) step(g, i, heads, scale);
-                finish(g * in.shared() + h, heads, out, lse);
+                for (int64_t i = 0; i < chosen.size(); i += KEYS) step(g, i, heads, scale * LOG2_E);
+                finish(g * in.shared() + h, heads, results);
             }
     }
 
   private:
+    // The keys of each query as masks.
+    void find_seen() {
+        const int64_t vectors = (chosen.size() + 15) / 16;
+        chosen.queries.resize(vectors * 16);
+        seen.resize(round_up(vectors, KEY_VECTORS) * TILE_QUERIES);
+        std::fill(seen.begin() + vectors * TILE_QUERIES, seen.end(), 0);
+        for (int64_t n = 0; n < vectors; n++) {
+            const __m256i bits = _mm256_loadu_si256((const __m256i *)(chosen.queries.data() + n * 16));
+            for (int64_t t = 0; t < TILE_QUERIES; t++)
+                seen[n * TILE_QUERIES + t] = _mm256_test_epi16_mask(bits, _mm256_set1_epi16(int16_t(1 << t)));
+        }
+    }
+
     void begin(int64_t head, int64_t heads) {
         for (int64_t h = 0; h < heads; h++)
-            for (int64_t t = 0; t < count; t++) {
-                const float *from = in.q + ((row + t) * in.shape.heads + head + h) * in.shape.width;
-                for (int64_t d = 0; d < in.shape.width; d++) {
-                    uint32_t bits;  // of a number that bfloat16 holds
-                    std::memcpy(&bits, from + d, sizeof bits);
-                    Line &line = q[(h * d_chunks + d / 32) * TILE_ROWS + t];
-                    ((uint16_t *)line.bytes)[d % 32] = uint16_t(bits >> 16);
+            for (int64_t c = 0; c < d_chunks; c++) {
+                const int64_t width = in.shape.width;
+                const __mmask32 present = ~uint32_t(0) >> (32 - std::min<int64_t>(32, width - c * 32));
+                for (int64_t t = 0; t < count; t++) {
+                    const uint16_t *from = (const uint16_t *)in.q + ((row + t) * in.shape.heads + head + h) * width;
+                    const __m512i numbers = _mm512_maskz_loadu_epi16(present, from + c * 32);
+                    _mm512_store_si512(q.get() + (h * d_chunks + c) * TILE_ROWS + t, numbers);
                 }
             }
         std::fill_n(sums_of(0), heads * TILE_QUERIES * value_width(), 0.0f);
-        std::fill(peak.begin(), peak.end(), -FLT_MAX);
-        std::fill(total.begin(), total.end(), 0.0f);
+        std::fill(queries.begin(), queries.end(), Query{});
     }
 
     void step(int64_t g, int64_t first, int64_t heads, float scale) {
         const int64_t keys = std::min<int64_t>(KEYS, chosen.size() - first);
         pack_keys(g, first, keys);
         pack_values(g, first, keys);
-        find_seen(first, keys);
-        for (int64_t h = 0; h < heads; h++) {
-            multiply_keys(h, keys);
+        for (int64_t h = 0; h < heads; h += TOGETHER) {
+            const int64_t some = std::min(TOGETHER, heads - h);
+            for (int64_t i = 0; i < some; i++) multiply_keys(h + i, scores_of(i), keys);
             for (const int64_t key : bad)
-                for (int64_t t = 0; t < TILE_QUERIES; t++) ((float *)scores.get())[t * KEYS + key] = NAN;
-            for (int64_t t = 0; t < TILE_QUERIES; t++) weigh(h, t, keys, scale * LOG2_E);
-            add_values(h, keys);
+                for (int64_t t = 0; t < some * TILE_QUERIES; t++) scores_of(0)[t * KEYS + key] = NAN;
+            for (int64_t i = 0; i < some; i++)
+                for (int64_t t = 0; t < TILE_QUERIES; t++)
+                    weigh(h + i, t, scores_of(i) + t * KEYS, probs_of(i) + t, first, keys, scale);
+            for (int64_t i = 0; i < some; i++) add_values(h + i, probs_of(i), keys);
         }
     }
 
-    const uint16_t *row_of(const Source &from, int64_t g, int64_t i) const {
-        const int64_t s = chosen.positions[i];
-        return (const uint16_t *)from.data + b * from.stride_b + g * from.stride_g + s * from.stride_s;
+    // Where the rows of a step's keys or values lie.
+    void find_rows(const Source &from, int64_t g, int64_t first, int64_t keys) {
+        const uint16_t *base = (const uint16_t *)from.data + b * from.stride_b + g * from.stride_g;
+        for (int64_t i = 0; i < keys; i++) rows[i] = base + in.row_of_key(b, chosen.positions[first + i]) * from.stride_s;
+        std::fill(rows + keys, rows + KEYS, nullptr);
     }
 
     void pack_keys(int64_t g, int64_t first, int64_t keys) {
+        find_rows(in.k, g, first, keys);
         Line *to = k.get();
         for (int64_t low = 0; low < keys; low += 16)
             for (int64_t c = 0; c < d_chunks; c++, to += TILE_ROWS) {
                 const __mmask32 present = ~uint32_t(0) >> (32 - std::min<int64_t>(32, in.shape.width - c * 32));
-                __m512i rows[16] = {};
-                for (int64_t i = low; i < std::min(low + 16, keys); i++)
-                    rows[i - low] = _mm512_maskz_loadu_epi16(present, row_of(in.k, g, first + i) + c * 32);
-                transpose_dwords(rows);
-                for (int64_t r = 0; r < 16; r++) _mm512_store_si512(to + r, rows[r]);
+                __m512i some[16] = {};
+                for (int64_t i = 0; i < std::min<int64_t>(16, keys - low); i++)
+                    some[i] = _mm512_maskz_loadu_epi16(present, rows[low + i] + c * 32);
+                transpose_dwords(some);
+                for (int64_t r = 0; r < 16; r++) _mm512_store_si512(to + r, some[r]);
             }
     }
 
     // Hidden values count as 0 times themselves, so that those that are not finite are taken out.
     void pack_values(int64_t g, int64_t first, int64_t keys) {
+        find_rows(in.v, g, first, keys);
         bad.clear();
-        const __m512i exponent = _mm512_set1_epi16(0x7f80);
         __m512i low, high;  // where in two rows the pairs of 16 columns are
         for (int n = 0; n < 32; n++) {
             ((uint16_t *)&low)[n] = uint16_t(n / 2 + n % 2 * 32);
             ((uint16_t *)&high)[n] = uint16_t(16 + n / 2 + n % 2 * 32);
         }
-        const auto load_32 = [&](int64_t i, int64_t c) {
-            if (i >= keys) return _mm512_setzero_si512();
-            const __mmask32 present = ~uint32_t(0) >> (32 - std::min<int64_t>(32, in.shape.value_width - c * 16));
-            const uint16_t *row = row_of(in.v, g, first + i) + c * 16;
-            const __m512i numbers = _mm512_maskz_loadu_epi16(present, row);
-            const __mmask32 infinite = _mm512_cmpeq_epi16_mask(_mm512_and_si512(numbers, exponent), exponent);
-            if (infinite) bad.push_back(i);
-            return _mm512_maskz_mov_epi16(~infinite, numbers);
-        };
         for (int64_t i = 0; i < round_up(keys, 32); i += 2)
             for (int64_t c = 0; c < v_tiles; c += 2) {
-                const __m512i even = load_32(i, c), odd = load_32(i + 1, c);
+                const __mmask32 present = ~uint32_t(0) >> (32 - std::min<int64_t>(32, in.shape.value_width - c * 16));
+                const __m512i even = finite_values(i, c, present), odd = finite_values(i + 1, c, present);
                 Line *to = &v[(i / 32 * v_tiles + c) * TILE_ROWS + i % 32 / 2];
                 _mm512_store_si512(to, _mm512_permutex2var_epi16(even, low, odd));
                 _mm512_store_si512(to + TILE_ROWS, _mm512_permutex2var_epi16(even, high, odd));
             }
     }
 
-    void find_seen(int64_t first, int64_t keys) {
-        for (int64_t low = 0; low < round_up(keys, 32); low += 16) {
-            const int64_t some = std::clamp<int64_t>(keys - low, 0, 16);
-            const __m256i bits = _mm256_maskz_loadu_epi16(0xffffu >> (16 - some), chosen.queries.data() + first + low);
-            for (int64_t t = 0; t < TILE_QUERIES; t++)
-                seen[t][low / 16] = _mm256_test_epi16_mask(bits, _mm256_set1_epi16(int16_t(1 << t)));
-        }
+    __m512i finite_values(int64_t i, int64_t c, __mmask32 present) {
+        if (!rows[i]) return _mm512_setzero_si512();
+        const __m512i numbers = _mm512_maskz_loadu_epi16(present, rows[i] + c * 16);
+        const __m512i exponent = _mm512_set1_epi16(0x7f80);
+        const __mmask32 infinite = _mm512_cmpeq_epi16_mask(_mm512_and_si512(numbers, exponent), exponent);
+        if (__builtin_expect(infinite == 0, true)) return numbers;
+        bad.push_back(i);
+        return _mm512_maskz_mov_epi16(~infinite, numbers);
     }
 
     // Scores of one head, two vectors of keys at a time.
-    void multiply_keys(int64_t h, int64_t keys) {
+    void multiply_keys(int64_t h, float *to, int64_t keys) {
         settle_memory();
         for (int64_t n = 0; n < (keys + 15) / 16; n += 2) {
             const Line *queries = q.get() + h * d_chunks * TILE_ROWS, *left = k.get() + n * d_chunks * TILE_ROWS;
@@ -210,41 +241,47 @@ class TileAttention {
                 _tile_loadd(6, right + c * TILE_ROWS, TILE_BYTES);
                 _tile_dpbf16ps(1, 4, 6);
             }
-            _tile_stored(0, scores.get() + n, KEYS * sizeof(float));
-            _tile_stored(1, scores.get() + n + 1, KEYS * sizeof(float));
+            _tile_stored(0, to + n * 16, KEYS * sizeof(float));
+            _tile_stored(1, to + n * 16 + 16, KEYS * sizeof(float));
         }
     }
 
     // One query's scores to weights; sums so far fade if the peak rises.
-    void weigh(int64_t h, int64_t t, int64_t keys, float scale) {
+    void weigh(int64_t h, int64_t t, const float *from, Line *to, int64_t first, int64_t keys, float scale) {
         const int64_t vectors = round_up(keys, 32) / 16;
-        const float *from = (float *)scores.get() + t * KEYS;
-        float &top = peak[h * TILE_QUERIES + t];
+        const __mmask16 *of_query = seen.data() + first / 16 * TILE_QUERIES + t;
+        Query &query = queries[h * TILE_QUERIES + t];
         const __m512 hidden = _mm512_set1_ps(-INFINITY), factor = _mm512_set1_ps(scale);
-        __m512 x[KEYS / 16], highest = _mm512_set1_ps(top);
+        __m512 x[KEY_VECTORS], highest = _mm512_set1_ps(query.peak);
         for (int64_t n = 0; n < vectors; n++) {
-            x[n] = _mm512_mask_mul_ps(hidden, seen[t][n], _mm512_load_ps(from + n * 16), factor);
+            x[n] = _mm512_mask_mul_ps(hidden, of_query[n * TILE_QUERIES], _mm512_load_ps(from + n * 16), factor);
             highest = _mm512_max_ps(x[n], highest);  // the second, where the first is NaN
         }
-        const float higher = _mm512_reduce_max_ps(highest);
-        __m512 added = _mm512_setzero_ps();
-        for (int64_t n = 0; n < vectors; n++) {
-            const __m512 weight = _mm512_maskz_mov_ps(seen[t][n], (__m512)exp2_vec((Vec)x[n] - higher));
-            added = _mm512_add_ps(added, weight);
-            char *to = probs[n / 2 * TILE_ROWS + t].bytes + n % 2 * 32;
-            _mm256_store_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(weight));
+        if (_mm512_cmp_ps_mask(highest, _mm512_set1_ps(query.peak), _CMP_GT_OQ))
+            raise(query, sums_of(h) + t * value_width(), _mm512_reduce_max_ps(highest));
+        const __m512 peak = _mm512_set1_ps(query.peak);
+        __m512 total = query.total;  // in a register
+        for (int64_t n = 0; n < vectors; n += 2, to += TILE_ROWS) {
+            const __m512 even = weight_of(of_query[n * TILE_QUERIES], x[n], peak);
+            const __m512 odd = weight_of(of_query[(n + 1) * TILE_QUERIES], x[n + 1], peak);
+            total = _mm512_add_ps(total, _mm512_add_ps(even, odd));
+            _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
         }
-        if (higher > top) fade(h, t, std::exp2(top - higher)), top = higher;
-        total[h * TILE_QUERIES + t] += _mm512_reduce_add_ps(added);
+        query.total = total;
     }
 
-    void fade(int64_t h, int64_t t, float by) {
-        total[h * TILE_QUERIES + t] *= by;
-        float *row = sums_of(h) + t * value_width();
-        for (int64_t d = 0; d < value_width(); d++) row[d] *= by;
+    static __m512 weight_of(__mmask16 seen, __m512 x, __m512 peak) {
+        return _mm512_maskz_mov_ps(seen, (__m512)exp2_vec((Vec)_mm512_sub_ps(x, peak)));
     }
 
-    void add_values(int64_t h, int64_t keys) {
+    void raise(Query &query, float *row, float peak) const {
+        const float fade = std::exp2(query.peak - peak);
+        query.peak = peak;
+        query.total = _mm512_mul_ps(query.total, _mm512_set1_ps(fade));
+        for (int64_t d = 0; d < value_width(); d++) row[d] *= fade;
+    }
+
+    void add_values(int64_t h, const Line *weights, int64_t keys) {
         const int64_t stride = value_width() * sizeof(float), chunks = (keys + 31) / 32;
         settle_memory();
         for (int64_t c = 0; c < v_tiles; c += 2) {
@@ -253,7 +290,7 @@ class TileAttention {
             _tile_loadd(1, right, stride);
             for (int64_t i = 0; i < chunks; i++) {
                 const Line *values = v.get() + (i * v_tiles + c) * TILE_ROWS;
-                _tile_loadd(4, probs.get() + i * TILE_ROWS, TILE_BYTES);
+                _tile_loadd(4, weights + i * TILE_ROWS, TILE_BYTES);
                 _tile_loadd(5, values, TILE_BYTES);
                 _tile_dpbf16ps(0, 4, 5);
                 _tile_loadd(6, values + TILE_ROWS, TILE_BYTES);
@@ -264,14 +301,12 @@ class TileAttention {
         }
     }
 
-    void finish(int64_t head, int64_t heads, float *out, float *lse) {
+    void finish(int64_t head, int64_t heads, const Results &results) {
         for (int64_t h = 0; h < heads; h++)
             for (int64_t t = 0; t < count; t++) {
+                const Query &query = queries[h * TILE_QUERIES + t];
                 const int64_t at = (row + t) * in.shape.heads + head + h;
-                const float sum = total[h * TILE_QUERIES + t], scale = sum == 0 ? 0.0f : 1 / sum;
-                const float *from = sums_of(h) + t * value_width();
-                for (int64_t d = 0; d < in.shape.value_width; d++) out[at * in.shape.value_width + d] = from[d] * scale;
-                lse[at] = (peak[h * TILE_QUERIES + t] + std::log2(sum)) / LOG2_E;
+                results.write(at, sums_of(h) + t * value_width(), _mm512_reduce_add_ps(query.total), query.peak);
             }
     }
 };

@@ -66,21 +66,20 @@ class Widening {
 class Terms {
     static constexpr uint32_t HIGH = 0xffff0000;
 
-    static uint32_t bits_of(float x) {
-        uint32_t bits;
-        std::memcpy(&bits, &x, sizeof bits);
-        return bits;
-    }
-
   public:
     static constexpr int64_t MOST = 3;
 
     // How many terms all of these numbers need. One that is not finite becomes NaN as a sum of three.
     static int64_t needed(const float *x, int64_t count) {
-        uint32_t low = 0;
-        bool finite = true;
-        for (int64_t i = 0; i < count; i++) low |= bits_of(x[i]) & ~HIGH, finite &= std::isfinite(x[i]);
-        return low == 0 && finite ? 1 : MOST;
+        const __m512i exponent = _mm512_set1_epi32(0x7f800000);
+        __m512i low = _mm512_setzero_si512();
+        __mmask16 infinite = 0;
+        for (int64_t i = 0; i < count; i += LANES) {
+            const __m512i bits = (__m512i)load_some(x + i, count - i);
+            low = _mm512_or_si512(low, _mm512_andnot_si512(_mm512_set1_epi32(int(HIGH)), bits));
+            infinite |= _mm512_cmpeq_epi32_mask(_mm512_and_si512(bits, exponent), exponent);
+        }
+        return _mm512_test_epi32_mask(low, low) || infinite ? MOST : 1;
     }
 
     // Terms of up to 8 numbers, `stride` apart.
@@ -95,11 +94,13 @@ class Terms {
 
     // Of a query's numbers, to [term][chunk] rows, `stride` lines apart.
     static void write_row(const float *q, const Chunks &chunks, int64_t terms, Line *to, int64_t stride) {
-        for (int64_t low = 0; low < chunks.width; low += 8) {
-            const int64_t block = low / chunks.block_width, within = low % chunks.block_width;
-            const int64_t chunk = 2 * block + within / 8 % 2;
-            uint16_t *at = (uint16_t *)to[chunk * stride].bytes + within / 16 * 8;
-            write(q + low, std::min<int64_t>(8, chunks.width - low), terms, at, chunks.count() * stride * (TILE_BYTES / 2));
+        const int64_t per_term = chunks.count() * stride * (TILE_BYTES / 2);
+        for (int64_t block = 0; block < chunks.blocks; block++, to += 2 * stride) {
+            const int64_t first = block * chunks.block_width, some = std::min(chunks.block_width, chunks.width - first);
+            for (int64_t low = 0; low < some; low += 8) {
+                uint16_t *at = (uint16_t *)to[low / 8 % 2 * stride].bytes + low / 16 * 8;
+                write(q + first + low, std::min<int64_t>(8, some - low), terms, at, per_term);
+            }
         }
     }
 };
@@ -265,6 +266,8 @@ class QueryScorer {
 // Many queries: 16 of them, of one head, are the rows of a left matrix, 16 keys the columns of a right one.
 class BlockScorer {
     static constexpr int64_t MOST_ROWS = 2 * TILE_ROWS, VECTORS = TILE / 16, SUMS = TILE_ROWS * 16;
+    // Heads whose products are computed before the first is added: a sum is not read while its tile is being stored.
+    static constexpr int64_t TOGETHER = 4;
 
     const IndexInputs &in;
     const Chunks chunks;
@@ -320,24 +323,45 @@ class BlockScorer {
 
     // Scores of the block's queries for one tile, into rows `stride` apart.
     void score(const Line *tile, int64_t n_rows, float *scores, int64_t stride) const {
-        // Summed here: rows far apart would push each other out of the level 1 cache, head after head.
-        alignas(64) float total[MOST_ROWS * TILE] = {};
-        for (int64_t j = 0; j < in.shape.heads; j++) {
-            const Line *keys = tile + j / in.shared() * head_lines(chunks);
-            const float *scales = (const float *)(keys + VECTORS * vector_lines(chunks));
-            for (int64_t v = 0; v < VECTORS; v += 2) {
-                alignas(64) float sums[4 * SUMS];
-                if (tiles == 1) multiply<1>(j, keys + v * vector_lines(chunks), sums);
-                else multiply<2>(j, keys + v * vector_lines(chunks), sums);
-                for (int64_t t = 0; t < tiles; t++) add_tile(j, t, sums + 2 * t * SUMS, scales + v * 16, total + v * 16);
+        for (int64_t v = 0; v < VECTORS; v += 2) {
+            // Summed here: rows far apart would push each other out of the level 1 cache, head after head.
+            alignas(64) float total[MOST_ROWS * 32] = {};
+            for (int64_t j = 0; j < in.shape.heads; j += in.shared()) {
+                const Line *keys = tile + j / in.shared() * head_lines(chunks);
+                const float *scales = (const float *)(keys + VECTORS * vector_lines(chunks)) + v * 16;
+                add_heads(j, keys + v * vector_lines(chunks), scales, total);
             }
+            for (int64_t r = 0; r < n_rows; r++)
+                for (int64_t half = 0; half < 2; half++) {
+                    const __m512 some = _mm512_load_ps(total + r * 32 + half * 16);
+                    _mm512_storeu_ps(scores + r * stride + (v + half) * 16, some);
+                }
         }
-        for (int64_t r = 0; r < n_rows; r++) std::copy_n(total + r * TILE, TILE, scores + r * stride);
     }
 
   private:
     static int64_t vector_lines(const Chunks &chunks) { return chunks.count() * chunks.rows(); }
     static int64_t head_lines(const Chunks &chunks) { return VECTORS * (vector_lines(chunks) + 1); }
+
+    // All heads of a key head to the scores of two vectors of keys.
+    void add_heads(int64_t first, const Line *keys, const float *scales, float *total) const {
+        alignas(64) float sums[TOGETHER * 4 * SUMS];
+        for (int64_t j = first; j < first + in.shared(); j += TOGETHER) {
+            const int64_t some = std::min(TOGETHER, first + in.shared() - j);
+            for (int64_t i = 0; i < some; i++) {
+                if (tiles == 1) multiply<1>(j + i, keys, sums + i * 4 * SUMS);
+                else multiply<2>(j + i, keys, sums + i * 4 * SUMS);
+            }
+            for (int64_t t = 0; t < tiles; t++) {
+                float *to = total + t * TILE_ROWS * 32;
+                const float *from = sums + 2 * t * SUMS;
+                if (some == 1) add_tile<1>(j, t, from, scales, to);
+                else if (some == 2) add_tile<2>(j, t, from, scales, to);
+                else if (some == 3) add_tile<3>(j, t, from, scales, to);
+                else add_tile<4>(j, t, from, scales, to);
+            }
+        }
+    }
 
     // Of T tiles of queries and two vectors of keys: sums [tile][vector][query][key].
     template <int T> void multiply(int64_t head, const Line *keys, float *sums) const {
@@ -371,15 +395,19 @@ class BlockScorer {
         settle_memory();
     }
 
-    // One head to the scores of a tile of queries and two vectors of keys.
-    void add_tile(int64_t head, int64_t tile, const float *sums, const float *scales, float *total) const {
+    // N heads to the scores of a tile of queries and two vectors of keys.
+    template <int N> void add_tile(int64_t head, int64_t tile, const float *sums, const float *scales, float *total) const {
         const __m512 first = _mm512_load_ps(scales), second = _mm512_load_ps(scales + 16);
-        const int64_t row = tile * TILE_ROWS;
-        const float *ws = w.data() + head * MOST_ROWS + row, *bs = b.data() + head * MOST_ROWS + row;
-        float *at = total + row * TILE;
-        for (int64_t r = 0; r < TILE_ROWS; r++, at += TILE, sums += 16) {
-            _mm512_store_ps(at, add_head(_mm512_load_ps(at), _mm512_load_ps(sums), first, ws[r], bs[r]));
-            _mm512_store_ps(at + 16, add_head(_mm512_load_ps(at + 16), _mm512_load_ps(sums + SUMS), second, ws[r], bs[r]));
+        const float *ws = w.data() + head * MOST_ROWS + tile * TILE_ROWS, *bs = b.data() + head * MOST_ROWS + tile * TILE_ROWS;
+        for (int64_t r = 0; r < TILE_ROWS; r++, total += 32, sums += 16) {
+            __m512 left = _mm512_load_ps(total), right = _mm512_load_ps(total + 16);
+            for (int n = 0; n < N; n++) {
+                const float *from = sums + n * 4 * SUMS;
+                const float weight = ws[n * MOST_ROWS + r], shift = bs[n * MOST_ROWS + r];
+                left = add_head(left, _mm512_load_ps(from), first, weight, shift);
+                right = add_head(right, _mm512_load_ps(from + SUMS), second, weight, shift);
+            }
+            _mm512_store_ps(total, left), _mm512_store_ps(total + 16, right);
         }
     }
 };

@@ -9,13 +9,6 @@
 
 namespace {
 
-// Sequences that decode: their new token is the last of `stop` keys.
-struct Sequences {
-    int64_t keys;
-    const int32_t *rows, *index_rows;  // [B, S]
-    const int64_t *stop;               // [B]
-};
-
 // Mirrored by `NativeProjections` in paged_decode.py: matrices of the model's dtype, row after row.
 struct Projections {
     int64_t q_width, k_width, x_width;
@@ -35,15 +28,12 @@ void store_tokens(const PagedLayer &layer, const NewTokens &tokens, const Heads 
     parallel_for((tokens.count + PER_ITEM - 1) / PER_ITEM, threads, [&](int64_t item) {
         Turning<Number> turning(layer, tokens);
         Storing<Number> storing(layer, tokens);
-        std::vector<float> turned(numbers), index_turned(index_numbers);
         for (int64_t t = item * PER_ITEM; t < std::min(tokens.count, (item + 1) * PER_ITEM); t++) {
             turning.begin(t);
             storing.store(turning, t, heads[K], heads[V], heads[INDEX_K]);
-            turning.turn_heads(heads[Q].of<Number>(t), layer.heads, turned.data());
-            narrow(turned.data(), numbers, q_out + t * numbers);
+            turning.turn_heads(heads[Q].of<Number>(t), layer.heads, q_out + t * numbers);
             if (!heads[INDEX_Q].numbers) continue;
-            turning.turn_index_heads(heads[INDEX_Q].of<Number>(t), layer.index_heads, index_turned.data());
-            narrow(index_turned.data(), index_numbers, index_q_out + t * index_numbers);
+            turning.turn_index_heads(heads[INDEX_Q].of<Number>(t), layer.index_heads, index_q_out + t * index_numbers);
         }
     });
 }
@@ -85,9 +75,8 @@ template <class Number> class Projecting {
     void project_row(const Matrix &by, int64_t y) {
         for (int64_t t = 0; t < tokens.count; t++) {
             const float sum = dot(by.rows + y * by.width, by.inputs.data() + t * by.width, by.width);
-            float room[LANES];
-            store(room, rounded<Number>(broadcast(sum + (by.bias ? by.bias[y] : 0.0f))));
-            narrow(room, 1, out.data() + t * stride() + by.place + y);
+            const Vec result = rounded<Number>(broadcast(sum + (by.bias ? by.bias[y] : 0.0f)));
+            put(result, 1, out.data() + t * stride() + by.place + y);
         }
     }
 
@@ -130,7 +119,8 @@ template <class Number> class Decoding {
     const PagedLayer &layer;
     const NewTokens &tokens;
     const Sequences &seen;
-    std::vector<float> q, index_q, weights, shifts;  // turned
+    std::vector<Number> q;  // turned, as the index queries
+    std::vector<float> index_q, weights, shifts;
 
   public:
     Decoding(const PagedLayer &layer, const NewTokens &tokens, const Sequences &seen)
@@ -169,20 +159,13 @@ template <class Number> class Decoding {
     }
 
     void attend(const std::vector<int32_t> &chosen, Number *out) const {
-        const int64_t numbers = layer.heads * layer.width, columns = chosen.size() / tokens.count;
-        std::vector<float> sums(tokens.count * numbers), lse(tokens.count * layer.heads);
+        const int64_t columns = chosen.size() / tokens.count;
         const AttentionShape shape{tokens.count, 1, INT32_MAX, layer.heads, layer.key_heads, layer.width, layer.width,
                                    columns, layer.is_bf16, 0, layer.kv_stride_r, layer.kv_stride_g, 0,
                                    layer.kv_stride_r, layer.kv_stride_g, tokens.threads, 0};
         const Number *values = (const Number *)layer.kv + layer.width;
         const AttentionInputs in(shape, q.data(), layer.kv, values, chosen.data(), nullptr, nullptr);
-        attend_to_keys(in, float(layer.scale), sums.data(), lse.data());
-        for (int64_t i = 0; i < int64_t(sums.size()); i += LANES) {
-            const int64_t count = std::min<int64_t>(LANES, sums.size() - i);
-            float room[LANES];
-            store_some(room, rounded<Number>(load_some(sums.data() + i, count)), count);
-            narrow(room, count, out + i);
-        }
+        attend_to_keys(in, float(layer.scale), Results(shape, out, nullptr));
     }
 
   private:

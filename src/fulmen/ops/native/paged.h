@@ -26,6 +26,19 @@ struct NewTokens {
     const float *cos, *sin;            // [T, P], numbers of the model's dtype
 };
 
+// Mirrored by `NativeSequences` in paged_sparse.py: B sequences, and how many keys each of their queries sees.
+struct Sequences {
+    int64_t keys;
+    const int32_t *rows, *index_rows;  // [B, S]: in which rows of the caches key s lies
+    const int64_t *stop;               // [B, T]
+};
+
+// Mirrored there, too: T queries of each of B sequences, turned, in the model's dtype.
+struct PagedQueries {
+    int64_t batch, count, threads;
+    const void *q, *index_q, *w, *b;  // [B, T, H, D], [B, T, J, E], [B, T, J]
+};
+
 // Of T tokens, all in the model's dtype and before RoPE: heads side by side, tokens `stride` apart.
 struct Heads {
     const void *numbers;
@@ -35,39 +48,6 @@ struct Heads {
     template <class Number> Heads from(int64_t place) const { return {(const Number *)numbers + place, stride}; }
 };
 
-// Hides where numbers came from: else the compiler fuses a product with the sum it goes into, and torch does not.
-static inline Vec opaque(Vec x) {
-#if defined(__x86_64__)
-    asm("" : "+x"(x));
-#elif defined(__aarch64__)
-    asm("" : "+w"(x));
-#else
-    asm("" : "+m"(x));
-#endif
-    return x;
-}
-
-// Results of one operation as torch stores them: to the nearest, ties to even.
-template <class Number> static inline Vec rounded(Vec x) {
-    x = opaque(x);
-    if constexpr (sizeof(Number) == 4) return x;
-    else {
-        const IntVec bits = (IntVec)x;
-        const IntVec near = (bits + 0x7fff + ((bits >> 16) & 1)) & ~0xffff;
-        return x != x ? x : (Vec)near;
-    }
-}
-
-// Numbers that Number holds.
-static inline void narrow(const float *from, int64_t count, float *to) { std::copy_n(from, count, to); }
-static inline void narrow(const float *from, int64_t count, uint16_t *to) {
-    for (int64_t i = 0; i < count; i++) {
-        uint32_t bits;
-        std::memcpy(&bits, from + i, sizeof bits);
-        to[i] = uint16_t(bits >> 16);
-    }
-}
-
 // One token's heads by RoPE.
 template <class Number> class Turning {
     const PagedLayer &layer;
@@ -76,15 +56,16 @@ template <class Number> class Turning {
     const float *model_cos, *model_sin;
 
     // Dims p and p + `half`, for all p, of a head; further ones stay.
-    static void turn(const Number *x, int64_t half, int64_t width, const float *cos, const float *sin, float *to) {
+    template <class To>
+    static void turn(const Number *x, int64_t half, int64_t width, const float *cos, const float *sin, To *to) {
         for (int64_t p = 0; p < half; p += LANES) {
             const int64_t count = half - p;
             const Vec first = load_some(x + p, count), second = load_some(x + half + p, count);
             const Vec c = load_some(cos + p, count), s = load_some(sin + p, count);
-            store_some(to + p, rounded<Number>(rounded<Number>(first * c) - rounded<Number>(second * s)), count);
-            store_some(to + half + p, rounded<Number>(rounded<Number>(second * c) + rounded<Number>(first * s)), count);
+            put(rounded<Number>(rounded<Number>(first * c) - rounded<Number>(second * s)), count, to + p);
+            put(rounded<Number>(rounded<Number>(second * c) + rounded<Number>(first * s)), count, to + half + p);
         }
-        for (int64_t d = 2 * half; d < width; d += LANES) store_some(to + d, load_some(x + d, width - d), width - d);
+        for (int64_t d = 2 * half; d < width; d += LANES) put(load_some(x + d, width - d), width - d, to + d);
     }
 
   public:
@@ -100,13 +81,13 @@ template <class Number> class Turning {
         }
     }
 
-    void turn_heads(const Number *x, int64_t heads, float *to) const {
+    template <class To> void turn_heads(const Number *x, int64_t heads, To *to) const {
         for (int64_t h = 0; h < heads; h++)
             turn(x + h * layer.width, tokens.pairs, layer.width, model_cos, model_sin, to + h * layer.width);
     }
 
     // `heads` heads in all, those of one index key head side by side.
-    void turn_index_heads(const Number *x, int64_t heads, float *to) const {
+    template <class To> void turn_index_heads(const Number *x, int64_t heads, To *to) const {
         const int64_t width = layer.index_width, half = width / 2;
         for (int64_t j = 0; j < heads; j++) {
             const int64_t at = j * layer.index_key_heads / heads * half;
@@ -119,18 +100,16 @@ template <class Number> class Turning {
 template <class Number> class Storing {
     const PagedLayer &layer;
     const NewTokens &tokens;
-    std::vector<float> turned, index_turned;
+    std::vector<float> index_turned;
 
   public:
     Storing(const PagedLayer &layer, const NewTokens &tokens)
-        : layer(layer), tokens(tokens), turned(layer.key_heads * layer.width),
-          index_turned(layer.index_key_heads * layer.index_width) {}
+        : layer(layer), tokens(tokens), index_turned(layer.index_key_heads * layer.index_width) {}
 
     void store(const Turning<Number> &turning, int64_t token, const Heads &k, const Heads &v, const Heads &index_k) {
-        turning.turn_heads(k.of<Number>(token), layer.key_heads, turned.data());
         Number *row = (Number *)layer.kv + tokens.rows[token] * layer.kv_stride_r;
         for (int64_t g = 0; g < layer.key_heads; g++, row += layer.kv_stride_g) {
-            narrow(turned.data() + g * layer.width, layer.width, row);
+            turning.turn_heads(k.of<Number>(token) + g * layer.width, 1, row);
             std::copy_n(v.of<Number>(token) + g * layer.width, layer.width, row + layer.width);
         }
         turning.turn_index_heads(index_k.of<Number>(token), layer.index_key_heads, index_turned.data());

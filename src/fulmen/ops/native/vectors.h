@@ -6,6 +6,10 @@
 #include <cstring>
 #include <utility>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
 #elif defined(__AVX__)
@@ -16,6 +20,8 @@ constexpr int LANES = 4;
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t WordVec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t HalfVec __attribute__((vector_size(2 * LANES)));
 
 static inline Vec load(const float *from) {
     Vec x;
@@ -24,12 +30,12 @@ static inline Vec load(const float *from) {
 }
 
 // 16-bit floats (bfloat16) become vectors of float32.
+static inline Vec widen(HalfVec x) { return (Vec)(__builtin_convertvector(x, WordVec) << 16); }
+
 static inline Vec load(const uint16_t *from) {
-    typedef uint16_t HalfVec __attribute__((vector_size(2 * LANES)));
-    typedef uint32_t WordVec __attribute__((vector_size(4 * LANES)));
     HalfVec x;
     std::memcpy(&x, from, sizeof x);
-    return (Vec)(__builtin_convertvector(x, WordVec) << 16);
+    return widen(x);
 }
 
 static inline void store(float *to, Vec x) { std::memcpy(to, &x, sizeof x); }
@@ -37,16 +43,26 @@ static inline void store(float *to, Vec x) { std::memcpy(to, &x, sizeof x); }
 // Some of the LANES numbers; the others are 0.
 template <class Number> static inline Vec load_some(const Number *from, int64_t count) {
     if (count >= LANES) return load(from);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    const __mmask16 some = __mmask16((1 << count) - 1);
+    if constexpr (sizeof(Number) == 4) return (Vec)_mm512_maskz_loadu_ps(some, from);
+    else return widen((HalfVec)_mm256_maskz_loadu_epi16(some, from));
+#else
     Number room[LANES] = {};
     std::copy_n(from, count, room);
     return load(room);
+#endif
 }
 
 static inline void store_some(float *to, Vec x, int64_t count) {
     if (count >= LANES) return store(to, x);
+#ifdef __AVX512F__
+    _mm512_mask_storeu_ps(to, __mmask16((1 << count) - 1), (__m512)x);
+#else
     float room[LANES];
     store(room, x);
     std::copy_n(room, count, to);
+#endif
 }
 
 static inline Vec broadcast(float x) { return x - Vec{}; }
@@ -60,8 +76,20 @@ static inline float bf16_to_float(uint16_t x) {
     return number;
 }
 
-// 2 ** x for x <= 0 (up to rounding); 0 below -126.5; NaN stays NaN. Within 2 units in the last place.
+// 2 ** x for x <= 0 (up to rounding); 0, or with AVX-512 next to nothing, below -126.5; NaN stays NaN. Within 2 units in
+// the last place.
 static inline Vec exp2_vec(Vec x) {
+#ifdef __AVX512DQ__
+    // 2**x on [0, 1], 1 at 0, within 2e-7 of itself; then by the power of what lies below x.
+    const Vec part = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    Vec y = broadcast(0.00186713098f);
+    y = y * part + 0.00901702791f;
+    y = y * part + 0.0557999164f;
+    y = y * part + 0.240164444f;
+    y = y * part + 0.693151295f;
+    y = y * part + 1.0f;
+    return (Vec)_mm512_scalef_ps((__m512)y, (__m512)x);
+#else
     const Vec low = broadcast(-127.0f);
     x = x < low ? low : x;
     // Adding 1.5 * 2**23 rounds to an integer, which then lies in the low bits.
@@ -78,6 +106,7 @@ static inline Vec exp2_vec(Vec x) {
     y = y * part + 1.0f;
     const IntVec whole = (IntVec)shifted - (IntVec)magic;
     return y * (Vec)((whole + 127) << 23);
+#endif
 }
 
 template <int WIDTH, bool ODD, int... LANE>
@@ -110,4 +139,39 @@ static inline float sum_of_lanes(Vec x) {
     float sum = 0;
     for (int lane = 0; lane < LANES; lane++) sum += x[lane];
     return sum;
+}
+
+// Hides where numbers came from: else the compiler fuses a product with the sum it goes into, and torch does not.
+static inline Vec opaque(Vec x) {
+#if defined(__x86_64__)
+    asm("" : "+x"(x));
+#elif defined(__aarch64__)
+    asm("" : "+w"(x));
+#else
+    asm("" : "+m"(x));
+#endif
+    return x;
+}
+
+// Results of one operation as torch stores them: to the nearest, ties to even.
+template <class Number> static inline Vec rounded(Vec x) {
+    x = opaque(x);
+    if constexpr (sizeof(Number) == 4) return x;
+    else {
+        const IntVec bits = (IntVec)x;
+        const IntVec near = (bits + 0x7fff + ((bits >> 16) & 1)) & ~0xffff;
+        return x != x ? x : (Vec)near;
+    }
+}
+
+// Some of LANES numbers that `to`'s type holds.
+static inline void put(Vec x, int64_t count, float *to) { store_some(to, x, count); }
+static inline void put(Vec x, int64_t count, uint16_t *to) {
+    const HalfVec halves = __builtin_convertvector((WordVec)x >> 16, HalfVec);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    const __mmask16 some = count >= LANES ? __mmask16(-1) : __mmask16((1 << count) - 1);
+    _mm256_mask_storeu_epi16(to, some, (__m256i)halves);
+#else
+    for (int64_t i = 0; i < std::min<int64_t>(count, LANES); i++) to[i] = halves[i];
+#endif
 }

@@ -16,11 +16,12 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from fulmen.config import DsaConfig
 from fulmen.modeling.indexer import GqaIndexer
 from fulmen.ops.index_keys import SCALE_BYTES
-from fulmen.ops.paged import paged_attention, paged_index_topk
+from fulmen.ops.paged import paged_attention
 from fulmen.ops.paged_decode import Projections, paged_decode
 from fulmen.ops.paged_layer import PagedLayer, store_tokens
+from fulmen.ops.paged_sparse import Sequences, paged_sparse_attention
 from fulmen.serving.vllm_plugin.caches import IndexKeyCache, KeyValueCache
-from fulmen.serving.vllm_plugin.step import Rows, Span, Step
+from fulmen.serving.vllm_plugin.step import Span, Step
 
 
 class DsaAttention(nn.Module):
@@ -69,9 +70,9 @@ class DsaAttention(nn.Module):
         layer = self._paged_layer()
         where = step.layout(index_step, self._rows_per_block, self.rotary_emb, positions_T, qkv.dtype)
         all_qk_TX = qkv if get_tensor_model_parallel_world_size() == 1 else self._gathered(qkv)
-        if where.sequences is not None:
+        if step.only_decodes:
             inputs = (qkv, all_qk_TX, x_TC, out_TX)
-            paged_decode(layer, self._projections, where.tokens, where.sequences, *inputs)
+            paged_decode(layer, self._projections, where.tokens, where.sequences[0], *inputs)
             return
         # While every context fits k nothing is selected; the index keys are stored for later all the same.
         index_q_TJE, w_TJ, b_TJ = (
@@ -80,9 +81,8 @@ class DsaAttention(nn.Module):
         index_heads = (index_q_TJE, self._index_keys(all_qk_TX))
         q_THD, index_q_TJE = store_tokens(layer, where.tokens, *self._heads(qkv), *index_heads)
         index_inputs = None if index_q_TJE is None else (index_q_TJE, w_TJ, b_TJ)
-        for span in step.spans:
-            out_THD = self._attend_span(q_THD, index_inputs, span, where.rows, where.index_rows)
-            out_TX[span.tokens] = out_THD.flatten(1)
+        for span, sequences in zip(step.spans, where.sequences, strict=True):
+            self._attend_span(q_THD, index_inputs, span, sequences, out_TX[span.tokens])
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q_THD, k_TGD, v_TGD before RoPE."""
@@ -126,19 +126,18 @@ class DsaAttention(nn.Module):
         return self._products[1](all_k_TX).unflatten(-1, (self.indexer.n_kv_heads, -1))
 
     def _attend_span(
-        self, q_THD: Tensor, index_inputs: Any, span: Span, rows: Rows, index_rows: Rows
-    ) -> Tensor:
-        """out_NHD of a span's queries."""
-        layer, shape = self._paged_layer(), (span.stop_BT.shape[0], -1)
-        rows_BS, index_rows_BS = (x.all_BS[span.requests, : span.longest] for x in (rows, index_rows))
-        topk_BTK = None
+        self, q_THD: Tensor, index_inputs: Any, span: Span, seen: Sequences, out_TX: Tensor
+    ) -> None:
+        """Fill `out_TX` for a span's queries."""
+        layer, shape = self._paged_layer(), seen.stop_BT.shape
+        q_BTHD = q_THD[span.tokens].unflatten(0, shape)
+        out_BTHD = out_TX.unflatten(1, q_THD.shape[1:]).unflatten(0, shape)
         if index_inputs is not None and span.longest > self.topk:
             index_q_BTJE, w_BTJ, b_BTJ = (x[span.tokens].unflatten(0, shape) for x in index_inputs)
-            inputs = (index_q_BTJE, layer.packed_RX, index_rows_BS, w_BTJ, b_BTJ, span.stop_BT)
-            topk_BTK = paged_index_topk(*inputs, layer.topk, layer.whole)
-        q_BTHD = q_THD[span.tokens].unflatten(0, shape)
-        out_BTHD = paged_attention(q_BTHD, layer.kv_RGC, rows_BS, span.stop_BT, topk_BTK, self.scale)
-        return out_BTHD.flatten(0, 1)
+            paged_sparse_attention(layer, q_BTHD, index_q_BTJE, w_BTJ, b_BTJ, seen, out_BTHD)
+        else:
+            inputs = (layer.kv_RGC, seen.rows_BS, seen.stop_BT, None, self.scale)
+            out_BTHD.copy_(paged_attention(q_BTHD, *inputs))
 
     def _gathered(self, qkv: Tensor) -> Tensor:
         """Queries and keys of all ranks' heads, side by side."""

@@ -14,8 +14,8 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from fulmen.ops.paged_decode import Sequences
 from fulmen.ops.paged_layer import NewTokens
+from fulmen.ops.paged_sparse import Sequences
 
 # As many tokens as pass through a layer faster in one call than by matrix products of their own.
 FEW = 32
@@ -49,13 +49,11 @@ class Layout(NamedTuple):
     """Where a step's tokens and their contexts lie in the caches of a layer.
 
     Attributes:
-        sequences: of a step that only decodes.
+        sequences: of each span.
     """
 
-    rows: Rows
-    index_rows: Rows
     tokens: NewTokens
-    sequences: Sequences | None
+    sequences: list[Sequences]
 
 
 class Step(AttentionMetadata):
@@ -94,10 +92,8 @@ class Step(AttentionMetadata):
             rows, index_rows = self._rows(rows_per_block[0]), index_step._rows(rows_per_block[1])
             cos_TP, sin_TP = rotary.cos_sin_cache[positions_T].to(dtype).chunk(2, -1)
             tokens = NewTokens(rows.new_T, index_rows.new_T, cos_TP, sin_TP)
-            sequences = None
-            if self.only_decodes:
-                sequences = Sequences(rows.all_BS, index_rows.all_BS, self.spans[0].stop_BT[:, 0])
-            self._layouts[key] = Layout(rows, index_rows, tokens, sequences)
+            sequences = [_of_span(span, rows, index_rows) for span in self.spans]
+            self._layouts[key] = Layout(tokens, sequences)
         return self._layouts[key]
 
     def _rows(self, rows_per_block: int) -> Rows:
@@ -125,6 +121,11 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Step:
         return Step(common_attn_metadata, self.kv_cache_spec.block_size)
+
+
+def _of_span(span: Span, rows: Rows, index_rows: Rows) -> Sequences:
+    at = (span.requests, slice(span.longest))
+    return Sequences(rows.all_BS[at], index_rows.all_BS[at], span.stop_BT)
 
 
 def cut_spans(starts: list[int], lengths: list[int]) -> list[Span]:
