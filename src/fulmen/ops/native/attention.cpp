@@ -5,6 +5,7 @@
 
 #include "attention_tiles.h"
 
+#include <atomic>
 #include <cfloat>
 #include <cmath>
 
@@ -145,7 +146,7 @@ void attend_all(const AttentionInputs &in, float scale, const Results &results) 
 // Whether queries come by the tile.
 bool by_tiles(const AttentionInputs &in) {
     const AttentionShape &shape = in.shape;
-    return shape.use_tiles && shape.is_bf16 && in.topk && shape.queries >= TILE_QUERIES;
+    return shape.use_tiles && shape.is_bf16 && in.topk && shape.queries >= TILE_ROWS;
 }
 
 void attend_by_tiles(const AttentionInputs &in, float scale, const Results &results) {
@@ -153,18 +154,27 @@ void attend_by_tiles(const AttentionInputs &in, float scale, const Results &resu
     const int64_t blocks = (shape.queries + TILE_QUERIES - 1) / TILE_QUERIES;
     // Few blocks: threads share their key heads. The others look for the union of keys once.
     const int64_t parts = shape.batch * blocks < 4 * shape.threads ? shape.key_heads : 1;
-    const int64_t per_thread = (shape.batch * blocks * parts + 4 * shape.threads - 1) / (4 * shape.threads);
-    const int64_t items = shape.batch * blocks * parts;
-    parallel_for((items + per_thread - 1) / per_thread, shape.threads, [&](int64_t run) {
+    const int64_t items = shape.batch * blocks * parts, threads = std::min(shape.threads, items);
+    std::atomic<int64_t> taken{0};
+    parallel_for(threads, threads, [&](int64_t) {
         const TileScope scope(TileAttention::config());
         TileAttention attention(in);
-        for (int64_t item = run * per_thread; item < std::min(items, (run + 1) * per_thread); item++) {
+        // The last queries, which have the most to read, come first.
+        for (int64_t item; (item = items - ++taken) >= 0;) {
             const int64_t block = item / parts, groups = shape.key_heads / parts, g = item % parts * groups;
             const int64_t low = block % blocks * TILE_QUERIES, high = std::min(low + TILE_QUERIES, shape.queries);
-            if (attention.choose(block / blocks, low, high)) attention.attend(g, groups, scale, results);
-            else
+            const auto attend_by_tile = [&](int64_t from, int64_t to) {
+                const bool alike = attention.choose(block / blocks, from, to);
+                if (alike) attention.attend(g, groups, scale, results);
+                return alike;
+            };
+            if (attend_by_tile(low, high)) continue;
+            for (int64_t from = low; from < high; from += TILE_ROWS) {
+                const int64_t to = std::min(from + TILE_ROWS, high);
+                if (attend_by_tile(from, to)) continue;
                 for (int64_t i = g; i < g + groups; i++)
-                    attend(in, {block / blocks, low, high, i, 1, 0, in.shared()}, scale, results);
+                    attend(in, {block / blocks, from, to, i, 1, 0, in.shared()}, scale, results);
+            }
         }
     });
 }

@@ -38,6 +38,11 @@ struct Source {
 
     template <class Number> bool in_place() const { return width == padded && is_bf16 == (sizeof(Number) == 2); }
 
+    // Row 0 of a head.
+    template <class Number> const Number *head(int64_t b, int64_t g) const {
+        return (const Number *)data + b * stride_b + g * stride_g;
+    }
+
     // Where the rows of some keys are; `copies` has room for them.
     template <class Number>
     void find_rows(int64_t b, int64_t g, const KeyList &keys, int64_t low, int64_t count, float *copies,

@@ -1,6 +1,6 @@
 // Attention of many bfloat16 queries over selected keys by matrix tiles (FlashAttention-2, arXiv 2307.08691).
 //
-// 16 neighbouring queries read the union of what they select, and each counts only its own: neighbours select much
+// Up to 32 neighbouring queries read the union of what they select, and each counts only its own: neighbours select much
 // alike, and a tile's product costs so little that even keys which one of them wants alone pay.
 #pragma once
 
@@ -10,20 +10,21 @@
 #include <cfloat>
 #include <cmath>
 
-// Queries of a block: rows of a tile.
-constexpr int64_t TILE_QUERIES = TILE_ROWS;
+// Queries of a block: rows of two tiles.
+constexpr int64_t TILE_QUERIES = 2 * TILE_ROWS;
 
 #ifdef FULMEN_TILES
 
 // The keys that some of a block's queries select, ascending, and for each which of the queries, as bits.
 class KeyUnion {
-    std::vector<uint16_t> member;  // [S] and up to a whole vector; zero between calls
+    const __m512i FIRST_16 = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    std::vector<uint32_t> member;  // [S] and up to a whole vector; zero between calls
 
   public:
     std::vector<int32_t> positions;
-    std::vector<uint16_t> queries;
+    std::vector<uint32_t> queries;
 
-    explicit KeyUnion(int64_t keys) : member(round_up(keys, 32)) {}
+    explicit KeyUnion(int64_t keys) : member(round_up(keys, 16)) {}
 
     int64_t size() const { return positions.size(); }
 
@@ -41,33 +42,41 @@ class KeyUnion {
                 alignas(64) int32_t keys[16];
                 _mm512_store_si512(keys, _mm512_maskz_compress_epi32(taken, some));
                 const int64_t n = __builtin_popcount(taken);
-                for (int64_t j = 0; j < n; j++) member[keys[j]] |= uint16_t(1 << t);
+                for (int64_t j = 0; j < n; j++) member[keys[j]] |= uint32_t(1) << t;
                 found += n;
             }
-        const int32_t first = _mm512_reduce_min_epi32(lowest), last = _mm512_reduce_max_epi32(highest);
-        positions.clear(), queries.clear();
-        for (int64_t low = first / 32 * 32; low <= last; low += 32) {
+        collect(_mm512_reduce_min_epi32(lowest), _mm512_reduce_max_epi32(highest));
+        return found;
+    }
+
+  private:
+    void collect(int32_t first, int32_t last) {
+        const int64_t room = last < 0 ? 0 : last - first + 32;
+        positions.resize(room), queries.resize(room);
+        int64_t size = 0;
+        for (int64_t low = first / 16 * 16; low <= last; low += 16) {
             const __m512i some = _mm512_loadu_si512(member.data() + low);
-            for (uint32_t left = _mm512_test_epi16_mask(some, some); left; left &= left - 1) {
-                const int64_t s = low + __builtin_ctz(left);
-                positions.push_back(int32_t(s)), queries.push_back(member[s]);
-            }
+            const __mmask16 wanted = _mm512_test_epi32_mask(some, some);
+            const __m512i place = _mm512_add_epi32(_mm512_set1_epi32(int32_t(low)), FIRST_16);
+            _mm512_storeu_si512(positions.data() + size, _mm512_maskz_compress_epi32(wanted, place));
+            _mm512_storeu_si512(queries.data() + size, _mm512_maskz_compress_epi32(wanted, some));
+            size += __builtin_popcount(wanted);
             _mm512_storeu_si512(member.data() + low, _mm512_setzero_si512());
         }
-        return found;
+        positions.resize(size), queries.resize(size);
     }
 };
 
 class TileAttention {
     // Keys of a step: of 128 numbers and as many values, packed, they take 64 KB of a core's level 2 cache.
     static constexpr int64_t KEYS = 128, KEY_VECTORS = KEYS / 16;
-    // Queries that a key of the union must have, on average. Measured with random selections: at 4.2, and 3 heads of
-    // 64, this takes as long as query by query; at 8, and 4 heads of 128, half of the time.
+    // Queries that a key of the union must have, on average. Measured with random selections, in tiles of 16: at 4.2,
+    // and 3 heads of 64, this takes as long as query by query; at 8, and 4 heads of 128, half of the time.
     static constexpr int64_t LEAST_ALIKE = 4;
     static constexpr int64_t SUMS_ROOM = 1 << 16;
     // Heads that pass through a step's products and weights together. A tile waits for what was just stored: by then
     // the others' weights are computed.
-    static constexpr int64_t TOGETHER = 4;
+    static constexpr int64_t TOGETHER = 2;
 
     struct Query {
         __m512 total = _mm512_setzero_ps();  // of its weights, lane by lane
@@ -85,14 +94,15 @@ class TileAttention {
     std::unique_ptr<Line[]> scores, sums;  // [head][query][key], [head][query][V]
     std::vector<Query> queries;            // [head][query]
     std::vector<__mmask16> seen;           // [16 keys of the union][query]
-    const uint16_t *rows[KEYS];            // of this step's keys or values
-    std::vector<int64_t> bad;              // keys of this step whose values are not finite
+    std::vector<int64_t> k_places, v_places;  // of the union's rows in a head's keys and values
+    std::vector<uint16_t> zeros;              // a row of values
+    std::vector<int64_t> bad;                 // keys of this step whose values are not finite
 
     int64_t value_width() const { return v_tiles * 16; }
     float *sums_of(int64_t h) { return (float *)(sums.get() + h * TILE_QUERIES * v_tiles); }
     // Of one of the heads that are together.
     float *scores_of(int64_t slot) { return (float *)scores.get() + slot * TILE_QUERIES * KEYS; }
-    Line *probs_of(int64_t slot) { return probs.get() + slot * KEYS / 32 * TILE_ROWS; }
+    Line *probs_of(int64_t slot) { return probs.get() + slot * KEYS / 32 * TILE_QUERIES; }
 
     static std::unique_ptr<Line[]> lines(int64_t count) { return std::unique_ptr<Line[]>(new Line[count]()); }
 
@@ -106,10 +116,10 @@ class TileAttention {
     explicit TileAttention(const AttentionInputs &in)
         : in(in), most_heads(std::clamp<int64_t>(SUMS_ROOM / (TILE_QUERIES * in.v.padded), 1, in.shared())),
           d_chunks((in.shape.width + 31) / 32), v_tiles(round_up(in.v.width, 32) / 16), chosen(in.shape.keys),
-          q(lines(most_heads * d_chunks * TILE_ROWS)), probs(lines(TOGETHER * KEYS / 32 * TILE_ROWS)),
+          q(lines(most_heads * d_chunks * TILE_QUERIES)), probs(lines(TOGETHER * KEYS / 32 * TILE_QUERIES)),
           k(lines(KEYS / 16 * d_chunks * TILE_ROWS)), v(lines(KEYS / 32 * v_tiles * TILE_ROWS)),
           scores(lines(TOGETHER * TILE_QUERIES * KEYS / 16)), sums(lines(most_heads * TILE_QUERIES * v_tiles)),
-          queries(most_heads * TILE_QUERIES) {}
+          queries(most_heads * TILE_QUERIES), zeros(value_width()) {}
 
     // Takes up the queries low <= t < high of batch row b. Whether they select enough alike for this to pay.
     bool choose(int64_t of_batch, int64_t low, int64_t high) {
@@ -117,6 +127,7 @@ class TileAttention {
         const int64_t selected = chosen.find(in.topk + row * in.shape.topk, count, in.shape.topk);
         if (LEAST_ALIKE * chosen.size() > selected) return false;
         find_seen();
+        find_places();
         return true;
     }
 
@@ -132,16 +143,25 @@ class TileAttention {
     }
 
   private:
+    int64_t query_tiles() const { return (count + TILE_ROWS - 1) / TILE_ROWS; }
+
     // The keys of each query as masks.
     void find_seen() {
         const int64_t vectors = (chosen.size() + 15) / 16;
         chosen.queries.resize(vectors * 16);
-        seen.resize(round_up(vectors, KEY_VECTORS) * TILE_QUERIES);
-        std::fill(seen.begin() + vectors * TILE_QUERIES, seen.end(), 0);
+        seen.assign(round_up(vectors, KEY_VECTORS) * TILE_QUERIES, 0);
         for (int64_t n = 0; n < vectors; n++) {
-            const __m256i bits = _mm256_loadu_si256((const __m256i *)(chosen.queries.data() + n * 16));
-            for (int64_t t = 0; t < TILE_QUERIES; t++)
-                seen[n * TILE_QUERIES + t] = _mm256_test_epi16_mask(bits, _mm256_set1_epi16(int16_t(1 << t)));
+            const __m512i bits = _mm512_loadu_si512(chosen.queries.data() + n * 16);
+            for (int64_t t = 0; t < count; t++)
+                seen[n * TILE_QUERIES + t] = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(int32_t(uint32_t(1) << t)));
+        }
+    }
+
+    void find_places() {
+        k_places.resize(chosen.size()), v_places.resize(chosen.size());
+        for (int64_t i = 0; i < chosen.size(); i++) {
+            const int64_t at = in.row_of_key(b, chosen.positions[i]);
+            k_places[i] = at * in.k.stride_s, v_places[i] = at * in.v.stride_s;
         }
     }
 
@@ -153,7 +173,7 @@ class TileAttention {
                 for (int64_t t = 0; t < count; t++) {
                     const uint16_t *from = (const uint16_t *)in.q + ((row + t) * in.shape.heads + head + h) * width;
                     const __m512i numbers = _mm512_maskz_loadu_epi16(present, from + c * 32);
-                    _mm512_store_si512(q.get() + (h * d_chunks + c) * TILE_ROWS + t, numbers);
+                    _mm512_store_si512(q.get() + (h * d_chunks + c) * TILE_QUERIES + t, numbers);
                 }
             }
         std::fill_n(sums_of(0), heads * TILE_QUERIES * value_width(), 0.0f);
@@ -166,83 +186,121 @@ class TileAttention {
         pack_values(g, first, keys);
         for (int64_t h = 0; h < heads; h += TOGETHER) {
             const int64_t some = std::min(TOGETHER, heads - h);
-            for (int64_t i = 0; i < some; i++) multiply_keys(h + i, scores_of(i), keys);
+            for (int64_t i = 0; i < some; i++) {
+                if (query_tiles() == 1) multiply_keys<1>(h + i, scores_of(i), keys);
+                else multiply_keys<2>(h + i, scores_of(i), keys);
+            }
             for (const int64_t key : bad)
                 for (int64_t t = 0; t < some * TILE_QUERIES; t++) scores_of(0)[t * KEYS + key] = NAN;
             for (int64_t i = 0; i < some; i++)
-                for (int64_t t = 0; t < TILE_QUERIES; t++)
+                for (int64_t t = 0; t < count; t++)
                     weigh(h + i, t, scores_of(i) + t * KEYS, probs_of(i) + t, first, keys, scale);
-            for (int64_t i = 0; i < some; i++) add_values(h + i, probs_of(i), keys);
+            for (int64_t i = 0; i < some; i++) {
+                if (query_tiles() == 1) add_values<1>(h + i, probs_of(i), keys);
+                else add_values<2>(h + i, probs_of(i), keys);
+            }
         }
     }
 
-    // Where the rows of a step's keys or values lie.
-    void find_rows(const Source &from, int64_t g, int64_t first, int64_t keys) {
-        const uint16_t *base = (const uint16_t *)from.data + b * from.stride_b + g * from.stride_g;
-        for (int64_t i = 0; i < keys; i++) rows[i] = base + in.row_of_key(b, chosen.positions[first + i]) * from.stride_s;
-        std::fill(rows + keys, rows + KEYS, nullptr);
-    }
-
     void pack_keys(int64_t g, int64_t first, int64_t keys) {
-        find_rows(in.k, g, first, keys);
+        const uint16_t *base = in.k.head<uint16_t>(b, g);
         Line *to = k.get();
         for (int64_t low = 0; low < keys; low += 16)
             for (int64_t c = 0; c < d_chunks; c++, to += TILE_ROWS) {
                 const __mmask32 present = ~uint32_t(0) >> (32 - std::min<int64_t>(32, in.shape.width - c * 32));
-                __m512i some[16] = {};
+                __m512i rows[16] = {};
                 for (int64_t i = 0; i < std::min<int64_t>(16, keys - low); i++)
-                    some[i] = _mm512_maskz_loadu_epi16(present, rows[low + i] + c * 32);
-                transpose_dwords(some);
-                for (int64_t r = 0; r < 16; r++) _mm512_store_si512(to + r, some[r]);
+                    rows[i] = _mm512_maskz_loadu_epi16(present, base + k_places[first + low + i] + c * 32);
+                transpose_dwords(rows);
+                for (int64_t r = 0; r < 16; r++) _mm512_store_si512(to + r, rows[r]);
             }
     }
 
     // Hidden values count as 0 times themselves, so that those that are not finite are taken out.
     void pack_values(int64_t g, int64_t first, int64_t keys) {
-        find_rows(in.v, g, first, keys);
+        const uint16_t *base = in.v.head<uint16_t>(b, g);
         bad.clear();
         __m512i low, high;  // where in two rows the pairs of 16 columns are
         for (int n = 0; n < 32; n++) {
             ((uint16_t *)&low)[n] = uint16_t(n / 2 + n % 2 * 32);
             ((uint16_t *)&high)[n] = uint16_t(16 + n / 2 + n % 2 * 32);
         }
-        for (int64_t i = 0; i < round_up(keys, 32); i += 2)
-            for (int64_t c = 0; c < v_tiles; c += 2) {
+        for (int64_t i = 0; i < round_up(keys, 32); i += 2) {
+            const uint16_t *left = i < keys ? base + v_places[first + i] : zeros.data();
+            const uint16_t *right = i + 1 < keys ? base + v_places[first + i + 1] : zeros.data();
+            Line *to = &v[i / 32 * v_tiles * TILE_ROWS + i % 32 / 2];
+            for (int64_t c = 0; c < v_tiles; c += 2, to += 2 * TILE_ROWS) {
                 const __mmask32 present = ~uint32_t(0) >> (32 - std::min<int64_t>(32, in.shape.value_width - c * 16));
-                const __m512i even = finite_values(i, c, present), odd = finite_values(i + 1, c, present);
-                Line *to = &v[(i / 32 * v_tiles + c) * TILE_ROWS + i % 32 / 2];
+                __m512i even = _mm512_maskz_loadu_epi16(present, left + c * 16);
+                __m512i odd = _mm512_maskz_loadu_epi16(present, right + c * 16);
+                const __mmask32 spoilt_even = not_finite(even), spoilt_odd = not_finite(odd);
+                if (__builtin_expect(spoilt_even | spoilt_odd, 0)) {
+                    if (spoilt_even) bad.push_back(i), even = _mm512_maskz_mov_epi16(~spoilt_even, even);
+                    if (spoilt_odd) bad.push_back(i + 1), odd = _mm512_maskz_mov_epi16(~spoilt_odd, odd);
+                }
                 _mm512_store_si512(to, _mm512_permutex2var_epi16(even, low, odd));
                 _mm512_store_si512(to + TILE_ROWS, _mm512_permutex2var_epi16(even, high, odd));
             }
+        }
     }
 
-    __m512i finite_values(int64_t i, int64_t c, __mmask32 present) {
-        if (!rows[i]) return _mm512_setzero_si512();
-        const __m512i numbers = _mm512_maskz_loadu_epi16(present, rows[i] + c * 16);
+    static __mmask32 not_finite(__m512i numbers) {
         const __m512i exponent = _mm512_set1_epi16(0x7f80);
-        const __mmask32 infinite = _mm512_cmpeq_epi16_mask(_mm512_and_si512(numbers, exponent), exponent);
-        if (__builtin_expect(infinite == 0, true)) return numbers;
-        bad.push_back(i);
-        return _mm512_maskz_mov_epi16(~infinite, numbers);
+        return _mm512_cmpeq_epi16_mask(_mm512_and_si512(numbers, exponent), exponent);
     }
 
-    // Scores of one head, two vectors of keys at a time.
-    void multiply_keys(int64_t h, float *to, int64_t keys) {
+    // Scores of one head and T tiles of queries, two vectors of keys at a time.
+    template <int T> void multiply_keys(int64_t h, float *to, int64_t keys) {
+        const Line *queries = q.get() + h * d_chunks * TILE_QUERIES;
         settle_memory();
         for (int64_t n = 0; n < (keys + 15) / 16; n += 2) {
-            const Line *queries = q.get() + h * d_chunks * TILE_ROWS, *left = k.get() + n * d_chunks * TILE_ROWS;
-            const Line *right = left + d_chunks * TILE_ROWS;
-            _tile_zero(0);
-            _tile_zero(1);
-            for (int64_t c = 0; c < d_chunks; c++) {
-                _tile_loadd(4, queries + c * TILE_ROWS, TILE_BYTES);
-                _tile_loadd(5, left + c * TILE_ROWS, TILE_BYTES);
-                _tile_dpbf16ps(0, 4, 5);
-                _tile_loadd(6, right + c * TILE_ROWS, TILE_BYTES);
-                _tile_dpbf16ps(1, 4, 6);
-            }
-            _tile_stored(0, to + n * 16, KEYS * sizeof(float));
-            _tile_stored(1, to + n * 16 + 16, KEYS * sizeof(float));
+            const Line *left = k.get() + n * d_chunks * TILE_ROWS, *right = left + d_chunks * TILE_ROWS;
+            zero_tiles<T>();
+            for (int64_t c = 0; c < d_chunks; c++)
+                add_products<T>(queries + c * TILE_QUERIES, left + c * TILE_ROWS, right + c * TILE_ROWS);
+            store_tiles<T>(to + n * 16, KEYS);
+        }
+    }
+
+    // T tiles of rows, two of columns each: 0 and 1, then 2 and 3.
+    template <int T> static void zero_tiles() {
+        _tile_zero(0);
+        _tile_zero(1);
+        if constexpr (T > 1) {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+    }
+
+    template <int T> static void add_products(const Line *rows, const Line *left, const Line *right) {
+        _tile_loadd(6, left, TILE_BYTES);
+        _tile_loadd(7, right, TILE_BYTES);
+        _tile_loadd(4, rows, TILE_BYTES);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if constexpr (T > 1) {
+            _tile_loadd(5, rows + TILE_ROWS, TILE_BYTES);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+
+    // Into rows of `stride` numbers.
+    template <int T> static void store_tiles(float *to, int64_t stride) {
+        _tile_stored(0, to, stride * sizeof(float));
+        _tile_stored(1, to + 16, stride * sizeof(float));
+        if constexpr (T > 1) {
+            _tile_stored(2, to + TILE_ROWS * stride, stride * sizeof(float));
+            _tile_stored(3, to + TILE_ROWS * stride + 16, stride * sizeof(float));
+        }
+    }
+
+    template <int T> static void load_tiles(const float *from, int64_t stride) {
+        _tile_loadd(0, from, stride * sizeof(float));
+        _tile_loadd(1, from + 16, stride * sizeof(float));
+        if constexpr (T > 1) {
+            _tile_loadd(2, from + TILE_ROWS * stride, stride * sizeof(float));
+            _tile_loadd(3, from + TILE_ROWS * stride + 16, stride * sizeof(float));
         }
     }
 
@@ -261,7 +319,7 @@ class TileAttention {
             raise(query, sums_of(h) + t * value_width(), _mm512_reduce_max_ps(highest));
         const __m512 peak = _mm512_set1_ps(query.peak);
         __m512 total = query.total;  // in a register
-        for (int64_t n = 0; n < vectors; n += 2, to += TILE_ROWS) {
+        for (int64_t n = 0; n < vectors; n += 2, to += TILE_QUERIES) {
             const __m512 even = weight_of(of_query[n * TILE_QUERIES], x[n], peak);
             const __m512 odd = weight_of(of_query[(n + 1) * TILE_QUERIES], x[n + 1], peak);
             total = _mm512_add_ps(total, _mm512_add_ps(even, odd));
@@ -281,23 +339,16 @@ class TileAttention {
         for (int64_t d = 0; d < value_width(); d++) row[d] *= fade;
     }
 
-    void add_values(int64_t h, const Line *weights, int64_t keys) {
-        const int64_t stride = value_width() * sizeof(float), chunks = (keys + 31) / 32;
+    template <int T> void add_values(int64_t h, const Line *weights, int64_t keys) {
         settle_memory();
         for (int64_t c = 0; c < v_tiles; c += 2) {
-            float *left = sums_of(h) + c * 16, *right = left + 16;
-            _tile_loadd(0, left, stride);
-            _tile_loadd(1, right, stride);
-            for (int64_t i = 0; i < chunks; i++) {
+            float *to = sums_of(h) + c * 16;
+            load_tiles<T>(to, value_width());
+            for (int64_t i = 0; i < (keys + 31) / 32; i++) {
                 const Line *values = v.get() + (i * v_tiles + c) * TILE_ROWS;
-                _tile_loadd(4, weights + i * TILE_ROWS, TILE_BYTES);
-                _tile_loadd(5, values, TILE_BYTES);
-                _tile_dpbf16ps(0, 4, 5);
-                _tile_loadd(6, values + TILE_ROWS, TILE_BYTES);
-                _tile_dpbf16ps(1, 4, 6);
+                add_products<T>(weights + i * TILE_QUERIES, values, values + TILE_ROWS);
             }
-            _tile_stored(0, left, stride);
-            _tile_stored(1, right, stride);
+            store_tiles<T>(to, value_width());
         }
     }
 

@@ -10,17 +10,17 @@
 #ifdef FULMEN_TILES
 #include <cmath>
 
-// How E is cut: into blocks, a vector of levels each, and every block into two chunks, a tile's row of bfloat16 each.
-// A chunk holds every other 8 numbers of its block, as instructions that widen bytes leave them.
+// How E is cut. Up to 32 numbers are one chunk: a tile's row of bfloat16. More are cut into blocks, a vector of levels
+// each, and every block into two chunks: one holds every other 8 numbers, as instructions that widen bytes leave them.
 struct Chunks {
-    int64_t width, blocks, block_width;
+    int64_t width, per_block, blocks, block_width;
 
     explicit Chunks(int64_t width)
-        : width(width), blocks((width + TILE_BYTES - 1) / TILE_BYTES),
-          block_width(round_up((width + blocks - 1) / blocks, 16)) {}
+        : width(width), per_block(width > TILE_BYTES / 2 ? 2 : 1), blocks((width + TILE_BYTES - 1) / TILE_BYTES),
+          block_width(round_up((width + blocks - 1) / blocks, 8 * per_block)) {}
 
-    int64_t count() const { return 2 * blocks; }
-    int64_t bytes() const { return block_width; }
+    int64_t count() const { return per_block * blocks; }
+    int64_t bytes() const { return 2 * block_width / per_block; }
     int64_t rows() const { return bytes() / 4; }
 };
 
@@ -50,13 +50,17 @@ class Widening {
     static void widen_keys(const int8_t *const *keys, int64_t count, int64_t at, const Chunks &chunks, Line *to) {
         static const Widening shared;
         const Widening widening = shared;  // in registers
-        for (int64_t block = 0; block < chunks.blocks; block++, to += 2 * TILE_ROWS) {
+        // 8 levels to each lane of 16, whose first half is all that a single chunk takes.
+        const __m512i spread = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+        for (int64_t block = 0; block < chunks.blocks; block++, to += chunks.per_block * TILE_ROWS) {
             const int64_t low = block * chunks.block_width, some = std::min(chunks.block_width, chunks.width - low);
             const __mmask64 present = ~uint64_t(0) >> (TILE_BYTES - some);
             for (int64_t s = 0; s < count; s++) {
-                __m512i first, second;
-                widening.widen(_mm512_maskz_loadu_epi8(present, keys[s] + at + low), first, second);
-                _mm512_store_si512(to + s, first), _mm512_store_si512(to + TILE_ROWS + s, second);
+                __m512i levels = _mm512_maskz_loadu_epi8(present, keys[s] + at + low), first, second;
+                if (chunks.per_block == 1) levels = _mm512_permutexvar_epi64(spread, levels);
+                widening.widen(levels, first, second);
+                _mm512_store_si512(to + s, first);
+                if (chunks.per_block == 2) _mm512_store_si512(to + TILE_ROWS + s, second);
             }
         }
     }
@@ -95,10 +99,11 @@ class Terms {
     // Of a query's numbers, to [term][chunk] rows, `stride` lines apart.
     static void write_row(const float *q, const Chunks &chunks, int64_t terms, Line *to, int64_t stride) {
         const int64_t per_term = chunks.count() * stride * (TILE_BYTES / 2);
-        for (int64_t block = 0; block < chunks.blocks; block++, to += 2 * stride) {
+        for (int64_t block = 0; block < chunks.blocks; block++, to += chunks.per_block * stride) {
             const int64_t first = block * chunks.block_width, some = std::min(chunks.block_width, chunks.width - first);
             for (int64_t low = 0; low < some; low += 8) {
-                uint16_t *at = (uint16_t *)to[low / 8 % 2 * stride].bytes + low / 16 * 8;
+                const int64_t eight = low / 8, chunk = eight % chunks.per_block;
+                uint16_t *at = (uint16_t *)to[chunk * stride].bytes + eight / chunks.per_block * 8;
                 write(q + first + low, std::min<int64_t>(8, some - low), terms, at, per_term);
             }
         }
