@@ -29,7 +29,7 @@ import typer
 from machine import describe_machine
 from peers.correctness import LENGTHS, NEW_TOKENS, Reference, check, check_plugin
 from peers.figures import finished, table
-from peers.sides import Side, SideError, Worker, all_sides, bytes_per_token, set_environment
+from peers.sides import ENGINES, Side, SideError, Worker, all_sides, bytes_per_token, set_environment
 from peers.weights import make_dense_twin
 from transformers import AutoTokenizer
 
@@ -50,10 +50,13 @@ def main(
     steps: Annotated[int, typer.Option(help="Tokens decoded in a turn.")] = 8,
     threads: Annotated[int, typer.Option(help="Of every side.")] = len(os.sched_getaffinity(0)),
     eager: Annotated[bool, typer.Option(help="vLLM without its compiler.")] = False,
+    engines: Annotated[str, typer.Option(help="What to compare.")] = ",".join(ENGINES),
     llama_python: Annotated[str, typer.Option(help="An interpreter that has llama_cpp.")] = sys.executable,
 ) -> None:
     """Check, time, print a table and write everything to a JSON file."""
     prompts, contexts = (sorted(map(int, filter(None, x.split(",")))) for x in (prefill, decode))
+    if unknown := set(chosen := engines.split(",")) - set(ENGINES):
+        raise typer.BadParameter(f"--engines: {', '.join(unknown)}: choose of {', '.join(ENGINES)}")
     tokens = max([*prompts, *contexts, LENGTHS[-1] + NEW_TOKENS]) + 2 * steps
     settings = {"threads": threads, "eager": eager, "tokens": tokens}
     report = {**describe_machine(), "settings": settings}
@@ -61,7 +64,7 @@ def main(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         dense = make_dense_twin(model, folder / "dense")
-        sides = list(all_sides(model, dense, folder, llama_python))
+        sides = list(all_sides(model, dense, folder, llama_python, chosen))
         needs = {side.name: bytes_per_token(model, side) for side in sides}
         set_environment(threads, 1.75 * tokens * needs[sides[0].name])
         workers, report["checks"] = start(sides, settings, Reference(model, dense), out.parent, stack)

@@ -174,7 +174,8 @@ def main(
         run_one(one)
         return
     results = []
-    print("| loss | S | ours, GiB | straightforward, GiB | ours, s | straightforward, s |\n|---|---|---|---|---|---|")
+    print("| loss | S | ours, GiB | straightforward, GiB | ours, s | straightforward, s |")
+    print("|---|---|---|---|---|---|")
     for case in cases.split(","):
         for length in map(int, lengths.split(",")):
             guess = estimate_gib(case, length)
@@ -182,7 +183,8 @@ def main(
             plain = measure(case, length, False) if guess <= limit else {"estimated_gib": round(guess, 1)}
             results.append({"case": case, "length": length, "ours": ours, "straightforward": plain})
             theirs = plain.get("gib", f"({plain.get('estimated_gib', 'failed')})")
-            cells = (case, length, ours.get("gib", "failed"), theirs, ours.get("seconds"), plain.get("seconds", ""))
+            seconds = [side.get("seconds", "") for side in (ours, plain)]
+            cells = (case, length, ours.get("gib", "failed"), theirs, *seconds)
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
     if out is not None:
         out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

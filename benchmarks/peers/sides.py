@@ -17,6 +17,9 @@ LLAMA_FORMS = {"bf16": (Type.BF16, Type.BF16), "Q4_1": (Type.Q4_1, Type.Q8_0)}
 """As llama.cpp's own converter and quantiser choose them: matrices, embeddings."""
 
 
+ENGINES = ["vllm", "llama.cpp", "transformers"]
+
+
 class SideError(RuntimeError):
     """A side's process ended."""
 
@@ -111,13 +114,18 @@ def bytes_per_token(model: Path, side: Side) -> int:
     return keys_and_values + index_keys * side.sparse
 
 
-def all_sides(model: Path, dense: Path, folder: Path, llama_python: str) -> Iterator[Side]:
+def all_sides(
+    model: Path, dense: Path, folder: Path, llama_python: str, engines: list[str]
+) -> Iterator[Side]:
     """In the order in which they get memory at long contexts: what the headline needs comes first."""
-    yield Side("vllm dsa", "vllm", model)
-    yield Side("vllm dense", "vllm", dense)
-    yield from llama_sides(dense, folder, llama_python)
-    yield Side("transformers dense", "transformers", dense)
-    yield Side("transformers dsa", "transformers", model)
+    if "vllm" in engines:
+        yield Side("vllm dsa", "vllm", model)
+        yield Side("vllm dense", "vllm", dense)
+    if "llama.cpp" in engines:
+        yield from llama_sides(dense, folder, llama_python)
+    if "transformers" in engines:
+        yield Side("transformers dense", "transformers", dense)
+        yield Side("transformers dsa", "transformers", model)
 
 
 def llama_sides(dense: Path, folder: Path, python: str) -> Iterator[Side]:
