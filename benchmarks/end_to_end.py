@@ -1,6 +1,8 @@
 """A converted model end to end, beside its dense twin and the peers that a user would pick on a CPU.
 
     .venv/bin/python benchmarks/end_to_end.py out/smollm2-135m-dsa --llama-python LLAMA/bin/python
+    .venv/bin/python benchmarks/end_to_end.py out/smollm2-135m-dsa --engines vllm --requests 8 \
+        --decode 8192,32768 --prefill ""
 
 Sides: vLLM with DSA and dense (one engine, fulmen's plugin), Transformers with DSA and dense (SDPA), and
 llama.cpp (flash attention, f16 cache) with the same weights in bfloat16 and Q4_1. Each is a process of its
@@ -48,6 +50,7 @@ def main(
     prefill: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "2048,8192",
     rounds: Annotated[int, typer.Option(help="Turns of every side; prompts above 8192 tokens get one.")] = 3,
     steps: Annotated[int, typer.Option(help="Tokens decoded in a turn.")] = 8,
+    requests: Annotated[int, typer.Option(help="Decoded together; more than one in vLLM alone.")] = 1,
     threads: Annotated[int, typer.Option(help="Of every side.")] = len(os.sched_getaffinity(0)),
     eager: Annotated[bool, typer.Option(help="vLLM without its compiler.")] = False,
     engines: Annotated[str, typer.Option(help="What to compare.")] = ",".join(ENGINES),
@@ -57,15 +60,17 @@ def main(
     prompts, contexts = (sorted(map(int, filter(None, x.split(",")))) for x in (prefill, decode))
     if unknown := set(chosen := engines.split(",")) - set(ENGINES):
         raise typer.BadParameter(f"--engines: {', '.join(unknown)}: choose of {', '.join(ENGINES)}")
+    if requests > 1 and chosen != ["vllm"]:
+        raise typer.BadParameter(f"--requests {requests}: in vLLM alone; add --engines vllm")
     tokens = max([*prompts, *contexts, LENGTHS[-1] + NEW_TOKENS]) + 2 * steps
     settings = {"threads": threads, "eager": eager, "tokens": tokens}
-    report = {**describe_machine(), "settings": settings}
+    report = {**describe_machine(), "settings": settings, "requests": requests}
     out.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         dense = make_dense_twin(model, folder / "dense")
         sides = list(all_sides(model, dense, folder, llama_python, chosen))
-        needs = {side.name: bytes_per_token(model, side) for side in sides}
+        needs = {side.name: requests * bytes_per_token(model, side) for side in sides}
         set_environment(threads, 1.75 * tokens * needs[sides[0].name])
         workers, report["checks"] = start(sides, settings, Reference(model, dense), out.parent, stack)
         report["versions"] = {name: worker.versions for name, worker in workers.items()}
@@ -76,7 +81,7 @@ def main(
             report["cells"].append(measure_prefill(workers, text, length, turns))
             write(report, out)
         for length in contexts:
-            report["cells"].append(measure_decode(workers, needs, length, rounds, steps))
+            report["cells"].append(measure_decode(workers, needs, length, requests, rounds, steps))
             write(report, out)
     print(table(finished(report["cells"]), [side.name for side in sides]))
     raise typer.Exit(any(found["refused"] for found in report["checks"].values()))
@@ -131,13 +136,13 @@ def measure_prefill(workers: dict[str, Worker], text: list[int], length: int, ro
 
 
 def measure_decode(
-    workers: dict[str, Worker], needs: dict[str, int], length: int, rounds: int, steps: int
+    workers: dict[str, Worker], needs: dict[str, int], length: int, requests: int, rounds: int, steps: int
 ) -> dict[str, Any]:
-    """Seconds of a token after a filled cache, of the sides whose cache has room; a first turn is dropped."""
-    prompt, seconds = random_prompt(length, seed=length), dict[str, list[float]]()
+    """Seconds of a step after a filled cache, of the sides whose cache has room; a first turn is dropped."""
+    prompts, seconds = [random_prompt(length, length + i) for i in range(requests)], dict[str, list[float]]()
     for name, worker in workers.items():
         if needs[name] * length < psutil.virtual_memory().available - SPARE_BYTES:
-            worker.ask("fill", prompt)
+            worker.ask("fill", *prompts)
             worker.ask("decode", steps)
             seconds[name] = []
     for _ in range(rounds):

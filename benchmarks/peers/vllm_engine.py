@@ -33,37 +33,28 @@ class Engine:
         )
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.names = map(str, itertools.count())
-        self.prompt: list[int] = []
+        self.prompts: list[list[int]] = []
 
     def answer(self, prompt: list[int], new_tokens: int) -> list[int]:
         """The greedy answer."""
-        return list(self._run(prompt, new_tokens)[2].outputs[0].token_ids)
+        return list(self._run([prompt], new_tokens)[2][0].outputs[0].token_ids)
 
     def prefill(self, prompt: list[int]) -> float:
         """Seconds until the first token of the answer; nothing of the prompt is in the prefix cache."""
         self._forget()
-        return self._run(prompt, 1)[0]
+        return self._run([prompt], 1)[0]
 
-    def fill(self, prompt: list[int]) -> None:
-        """Random keys, values and index keys, in blocks that the scheduler then takes for the prompt's."""
+    def fill(self, *prompts: list[int]) -> None:
+        """Random keys, values and index keys, in blocks that the scheduler then takes for the prompts'."""
         self._forget()
-        pool, size = self.core.scheduler.kv_cache_manager.block_pool, self.core.scheduler.block_size
-        count, sampling = len(prompt) // size, SamplingParams(max_tokens=1)
-        request = Request("filled", prompt, sampling, None, block_hasher=self.core.request_block_hasher)
-        blocks = pool.get_new_blocks(count)
-        pool.cache_full_blocks(request, blocks, 0, count, size, 0)
-        for layer in self.core.vllm_config.compilation_config.static_forward_context.values():
-            by_block = layer.kv_cache.movedim(layer.kv_cache.shape.index(pool.num_gpu_blocks), 0)
-            for block in blocks:
-                self._fill_block(by_block[block.block_id])
-        # The last first, as a request that ends gives them back: the prompt's beginning is kept longest.
-        pool.free_blocks(reversed(blocks))
-        self.prompt = prompt
+        for prompt in prompts:
+            self._fill_prompt(prompt)
+        self.prompts = list(prompts)
 
     def decode(self, new_tokens: int) -> float:
-        """Seconds of a token after the filled cache."""
-        _, rest, output = self._run(self.prompt, 1 + new_tokens)
-        missing = len(self.prompt) - output.num_cached_tokens
+        """Seconds of a step, which is a token of every prompt, after the filled cache."""
+        _, rest, outputs = self._run(self.prompts, 1 + new_tokens)
+        missing = max(len(output.prompt_token_ids) - output.num_cached_tokens for output in outputs)
         assert missing <= 2 * self.core.scheduler.block_size, f"{missing} tokens were not in the cache"
         return rest / new_tokens
 
@@ -73,18 +64,34 @@ class Engine:
     def _forget(self) -> None:
         assert self.core.scheduler.reset_prefix_cache(), "a request still holds blocks"
 
-    def _run(self, prompt: list[int], new_tokens: int) -> tuple[float, float, Any]:
-        """Seconds to the first token and from there to the last, and vLLM's last output."""
-        engine, output = self.llm.llm_engine, None
+    def _run(self, prompts: list[list[int]], new_tokens: int) -> tuple[float, float, list[Any]]:
+        """Seconds until all have their first token, from there to the last, and vLLM's last outputs."""
+        engine, outputs = self.llm.llm_engine, dict[str, Any]()
         sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
         begun = time.perf_counter()
-        engine.add_request(next(self.names), {"prompt_token_ids": prompt}, sampling)
-        while output is None:
-            output = next(iter(engine.step()), None)
+        for prompt in prompts:
+            engine.add_request(next(self.names), {"prompt_token_ids": prompt}, sampling)
+        while len(outputs) < len(prompts):
+            outputs |= {output.request_id: output for output in engine.step()}
         first = time.perf_counter()
         while engine.has_unfinished_requests():
-            output = next(iter(engine.step()), output)
-        return first - begun, time.perf_counter() - first, output
+            outputs |= {output.request_id: output for output in engine.step()}
+        return first - begun, time.perf_counter() - first, list(outputs.values())
+
+    def _fill_prompt(self, prompt: list[int]) -> None:
+        pool, size = self.core.scheduler.kv_cache_manager.block_pool, self.core.scheduler.block_size
+        count, sampling = len(prompt) // size, SamplingParams(max_tokens=1)
+        request = Request(
+            next(self.names), prompt, sampling, None, block_hasher=self.core.request_block_hasher
+        )
+        blocks = pool.get_new_blocks(count)
+        pool.cache_full_blocks(request, blocks, 0, count, size, 0)
+        for layer in self.core.vllm_config.compilation_config.static_forward_context.values():
+            by_block = layer.kv_cache.movedim(layer.kv_cache.shape.index(pool.num_gpu_blocks), 0)
+            for block in blocks:
+                self._fill_block(by_block[block.block_id])
+        # The last first, as a request that ends gives them back: the prompt's beginning is kept longest.
+        pool.free_blocks(reversed(blocks))
 
     def _fill_block(self, block: Tensor) -> None:
         if block.dtype != torch.int8:
