@@ -170,9 +170,8 @@ def _decode_by_parts(
     q_BHD, k_BGD, v_BGD = qkv
     q_BHD, index_q_BJE = store_tokens(layer, tokens, q_BHD, k_BGD, v_BGD, index_q_BJE, index_k_BIE)
     if index_q_BJE is None or seen.longest <= layer.whole:
-        return paged_attention(q_BHD[:, None], layer.kv_RGC, seen.rows_BS, seen.stop_BT, None, layer.scale)[
-            :, 0
-        ]
+        inputs = (layer.kv_RGC, seen.rows_BS, seen.stop_BT, None, layer.scale)
+        return paged_attention(q_BHD[:, None], *inputs)[:, 0]
     out_BHD = torch.empty_like(q_BHD)
     index = (index_q_BJE[:, None], w_B1J, b_B1J)
     paged_sparse_attention(layer, q_BHD[:, None], *index, seen, out_BHD[:, None])

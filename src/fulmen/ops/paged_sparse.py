@@ -90,7 +90,8 @@ def paged_sparse_attention(
         ConfigError: axes or dtypes that do not fit together.
         BackendError: a pinned backend that cannot run here.
     """
-    _check_inputs(layer, q_BTHD, index_q_BTJE, w_BTJ, b_BTJ, seen, out_BTHD)
+    floats = {"q_BTHD": q_BTHD, "index_q_BTJE": index_q_BTJE, "w_BTJ": w_BTJ, "b_BTJ": b_BTJ}
+    _check_inputs(layer, floats, seen, out_BTHD)
     if resolve("paged_sparse_attention", *layer.place) != "native":
         index = (index_q_BTJE, layer.packed_RX, seen.index_rows_BS, w_BTJ, b_BTJ, seen.stop_BT)
         topk_BTK = paged_index_topk(*index, layer.topk, layer.whole)
@@ -99,26 +100,17 @@ def paged_sparse_attention(
         )
         return
     assert out_BTHD.is_contiguous()
-    held = [x.contiguous() for x in (q_BTHD, index_q_BTJE, w_BTJ, b_BTJ)]
+    held = [x.contiguous() for x in floats.values()]
     sizes = (*q_BTHD.shape[:2], torch.get_num_threads())
     queries = NativeQueries(*sizes, *(x.data_ptr() for x in held))
     call_native("fulmen_paged_sparse", layer.native, queries, seen.native, out_BTHD)
 
 
-def _check_inputs(
-    layer: PagedLayer,
-    q_BTHD: Tensor,
-    index_q_BTJE: Tensor,
-    w_BTJ: Tensor,
-    b_BTJ: Tensor,
-    seen: Sequences,
-    out_BTHD: Tensor,
-) -> None:
-    floats = {"q_BTHD": q_BTHD, "index_q_BTJE": index_q_BTJE, "w_BTJ": w_BTJ, "b_BTJ": b_BTJ}
+def _check_inputs(layer: PagedLayer, floats: dict[str, Tensor], seen: Sequences, out_BTHD: Tensor) -> None:
     check_axes(**floats, stop_BT=seen.stop_BT, out_BTHD=out_BTHD)
     check_same_dtype(kv_RGC=layer.kv_RGC, **floats, out_BTHD=out_BTHD)
     check_same_device(kv_RGC=layer.kv_RGC, **floats, out_BTHD=out_BTHD)
-    for name, x in (("q", q_BTHD), ("index_q", index_q_BTJE)):
+    for name, x in (("q", floats["q_BTHD"]), ("index_q", floats["index_q_BTJE"])):
         if x.shape[2:] != layer.shapes[name]:
             raise ConfigError(
                 f"{name} has heads of shape {tuple(x.shape[2:])}; the layer asks for {layer.shapes[name]}"

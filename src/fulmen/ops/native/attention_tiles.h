@@ -19,14 +19,16 @@ constexpr int64_t TILE_QUERIES = 2 * TILE_ROWS;
 class KeyUnion {
     const __m512i FIRST_16 = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     std::vector<uint32_t> member;  // [S] and up to a whole vector; zero between calls
+    int64_t n_keys = 0;
 
   public:
+    // The first `size()`; what follows up to a whole vector has no query.
     std::vector<int32_t> positions;
     std::vector<uint32_t> queries;
 
-    explicit KeyUnion(int64_t keys) : member(round_up(keys, 16)) {}
+    explicit KeyUnion(int64_t keys) : member(round_up(keys, 16)), positions(keys + 16), queries(keys + 16) {}
 
-    int64_t size() const { return positions.size(); }
+    int64_t size() const { return n_keys; }
 
     // Returns how many keys are selected, those of several queries as often.
     int64_t find(const int32_t *topk, int64_t count, int64_t width) {
@@ -51,8 +53,6 @@ class KeyUnion {
 
   private:
     void collect(int32_t first, int32_t last) {
-        const int64_t room = last < 0 ? 0 : last - first + 32;
-        positions.resize(room), queries.resize(room);
         int64_t size = 0;
         for (int64_t low = first / 16 * 16; low <= last; low += 16) {
             const __m512i some = _mm512_loadu_si512(member.data() + low);
@@ -63,7 +63,8 @@ class KeyUnion {
             size += __builtin_popcount(wanted);
             _mm512_storeu_si512(member.data() + low, _mm512_setzero_si512());
         }
-        positions.resize(size), queries.resize(size);
+        _mm512_storeu_si512(queries.data() + size, _mm512_setzero_si512());
+        n_keys = size;
     }
 };
 
@@ -148,7 +149,6 @@ class TileAttention {
     // The keys of each query as masks.
     void find_seen() {
         const int64_t vectors = (chosen.size() + 15) / 16;
-        chosen.queries.resize(vectors * 16);
         seen.assign(round_up(vectors, KEY_VECTORS) * TILE_QUERIES, 0);
         for (int64_t n = 0; n < vectors; n++) {
             const __m512i bits = _mm512_loadu_si512(chosen.queries.data() + n * 16);
