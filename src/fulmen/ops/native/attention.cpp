@@ -146,35 +146,50 @@ void attend_all(const AttentionInputs &in, float scale, const Results &results) 
 // Whether queries come by the tile.
 bool by_tiles(const AttentionInputs &in) {
     const AttentionShape &shape = in.shape;
-    return shape.use_tiles && shape.is_bf16 && in.topk && shape.queries >= TILE_ROWS;
+    return shape.use_tiles && shape.is_bf16 && !in.start && shape.queries >= TILE_ROWS;
 }
 
-void attend_by_tiles(const AttentionInputs &in, float scale, const Results &results) {
+int64_t tile_blocks(const AttentionShape &shape) { return (shape.queries + TILE_QUERIES - 1) / TILE_QUERIES; }
+
+// Too few for every thread: they share the key heads of a block.
+bool few_blocks(const AttentionShape &shape) { return shape.batch * tile_blocks(shape) < 4 * shape.threads; }
+
+// Queries low <= t < high of a batch row, by the key heads from g on.
+void attend_block(const AttentionInputs &in, TileAttention &attention, const Work &work, float scale, const Results &results) {
+    const auto attend_by_tile = [&](int64_t from, int64_t to) {
+        const bool alike = attention.choose(work.b, from, to);
+        if (alike) attention.attend(work.g, work.groups, scale, results);
+        return alike;
+    };
+    if (attend_by_tile(work.low, work.high)) return;
+    for (int64_t from = work.low; from < work.high; from += TILE_ROWS) {
+        const int64_t to = std::min(from + TILE_ROWS, work.high);
+        if (attend_by_tile(from, to)) continue;
+        for (int64_t g = work.g; g < work.g + work.groups; g++)
+            attend(in, {work.b, from, to, g, 1, 0, in.shared()}, scale, results);
+    }
+}
+
+// Selections are those of `in`, or of each block what `choose` fills in.
+void attend_by_tiles(const AttentionInputs &in, float scale, const Results &results, const Choose *choose = nullptr) {
     const AttentionShape &shape = in.shape;
-    const int64_t blocks = (shape.queries + TILE_QUERIES - 1) / TILE_QUERIES;
-    // Few blocks: threads share their key heads. The others look for the union of keys once.
-    const int64_t parts = shape.batch * blocks < 4 * shape.threads ? shape.key_heads : 1;
+    const int64_t blocks = tile_blocks(shape), parts = few_blocks(shape) ? shape.key_heads : 1;
     const int64_t items = shape.batch * blocks * parts, threads = std::min(shape.threads, items);
     std::atomic<int64_t> taken{0};
     parallel_for(threads, threads, [&](int64_t) {
+        AttentionInputs own = in;
+        std::vector<int32_t> room(choose ? TILE_QUERIES * shape.topk : 0);
         const TileScope scope(TileAttention::config());
-        TileAttention attention(in);
+        TileAttention attention(own);
         // The last queries, which have the most to read, come first.
         for (int64_t item; (item = items - ++taken) >= 0;) {
             const int64_t block = item / parts, groups = shape.key_heads / parts, g = item % parts * groups;
             const int64_t low = block % blocks * TILE_QUERIES, high = std::min(low + TILE_QUERIES, shape.queries);
-            const auto attend_by_tile = [&](int64_t from, int64_t to) {
-                const bool alike = attention.choose(block / blocks, from, to);
-                if (alike) attention.attend(g, groups, scale, results);
-                return alike;
-            };
-            if (attend_by_tile(low, high)) continue;
-            for (int64_t from = low; from < high; from += TILE_ROWS) {
-                const int64_t to = std::min(from + TILE_ROWS, high);
-                if (attend_by_tile(from, to)) continue;
-                for (int64_t i = g; i < g + groups; i++)
-                    attend(in, {block / blocks, from, to, i, 1, 0, in.shared()}, scale, results);
+            if (choose) {
+                (*choose)(block / blocks, low, high, room.data());
+                own.topk = room.data(), own.first = block / blocks * shape.queries + low;
             }
+            attend_block(own, attention, {block / blocks, low, high, g, groups, 0, in.shared()}, scale, results);
         }
     });
 }
@@ -187,6 +202,20 @@ void attend_to_keys(const AttentionInputs &in, float scale, const Results &resul
     if (by_tiles(in)) return attend_by_tiles(in, scale, results);
 #endif
     attend_all(in, scale, results);
+}
+
+bool comes_in_blocks(const AttentionInputs &in) {
+#ifdef FULMEN_TILES
+    return by_tiles(in) && !few_blocks(in.shape);
+#else
+    return false;
+#endif
+}
+
+void choose_and_attend(const AttentionInputs &in, float scale, const Results &results, const Choose &choose) {
+#ifdef FULMEN_TILES
+    attend_by_tiles(in, scale, results, &choose);
+#endif
 }
 
 extern "C" {

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <memory>
 #include <type_traits>
 #include <vector>
@@ -71,9 +72,10 @@ struct AttentionInputs {
     AttentionShape shape;
     const void *q;
     Source k, v;
-    const int32_t *topk;          // [B, T, K]; read if there are no
+    const int32_t *topk;          // [B, T, K], from the query `first` on; read if there are no
     const int64_t *start, *stop;  // intervals
     const int32_t *rows;          // [B, S]: which row of k and v holds selected key s; null: in order
+    int64_t first = 0;
 
     AttentionInputs(const AttentionShape &shape, const void *q, const void *k, const void *v, const int32_t *topk,
                     const int64_t *start, const int64_t *stop, const int32_t *rows = nullptr)
@@ -96,6 +98,8 @@ struct AttentionInputs {
 
     int64_t row_of_key(int64_t b, int64_t s) const { return rows ? rows[b * shape.keys + s] : s; }
 
+    const int32_t *chosen(int64_t row) const { return topk + (row - first) * shape.topk; }
+
     // `room` for K numbers takes the rows of what is selected, without the -1 among it.
     KeyList keys_of(int64_t row, int32_t *room) const {
         if (start) {
@@ -104,7 +108,7 @@ struct AttentionInputs {
         }
         int64_t count = 0;
         for (int64_t i = 0; i < shape.topk; i++) {
-            room[count] = topk[row * shape.topk + i];
+            room[count] = chosen(row)[i];
             count += room[count] >= 0;
         }
         for (int64_t i = 0; rows && i < count; i++) room[i] = row_of_key(row / shape.queries, room[i]);
@@ -242,5 +246,10 @@ template <class Work> void for_heads(int64_t heads, const Work &work) {
     }
 }
 
-// In attention.cpp. Throws std::bad_alloc.
+// In attention.cpp. They throw std::bad_alloc.
 void attend_to_keys(const AttentionInputs &in, float scale, const Results &results);
+// Whether many queries come in blocks, whose selections may be found one after the other: then
+// choose(batch, low, high, room) is called for each on the thread that attends to it, and fills room [high - low, K].
+bool comes_in_blocks(const AttentionInputs &in);
+using Choose = std::function<void(int64_t, int64_t, int64_t, int32_t *)>;
+void choose_and_attend(const AttentionInputs &in, float scale, const Results &results, const Choose &choose);

@@ -125,7 +125,7 @@ class TileAttention {
     // Takes up the queries low <= t < high of batch row b. Whether they select enough alike for this to pay.
     bool choose(int64_t of_batch, int64_t low, int64_t high) {
         b = of_batch, row = b * in.shape.queries + low, count = high - low;
-        const int64_t selected = chosen.find(in.topk + row * in.shape.topk, count, in.shape.topk);
+        const int64_t selected = chosen.find(in.chosen(row), count, in.shape.topk);
         if (LEAST_ALIKE * chosen.size() > selected) return false;
         find_seen();
         find_places();

@@ -30,22 +30,25 @@ struct Interval {
     int64_t start, stop;
 };
 
+// Without `start`, from the first key on.
 static inline Interval interval_of(const int64_t *start, const int64_t *stop, int64_t row, int64_t keys) {
-    return {std::clamp<int64_t>(start[row], 0, keys), std::clamp<int64_t>(stop[row], 0, keys)};
+    return {start ? std::clamp<int64_t>(start[row], 0, keys) : 0, std::clamp<int64_t>(stop[row], 0, keys)};
 }
 
 struct IndexInputs {
     IndexShape shape;
-    const float *q, *w, *b;  // b may be null
-    const float factor;      // E^-1/2, on products
+    const void *q, *w, *b;  // float32, or all bfloat16; b may be null
+    const float factor;     // E^-1/2, on products
     const void *k;
-    const int64_t *start, *stop;
+    const int64_t *start, *stop;  // start may be null
     const int32_t *rows;  // [B, S]: which row of k is a key's; null: in order
+    const bool is_bf16;   // q, w and b
     std::unique_ptr<Line[]> packed;  // all tiles of all keys, or null: then they are packed as they are needed
 
-    IndexInputs(const IndexShape &given, const float *q, const float *w, const float *b, const void *k,
-                const int64_t *start, const int64_t *stop, const int32_t *rows = nullptr)
-        : shape(given), q(q), w(w), b(b), factor(float(std::pow(double(given.width), -0.5))), k(k), start(start), stop(stop), rows(rows) {
+    IndexInputs(const IndexShape &given, const void *q, const void *w, const void *b, const void *k,
+                const int64_t *start, const int64_t *stop, const int32_t *rows = nullptr, bool is_bf16 = false)
+        : shape(given), q(q), w(w), b(b), factor(float(std::pow(double(given.width), -0.5))), k(k), start(start), stop(stop),
+          rows(rows), is_bf16(is_bf16) {
         const int64_t products = shape.batch * shape.queries * shape.keys * shape.heads * shape.width;
         shape.threads = useful_threads(shape.threads, products);
     }
@@ -71,9 +74,12 @@ struct QueryRows {
     std::vector<int64_t> rows;  // indices into [B * T]
     std::vector<Interval> intervals;
     int64_t first, last;  // hull of the intervals
+    std::vector<float> q, w, b;  // [row][J][E], [row][J]
 
     QueryRows(const IndexInputs &in, int64_t batch, std::vector<int64_t> some)
-        : batch(batch), rows(std::move(some)), first(in.shape.keys), last(0) {
+        : batch(batch), rows(std::move(some)), first(in.shape.keys), last(0),
+          q(floats(in.q, in.shape.heads * in.shape.width, in.is_bf16)), w(floats(in.w, in.shape.heads, in.is_bf16)),
+          b(floats(in.b, in.shape.heads, in.is_bf16)) {
         for (const int64_t row : rows) {
             const Interval seen = interval_of(in.start, in.stop, row, in.shape.keys);
             intervals.push_back(seen);
@@ -85,7 +91,26 @@ struct QueryRows {
 
     int64_t first_tile() const { return first / TILE; }
     int64_t tiles() const { return std::max<int64_t>((last + TILE - 1) / TILE - first_tile(), 0); }
+
+  private:
+    // These rows of `width` numbers; 0 where there are none.
+    std::vector<float> floats(const void *numbers, int64_t width, bool is_bf16) const {
+        std::vector<float> to(rows.size() * width);
+        for (size_t r = 0; numbers && r < rows.size(); r++) {
+            if (is_bf16) to_floats((const uint16_t *)numbers + rows[r] * width, width, to.data() + r * width);
+            else to_floats((const float *)numbers + rows[r] * width, width, to.data() + r * width);
+        }
+        return to;
+    }
+
+    template <class Number> static void to_floats(const Number *from, int64_t count, float *to) {
+        for (int64_t i = 0; i < count; i += LANES) store_some(to + i, load_some(from + i, count - i), count - i);
+    }
 };
 
 // chosen [B, T, columns] (index_topk.cpp). Keys in rows must be packed ones. Throws std::bad_alloc.
 void choose_best(IndexInputs &in, int32_t *chosen);
+// Of the queries low <= t < high of a batch row alone, on the calling thread: chosen [high - low, columns]. All their keys
+// are packed once by `pack_index_keys`; `room` is kept for the next ones.
+void pack_index_keys(IndexInputs &in);
+void choose_some(const IndexInputs &in, int64_t batch, int64_t low, int64_t high, std::vector<float> &room, int32_t *chosen);

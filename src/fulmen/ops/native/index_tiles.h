@@ -156,8 +156,9 @@ class QueryScorer {
     };
 
     const IndexInputs &in;
+    const QueryRows &query;
     const Chunks chunks;
-    const int64_t row, terms;
+    const int64_t terms;
     std::vector<Group> groups;
 
   public:
@@ -168,8 +169,7 @@ class QueryScorer {
     static int64_t tile_lines(const IndexInputs &in) { return in.shape.key_heads * head_lines(Chunks(in.shape.width)); }
 
     QueryScorer(const IndexInputs &in, const QueryRows &block)
-        : in(in), chunks(in.shape.width), row(block.rows[0]),
-          terms(Terms::needed(in.q + row * in.shape.heads * chunks.width, in.shape.heads * chunks.width)) {
+        : in(in), query(block), chunks(in.shape.width), terms(Terms::needed(query.q.data(), query.q.size())) {
         const int64_t shared = in.shared(), together = std::max<int64_t>(TILE_ROWS / shared, 1);
         for (int64_t i = 0; i < in.shape.key_heads; i += together) {
             const int64_t key_heads = std::min(together, in.shape.key_heads - i);
@@ -202,10 +202,10 @@ class QueryScorer {
             for (int64_t v = 0; v < VECTORS; v++) {
                 transpose_dwords(sums[v]);
                 for (int64_t m = 0; m < group.heads; m++) {
-                    const int64_t head = group.first_head + m, from = row * in.shape.heads + head;
+                    const int64_t head = group.first_head + m;
                     const Line *scales = tile + v * stride + head / in.shared() * lines + chunks.count() * TILE_ROWS;
-                    const float b = in.b ? in.b[from] : 0.0f;
-                    total[v] = add_head(total[v], (__m512)sums[v][m], _mm512_load_ps(scales), in.w[from], b);
+                    const __m512 scale = _mm512_load_ps(scales);
+                    total[v] = add_head(total[v], (__m512)sums[v][m], scale, query.w[head], query.b[head]);
                 }
             }
         }
@@ -224,7 +224,7 @@ class QueryScorer {
         for (int64_t i = 0; i < key_heads; i++) {
             std::fill_n(rows.get(), terms * chunks.count() * TILE_ROWS, Line{});
             for (int64_t m = 0; m < heads; m++) {
-                const float *q = in.q + (row * in.shape.heads + first_head + m) * chunks.width;
+                const float *q = query.q.data() + (first_head + m) * chunks.width;
                 if ((first_head + m) / in.shared() == first_key_head + i)
                     Terms::write_row(q, chunks, terms, rows.get() + m, TILE_ROWS);
             }
@@ -294,15 +294,15 @@ class BlockScorer {
     BlockScorer(const IndexInputs &in, const QueryRows &block)
         : in(in), chunks(in.shape.width), tiles((int64_t(block.rows.size()) + TILE_ROWS - 1) / TILE_ROWS),
           w(in.shape.heads * MOST_ROWS), b(w.size()) {
-        const int64_t heads = in.shape.heads, count = heads * chunks.width;
-        for (const int64_t row : block.rows) terms = std::max(terms, Terms::needed(in.q + row * count, count));
+        const int64_t heads = in.shape.heads;
+        terms = Terms::needed(block.q.data(), block.q.size());
         numbers.reset(new Line[heads * tiles * query_lines()]());
         for (int64_t j = 0; j < heads; j++)
             for (int64_t r = 0; r < int64_t(block.rows.size()); r++) {
-                const int64_t from = block.rows[r] * heads + j;
-                w[j * MOST_ROWS + r] = in.w[from], b[j * MOST_ROWS + r] = in.b ? in.b[from] : 0.0f;
+                const int64_t from = r * heads + j;
+                w[j * MOST_ROWS + r] = block.w[from], b[j * MOST_ROWS + r] = block.b[from];
                 Line *to = numbers.get() + (j * tiles + r / TILE_ROWS) * query_lines() + r % TILE_ROWS;
-                Terms::write_row(in.q + from * chunks.width, chunks, terms, to, TILE_ROWS);
+                Terms::write_row(block.q.data() + from * chunks.width, chunks, terms, to, TILE_ROWS);
             }
     }
 

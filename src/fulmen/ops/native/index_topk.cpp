@@ -32,67 +32,127 @@ void score_block(const IndexInputs &in, const QueryRows &block, int64_t threads,
     });
 }
 
-// finish(block, scores, stride, threads) for blocks of those queries that `wanted` names.
-template <class Scorer, class Wanted, class Finish>
-void for_scored_blocks(IndexInputs &in, const Wanted &wanted, const Finish &finish) {
-    const IndexShape &shape = in.shape;
-    const int64_t per_block = Scorer::block_rows(BLOCK_SCORES / std::max<int64_t>(shape.keys, 1));
-    const int64_t blocks = (shape.queries + per_block - 1) / per_block;
-    if (shape.queries > 2 * per_block) {
-        const int64_t lines = Scorer::tile_lines(in);
-        in.packed.reset(new Line[shape.batch * in.tiles() * lines]);
-        parallel_for(shape.batch * in.tiles(), shape.threads, [&](int64_t item) {
-            Scorer::pack(in, item / in.tiles(), item % in.tiles(), in.packed.get() + item * lines);
-        });
-    }
-    // Few blocks (decoding): the threads share each block's keys instead.
-    const int64_t outer = blocks * shape.batch >= 2 * shape.threads ? shape.threads : 1;
-    const int64_t inner = outer == 1 ? shape.threads : 1;
-    parallel_for(blocks * shape.batch, outer, [&](int64_t item) {
-        const int64_t batch = item / blocks, low = (blocks - 1 - item % blocks) * per_block;
-        std::vector<int64_t> rows;
-        for (int64_t t = low; t < std::min(low + per_block, shape.queries); t++)
-            if (wanted(batch * shape.queries + t)) rows.push_back(batch * shape.queries + t);
-        if (rows.empty()) return;
-        const QueryRows block(in, batch, std::move(rows));
-        // Not a power of two: rows would share their places in the caches.
-        const int64_t stride = block.tiles() * TILE + LANES;
-        std::unique_ptr<float[]> scores(new float[round_up(block.rows.size(), Scorer::ROWS_AT_ONCE) * stride]);
-        score_block<Scorer>(in, block, inner, scores.get(), stride);
-        finish(block, scores.get(), stride, inner);
+// Queries scored together.
+template <class Scorer> int64_t rows_of_block(const IndexInputs &in) {
+    return Scorer::block_rows(BLOCK_SCORES / std::max<int64_t>(in.shape.keys, 1));
+}
+
+// All tiles of all keys at once, where more than two blocks read them.
+template <class Scorer> void pack_tiles(IndexInputs &in) {
+    if (in.shape.queries <= 2 * rows_of_block<Scorer>(in)) return;
+    const int64_t lines = Scorer::tile_lines(in);
+    in.packed.reset(new Line[in.shape.batch * in.tiles() * lines]);
+    parallel_for(in.shape.batch * in.tiles(), in.shape.threads, [&](int64_t item) {
+        Scorer::pack(in, item / in.tiles(), item % in.tiles(), in.packed.get() + item * lines);
     });
 }
 
-template <class Wanted, class Finish> void score_and(IndexInputs &in, const Wanted &wanted, const Finish &finish) {
+// Some queries of a batch row, low <= t < high, and who works for them.
+struct Part {
+    int64_t batch, low, high, threads;
+    std::vector<float> &room;  // for scores
+};
+
+// finish(block, scores, stride, threads) for those queries that `wanted` names.
+template <class Scorer, class Wanted, class Finish>
+void score_part(const IndexInputs &in, const Part &part, const Wanted &wanted, const Finish &finish) {
+    std::vector<int64_t> rows;
+    for (int64_t t = part.low; t < part.high; t++)
+        if (wanted(part.batch * in.shape.queries + t)) rows.push_back(part.batch * in.shape.queries + t);
+    if (rows.empty()) return;
+    const QueryRows block(in, part.batch, std::move(rows));
+    // Not a power of two: rows would share their places in the caches.
+    const int64_t stride = block.tiles() * TILE + LANES;
+    const size_t size = round_up(block.rows.size(), Scorer::ROWS_AT_ONCE) * stride;
+    if (part.room.size() < size) part.room = std::vector<float>(size);
+    score_block<Scorer>(in, block, part.threads, part.room.data(), stride);
+    finish(block, part.room.data(), stride, part.threads);
+}
+
+// The same for all queries, block by block.
+template <class Scorer, class Wanted, class Finish>
+void score_all(IndexInputs &in, const Wanted &wanted, const Finish &finish) {
+    const IndexShape &shape = in.shape;
+    const int64_t per_block = rows_of_block<Scorer>(in), blocks = (shape.queries + per_block - 1) / per_block;
+    pack_tiles<Scorer>(in);
+    // Few blocks (decoding): the threads share each block's keys instead.
+    const int64_t outer = blocks * shape.batch >= 2 * shape.threads ? shape.threads : 1;
+    parallel_for(blocks * shape.batch, outer, [&](int64_t item) {
+        std::vector<float> room;
+        const int64_t low = (blocks - 1 - item % blocks) * per_block, high = std::min(low + per_block, shape.queries);
+        score_part<Scorer>(in, {item / blocks, low, high, outer == 1 ? shape.threads : 1, room}, wanted, finish);
+    });
+}
+
+template <class Scorer> struct Use {
+    using Type = Scorer;
+};
+
+// work(Use<the scorer for these inputs>).
+template <class Work> void with_scorer(const IndexInputs &in, const Work &work) {
 #ifdef FULMEN_TILES
-    if (in.by_tiles() && in.shape.queries == 1) return for_scored_blocks<QueryScorer>(in, wanted, finish);
-    if (in.by_tiles()) return for_scored_blocks<BlockScorer>(in, wanted, finish);
+    if (in.by_tiles() && in.shape.queries == 1) return work(Use<QueryScorer>{});
+    if (in.by_tiles()) return work(Use<BlockScorer>{});
 #endif
-    for_scored_blocks<VectorScorer>(in, wanted, finish);
+    work(Use<VectorScorer>{});
 }
 
 const float *row_scores(const QueryRows &block, const float *scores, int64_t stride, int64_t r) {
     return scores + r * stride + block.intervals[r].start - block.first_tile() * TILE;
 }
 
+// chosen [.., columns], of the queries from `first` on, counted over all.
+struct Choosing {
+    const IndexInputs &in;
+    int64_t first;
+    int32_t *chosen;
+
+    int32_t *of(int64_t row) const { return chosen + (row - first) * in.shape.columns; }
+
+    // Whether scores must choose; if not, all keys are.
+    bool must(int64_t row) const {
+        const Interval seen = interval_of(in.start, in.stop, row, in.shape.keys);
+        if (seen.stop - seen.start > in.shape.columns) return true;
+        take_all(seen, in.shape.columns, of(row));
+        return false;
+    }
+
+    void choose(const QueryRows &block, const float *scores, int64_t stride, int64_t threads) const {
+        const int64_t topk = in.shape.topk;
+        parallel_for(block.rows.size(), threads, [&](int64_t r) {
+            const SelectionRoom room(stride, topk);
+            int32_t *to = of(block.rows[r]);
+            take_best(row_scores(block, scores, stride, r), block.intervals[r], topk, room, to);
+            std::fill(to + topk, to + in.shape.columns, -1);
+        });
+    }
+};
+
 }  // namespace
 
 void choose_best(IndexInputs &in, int32_t *chosen) {
-    const int64_t topk = in.shape.topk, columns = in.shape.columns;
-    auto wanted = [&](int64_t row) {
-        const Interval seen = interval_of(in.start, in.stop, row, in.shape.keys);
-        const bool must_choose = seen.stop - seen.start > columns;
-        if (!must_choose) take_all(seen, columns, chosen + row * columns);
-        return must_choose;
-    };
-    score_and(in, wanted, [&](const QueryRows &block, const float *scores, int64_t stride, int64_t threads) {
-        parallel_for(block.rows.size(), threads, [&](int64_t r) {
-            const SelectionRoom room(stride, topk);
-            const float *row = row_scores(block, scores, stride, r);
-            int32_t *to = chosen + block.rows[r] * columns;
-            take_best(row, block.intervals[r], topk, room, to);
-            std::fill(to + topk, to + columns, -1);
-        });
+    const Choosing choosing{in, 0, chosen};
+    with_scorer(in, [&](auto use) {
+        score_all<typename decltype(use)::Type>(
+            in, [&](int64_t row) { return choosing.must(row); },
+            [&](const auto &...scored) { choosing.choose(scored...); });
+    });
+}
+
+void pack_index_keys(IndexInputs &in) {
+    with_scorer(in, [&](auto use) { pack_tiles<typename decltype(use)::Type>(in); });
+}
+
+void choose_some(const IndexInputs &in, int64_t batch, int64_t low, int64_t high, std::vector<float> &room, int32_t *chosen) {
+    const Choosing choosing{in, batch * in.shape.queries + low, chosen};
+    with_scorer(in, [&](auto use) {
+        using Scorer = typename decltype(use)::Type;
+        const int64_t per_block = rows_of_block<Scorer>(in);
+        for (int64_t from = low; from < high; from += per_block)
+            score_part<Scorer>(
+                in, {batch, from, std::min(from + per_block, high), 1, room},
+                [&](int64_t row) { return choosing.must(row); },
+                [&](const auto &...scored) { choosing.choose(scored...); });
     });
 }
 
@@ -116,13 +176,14 @@ int fulmen_index_scores(const float *q, const void *k, const float *w, const flo
         const Interval seen = interval_of(start, stop, row, shape->keys);
         return seen.start < seen.stop;
     };
-    score_and(in, wanted, [&](const QueryRows &block, const float *found, int64_t stride, int64_t) {
+    auto copy = [&](const QueryRows &block, const float *found, int64_t stride, int64_t) {
         for (size_t r = 0; r < block.rows.size(); r++) {
             const Interval seen = block.intervals[r];
             const float *from = row_scores(block, found, stride, r);
             std::copy_n(from, seen.stop - seen.start, scores + block.rows[r] * shape->keys + seen.start);
         }
-    });
+    };
+    with_scorer(in, [&](auto use) { score_all<typename decltype(use)::Type>(in, wanted, copy); });
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;

@@ -36,10 +36,10 @@ class VectorScorer {
         const int64_t heads = in.shape.heads, width = in.shape.width;
         for (size_t r = 0; r < block.rows.size(); r++)
             for (int64_t j = 0; j < heads; j++) {
-                const int64_t head = (r / ROWS) * heads + j, from = block.rows[r] * heads + j;
-                w[head * ROWS + r % ROWS] = in.w[from];
-                b[head * ROWS + r % ROWS] = in.b ? in.b[from] : 0.0f;
-                for (int64_t e = 0; e < width; e++) q[(head * width + e) * ROWS + r % ROWS] = in.q[from * width + e] * in.factor;
+                const int64_t head = (r / ROWS) * heads + j, from = r * heads + j;
+                w[head * ROWS + r % ROWS] = block.w[from];
+                b[head * ROWS + r % ROWS] = block.b[from];
+                for (int64_t e = 0; e < width; e++) q[(head * width + e) * ROWS + r % ROWS] = block.q[from * width + e] * in.factor;
             }
     }
 
