@@ -7,7 +7,10 @@ from setuptools import Extension, setup
 NATIVE = "src/fulmen/ops/native"
 # For the machine that builds it; the library refuses to run on a lesser one (native/library.cpp).
 MACHINE = "-march=native" if platform.machine().lower() in ("x86_64", "amd64", "i686") else "-mcpu=native"
-SOURCES = ("library", "index_keys", "index_topk", "attention", "attention_backward", "paged", "paged_sparse")
+SOURCES = (
+    *("library", "index_keys", "index_topk", "attention", "attention_backward"),
+    *("paged", "paged_project", "paged_sparse"),
+)
 HEADERS = (
     *("vectors", "tiles", "threads", "attention", "attention_tiles"),
     *("index_inputs", "index_vectors", "index_tiles", "selection", "paged"),

@@ -9,8 +9,9 @@ from test_paged import BATCH, scattered_rows
 
 from fulmen import ConfigError
 from fulmen.ops.dispatch import pin_backend
-from fulmen.ops.paged_decode import Projections, paged_decode
+from fulmen.ops.paged_decode import paged_decode
 from fulmen.ops.paged_layer import NewTokens, PagedLayer, store_tokens
+from fulmen.ops.paged_project import Projections
 from fulmen.ops.paged_sparse import Sequences
 
 # H, G, D, J, I, E, rotary pairs
@@ -40,9 +41,9 @@ def decode_case(shape, keys, topk, whole, dtype, seed=0):
     tokens = NewTokens(*new, angles.cos().to(dtype), angles.sin().to(dtype))
     inputs = {
         # Rows may lie apart, and what makes index heads may hold more than is read.
-        "qkv_BX": normal(BATCH, (n_heads + 2 * kv_heads) * width + 3, seed=seed + 3, dtype=dtype)[:, 3:],
-        "all_qk_BX": normal(BATCH, (n_heads + kv_heads) * width + 40, seed=seed + 4, dtype=dtype),
-        "x_BC": normal(BATCH, 67, seed=seed + 5, dtype=dtype),
+        "qkv_TX": normal(BATCH, (n_heads + 2 * kv_heads) * width + 3, seed=seed + 3, dtype=dtype)[:, 3:],
+        "all_qk_TX": normal(BATCH, (n_heads + kv_heads) * width + 40, seed=seed + 4, dtype=dtype),
+        "x_TC": normal(BATCH, 67, seed=seed + 5, dtype=dtype),
     }
     widths = (n_heads * width + 9, kv_heads * width + 5, 67)
     matrices = (normal(y, x, seed=seed + y) * x**-0.5 for y, x in zip(layer.index_rows, widths, strict=True))
@@ -53,8 +54,8 @@ def decode_case(shape, keys, topk, whole, dtype, seed=0):
 
 def decoded(layer, step, inputs):
     """The layer's output; it is poisoned first."""
-    out = torch.full((BATCH, layer.out_width), torch.nan, dtype=layer.kv_RGC.dtype)[: len(inputs["x_BC"])]
-    paged_decode(layer, *step, **inputs, out_BX=out)
+    out = torch.full((BATCH, layer.out_width), torch.nan, dtype=layer.kv_RGC.dtype)[: len(inputs["x_TC"])]
+    paged_decode(layer, *step, **inputs, out_TX=out)
     return out
 
 
@@ -80,7 +81,7 @@ def test_one_call_is_its_parts(backend, dtype, shape, keys, topk, whole):
 def test_the_new_token_is_among_those_read(backend):
     layer, step, inputs = decode_case(SHAPES[0], 50, 4, 60, torch.float32)
     layer.kv_RGC.zero_()  # all other keys lose
-    q, k, v = inputs["qkv_BX"].unflatten(1, (-1, 64)).split((9, 3, 3), 1)
+    q, k, v = inputs["qkv_TX"].unflatten(1, (-1, 64)).split((9, 3, 3), 1)
     q.copy_(100 * k.repeat_interleave(3, 1))
     assert_near(decoded(layer, step, inputs), v.repeat_interleave(3, 1).flatten(1), torch.float32)
 
@@ -90,7 +91,7 @@ def test_nothing_is_scored_while_all_keys_are_kept(backend, dtype):
     layer, step, inputs = decode_case(SHAPES[0], 70, 8, 70, dtype)
     expected = decoded(copied(layer), step, inputs)
     # What makes weights and shifts may then be anything.
-    spoilt = {**inputs, "x_BC": torch.full_like(inputs["x_BC"], torch.nan)}
+    spoilt = {**inputs, "x_TC": torch.full_like(inputs["x_TC"], torch.nan)}
     assert torch.equal(decoded(copied(layer), step, spoilt), expected)
 
 
@@ -138,12 +139,12 @@ def test_inputs_that_do_not_fit_are_refused():
     one = Sequences(*(getattr(seen, field.name)[:1] for field in dataclasses.fields(seen)))
     with pytest.raises(ConfigError, match=r"2 tokens belong .* stop_BT has shape \(1, 1\)"):
         decoded(layer, (projections, tokens, one), inputs)
-    with pytest.raises(ConfigError, match=r"qkv_BX has shape \(2, 959\).* it must have \(2, 960\)"):
-        decoded(layer, step, {**inputs, "qkv_BX": inputs["qkv_BX"][:, 1:]})
-    with pytest.raises(ConfigError, match=r"all_qk_BX has shape \(2, 700\)"):
-        decoded(layer, step, {**inputs, "all_qk_BX": inputs["all_qk_BX"][:, :700]})
-    with pytest.raises(ConfigError, match=r"x_BC has .* torch.bfloat16"):
-        decoded(layer, step, {**inputs, "x_BC": inputs["x_BC"].bfloat16()})
+    with pytest.raises(ConfigError, match=r"qkv_TX has shape \(2, 959\).* it must have \(2, 960\)"):
+        decoded(layer, step, {**inputs, "qkv_TX": inputs["qkv_TX"][:, 1:]})
+    with pytest.raises(ConfigError, match=r"all_qk_TX has shape \(2, 700\)"):
+        decoded(layer, step, {**inputs, "all_qk_TX": inputs["all_qk_TX"][:, :700]})
+    with pytest.raises(ConfigError, match=r"x_TC has .* torch.bfloat16"):
+        decoded(layer, step, {**inputs, "x_TC": inputs["x_TC"].bfloat16()})
     with pytest.raises(ConfigError, match="w_YC has dtype"):
         dataclasses.replace(projections, w_YC=projections.w_YC.bfloat16())
     with pytest.raises(ConfigError, match=r"packed_RX has dtype torch.int8 and X=149"):

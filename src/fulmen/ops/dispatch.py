@@ -23,18 +23,20 @@ BACKEND_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OPERATIONS = (
     *("index_scores", "select_topk", "index_topk", "sparse_attention", "dense_attention"),
     *("indexer_loss", "indexer_loss_selected", "selection_loss"),
-    *("store_index_keys", "store_tokens", "paged_decode", "paged_sparse_attention"),
+    *("store_index_keys", "store_tokens", "project_and_store", "paged_decode"),
+    "paged_sparse_attention",
 )
 # The others, and float64: there "cpu" is the default, and pinning one of these raises.
 KERNEL_OPERATIONS = {
     "native": (
         *("index_scores", "select_topk", "index_topk", "sparse_attention", "dense_attention"),
-        *("store_index_keys", "store_tokens", "paged_decode", "paged_sparse_attention"),
+        *("store_index_keys", "store_tokens", "project_and_store", "paged_decode"),
+        "paged_sparse_attention",
     ),
     "triton": ("index_scores", "select_topk", "index_topk", "sparse_attention"),
 }
 # Their kernels take the model's numbers as they lie in its caches.
-WITHOUT_FLOAT16 = ("store_tokens", "paged_decode", "paged_sparse_attention")
+WITHOUT_FLOAT16 = ("store_tokens", "project_and_store", "paged_decode", "paged_sparse_attention")
 
 # One for the whole process, not a ContextVar: a model's own checkpointing recomputes its forward in
 # autograd's threads, and must meet the same backend there.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NATIVE_VERSION = 8
+NATIVE_VERSION = 9
 # Numbers, as in `native/attention.h`: gradients have rows of whole vectors.
 ROW_MULTIPLE = 16
 

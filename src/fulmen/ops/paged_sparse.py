@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from fulmen.errors import ConfigError
-from fulmen.ops.checks import check_axes, check_same_device, check_same_dtype
 from fulmen.ops.dispatch import resolve
-from fulmen.ops.native_library import call_native
+from fulmen.ops.native_library import call_native_by_numbers
 from fulmen.ops.paged import paged_attention, paged_index_topk
 from fulmen.ops.paged_layer import PagedLayer, check_fields
 
@@ -91,7 +90,7 @@ def paged_sparse_attention(
         BackendError: a pinned backend that cannot run here.
     """
     floats = {"q_BTHD": q_BTHD, "index_q_BTJE": index_q_BTJE, "w_BTJ": w_BTJ, "b_BTJ": b_BTJ}
-    _check_inputs(layer, floats, seen, out_BTHD)
+    _check_inputs(layer, floats | {"out_BTHD": out_BTHD}, seen)
     if resolve("paged_sparse_attention", *layer.place) != "native":
         index = (index_q_BTJE, layer.packed_RX, seen.index_rows_BS, w_BTJ, b_BTJ, seen.stop_BT)
         topk_BTK = paged_index_topk(*index, layer.topk, layer.whole)
@@ -103,15 +102,17 @@ def paged_sparse_attention(
     held = [x.contiguous() for x in floats.values()]
     sizes = (*q_BTHD.shape[:2], torch.get_num_threads())
     queries = NativeQueries(*sizes, *(x.data_ptr() for x in held))
-    call_native("fulmen_paged_sparse", layer.native, queries, seen.native, out_BTHD)
+    structures = map(ctypes.addressof, (layer.native, queries, seen.native))
+    call_native_by_numbers("fulmen_paged_sparse", *structures, out_BTHD.data_ptr())
 
 
-def _check_inputs(layer: PagedLayer, floats: dict[str, Tensor], seen: Sequences, out_BTHD: Tensor) -> None:
-    check_axes(**floats, stop_BT=seen.stop_BT, out_BTHD=out_BTHD)
-    check_same_dtype(kv_RGC=layer.kv_RGC, **floats, out_BTHD=out_BTHD)
-    check_same_device(kv_RGC=layer.kv_RGC, **floats, out_BTHD=out_BTHD)
-    for name, x in (("q", floats["q_BTHD"]), ("index_q", floats["index_q_BTJE"])):
-        if x.shape[2:] != layer.shapes[name]:
+def _check_inputs(layer: PagedLayer, floats: dict[str, Tensor], seen: Sequences) -> None:
+    """Little work if all fits, as it is done for every layer."""
+    size, like = seen.stop_BT.shape, layer.kv_RGC
+    per_token = (layer.shapes["q"], layer.shapes["index_q"], *[(layer.n_index_heads,)] * 2, layer.shapes["q"])
+    for (name, x), numbers in zip(floats.items(), per_token, strict=True):
+        if x.shape != (*size, *numbers) or x.dtype is not like.dtype or x.device != like.device:
             raise ConfigError(
-                f"{name} has heads of shape {tuple(x.shape[2:])}; the layer asks for {layer.shapes[name]}"
+                f"{name} has shape {tuple(x.shape)}, {x.dtype}, {x.device}; it must have "
+                f"{(*size, *numbers)}, {like.dtype}, {like.device}"
             )

@@ -9,15 +9,13 @@
 
 namespace {
 
-// Mirrored by `NativeProjections` in paged_decode.py: matrices of the model's dtype, row after row.
-struct Projections {
-    int64_t q_width, k_width, x_width;
-    const void *q, *k, *w_and_b;  // [J E, X], [I E, X], [2 J, C]
-    const float *bias;            // [2 J]
-};
-
 // Places in a list of heads.
 enum { Q, K, V, INDEX_Q, INDEX_K, W, B };
+
+template <class Number>
+void store_token(const Turning<Number> &turning, Storing<Number> &storing, int64_t t, const Heads *heads) {
+    storing.store(turning, t, heads[K].of<Number>(t), heads[V].of<Number>(t), heads[INDEX_K].of<Number>(t));
+}
 
 template <class Number>
 void store_tokens(const PagedLayer &layer, const NewTokens &tokens, const Heads *heads, Number *q_out,
@@ -30,7 +28,7 @@ void store_tokens(const PagedLayer &layer, const NewTokens &tokens, const Heads 
         Storing<Number> storing(layer, tokens);
         for (int64_t t = item * PER_ITEM; t < std::min(tokens.count, (item + 1) * PER_ITEM); t++) {
             turning.begin(t);
-            storing.store(turning, t, heads[K], heads[V], heads[INDEX_K]);
+            store_token(turning, storing, t, heads);
             turning.turn_heads(heads[Q].of<Number>(t), layer.heads, q_out + t * numbers);
             if (!heads[INDEX_Q].numbers) continue;
             turning.turn_index_heads(heads[INDEX_Q].of<Number>(t), layer.index_heads, index_q_out + t * index_numbers);
@@ -133,7 +131,7 @@ template <class Number> class Decoding {
         Storing<Number> storing(layer, tokens);
         for (int64_t t = 0; t < tokens.count; t++) {
             turning.begin(t);
-            storing.store(turning, t, heads[K], heads[V], heads[INDEX_K]);
+            store_token(turning, storing, t, heads);
             turning.turn_heads(heads[Q].of<Number>(t), layer.heads, q.data() + t * layer.heads * layer.width);
             if (heads[INDEX_Q].numbers) take_index_queries(turning, t, heads);
         }

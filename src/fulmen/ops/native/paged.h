@@ -39,6 +39,13 @@ struct PagedQueries {
     const void *q, *index_q, *w, *b;  // [B, T, H, D], [B, T, J, E], [B, T, J]
 };
 
+// Mirrored by `NativeProjections` in paged_project.py: matrices of the model's dtype, row after row.
+struct Projections {
+    int64_t q_width, k_width, x_width;
+    const void *q, *k, *w_and_b;  // [J E, X], [I E, X], [2 J, C]
+    const float *bias;            // [2 J]
+};
+
 // Of T tokens, all in the model's dtype and before RoPE: heads side by side, tokens `stride` apart.
 struct Heads {
     const void *numbers;
@@ -106,13 +113,13 @@ template <class Number> class Storing {
     Storing(const PagedLayer &layer, const NewTokens &tokens)
         : layer(layer), tokens(tokens), index_turned(layer.index_key_heads * layer.index_width) {}
 
-    void store(const Turning<Number> &turning, int64_t token, const Heads &k, const Heads &v, const Heads &index_k) {
+    void store(const Turning<Number> &turning, int64_t token, const Number *k, const Number *v, const Number *index_k) {
         Number *row = (Number *)layer.kv + tokens.rows[token] * layer.kv_stride_r;
         for (int64_t g = 0; g < layer.key_heads; g++, row += layer.kv_stride_g) {
-            turning.turn_heads(k.of<Number>(token) + g * layer.width, 1, row);
-            std::copy_n(v.of<Number>(token) + g * layer.width, layer.width, row + layer.width);
+            turning.turn_heads(k + g * layer.width, 1, row);
+            std::copy_n(v + g * layer.width, layer.width, row + layer.width);
         }
-        turning.turn_index_heads(index_k.of<Number>(token), layer.index_key_heads, index_turned.data());
+        turning.turn_index_heads(index_k, layer.index_key_heads, index_turned.data());
         fulmen_store_index_keys(index_turned.data(), tokens.index_rows + token, layer.packed, 1, layer.index_key_heads,
                                 layer.index_width, layer.packed_stride_r);
     }

@@ -1,6 +1,5 @@
 """The attention of a converted layer in vLLM: `fulmen.modeling.attention` over paged caches."""
 
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -9,16 +8,15 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from fulmen.config import DsaConfig
 from fulmen.modeling.indexer import GqaIndexer
 from fulmen.ops.index_keys import SCALE_BYTES
 from fulmen.ops.paged import paged_attention
-from fulmen.ops.paged_decode import Projections, paged_decode
-from fulmen.ops.paged_layer import PagedLayer, store_tokens
+from fulmen.ops.paged_decode import paged_decode
+from fulmen.ops.paged_layer import PagedLayer
+from fulmen.ops.paged_project import Projections, project_and_store
 from fulmen.ops.paged_sparse import Sequences, paged_sparse_attention
 from fulmen.serving.vllm_plugin.caches import IndexKeyCache, KeyValueCache
 from fulmen.serving.vllm_plugin.step import Span, Step
@@ -75,14 +73,10 @@ class DsaAttention(nn.Module):
             paged_decode(layer, self._projections, where.tokens, where.sequences[0], *inputs)
             return
         # While every context fits k nothing is selected; the index keys are stored for later all the same.
-        index_q_TJE, w_TJ, b_TJ = (
-            self._index_queries(all_qk_TX, x_TC) if step.longest > self.topk else [None] * 3
-        )
-        index_heads = (index_q_TJE, self._index_keys(all_qk_TX))
-        q_THD, index_q_TJE = store_tokens(layer, where.tokens, *self._heads(qkv), *index_heads)
-        index_inputs = None if index_q_TJE is None else (index_q_TJE, w_TJ, b_TJ)
+        new = (self._projections, where.tokens, qkv, all_qk_TX, x_TC)
+        q_THD, index = project_and_store(layer, *new, selects=step.longest > self.topk)
         for span, sequences in zip(step.spans, where.sequences, strict=True):
-            self._attend_span(q_THD, index_inputs, span, sequences, out_TX[span.tokens])
+            self._attend_span(q_THD, index, span, sequences, out_TX[span.tokens])
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q_THD, k_TGD, v_TGD before RoPE."""
@@ -107,33 +101,13 @@ class DsaAttention(nn.Module):
         both = (torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]))
         return Projections(self.indexer.wq.weight, self.indexer.wk.weight, *both)
 
-    @cached_property
-    def _products(self) -> tuple[Callable[[Tensor], Tensor], ...]:
-        """The same as functions of many tokens, each as fast as vLLM's own."""
-        by = self._projections
-        matrices = ((by.q_YX, None), (by.k_YX, None), (by.w_YC, by.bias_Y))
-        return tuple(_prepared(*matrix) for matrix in matrices)
-
-    def _index_queries(self, all_qk_TX: Tensor, x_TC: Tensor) -> list[Tensor]:
-        """index_q_TJE before RoPE, w_TJ, b_TJ: as `GqaIndexer.queries`."""
-        project_q, _, project_both = self._products
-        index_q_TX = project_q(all_qk_TX[:, : self._projections.q_YX.shape[1]])
-        return [index_q_TX.unflatten(-1, (self.indexer.n_heads, -1)), *project_both(x_TC).chunk(2, -1)]
-
-    def _index_keys(self, all_qk_TX: Tensor) -> Tensor:
-        """index_k_TIE before RoPE."""
-        all_k_TX = all_qk_TX[:, self._projections.q_YX.shape[1] : self._projections.widths[0]]
-        return self._products[1](all_k_TX).unflatten(-1, (self.indexer.n_kv_heads, -1))
-
-    def _attend_span(
-        self, q_THD: Tensor, index_inputs: Any, span: Span, seen: Sequences, out_TX: Tensor
-    ) -> None:
+    def _attend_span(self, q_THD: Tensor, index: Any, span: Span, seen: Sequences, out_TX: Tensor) -> None:
         """Fill `out_TX` for a span's queries."""
         layer, shape = self._paged_layer(), seen.stop_BT.shape
         q_BTHD = q_THD[span.tokens].unflatten(0, shape)
         out_BTHD = out_TX.unflatten(1, q_THD.shape[1:]).unflatten(0, shape)
-        if index_inputs is not None and span.longest > self.topk:
-            index_q_BTJE, w_BTJ, b_BTJ = (x[span.tokens].unflatten(0, shape) for x in index_inputs)
+        if index is not None and span.longest > self.topk:
+            index_q_BTJE, w_BTJ, b_BTJ = (x[span.tokens].unflatten(0, shape) for x in index)
             paged_sparse_attention(layer, q_BTHD, index_q_BTJE, w_BTJ, b_BTJ, seen, out_BTHD)
         else:
             inputs = (layer.kv_RGC, seen.rows_BS, seen.stop_BT, None, self.scale)
@@ -147,16 +121,6 @@ class DsaAttention(nn.Module):
         # With more ranks than key heads, neighbours hold the same one.
         all_k_TGD = all_k_TGD[:, :: all_k_TGD.shape[1] // self.total_kv_heads]
         return torch.cat((all_q_THD.flatten(1), all_k_TGD.flatten(1)), 1)
-
-
-def _prepared(weight_YX: Tensor, bias_Y: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """A product; on a CPU by vLLM's packed weights."""
-    if not current_platform.is_cpu():
-        return lambda x: nn.functional.linear(x, weight_YX, bias_Y)
-    layer: Any = nn.Module()
-    layer.weight, layer.bias = nn.Parameter(weight_YX, requires_grad=False), bias_Y
-    dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
-    return lambda x: layer.cpu_linear(x, layer.weight, layer.bias)
 
 
 def fulmen_dsa_attention(
