@@ -3,8 +3,9 @@
     .venv/bin/python benchmarks/gateway_soak.py out/smollm2-135m-dsa --streams 200 --minutes 5
 
 Checked: every request that reached the ledger is settled there once; what a client was billed is what the
-ledger says; the account's balance is its deposit less all charges; nothing is under way at the end, in the
-gateway or in the engine; the server answers again after the kill.
+ledger says; who left in the middle pays for all that came and for no more than was asked for (how much
+more than came is printed); the account's balance is its deposit less all charges; nothing is under way at the
+end, in the gateway or in the engine; the server answers again after the kill.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
+from statistics import median
 
 import httpx
 import typer
@@ -32,10 +34,15 @@ AFTERWARDS_S = 300.0
 
 @dataclass
 class Seen:
-    """What the clients saw."""
+    """What the clients saw.
+
+    Attributes:
+        left: of requests whose client left, the tokens that had come and those that were asked for.
+    """
 
     outcomes: Counter[str] = field(default_factory=Counter)
     bills: dict[str, str] = field(default_factory=dict)
+    left: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @app.command()
@@ -93,24 +100,35 @@ async def _one(client: httpx.AsyncClient, model: str, seen: Seen, chance: random
     leave_s = chance.uniform(0, 20) if chance.random() < DROPPING else None
     body = {"model": model, "messages": [{"role": "user", "content": words}], "stream": streams}
     body |= {"max_tokens": chance.randint(1, LONGEST_ANSWER), "ignore_eos": True}
+    lines: list[str] = []
     try:
         async with asyncio.timeout(leave_s), client.stream("POST", "/chat/completions", json=body) as answer:
-            said = (await answer.aread()).decode()
+            request = answer.headers.get("x-request-id", "")
+            try:
+                async for line in answer.aiter_lines():
+                    lines.append(line)
+            except asyncio.CancelledError:
+                seen.left[request] = (sum(map(_has_token, lines)), body["max_tokens"])
+                raise
     except TimeoutError:
         return "left"
     except httpx.HTTPError:
         return "lost"
     if answer.status_code != httpx.codes.OK:
         return str(answer.status_code)
-    last = (
-        said.strip().split("\n\n")[-2].removeprefix("data: ")
-        if streams and said.endswith("[DONE]\n\n")
-        else said
-    )
-    if "error" in (last := last.strip().split("\n")[-1].removeprefix("data: "))[:9]:
+    said = [line.removeprefix("data: ") for line in lines if line and line != "data: [DONE]"]
+    if not said or '"error"' in said[-1][:9]:
         return "lost"
-    seen.bills[answer.headers["x-request-id"]] = json.loads(last)["usage"]["fulmen"]["cost"]
+    seen.bills[request] = json.loads(said[-1])["usage"]["fulmen"]["cost"]
     return "done"
+
+
+def _has_token(line: str) -> bool:
+    """Whether a line of a stream brings some of the answer: at least one token."""
+    if not line.startswith("data: {"):
+        return False
+    choices = json.loads(line.removeprefix("data: ")).get("choices")
+    return bool(choices and choices[0]["delta"].get("content"))
 
 
 async def _after(server: Served, key: str) -> list[str]:
@@ -140,7 +158,7 @@ def _gauges(text: str, name: str) -> dict[str, float]:
 
 def _check_books(ledger: Path, seen: Seen, balance: Decimal | None) -> list[str]:
     with sqlite3.connect(ledger) as connection:
-        rows = connection.execute("select id, state, outcome, charge from requests").fetchall()
+        rows = connection.execute("select id, state, outcome, charge, output from requests").fetchall()
     problems = [f"{row[0]} is {row[1]}" for row in rows if row[1] != "settled"]
     charges = {row[0]: Decimal(row[3] or 0).scaleb(-9) for row in rows}
     problems += [
@@ -151,6 +169,20 @@ def _check_books(ledger: Path, seen: Seen, balance: Decimal | None) -> list[str]
     if balance != DEPOSIT - sum(charges.values()):
         problems.append(f"balance {balance} is not {DEPOSIT} less {sum(charges.values())}")
     print(json.dumps({"ledger": Counter(row[2] for row in rows), "charged": str(sum(charges.values()))}))
+    return problems + _check_leavers(seen, {row[0]: row[4] for row in rows})
+
+
+def _check_leavers(seen: Seen, outputs: dict[str, int]) -> list[str]:
+    """Who left pays for all that came and for no more than was asked for."""
+    problems, beyond = [], []
+    for request, (came, asked) in seen.left.items():
+        charged = outputs.get(request, 0)
+        beyond.append(charged - came)
+        if not came <= charged <= asked:
+            problems.append(f"{request}: {came} tokens came of {asked}, {charged} were charged")
+    if beyond:
+        shown = {"requests": len(beyond), "median": median(beyond), "most": max(beyond)}
+        print(json.dumps({"charged beyond what leavers saw, in tokens": shown}))
     return problems
 
 

@@ -178,7 +178,7 @@ void attend_by_tiles(const AttentionInputs &in, float scale, const Results &resu
     std::atomic<int64_t> taken{0};
     parallel_for(threads, threads, [&](int64_t) {
         AttentionInputs own = in;
-        std::vector<int32_t> room(choose ? TILE_QUERIES * shape.topk : 0);
+        ChoosingRoom room{std::vector<int32_t>(choose ? TILE_QUERIES * shape.topk : 0), {}};
         const TileScope scope(TileAttention::config());
         TileAttention attention(own);
         // The last queries, which have the most to read, come first.
@@ -186,8 +186,8 @@ void attend_by_tiles(const AttentionInputs &in, float scale, const Results &resu
             const int64_t block = item / parts, groups = shape.key_heads / parts, g = item % parts * groups;
             const int64_t low = block % blocks * TILE_QUERIES, high = std::min(low + TILE_QUERIES, shape.queries);
             if (choose) {
-                (*choose)(block / blocks, low, high, room.data());
-                own.topk = room.data(), own.first = block / blocks * shape.queries + low;
+                (*choose)(block / blocks, low, high, room);
+                own.topk = room.chosen.data(), own.first = block / blocks * shape.queries + low;
             }
             attend_block(own, attention, {block / blocks, low, high, g, groups, 0, in.shared()}, scale, results);
         }

@@ -249,7 +249,11 @@ template <class Work> void for_heads(int64_t heads, const Work &work) {
 // In attention.cpp. They throw std::bad_alloc.
 void attend_to_keys(const AttentionInputs &in, float scale, const Results &results);
 // Whether many queries come in blocks, whose selections may be found one after the other: then
-// choose(batch, low, high, room) is called for each on the thread that attends to it, and fills room [high - low, K].
+// choose(batch, low, high, room) is called for each on the thread that attends to it, and fills in what is chosen.
+struct ChoosingRoom {
+    std::vector<int32_t> chosen;  // [high - low, K]
+    std::vector<float> scores;    // as it likes
+};
 bool comes_in_blocks(const AttentionInputs &in);
-using Choose = std::function<void(int64_t, int64_t, int64_t, int32_t *)>;
+using Choose = std::function<void(int64_t, int64_t, int64_t, ChoosingRoom &)>;
 void choose_and_attend(const AttentionInputs &in, float scale, const Results &results, const Choose &choose);

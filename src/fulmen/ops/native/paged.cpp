@@ -5,8 +5,6 @@
 
 #include "paged.h"
 
-#include "attention.h"
-
 namespace {
 
 // Places in a list of heads.
@@ -113,18 +111,16 @@ template <class Number> class Projecting {
     Heads b() const { return {out.data() + n_q + n_k + layer.index_heads, stride()}; }
 };
 
-template <class Number> class Decoding {
+// One token of each sequence is stored; what is needed to attend, turned and side by side.
+template <class Number> class NewQueries {
     const PagedLayer &layer;
     const NewTokens &tokens;
-    const Sequences &seen;
-    std::vector<Number> q;  // turned, as the index queries
-    std::vector<float> index_q, weights, shifts;
+    std::vector<Number> q, index_q, w, b;
 
   public:
-    Decoding(const PagedLayer &layer, const NewTokens &tokens, const Sequences &seen)
-        : layer(layer), tokens(tokens), seen(seen), q(tokens.count * layer.heads * layer.width),
-          index_q(tokens.count * layer.index_heads * layer.index_width), weights(tokens.count * layer.index_heads),
-          shifts(weights.size()) {}
+    NewQueries(const PagedLayer &layer, const NewTokens &tokens)
+        : layer(layer), tokens(tokens), q(tokens.count * layer.heads * layer.width),
+          index_q(tokens.count * layer.index_heads * layer.index_width), w(tokens.count * layer.index_heads), b(w.size()) {}
 
     void store(const Heads *heads) {
         Turning<Number> turning(layer, tokens);
@@ -137,56 +133,14 @@ template <class Number> class Decoding {
         }
     }
 
-    // Columns of a selection: as many as a sequence may read.
-    int64_t columns(bool selects) const {
-        return std::min(seen.keys, selects ? std::max(layer.topk, layer.whole) : seen.keys);
-    }
-
-    // [B, columns], as rows of keys and values.
-    std::vector<int32_t> choose(bool selects) const {
-        const int64_t width = columns(selects);
-        std::vector<int32_t> chosen(tokens.count * width, -1);
-        if (selects) select(width, chosen.data());
-        for (int64_t t = 0; t < tokens.count; t++)
-            for (int64_t i = 0; i < (selects ? width : seen.stop[t]); i++) {
-                int32_t &at = chosen[t * width + i];
-                const int64_t s = selects ? at : i;
-                if (s >= 0) at = seen.rows[t * seen.keys + s];
-            }
-        return chosen;
-    }
-
-    void attend(const std::vector<int32_t> &chosen, Number *out) const {
-        const int64_t columns = chosen.size() / tokens.count;
-        const AttentionShape shape{tokens.count, 1, INT32_MAX, layer.heads, layer.key_heads, layer.width, layer.width,
-                                   columns, layer.is_bf16, 0, layer.kv_stride_r, layer.kv_stride_g, 0,
-                                   layer.kv_stride_r, layer.kv_stride_g, tokens.threads, 0};
-        const Number *values = (const Number *)layer.kv + layer.width;
-        const AttentionInputs in(shape, q.data(), layer.kv, values, chosen.data(), nullptr, nullptr);
-        attend_to_keys(in, float(layer.scale), Results(shape, out, nullptr));
-    }
+    PagedQueries queries() const { return {tokens.count, 1, tokens.threads, q.data(), index_q.data(), w.data(), b.data()}; }
 
   private:
     void take_index_queries(const Turning<Number> &turning, int64_t t, const Heads *inputs) {
-        const int64_t heads = layer.index_heads, numbers = heads * layer.index_width;
-        float *to = index_q.data() + t * numbers;
-        turning.turn_index_heads(inputs[INDEX_Q].of<Number>(t), heads, to);
-        for (int64_t j = 0; j < heads; j++) {
-            weights[t * heads + j] = number(inputs[W].of<Number>(t) + j);
-            shifts[t * heads + j] = number(inputs[B].of<Number>(t) + j);
-        }
-    }
-
-    // Positions, of which a sequence that keeps all its keys has them all.
-    void select(int64_t columns, int32_t *chosen) const {
-        const int64_t batch = tokens.count, topk = std::min(layer.topk, seen.keys);
-        const std::vector<int64_t> start(batch);
-        const IndexShape shape{batch, 1, seen.keys, layer.index_heads, layer.index_key_heads, layer.index_width, topk,
-                               columns, PACKED, 0, layer.packed_stride_r, layer.index_width + 2, tokens.threads,
-                               layer.use_tiles};
-        IndexInputs in(shape, index_q.data(), weights.data(), shifts.data(), layer.packed, start.data(), seen.stop,
-                       seen.index_rows);
-        choose_best(in, chosen);
+        const int64_t heads = layer.index_heads;
+        turning.turn_index_heads(inputs[INDEX_Q].of<Number>(t), heads, index_q.data() + t * heads * layer.index_width);
+        std::copy_n(inputs[W].of<Number>(t), heads, w.data() + t * heads);
+        std::copy_n(inputs[B].of<Number>(t), heads, b.data() + t * heads);
     }
 };
 
@@ -199,9 +153,9 @@ void decode(const PagedLayer &layer, const Projections &projections, const NewTo
     const int64_t k = layer.heads * layer.width, v = k + layer.key_heads * layer.width;
     const Heads heads[] = {qkv, qkv.from<Number>(k), qkv.from<Number>(v), selects ? projected.index_q() : Heads{},
                            projected.index_k(), projected.w(), projected.b()};
-    Decoding<Number> decoding(layer, tokens, seen);
-    decoding.store(heads);
-    decoding.attend(decoding.choose(selects), out);
+    NewQueries<Number> stored(layer, tokens);
+    stored.store(heads);
+    attend_to_paged(layer, stored.queries(), seen, out);
 }
 
 }  // namespace

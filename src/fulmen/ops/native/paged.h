@@ -46,6 +46,10 @@ struct Projections {
     const float *bias;            // [2 J]
 };
 
+// In paged_sparse.cpp: out [B, T, H, D] in the model's dtype. Where every query sees `whole` keys at most, nothing is read
+// of what the indexer has. Throws std::bad_alloc.
+void attend_to_paged(const PagedLayer &layer, const PagedQueries &queries, const Sequences &seen, void *out);
+
 // Of T tokens, all in the model's dtype and before RoPE: heads side by side, tokens `stride` apart.
 struct Heads {
     const void *numbers;

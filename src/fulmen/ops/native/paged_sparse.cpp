@@ -5,13 +5,16 @@
 
 namespace {
 
-int64_t columns_of(const PagedLayer &layer, const Sequences &seen) { return std::min(seen.keys, std::max(layer.topk, layer.whole)); }
+int64_t columns_of(const PagedLayer &layer, const Sequences &seen) {
+    return std::min(seen.keys, std::max(layer.topk, layer.whole));
+}
 
 IndexInputs index_inputs(const PagedLayer &layer, const PagedQueries &queries, const Sequences &seen) {
     const IndexShape shape{queries.batch, queries.count, seen.keys, layer.index_heads, layer.index_key_heads,
                            layer.index_width, std::min(layer.topk, seen.keys), columns_of(layer, seen), PACKED, 0,
                            layer.packed_stride_r, layer.index_width + 2, queries.threads, layer.use_tiles};
-    return {shape, queries.index_q, queries.w, queries.b, layer.packed, nullptr, seen.stop, seen.index_rows, layer.is_bf16 != 0};
+    const bool is_bf16 = layer.is_bf16 != 0;
+    return {shape, queries.index_q, queries.w, queries.b, layer.packed, nullptr, seen.stop, seen.index_rows, is_bf16};
 }
 
 // Without selections.
@@ -23,15 +26,16 @@ AttentionInputs attention_inputs(const PagedLayer &layer, const PagedQueries &qu
     return {shape, queries.q, layer.kv, values, nullptr, nullptr, nullptr, seen.rows};
 }
 
-void attend(const PagedLayer &layer, const PagedQueries &queries, const Sequences &seen, void *out) {
+}  // namespace
+
+void attend_to_paged(const PagedLayer &layer, const PagedQueries &queries, const Sequences &seen, void *out) {
     IndexInputs index = index_inputs(layer, queries, seen);
     AttentionInputs in = attention_inputs(layer, queries, seen);
     const Results results(in.shape, out, nullptr);
     if (comes_in_blocks(in)) {
         pack_index_keys(index);
-        choose_and_attend(in, float(layer.scale), results, [&](int64_t batch, int64_t low, int64_t high, int32_t *chosen) {
-            thread_local std::vector<float> room;
-            choose_some(index, batch, low, high, room, chosen);
+        choose_and_attend(in, float(layer.scale), results, [&](int64_t batch, int64_t low, int64_t high, ChoosingRoom &room) {
+            choose_some(index, batch, low, high, room.scores, room.chosen.data());
         });
         return;
     }
@@ -41,13 +45,11 @@ void attend(const PagedLayer &layer, const PagedQueries &queries, const Sequence
     attend_to_keys(in, float(layer.scale), results);
 }
 
-}  // namespace
-
 extern "C" {
 
 // out [B, T, H, D] in the model's dtype.
 int fulmen_paged_sparse(const PagedLayer *layer, const PagedQueries *queries, const Sequences *seen, void *out) try {
-    attend(*layer, *queries, *seen, out);
+    attend_to_paged(*layer, *queries, *seen, out);
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;
