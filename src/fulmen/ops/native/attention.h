@@ -252,7 +252,7 @@ void attend_to_keys(const AttentionInputs &in, float scale, const Results &resul
 // choose(batch, low, high, room) is called for each on the thread that attends to it, and fills in what is chosen.
 struct ChoosingRoom {
     std::vector<int32_t> chosen;  // [high - low, K]
-    std::vector<float> scores;    // as it likes
+    FloatRoom scores;
 };
 bool comes_in_blocks(const AttentionInputs &in);
 using Choose = std::function<void(int64_t, int64_t, int64_t, ChoosingRoom &)>;

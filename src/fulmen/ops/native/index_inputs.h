@@ -113,4 +113,4 @@ void choose_best(IndexInputs &in, int32_t *chosen);
 // Of the queries low <= t < high of a batch row alone, on the calling thread: chosen [high - low, columns]. All their keys
 // are packed once by `pack_index_keys`; `room` is kept for the next ones.
 void pack_index_keys(IndexInputs &in);
-void choose_some(const IndexInputs &in, int64_t batch, int64_t low, int64_t high, std::vector<float> &room, int32_t *chosen);
+void choose_some(const IndexInputs &in, int64_t batch, int64_t low, int64_t high, FloatRoom &room, int32_t *chosen);

@@ -50,7 +50,7 @@ template <class Scorer> void pack_tiles(IndexInputs &in) {
 // Some queries of a batch row, low <= t < high, and who works for them.
 struct Part {
     int64_t batch, low, high, threads;
-    std::vector<float> &room;  // for scores
+    FloatRoom &room;  // for scores
 };
 
 // finish(block, scores, stride, threads) for those queries that `wanted` names.
@@ -63,10 +63,9 @@ void score_part(const IndexInputs &in, const Part &part, const Wanted &wanted, c
     const QueryRows block(in, part.batch, std::move(rows));
     // Not a power of two: rows would share their places in the caches.
     const int64_t stride = block.tiles() * TILE + LANES;
-    const size_t size = round_up(block.rows.size(), Scorer::ROWS_AT_ONCE) * stride;
-    if (part.room.size() < size) part.room = std::vector<float>(size);
-    score_block<Scorer>(in, block, part.threads, part.room.data(), stride);
-    finish(block, part.room.data(), stride, part.threads);
+    float *scores = part.room.of(round_up(block.rows.size(), Scorer::ROWS_AT_ONCE) * stride);
+    score_block<Scorer>(in, block, part.threads, scores, stride);
+    finish(block, scores, stride, part.threads);
 }
 
 // The same for all queries, block by block.
@@ -78,7 +77,7 @@ void score_all(IndexInputs &in, const Wanted &wanted, const Finish &finish) {
     // Few blocks (decoding): the threads share each block's keys instead.
     const int64_t outer = blocks * shape.batch >= 2 * shape.threads ? shape.threads : 1;
     parallel_for(blocks * shape.batch, outer, [&](int64_t item) {
-        std::vector<float> room;
+        FloatRoom room;
         const int64_t low = (blocks - 1 - item % blocks) * per_block, high = std::min(low + per_block, shape.queries);
         score_part<Scorer>(in, {item / blocks, low, high, outer == 1 ? shape.threads : 1, room}, wanted, finish);
     });
@@ -143,7 +142,7 @@ void pack_index_keys(IndexInputs &in) {
     with_scorer(in, [&](auto use) { pack_tiles<typename decltype(use)::Type>(in); });
 }
 
-void choose_some(const IndexInputs &in, int64_t batch, int64_t low, int64_t high, std::vector<float> &room, int32_t *chosen) {
+void choose_some(const IndexInputs &in, int64_t batch, int64_t low, int64_t high, FloatRoom &room, int32_t *chosen) {
     const Choosing choosing{in, batch * in.shape.queries + low, chosen};
     with_scorer(in, [&](auto use) {
         using Scorer = typename decltype(use)::Type;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <utility>
 
 #ifdef __AVX512F__
@@ -66,6 +67,18 @@ static inline void store_some(float *to, Vec x, int64_t count) {
 }
 
 static inline Vec broadcast(float x) { return x - Vec{}; }
+
+// Room for numbers, kept for the next ones; what it holds is anything.
+class FloatRoom {
+    std::unique_ptr<float[]> numbers;
+    int64_t size = 0;
+
+  public:
+    float *of(int64_t count) {
+        if (count > size) numbers.reset(new float[count]), size = count;
+        return numbers.get();
+    }
+};
 
 static inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
