@@ -57,13 +57,25 @@ def attended(layer, seen, inputs):
 @pytest.mark.parametrize(("topk", "whole"), [(24, 24), (9, 100), (500, 20)])
 def test_one_call_is_selection_and_attention(backend, dtype, shape, queries, keys, topk, whole):
     layer, seen, inputs = sparse_case(shape, queries, keys, topk, whole, dtype)
+    check_one_call(layer, seen, inputs)
+
+
+def test_neighbours_may_select_nothing_alike(backend):
+    """Then each query reads its own keys, not the union of theirs."""
+    layer, seen, inputs = sparse_case(SHAPES[0], 150, 400, 5, 5, torch.bfloat16)
+    inputs["index_q_BTJE"] = normal(*inputs["index_q_BTJE"].shape, seed=8).bfloat16()
+    check_one_call(layer, seen, inputs)
+
+
+def check_one_call(layer, seen, inputs):
+    """Against selection, which is tested by itself, and attention one after the other."""
     out = attended(layer, seen, inputs)
     index = (inputs["index_q_BTJE"], layer.packed_RX, seen.index_rows_BS, inputs["w_BTJ"], inputs["b_BTJ"])
-    topk_BTK = paged_index_topk(*index, seen.stop_BT, topk, whole)  # tested by itself
+    topk_BTK = paged_index_topk(*index, seen.stop_BT, layer.topk, layer.whole)
     with pin_backend("reference"):
         q_BTHD, stop_BT = inputs["q_BTHD"], seen.stop_BT
         expected = paged_attention(q_BTHD, layer.kv_RGC, seen.rows_BS, stop_BT, topk_BTK, layer.scale)
-    assert_near(out, expected, dtype)
+    assert_near(out, expected, layer.kv_RGC.dtype)
 
 
 def test_a_query_does_not_feel_its_neighbours(backend):

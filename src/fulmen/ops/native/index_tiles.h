@@ -296,7 +296,10 @@ class BlockScorer {
           w(in.shape.heads * MOST_ROWS), b(w.size()) {
         const int64_t heads = in.shape.heads;
         terms = Terms::needed(block.q.data(), block.q.size());
-        numbers.reset(new Line[heads * tiles * query_lines()]());
+        numbers.reset(new Line[heads * tiles * query_lines()]);
+        // Where a tile is whole, every number that is read is written.
+        const bool whole = block.rows.size() % TILE_ROWS == 0 && chunks.width == chunks.blocks * chunks.block_width;
+        if (!whole) std::fill_n(numbers.get(), heads * tiles * query_lines(), Line{});
         for (int64_t j = 0; j < heads; j++)
             for (int64_t r = 0; r < int64_t(block.rows.size()); r++) {
                 const int64_t from = r * heads + j;

@@ -117,12 +117,14 @@ struct Choosing {
     }
 
     void choose(const QueryRows &block, const float *scores, int64_t stride, int64_t threads) const {
-        const int64_t topk = in.shape.topk;
-        parallel_for(block.rows.size(), threads, [&](int64_t r) {
+        const int64_t topk = in.shape.topk, rows = block.rows.size(), parts = std::min(threads, rows);
+        parallel_for(parts, threads, [&](int64_t part) {
             const SelectionRoom room(stride, topk);
-            int32_t *to = of(block.rows[r]);
-            take_best(row_scores(block, scores, stride, r), block.intervals[r], topk, room, to);
-            std::fill(to + topk, to + in.shape.columns, -1);
+            for (int64_t r = part; r < rows; r += parts) {
+                int32_t *to = of(block.rows[r]);
+                take_best(row_scores(block, scores, stride, r), block.intervals[r], topk, room, to);
+                std::fill(to + topk, to + in.shape.columns, -1);
+            }
         });
     }
 };

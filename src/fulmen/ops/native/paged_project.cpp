@@ -26,7 +26,8 @@ class Inputs {
 
     // Tokens low <= t < high of `from`; further rows hold what they held.
     void take(const Heads &from, int64_t low, int64_t high) {
-        for (int64_t t = low; t < high; t++) std::copy_n(from.of<Number>(t), width, (Number *)(lines.get() + (t - low) * chunks));
+        for (int64_t t = low; t < high; t++)
+            std::copy_n(from.of<Number>(t), width, (Number *)(lines.get() + (t - low) * chunks));
     }
 
     const Line *rows(int64_t first) const { return lines.get() + first * chunks; }
