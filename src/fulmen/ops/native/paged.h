@@ -63,8 +63,9 @@ struct Heads {
 template <class Number> class Turning {
     const PagedLayer &layer;
     const NewTokens &tokens;
-    std::vector<float> cos, sin;  // [I, E / 2]
-    const float *model_cos, *model_sin;
+    std::vector<int32_t> pairs;              // of the model's, for each of the indexer's; P: none
+    std::vector<float> cos, sin;             // [I, E / 2]
+    std::vector<float> model_cos, model_sin;  // [P + 1]: the last does not turn
 
     // Dims p and p + `half`, for all p, of a head; further ones stay.
     template <class To>
@@ -79,22 +80,28 @@ template <class Number> class Turning {
         for (int64_t d = 2 * half; d < width; d += LANES) put(load_some(x + d, width - d), width - d, to + d);
     }
 
+    void gather(const float *__restrict__ from, float *__restrict__ to) const {
+        const int32_t *__restrict__ places = pairs.data();
+        for (size_t p = 0; p < pairs.size(); p++) to[p] = from[places[p]];
+    }
+
   public:
     Turning(const PagedLayer &layer, const NewTokens &tokens)
-        : layer(layer), tokens(tokens), cos(layer.index_key_heads * layer.index_width / 2), sin(cos.size()) {}
+        : layer(layer), tokens(tokens), pairs(layer.index_key_heads * layer.index_width / 2), cos(pairs.size()),
+          sin(pairs.size()), model_cos(tokens.pairs + 1, 1.0f), model_sin(tokens.pairs + 1, 0.0f) {
+        for (size_t p = 0; p < pairs.size(); p++) pairs[p] = int32_t(std::min(layer.rope_pairs[p], tokens.pairs));
+    }
 
     void begin(int64_t token) {
-        model_cos = tokens.cos + token * tokens.pairs, model_sin = tokens.sin + token * tokens.pairs;
-        for (size_t p = 0; p < cos.size(); p++) {
-            const int64_t pair = layer.rope_pairs[p];
-            cos[p] = pair < tokens.pairs ? model_cos[pair] : 1.0f;
-            sin[p] = pair < tokens.pairs ? model_sin[pair] : 0.0f;
-        }
+        std::copy_n(tokens.cos + token * tokens.pairs, tokens.pairs, model_cos.data());
+        std::copy_n(tokens.sin + token * tokens.pairs, tokens.pairs, model_sin.data());
+        gather(model_cos.data(), cos.data());
+        gather(model_sin.data(), sin.data());
     }
 
     template <class To> void turn_heads(const Number *x, int64_t heads, To *to) const {
         for (int64_t h = 0; h < heads; h++)
-            turn(x + h * layer.width, tokens.pairs, layer.width, model_cos, model_sin, to + h * layer.width);
+            turn(x + h * layer.width, tokens.pairs, layer.width, model_cos.data(), model_sin.data(), to + h * layer.width);
     }
 
     // `heads` heads in all, those of one index key head side by side.
