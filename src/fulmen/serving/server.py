@@ -38,7 +38,7 @@ def serve(
     with running(state), contextlib.closing(listen(host, port)) as listener:
         if left := books.ledger.recover():
             say(f"{left} requests that the last run left open were charged for what they had got")
-        # uvicorn's choice: uvloop where there is one, in which a request costs a third less.
+        # uvicorn's choice: uvloop where there is one.
         with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
             runner.run(_serve(Engine(settings, state / ENGINE_LOG, say), books, listener, say))
 

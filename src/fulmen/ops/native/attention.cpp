@@ -179,7 +179,7 @@ void attend_by_tiles(const AttentionInputs &in, float scale, const Results &resu
     parallel_for(threads, threads, [&](int64_t) {
         AttentionInputs own = in;
         ChoosingRoom room{std::vector<int32_t>(choose ? TILE_QUERIES * shape.topk : 0), {}};
-        const TileScope scope(TileAttention::config());
+        const TileScope scope(TileConfig::whole());
         TileAttention attention(own);
         // The last queries, which have the most to read, come first.
         for (int64_t item; (item = items - ++taken) >= 0;) {

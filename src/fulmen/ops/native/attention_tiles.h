@@ -108,12 +108,6 @@ class TileAttention {
     static std::unique_ptr<Line[]> lines(int64_t count) { return std::unique_ptr<Line[]>(new Line[count]()); }
 
   public:
-    static TileConfig config() {
-        TileConfig config;
-        for (int tile = 0; tile < 8; tile++) config.set(tile, TILE_ROWS, TILE_BYTES);
-        return config;
-    }
-
     explicit TileAttention(const AttentionInputs &in)
         : in(in), most_heads(std::clamp<int64_t>(SUMS_ROOM / (TILE_QUERIES * in.v.padded), 1, in.shared())),
           d_chunks((in.shape.width + 31) / 32), v_tiles(round_up(in.v.width, 32) / 16), chosen(in.shape.keys),
@@ -257,42 +251,13 @@ class TileAttention {
             const Line *left = k.get() + n * d_chunks * TILE_ROWS, *right = left + d_chunks * TILE_ROWS;
             zero_tiles<T>();
             for (int64_t c = 0; c < d_chunks; c++)
-                add_products<T>(queries + c * TILE_QUERIES, left + c * TILE_ROWS, right + c * TILE_ROWS);
+                add_to_queries<T>(queries + c * TILE_QUERIES, left + c * TILE_ROWS, right + c * TILE_ROWS);
             store_tiles<T>(to + n * 16, KEYS);
         }
     }
 
-    // T tiles of rows, two of columns each: 0 and 1, then 2 and 3.
-    template <int T> static void zero_tiles() {
-        _tile_zero(0);
-        _tile_zero(1);
-        if constexpr (T > 1) {
-            _tile_zero(2);
-            _tile_zero(3);
-        }
-    }
-
-    template <int T> static void add_products(const Line *rows, const Line *left, const Line *right) {
-        _tile_loadd(6, left, TILE_BYTES);
-        _tile_loadd(7, right, TILE_BYTES);
-        _tile_loadd(4, rows, TILE_BYTES);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        if constexpr (T > 1) {
-            _tile_loadd(5, rows + TILE_ROWS, TILE_BYTES);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-    }
-
-    // Into rows of `stride` numbers.
-    template <int T> static void store_tiles(float *to, int64_t stride) {
-        _tile_stored(0, to, stride * sizeof(float));
-        _tile_stored(1, to + 16, stride * sizeof(float));
-        if constexpr (T > 1) {
-            _tile_stored(2, to + TILE_ROWS * stride, stride * sizeof(float));
-            _tile_stored(3, to + TILE_ROWS * stride + 16, stride * sizeof(float));
-        }
+    template <int T> static void add_to_queries(const Line *rows, const Line *left, const Line *right) {
+        add_products<T>(rows, rows + TILE_ROWS, TILE_BYTES, left, right);
     }
 
     template <int T> static void load_tiles(const float *from, int64_t stride) {
@@ -346,7 +311,7 @@ class TileAttention {
             load_tiles<T>(to, value_width());
             for (int64_t i = 0; i < (keys + 31) / 32; i++) {
                 const Line *values = v.get() + (i * v_tiles + c) * TILE_ROWS;
-                add_products<T>(weights + i * TILE_QUERIES, values, values + TILE_ROWS);
+                add_to_queries<T>(weights + i * TILE_QUERIES, values, values + TILE_ROWS);
             }
             store_tiles<T>(to, value_width());
         }

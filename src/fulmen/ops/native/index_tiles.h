@@ -375,24 +375,11 @@ class BlockScorer {
     template <int T> void multiply(int64_t head, const Line *keys, float *sums) const {
         const Line *left = numbers.get() + head * tiles * query_lines(), *other = left + query_lines();
         settle_memory();
-        _tile_zero(0);
-        _tile_zero(1);
-        if constexpr (T > 1) {
-            _tile_zero(2);
-            _tile_zero(3);
-        }
+        zero_tiles<T>();
         for (int64_t t = 0; t < terms; t++)
             for (int64_t c = 0; c < chunks.count(); c++, left += TILE_ROWS, other += TILE_ROWS) {
-                _tile_loadd(6, keys + c * chunks.rows(), TILE_BYTES);
-                _tile_loadd(7, keys + vector_lines(chunks) + c * chunks.rows(), TILE_BYTES);
-                _tile_loadd(4, left, TILE_BYTES);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_dpbf16ps(1, 4, 7);
-                if constexpr (T > 1) {
-                    _tile_loadd(5, other, TILE_BYTES);
-                    _tile_dpbf16ps(2, 5, 6);
-                    _tile_dpbf16ps(3, 5, 7);
-                }
+                const Line *columns = keys + c * chunks.rows();
+                add_products<T>(left, other, TILE_BYTES, columns, columns + vector_lines(chunks));
             }
         _tile_stored(0, sums, TILE_BYTES);
         _tile_stored(1, sums + SUMS, TILE_BYTES);

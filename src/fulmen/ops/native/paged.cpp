@@ -11,25 +11,16 @@ namespace {
 enum { Q, K, V, INDEX_Q, INDEX_K, W, B };
 
 template <class Number>
-void store_token(const Turning<Number> &turning, Storing<Number> &storing, int64_t t, const Heads *heads) {
-    storing.store(turning, t, heads[K].of<Number>(t), heads[V].of<Number>(t), heads[INDEX_K].of<Number>(t));
-}
-
-template <class Number>
 void store_tokens(const PagedLayer &layer, const NewTokens &tokens, const Heads *heads, Number *q_out,
                   Number *index_q_out) {
     constexpr int64_t PER_ITEM = 32;
     const int64_t numbers = layer.heads * layer.width, index_numbers = layer.index_heads * layer.index_width;
     const int64_t threads = useful_threads(tokens.threads, 16 * tokens.count * (numbers + index_numbers));
     parallel_for((tokens.count + PER_ITEM - 1) / PER_ITEM, threads, [&](int64_t item) {
-        Turning<Number> turning(layer, tokens);
         Storing<Number> storing(layer, tokens);
         for (int64_t t = item * PER_ITEM; t < std::min(tokens.count, (item + 1) * PER_ITEM); t++) {
-            turning.begin(t);
-            store_token(turning, storing, t, heads);
-            turning.turn_heads(heads[Q].of<Number>(t), layer.heads, q_out + t * numbers);
-            if (!heads[INDEX_Q].numbers) continue;
-            turning.turn_index_heads(heads[INDEX_Q].of<Number>(t), layer.index_heads, index_q_out + t * index_numbers);
+            const auto of = [&](int which) { return heads[which].numbers ? heads[which].of<Number>(t) : nullptr; };
+            storing.take(t, {of(Q), of(K), of(V), of(INDEX_Q), of(INDEX_K)}, q_out, index_q_out);
         }
     });
 }
@@ -123,25 +114,14 @@ template <class Number> class NewQueries {
           index_q(tokens.count * layer.index_heads * layer.index_width), w(tokens.count * layer.index_heads), b(w.size()) {}
 
     void store(const Heads *heads) {
-        Turning<Number> turning(layer, tokens);
-        Storing<Number> storing(layer, tokens);
-        for (int64_t t = 0; t < tokens.count; t++) {
-            turning.begin(t);
-            store_token(turning, storing, t, heads);
-            turning.turn_heads(heads[Q].of<Number>(t), layer.heads, q.data() + t * layer.heads * layer.width);
-            if (heads[INDEX_Q].numbers) take_index_queries(turning, t, heads);
+        store_tokens(layer, tokens, heads, q.data(), index_q.data());
+        for (int64_t t = 0; heads[INDEX_Q].numbers && t < tokens.count; t++) {
+            std::copy_n(heads[W].of<Number>(t), layer.index_heads, w.data() + t * layer.index_heads);
+            std::copy_n(heads[B].of<Number>(t), layer.index_heads, b.data() + t * layer.index_heads);
         }
     }
 
     PagedQueries queries() const { return {tokens.count, 1, tokens.threads, q.data(), index_q.data(), w.data(), b.data()}; }
-
-  private:
-    void take_index_queries(const Turning<Number> &turning, int64_t t, const Heads *inputs) {
-        const int64_t heads = layer.index_heads;
-        turning.turn_index_heads(inputs[INDEX_Q].of<Number>(t), heads, index_q.data() + t * heads * layer.index_width);
-        std::copy_n(inputs[W].of<Number>(t), heads, w.data() + t * heads);
-        std::copy_n(inputs[B].of<Number>(t), heads, b.data() + t * heads);
-    }
 };
 
 template <class Number>

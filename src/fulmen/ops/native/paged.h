@@ -114,17 +114,33 @@ template <class Number> class Turning {
     }
 };
 
-// Keys, values and index keys of one token into their caches; `turning` has begun it.
+// One token's heads before RoPE; index_q may be null.
+template <class Number> struct TokenHeads {
+    const Number *q, *k, *v, *index_q, *index_k;
+};
+
+// Keys, values and index keys into their caches, token by token; queries and index queries, turned, to those of all tokens.
 template <class Number> class Storing {
     const PagedLayer &layer;
     const NewTokens &tokens;
+    Turning<Number> turning;
     std::vector<float> index_turned;
 
   public:
     Storing(const PagedLayer &layer, const NewTokens &tokens)
-        : layer(layer), tokens(tokens), index_turned(layer.index_key_heads * layer.index_width) {}
+        : layer(layer), tokens(tokens), turning(layer, tokens), index_turned(layer.index_key_heads * layer.index_width) {}
 
-    void store(const Turning<Number> &turning, int64_t token, const Number *k, const Number *v, const Number *index_k) {
+    void take(int64_t token, const TokenHeads<Number> &heads, Number *q_out, Number *index_q_out) {
+        turning.begin(token);
+        store(token, heads.k, heads.v, heads.index_k);
+        turning.turn_heads(heads.q, layer.heads, q_out + token * layer.heads * layer.width);
+        if (!heads.index_q) return;
+        index_q_out += token * layer.index_heads * layer.index_width;
+        turning.turn_index_heads(heads.index_q, layer.index_heads, index_q_out);
+    }
+
+  private:
+    void store(int64_t token, const Number *k, const Number *v, const Number *index_k) {
         Number *row = (Number *)layer.kv + tokens.rows[token] * layer.kv_stride_r;
         for (int64_t g = 0; g < layer.key_heads; g++, row += layer.kv_stride_g) {
             turning.turn_heads(k + g * layer.width, 1, row);

@@ -45,6 +45,13 @@ struct alignas(64) TileConfig {
         rows[tile] = uint8_t(n_rows);
         row_bytes[tile] = uint16_t(n_bytes);
     }
+
+    // All tiles as large as they can be.
+    static TileConfig whole() {
+        TileConfig config;
+        for (int tile = 0; tile < 8; tile++) config.set(tile, TILE_ROWS, TILE_BYTES);
+        return config;
+    }
 };
 
 // GCC 12 does not know that loading a tile, or the configuration, reads memory: all that is written must be there.
@@ -68,6 +75,40 @@ class TileScope {
     }
     TileScope(const TileScope &) = delete;
 };
+
+// Products of T tiles of rows by two of columns: sums in tiles 0 and 1, then 2 and 3.
+template <int T> static inline void zero_tiles() {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (T > 1) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+}
+
+template <int T>
+static inline void add_products(const Line *upper, const Line *lower, int64_t row_bytes, const Line *left, const Line *right) {
+    _tile_loadd(6, left, TILE_BYTES);
+    _tile_loadd(7, right, TILE_BYTES);
+    _tile_loadd(4, upper, row_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (T > 1) {
+        _tile_loadd(5, lower, row_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
+// Into rows of `stride` numbers.
+template <int T> static inline void store_tiles(float *to, int64_t stride) {
+    _tile_stored(0, to, stride * sizeof(float));
+    _tile_stored(1, to + 16, stride * sizeof(float));
+    if constexpr (T > 1) {
+        _tile_stored(2, to + TILE_ROWS * stride, stride * sizeof(float));
+        _tile_stored(3, to + TILE_ROWS * stride + 16, stride * sizeof(float));
+    }
+}
 
 // 16 x 16 numbers of 32 bits, rows to columns, in place.
 static inline void transpose_dwords(__m512i *rows) {
