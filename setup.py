@@ -13,7 +13,7 @@ SOURCES = (
 )
 HEADERS = (
     *("vectors", "tiles", "threads", "attention", "attention_tiles"),
-    *("index_inputs", "index_vectors", "index_tiles", "selection", "paged"),
+    *("index_inputs", "index_vectors", "index_tiles", "index_query", "index_block", "selection", "paged"),
 )
 
 setup(

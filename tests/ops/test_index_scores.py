@@ -144,6 +144,15 @@ def test_queries_of_any_size_score_packed_keys(size):
     assert torch.equal(visible, torch.zeros_like(visible))
 
 
+def test_heads_of_any_size_score_packed_keys_together():
+    """Weights make up for the size of a query's heads, shifts follow it: scores stay as they were."""
+    q, k, w, b = inputs((2, 20, 70), HEADS["grouped"])
+    packed, interval = pack_index_keys(k), causal(2, 20, 70)
+    size_J = torch.tensor([2.0**100, 1, 2.0**-100, 2.0**62])
+    sized = (q * size_J[:, None], packed, w / size_J, b * size_J)
+    assert_near(index_scores(*sized, *interval), index_scores(q, packed, w, b, *interval), torch.float32)
+
+
 def test_under_autocast_packed_keys_stay_as_they_are():
     q, k, w, b = inputs(SIZES["odd"], HEADS["grouped"])
     interval, packed = ragged(*SIZES["odd"]), pack_index_keys(k)

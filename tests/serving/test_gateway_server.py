@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from decimal import Decimal
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -272,6 +273,19 @@ def test_a_waiting_client_gets_signs_of_life_and_then_its_answer(impatient, stre
     else:
         assert answer.text.startswith("\n\n")
         assert answer.json()["usage"]["completion_tokens"] == 300
+
+
+def test_the_engine_asks_for_large_pages(server):
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.is_file() or "[madvise]" not in setting.read_text():
+        pytest.skip("Linux gives large pages here to whoever takes memory, or to nobody")
+    engine, asked_kib = engine_of(server.process), 0
+    for process in (engine, *engine.children(recursive=True)):
+        maps = Path(f"/proc/{process.pid}/smaps").read_text()
+        sizes = map(int, re.findall(r"^Size: +(\d+) kB$", maps, re.MULTILINE))
+        flags = re.findall(r"^VmFlags: (.*)$", maps, re.MULTILINE)
+        asked_kib += sum(size for size, some in zip(sizes, flags, strict=True) if "hg" in some.split())
+    assert asked_kib > 2**20, "less than the cache, which is 1 GiB"
 
 
 def test_a_killed_gateway_takes_its_engine_along_and_its_next_start_charges_once(server):

@@ -81,6 +81,8 @@ class EngineSettings:
         chosen = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
         if not _has_gpu():
             chosen["VLLM_CPU_KVCACHE_SPACE"] = str(kv_gib(self.model))
+            # Weights and caches in pages of 2 MiB: a token reads much of both.
+            chosen["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         return {**chosen, **os.environ, "VLLM_API_KEY": self.key}
 
 

@@ -62,6 +62,20 @@ struct IndexInputs {
     }
 };
 
+// Where a thread finds tiles of keys as a scorer reads them: packed before, or one by one.
+template <class Scorer> class TileRoom {
+    std::unique_ptr<Line[]> lines;
+
+  public:
+    explicit TileRoom(const IndexInputs &in) : lines(in.packed ? nullptr : new Line[Scorer::tile_lines(in)]) {}
+
+    const Line *tile(const IndexInputs &in, int64_t batch, int64_t tile) {
+        if (in.packed) return in.packed.get() + (batch * in.tiles() + tile) * Scorer::tile_lines(in);
+        Scorer::pack(in, batch, tile, lines.get());
+        return lines.get();
+    }
+};
+
 static inline float scale_of_packed(const int8_t *row, int64_t width) {
     uint16_t bits;
     std::memcpy(&bits, row + width, sizeof bits);

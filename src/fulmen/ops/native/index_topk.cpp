@@ -1,10 +1,10 @@
 // Index scores and the exact selection of the K best keys of every query; see ops/README.md for both rules.
 //
 // A score's bits depend on its query and its key alone, whatever else is computed: every sum has
-// one order, by vectors (index_vectors.h) and by tiles (index_tiles.h).
+// one order, by vectors (index_vectors.h) and by tiles (index_query.h, index_block.h).
 
-#include "index_inputs.h"
-#include "index_tiles.h"
+#include "index_block.h"
+#include "index_query.h"
 #include "index_vectors.h"
 #include "selection.h"
 
@@ -16,19 +16,15 @@ constexpr int64_t BLOCK_SCORES = 1 << 18;
 // Scores of a block in rows of `stride`; column 0 is the first key of the block's first tile.
 template <class Scorer>
 void score_block(const IndexInputs &in, const QueryRows &block, int64_t threads, float *scores, int64_t stride) {
-    const int64_t first = block.first_tile(), count = block.tiles(), lines = Scorer::tile_lines(in);
+    const int64_t first = block.first_tile(), count = block.tiles();
     const int64_t chunk = threads > 1 ? std::max<int64_t>((count + 2 * threads - 1) / (2 * threads), 8) : count;
     if (count <= 0) return;
     const Scorer scorer(in, block);
     parallel_for((count + chunk - 1) / chunk, threads, [&](int64_t item) {
         const typename Scorer::Scope scope(in);
-        std::unique_ptr<Line[]> scratch(in.packed ? nullptr : new Line[lines]);
-        for (int64_t i = item * chunk; i < std::min(count, (item + 1) * chunk); i++) {
-            const Line *tile = scratch.get();
-            if (in.packed) tile = in.packed.get() + (block.batch * in.tiles() + first + i) * lines;
-            else Scorer::pack(in, block.batch, first + i, scratch.get());
-            scorer.score(tile, block.rows.size(), scores + i * TILE, stride);
-        }
+        typename Scorer::Room room(in);
+        for (int64_t i = item * chunk; i < std::min(count, (item + 1) * chunk); i++)
+            scorer.score(first + i, room, block.rows.size(), scores + i * TILE, stride);
     });
 }
 
@@ -39,12 +35,14 @@ template <class Scorer> int64_t rows_of_block(const IndexInputs &in) {
 
 // All tiles of all keys at once, where more than two blocks read them.
 template <class Scorer> void pack_tiles(IndexInputs &in) {
-    if (in.shape.queries <= 2 * rows_of_block<Scorer>(in)) return;
-    const int64_t lines = Scorer::tile_lines(in);
-    in.packed.reset(new Line[in.shape.batch * in.tiles() * lines]);
-    parallel_for(in.shape.batch * in.tiles(), in.shape.threads, [&](int64_t item) {
-        Scorer::pack(in, item / in.tiles(), item % in.tiles(), in.packed.get() + item * lines);
-    });
+    if constexpr (Scorer::PACKS) {
+        if (in.shape.queries <= 2 * rows_of_block<Scorer>(in)) return;
+        const int64_t lines = Scorer::tile_lines(in);
+        in.packed.reset(new Line[in.shape.batch * in.tiles() * lines]);
+        parallel_for(in.shape.batch * in.tiles(), in.shape.threads, [&](int64_t item) {
+            Scorer::pack(in, item / in.tiles(), item % in.tiles(), in.packed.get() + item * lines);
+        });
+    }
 }
 
 // Some queries of a batch row, low <= t < high, and who works for them.

@@ -14,12 +14,15 @@ class VectorScorer {
     static constexpr int ROWS = 6;
 
     const IndexInputs &in;
-    int64_t groups;
+    const int64_t batch;
+    const int64_t groups;
     // As [group][head][E][ROWS] and [group][head][ROWS].
     std::vector<float> q, w, b;
 
   public:
     static constexpr int64_t ROWS_AT_ONCE = ROWS;
+    static constexpr bool PACKS = true;
+    using Room = TileRoom<VectorScorer>;
     struct Scope {
         explicit Scope(const IndexInputs &) {}
     };
@@ -31,7 +34,7 @@ class VectorScorer {
     }
 
     VectorScorer(const IndexInputs &in, const QueryRows &block)
-        : in(in), groups((int64_t(block.rows.size()) + ROWS - 1) / ROWS), q(groups * in.shape.heads * in.shape.width * ROWS),
+        : in(in), batch(block.batch), groups((int64_t(block.rows.size()) + ROWS - 1) / ROWS), q(groups * in.shape.heads * in.shape.width * ROWS),
           w(groups * in.shape.heads * ROWS), b(w.size()) {
         const int64_t heads = in.shape.heads, width = in.shape.width;
         for (size_t r = 0; r < block.rows.size(); r++)
@@ -51,15 +54,16 @@ class VectorScorer {
     }
 
     // Scores of the block's queries for one tile, into rows `stride` apart.
-    void score(const Line *tile, int64_t n_rows, float *scores, int64_t stride) const {
+    void score(int64_t index, Room &room, int64_t n_rows, float *scores, int64_t stride) const {
+        const float *tile = (const float *)room.tile(in, batch, index);
         for (int64_t group = 0; group < groups; group++, scores += ROWS * stride)
             switch (std::min<int64_t>(ROWS, n_rows - group * ROWS)) {
-            case 1: score_group<1>(group, (const float *)tile, scores, stride); break;
-            case 2: score_group<2>(group, (const float *)tile, scores, stride); break;
-            case 3: score_group<3>(group, (const float *)tile, scores, stride); break;
-            case 4: score_group<4>(group, (const float *)tile, scores, stride); break;
-            case 5: score_group<5>(group, (const float *)tile, scores, stride); break;
-            default: score_group<6>(group, (const float *)tile, scores, stride);
+            case 1: score_group<1>(group, tile, scores, stride); break;
+            case 2: score_group<2>(group, tile, scores, stride); break;
+            case 3: score_group<3>(group, tile, scores, stride); break;
+            case 4: score_group<4>(group, tile, scores, stride); break;
+            case 5: score_group<5>(group, tile, scores, stride); break;
+            default: score_group<6>(group, tile, scores, stride);
             }
     }
 

@@ -25,6 +25,9 @@ const char *fulmen_native_simd() {
 #ifdef __AVX512VBMI2__
         "AVX512VBMI2 "
 #endif
+#ifdef __AVX512FP16__
+        "AVX512FP16 "
+#endif
 #ifdef __AMX_BF16__
         "AMX_BF16 "
 #endif
@@ -70,6 +73,9 @@ const char *fulmen_native_lacks() {
 #endif
 #ifdef __AVX512VBMI2__
     if (!__builtin_cpu_supports("avx512vbmi2")) return "AVX512VBMI2";
+#endif
+#ifdef __AVX512FP16__
+    if (!__builtin_cpu_supports("avx512fp16")) return "AVX512FP16";
 #endif
 #endif
     return nullptr;

@@ -4,7 +4,7 @@
 #include "vectors.h"
 
 #if defined(__linux__) && defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__) && \
-    defined(__AVX512BW__) && defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+    defined(__AVX512BW__) && defined(__AVX512BF16__) && defined(__AVX512FP16__)
 #define FULMEN_TILES 1
 #include <cpuid.h>
 #include <immintrin.h>
@@ -13,7 +13,7 @@
 #endif
 
 // Rows of a tile, and bytes of a row.
-constexpr int64_t TILE_ROWS = 16, TILE_BYTES = 64;
+constexpr int64_t TILE_ROWS = 16, TILE_BYTES = 64, LINE_NUMBERS = TILE_BYTES / 2;
 
 // A line of the cache; tiles are loaded fastest from whole lines.
 struct alignas(64) Line {
