@@ -91,7 +91,7 @@ def test_the_native_library_says_what_it_was_built_for():
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         pytest.skip("needs /proc/cpuinfo")
-    has = set(cpuinfo.read_text().upper().replace("AVX512_VBMI2", "AVX512VBMI2").split())
+    has = set(cpuinfo.read_text().upper().replace("AVX512_", "AVX512").split())
     assert set(words.removeprefix("built for ").split(", ")) <= has | {"no vector extension", "NEON", "SVE"}
 
 

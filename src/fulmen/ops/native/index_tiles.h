@@ -35,15 +35,15 @@ static inline __m512i widen_levels(__m256i levels) {
     return _mm512_and_si512(_mm512_srai_epi16(half, 3), _mm512_set1_epi16(short(0x8fff)));
 }
 
-// The levels of a head of `count` keys to rows [chunk][key] of their numbers. What `ahead` places further follows is
-// fetched into the caches.
+// The levels of a head of `count` keys to rows [chunk][key] of their numbers. Those of the keys `ahead` are fetched into
+// the level 2 cache: two chunks are one of its lines or less.
 static inline void widen_keys(const int8_t *const *keys, int64_t count, int64_t at, const Chunks &chunks, Line *to,
                               int64_t ahead = 0) {
     for (int64_t chunk = 0; chunk < chunks.count; chunk++, to += TILE_ROWS) {
         const __mmask32 present = ~uint32_t(0) >> (LINE_NUMBERS - chunks.numbers(chunk));
         const int64_t from = at + chunks.low(chunk);
         for (int64_t s = 0; s < count; s++) {
-            _mm_prefetch((const char *)keys[s + ahead] + from, _MM_HINT_T1);
+            if (chunk % 2 == 0) _mm_prefetch((const char *)keys[s + ahead] + from, _MM_HINT_T1);
             _mm512_store_si512(to + s, widen_levels(_mm256_maskz_loadu_epi8(present, keys[s] + from)));
         }
     }
