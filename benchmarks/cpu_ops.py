@@ -38,6 +38,7 @@ from fulmen.ops.native_library import has_tiles, native_reason
 from fulmen.ops.select_topk import index_topk, select_topk
 from fulmen.ops.sparse_attention import sparse_attention
 from fulmen.ops.sparse_attention.reference import sparse_attention_reference
+from fulmen.serving.engine_settings import LARGE_PAGES
 from fulmen.training.checkpoints import write_aside
 
 READ_BYTES = 2**28
@@ -103,8 +104,8 @@ def main(
 
 def with_large_pages() -> None:
     """Start again with glibc's setting for them, which counts from a process's start on."""
-    if "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    if LARGE_PAGES.keys() - os.environ.keys():
+        os.environ.update(LARGE_PAGES)
         os.execv(sys.executable, [sys.executable, *sys.argv])
 
 

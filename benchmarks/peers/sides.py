@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType as Type
 from peers.weights import write_gguf
 
 from fulmen.errors import UnsupportedModelError
+from fulmen.serving.engine_settings import LARGE_PAGES
 
 LLAMA_FORMS = {"bf16": (Type.BF16, Type.BF16), "Q4_1": (Type.Q4_1, Type.Q8_0)}
 """As llama.cpp's own converter and quantiser choose them: matrices, embeddings."""
@@ -102,7 +103,7 @@ def set_environment(threads: int, cache_bytes: float) -> None:
         VLLM_LOGGING_LEVEL="ERROR",
         VLLM_NO_USAGE_STATS="1",
         OMP_NUM_THREADS=str(threads),
-        GLIBC_TUNABLES="glibc.malloc.hugetlb=1",
+        **LARGE_PAGES,
     )
 
 

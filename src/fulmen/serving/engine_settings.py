@@ -32,6 +32,8 @@ TOOL_MARKS = (
 )
 # Reads calls in JSON between tags; for a template that says nothing of tools it is as good as another.
 DEFAULT_TOOL_PARSER = "hermes"
+# Memory in pages of 2 MiB, from a process's start on: a token reads much of weights and caches.
+LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,7 @@ class EngineSettings:
         chosen = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
         if not _has_gpu():
             chosen["VLLM_CPU_KVCACHE_SPACE"] = str(kv_gib(self.model))
-            # Weights and caches in pages of 2 MiB: a token reads much of both.
-            chosen["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+            chosen |= LARGE_PAGES
         return {**chosen, **os.environ, "VLLM_API_KEY": self.key}
 
 
