@@ -6,6 +6,7 @@ One thread; times are CPU time, which other work on the machine disturbs less th
 check fails is not timed, nor is anything that calls it. All sides of a comparison alternate in one run, a
 plain read of memory among them: it gives the bandwidth of that moment, and so the floor. The operations are
 called as a model calls them, input checks included, with memory in pages of 2 MiB, as `fulmen serve` has it.
+A token is timed in the second of two layers, as most of a model's are: its keys are in no cache, the code is.
 Dense peers are torch's SDPA for prompts; for one token, where SDPA crawls, the native dense attention over
 keys and values as a cache keeps them and head by head.
 """
@@ -61,13 +62,17 @@ SHAPES = {
 }
 
 
+Sides = dict[str, Callable[[], Any]]
+
+
 class Case(NamedTuple):
     """What is compared: "dsa" with the other sides; bytes that it must read at least, or 0."""
 
     name: str
     needs: tuple[str, ...]
-    make_sides: Callable[[], dict[str, Callable[[], Any]]]
+    make_layer: Callable[[], Sides]
     rounds: int
+    layers: int = 1  # of which the last is timed
     bytes: int = 0
     dense_bytes: int = 0
 
@@ -215,10 +220,10 @@ def decode_case(name: str, keys: int, rounds: int) -> Case:
     floor = keys * index_keys * (E + 2) + min(shape.topk, keys) * pair
     needs = ("scores", "selection", "decode attention")
     sides = partial(decode_sides, shape, keys)
-    return Case(f"{name}: token after {keys - 1}", needs, sides, rounds, floor, keys * pair)
+    return Case(f"{name}: token after {keys - 1}", needs, sides, rounds, 2, floor, keys * pair)
 
 
-def decode_sides(shape: Shape, keys: int) -> dict[str, Callable[[], Any]]:
+def decode_sides(shape: Shape, keys: int) -> Sides:
     index, qkv, interval = index_inputs(shape, 1, keys), attention_inputs(shape, 1, keys), causal(1, keys)
     scale = shape.heads[2] ** -0.5
     fixed = index_topk(*index, *interval, shape.topk)
@@ -232,7 +237,7 @@ def decode_sides(shape: Shape, keys: int) -> dict[str, Callable[[], Any]]:
     }
 
 
-def prefill_sides(shape: Shape, tokens: int) -> dict[str, Callable[[], Any]]:
+def prefill_sides(shape: Shape, tokens: int) -> Sides:
     index, qkv, interval = (
         index_inputs(shape, tokens, tokens),
         attention_inputs(shape, tokens, tokens),
@@ -274,26 +279,29 @@ def warmup_losses(length: int) -> list[dict[str, Any]]:
 # ---- timing
 
 
-def alternate(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of CPU time of every side in every round; one round before is thrown away.
+def alternate(layers: list[Sides], rounds: int) -> dict[str, list[float]]:
+    """Seconds of CPU time of every side's last layer in every round; one round before is thrown away.
 
-    Before each, other memory is read, so that every side finds all caches as other layers leave them.
+    Before each, other memory is read, so that every side finds the caches as other layers leave them.
     """
     memory, others = torch.ones(READ_BYTES // 4), torch.ones(FLUSH_BYTES // 4)
-    sides = {"read": memory.sum, **sides}
-    times: dict[str, list[float]] = {name: [] for name in sides}
+    *before, last = layers
+    last = {"read": memory.sum, **last}
+    times: dict[str, list[float]] = {name: [] for name in last}
     for done in range(rounds + 1):
-        for name, side in sides.items():
+        for name in times:
             others.sum()
+            for sides in before:
+                sides.get(name, others.sum)()
             begun = time.process_time()
-            side()
+            last[name]()
             if done or rounds == 1:
                 times[name].append(time.process_time() - begun)
     return times
 
 
 def timed(case: Case) -> dict[str, Any]:
-    times = alternate(case.make_sides(), case.rounds)
+    times = alternate([case.make_layer() for _ in range(case.layers)], case.rounds)
     medians = {name: statistics.median(seconds) * 1e3 for name, seconds in times.items()}
     result: dict[str, Any] = {"case": case.name, "seconds": times, "median ms": medians}
     result["times faster"] = {
