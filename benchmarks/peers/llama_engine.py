@@ -1,10 +1,14 @@
-"""llama.cpp by the low-level interface of llama-cpp-python: flash attention, a cache of f16.
+"""llama.cpp by the low-level interface of llama-cpp-python: a cache of f16, flash attention for prompts alone.
+
+On the CPU its flash attention reads prompts faster and writes tokens slower than its ordinary attention: each
+is timed with what is faster.
 
 Imports nothing of fulmen's: the interpreter may be another. `bytes_of_state` knows how llama.cpp writes the
 state of a sequence down; a version that writes another form is noticed.
 """
 
 import ctypes
+import math
 import platform
 import struct
 import time
@@ -38,23 +42,25 @@ class Engine:
         }
 
     def answer(self, prompt: list[int], new_tokens: int) -> list[int]:
-        """The greedy answer."""
-        self._open(len(prompt) + new_tokens)
+        """The greedy answer: the first token as prompts are timed, the others as tokens are."""
+        self._open_for_prompt(len(prompt))
         tokens = [self._next(prompt)]
+        self._open_for_tokens(len(prompt) + new_tokens, BATCH)
+        self._next(prompt)
         while len(tokens) < new_tokens:
             tokens.append(self._next(tokens[-1:]))
         return tokens
 
     def prefill(self, prompt: list[int]) -> float:
         """Seconds until the first token of the answer."""
-        self._open(len(prompt))
+        self._open_for_prompt(len(prompt))
         begun = time.perf_counter()
         self._next(prompt)
         return time.perf_counter() - begun
 
     def fill(self, prompt: list[int]) -> None:
         """A state of random keys and values for as many tokens as the prompt has."""
-        self._open(len(prompt) + ROOM)
+        self._open_for_tokens(len(prompt) + ROOM, 1)
         self._next([TOKEN])
         size = llama_cpp.llama_state_seq_get_size(self.context, 0)
         one = (ctypes.c_uint8 * size)()
@@ -83,13 +89,20 @@ class Engine:
             llama_cpp.llama_free(self.context)
         self.context = None
 
-    def _open(self, tokens: int) -> None:
-        """An empty cache for so many tokens."""
+    def _open_for_prompt(self, tokens: int) -> None:
+        self._open(tokens, BATCH, llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED)
+
+    def _open_for_tokens(self, tokens: int, batch: int) -> None:
+        self._open(tokens, batch, llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED)
+
+    def _open(self, tokens: int, batch: int, flash_attention: int) -> None:
+        """An empty cache for so many tokens, so many of which are read at once."""
         self.release()
         parameters = llama_cpp.llama_context_default_params()
-        parameters.n_ctx, parameters.n_batch = tokens, BATCH
+        parameters.n_ctx, parameters.n_batch = tokens, batch
+        parameters.n_ubatch = min(batch, parameters.n_ubatch)
         parameters.n_threads = parameters.n_threads_batch = self.threads
-        parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        parameters.flash_attn_type = flash_attention
         self.context = llama_cpp.llama_init_from_model(self.model, parameters)
         assert self.context, f"llama.cpp has no room for {tokens} tokens"
 
@@ -109,15 +122,17 @@ def bytes_of_state(one: bytes, tokens: int) -> np.ndarray:
     """The state of a sequence of one token made into one of `tokens`, with random numbers.
 
     magic, sequence, streams, tokens; a triple (position, 1, sequence) for each token; whether values are
-    transposed, layers; for the keys of each layer, then for the values: type, bytes of a row, the rows.
+    transposed, layers; for the keys of each layer, then for the values: type, bytes of a row, the rows. Of
+    transposed values, bytes of a number and numbers of a token stand in place of a row's.
     """
     sequence, count = struct.unpack_from("<4xi4xI", one)
     transposed, layers = struct.unpack_from("<II", one, 28)
-    assert (count, transposed) == (1, 0), "another form of state, or no flash attention"
+    assert (count, transposed) == (1, 1), "another form of state"
     places = np.stack([np.arange(tokens), np.ones(tokens), np.full(tokens, sequence)], axis=1).astype("<i4")
     heads, offset = [], 36
-    for _ in range(2 * layers):
-        heads.append((one[offset : offset + 12], struct.unpack_from("<4xQ", one, offset)[0]))
+    for place in range(2 * layers):
+        sizes = struct.unpack_from("<4xQ" if place < layers else "<4xII", one, offset)
+        heads.append((one[offset : offset + 12], math.prod(sizes)))
         offset += 12 + heads[-1][1]
     assert offset == len(one), "another form of state"
     state = np.empty(36 + 12 * (tokens - 1) + sum(12 + tokens * row for _, row in heads), np.uint8)
