@@ -5,8 +5,8 @@
         --decode 8192,32768 --prefill ""
 
 Sides: vLLM with DSA and dense (one engine, fulmen's plugin), Transformers with DSA and dense (SDPA), and
-llama.cpp (f16 cache, flash attention where it is faster) with the same weights in bfloat16 and Q4_1. Each is a process of its
-own with the same number of threads; all stay alive and take turns, round by round.
+llama.cpp (f16 cache, flash attention where it is faster) with the same weights in bfloat16 and Q4_1. Each is
+a process of its own with the same number of threads; all stay alive and take turns, round by round.
 
 A side whose answers are not its model's is not timed (`peers/correctness.py`): it is printed as refused, and
 the exit code is 1. DSA in vLLM is checked in float32 too, at the model's k and at a k that covers the prompt.

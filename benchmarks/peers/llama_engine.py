@@ -1,4 +1,4 @@
-"""llama.cpp by the low-level interface of llama-cpp-python: a cache of f16, flash attention for prompts alone.
+"""llama.cpp by the low-level interface of llama-cpp-python: an f16 cache, flash attention for prompts.
 
 On the CPU its flash attention reads prompts faster and writes tokens slower than its ordinary attention: each
 is timed with what is faster.
