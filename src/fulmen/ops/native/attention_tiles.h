@@ -298,10 +298,10 @@ class TileAttention {
     }
 
     void raise(Query &query, float *row, float peak) const {
-        const float fade = std::exp2(query.peak - peak);
+        const Vec fade = exp2_vec(broadcast(query.peak - peak));
         query.peak = peak;
-        query.total = _mm512_mul_ps(query.total, _mm512_set1_ps(fade));
-        for (int64_t d = 0; d < value_width(); d++) row[d] *= fade;
+        query.total = _mm512_mul_ps(query.total, (__m512)fade);
+        for (int64_t d = 0; d < value_width(); d += LANES) store(row + d, load(row + d) * fade);
     }
 
     template <int T> void add_values(int64_t h, const Line *weights, int64_t keys) {

@@ -42,21 +42,29 @@ struct Matrix {
     }
 };
 
-// Rows that a matrix multiplies, in whole chunks; zero beyond its width.
+// Rows that a matrix multiplies, in whole chunks: where they are, or, of other widths or counts, copies with zeros beyond.
 class Inputs {
     const Matrix &matrix;
     std::unique_ptr<Line[]> lines;  // [token][chunk]
+    const char *first = nullptr;
 
   public:
+    int64_t stride = 0;  // bytes
+
     explicit Inputs(const Matrix &matrix) : matrix(matrix), lines(new Line[TOKENS * matrix.chunks]()) {}
 
-    // Tokens low <= t < high; further rows hold what they held.
+    // Tokens low <= t < high; further rows hold anything.
     void take(int64_t low, int64_t high) {
+        if (matrix.width % CHUNK == 0 && (high - low) % SQUARE == 0) {
+            first = (const char *)matrix.from.of<Number>(low), stride = matrix.from.stride * sizeof(Number);
+            return;
+        }
+        first = (const char *)lines.get(), stride = matrix.chunks * TILE_BYTES;
         for (int64_t t = low; t < high; t++)
             std::copy_n(matrix.from.of<Number>(t), matrix.width, (Number *)(lines.get() + (t - low) * matrix.chunks));
     }
 
-    const Line *rows(int64_t first) const { return lines.get() + first * matrix.chunks; }
+    const char *row(int64_t t) const { return first + t * stride; }
 };
 
 // What an item's tokens give, [token][all matrices' rows].
@@ -73,18 +81,18 @@ class Products {
     void multiply(const Inputs &inputs, const Matrix &matrix, int64_t tokens) {
         for (int64_t n = 0; n < matrix.tiles(); n += 2)
             for (int64_t t = 0; t < tokens; t += SQUARE) {
-                add_square(inputs.rows(t), matrix.tile(n), matrix.chunks);
+                add_square(inputs, t, matrix.tile(n), matrix.chunks);
                 keep(matrix, n * TILE_ROWS, t, std::min(tokens - t, SQUARE));
             }
     }
 
   private:
-    void add_square(const Line *rows, const Line *tile, int64_t chunks) {
+    void add_square(const Inputs &inputs, int64_t token, const Line *tile, int64_t chunks) {
+        const char *rows = inputs.row(token), *others = inputs.row(token + TILE_ROWS);
         settle_memory();
         zero_tiles<2>();
-        for (int64_t c = 0; c < chunks; c++)
-            add_products<2>(rows + c, rows + TILE_ROWS * chunks + c, chunks * TILE_BYTES, tile + c * TILE_ROWS,
-                            tile + (chunks + c) * TILE_ROWS);
+        for (int64_t c = 0; c < chunks; c++, rows += TILE_BYTES, others += TILE_BYTES)
+            add_products<2>(rows, others, inputs.stride, tile + c * TILE_ROWS, tile + (chunks + c) * TILE_ROWS);
         store_tiles<2>(sums, SQUARE);
         settle_memory();
     }

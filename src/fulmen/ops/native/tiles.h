@@ -87,7 +87,7 @@ template <int T> static inline void zero_tiles() {
 }
 
 template <int T>
-static inline void add_products(const Line *upper, const Line *lower, int64_t row_bytes, const Line *left, const Line *right) {
+static inline void add_products(const void *upper, const void *lower, int64_t row_bytes, const Line *left, const Line *right) {
     _tile_loadd(6, left, TILE_BYTES);
     _tile_loadd(7, right, TILE_BYTES);
     _tile_loadd(4, upper, row_bytes);
