@@ -220,7 +220,8 @@ def decode_case(name: str, keys: int, rounds: int) -> Case:
     floor = keys * index_keys * (E + 2) + min(shape.topk, keys) * pair
     needs = ("scores", "selection", "decode attention")
     sides = partial(decode_sides, shape, keys)
-    return Case(f"{name}: token after {keys - 1}", needs, sides, rounds, 2, floor, keys * pair)
+    name = f"{name}: token after {keys - 1}"
+    return Case(name, needs, sides, rounds, layers=2, bytes=floor, dense_bytes=keys * pair)
 
 
 def decode_sides(shape: Shape, keys: int) -> Sides:
@@ -292,7 +293,8 @@ def alternate(layers: list[Sides], rounds: int) -> dict[str, list[float]]:
         for name in times:
             others.sum()
             for sides in before:
-                sides.get(name, others.sum)()
+                if name in sides:
+                    sides[name]()
             begun = time.process_time()
             last[name]()
             if done or rounds == 1:

@@ -100,7 +100,6 @@ class Engine:
         self.release()
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx, parameters.n_batch = tokens, batch
-        parameters.n_ubatch = min(batch, parameters.n_ubatch)
         parameters.n_threads = parameters.n_threads_batch = self.threads
         parameters.flash_attn_type = flash_attention
         self.context = llama_cpp.llama_init_from_model(self.model, parameters)

@@ -45,13 +45,13 @@ struct Matrix {
 // Rows that a matrix multiplies, in whole chunks: where they are, or, of other widths or counts, copies with zeros beyond.
 class Inputs {
     const Matrix &matrix;
-    std::unique_ptr<Line[]> lines;  // [token][chunk]
+    std::unique_ptr<Line[]> copies;  // [token][chunk]; null until some are needed
     const char *first = nullptr;
 
   public:
     int64_t stride = 0;  // bytes
 
-    explicit Inputs(const Matrix &matrix) : matrix(matrix), lines(new Line[TOKENS * matrix.chunks]()) {}
+    explicit Inputs(const Matrix &matrix) : matrix(matrix) {}
 
     // Tokens low <= t < high; further rows hold anything.
     void take(int64_t low, int64_t high) {
@@ -59,9 +59,10 @@ class Inputs {
             first = (const char *)matrix.from.of<Number>(low), stride = matrix.from.stride * sizeof(Number);
             return;
         }
-        first = (const char *)lines.get(), stride = matrix.chunks * TILE_BYTES;
+        if (!copies) copies.reset(new Line[TOKENS * matrix.chunks]());
+        first = (const char *)copies.get(), stride = matrix.chunks * TILE_BYTES;
         for (int64_t t = low; t < high; t++)
-            std::copy_n(matrix.from.of<Number>(t), matrix.width, (Number *)(lines.get() + (t - low) * matrix.chunks));
+            std::copy_n(matrix.from.of<Number>(t), matrix.width, (Number *)(copies.get() + (t - low) * matrix.chunks));
     }
 
     const char *row(int64_t t) const { return first + t * stride; }
