@@ -1,12 +1,15 @@
 """`fulmen chat` on a tiny random model: what it prints, what it reads, what it refuses."""
 
+import json
 import re
+import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from fulmen.cli import chat_session
 from fulmen.cli.chat import read_document
 from fulmen.cli.chat_session import ChatSession
 from fulmen.cli.main import app
@@ -160,3 +163,40 @@ def test_a_server_is_named_alone_and_must_be_there(arguments, said):
     assert result.exit_code == 2
     assert said in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+ROPE_BY_LENGTH = {
+    "longrope": {
+        "original_max_position_embeddings": 60,
+        "factor": 8.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 3.0, 5.0, 7.0],
+    },
+    "dynamic": {"factor": 2.0},
+}
+
+
+@pytest.mark.parametrize("rope", ROPE_BY_LENGTH)
+def test_a_conversation_that_outgrows_its_rope_is_read_anew(rope, dsa_dir, tokenizer, tmp_path, monkeypatch):
+    """What lies in the cache was rotated for a shorter text; each answer is that of a fresh model."""
+    monkeypatch.setattr(chat_session, "PREFILL_CHUNK", 16)
+    folder = shutil.copytree(dsa_dir, tmp_path / "dsa")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_theta": 10000.0, "rope_type": rope, **ROPE_BY_LENGTH[rope]}
+    config["max_position_embeddings"] = 60 if rope == "dynamic" else 480
+    (folder / "config.json").write_text(json.dumps(config))
+    session, messages, reused = ChatSession(folder), [], []
+    monkeypatch.setattr(session, "_require_fit", lambda *lengths: None)
+    for question in ("Who are you?", "Are you sure?", "How many ships are there?", "And why so?"):
+        answer, turn = ask(session, question, 8)
+        messages.append({"role": "user", "content": question})
+        prompt = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        new = AutoModelForCausalLM.from_pretrained(folder).generate(**prompt, max_new_tokens=8)
+        assert answer == tokenizer.decode(new[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": answer})
+        reused.append(turn.reused)
+    assert 0 in reused[1:]
+    # LongRoPE has two tables; dynamic NTK a new one with every token.
+    assert (reused[3] > 0) == (rope == "longrope")

@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 from fulmen.config import DsaConfig
 from fulmen.corpus import Document, windows
 from fulmen.errors import ConfigError, OutputError, ResumeError, UnsupportedModelError
+from fulmen.evaluation.greedy import answer_by_forward, common_start
 from fulmen.evaluation.report import about_run, markdown_table
 from fulmen.evaluation.suite.generation import generation_tables, generation_units, repeated_share
 from fulmen.evaluation.suite.journal import Journal, Unit
@@ -31,7 +32,7 @@ from fulmen.evaluation.suite.ruler_tasks import TASKS
 from fulmen.evaluation.suite.run import SuitePlan, run_suites
 from fulmen.evaluation.suite.samples import make_sample
 from fulmen.evaluation.suite.short import short_lengths
-from fulmen.evaluation.suite.subjects import LocalSubject, answer_by_forward, common_start
+from fulmen.evaluation.suite.subjects import LocalSubject
 from fulmen.evaluation.suite.suite_page import suite_page, suite_plots, write_suite_page
 from fulmen.evaluation.suite.suite_report import ruler_verdict, suite_sections, write_suite_markdown
 from fulmen.evaluation.suite.texts import require_plain_head, token_losses

@@ -16,6 +16,7 @@ from fulmen.modeling.index_shape import dsa_of
 from fulmen.modeling.mla_attention import accelerate_mla
 from fulmen.modeling.mla_cache import cache_with_index_keys
 from fulmen.modeling.model import PREFILL_CHUNK, set_topk
+from fulmen.modeling.rope_tables import restored_rope, rope_angles, rope_for_length
 
 
 class Turn(NamedTuple):
@@ -59,6 +60,7 @@ class ChatSession:
         self._document = document
         self._messages: list[dict[str, str]] = []
         self._cached_ids = torch.empty(0, dtype=torch.long)
+        self._cached_angles: Tensor | None = None
         if not getattr(self.model.config, "dsa", None):
             accelerate_mla(self.model)
         self._cache = cache_with_index_keys(self.model.config)
@@ -75,15 +77,17 @@ class ChatSession:
         ids_S = self._encode(messages)
         self._require_fit(len(ids_S), max_new_tokens)
         reused = self._keep_common_start(ids_S)
-        self._read(ids_S[reused:-1])
         streamer = _TimedStreamer(self.tokenizer, on_text)
-        all_ids_1S = self.model.generate(
-            ids_S[None],
-            attention_mask=torch.ones_like(ids_S[None]),
-            past_key_values=self._cache,
-            max_new_tokens=max_new_tokens,
-            streamer=streamer,
-        )
+        with restored_rope(self.model):
+            with rope_for_length(self.model, len(ids_S)):
+                self._read(ids_S[reused:-1])
+            all_ids_1S = self.model.generate(
+                ids_S[None],
+                attention_mask=torch.ones_like(ids_S[None]),
+                past_key_values=self._cache,
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+            )
         # The last token was generated but never read.
         self._cached_ids = all_ids_1S[0, : self._cache.get_seq_length()]
         answer = self.tokenizer.decode(all_ids_1S[0, len(ids_S) :], skip_special_tokens=True)
@@ -112,12 +116,20 @@ class ChatSession:
         """Drop from the cache what the new text does not begin with; return how many tokens stay."""
         # The last token is always read anew: its logits are wanted.
         n = min(len(ids_S) - 1, len(self._cached_ids))
+        if not self._is_rotated_as_cached(len(ids_S)):
+            n = 0
         differs = (ids_S[:n] != self._cached_ids[:n]).nonzero()
         kept = int(differs[0]) if len(differs) else n
         if dropped := len(self._cached_ids) - kept:
             self._cache.crop(-dropped)
         self._cached_ids = self._cached_ids[:kept]
         return kept
+
+    def _is_rotated_as_cached(self, length: int) -> bool:
+        """Whether keys in the cache are those of a text of `length` tokens, where RoPE goes by the length."""
+        angles, cached = rope_angles(self.model, length), self._cached_angles
+        self._cached_angles = angles
+        return angles is None or (cached is not None and torch.equal(angles, cached))
 
     def _read(self, new_ids_T: Tensor) -> None:
         """Fill the cache chunk by chunk; `generate` cannot do so behind a cache that is not empty."""

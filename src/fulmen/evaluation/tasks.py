@@ -16,13 +16,15 @@ from itertools import chain, cycle
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fulmen.config import require_positive_int
 from fulmen.corpus import Document, opening_ids, token_ids, windows
 from fulmen.errors import ConfigError
+from fulmen.evaluation.greedy import answer_by_forward
 from fulmen.modeling.mla_cache import cache_with_index_keys
+from fulmen.modeling.rope_tables import are_rotated_alike, restored_rope, rope_for_length
 
 NEEDLE = "\n\nThe secret number of {name}: {number}\n\n"
 QUESTION = (
@@ -105,7 +107,10 @@ def sample_groups(samples: Sequence[NeedleSample]) -> list[list[NeedleSample]]:
 
 
 def tokens_to_read(group: Sequence[NeedleSample]) -> int:
-    """Prompt tokens that `score_samples` reads: the start that all prompts share once, the rest of each."""
+    """Prompt tokens that `score_samples` reads: the start that all prompts share once, the rest of each.
+
+    (Where RoPE goes by the length it may have to read each prompt whole.)
+    """
     shared = _shared_start(group)
     return shared + sum(len(sample.prompt_ids) - shared for sample in group)
 
@@ -115,16 +120,19 @@ def score_samples(model: PreTrainedModel, group: Sequence[NeedleSample]) -> list
     """Whether a DSA model answers each sample of one text exactly, by greedy decoding.
 
     The start that the prompts share is read once into a cache; what follows runs on top of it and is cut off
-    again. The answers are those of `score_by_forward`. The model must be in eval mode; a stock MLA model,
-    under `fulmen_attention`.
+    again. (Prompts that RoPE rotates by different tables, dynamic NTK or LongRoPE, share nothing.) The
+    answers are those of `score_by_forward`. The model must be in eval mode; a stock MLA model, under
+    `fulmen_attention`.
     """
     shared = _shared_start(group)
-    if len(group) == 1 or shared == 0:
-        return [score_by_forward(model, sample) for sample in group]
+    shortest = min(len(sample.prompt_ids) for sample in group)
     longest = max(len(sample.prompt_ids) + len(sample.answer_ids) for sample in group)
+    if len(group) == 1 or shared == 0 or not are_rotated_alike(model, shortest, longest):
+        return [score_by_forward(model, sample) for sample in group]
     cache = cache_with_index_keys(model.config, longest)
     options = {"past_key_values": cache, "use_cache": True}
-    model(group[0].prompt_ids[None, :shared].to(model.device), logits_to_keep=1, **options)
+    with rope_for_length(model, shortest):
+        model(group[0].prompt_ids[None, :shared].to(model.device), logits_to_keep=1, **options)
     answers = []
     for sample in group:
         rest_ids = torch.cat([sample.prompt_ids[shared:], sample.answer_ids])
@@ -135,17 +143,15 @@ def score_samples(model: PreTrainedModel, group: Sequence[NeedleSample]) -> list
     return answers
 
 
-@torch.no_grad()
-def score_by_forward(model: nn.Module, sample: NeedleSample) -> bool:
+def score_by_forward(model: PreTrainedModel, sample: NeedleSample) -> bool:
     """Whether the model answers a sample exactly, by greedy decoding, in one forward pass.
 
     Greedy decoding writes the answer if and only if each of its tokens is the most likely one after those
     before it, and these are then the answer's own: so all are given at once. The model must be in eval mode.
     """
-    input_ids = torch.cat([sample.prompt_ids, sample.answer_ids])[None]
-    device = next(model.parameters()).device
-    keep = len(sample.answer_ids) + 1
-    return _is_greedy(model(input_ids.to(device), use_cache=False, logits_to_keep=keep).logits[0], sample)
+    # No text that was read before may change how this one is rotated.
+    with restored_rope(model):
+        return answer_by_forward(model, sample.prompt_ids, sample.answer_ids) == sample.answer_ids.tolist()
 
 
 def _is_greedy(logits_TV: Tensor, sample: NeedleSample) -> bool:

@@ -13,6 +13,7 @@ from fulmen.corpus import Window
 from fulmen.errors import ConfigError
 from fulmen.evaluation.controls import MassSelector, OracleSelector, RandomSelector, WindowSelector
 from fulmen.modeling.model import set_topk
+from fulmen.modeling.rope_tables import restored_rope
 from fulmen.modeling.selectors import DenseSelector, IndexerSelector, Selector, use_selector
 
 VARIANTS: dict[str, Selector] = {
@@ -75,6 +76,7 @@ class Bench:
             swapped_indexers(self.model, weights or {}),
             use_topk(self.model, topk),
             use_selector(self.model, selector),
+            restored_rope(self.model),
         ):
             yield
         self.on_tokens(tokens, what)
@@ -89,7 +91,9 @@ class Bench:
 def last_hidden_states(model: PreTrainedModel, text: Text) -> Tensor:
     """hidden_TC of one text, after the final norm, without a cache."""
     ids_BT, position_BT = (None if x is None else x[None].to(model.device) for x in text)
-    return model.base_model(input_ids=ids_BT, position_ids=position_BT, use_cache=False).last_hidden_state[0]
+    with restored_rope(model):
+        output = model.base_model(input_ids=ids_BT, position_ids=position_BT, use_cache=False)
+    return output.last_hidden_state[0]
 
 
 def current_topk(model: PreTrainedModel) -> int:

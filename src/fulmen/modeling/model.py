@@ -14,6 +14,7 @@ from fulmen.errors import CacheError, ConfigError
 from fulmen.modeling.attention import ATTENTION_NAME
 from fulmen.modeling.cache import DsaCache, require_index_room
 from fulmen.modeling.indexer import GqaIndexer
+from fulmen.modeling.rope_tables import rope_for_length
 from fulmen.modeling.visible import visible_intervals
 
 PREFILL_CHUNK = 2048
@@ -128,6 +129,8 @@ class DsaGenerationMixin(DsaPreTrainedMixin):
     ) -> Any:
         """As Transformers' `generate`, with a DsaCache of the right size and a long prompt read in chunks.
 
+        However it is read, a prompt has one rotary table: that of its whole length.
+
         Raises CacheError if `cache_implementation` asks for another cache.
         """
 
@@ -147,6 +150,16 @@ class DsaGenerationMixin(DsaPreTrainedMixin):
             if is_long and setting("prefill_chunk_size") is None:
                 generation_config = _with_prefill_chunk(generation_config, kwargs)
         return super().generate(inputs, generation_config=generation_config, **kwargs)  # type: ignore[misc]
+
+    def _prefill(
+        self, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict, **kwargs: Any
+    ) -> Any:
+        """Transformers' own step of `generate` that reads the prompt, whole or in chunks."""
+        read: Callable[..., Any] = super()._prefill  # type: ignore[misc]
+        if generation_config.prefill_chunk_size is None:
+            return read(input_ids, generation_config, model_kwargs, **kwargs)
+        with rope_for_length(self, _text_length(input_ids, model_kwargs)):  # type: ignore[arg-type]
+            return read(input_ids, generation_config, model_kwargs, **kwargs)
 
 
 def require_dsa(config: PreTrainedConfig) -> DsaConfig:
@@ -205,6 +218,15 @@ def _slides(config: PreTrainedConfig, layer: int) -> bool:
 def _prompt_length(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
     prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
     return max((prompt.shape[1] for prompt in prompts if prompt is not None), default=1)
+
+
+def _text_length(input_ids: Tensor, model_kwargs: dict[str, Any]) -> int:
+    """Tokens of the longest row, padding not counted: its last position, and one."""
+    if (position_ids := model_kwargs.get("position_ids")) is not None:
+        return int(position_ids.max()) + 1
+    if (mask_BS := model_kwargs.get("attention_mask")) is not None:
+        return int(mask_BS.sum(-1).max())
+    return input_ids.shape[1]
 
 
 def _with_prefill_chunk(

@@ -5,10 +5,11 @@ from statistics import fmean, median
 from typing import Any
 
 from fulmen.corpus import Window
+from fulmen.evaluation.greedy import common_start
 from fulmen.evaluation.statistics import mean_interval
 from fulmen.evaluation.suite.journal import Unit
 from fulmen.evaluation.suite.paired import as_json
-from fulmen.evaluation.suite.subjects import Subject, common_start
+from fulmen.evaluation.suite.subjects import Subject
 
 NEW_TOKENS = 64
 GRAM = 4

@@ -3,19 +3,19 @@
 A subject has `variants`, writes answers, and (where the weights are here) reads texts and continues them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fulmen.evaluation.greedy import answer_by_forward, continue_greedily
 from fulmen.evaluation.suite.samples import Sample
 from fulmen.evaluation.suite.texts import token_losses
 from fulmen.evaluation.variants import Bench, Text, current_topk, last_hidden_states
 from fulmen.modeling.mla_attention import own_attention
-from fulmen.modeling.model import PREFILL_CHUNK
+from fulmen.modeling.rope_tables import restored_rope
 
 # DSA, what it is to equal, and the same budget without an indexer.
 CONVERTED_VARIANTS = ("dense", "dsa", "window")
@@ -79,7 +79,8 @@ class LocalSubject:
     def asked(self, variant: str) -> Iterator[PreTrainedModel]:
         """Who answers as `variant` in the block."""
         if variant == "dense" and self.source is not None:
-            yield self.source
+            with restored_rope(self.source):
+                yield self.source
             return
         with self.running(variant):
             yield self.model
@@ -92,7 +93,8 @@ class LocalSubject:
         if self._bench is not None:
             assert self.topk is not None
             running = self._bench.running(variant, self.topk, 0, "")
-        with own_attention(self.model), running:
+        # However long the text that another variant has read before: each begins with the same tables.
+        with own_attention(self.model), restored_rope(self.model), running:
             yield
 
     def answer(self, sample: Sample, variant: str) -> str:
@@ -136,40 +138,3 @@ class LocalSubject:
 def is_converted(model: PreTrainedModel) -> bool:
     """Whether a model has DSA."""
     return bool(getattr(model.config, "dsa", None) or getattr(model.config, "index_topk", None))
-
-
-@torch.no_grad()
-def continue_greedily(
-    model: PreTrainedModel, prompt_ids: Tensor, n_tokens: int, is_done: Callable[[list[int]], bool]
-) -> list[int]:
-    """Up to `n_tokens` likeliest tokens after a prompt, which is read in chunks."""
-    # A stock model makes its own cache in the first pass, a converted one in its own class.
-    cache = None
-    for chunk_T in prompt_ids.split(PREFILL_CHUNK):
-        ids_1T = chunk_T[None].to(model.device)
-        output = model(ids_1T, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-    written = [int(output.logits[0, -1].argmax())]
-    while len(written) < n_tokens and not is_done(written):
-        ids_11 = torch.tensor([[written[-1]]], device=model.device)
-        output = model(ids_11, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        written.append(int(output.logits[0, -1].argmax()))
-    return written
-
-
-@torch.no_grad()
-def answer_by_forward(model: PreTrainedModel, prompt_ids: Tensor, answer_ids: Tensor) -> list[int]:
-    """What greedy decoding writes after a prompt, up to its first token that is not the answer's.
-
-    Up to there it has read the answer's own tokens, so that all are given at once, in one pass.
-    """
-    input_ids = torch.cat((prompt_ids, answer_ids[:-1]))[None].to(model.device)
-    logits_TV = model(input_ids, use_cache=False, logits_to_keep=len(answer_ids)).logits[0]
-    written = logits_TV[-len(answer_ids) :].argmax(-1).tolist()
-    return written[: 1 + common_start(written, answer_ids.tolist())]
-
-
-def common_start(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two texts share from the beginning on."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -1,0 +1,55 @@
+"""Greedy decoding of one prompt: token by token, or in one pass where the answer is known."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fulmen.modeling.model import PREFILL_CHUNK
+from fulmen.modeling.rope_tables import are_rotated_alike, rope_for_length
+
+
+@torch.no_grad()
+def continue_greedily(
+    model: Any, prompt_ids: Tensor, n_tokens: int, is_done: Callable[[list[int]], bool]
+) -> list[int]:
+    """Up to `n_tokens` likeliest tokens after a prompt, which is read in chunks."""
+    # A stock model makes its own cache in the first pass, a converted one in its own class.
+    cache = None
+    with rope_for_length(model, len(prompt_ids)):
+        for chunk_T in prompt_ids.split(PREFILL_CHUNK):
+            ids_1T = chunk_T[None].to(model.device)
+            output = model(ids_1T, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+    written = [int(output.logits[0, -1].argmax())]
+    while len(written) < n_tokens and not is_done(written):
+        ids_11 = torch.tensor([[written[-1]]], device=model.device)
+        output = model(ids_11, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        written.append(int(output.logits[0, -1].argmax()))
+    return written
+
+
+@torch.no_grad()
+def answer_by_forward(model: Any, prompt_ids: Tensor, answer_ids: Tensor) -> list[int]:
+    """What greedy decoding writes after a prompt, up to its first token that is not the answer's.
+
+    Up to there it has read the answer's own tokens, so that all are given at once, in one pass; token by
+    token where RoPE goes by the length, and the answer would change the prompt's rotation.
+    """
+
+    def has_left(written: list[int]) -> bool:
+        return written != answer_ids[: len(written)].tolist()
+
+    if not are_rotated_alike(model, len(prompt_ids), len(prompt_ids) + len(answer_ids) - 1):
+        return continue_greedily(model, prompt_ids, len(answer_ids), has_left)
+    input_ids = torch.cat((prompt_ids, answer_ids[:-1]))[None].to(model.device)
+    logits_TV = model(input_ids, use_cache=False, logits_to_keep=len(answer_ids)).logits[0]
+    written = logits_TV[-len(answer_ids) :].argmax(-1).tolist()
+    return written[: 1 + common_start(written, answer_ids.tolist())]
+
+
+def common_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts share from the beginning on."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
