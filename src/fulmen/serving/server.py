@@ -15,6 +15,7 @@ from fulmen.serving.books import Books, running
 from fulmen.serving.engine import Engine
 from fulmen.serving.engine_settings import EngineSettings
 from fulmen.serving.gateway.app import Gateway, create_app
+from fulmen.serving.gateway.connection import Connection, allow_files
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 ENGINE_LOG = "engine.log"
@@ -35,6 +36,7 @@ def serve(
     """
     if host not in LOOPBACK and not len(books.accounts):
         raise ConfigError(f"host={host} lets others in, and there is no key; make one: fulmen keys add NAME")
+    allow_files()
     with running(state), contextlib.closing(listen(host, port)) as listener:
         if left := books.ledger.recover():
             say(f"{left} requests that the last run left open were charged for what they had got")
@@ -47,6 +49,8 @@ async def _serve(engine: Engine, books: Books, listener: socket.socket, say: Cal
     gateway = Gateway(engine.settings.model, engine, books)
     config = uvicorn.Config(
         create_app(gateway),
+        http=Connection,
+        ws="none",
         log_level="warning",
         access_log=False,
         server_header=False,

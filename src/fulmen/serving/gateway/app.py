@@ -21,6 +21,7 @@ from fulmen.serving.gateway.dialects import AnthropicDialect, OpenAiDialect
 from fulmen.serving.gateway.documents import ANSWERS, ERRORS
 from fulmen.serving.gateway.errors import ApiError
 from fulmen.serving.gateway.job import Call
+from fulmen.serving.gateway.json_body import JsonRoute
 from fulmen.serving.gateway.limits import Door, Keys, Slots
 from fulmen.serving.gateway.metrics import Metrics
 from fulmen.serving.gateway.relay import Relay
@@ -101,7 +102,7 @@ Asking = Annotated[Account, Depends(account_of)]
 
 
 def _model_routes(gateway: Gateway) -> APIRouter:
-    routes, model = APIRouter(), gateway.model
+    routes, model = APIRouter(route_class=JsonRoute), gateway.model
     about = {"id": model.name, "object": "model", "created": 0, "owned_by": "fulmen"}
 
     @routes.post("/chat/completions", response_model=None, responses=ANSWERS)
@@ -138,7 +139,7 @@ def _openai(request: Sampling) -> OpenAiDialect:
 
 
 def _anthropic_routes(gateway: Gateway) -> APIRouter:
-    routes = APIRouter()
+    routes = APIRouter(route_class=JsonRoute)
 
     @routes.post("/messages", response_model=None, responses=ANSWERS)
     async def messages(request: MessagesRequest, account: Asking) -> Response:

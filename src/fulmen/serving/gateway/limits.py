@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fulmen.serving.accounts import Account, Accounts
 from fulmen.serving.gateway.errors import ApiError, respond
+from fulmen.serving.gateway.origin import require_local
 
 MAX_OPEN = 1024
 MAX_BODY_BYTES = 16 * 2**20
@@ -75,6 +76,8 @@ class Slots:
 class Door:
     """Middleware: who asks is known before the body is read; a body too big or too slow ends the request.
 
+    Without keys, requests must name this machine, or a page of another site could use the server.
+
     The account is left in the request's state. Pages and what scrapers read are open to all.
     """
 
@@ -88,6 +91,8 @@ class Door:
             return
         reads = scope["method"] in ("GET", "HEAD")
         try:
+            if not self._keys.needed:
+                require_local(scope["headers"])
             if not reads or scope["path"].startswith(PRIVATE):
                 scope.setdefault("state", {})["account"] = self._keys.account_of(dict(scope["headers"]))
             body = b"" if reads else await self._read(scope, receive)
