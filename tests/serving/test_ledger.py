@@ -6,6 +6,7 @@ On SQLite always; on PostgreSQL too if FULMEN_TEST_POSTGRES is the URL of a data
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -196,6 +197,55 @@ def test_a_place_that_cannot_be_is_one_line_without_the_password(place, said):
         Ledger(place, DEFAULT_PRICES)
     assert "hunter2" not in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def spoil(file, kind):
+    """Make something else of a ledger's file."""
+    whole = file.read_bytes()
+    noise = random.Random(0).randbytes(len(whole))
+    if kind == "another program's":
+        file.unlink()
+        with sqlite3.connect(file) as other:
+            other.execute("CREATE TABLE book (title)")
+        other.close()
+    else:
+        spoilt = {
+            "noise": noise,
+            "text": b"not a ledger",
+            "cut": whole[:5000],
+            "middle": whole[:4096] + noise,
+        }
+        file.write_bytes(spoilt[kind])
+
+
+@pytest.mark.parametrize("kind", ["noise", "text", "cut", "middle", "another program's"])
+def test_a_damaged_ledger_is_named_by_its_file_with_the_remedy(tmp_path, kind):
+    file = tmp_path / "ledger.db"
+    Ledger(file, DEFAULT_PRICES).close()
+    spoil(file, kind)
+    file.chmod(0o644)
+    with pytest.raises(LedgerError, match="move it away") as refused:
+        Ledger(file, DEFAULT_PRICES)
+    assert str(file) in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert file.stat().st_mode & 0o777 == 0o644, "what is not ours is left as it is"
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["new", "of an earlier version"])
+def test_a_ledger_is_its_owners_alone_whatever_the_umask(tmp_path, old):
+    file = tmp_path / "ledger.db"
+    before = os.umask(0)
+    try:
+        if old:
+            sqlite3.connect(file).execute("VACUUM")
+            assert file.stat().st_mode & 0o777 == 0o644
+        ledger = Ledger(file, DEFAULT_PRICES)
+        ledger.deposit("alice", Decimal(1), "test")
+    finally:
+        os.umask(before)
+    modes = {part.name: part.stat().st_mode & 0o777 for part in tmp_path.iterdir()}
+    assert modes == {"ledger.db": 0o600, "ledger.db-wal": 0o600, "ledger.db-shm": 0o600}
+    ledger.close()
 
 
 def test_rows_are_cut_by_account_and_by_time_and_may_be_read_while_requests_begin(ledger):

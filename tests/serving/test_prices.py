@@ -18,6 +18,7 @@ from fulmen.serving.prices import (
     from_units,
     money_text,
     read_prices,
+    rounded_text,
     to_units,
 )
 
@@ -110,3 +111,19 @@ def test_amounts_survive_units_and_text(amount):
 def test_amounts_that_no_ledger_holds_are_refused(amount):
     with pytest.raises(ConfigError, match="amount"):
         to_units(Decimal(amount))
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [
+        ("-0.001", "0.00"),
+        ("-0.005", "0.00"),
+        ("-0", "0.00"),
+        ("0.004", "0.00"),
+        ("-0.006", "-0.01"),
+        ("5", "5.00"),
+    ],
+)
+def test_a_balance_in_two_decimals_is_never_minus_nothing(amount, text):
+    assert rounded_text(Decimal(amount)) == text
+    assert money_text(Decimal(amount)) == {"-0": "0"}.get(amount, amount)

@@ -28,7 +28,14 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from fulmen.errors import InsufficientBalance, LedgerError
-from fulmen.serving.ledger_database import READING, UNHURRIED, failures, hold_book, make_engine
+from fulmen.serving.ledger_database import (
+    READING,
+    UNHURRIED,
+    failures,
+    hold_book,
+    keep_private,
+    make_engine,
+)
 from fulmen.serving.ledger_tables import VERSION, accounts, book, deposits, metadata, requests
 from fulmen.serving.prices import PriceTable, Rates, Tokens, from_units, money_text, to_units
 
@@ -87,6 +94,7 @@ class Ledger:
             threading.RLock() if self._engine.dialect.name == "sqlite" else nullcontext()
         )
         self._open_book()
+        keep_private(self._engine)
 
     def begin(self, request_id: str, account_id: str, model: str, endpoint: str) -> None:
         """Write a request down, open. Raises InsufficientBalance, or LedgerError for an id used before."""
@@ -233,13 +241,17 @@ class Ledger:
 
     @contextmanager
     def _writing(self, options: dict[str, bool] | None = None) -> Iterator[Connection]:
-        with self._turn, failures(), self._engine.execution_options(**(options or {})).begin() as connection:
+        with (
+            self._turn,
+            failures(self._engine.url),
+            self._engine.execution_options(**(options or {})).begin() as connection,
+        ):
             yield connection
 
     @contextmanager
     def _reading(self) -> Iterator[Connection]:
         """One snapshot; writers go on meanwhile."""
-        with failures(), self._engine.connect() as connection:
+        with failures(self._engine.url), self._engine.connect() as connection:
             yield connection.execution_options(**READING)
 
 

@@ -112,7 +112,13 @@ def from_units(units: int) -> Decimal:
 
 def money_text(amount: Decimal) -> str:
     """An amount in plain digits: no exponent, no trailing zeros ("0.0000002", "12")."""
-    return f"{amount.normalize(_EXACT):f}"
+    return f"{(amount or Decimal(0)).normalize(_EXACT):f}"
+
+
+def rounded_text(amount: Decimal) -> str:
+    """An amount with two decimals; what rounds to nothing has no sign."""
+    text = f"{amount:.2f}"
+    return text if Decimal(text) else "0.00"
 
 
 def _currency(path: Path, table: dict[str, Any]) -> str:

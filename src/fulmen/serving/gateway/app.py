@@ -27,7 +27,7 @@ from fulmen.serving.gateway.metrics import Metrics
 from fulmen.serving.gateway.relay import Relay
 from fulmen.serving.gateway.requests import ChatRequest, CompletionRequest, MessagesRequest, Sampling
 from fulmen.serving.page import FILES, HEADERS
-from fulmen.serving.prices import Rates, money_text
+from fulmen.serving.prices import Rates, money_text, rounded_text
 from fulmen.serving.served_model import ServedModel
 
 # DeepSeek's base URLs: plain, as OpenAI's clients write it, and for prefix completion and FIM.
@@ -159,7 +159,7 @@ def _account_routes(gateway: Gateway) -> APIRouter:
         left = await asyncio.to_thread(books.ledger.balance, account.id)
         if left is None:
             return {"is_available": True, "balance_infos": []}
-        total = f"{left:.2f}"
+        total = rounded_text(left)
         info = {"currency": books.prices.currency, "total_balance": total}
         info |= {"granted_balance": "0.00", "topped_up_balance": total}
         return {"is_available": left > 0, "balance_infos": [info]}
