@@ -17,6 +17,7 @@ from fulmen.serving.page import FILES, HEADERS
 
 MODEL = "smollm2-135m-dsa"
 CONTEXT = 8192
+MAX_BODY_BYTES = 3 * 2**20
 TOPK = 512
 PRICES = {"hit": "0.2", "miss": "2", "output": "3"}
 DENSE_PRICES = {"hit": "0.5", "miss": "4", "output": "12"}
@@ -37,6 +38,7 @@ def info() -> dict[str, Any]:
     return {
         "model": MODEL,
         "context": CONTEXT,
+        "max_body_bytes": MAX_BODY_BYTES,
         "needs_key": True,
         "currency": "CNY",
         "prices": PRICES,

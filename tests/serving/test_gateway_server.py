@@ -71,6 +71,17 @@ def test_it_says_what_it_serves_at_what_price(server):
     assert info["prices"] == {"hit": "0.2", "miss": "2", "output": "3"}
 
 
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_a_body_may_be_as_large_as_the_page_is_told(server, beyond):
+    most = httpx.get(f"{server.url}/fulmen/info").json()["max_body_bytes"]
+    headers = {"authorization": f"Bearer {ALICE}", "content-type": "application/json"}
+    body = b'{"text": "' + b"a" * (most - 12 + beyond) + b'"}'
+    said = httpx.post(f"{server.url}/chat/completions", content=body, headers=headers, timeout=WAIT_S)
+    assert said.status_code == (400 if beyond else 422)
+    assert said.json()["error"]["param"] == (None if beyond else "messages")
+    assert (f"{most:,} bytes" in said.text) == bool(beyond)
+
+
 def test_the_page_and_its_parts_are_there_and_nothing_beside_them(server):
     for path, file in FILES.items():
         answer = httpx.get(server.url + path)

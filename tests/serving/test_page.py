@@ -9,7 +9,7 @@ import shutil
 from decimal import Decimal
 
 import pytest
-from page_server import CODE, CONTEXT, HTML, MODEL, SECONDS, PageServer
+from page_server import CODE, CONTEXT, HTML, MAX_BODY_BYTES, MODEL, SECONDS, PageServer
 
 from fulmen.serving.page import FILES, HEADERS
 
@@ -431,6 +431,26 @@ def test_a_file_that_is_no_text_is_refused(page):
     page.locator("#file").set_input_files({"name": "a.bin", "mimeType": "x/y", "buffer": b"\xff\xfe\x00\x80"})
     expect(page.get_by_role("alert")).to_contain_text("a.bin is not plain text in UTF-8")
     expect(page.locator("#attachments li")).to_have_count(0)
+
+
+def test_what_the_server_would_refuse_is_refused_before_it_is_sent(page, server):
+    """A file by itself, and files that only together are too much for one request."""
+    attached, alert = page.locator("#attachments li"), page.get_by_role("alert")
+
+    def attach(name, size):
+        file = {"name": name, "mimeType": "text/plain", "buffer": b"a" * size}
+        page.locator("#file").set_input_files(file)
+
+    attach("large.txt", MAX_BODY_BYTES + 1)
+    expect(alert).to_contain_text("large.txt is larger than 3 MB")
+    expect(attached).to_have_count(0)
+    for count in (1, 2):
+        attach(f"{count}.txt", MAX_BODY_BYTES * 2 // 3)
+        expect(attached).to_have_count(count)
+    send(page, "What is it?")
+    expect(alert).to_contain_text("All in all that is more than 3 MB")
+    expect(attached).to_have_count(2)
+    assert server.requests == []
 
 
 def test_a_document_longer_than_the_context_is_marked(page):

@@ -22,7 +22,7 @@ from fulmen.serving.gateway.documents import ANSWERS, ERRORS
 from fulmen.serving.gateway.errors import ApiError
 from fulmen.serving.gateway.job import Call
 from fulmen.serving.gateway.json_body import JsonRoute
-from fulmen.serving.gateway.limits import Door, Keys, Slots
+from fulmen.serving.gateway.limits import MAX_BODY_BYTES, Door, Keys, Slots
 from fulmen.serving.gateway.metrics import Metrics
 from fulmen.serving.gateway.relay import Relay
 from fulmen.serving.gateway.requests import ChatRequest, CompletionRequest, MessagesRequest, Sampling
@@ -176,6 +176,7 @@ def _open_routes(gateway: Gateway) -> APIRouter:
         return {
             "model": model.name,
             "context": gateway.engine.settings.context,
+            "max_body_bytes": MAX_BODY_BYTES,
             "needs_key": gateway.keys.needed,
             "currency": prices.currency,
             "prices": _shown(prices.rates),

@@ -9,11 +9,10 @@ import {
   showReceipt,
   showTotals,
 } from "./figures.js";
-import { loadInfo, receive, requestAnswer } from "./server.js";
+import { loadInfo, megabytes, receive, requestAnswer } from "./server.js";
 import { drawText } from "./text.js";
 
 const PASTE_AS_DOCUMENT = 2000; // characters; a shorter paste stays in the message
-const LARGEST_FILE = 32 * 2 ** 20; // bytes
 const CHARACTERS_PER_TOKEN = 4; // a guess, and shown as one
 
 const $ = (id) => document.getElementById(id);
@@ -53,7 +52,7 @@ async function answerInto(answer, turn, messages, signal) {
     max_tokens: Number($("max-tokens").value),
     ...(temperature && { temperature: Number(temperature) }),
   };
-  const stream = await requestAnswer(body, $("key").value, signal);
+  const stream = await requestAnswer(body, $("key").value, signal, info.max_body_bytes);
   await receive(
     stream,
     answer,
@@ -208,10 +207,9 @@ function attachmentChip({ title, text }) {
 
 async function attachFiles(files) {
   for (const file of files) {
-    if (file.size > LARGEST_FILE) {
-      showError(
-        new Error(`${file.name} is larger than ${LARGEST_FILE / 2 ** 20} MB: attach the part that matters.`),
-      );
+    if (info && file.size > info.max_body_bytes) {
+      const most = megabytes(info.max_body_bytes);
+      showError(new Error(`${file.name} is larger than ${most}: attach the part that matters.`));
       continue;
     }
     try {

@@ -19,19 +19,27 @@ export class ServerError extends Error {
   }
 }
 
-/** What the server serves: {model, context, needs_key, currency, prices, dense_prices, dsa}. */
+/** What the server serves: {model, context, max_body_bytes, needs_key, currency, prices, dense_prices, dsa}. */
 export async function loadInfo() {
   const response = await fetchOrExplain("fulmen/info");
   return response.json();
 }
 
-/** Ask; returns the body of the answer's stream. body: in OpenAI's format, without what makes it a stream. */
-export async function requestAnswer(body, key, signal) {
+export const megabytes = (bytes) => `${Math.floor(bytes / 2 ** 16) / 16} MB`;
+
+/**
+ * Ask; returns the body of the answer's stream. body: in OpenAI's format, without what makes it a stream;
+ * most: of its bytes that the server takes.
+ */
+export async function requestAnswer(body, key, signal, most) {
+  const text = JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } });
+  if (new Blob([text]).size > most)
+    throw new ServerError(0, `All in all that is more than ${megabytes(most)}: attach less, or begin a new chat.`);
   const response = await fetchOrExplain("v1/chat/completions", {
     method: "POST",
     signal,
     headers: { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) },
-    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
+    body: text,
   });
   return response.body;
 }
