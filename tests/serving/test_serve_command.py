@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from fulmen.cli.main import app
+from fulmen.cli.serve import longrope_note
 from fulmen.serving.server import listen
 
 
@@ -83,3 +84,13 @@ def test_a_first_token_does_not_wait_until_the_headers_are_acknowledged():
                 return await seen
 
     assert asyncio.run(connect())
+
+
+def test_longrope_is_said_where_vllm_takes_other_factors():
+    factors = {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 4096, **factors}
+    config = LlamaConfig(max_position_embeddings=131072, rope_parameters=rope)
+    (note,) = longrope_note(config, 131072)
+    assert "texts up to 4,096 tokens" in note
+    assert "--max-model-len 4096" in note
+    assert longrope_note(config, 4096) == longrope_note(LlamaConfig(), 4096) == []

@@ -41,6 +41,15 @@ def save_pair(name, folder):
     dsa.save_pretrained(folder / f"{name}-shares")
 
 
+def save_longrope(folder):
+    """A Llama that is read beyond 32 tokens with long factors, which vLLM takes for shorter texts too."""
+    factors = {"short_factor": [1.0] * 16, "long_factor": [1.0 + pair / 4 for pair in range(16)]}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32}
+    changes = {"rope_parameters": {**rope, "factor": 9.0, **factors}}
+    dsa = make_dsa(make_dense("llama", hidden_size=128, head_dim=32, **changes), topk=TOPK)
+    dsa.save_pretrained(folder / "llama-longrope")
+
+
 def shuffle_rope_pairs(model):
     """Pairs that no initialisation makes, so that they must come from the checkpoint."""
     for layer in model.model.layers:
@@ -78,6 +87,7 @@ def plan_for(folder):
         **{f"{name}-dense": run(f"{name}-dense", PROMPTS) for name in BESIDE_DENSE},
         **{f"{name}-whole": run(f"{name}-whole", PROMPTS) for name in BESIDE_DENSE},
         "llama-shares": run("llama-shares", PROMPTS),
+        "llama-longrope": run("llama-longrope", PROMPTS[2:]),
         "hit": run("llama", SHARED[:1], SHARED, SHARED),
         "forgotten": run("llama", SHARED, "forget", SHARED),
         "chunked": run("llama", PROMPTS, max_num_batched_tokens=32, max_num_seqs=4),
@@ -90,6 +100,7 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for name in NAMES:
         save_pair(name, folder)
+    save_longrope(folder)
     return folder
 
 
@@ -127,6 +138,10 @@ def test_up_to_k_it_is_dense_vllm(results, name):
 @pytest.mark.parametrize("name", [*NAMES, "llama-shares"])
 def test_above_k_it_is_generate(results, generated, name):
     assert tokens(results, name) == generated(name, PROMPTS)
+
+
+def test_longrope_beyond_the_original_length_is_generates(results, generated):
+    assert tokens(results, "llama-longrope") == generated("llama-longrope", PROMPTS[2:])
 
 
 @pytest.mark.parametrize("name", BESIDE_DENSE)

@@ -9,6 +9,8 @@ import typer
 from fulmen.cli.books import DEFAULT_STATE, LedgerUrl, State, books_at, missing_extra
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from fulmen.serving.books import Books
     from fulmen.serving.engine_settings import EngineSettings
 
@@ -61,4 +63,17 @@ def describe(settings: "EngineSettings", books: "Books") -> list[str]:
         f"{model.name}: {kept}, context {settings.context:,} tokens",
         f"{prices.currency} per million tokens: {shown}",
         f"{keys} keys" if keys else "no keys: everybody on this machine is one anonymous account",
+        *longrope_note(model.config, settings.context),
+    ]
+
+
+def longrope_note(config: "PreTrainedConfig", context: int) -> list[str]:
+    """What a user of LongRoPE must know of vLLM, which has one rotary table for all lengths; else nothing."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") != "longrope" or not original or context <= original:
+        return []
+    return [
+        f"LongRoPE: vLLM takes the long factors for texts up to {original:,} tokens too, Transformers the "
+        f"short ones; so does vLLM with -- --max-model-len {original}"
     ]

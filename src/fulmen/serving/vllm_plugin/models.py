@@ -16,6 +16,7 @@ from fulmen.config import DsaConfig
 from fulmen.errors import ConfigError
 from fulmen.modeling.model import require_dsa
 from fulmen.serving.vllm_plugin.attention import DsaAttention
+from fulmen.serving.vllm_plugin.rope import require_same_rope, scale_longrope
 
 # The interfaces used here are internal to vLLM and change between its versions.
 VLLM_SERIES = "0.32."
@@ -27,11 +28,13 @@ class DsaServingMixin:
     model: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        dsa = _require_servable(vllm_config)
+        dsa, config = _require_servable(vllm_config), vllm_config.model_config
+        scale_longrope(config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         for layer in dsa.layers:
             block = self.model.layers[layer]
             if not isinstance(block, PPMissingLayer):
+                require_same_rope(block.self_attn.rotary_emb, config.hf_config, config.max_model_len)
                 name = f"{maybe_prefix(prefix, 'model')}.layers.{layer}.self_attn"
                 block.self_attn = DsaAttention(block.self_attn, layer, dsa, vllm_config, name)
 

@@ -16,6 +16,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from fulmen.ops.paged_layer import NewTokens
 from fulmen.ops.paged_sparse import Sequences
+from fulmen.serving.vllm_plugin.rope import rotary_rows
 
 # As many tokens as pass through a layer faster in one call than by matrix products of their own.
 FEW = 32
@@ -90,7 +91,7 @@ class Step(AttentionMetadata):
         key = (rows_per_block, id(rotary))
         if key not in self._layouts:
             rows, index_rows = self._rows(rows_per_block[0]), index_step._rows(rows_per_block[1])
-            cos_TP, sin_TP = rotary.cos_sin_cache[positions_T].to(dtype).chunk(2, -1)
+            cos_TP, sin_TP = rotary_rows(rotary, positions_T).to(dtype).chunk(2, -1)
             tokens = NewTokens(rows.new_T, index_rows.new_T, cos_TP, sin_TP)
             sequences = [_of_span(span, rows, index_rows) for span in self.spans]
             self._layouts[key] = Layout(tokens, sequences)
