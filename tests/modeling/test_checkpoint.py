@@ -21,9 +21,9 @@ from fulmen.modeling.checkpoint import (
     find_source,
     load_dense,
     require_free_output,
-    require_sound_gguf,
     save_converted,
 )
+from fulmen.modeling.gguf_weights import read_sound_gguf
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
 CARD = "# A tiny model\n"
@@ -197,7 +197,7 @@ class TestGguf:
         writer.write_tensors_to_file()
         writer.close()
         with pytest.raises(UnsupportedModelError, match="'gemma3'"):
-            require_sound_gguf(tmp_path / "other.gguf")
+            read_sound_gguf(tmp_path / "other.gguf")
 
 
 class TestSaveConverted:

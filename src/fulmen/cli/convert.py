@@ -87,7 +87,9 @@ def convert_command(
     ] = False,
     dtype: Annotated[
         str,
-        typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}. auto: as in SOURCE (GGUF: float32)."),
+        typer.Option(
+            help=f"Type of the weights: {', '.join(DTYPES)}. auto: as in SOURCE (quantized GGUF: bfloat16)."
+        ),
     ] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     index_heads: Annotated[

@@ -89,8 +89,8 @@ def read_shape(source: str) -> tuple[ModelSource, bool, ModelShape]:
     found, config = read_config(source)
     converted = any(config.model_type in family.dsa_types for family in all_families())
     dsa = dsa_of(config) if converted else default_dsa(config)
-    # Quantized GGUF weights become float32 when loaded; a config without a dtype means the same.
-    dtype: Any = (None if found.gguf_file else config.dtype) or torch.float32
+    # A config without a dtype means float32.
+    dtype: Any = config.dtype or torch.float32
     return found, converted, ModelShape(config, dsa, dtype)
 
 

@@ -8,8 +8,9 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from fulmen.errors import AlreadyConvertedError, CheckpointError
-from fulmen.modeling.checkpoint import ModelSource, find_source, require_sound_gguf
+from fulmen.modeling.checkpoint import ModelSource, find_source
 from fulmen.modeling.families import family_for_type
+from fulmen.modeling.gguf_weights import read_sound_gguf
 
 
 def read_config(source: str | Path) -> tuple[ModelSource, PreTrainedConfig]:
@@ -17,14 +18,11 @@ def read_config(source: str | Path) -> tuple[ModelSource, PreTrainedConfig]:
 
     Raises:
         CheckpointError: there is no such model, or its config cannot be read.
-        UnsupportedModelError: no family knows its `model_type`.
+        UnsupportedModelError: no family knows its `model_type`, or a GGUF file asks for more than it can.
     """
     found = find_source(source)
     if found.gguf_file:
-        require_sound_gguf(Path(found.place, found.gguf_file))
-        return found, _readable(
-            found, lambda: AutoConfig.from_pretrained(found.place, gguf_file=found.gguf_file)
-        )
+        return found, read_sound_gguf(str(found))[1]
     values, _ = _readable(found, lambda: PreTrainedConfig.get_config_dict(found.place))
     if not isinstance(values, dict) or not values.get("model_type"):
         raise CheckpointError(f"{found} names no model_type in config.json; it is no Transformers model")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from fulmen import __version__
 from fulmen.cli.chat_session import load_converted
@@ -22,7 +22,7 @@ from fulmen.evaluation.suite.run import NEEDS_DSA, NEEDS_WEIGHTS, SUITES, SuiteP
 from fulmen.evaluation.suite.subjects import LocalSubject, Subject
 from fulmen.evaluation.suite.suite_page import write_suite_page
 from fulmen.evaluation.suite.suite_report import suite_sections, write_suite_markdown
-from fulmen.modeling.checkpoint import ModelSource, find_source, load_dense
+from fulmen.modeling.checkpoint import ModelSource, find_source, load_dense, load_tokenizer
 from fulmen.training.teacher import require_same_tokens
 
 SAMPLES_FILE = "samples.jsonl"
@@ -90,7 +90,7 @@ def load_subject(settings: SuiteSettings) -> tuple[Subject, Any]:
     found = find_source(settings.source)
     if settings.url is not None:
         assert settings.model is not None
-        tokenizer = _loaded(found, lambda: AutoTokenizer.from_pretrained(found.place, **_gguf(found)))
+        tokenizer = load_tokenizer(found)
         return EndpointSubject(settings.url, settings.model, tokenizer), tokenizer
     source = None
     if _is_converted(found):
@@ -104,7 +104,7 @@ def load_subject(settings: SuiteSettings) -> tuple[Subject, Any]:
         model, tokenizer = load_dense(settings.source)
     else:
         # Any model of Transformers, known to a family or not: nothing of it is changed.
-        tokenizer = _loaded(found, lambda: AutoTokenizer.from_pretrained(found.place))
+        tokenizer = load_tokenizer(found)
         model = _loaded(found, lambda: AutoModelForCausalLM.from_pretrained(found.place, dtype="auto"))
     return LocalSubject(model.eval(), tokenizer, settings.topk, source and source.eval()), tokenizer
 
@@ -122,10 +122,6 @@ def _loaded(found: ModelSource, load: Callable[[], Any]) -> Any:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{found} cannot be loaded ({reason[:200]}); name a whole model") from error
-
-
-def _gguf(found: ModelSource) -> dict[str, str]:
-    return {"gguf_file": found.gguf_file} if found.gguf_file else {}
 
 
 def _identity(settings: SuiteSettings, corpus: Corpus, subject: Subject) -> dict[str, Any]:

