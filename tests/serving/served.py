@@ -15,10 +15,10 @@ import httpx
 import openai
 import psutil
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fulmen
-from fulmen.modeling.checkpoint import find_source
+from fulmen.modeling.checkpoint import find_source, load_tokenizer
 from fulmen.serving.accounts import Accounts
 from fulmen.serving.books import open_books
 
@@ -43,7 +43,7 @@ def save_model(folder):
     shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 12, "vocab_size": VOCABULARY}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
     LlamaForCausalLM(LlamaConfig(**shape, **heads)).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(source.place, gguf_file=source.gguf_file)
+    tokenizer = load_tokenizer(source)
     tokenizer.add_special_tokens({"additional_special_tokens": FIM})
     tokenizer.save_pretrained(folder)
     return folder

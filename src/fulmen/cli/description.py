@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from fulmen.cli.model_config import read_config
+from fulmen.cli.model_config import quantized_types, read_config
 from fulmen.config import DsaConfig
 from fulmen.evaluation.price import ModelShape
 from fulmen.modeling.cache import CacheBytes
@@ -38,6 +38,7 @@ class ModelDescription:
         converted: whether the model has DSA already; then `dsa` is its own, else the one we would use.
         heads: "9 query, 3 key/value, width 64" or MLA's ranks.
         dtype: of the weights after loading, which is that of the cache.
+        quantized: types of a GGUF file's weights, which are dequantized when loaded.
         parameters: of the whole model, an indexer that it has included.
         step_weights: bytes of weights that a decoding step reads, shared by its batch.
         indexer_parameters: of all indexers, those that it has or would get.
@@ -60,6 +61,7 @@ class ModelDescription:
     rope: str
     context: int | None
     dtype: str
+    quantized: list[str]
     dsa: DsaConfig
     dense_layers: dict[str, str]
     index_key_share: float
@@ -116,6 +118,7 @@ def describe(source: str) -> ModelDescription:
         rope=_rope_in_words(config),
         context=getattr(config, "max_position_embeddings", None),
         dtype=str(dtype).removeprefix("torch."),
+        quantized=quantized_types(found),
         dsa=dsa,
         dense_layers=_dense_layers(config, dsa),
         index_key_share=index_key_share(config, dsa, dtype.itemsize),
@@ -158,6 +161,15 @@ def _heads_in_words(config: Any) -> str:
 def _rope_in_words(config: PreTrainedConfig) -> str:
     values = config.rope_parameters or {}
     words = [str(values.get("rope_type", "default"))]
-    known = {"rope_theta": "theta", "factor": "factor", "partial_rotary_factor": "share of dims"}
+    known = {
+        "rope_theta": "theta",
+        "factor": "factor",
+        "original_max_position_embeddings": "original context",
+        "attention_factor": "attention factor",
+        "partial_rotary_factor": "share of dims",
+    }
     words += [f"{name} {values[key]:g}" for key, name in known.items() if values.get(key) is not None]
+    for key, name in (("short_factor", "short"), ("long_factor", "long")):
+        if factors := values.get(key):
+            words.append(f"{name} factors {min(factors):g} to {max(factors):g}")
     return ", ".join(words)

@@ -67,7 +67,7 @@ def _facts(model: "ModelDescription") -> list[tuple[str, str]]:
         ("model", model.source),
         ("state", state),
         ("family", f"{model.model_type} ({model.architecture})"),
-        ("parameters", f"{_count(model.parameters)}, {model.dtype}"),
+        ("parameters", f"{_count(model.parameters)}, {model.dtype}{_dequantized(model)}"),
         ("layers", f"{model.layers}, hidden size {model.hidden_size:,}, vocabulary {model.vocab_size:,}"),
         ("heads", model.heads),
         ("RoPE", model.rope),
@@ -84,6 +84,14 @@ def _facts(model: "ModelDescription") -> list[tuple[str, str]]:
         f"({model.index_key_share:.1%} of a converted layer)"
     )
     return [*facts, ("indexer", shape), ("cache", share)]
+
+
+def _dequantized(model: "ModelDescription") -> str:
+    return (
+        f", dequantized from {', '.join(model.quantized)} (convert --dtype decides)"
+        if model.quantized
+        else ""
+    )
 
 
 def _savings(model: "ModelDescription") -> Table:

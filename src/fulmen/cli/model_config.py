@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from fulmen.errors import AlreadyConvertedError, CheckpointError
 from fulmen.modeling.checkpoint import ModelSource, find_source
 from fulmen.modeling.families import family_for_type
+from fulmen.modeling.gguf_file import read_gguf
 from fulmen.modeling.gguf_weights import read_sound_gguf
 
 
@@ -30,6 +31,11 @@ def read_config(source: str | Path) -> tuple[ModelSource, PreTrainedConfig]:
     with suppress(AlreadyConvertedError):
         family_for_type(values["model_type"])
     return found, _readable(found, lambda: AutoConfig.from_pretrained(found.place))
+
+
+def quantized_types(found: ModelSource) -> list[str]:
+    """Names of the quantized types in a GGUF file, as "Q4_K"; empty for anything else."""
+    return read_gguf(str(found)).quantized_types if found.gguf_file else []
 
 
 def _readable(found: ModelSource, read: Callable[[], Any]) -> Any:

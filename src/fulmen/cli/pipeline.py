@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from fulmen import __version__
 from fulmen.cli.model_card import conversion_card
+from fulmen.cli.model_config import quantized_types
 from fulmen.cli.progress import progress_bar, say, show_losses
 from fulmen.cli.run_dir import RunDir
 from fulmen.cli.settings import ConvertSettings
@@ -55,6 +56,9 @@ def convert(settings: ConvertSettings) -> Path:
     say(f"Loading {settings.source}")
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     dense, tokenizer = load_dense(settings.source, dtype)
+    if types := quantized_types(find_source(settings.source)):
+        loaded = str(dense.dtype).removeprefix("torch.")
+        say(f"Its weights ({', '.join(types)}) are dequantized to {loaded}; --dtype decides")
     dsa = default_dsa(dense.config, settings.topk, settings.index_heads, settings.index_head_dim)
     window = _window_length(settings.window, dense, dsa)
     model = family_for(dense.config).from_dense(dense, dsa).eval()

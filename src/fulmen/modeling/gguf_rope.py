@@ -113,18 +113,17 @@ def _longrope(model: GgufModel, head_dim: int, context: int) -> dict[str, Any]:
 def _longrope_values(
     short: Tensor, long: Tensor, original: int, context: int, attention_factor: float
 ) -> dict[str, Any]:
+    ratio = context / original
     values: dict[str, Any] = {
         "rope_type": "longrope",
+        "factor": ratio,
         "short_factor": short.tolist(),
         "long_factor": long.tolist(),
         "original_max_position_embeddings": original,
     }
-    ratio = context / original
     usual = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
     if not math.isclose(attention_factor, usual, rel_tol=_SAME):
         values["attention_factor"] = attention_factor
-        # vLLM's words for the same: it does not look at attention_factor.
-        values["short_mscale"] = values["long_mscale"] = attention_factor
     return values
 
 
