@@ -2,9 +2,10 @@
 
 `python vllm_runs.py PLAN RESULT`: PLAN is a JSON list of runs. A run has `model` (a directory), `engine`
 (further arguments of `vllm.LLM`), `max_tokens`, and `batches`: lists of prompts (token ids) that are given to
-the engine together. A batch "forget" sets all index keys to zero instead. RESULT holds, for each run, a list
-of batches with `tokens` and `cached` (prompt tokens found in the prefix cache) of every prompt, and
-`preemptions`.
+the engine together. A batch "forget" sets all index keys to zero instead, and one like {"update": DIR,
+"way": "reload", "names": ["indexer"]} gives the running model weights of another directory: those whose names
+have one of the parts. RESULT holds, for each run, a list of batches with `tokens`, their `logprobs`, and
+`cached` (prompt tokens found in the prefix cache) of every prompt, and `preemptions`.
 """
 
 import gc
@@ -43,11 +44,16 @@ def run_batch(engine, run, batch):
 
     if batch == "forget":
         return engine.apply_model(forget_index_keys)
-    sampling = SamplingParams(temperature=0, max_tokens=run["max_tokens"], ignore_eos=True, detokenize=False)
+    if isinstance(batch, dict):
+        return update_weights(engine, **batch)
+    greedy = {"temperature": 0, "max_tokens": run["max_tokens"], "ignore_eos": True, "logprobs": 0}
+    sampling = SamplingParams(**greedy, detokenize=False)
     prompts = [{"prompt_token_ids": prompt} for prompt in batch]
     answers = engine.generate(prompts, sampling, use_tqdm=False)
+    outputs = [answer.outputs[0] for answer in answers]
     return {
-        "tokens": [list(answer.outputs[0].token_ids) for answer in answers],
+        "tokens": [list(output.token_ids) for output in outputs],
+        "logprobs": [[next(iter(at.values())).logprob for at in output.logprobs] for output in outputs],
         "cached": [answer.num_cached_tokens for answer in answers],
     }
 
@@ -55,6 +61,27 @@ def run_batch(engine, run, batch):
 def forget_index_keys(model):
     for layer in model.model.layers:
         layer.self_attn.index_cache.kv_cache.zero_()
+
+
+def update_weights(engine, update, way, names=("",)):
+    """As those do who train a model while it answers: by a reload, by the model, or into its parameters."""
+    from safetensors.torch import load_file
+
+    found = {
+        name: weight
+        for name, weight in load_file(Path(update) / "model.safetensors").items()
+        if any(part in name for part in names)
+    }
+    if way == "reload" and names == ("",):
+        engine.collective_rpc("reload_weights", kwargs={"weights_path": update})
+    elif way == "reload":
+        engine.collective_rpc("reload_weights", kwargs={"weights_iterator": found.items()})
+    elif way == "load":
+        engine.apply_model(lambda model: model.load_weights(found.items()))
+    else:
+        assert way == "copy"
+        settings = {"weights_iterator": found.items(), "is_checkpoint_format": False}
+        engine.collective_rpc("reload_weights", kwargs=settings)
 
 
 if __name__ == "__main__":

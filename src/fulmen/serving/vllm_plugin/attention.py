@@ -1,6 +1,5 @@
 """The attention of a converted layer in vLLM: `fulmen.modeling.attention` over paged caches."""
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from fulmen.ops.paged_project import Projections, project_and_store
 from fulmen.ops.paged_sparse import Sequences, paged_sparse_attention
 from fulmen.serving.vllm_plugin.caches import IndexKeyCache, KeyValueCache
 from fulmen.serving.vllm_plugin.step import Span, Step
+from fulmen.serving.vllm_plugin.weights import IndexerWeights
 
 
 class DsaAttention(nn.Module):
@@ -37,7 +37,9 @@ class DsaAttention(nn.Module):
         self.head_dim, self.heads, self.kv_heads = stock.head_dim, stock.num_heads, stock.num_kv_heads
         self.total_kv_heads, self.scale = stock.total_num_kv_heads, stock.scaling
         self.topk, self.layer_topk = dsa.topk, dsa.layer_topk(layer)
-        self.indexer = GqaIndexer(vllm_config.model_config.hf_config, dsa)
+        self.indexer = GqaIndexer(vllm_config.model_config.hf_config, dsa).requires_grad_(False)
+        # Before any weights come: biases are then read in the precision that the checkpoint has.
+        self._weights = IndexerWeights(self.indexer)
         self.name = f"{name}.attn"
         self.cache = KeyValueCache(self.name, vllm_config, self.kv_heads, self.head_dim)
         self.index_shape = (dsa.index_n_kv_heads, dsa.index_head_dim + SCALE_BYTES)
@@ -85,8 +87,9 @@ class DsaAttention(nn.Module):
 
     def _paged_layer(self) -> PagedLayer:
         kept = self.__dict__.get("_kept_layer")
-        if kept is None or kept[0] is not kept[1].kv_cache:
-            caches = (self.cache.rows_RHC(), self.index_cache.rows_RHC()[:, 0], self.indexer.rope_pairs)
+        pairs_IP = self.indexer.rope_pairs
+        if kept is None or kept[0] is not kept[1].kv_cache or kept[2].rope_pairs_IP is not pairs_IP:
+            caches = (self.cache.rows_RHC(), self.index_cache.rows_RHC()[:, 0], pairs_IP)
             heads = (self.heads, self.indexer.n_heads)
             layer = PagedLayer(*caches, *heads, self.layer_topk, self.topk, self.scale)
             kept = (self.cache.kv_cache, self.cache, layer)
@@ -94,12 +97,11 @@ class DsaAttention(nn.Module):
             self._rows_per_block = (self.cache.rows_per_block, self.index_cache.rows_per_block)
         return kept[2]
 
-    @cached_property
+    @property
     def _projections(self) -> Projections:
-        """The indexer's weights, those of its weights and shifts as one matrix."""
-        parts = (self.indexer.weights_proj, self.indexer.shift_proj)
-        both = (torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]))
-        return Projections(self.indexer.wq.weight, self.indexer.wk.weight, *both)
+        if not self._weights.hold:
+            self._weights = IndexerWeights(self.indexer)
+        return self._weights.projections
 
     def _attend_span(self, q_THD: Tensor, index: Any, span: Span, seen: Sequences, out_TX: Tensor) -> None:
         """Fill `out_TX` for a span's queries."""

@@ -17,6 +17,7 @@ from fulmen.errors import ConfigError
 from fulmen.modeling.model import require_dsa
 from fulmen.serving.vllm_plugin.attention import DsaAttention
 from fulmen.serving.vllm_plugin.rope import require_same_rope, scale_longrope
+from fulmen.serving.vllm_plugin.weights import HeadWatch
 
 # The interfaces used here are internal to vLLM and change between its versions.
 VLLM_SERIES = "0.32."
@@ -37,6 +38,18 @@ class DsaServingMixin:
                 require_same_rope(block.self_attn.rotary_emb, config.hf_config, config.max_model_len)
                 name = f"{maybe_prefix(prefix, 'model')}.layers.{layer}.self_attn"
                 block.self_attn = DsaAttention(block.self_attn, layer, dsa, vllm_config, name)
+        self._head_watch = HeadWatch()
+        if hasattr(self, "logits_processor"):  # the last rank of a pipeline
+            self.logits_processor.register_forward_pre_hook(self._head_watch.before_use)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """All weights, or those of a running model that are to be replaced."""
+        loaded = self._load(weights)
+        self._head_watch.loaded()
+        return loaded
+
+    def _load(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        return super().load_weights(weights)  # type: ignore[misc]
 
 
 class LlamaDsaForCausalLM(DsaServingMixin, LlamaForCausalLM):
@@ -46,7 +59,7 @@ class LlamaDsaForCausalLM(DsaServingMixin, LlamaForCausalLM):
 class MistralDsaForCausalLM(DsaServingMixin, MistralForCausalLM):
     """`fulmen.modeling.families.mistral` in vLLM."""
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+    def _load(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         # MistralForCausalLM takes any `wq` for one of Mistral's own file format; the indexer has one.
         return LlamaForCausalLM.load_weights(self, weights)
 

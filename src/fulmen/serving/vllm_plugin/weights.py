@@ -1,0 +1,78 @@
+"""Weights may be replaced while an engine runs; what was made of them must not be kept.
+
+vLLM loads a checkpoint anew, a trainer sends some weights by name, or they are written into the parameters.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+
+from fulmen.modeling.indexer import GqaIndexer
+from fulmen.ops.paged_project import Projections
+
+
+class IndexerWeights:
+    """An indexer's parameters as the kernels want them, without a copy: what is written there counts at once.
+
+    The matrices of weights and shifts become parts of one, and their biases of one float32 vector.
+    """
+
+    def __init__(self, indexer: GqaIndexer) -> None:
+        both = (indexer.weights_proj, indexer.shift_proj)
+        matrix_YC = _join([part.weight for part in both], indexer.wq.weight.dtype)
+        bias_Y = _join([part.bias for part in both], torch.float32)
+        self.projections = Projections(indexer.wq.weight, indexer.wk.weight, matrix_YC, bias_Y)
+        # Not the parameters themselves: they may be replaced, too.
+        slots = ((part._parameters, name) for part in indexer.modules() for name in part._parameters)
+        self._slots: list[tuple[dict[str, Any], str]] = [
+            (parameters, name) for parameters, name in slots if parameters[name] is not None
+        ]
+        self._places = self._now()
+
+    @property
+    def hold(self) -> bool:
+        """Whether the parameters still lie where they lay; else take a new object."""
+        return self._now() == self._places
+
+    def _now(self) -> list[int]:
+        return [parameters[name].data_ptr() for parameters, name in self._slots]
+
+
+def _join(parameters: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """One tensor of which each parameter becomes a part, with the numbers that it has."""
+    whole = torch.cat([parameter.detach().to(dtype) for parameter in parameters])
+    for parameter, part in zip(parameters, whole.chunk(len(parameters)), strict=True):
+        parameter.data = part
+    return whole
+
+
+class HeadWatch:
+    """Has vLLM pack a language model's head again where its weights are others than those packed.
+
+    On a CPU vLLM multiplies by a packed copy of the head. Its own reload makes that anew for a head that it
+    loads, but not for one that is the embedding; whoever calls the model's `load_weights` or writes into its
+    parameters gets no new copy at all.
+    """
+
+    def __init__(self) -> None:
+        self._loads = 0
+        self._packed: tuple[int, ...] | None = None
+
+    def loaded(self) -> None:
+        """Weights came by the model's `load_weights`, which writes past autograd's count of changes."""
+        self._loads += 1
+
+    def before_use(self, _module: Any, inputs: tuple[Any, ...]) -> None:
+        """A hook of vLLM's logits processor, whose first input is the head."""
+        head = inputs[0]
+        method: Any = getattr(head, "quant_method", None)
+        if not isinstance(head, ParallelLMHead) or not isinstance(method, UnquantizedEmbeddingMethod):
+            return
+        weight: Any = head.weight
+        changes = 0 if weight.is_inference() else weight._version
+        now = (self._loads, weight.data_ptr(), changes)
+        if now != self._packed:
+            method.process_weights_after_loading(head)
+            self._packed = now
