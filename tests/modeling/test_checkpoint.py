@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from fulmen import AlreadyConvertedError, CheckpointError, OutputError, UnsupportedModelError
+from fulmen import AlreadyConvertedError, CheckpointError, ConfigError, OutputError, UnsupportedModelError
 from fulmen.modeling.checkpoint import (
     SMALL_MODEL_HUB_NAME,
     dense_view,
@@ -255,12 +255,14 @@ class TestSaveConverted:
         for file in first.iterdir():
             assert (second / file.name).read_bytes() == file.read_bytes(), file.name
 
-    def test_attn_implementation_is_ours_whatever_is_asked(self, tokenizer, tmp_path):
+    def test_attn_implementation_is_ours_and_no_other_is_taken(self, tokenizer, tmp_path):
         model = make_dsa(make_dense("llama"), topk=6)
         folder = save_converted(model, tokenizer, tmp_path / "out", CARD)
-        loaded = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
         assert loaded.config._attn_implementation == "fulmen"
         assert torch.equal(logits(loaded), logits(model))
+        with pytest.raises(ConfigError, match="attn_implementation='eager' cannot be set"):
+            AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
 
     def test_existing_output_is_kept_unless_overwriting_a_model(self, tokenizer, tmp_path):
         model, out = make_dsa(make_dense("llama")), tmp_path / "out"

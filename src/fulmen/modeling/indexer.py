@@ -27,6 +27,32 @@ class IndexRotation(NamedTuple):
     sin_BTIP: Tensor
 
 
+class IndexProjection(nn.Module):
+    """x @ weight.T + bias, with the names of `nn.Linear`, which it is not on purpose.
+
+    Tools that adapt or quantise "all linear layers" leave it alone: a language model's loss has no gradient
+    in an indexer, so that adapters there would never learn.
+    """
+
+    bias: Tensor  # or None, as in nn.Linear
+
+    def __init__(self, n_inputs: int, n_outputs: int, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_outputs, n_inputs))
+        self.register_parameter("bias", nn.Parameter(torch.empty(n_outputs)) if bias else None)
+        self.reset_parameters(n_inputs**-0.5)
+
+    def reset_parameters(self, std: float) -> None:
+        """Normal weights and no bias; those that a checkpoint has filled stay."""
+        transformers_init.normal_(self.weight, mean=0.0, std=std)
+        if self.bias is not None:
+            transformers_init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., n_inputs] -> [..., n_outputs]"""
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
 class GqaIndexer(nn.Module):
     """Index queries, keys, weights and shifts (DeepSeek-V3.2, arXiv 2512.02556, section 2.1), in groups.
 
@@ -46,10 +72,10 @@ class GqaIndexer(nn.Module):
         model_head_dim = model_head_width(config)
         n_q, n_k = config.num_attention_heads * model_head_dim, config.num_key_value_heads * model_head_dim
         self.n_rotary_pairs = model_head_dim // 2
-        self.wq = nn.Linear(n_q, self.n_heads * self.head_dim, bias=False)
-        self.wk = nn.Linear(n_k, self.n_kv_heads * self.head_dim, bias=False)
-        self.weights_proj = nn.Linear(config.hidden_size, self.n_heads)
-        self.shift_proj = nn.Linear(config.hidden_size, self.n_heads)
+        self.wq = IndexProjection(n_q, self.n_heads * self.head_dim, bias=False)
+        self.wk = IndexProjection(n_k, self.n_kv_heads * self.head_dim, bias=False)
+        self.weights_proj = IndexProjection(config.hidden_size, self.n_heads)
+        self.shift_proj = IndexProjection(config.hidden_size, self.n_heads)
         self.register_buffer("rope_pairs", self._first_rope_pairs())
 
     def forward(

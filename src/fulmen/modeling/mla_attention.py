@@ -18,6 +18,7 @@ from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaAttent
 from fulmen.errors import CacheError, ConfigError, UnsupportedModelError
 from fulmen.modeling.mla_cache import MlaCache, MlaLayer
 from fulmen.modeling.mla_convert import MLA_DSA_TYPES
+from fulmen.modeling.model import require_no_attention_weights
 from fulmen.modeling.selectors import IndexerSelector, SelectionInputs, Selector
 from fulmen.modeling.visible import Visible, visible_intervals
 from fulmen.ops.dense_attention import dense_attention
@@ -297,6 +298,7 @@ def _mask_to_intervals(
         raise ConfigError(
             f"attention_dropout={model.config.attention_dropout} is not supported in training; set it to 0"
         )
+    require_no_attention_weights(given.get("output_attentions"), model.config.output_attentions)
     if given["use_cache"] is None:
         given["use_cache"] = bool(model.config.use_cache) and not model.training
     if given["past_key_values"] is None and given["use_cache"]:

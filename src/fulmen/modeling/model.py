@@ -13,7 +13,7 @@ from fulmen.config import DsaConfig, require_positive_int
 from fulmen.errors import CacheError, ConfigError
 from fulmen.modeling.attention import ATTENTION_NAME
 from fulmen.modeling.cache import DsaCache, require_index_room
-from fulmen.modeling.indexer import GqaIndexer
+from fulmen.modeling.indexer import GqaIndexer, IndexProjection
 from fulmen.modeling.rope_tables import rope_for_length
 from fulmen.modeling.visible import visible_intervals
 
@@ -30,13 +30,12 @@ class DsaPreTrainedMixin:
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, GqaIndexer):
             module.reset_rope_pairs()
+        elif isinstance(module, IndexProjection):
+            module.reset_parameters(self.config.initializer_range)
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """A DSA model has one attention. Raises ConfigError for any other."""
-        if attn_implementation != ATTENTION_NAME:
-            raise ConfigError(
-                f"attn_implementation={attn_implementation!r} cannot be set; DSA models run {ATTENTION_NAME}"
-            )
+        _require_own_attention(attn_implementation)
 
 
 class DsaModelMixin(DsaPreTrainedMixin):
@@ -49,7 +48,7 @@ class DsaModelMixin(DsaPreTrainedMixin):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         dsa = require_dsa(config)
-        config._attn_implementation = ATTENTION_NAME
+        _set_own_attention(config)
         super().__init__(config)  # type: ignore[call-arg]
         for layer in dsa.layers:
             self.layers[layer].self_attn = self.attention_class(config, layer)
@@ -69,8 +68,10 @@ class DsaModelMixin(DsaPreTrainedMixin):
 
         Raises:
             CacheError: `past_key_values` has no room for index keys.
-            ConfigError: an attention mask that is not one run of ones per row; attention dropout in training.
+            ConfigError: an attention mask that is not one run of ones per row; attention dropout in training;
+                attention weights asked for.
         """
+        require_no_attention_weights(kwargs.get("output_attentions"), self.config.output_attentions)
         if self.training and self.config.attention_dropout:
             raise ConfigError(
                 f"attention_dropout={self.config.attention_dropout} is not supported in training; set it to 0"
@@ -115,7 +116,7 @@ class DsaGenerationMixin(DsaPreTrainedMixin):
     generation_config: GenerationConfig
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        config._attn_implementation = ATTENTION_NAME
+        _set_own_attention(config)
         # Past the stock class, which would build its dense model first.
         PreTrainedModel.__init__(self, config)  # type: ignore[arg-type]
         self.model = self.model_class(config)
@@ -131,7 +132,7 @@ class DsaGenerationMixin(DsaPreTrainedMixin):
 
         However it is read, a prompt has one rotary table: that of its whole length.
 
-        Raises CacheError if `cache_implementation` asks for another cache.
+        Raises CacheError if `cache_implementation` asks for another cache, ConfigError for attention weights.
         """
 
         def setting(name: str) -> Any:
@@ -139,6 +140,7 @@ class DsaGenerationMixin(DsaPreTrainedMixin):
             chosen = next((value for value in sources if value is not None), None)
             return getattr(self.generation_config, name, None) if chosen is None else chosen
 
+        require_no_attention_weights(setting("output_attentions"))
         if (wanted := setting("cache_implementation")) is not None:
             raise CacheError(f"cache_implementation={wanted!r} has no room for index keys; leave it out")
         if setting("use_cache") is not False and kwargs.get("past_key_values") is None:
@@ -177,6 +179,15 @@ def require_dsa(config: PreTrainedConfig) -> DsaConfig:
     return dsa
 
 
+def require_no_attention_weights(*wanted: bool | None) -> None:
+    """Raise ConfigError if `output_attentions` is true in one of its places."""
+    if any(wanted):
+        raise ConfigError(
+            "output_attentions=True cannot be given: weights of all keys are never made; "
+            "leave it out, or ask the dense model (fulmen.modeling.checkpoint.dense_view)"
+        )
+
+
 def set_topk(model: PreTrainedModel, topk: int) -> None:
     """Let every query of a DSA model keep `topk` tokens, from the next forward pass on.
 
@@ -208,6 +219,20 @@ def set_topk_shares(model: PreTrainedModel, shares: Sequence[float]) -> None:
     """
     dsa = DsaConfig.from_dict({**model.config.dsa, "topk_shares": tuple(shares)})
     model.config.dsa = dsa.to_dict()
+
+
+def _set_own_attention(config: PreTrainedConfig) -> None:
+    # A config turns to "eager" by itself when it is asked for the weights.
+    require_no_attention_weights(config.output_attentions)
+    _require_own_attention(config._attn_implementation or ATTENTION_NAME)
+    config._attn_implementation = ATTENTION_NAME
+
+
+def _require_own_attention(name: str | dict) -> None:
+    if name != ATTENTION_NAME:
+        raise ConfigError(
+            f"attn_implementation={name!r} cannot be set; DSA models run {ATTENTION_NAME!r}, leave it out"
+        )
 
 
 def _slides(config: PreTrainedConfig, layer: int) -> bool:

@@ -1,8 +1,8 @@
-"""Makes Transformers' auto classes know fulmen's model types; imports model code only when one is used."""
+"""Makes Transformers' auto classes and PEFT know our model types; imports model code when one is used."""
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -11,26 +11,35 @@ from typing import Any
 from fulmen.modeling.families import family_names, import_family
 
 AUTO_CONFIG_MODULE = "transformers.models.auto.configuration_auto"
+PEFT_TABLES_MODULE = "peft.utils.constants"
 
 
 def register_model_types() -> None:
-    """Register stand-ins for our config classes, at once or as soon as Transformers' table is imported.
+    """Register stand-ins for our config classes, and what PEFT adapts in them: at once where the libraries'
+    tables are imported, else as soon as they are.
 
-    Importing that table takes seconds; `import fulmen` must not.
+    Importing them takes seconds; `import fulmen` must not.
     """
-    if AUTO_CONFIG_MODULE in sys.modules:
-        _register_stand_ins()
-    else:
-        sys.meta_path.insert(0, _AutoConfigWatch())
+    for module, register in (
+        (AUTO_CONFIG_MODULE, _register_stand_ins),
+        (PEFT_TABLES_MODULE, _register_targets),
+    ):
+        if module in sys.modules:
+            register()
+        else:
+            sys.meta_path.insert(0, _ImportWatch(module, register))
 
 
-class _AutoConfigWatch(MetaPathFinder):
-    """Registers the stand-ins right after the import of the table, once, and leaves."""
+class _ImportWatch(MetaPathFinder):
+    """Registers right after the import of a module, once, and leaves."""
+
+    def __init__(self, module: str, register: Callable[[], None]) -> None:
+        self.module, self._register = module, register
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != AUTO_CONFIG_MODULE:
+        if fullname != self.module:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -40,7 +49,7 @@ class _AutoConfigWatch(MetaPathFinder):
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
-                _register_stand_ins()
+                self._register()
 
             loader.exec_module = execute_and_register
         return spec
@@ -63,3 +72,14 @@ def _stand_in(base: type, family_name: str) -> type:
 
     body = {"__module__": __name__, "__new__": __new__, "model_type": f"{family_name}_dsa"}
     return type("DsaConfigStandIn", (base,), body)
+
+
+def _register_targets() -> None:
+    """PEFT's tables of what each method adapts in a model by default: ours is as its dense model."""
+    tables = vars(sys.modules[PEFT_TABLES_MODULE])
+    for name, table in tables.items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict):
+            known = {f"{family}_dsa": table[family] for family in family_names() if family in table}
+            table.update(
+                {model_type: targets for model_type, targets in known.items() if model_type not in table}
+            )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 def rope_for_length(model: nn.Module, length: int) -> Iterator[None]:
     """Within the block, a forward pass is rotated as part of a text of at least `length` tokens.
 
-    Takes any Transformers language model whose base model makes its tables in `rotary_emb`. What the model
+    Takes any Transformers language model that makes its tables in `rotary_emb`. What the model
     remembers of a length (dynamic NTK keeps the longest) is what one pass over the whole text leaves.
     """
     rotary = _rotary(model)
@@ -46,20 +46,20 @@ def rope_for_length(model: nn.Module, length: int) -> Iterator[None]:
 
 
 @contextmanager
-def restored_rope(model: Any) -> Iterator[None]:
+def restored_rope(model: nn.Module) -> Iterator[None]:
     """The tables' state at the start of the block is theirs again after it: no text leaves a trace.
 
     Dynamic NTK remembers the longest text: the next one, if shorter, would be rotated as that was.
     """
-    rotary = _rotary(model)
-    if rotary is None:
+    holder = _holder(model)
+    if holder is None:
         yield
         return
-    model.base_model.rotary_emb = _copy_of(rotary)
+    rotary, holder.rotary_emb = holder.rotary_emb, _copy_of(holder.rotary_emb)
     try:
         yield
     finally:
-        model.base_model.rotary_emb = rotary
+        holder.rotary_emb = rotary
 
 
 @torch.no_grad()
@@ -87,8 +87,13 @@ def are_rotated_alike(model: nn.Module, length: int, other: int) -> bool:
     return first is second or (first is not None and second is not None and torch.equal(first, second))
 
 
-def _rotary(model: Any) -> Any:
-    return getattr(getattr(model, "base_model", model), "rotary_emb", None)
+def _holder(model: nn.Module) -> Any:
+    """The module whose `rotary_emb` makes the tables, however the model is wrapped; None if there is none."""
+    return next((module for module in model.modules() if "rotary_emb" in module._modules), None)
+
+
+def _rotary(model: nn.Module) -> Any:
+    return getattr(_holder(model), "rotary_emb", None)
 
 
 def _copy_of(rotary: Any) -> Any:

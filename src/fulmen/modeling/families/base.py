@@ -68,7 +68,8 @@ class GqaFamily(Family):
 def plain_config(config: PreTrainedConfig) -> dict:
     """The config's values without what describes one checkpoint of one class."""
     values = config.to_dict()
-    for key in ("model_type", "architectures", "auto_map", "quantization_config"):
+    # Attention weights are never made: a source that returns them by default still converts.
+    for key in ("model_type", "architectures", "auto_map", "quantization_config", "output_attentions"):
         values.pop(key, None)
     return values
 
