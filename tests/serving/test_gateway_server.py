@@ -141,14 +141,15 @@ def test_one_request_more_than_the_key_may_have_gets_429(server):
             time.sleep(0.05)
 
 
-@pytest.mark.parametrize("endpoint", ["chat", "completions", "messages"])
+@pytest.mark.parametrize("endpoint", ["chat", "completions", "messages", "responses"])
 @pytest.mark.parametrize("streams", [True, False], ids=["stream", "plain"])
 def test_a_client_that_leaves_ends_the_request_and_pays_for_what_was_made(server, endpoint, streams):
     before = {entry.request_id for entry in server.ledger.rows()}
     body = {"model": "tiny", "max_tokens": 15000, "stream": streams, "ignore_eos": True}
-    body |= {"prompt": LONG} if endpoint == "completions" else {"messages": QUESTION}
-    path = {"chat": "/chat/completions", "completions": "/completions", "messages": "/anthropic/v1/messages"}
-    leave(server.url + path[endpoint], body, 20 if streams else 0)
+    asked = {"completions": {"prompt": LONG}, "responses": {"input": LONG}}
+    body |= asked.get(endpoint, {"messages": QUESTION})
+    path = {"chat": "/chat/completions", "messages": "/anthropic/v1/messages"}
+    leave(server.url + path.get(endpoint, f"/{endpoint}"), body, 20 if streams else 0)
     (made,) = {entry.request_id for entry in server.ledger.rows()} - before
     entry = settled(server, made)
     assert entry.outcome == "dropped"
@@ -235,7 +236,7 @@ def test_no_request_makes_the_server_fail(server):
         def holds(case):
             if isinstance(case.body, dict):
                 # Else nearly all would end at the model's name, or never.
-                case.body |= {"model": "tiny", "max_tokens": 2, "n": 1}
+                case.body |= {"model": "tiny", "max_tokens": 2, "max_output_tokens": 2, "n": 1}
             answer = case.call(base_url=server.url, headers=headers, timeout=WAIT_S)
             assert answer.status_code in (200, 400, 404, 422), answer.text
             assert answer.status_code == 200 or answer.json()["error"]["message"]

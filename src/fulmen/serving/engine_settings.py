@@ -100,6 +100,11 @@ def parser_flags(model: ServedModel) -> list[str]:
     return flags
 
 
+def thinks(model: ServedModel) -> bool:
+    """Whether the engine tells the model's thoughts from its answers."""
+    return "--reasoning-parser" in parser_flags(model)
+
+
 def tool_parser(model: ServedModel) -> str:
     """The name of vLLM's parser for the model's tool calls."""
     if model.speaks_v32:

@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
+import uuid
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import httpx
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request
 from fastapi.responses import FileResponse, Response
 
 from fulmen import __version__
@@ -16,7 +17,8 @@ from fulmen.serving.accounts import Account
 from fulmen.serving.books import Books
 from fulmen.serving.engine import Engine
 from fulmen.serving.gateway import errors
-from fulmen.serving.gateway.deepseek import chat_body, completion_body, messages_body
+from fulmen.serving.gateway.anthropic import count_body, messages_body, model_info, model_list, require_known
+from fulmen.serving.gateway.deepseek import chat_body, completion_body
 from fulmen.serving.gateway.dialects import AnthropicDialect, OpenAiDialect
 from fulmen.serving.gateway.documents import ANSWERS, ERRORS
 from fulmen.serving.gateway.errors import ApiError
@@ -25,7 +27,15 @@ from fulmen.serving.gateway.json_body import JsonRoute
 from fulmen.serving.gateway.limits import MAX_BODY_BYTES, Door, Keys, Slots
 from fulmen.serving.gateway.metrics import Metrics
 from fulmen.serving.gateway.relay import Relay
-from fulmen.serving.gateway.requests import ChatRequest, CompletionRequest, MessagesRequest, Sampling
+from fulmen.serving.gateway.requests import (
+    ChatRequest,
+    CompletionRequest,
+    CountTokensRequest,
+    MessagesRequest,
+    Sampling,
+)
+from fulmen.serving.gateway.responses import ResponsesRequest, chat_of, in_our_words
+from fulmen.serving.gateway.responses_dialect import ResponsesDialect
 from fulmen.serving.page import FILES, HEADERS
 from fulmen.serving.prices import Rates, money_text, rounded_text
 from fulmen.serving.served_model import ServedModel
@@ -61,6 +71,19 @@ class Gateway:
         self.client = httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False)
         self._kept: set[asyncio.Future[Any]] = set()
 
+    async def ask(self, endpoint: str, body: dict[str, Any]) -> Any:
+        """The engine's answer to what generates nothing and costs nothing. Raises ApiError."""
+        if not self.engine.ready:
+            raise ApiError(503, "the engine is starting again; try again shortly")
+        headers = {"authorization": f"Bearer {self.engine.settings.key}"}
+        try:
+            answer = await self.client.post(self.engine.url + endpoint, json=body, headers=headers)
+        except httpx.HTTPError as error:
+            raise ApiError(503, "the engine was lost while it answered; try again shortly") from error
+        if answer.status_code != httpx.codes.OK:
+            raise errors.engine_error(answer.status_code, errors.read_json_object(answer.content), body)
+        return answer.json()
+
     def keep(self, work: Coroutine[Any, Any, None] | asyncio.Task[None]) -> None:
         """Let work end although nobody waits for it."""
         task = asyncio.ensure_future(work)
@@ -95,10 +118,14 @@ def create_app(gateway: Gateway) -> FastAPI:
 
 async def account_of(request: Request) -> Account:
     """Who asks, as the door found out. A coroutine, as FastAPI would run a plain function in a thread."""
-    return request.state.account
+    account = getattr(request.state, "account", None)
+    if account is None:
+        raise ApiError(401, "no API key; send it as the header Authorization: Bearer KEY")
+    return account
 
 
 Asking = Annotated[Account, Depends(account_of)]
+AnthropicVersion = Annotated[str | None, Header()]
 
 
 def _model_routes(gateway: Gateway) -> APIRouter:
@@ -118,14 +145,33 @@ def _model_routes(gateway: Gateway) -> APIRouter:
         suffixes = tuple(f"-{place}" for place in range(request.texts))
         return Relay(gateway, Call("/v1/completions", body, account, _openai(request), "cmpl-", suffixes))
 
+    @routes.post("/responses", response_model=None, responses=ANSWERS)
+    async def respond(request: ResponsesRequest, account: Asking) -> Response:
+        """An answer to a conversation, as OpenAI's newer API has it."""
+        identity = uuid.uuid4().hex
+        try:
+            body = chat_body(chat_of(request), model, account.salt)
+        except ApiError as error:
+            raise in_our_words(error) from error
+        dialect = ResponsesDialect(request, model.name, identity)
+        endpoint = "/v1/chat/completions"
+        return Relay(gateway, Call(endpoint, body, account, dialect, id=identity, explain=in_our_words))
+
     @routes.get("/models", responses=ERRORS)
-    async def models(account: Asking) -> dict[str, Any]:
-        """The one model."""
+    async def models(account: Asking, anthropic_version: AnthropicVersion = None) -> dict[str, Any]:
+        """The one model, in Anthropic's words to its clients."""
+        if anthropic_version is not None:
+            return model_list(model, gateway.engine.settings.context)
         return {"object": "list", "data": [about]}
 
     @routes.get("/models/{name}", responses=ERRORS)
-    async def one_model(name: str, account: Asking) -> dict[str, Any]:
+    async def one_model(
+        name: str, account: Asking, anthropic_version: AnthropicVersion = None
+    ) -> dict[str, Any]:
         """The model by its name."""
+        if anthropic_version is not None:
+            require_known(name, model)
+            return model_info(model, gateway.engine.settings.context)
         if name != model.name:
             raise ApiError(404, f"model={name[:80]!r} does not exist; this server has {model.name}", "model")
         return about
@@ -139,13 +185,31 @@ def _openai(request: Sampling) -> OpenAiDialect:
 
 
 def _anthropic_routes(gateway: Gateway) -> APIRouter:
-    routes = APIRouter(route_class=JsonRoute)
+    routes, model = APIRouter(route_class=JsonRoute), gateway.model
 
     @routes.post("/messages", response_model=None, responses=ANSWERS)
     async def messages(request: MessagesRequest, account: Asking) -> Response:
         """Anthropic's messages, as vLLM answers them."""
-        body = messages_body(request, gateway.model, account.salt)
+        body = messages_body(request, model, account.salt)
         return Relay(gateway, Call("/v1/messages", body, account, AnthropicDialect()))
+
+    @routes.post("/messages/count_tokens", responses=ERRORS)
+    async def count(request: CountTokensRequest, account: Asking) -> dict[str, int]:
+        """Tokens of a prompt, as the model's template writes it; free of charge."""
+        with gateway.slots.hold(account):
+            counted = await gateway.ask("/v1/messages/count_tokens", count_body(request, model))
+        return {"input_tokens": counted["input_tokens"]}
+
+    @routes.get("/models", responses=ERRORS)
+    async def models(account: Asking) -> dict[str, Any]:
+        """The one model."""
+        return model_list(model, gateway.engine.settings.context)
+
+    @routes.get("/models/{name}", responses=ERRORS)
+    async def one_model(name: str, account: Asking) -> dict[str, Any]:
+        """The model by its name, or by one of Anthropic's."""
+        require_known(name, model)
+        return model_info(model, gateway.engine.settings.context)
 
     return routes
 

@@ -6,7 +6,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
 
 from fulmen.serving.gateway.errors import ApiError
-from fulmen.serving.gateway.requests import ChatRequest, CompletionRequest, Message, MessagesRequest, Tool
+from fulmen.serving.gateway.requests import ChatRequest, CompletionRequest, Message, Tool
 from fulmen.serving.served_model import ServedModel
 
 # DeepSeek's two names, for the examples in its documentation: the same model, without and with thinking.
@@ -45,16 +45,6 @@ def completion_body(request: CompletionRequest, model: ServedModel, salt: str) -
         if not isinstance(request.prompt, str):
             raise ApiError(400, "suffix needs a prompt that is one string", "prompt")
         body["prompt"] = model.fim.render(request.prompt, request.suffix)
-    return body
-
-
-def messages_body(request: MessagesRequest, model: ServedModel, salt: str) -> dict[str, Any]:
-    """The engine's body for Anthropic's messages."""
-    _check_name(request.model, model)
-    body = request.model_dump(exclude_none=True) | {"model": model.name, "cache_salt": salt}
-    if request.thinking is not None and model.chat_template:
-        wanted = request.thinking.get("type") != "disabled"
-        body["chat_template_kwargs"] = {"thinking": wanted, "enable_thinking": wanted}
     return body
 
 

@@ -54,11 +54,9 @@ class OpenAiDialect:
 
     def feed(self, event: Event) -> bytes:
         """As `Dialect`. Raises ApiError for an error that the engine streams."""
-        if event.data == "[DONE]":
+        chunk = chat_chunk(event)
+        if chunk is None:
             return b""
-        chunk = json.loads(event.data)
-        if "error" in chunk:
-            raise engine_error(500, chunk)
         usage, choices = chunk.pop("usage", None), chunk["choices"]
         if not choices:
             self.usage.finish(usage or {})
@@ -139,6 +137,16 @@ class AnthropicDialect:
     def broken(self, error: ApiError) -> bytes:
         """As `Dialect`."""
         return _named_event(Event("error", json.dumps(error.anthropic_body)))
+
+
+def chat_chunk(event: Event) -> dict[str, Any] | None:
+    """A chunk of a chat's stream; None at its end. Raises ApiError for an error that the engine streams."""
+    if event.data == "[DONE]":
+        return None
+    chunk = json.loads(event.data)
+    if "error" in chunk:
+        raise engine_error(500, chunk)
+    return chunk
 
 
 async def events_of(pieces: AsyncIterator[bytes]) -> AsyncIterator[Event]:

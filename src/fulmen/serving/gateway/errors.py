@@ -1,5 +1,6 @@
 """Errors as DeepSeek's API words them: one JSON body, one code for each kind of trouble."""
 
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -86,6 +87,14 @@ def engine_error(status: int, body: Any, fields: Collection[str] = ()) -> ApiErr
         param = "response_format" if "response_format" in fields else "tools"
         message = f"{param} has a schema that no answer can meet, or that cannot be enforced: {message}"
     return ApiError(400, " ".join(message.split())[:1000], param)
+
+
+def read_json_object(content: bytes) -> Any:
+    """What an engine said, as far as it is JSON."""
+    try:
+        return json.loads(content)
+    except ValueError:
+        return {}
 
 
 def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:

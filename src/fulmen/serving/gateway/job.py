@@ -10,6 +10,7 @@ import asyncio
 import json
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ import httpx
 from fulmen.errors import FulmenError, InsufficientBalance
 from fulmen.serving.accounts import Account
 from fulmen.serving.gateway.dialects import Dialect, events_of
-from fulmen.serving.gateway.errors import ApiError, engine_error
+from fulmen.serving.gateway.errors import ApiError, engine_error, read_json_object
 from fulmen.serving.gateway.reading import reading_of
 from fulmen.serving.gateway.usage import shown_bill
 from fulmen.serving.prices import Tokens
@@ -42,6 +43,7 @@ class Call:
         account: who pays.
         dialect: how the answer is read; new for each call.
         id_prefix, id_suffixes: around our id, the engine's own names of the request.
+        explain: puts what the engine refuses into the words of the API that was asked.
     """
 
     endpoint: str
@@ -51,6 +53,7 @@ class Call:
     id_prefix: str = "chatcmpl-"
     id_suffixes: tuple[str, ...] = ("",)
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    explain: Callable[[ApiError], ApiError] = lambda error: error
 
     @property
     def streams(self) -> bool:
@@ -127,7 +130,8 @@ class Job:
         answer = await gateway.client.send(request, stream=True)
         try:
             if answer.status_code != httpx.codes.OK:
-                raise engine_error(answer.status_code, _json(await answer.aread()), call.body)
+                said = read_json_object(await answer.aread())
+                raise call.explain(engine_error(answer.status_code, said, call.body))
             await (self._stream(answer) if call.streams else self._plain(answer))
         finally:
             await answer.aclose()
@@ -158,7 +162,7 @@ class Job:
         self.pieces.put_nowait(self._dialect.tail(bill))
 
     async def _plain(self, answer: httpx.Response) -> None:
-        body = _json(await answer.aread())
+        body = read_json_object(await answer.aread())
         await self._came()
         self._dialect.read_plain(body)
         bill = await self._settle("dropped" if self._dropped else "done")
@@ -216,13 +220,6 @@ class Job:
             if await asyncio.wait([self.task], timeout=ABORT_RETRY_S) and self.task.done():
                 return
         self.task.cancel()
-
-
-def _json(content: bytes) -> Any:
-    try:
-        return json.loads(content)
-    except ValueError:
-        return {}
 
 
 def _dump(body: dict[str, Any]) -> bytes:

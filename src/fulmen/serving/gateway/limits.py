@@ -16,7 +16,7 @@ MAX_OPEN = 1024
 MAX_BODY_BYTES = 16 * 2**20
 BODY_S = 60.0
 # What belongs to an account although it only reads.
-PRIVATE = ("/models", "/v1/models", "/beta/models", "/user/", "/v1/user/")
+PRIVATE = ("/models", "/v1/models", "/beta/models", "/anthropic/", "/user/")
 
 
 class Keys:

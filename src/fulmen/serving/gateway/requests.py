@@ -139,18 +139,30 @@ class CompletionRequest(Sampling):
         return len(self.prompt) if isinstance(self.prompt, list) and isinstance(self.prompt[0], str) else 1
 
 
-class MessagesRequest(Model):
-    """`POST /anthropic/v1/messages`; the engine checks what is inside messages and tools."""
+class MessagesThinking(Model):
+    """What Anthropic's clients say of thinking; `adaptive` leaves its length to the model."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Annotated[int, Field(ge=1024, le=2**31 - 1)] | None = None
+
+
+class CountTokensRequest(Model):
+    """`POST /anthropic/v1/messages/count_tokens`; the engine checks what is inside messages and tools."""
 
     model: str
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    max_tokens: Count
     system: str | list[dict[str, Any]] | None = None
+    thinking: MessagesThinking | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | None = None
+
+
+class MessagesRequest(CountTokensRequest):
+    """`POST /anthropic/v1/messages`."""
+
+    max_tokens: Count
     stop_sequences: Annotated[list[str], Field(max_length=16)] | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    thinking: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: dict[str, Any] | None = None

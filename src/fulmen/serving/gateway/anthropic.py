@@ -1,0 +1,73 @@
+"""Anthropic's API in the engine's words: messages, the count of their tokens, and what a model is called."""
+
+from typing import Any
+
+from fulmen.serving.engine_settings import thinks
+from fulmen.serving.gateway.deepseek import ALIASES
+from fulmen.serving.gateway.errors import ApiError
+from fulmen.serving.gateway.requests import CountTokensRequest, MessagesRequest
+from fulmen.serving.served_model import ServedModel
+
+# Clients made for Anthropic's models have such names built in, some for small tasks beside the one chosen.
+CLAUDE = "claude-"
+# Anthropic's word for a date that is not known.
+UNDATED = "1970-01-01T00:00:00Z"
+
+
+def messages_body(request: MessagesRequest, model: ServedModel, salt: str) -> dict[str, Any]:
+    """The engine's body for messages. Raises ApiError for what cannot be, naming the field."""
+    budget = request.thinking.budget_tokens if request.thinking else None
+    if budget is not None and budget >= request.max_tokens:
+        field = "thinking.budget_tokens"
+        raise ApiError(422, f"{field}={budget} must be less than max_tokens={request.max_tokens}", field)
+    return count_body(request, model) | {"cache_salt": salt}
+
+
+def count_body(request: CountTokensRequest, model: ServedModel) -> dict[str, Any]:
+    """The engine's body for a count of tokens, and what messages have in common with it."""
+    require_known(request.model, model)
+    body = request.model_dump(exclude_none=True) | {"model": model.name}
+    if (thinking := request.thinking) is not None:
+        body["thinking"] = _engine_thinking(thinking.type, thinking.budget_tokens, model)
+        if model.chat_template:
+            wanted = thinking.type != "disabled"
+            body["chat_template_kwargs"] = {"thinking": wanted, "enable_thinking": wanted}
+    return body
+
+
+def require_known(name: str, model: ServedModel) -> None:
+    """Raise ApiError 404 unless the name is the model's, one of DeepSeek's, or one of Anthropic's models."""
+    if name != model.name and name not in ALIASES and not name.startswith(CLAUDE):
+        raise ApiError(404, f"model={name[:80]!r} does not exist; this server has {model.name}", "model")
+
+
+def model_info(model: ServedModel, context: int) -> dict[str, Any]:
+    """The model as Anthropic describes one; `context`: tokens of prompt and answer."""
+    return {
+        "type": "model",
+        "id": model.name,
+        "display_name": model.name,
+        "created_at": UNDATED,
+        "lifecycle": "active",
+        "max_input_tokens": context,
+        "max_tokens": context,
+    }
+
+
+def model_list(model: ServedModel, context: int) -> dict[str, Any]:
+    """The one model, on the one page."""
+    return {
+        "data": [model_info(model, context)],
+        "has_more": False,
+        "first_id": model.name,
+        "last_id": model.name,
+    }
+
+
+def _engine_thinking(kind: str, budget: int | None, model: ServedModel) -> dict[str, Any]:
+    """The engine ends thoughts at the budget. It refuses one for a model that has no thoughts to end."""
+    if kind != "enabled":
+        return {"type": kind}
+    if budget is None or not thinks(model):
+        return {"type": "adaptive"}
+    return {"type": "enabled", "budget_tokens": budget}
