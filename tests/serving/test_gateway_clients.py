@@ -11,11 +11,11 @@ if not find_spec("vllm"):
 import anthropic
 import httpx
 import openai
-from served import ALICE, EVE, QUESTION, WAIT_S, client, row, settled
+from served import ALICE, EVE, QUESTION, WAIT_S, ask, client, row, settled
 
 from fulmen.serving.prices import DEFAULT_PRICES, Tokens
 
-LONG = "The lighthouse keeper counts forty-two ships. " * 40
+LONG = "The harbour master writes down nineteen sails. " * 40
 YES = {"type": "json_schema", "name": "word", "schema": {"enum": ["yes"]}}
 TOOL = {"name": "get_weather", "description": "Weather of a city", "input_schema": {
     "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}  # fmt: skip
@@ -46,7 +46,7 @@ def test_counting_refuses_what_messages_refuse(server):
         claude(server, "sk-of-nobody-0123456789").messages.count_tokens(model="tiny", messages=QUESTION)
     with pytest.raises(anthropic.NotFoundError):
         claude(server).messages.count_tokens(model="gpt", messages=QUESTION)
-    with pytest.raises(anthropic.BadRequestError):
+    with pytest.raises(anthropic.BadRequestError, match=r"messages\[0\].role: Input should be"):
         claude(server).messages.count_tokens(model="tiny", messages=[{"role": "nobody", "content": "x"}])
 
 
@@ -148,3 +148,10 @@ def test_a_response_needs_money_as_a_chat_does(server):
     with pytest.raises(openai.APIStatusError) as caught:
         client(server, EVE).responses.create(model="tiny", input="Hi")
     assert caught.value.status_code == 402
+
+
+def test_as_many_stops_as_deepseek_takes(server):
+    stops = [f"stop{i}" for i in range(16)]
+    assert ask(server, stop=stops).usage.completion_tokens == 4
+    asked = {"model": "tiny", "max_tokens": 4, "messages": QUESTION}
+    assert claude(server).messages.create(**asked, stop_sequences=stops).usage.output_tokens == 4

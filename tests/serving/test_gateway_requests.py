@@ -181,6 +181,10 @@ def test_a_missing_field_is_named():
     assert (error.status, error.param, error.message) == (422, "messages", "messages is missing")
 
 
+STOP = "{'type': 'too_long', 'loc': 'body.stop', 'msg': 'List should be short', 'input': '<list>'}"
+ROLE = """{'type': 'x', 'loc': 'body.messages.0.role', 'msg': "Input should be 'user'", 'input': 'x'}"""
+
+
 @pytest.mark.parametrize(
     ("status", "said", "fields", "expected"),
     [
@@ -188,6 +192,8 @@ def test_a_missing_field_is_named():
         (400, {"message": "too long", "param": "input_tokens"}, ("messages",), (400, "messages")),
         (400, {"message": "too long", "param": "input_tokens"}, ("prompt",), (400, "prompt")),
         (400, {"message": "bad", "param": "body.top_p"}, (), (400, "top_p")),
+        (400, {"message": ROLE}, (), (400, "messages[0].role")),
+        (400, {"message": f"2 validation errors: {STOP} {ROLE}"}, (), (400, "messages[0].role")),
         (400, {"message": "Invalid grammar"}, ("tools",), (400, "tools")),
         (400, {"message": "Invalid grammar"}, ("response_format",), (400, "response_format")),
         (503, {"message": "full"}, (), (503, None)),

@@ -75,7 +75,8 @@ def test_it_says_what_it_serves_at_what_price(server):
 def test_a_body_may_be_as_large_as_the_page_is_told(server, beyond):
     most = httpx.get(f"{server.url}/fulmen/info").json()["max_body_bytes"]
     headers = {"authorization": f"Bearer {ALICE}", "content-type": "application/json"}
-    body = b'{"text": "' + b"a" * (most - 12 + beyond) + b'"}'
+    body = b'{"model": "m", "text": "' + b"a" * (most - 26 + beyond) + b'"}'
+    assert len(body) == most + beyond
     said = httpx.post(f"{server.url}/chat/completions", content=body, headers=headers, timeout=WAIT_S)
     assert said.status_code == (400 if beyond else 422)
     assert said.json()["error"]["param"] == (None if beyond else "messages")

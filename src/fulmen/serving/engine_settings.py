@@ -21,6 +21,8 @@ RESERVED_BYTES = 3 * GIB
 # A reasoning parser that finds <think> in what the model wrote, and one that goes by the template's switch.
 THINKS_ALWAYS, THINKS_WHEN_ASKED = "deepseek_r1", "qwen3"
 
+# Strings that end an answer, as many as DeepSeek takes; vLLM takes four unless told.
+MOST_STOPS = 16
 # What a chat template shows of a tool call, and the vLLM parser that reads it; the first that fits is taken.
 TOOL_MARKS = (
     ("<｜tool▁calls▁begin｜>", "deepseek_v3"),
@@ -81,6 +83,7 @@ class EngineSettings:
     def environment(self) -> dict[str, str]:
         """The engine's variables; the user's own settings win."""
         chosen = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+        chosen["VLLM_MAX_STOP_STRINGS"] = str(MOST_STOPS)
         if not _has_gpu():
             chosen["VLLM_CPU_KVCACHE_SPACE"] = str(kv_gib(self.model))
             chosen |= LARGE_PAGES

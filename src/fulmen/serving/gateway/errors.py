@@ -31,6 +31,8 @@ RETRY_AFTER_S = {429: "1", 503: "5"}
 # Pydantic's words for a way through a union, not fields of a request.
 _NO_FIELD = re.compile(r"body|str|int|float|bool|dict|none|.*[\[(|].*|[A-Z]\w*")
 _BODY_FIELD = re.compile(r"^body\.")
+# The engine's own validation, in what it says of each complaint.
+_COMPLAINT = re.compile(r"""'loc': 'body\.([^']*)', 'msg': (?:'([^']*)'|"([^"]*)")""")
 
 
 class ApiError(Exception):
@@ -81,6 +83,10 @@ def engine_error(status: int, body: Any, fields: Collection[str] = ()) -> ApiErr
         return ApiError(503, "the engine is overloaded; try again shortly")
     if status >= 500 or not isinstance(message, str):
         return ApiError(500, "the engine failed on this request; its log says why")
+    if complaints := _COMPLAINT.findall(message):
+        place, *said = max(complaints, key=lambda complaint: complaint[0].count("."))
+        param = _field([int(part) if part.isdigit() else part for part in place.split(".")])
+        message = f"{param}: {''.join(said)}"
     if param == "input_tokens":
         param = "prompt" if "prompt" in fields else "messages"
     elif param is None and "rammar" in message:

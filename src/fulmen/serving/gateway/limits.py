@@ -100,7 +100,7 @@ class Door:
             await respond(error, scope["path"])(scope, receive, send)
             return
         if body is not None:
-            await self._app(scope, receive if reads else _replay(body, receive), send)
+            await self._app(scope, receive if reads else _replay(body, receive), _while_open(send))
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body; None if the client left."""
@@ -122,6 +122,20 @@ class Door:
         if room < 0:
             raise ApiError(400, f"the body has more than {self._most:,} bytes; send less")
         return b"".join(pieces)
+
+
+def _while_open(send: Send) -> Send:
+    """Sends to a client that may be gone already."""
+
+    async def sent(message: Message) -> None:
+        try:
+            await send(message)
+        except RuntimeError as error:
+            # uvloop's word for a connection that is gone while nobody has been told.
+            if "handler is closed" not in str(error):
+                raise
+
+    return sent
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

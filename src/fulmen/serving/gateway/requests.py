@@ -4,11 +4,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fulmen.serving.engine_settings import MOST_STOPS
+
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
-Stop = str | Annotated[list[str], Field(max_length=16)]
+Stop = str | Annotated[list[str], Field(max_length=MOST_STOPS)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Prompts = Annotated[list[str], Field(min_length=1, max_length=64)]
 PromptIds = Annotated[list[TokenId], Field(min_length=1)]
@@ -161,7 +163,7 @@ class MessagesRequest(CountTokensRequest):
     """`POST /anthropic/v1/messages`."""
 
     max_tokens: Count
-    stop_sequences: Annotated[list[str], Field(max_length=16)] | None = None
+    stop_sequences: Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
