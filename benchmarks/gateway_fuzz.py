@@ -116,12 +116,12 @@ async def _ask_all(
     return asked
 
 
-async def ask(url: str, made: Made, seen: Seen, number: str) -> None:
+async def ask(url: str, made: Made, seen: Seen, number: str, key: str | None = None) -> None:
     """One request, by a connection of its own, and what is to be said of its answer."""
     said, left = b"", False
     try:
         async with asyncio.timeout(ANSWER_S if made.leave_s is None else made.leave_s):
-            said = await _talk(url, made)
+            said = await _talk(url, made, key)
     except TimeoutError:
         left = True
     except OSError:
@@ -145,13 +145,13 @@ async def ask(url: str, made: Made, seen: Seen, number: str) -> None:
         seen.blame("an error in an answer of 200", made, number, body)
 
 
-async def _talk(url: str, made: Made) -> bytes:
+async def _talk(url: str, made: Made, key: str | None) -> bytes:
     """Send it and read to the end of the connection."""
     place = urlsplit(url)
     reader, writer = await asyncio.open_connection(place.hostname, place.port)
     said = b""
     try:
-        writer.write(made.raw or _head(made, place.netloc) + made.body)
+        writer.write(made.raw or _head(made, place.netloc, key) + made.body)
         await writer.drain()
         while piece := await reader.read(READ_BYTES):
             said += piece
@@ -162,9 +162,10 @@ async def _talk(url: str, made: Made) -> bytes:
     return said
 
 
-def _head(made: Made, host: str) -> bytes:
+def _head(made: Made, host: str, key: str | None) -> bytes:
     lines = [f"{made.method} {made.path} HTTP/1.1".encode("latin-1", "replace"), b"Host: " + host.encode()]
     lines += [name + b": " + value for name, value in made.fields]
+    lines += [f"Authorization: Bearer {key}".encode()] if key else []
     if made.method in ("POST", "PUT", "PATCH"):
         lines.append(b"Content-Length: %d" % len(made.body))
     return b"\r\n".join([*lines, b"Connection: close", b"", b""])

@@ -147,7 +147,7 @@ def test_one_request_more_than_the_key_may_have_gets_429(server):
 def test_a_client_that_leaves_ends_the_request_and_pays_for_what_was_made(server, endpoint, streams):
     before = {entry.request_id for entry in server.ledger.rows()}
     body = {"model": "tiny", "max_tokens": 15000, "stream": streams, "ignore_eos": True}
-    asked = {"completions": {"prompt": LONG}, "responses": {"input": LONG}}
+    asked = {"completions": {"prompt": LONG}, "responses": {"input": "Who are you?"}}
     body |= asked.get(endpoint, {"messages": QUESTION})
     path = {"chat": "/chat/completions", "messages": "/anthropic/v1/messages"}
     leave(server.url + path.get(endpoint, f"/{endpoint}"), body, 20 if streams else 0)

@@ -131,9 +131,10 @@ def _while_open(send: Send) -> Send:
         try:
             await send(message)
         except RuntimeError as error:
-            # uvloop's word for a connection that is gone while nobody has been told.
+            # uvloop's word for a connection that is gone. Who answers is told so in a moment.
             if "handler is closed" not in str(error):
                 raise
+            await asyncio.sleep(0.01)
 
     return sent
 
