@@ -1,8 +1,11 @@
 """The whole server, as its users see it: vLLM behind the gateway, asked by the clients that people have."""
 
 import asyncio
+import importlib
 import os
+import random
 import re
+import sys
 import time
 from collections import Counter
 from decimal import Decimal
@@ -53,6 +56,9 @@ FUZZING = settings(
     derandomize=True,
     suppress_health_check=list(HealthCheck),
 )
+
+# Schemas take the engine's time: the benchmark has them.
+SLOW_KINDS = ("schemas", "leaving")
 
 
 def refusal(server, **fields):
@@ -247,6 +253,36 @@ def test_no_request_makes_the_server_fail(server):
     print(counted)
     assert {path for path, _ in counted} >= {"/chat/completions", "/completions", "/anthropic/v1/messages"}
     assert all(counted[path, 200] for path in ("/chat/completions", "/completions", "/models"))
+
+
+def test_no_odd_request_makes_the_server_fail_or_answer_without_a_reason(server, monkeypatch):
+    """Of those of benchmarks/gateway_fuzz.py: bodies that are no JSON, odd heads, halves of characters."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    # Both folders have a module of this name; the tests' own is known already.
+    monkeypatch.delitem(sys.modules, "served")
+    fuzz = importlib.import_module("gateway_fuzz")
+    seen = fuzz.Seen()
+
+    async def ask_some():
+        for number in range(8 * FUZZING.max_examples):
+            name = f"test:{number}"
+            made = fuzz.make_request(random.Random(name), "tiny")
+            if made.kind not in SLOW_KINDS:
+                await fuzz.ask(server.url, made, seen, name, BOB)
+
+    asyncio.run(ask_some())
+    assert not seen.problems, seen.examples
+    assert set(seen.statuses) >= {
+        "plain",
+        "numbers",
+        "strings",
+        "shapes",
+        "bodies",
+        "fields",
+        "paths",
+        "wire",
+    }
+    assert ask(server).usage
 
 
 @pytest.fixture
