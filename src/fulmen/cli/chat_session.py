@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 from fulmen.cli.model_config import read_config
 from fulmen.errors import CheckpointError, ConfigError
 from fulmen.modeling.cache import CacheBytes
-from fulmen.modeling.index_shape import dsa_of
+from fulmen.modeling.index_shape import context_of, dsa_of
 from fulmen.modeling.mla_attention import accelerate_mla
 from fulmen.modeling.mla_cache import cache_with_index_keys
 from fulmen.modeling.model import PREFILL_CHUNK, set_topk
@@ -51,14 +52,16 @@ class ChatSession:
     """
 
     def __init__(self, model_dir: str | Path, topk: int | None = None, document: str = "") -> None:
-        self.model: Any
-        self.tokenizer: Any
-        self.model, self.tokenizer = load_converted(model_dir)
+        self.tokenizer: Any = load_converted_tokenizer(model_dir)
+        self._context = context_of(read_config(model_dir)[1])
+        self._messages: list[dict[str, str]] = []
+        self._document = document
+        if document:
+            self._require_fit(len(self._encode([{"role": "user", "content": document}])), 1)
+        self.model: Any = load_converted_model(model_dir)
         if topk is not None:
             set_topk(self.model, topk)
         self.topk = dsa_of(self.model.config).topk
-        self._document = document
-        self._messages: list[dict[str, str]] = []
         self._cached_ids = torch.empty(0, dtype=torch.long)
         self._cached_angles: Tensor | None = None
         if not getattr(self.model.config, "dsa", None):
@@ -105,11 +108,11 @@ class ChatSession:
         return encoded["input_ids"][0]
 
     def _require_fit(self, n_tokens: int, max_new_tokens: int) -> None:
-        context = getattr(self.model.config, "max_position_embeddings", None)
-        if context and n_tokens + max_new_tokens > context:
+        if self._context and n_tokens + max_new_tokens > self._context:
             raise ConfigError(
                 f"{n_tokens:,} tokens of document and conversation, and {max_new_tokens:,} for the answer, "
-                f"exceed the model's context of {context:,}; shorten the document or lower --max-new-tokens"
+                f"exceed the model's context of {self._context:,}; shorten the document or lower "
+                "--max-new-tokens"
             )
 
     def _keep_common_start(self, ids_S: Tensor) -> int:
@@ -179,12 +182,25 @@ def load_converted(model_dir: str | Path) -> tuple[PreTrainedModel, Any]:
         CheckpointError: no such model, or one that cannot be read.
         UnsupportedModelError: the model has no DSA.
     """
+    tokenizer = load_converted_tokenizer(model_dir)
+    return load_converted_model(model_dir), tokenizer
+
+
+def load_converted_tokenizer(model_dir: str | Path) -> Any:
+    """The tokenizer of `load_converted`. Raises as that does, but for what weights tell."""
+    return _loaded(model_dir, AutoTokenizer.from_pretrained)
+
+
+def load_converted_model(model_dir: str | Path) -> PreTrainedModel:
+    """The model of `load_converted`. Raises as that does, but for the tokenizer."""
+    return _loaded(model_dir, partial(AutoModelForCausalLM.from_pretrained, dtype="auto")).eval()
+
+
+def _loaded(model_dir: str | Path, load: Callable[[str], Any]) -> Any:
     found, config = read_config(model_dir)
     dsa_of(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(found.place)
-        model = AutoModelForCausalLM.from_pretrained(found.place, dtype="auto")
+        return load(found.place)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{found} cannot be loaded ({reason[:200]}); convert it anew") from error
-    return model.eval(), tokenizer

@@ -9,7 +9,6 @@ from fulmen.cli.settings import (
     DEFAULT_BUDGET,
     DEFAULT_SPARSE_BUDGET,
     DEFAULT_STAGES,
-    DEFAULT_WINDOW,
     DTYPES,
     STAGES,
     ConvertSettings,
@@ -37,7 +36,7 @@ def convert_command(
         int | None,
         typer.Option(
             help="Tokens that each query keeps. Below it attention stays dense. "
-            "[dim]Default: context / 32, within 256 and 2048.[/]",
+            "[dim]Default: context / 32, within 256 and 2048, context / 4 at most.[/]",
             show_default=False,
         ),
     ] = None,
@@ -106,7 +105,14 @@ def convert_command(
             show_default=False,
         ),
     ] = None,
-    window: Annotated[int, typer.Option(help="Tokens per calibration and training text.")] = DEFAULT_WINDOW,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens per training text; more than k. [dim]Default: 4 k, at least 2048, within the "
+            "context; less if the text does not fill that.[/]",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Convert a dense model: build an indexer from its own heads, train it, write a model directory.
 

@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from fulmen.cli.settings import DEFAULT_LENGTH, EvalSettings
+from fulmen.cli.settings import EvalSettings
 from fulmen.cli.suite_settings import (
-    DEFAULT_LENGTHS,
     DEFAULT_SAMPLES,
     PARITY,
     SUITE_NAMES,
@@ -68,11 +67,19 @@ def evaluate_command(
     windows: Annotated[
         int | None,
         typer.Option(
-            help="Texts per kind; more narrow the intervals. [dim]Default: 8, or 2 with --quick.[/]",
+            help="Texts per kind; more narrow the intervals. [dim]Default: 8, or 2 with --quick; of more "
+            "than 4096 tokens down to half as many.[/]",
             show_default=False,
         ),
     ] = None,
-    length: Annotated[int, typer.Option(help="Tokens per text.")] = DEFAULT_LENGTH,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens per text. [dim]Default: 4 k, at least 2048, within the context; less if the text "
+            "does not fill that.[/]",
+            show_default=False,
+        ),
+    ] = None,
     topk: Annotated[
         int | None,
         typer.Option(
@@ -94,8 +101,13 @@ def evaluate_command(
         str, typer.Option(metavar="NAMES", help=f"What to measure: {', '.join(SUITE_NAMES)}; some by commas.")
     ] = PARITY,
     lengths: Annotated[
-        str, typer.Option(help="Suites: tokens of a prompt, as 1k,2k,4k, or max.")
-    ] = DEFAULT_LENGTHS,
+        str | None,
+        typer.Option(
+            help="Suites: tokens of a prompt, as 1k,2k,4k, or max. [dim]Default: 1k,2k; with a k above 512: "
+            "2 k and 4 k; within the context.[/]",
+            show_default=False,
+        ),
+    ] = None,
     samples: Annotated[
         int, typer.Option(help="Suites: questions per task and length, or texts per length.")
     ] = DEFAULT_SAMPLES,
@@ -138,7 +150,7 @@ def evaluate_command(
     chosen = SuiteSettings(
         source=str(model_dir),
         suites=parse_names(suite, "suite", SUITE_NAMES),
-        lengths=parse_lengths(lengths),
+        lengths=None if lengths is None else parse_lengths(lengths),
         samples=samples,
         tasks=tuple(name.strip() for name in tasks.split(",")) if tasks else (),
         seed=seed,

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,13 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fulmen.cli.chat_session import load_converted
+from fulmen.cli.chat_session import load_converted_model, load_converted_tokenizer
 from fulmen.cli.model_card import fill_parity
 from fulmen.cli.model_config import read_config
 from fulmen.cli.pipeline import RECORD_FILE, STAGES_DIR
 from fulmen.cli.progress import console, progress_bar, say
 from fulmen.cli.settings import EvalSettings
-from fulmen.cli.texts import kinds_of
+from fulmen.cli.texts import draw_longest, kinds_of, lengths_to_try
 from fulmen.corpus import Corpus, Document, Window, load_corpus, windows
 from fulmen.errors import ConfigError, CorpusError, OutputError
 from fulmen.evaluation.parity import measure_parity
@@ -33,8 +34,10 @@ from fulmen.evaluation.report import (
 from fulmen.evaluation.tasks import NeedleSample, needle_samples
 from fulmen.modeling.checkpoint import load_dense
 from fulmen.modeling.cost import cost_rows
-from fulmen.modeling.index_shape import dsa_of
+from fulmen.modeling.index_shape import context_of, dsa_of
 
+# As many texts as in `EvalSize` are read of this length.
+UP_TO_LENGTH = 4096
 COST_POSITIONS = tuple(2**power for power in range(8, 21))
 
 
@@ -48,20 +51,24 @@ class EvalSize(NamedTuple):
     needle_texts: int
     keys: tuple[int, ...] = (1, 8)
 
+    def of_length(self, length: int) -> "EvalSize":
+        """Fewer texts where they are longer than 4,096 tokens, half of them at least."""
+        share = max(0.5, min(1.0, UP_TO_LENGTH / length))
+        return EvalSize(ceil(share * self.windows), ceil(share * self.needle_texts), self.keys)
+
 
 FULL, QUICK = EvalSize(windows=8, needle_texts=8), EvalSize(windows=2, needle_texts=2)
 
 
 def evaluate(settings: EvalSettings) -> dict[str, Any]:
     """Run an evaluation as `fulmen eval` does and return the report. Raises what its parts raise."""
-    _require_possible(settings)
+    lengths = plan_evaluation(settings)
     corpus = load_corpus(*settings.data)
-    size = QUICK if settings.quick else FULL
+    tokenizer = load_converted_tokenizer(settings.model_dir)
+    texts, needles = draw_longest(lengths, lambda length: _texts(length, settings, corpus, tokenizer))
     say(f"Loading {settings.model_dir}")
-    model, tokenizer = load_converted(settings.model_dir)
+    model = load_converted_model(settings.model_dir)
     dense = None if settings.dense is None else load_dense(settings.dense, model.dtype)[0]
-    texts = _texts(settings, corpus, tokenizer, settings.windows or size.windows)
-    needles = _needles(corpus.heldout, tokenizer, settings.length, size) if settings.needles else []
     with progress_bar("Evaluate", counted=False) as advance:
         result = measure_parity(
             model,
@@ -80,12 +87,11 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     return report
 
 
-def _require_possible(settings: EvalSettings) -> None:
-    """Look at configs and places before texts and weights are read; raises what they have against it."""
+def plan_evaluation(settings: EvalSettings) -> list[int]:
+    """Lengths of text, to be tried in turn. Raises what configs and places have against these settings."""
     _, config = read_config(settings.model_dir)
-    dsa_of(config)
-    context = getattr(config, "max_position_embeddings", None)
-    if context and settings.length > context:
+    topk, context = settings.topk or dsa_of(config).topk, context_of(config)
+    if context and settings.length and settings.length > context:
         raise ConfigError(
             f"length={settings.length} exceeds the model's context of {context} tokens; lower --length"
         )
@@ -96,16 +102,24 @@ def _require_possible(settings: EvalSettings) -> None:
         raise OutputError(
             f"{settings.model_dir} is not writable; name other places by --json, --html and --markdown"
         )
+    if settings.length is None:
+        return lengths_to_try(None, config, topk)
+    if topk >= settings.length:
+        say(f"k = {topk:,} leaves nothing out of {settings.length:,} tokens: there DSA is dense attention")
+    return [settings.length]
 
 
-def _texts(settings: EvalSettings, corpus: Corpus, tokenizer: Any, count: int) -> list[Window]:
-    """`count` held-out windows of each kind, or of the kinds asked for."""
+def _texts(
+    length: int, settings: EvalSettings, corpus: Corpus, tokenizer: Any
+) -> tuple[list[Window], list[NeedleSample]]:
+    """Held-out windows of each kind, or of the kinds asked for, and needles. Raises CorpusError."""
+    size = (QUICK if settings.quick else FULL).of_length(length)
+    count = settings.windows or size.windows
     kinds = settings.kinds or kinds_of(corpus.heldout)
-    return [
-        window
-        for kind in kinds
-        for window in windows(corpus.heldout, tokenizer, settings.length, count, kind=kind)
+    drawn = [
+        window for kind in kinds for window in windows(corpus.heldout, tokenizer, length, count, kind=kind)
     ]
+    return drawn, _needles(corpus.heldout, tokenizer, length, size) if settings.needles else []
 
 
 def _needles(heldout: Sequence[Document], tokenizer: Any, length: int, size: EvalSize) -> list[NeedleSample]:

@@ -3,30 +3,43 @@
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from fulmen import __version__
 from fulmen.cli.model_card import conversion_card
-from fulmen.cli.model_config import quantized_types
+from fulmen.cli.model_config import quantized_types, read_config
 from fulmen.cli.progress import progress_bar, say, show_losses
 from fulmen.cli.run_dir import RunDir
 from fulmen.cli.settings import ConvertSettings
-from fulmen.cli.sparse_stage import LOG_FILE, RECORD_FILE, SPARSE_DIR, STAGES_DIR, sparse_stage
-from fulmen.cli.texts import split_off, up_to
+from fulmen.cli.sparse_stage import (
+    LOG_FILE,
+    RECORD_FILE,
+    SPARSE_DIR,
+    STAGES_DIR,
+    SparseTexts,
+    sparse_stage,
+    sparse_texts,
+)
+from fulmen.cli.texts import ConversionTexts, conversion_texts, draw_longest, lengths_to_try
 from fulmen.config import DsaConfig
-from fulmen.corpus import Corpus, Window, load_corpus, stream_of, window_stream
+from fulmen.corpus import Corpus, load_corpus, stream_of
 from fulmen.errors import ConfigError
 from fulmen.evaluation.variants import indexer_state
 from fulmen.modeling.budget import share_budget
-from fulmen.modeling.checkpoint import find_source, load_dense, require_free_output, save_converted
+from fulmen.modeling.checkpoint import (
+    find_source,
+    load_dense,
+    load_tokenizer,
+    require_free_output,
+    save_converted,
+)
 from fulmen.modeling.families import family_for
-from fulmen.modeling.index_shape import default_dsa, dsa_of
+from fulmen.modeling.index_shape import context_of, default_dsa, dsa_of
 from fulmen.modeling.inherit import inherit_gqa
 from fulmen.modeling.mla_attention import own_attention
 from fulmen.modeling.mla_convert import MLA_DSA_TYPES
@@ -34,13 +47,18 @@ from fulmen.modeling.mla_inherit import inherit_mla
 from fulmen.modeling.model import set_topk_shares
 from fulmen.training.processes import first_alone, is_first, wait_for_all
 from fulmen.training.sharding import is_sharded
-from fulmen.training.sparse import SparseSettings
+from fulmen.training.sparse import SparseSettings, require_trainable
 from fulmen.training.warmup import WarmupSettings, warm_up
 
-CALIBRATION_WINDOWS = 4
 BUDGET_WINDOWS = 2
-TRAINING_WINDOWS = 64
-VALIDATION_WINDOWS = 4
+
+
+class _Plan(NamedTuple):
+    """What a conversion will do, as far as the config tells. lengths: of texts, to be tried in turn."""
+
+    dsa: DsaConfig
+    lengths: list[int]
+    context: int | None
 
 
 def convert(settings: ConvertSettings) -> Path:
@@ -51,31 +69,31 @@ def convert(settings: ConvertSettings) -> Path:
             "a conversion cannot be sharded; launch it without --use_fsdp, then fulmen train with"
         )
     require_free_output(out, overwrite=settings.overwrite)
-    find_source(settings.source)
+    plan = plan_conversion(settings, read_config(settings.source)[1])
     corpus = load_corpus(*settings.data)
+    tokenizer = load_tokenizer(find_source(settings.source))
+    texts, sparse = _texts(plan, corpus, tokenizer, settings)
     say(f"Loading {settings.source}")
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    dense, tokenizer = load_dense(settings.source, dtype)
+    dense = load_dense(settings.source, dtype)[0]
     if types := quantized_types(find_source(settings.source)):
         loaded = str(dense.dtype).removeprefix("torch.")
         say(f"Its weights ({', '.join(types)}) are dequantized to {loaded}; --dtype decides")
-    dsa = default_dsa(dense.config, settings.topk, settings.index_heads, settings.index_head_dim)
-    window = _window_length(settings.window, dense, dsa)
-    model = family_for(dense.config).from_dense(dense, dsa).eval()
+    model = family_for(dense.config).from_dense(dense, plan.dsa).eval()
     run = RunDir(out)
-    identity = _identity(settings, corpus, dsa, window)
+    identity = _identity(settings, corpus, plan.dsa, texts.length)
     if first_alone(lambda: run.open(identity, discard_other=settings.overwrite)):
         say("Resuming an interrupted conversion")
     with own_attention(model):
-        inherited = first_alone(lambda: _inherit(model, tokenizer, corpus, window, settings, run))
-        records: dict[str, Any] = {"inherit": inherited}
+        records: dict[str, Any] = {"inherit": first_alone(lambda: _inherit(model, texts, run))}
         if "warmup" in settings.stages:
-            records["warmup"] = _warm_up(model, tokenizer, corpus, window, settings, run)
+            records["warmup"] = _warm_up(model, texts, settings, run)
         if "sparse" in settings.stages:
-            records["sparse"] = _train_sparsely(model, tokenizer, corpus, window, settings, run)
+            assert sparse is not None
+            records["sparse"] = asdict(sparse_stage(model, sparse, _sparse(settings), run.path / SPARSE_DIR))
     record = {
         **identity,
-        "window": window,
+        "window": texts.length,
         "dsa": dsa_of(model.config).to_dict(),
         "stages_done": records,
         "made_with": _versions(),
@@ -88,16 +106,34 @@ def convert(settings: ConvertSettings) -> Path:
     return out
 
 
-def _window_length(wanted: int, dense: PreTrainedModel, dsa: DsaConfig) -> int:
-    """Tokens per text: as asked, within the context. Raises ConfigError if k leaves nothing to learn."""
-    context = getattr(dense.config, "max_position_embeddings", None) or wanted
-    window = min(wanted, context)
-    if dsa.topk >= window:
-        raise ConfigError(
-            f"topk={dsa.topk} is not below the window of {window} tokens, so there is nothing to select; "
-            "use a smaller --topk or a longer --window"
-        )
-    return window
+def plan_conversion(settings: ConvertSettings, config: PreTrainedConfig) -> _Plan:
+    """Raises what the config has against these settings, before weights are loaded."""
+    dsa = default_dsa(config, settings.topk, settings.index_heads, settings.index_head_dim)
+    family_for(config).require_convertible(config, dsa)
+    if "sparse" in settings.stages:
+        require_trainable(config)
+    return _Plan(dsa, lengths_to_try(settings.window, config, dsa.topk), context_of(config))
+
+
+def _texts(
+    plan: _Plan, corpus: Corpus, tokenizer: Any, settings: ConvertSettings
+) -> tuple[ConversionTexts, SparseTexts | None]:
+    """All that the stages read. Raises as `conversion_texts` and `sparse_texts`."""
+    trains = set(settings.stages) != {"inherit"}
+    source = (stream_of(*settings.data) or corpus) if "sparse" in settings.stages else None
+
+    def draw(length: int) -> tuple[ConversionTexts, SparseTexts | None]:
+        texts = conversion_texts(corpus, tokenizer, length, plan.context, settings.seed, trains=trains)
+        if source is None:
+            return texts, None
+        return texts, sparse_texts(source, tokenizer, length, None, _sparse(settings))
+
+    return draw_longest(plan.lengths, draw)
+
+
+def _sparse(settings: ConvertSettings) -> SparseSettings:
+    steps, budget_s = settings.sparse_steps, settings.sparse_budget_s
+    return SparseSettings(steps=steps, budget_s=budget_s, seed=settings.seed)
 
 
 def _identity(settings: ConvertSettings, corpus: Corpus, dsa: DsaConfig, window: int) -> dict[str, Any]:
@@ -107,24 +143,16 @@ def _identity(settings: ConvertSettings, corpus: Corpus, dsa: DsaConfig, window:
     return {**plain, "window": window, "corpus": corpus.fingerprint, "dsa": dsa.to_dict()}
 
 
-def _inherit(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    corpus: Corpus,
-    window: int,
-    settings: ConvertSettings,
-    run: RunDir,
-) -> list[dict[str, Any]]:
+def _inherit(model: PreTrainedModel, texts: ConversionTexts, run: RunDir) -> list[dict[str, Any]]:
     if (done := run.load_done("inherit")) is not None:
         model.load_state_dict(done[0], strict=False)
         if model.config.model_type not in MLA_DSA_TYPES:
             set_topk_shares(model, [layer["topk_share"] for layer in done[1]])
         return done[1]
-    texts = _calibration_texts(model, tokenizer, corpus, window, settings.seed)
-    ids_BT = torch.stack([text.input_ids for text in texts]).to(model.device)
+    ids_BT = torch.stack([text.input_ids for text in texts.calibration]).to(model.device)
     n_layers = model.config.num_hidden_layers
     with progress_bar("Inherit") as advance:
-        advance(0, n_layers, f"{len(texts)} texts of {ids_BT.shape[1]} tokens")
+        advance(0, n_layers, f"{len(ids_BT)} texts of {ids_BT.shape[1]} tokens")
         if model.config.model_type in MLA_DSA_TYPES:
             layers: Sequence[Any] = inherit_mla(model, [ids_BT])
             advance(n_layers, n_layers)
@@ -140,35 +168,17 @@ def _inherit(
     return record
 
 
-def _calibration_texts(
-    model: PreTrainedModel, tokenizer: Any, corpus: Corpus, window: int, seed: int
-) -> list[Window]:
-    """Twice as long as the training texts where the text allows: thresholds must hold far out too."""
-    length = min(2 * window, getattr(model.config, "max_position_embeddings", None) or window)
-    longer = list(
-        islice(window_stream(corpus.calibration, tokenizer, length, seed=seed), CALIBRATION_WINDOWS)
-    )
-    if len(longer) == CALIBRATION_WINDOWS:
-        return longer
-    return up_to(corpus.calibration, tokenizer, window, CALIBRATION_WINDOWS, seed)
-
-
 def _warm_up(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    corpus: Corpus,
-    window: int,
-    settings: ConvertSettings,
-    run: RunDir,
+    model: PreTrainedModel, texts: ConversionTexts, settings: ConvertSettings, run: RunDir
 ) -> dict[str, Any]:
     if (done := run.load_done("warmup")) is not None:
         model.load_state_dict(done[0], strict=False)
         return done[1]
-    texts = up_to(corpus.training, tokenizer, window, TRAINING_WINDOWS + VALIDATION_WINDOWS, settings.seed)
-    train, held_out = split_off(texts, VALIDATION_WINDOWS, "warm-up")
     warmup = WarmupSettings(steps=settings.steps, budget_s=settings.budget_s, seed=settings.seed)
     with progress_bar("Warm-up") as advance:
-        result = warm_up(model, train, held_out, run.path / "warmup", warmup, show_losses(advance))
+        result = warm_up(
+            model, texts.training, texts.validation, run.path / "warmup", warmup, show_losses(advance)
+        )
     say(
         f"Warm-up: validation loss {result.loss_before:.4f} -> {result.loss_after:.4f} "
         f"(step {result.best_step} of {result.last_step}, {result.seconds:.0f} s)"
@@ -176,21 +186,6 @@ def _warm_up(
     if is_first():
         run.save_record("warmup", asdict(result))
         run.save_stage("warmup", indexer_state(model))
-    return asdict(result)
-
-
-def _train_sparsely(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    corpus: Corpus,
-    window: int,
-    settings: ConvertSettings,
-    run: RunDir,
-) -> dict[str, Any]:
-    steps, budget_s = settings.sparse_steps, settings.sparse_budget_s
-    options = SparseSettings(steps=steps, budget_s=budget_s, seed=settings.seed)
-    texts = stream_of(*settings.data) or corpus
-    result = sparse_stage(model, tokenizer, texts, window, None, options, run.path / SPARSE_DIR)
     return asdict(result)
 
 

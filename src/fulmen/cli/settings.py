@@ -17,8 +17,6 @@ DEFAULT_STAGES = "inherit,warmup"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_BUDGET = "8m"
 DEFAULT_SPARSE_BUDGET = "30m"
-DEFAULT_WINDOW = 2048
-DEFAULT_LENGTH = 2048
 # Of a text in an evaluation, which looks at its second half in parts.
 SHORTEST_LENGTH = 64
 
@@ -42,7 +40,7 @@ class ConvertSettings:
         overwrite: replace a model directory at `out`.
         dtype: of the weights, one of DTYPES.
         seed: of every random choice.
-        window: tokens per calibration and training text.
+        window: tokens per training text; None: `default_length`, less where the text is scarce.
     """
 
     source: str
@@ -59,7 +57,7 @@ class ConvertSettings:
     seed: int = 0
     index_heads: int | None = None
     index_head_dim: int | None = None
-    window: int = DEFAULT_WINDOW
+    window: int | None = None
 
     def __post_init__(self) -> None:
         _require_positive(self, "topk", "steps", "sparse_steps", "index_heads", "index_head_dim", "window")
@@ -101,7 +99,7 @@ class EvalSettings:
         data: as for a conversion, whose held-out part is read; empty: the text that comes with Python.
         json, html, markdown: files to write reports to; None: into `model_dir`.
         windows: texts per kind; None lets the evaluation decide.
-        length: tokens per text.
+        length: tokens per text; None: `default_length`, less where the text is scarce.
         topk: None: the model's own.
         kinds: kinds of text to take; empty: all.
         needles: whether to run the retrieval tasks too.
@@ -115,7 +113,7 @@ class EvalSettings:
     html: Path | None = None
     markdown: Path | None = None
     windows: int | None = None
-    length: int = DEFAULT_LENGTH
+    length: int | None = None
     topk: int | None = None
     kinds: tuple[str, ...] = ()
     needles: bool = True
@@ -124,7 +122,7 @@ class EvalSettings:
     def __post_init__(self) -> None:
         _require_positive(self, "windows", "length", "topk")
         _require_existing(self.data)
-        if self.length < SHORTEST_LENGTH:
+        if self.length is not None and self.length < SHORTEST_LENGTH:
             raise ConfigError(f"length={self.length} is too short for a text; use {SHORTEST_LENGTH} or more")
         for path in (self.json, self.html, self.markdown):
             if path is not None:

@@ -6,28 +6,35 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fulmen.cli.chat_session import load_converted
+from fulmen.cli.chat_session import load_converted_model, load_converted_tokenizer
 from fulmen.cli.model_card import conversion_card
+from fulmen.cli.model_config import read_config
 from fulmen.cli.progress import progress_bar, say, show_losses
 from fulmen.cli.run_dir import RunDir
-from fulmen.cli.texts import split_off, up_to
+from fulmen.cli.texts import count_of_length, draw_longest, lengths_to_try, split_off, up_to
 from fulmen.cli.train_settings import TrainSettings
 from fulmen.corpus import Corpus, DataSets, Window, WindowStream, described, load_corpus, stream_of
 from fulmen.errors import CheckpointError, ConfigError
-from fulmen.modeling.checkpoint import load_dense, require_free_output, save_converted
+from fulmen.modeling.checkpoint import (
+    find_source,
+    load_dense,
+    load_tokenizer,
+    require_free_output,
+    save_converted,
+)
 from fulmen.modeling.index_shape import dsa_of
 from fulmen.modeling.mla_attention import own_attention
 from fulmen.modeling.model import set_topk
 from fulmen.training.processes import processes
 from fulmen.training.sharding import require_known_sharding
-from fulmen.training.sparse import SparseSettings
-from fulmen.training.sparse_run import SparseResult, train_sparse
+from fulmen.training.sparse import SparseSettings, require_trainable
+from fulmen.training.sparse_run import SparseResult, require_place_for_answers, train_sparse
 from fulmen.training.sparse_trainer import TENSORBOARD_DIR
 from fulmen.training.teacher import require_same_tokens
 
@@ -39,30 +46,53 @@ SPARSE_WINDOWS, VALIDATION_WINDOWS = 256, 8
 SAMPLED_NUMBERS = 4096
 
 
-def sparse_stage(
-    model: PreTrainedModel,
-    tokenizer: Any,
+class SparseTexts(NamedTuple):
+    """What the stage reads, `length` tokens each. skipped: rows and files that were left out, by reason."""
+
+    length: int
+    train: list[Window] | WindowStream
+    validation: list[Window]
+    skipped: Mapping[str, int]
+
+
+def sparse_texts(
     texts: Corpus | DataSets,
+    tokenizer: Any,
     length: int,
     n_windows: int | None,
+    settings: SparseSettings,
+) -> SparseTexts:
+    """Draw the texts, data sets as a stream unless a number of windows is asked for.
+
+    Raises:
+        ConfigError: they fill too few windows.
+        CorpusError: there is not even one window, or a data set cannot be read.
+    """
+    if not isinstance(texts, DataSets):
+        train, held_out = _windows(texts, tokenizer, length, n_windows, settings)
+        return SparseTexts(length, train, held_out, texts.skipped)
+    stream, held_out = _stream(texts, tokenizer, length)
+    require_place_for_answers(settings, is_streamed=n_windows is None)
+    # So few are held, and may come more than once.
+    some = stream if n_windows is None else list(islice(stream, n_windows))
+    return SparseTexts(length, some, held_out, stream.skipped)
+
+
+def sparse_stage(
+    model: PreTrainedModel,
+    texts: SparseTexts,
     settings: SparseSettings,
     run_dir: Path,
     teacher: PreTrainedModel | None = None,
 ) -> SparseResult:
-    """Train `model` in place on the texts' training part, with a bar. Raises what `train_sparse` does."""
-    state = processes()
-    if isinstance(texts, DataSets):
-        stream, held_out = _stream(texts, tokenizer, length)
-        # So few are held, and may come more than once.
-        train = stream if n_windows is None else list(islice(stream, n_windows))
-    else:
-        train, held_out = _windows(texts, tokenizer, length, n_windows, settings)
-
+    """Train `model` in place, with a bar. Raises what `train_sparse` does."""
     with progress_bar("Sparse") as advance:
         show = (show_losses(advance), lambda done, total: advance(done, total, "asking the teacher"))
-        result = train_sparse(model, train, held_out, run_dir, settings, teacher, *show)
-    result = replace(result, skipped=dict(stream.skipped if isinstance(texts, DataSets) else texts.skipped))
-    if state.is_main_process:
+        result = train_sparse(model, texts.train, texts.validation, run_dir, settings, teacher, *show)
+    # A stream leaves out more as it is read.
+    skipped = texts.train.skipped if isinstance(texts.train, WindowStream) else texts.skipped
+    result = replace(result, skipped=dict(skipped))
+    if processes().is_main_process:
         say(
             f"Sparse stage: held-out loss {result.loss_before:.4f} -> {result.loss_after:.4f}, dense before "
             f"{result.dense_before:.4f} (step {result.best_step} of {result.last_step}, "
@@ -75,9 +105,8 @@ def sparse_stage(
 
 def _stream(data_sets: DataSets, tokenizer: Any, length: int) -> tuple[WindowStream, list[Window]]:
     """What is trained on, and the first windows of a part that neither training nor `fulmen eval` reads."""
-    held_out = list(
-        islice(WindowStream(data_sets, tokenizer, length, part="calibration"), VALIDATION_WINDOWS)
-    )
+    count = count_of_length(VALIDATION_WINDOWS, length)
+    held_out = list(islice(WindowStream(data_sets, tokenizer, length, part="calibration"), count))
     if not held_out:
         raise ConfigError(
             f"the rows kept for validation, one in ten, fill no window of {length} tokens; "
@@ -92,9 +121,10 @@ def _windows(
     """What is trained on and what is held out, from texts in memory."""
     if n_windows is None:
         uses = (settings.steps or SPARSE_WINDOWS) * settings.accumulate * processes().num_processes
-        n_windows = min(uses, SPARSE_WINDOWS) if settings.steps is None else uses
-    drawn = up_to(corpus.training, tokenizer, length, n_windows + VALIDATION_WINDOWS, settings.seed)
-    return split_off(drawn, VALIDATION_WINDOWS, "sparse")
+        n_windows = min(uses, count_of_length(SPARSE_WINDOWS, length)) if settings.steps is None else uses
+    n_held_out = count_of_length(VALIDATION_WINDOWS, length)
+    drawn = up_to(corpus.training, tokenizer, length, n_windows + n_held_out, settings.seed)
+    return split_off(drawn, n_held_out, "sparse")
 
 
 def train(settings: TrainSettings) -> Path:
@@ -103,20 +133,27 @@ def train(settings: TrainSettings) -> Path:
     require_known_sharding()
     require_free_output(out, overwrite=settings.overwrite)
     options = SparseSettings(**settings.options)
-    texts = stream_of(*settings.data) or load_corpus(*settings.data)
-    model, tokenizer = load_converted(settings.model_dir)
-    teacher = _teacher(settings, model, tokenizer)
+    lengths = plan_training(settings)
+    source = stream_of(*settings.data) or load_corpus(*settings.data)
+    tokenizer = load_converted_tokenizer(settings.model_dir)
+    if settings.teacher is not None:
+        require_same_tokens(tokenizer, load_tokenizer(find_source(settings.teacher)))
+    texts = draw_longest(
+        lengths, lambda length: sparse_texts(source, tokenizer, length, settings.windows, options)
+    )
+    say(f"Loading {settings.model_dir}")
+    model = load_converted_model(settings.model_dir)
+    teacher = _teacher(settings, model)
     if settings.topk is not None:
         set_topk(model, settings.topk)
     run = RunDir(out)
     state = processes()
-    identity = _identity(settings, model, teacher, texts)
+    identity = _identity(settings, model, teacher, source, texts.length)
     if state.is_main_process and run.open(identity, discard_other=settings.overwrite):
         say("Resuming an interrupted run")
     state.wait_for_everyone()
     with own_attention(model):
-        asked = (tokenizer, texts, settings.length, settings.windows, options)
-        result = sparse_stage(model, *asked, run.path / SPARSE_DIR, teacher)
+        result = sparse_stage(model, texts, options, run.path / SPARSE_DIR, teacher)
     if state.is_main_process:
         _save(model, tokenizer, out, settings, result, run)
         run.remove()
@@ -125,19 +162,29 @@ def train(settings: TrainSettings) -> Path:
     return out
 
 
-def _teacher(settings: TrainSettings, model: PreTrainedModel, tokenizer: Any) -> PreTrainedModel | None:
+def plan_training(settings: TrainSettings) -> list[int]:
+    """Lengths of text, to be tried in turn. Raises what config and record have against these settings."""
+    _, config = read_config(settings.model_dir)
+    dsa = dsa_of(config)
+    require_trainable(config)
+    _record_of(settings.model_dir)
+    if settings.teacher is not None:
+        read_config(settings.teacher)
+    return lengths_to_try(settings.length, config, settings.topk or dsa.topk)
+
+
+def _teacher(settings: TrainSettings, model: PreTrainedModel) -> PreTrainedModel | None:
     if settings.teacher is None:
         return None
-    teacher, teachers_tokenizer = load_dense(settings.teacher, model.dtype)
-    require_same_tokens(tokenizer, teachers_tokenizer)
-    return teacher.eval().requires_grad_(False)
+    return load_dense(settings.teacher, model.dtype)[0].eval().requires_grad_(False)
 
 
 def _identity(
     settings: TrainSettings,
     model: PreTrainedModel,
     teacher: PreTrainedModel | None,
-    texts: Corpus | DataSets,
+    source: Corpus | DataSets,
+    length: int,
 ) -> dict[str, Any]:
     """What must be equal for one run to be the continuation of another."""
     asked = {
@@ -146,13 +193,14 @@ def _identity(
     return {
         **asked,
         **settings.options,
+        "length": length,
         "model_dir": str(settings.model_dir),
         "data": list(settings.data),
         "topk": dsa_of(model.config).topk,
         "processes": processes().num_processes,
         "model_weights": weights_fingerprint(model.state_dict()),
         "teacher_weights": None if teacher is None else weights_fingerprint(teacher.state_dict()),
-        "corpus": texts.fingerprint,
+        "corpus": source.fingerprint,
     }
 
 

@@ -9,7 +9,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from fulmen import __version__
-from fulmen.cli.chat_session import load_converted
+from fulmen.cli.chat_session import load_converted_model
+from fulmen.cli.model_config import read_config
 from fulmen.cli.progress import console, progress_bar, say
 from fulmen.cli.suite_settings import ALL, PARITY, SuiteSettings, lengths_up_to
 from fulmen.corpus import Corpus, load_corpus
@@ -18,11 +19,20 @@ from fulmen.evaluation.report import about_run, write_json
 from fulmen.evaluation.suite.endpoint import EndpointSubject
 from fulmen.evaluation.suite.journal import Journal
 from fulmen.evaluation.suite.ruler_tasks import find_tasks
-from fulmen.evaluation.suite.run import NEEDS_DSA, NEEDS_WEIGHTS, SUITES, SuitePlan, require_fit, run_suites
+from fulmen.evaluation.suite.run import (
+    NEEDS_DSA,
+    NEEDS_WEIGHTS,
+    SUITES,
+    SuitePlan,
+    require_fit,
+    require_within,
+    run_suites,
+)
 from fulmen.evaluation.suite.subjects import LocalSubject, Subject
 from fulmen.evaluation.suite.suite_page import write_suite_page
 from fulmen.evaluation.suite.suite_report import suite_sections, write_suite_markdown
 from fulmen.modeling.checkpoint import ModelSource, find_source, load_dense, load_tokenizer
+from fulmen.modeling.index_shape import usual_length
 from fulmen.training.teacher import require_same_tokens
 
 SAMPLES_FILE = "samples.jsonl"
@@ -39,7 +49,7 @@ def suites_of(settings: SuiteSettings) -> tuple[str, ...]:
         CheckpointError: there is no such model.
     """
     find_tasks(settings.tasks)
-    converted = settings.url is None and _is_converted(find_source(settings.source))
+    converted = settings.url is None and _has_dsa(_config_values(find_source(settings.source)))
     if ALL not in settings.suites:
         if PARITY in settings.suites and not converted:
             raise ConfigError(
@@ -54,13 +64,14 @@ def suites_of(settings: SuiteSettings) -> tuple[str, ...]:
 
 def evaluate_suites(settings: SuiteSettings, suites: tuple[str, ...]) -> dict[str, Any]:
     """Run suites as `fulmen eval --suite` does and return the report. Raises what its parts raise."""
+    require_runnable(settings, suites)
     corpus = load_corpus(*settings.data)
+    tokenizer = load_subject_tokenizer(settings)
     say(f"Loading {settings.model or settings.source}")
-    subject, tokenizer = load_subject(settings)
-    context = subject.context or ENDPOINT_CONTEXT
+    subject = load_subject(settings, tokenizer)
     plan = SuitePlan(
         suites=suites,
-        lengths=settings.lengths or lengths_up_to(context),
+        lengths=lengths_of(settings, subject.context, subject.topk),
         samples=settings.samples,
         tasks=settings.tasks,
         seed=settings.seed,
@@ -79,40 +90,81 @@ def evaluate_suites(settings: SuiteSettings, suites: tuple[str, ...]) -> dict[st
     return report
 
 
-def load_subject(settings: SuiteSettings) -> tuple[Subject, Any]:
-    """Who is asked, and the tokenizer that counts.
+def require_runnable(settings: SuiteSettings, suites: tuple[str, ...]) -> None:
+    """Raise ConfigError for what the model's config has against these settings, before it is loaded."""
+    if settings.url is not None:
+        # An endpoint is quick to ask, and says nothing of its model.
+        return
+    values = _config_values(find_source(settings.source))
+    has_dsa = _has_dsa(values)
+    for option, value in (("topk", settings.topk), ("dense", settings.dense)):
+        if value is not None and not has_dsa:
+            raise ConfigError(
+                f"{option}={value!r} is for a converted model, and {settings.source} has no DSA"
+            )
+    for name in suites:
+        if name in NEEDS_DSA and not has_dsa:
+            raise ConfigError(
+                f"suite={name!r} compares DSA with dense, and {settings.source} has no DSA; convert it first"
+            )
+    if context := values.get("max_position_embeddings"):
+        require_within(lengths_of(settings, context, settings.topk), context)
+
+
+def lengths_of(settings: SuiteSettings, context: int | None, topk: int | None) -> tuple[int, ...]:
+    """As asked for; else what a `topk` (None: without DSA) wants, half of that too, within the context."""
+    if settings.lengths is None:
+        longest = usual_length(topk or 0, context)
+        return (longest // 2, longest)
+    return settings.lengths or lengths_up_to(context or ENDPOINT_CONTEXT)
+
+
+def load_subject_tokenizer(settings: SuiteSettings) -> Any:
+    """The tokenizer that counts; that of a dense model to compare with must be the same.
 
     Raises:
-        CheckpointError: the model or the tokenizer cannot be loaded.
+        CheckpointError: one cannot be loaded.
+        ConfigError: they differ.
+    """
+    tokenizer = load_tokenizer(find_source(settings.source))
+    if settings.dense is not None:
+        require_same_tokens(tokenizer, load_tokenizer(find_source(settings.dense)))
+    return tokenizer
+
+
+def load_subject(settings: SuiteSettings, tokenizer: Any) -> Subject:
+    """Who is asked.
+
+    Raises:
+        CheckpointError: the model cannot be loaded.
         EndpointError: the endpoint cannot be reached, or lacks the model.
         ConfigError: a topk for a model without DSA.
     """
     found = find_source(settings.source)
     if settings.url is not None:
         assert settings.model is not None
-        tokenizer = load_tokenizer(found)
-        return EndpointSubject(settings.url, settings.model, tokenizer), tokenizer
-    source = None
-    if _is_converted(found):
-        model, tokenizer = load_converted(settings.source)
+        return EndpointSubject(settings.url, settings.model, tokenizer)
+    dense = None
+    if _has_dsa(_config_values(found)):
+        model = load_converted_model(settings.source)
         if settings.dense is not None:
-            source, own_tokenizer = load_dense(settings.dense, model.dtype)
-            require_same_tokens(tokenizer, own_tokenizer)
-    elif settings.dense is not None:
-        raise ConfigError(f"--dense is what a converted model is compared with; {settings.source} has no DSA")
+            dense = load_dense(settings.dense, model.dtype)[0].eval()
     elif found.gguf_file:
-        model, tokenizer = load_dense(settings.source)
+        model = load_dense(settings.source)[0]
     else:
         # Any model of Transformers, known to a family or not: nothing of it is changed.
-        tokenizer = load_tokenizer(found)
         model = _loaded(found, lambda: AutoModelForCausalLM.from_pretrained(found.place, dtype="auto"))
-    return LocalSubject(model.eval(), tokenizer, settings.topk, source and source.eval()), tokenizer
+    return LocalSubject(model.eval(), tokenizer, settings.topk, dense)
 
 
-def _is_converted(found: ModelSource) -> bool:
+def _config_values(found: ModelSource) -> dict[str, Any]:
+    """config.json, of any model; of a GGUF file what Transformers makes of its header."""
     if found.gguf_file:
-        return False
-    values, _ = _loaded(found, lambda: PreTrainedConfig.get_config_dict(found.place))
+        return read_config(str(found))[1].to_dict()
+    return _loaded(found, lambda: PreTrainedConfig.get_config_dict(found.place))[0]
+
+
+def _has_dsa(values: dict[str, Any]) -> bool:
     return bool(values.get("dsa") or values.get("index_topk"))
 
 

@@ -10,7 +10,6 @@ from fulmen.errors import ConfigError
 
 PARITY, ALL = "parity", "all"
 SUITE_NAMES = (PARITY, "ruler", "keyloss", "short", "generate", ALL)
-DEFAULT_LENGTHS = "1k,2k"
 DEFAULT_SAMPLES = 20
 MAX_LENGTH = "max"
 SHORTEST_POWER = 1024
@@ -23,7 +22,7 @@ class SuiteSettings:
     Attributes:
         source: a converted model's directory, any model, or with `url` the place of the tokenizer.
         suites: some of SUITE_NAMES.
-        lengths: tokens; empty: every power of two from 1k to the model's context.
+        lengths: tokens; empty: every power of two from 1k to the model's context; None: k decides.
         samples: of each task and length, or texts of each length.
         tasks: names of RULER tasks; empty: all.
         seed: of every random choice.
@@ -36,7 +35,7 @@ class SuiteSettings:
 
     source: str
     suites: tuple[str, ...]
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...] | None
     samples: int = DEFAULT_SAMPLES
     tasks: tuple[str, ...] = ()
     seed: int = 0

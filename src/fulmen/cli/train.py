@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fulmen.cli.settings import DEFAULT_LENGTH, DEFAULT_SPARSE_BUDGET, parse_duration
+from fulmen.cli.settings import DEFAULT_SPARSE_BUDGET, parse_duration
 from fulmen.cli.train_settings import TrainSettings
 
 
@@ -40,8 +40,13 @@ def train_command(
         ),
     ] = None,
     length: Annotated[
-        int, typer.Option(help="Tokens per text; longer than k. Train at the lengths you will use.")
-    ] = DEFAULT_LENGTH,
+        int | None,
+        typer.Option(
+            help="Tokens per text; more than k. Train at the lengths you will use. [dim]Default: 4 k, at "
+            "least 2048, within the context; less if the text does not fill that.[/]",
+            show_default=False,
+        ),
+    ] = None,
     windows: Annotated[
         int | None,
         typer.Option(help="Different texts at most. [dim]Default: as many as the steps use.[/]"),

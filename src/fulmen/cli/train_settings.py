@@ -18,8 +18,9 @@ class TrainSettings:
         model_dir: what `fulmen convert` wrote. out: directory to write.
         topk: keys that each query keeps; None: the model's own.
         data: as for a conversion. teacher: a dense model to learn from; None: the one inside `model_dir`.
-        length: tokens per text. windows: texts to train on at most, held in memory; None: as many as the
-        steps use, data sets being streamed.
+        length: tokens per text; None: `default_length`, less where the text is scarce.
+        windows: texts to train on at most, held in memory; None: as many as the steps use, data sets being
+            streamed.
         overwrite: replace a model directory at `out`.
         options: further fields of `fulmen.training.sparse.SparseSettings`.
     """
@@ -29,7 +30,7 @@ class TrainSettings:
     topk: int | None = None
     data: tuple[str, ...] = ()
     teacher: str | None = None
-    length: int = 2048
+    length: int | None = None
     windows: int | None = None
     overwrite: bool = False
     options: dict[str, Any] = field(default_factory=dict)
@@ -62,5 +63,7 @@ class TrainSettings:
         # Both are packages of that name.
         if report in ("tensorboard", "wandb") and importlib.util.find_spec(report) is None:
             raise ConfigError(f"report_to={report!r} needs a package: pip install {report}, or use none")
+        if self.options.get("lora") is not None and importlib.util.find_spec("peft") is None:
+            raise ConfigError("lora needs the package peft; install fulmen[lora], or leave --lora out")
         if self.teacher is not None and self.options.get("alpha") == 0:
             raise ConfigError("alpha=0 learns from no teacher, so --teacher does not apply; leave it out")

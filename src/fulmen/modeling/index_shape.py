@@ -5,6 +5,8 @@ the keys and values at most. One index key head per key/value head and one index
 the indexer start from the model's own heads (`fulmen.modeling.inherit`).
 """
 
+import sys
+
 from transformers import PreTrainedConfig
 
 from fulmen.config import DsaConfig
@@ -17,6 +19,8 @@ MAX_INDEX_KEY_SHARE = 0.2
 # V3.2's own k at 64K and more; below that one token in 32, and never so few that the local text fills it.
 SMALLEST_TOPK, LARGEST_TOPK, CONTEXT_OVER_TOPK = 256, 2048, 32
 MAX_MLA_INDEX_HEADS = 64
+# Of a text that teaches an indexer: three of four queries then have more to choose from than they keep.
+LENGTH_OVER_TOPK, USUAL_LENGTH = 4, 2048
 
 
 def default_dsa(
@@ -41,19 +45,59 @@ def default_dsa(
             f"index_head_dim={index_head_dim} is more than the model's head width {head_dim}, "
             f"from which it takes its rotary pairs; use {head_dim} or less"
         )
-    return DsaConfig(
+    dsa = DsaConfig(
         topk=default_topk(config) if topk is None else topk,
         index_n_heads=min(heads, most_heads) if index_n_heads is None else index_n_heads,
         index_n_kv_heads=groups,
         index_head_dim=_default_head_dim(config, groups) if index_head_dim is None else index_head_dim,
         layers=layers,
     )
+    _require_inheritable(config, dsa)
+    return dsa
+
+
+def context_of(config: PreTrainedConfig) -> int | None:
+    """Tokens that the model was made for; None if its config does not say."""
+    return getattr(config, "max_position_embeddings", None)
 
 
 def default_topk(config: PreTrainedConfig) -> int:
-    """A 32nd of the model's context, within 256 and 2048 tokens."""
-    context = getattr(config, "max_position_embeddings", None) or 0
-    return max(SMALLEST_TOPK, min(LARGEST_TOPK, context // CONTEXT_OVER_TOPK))
+    """A 32nd of the model's context, within 256 and 2048 tokens, and a quarter of it at most."""
+    context = context_of(config)
+    if context is None:
+        return SMALLEST_TOPK
+    within = max(SMALLEST_TOPK, min(LARGEST_TOPK, context // CONTEXT_OVER_TOPK))
+    return max(1, min(within, context // LENGTH_OVER_TOPK))
+
+
+def default_length(config: PreTrainedConfig, topk: int) -> int:
+    """Tokens of a text to calibrate on, to train on or to judge with, where nobody says how many.
+
+    Four times k, as a text that is not well above k leaves nothing to select; at least 2,048, and within the
+    model's context.
+    """
+    return usual_length(topk, context_of(config))
+
+
+def usual_length(topk: int, context: int | None) -> int:
+    """`default_length`, where the context is known; None: it is not."""
+    return min(max(USUAL_LENGTH, LENGTH_OVER_TOPK * topk), context or sys.maxsize)
+
+
+def _require_inheritable(config: PreTrainedConfig, dsa: DsaConfig) -> None:
+    """Raise ConfigError for an indexer that cannot be built from the model's own heads."""
+    heads, rotary = config.num_attention_heads, getattr(config, "qk_rope_head_dim", 0)
+    if is_mla(config):
+        if dsa.index_head_dim < rotary + 2:
+            raise ConfigError(
+                f"index_head_dim={dsa.index_head_dim} leaves no room beside the model's {rotary} rotary "
+                f"dims; use {rotary + 2} or more"
+            )
+    elif heads % dsa.index_n_heads:
+        raise ConfigError(
+            f"index_n_heads={dsa.index_n_heads} does not divide the model's {heads} attention heads, each "
+            f"of which is to be in one; use {heads} or a divisor of it"
+        )
 
 
 def dsa_of(config: PreTrainedConfig) -> DsaConfig:

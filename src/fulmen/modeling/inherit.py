@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from fulmen.config import DsaConfig
 from fulmen.errors import ConfigError, TrainingDivergedError
+from fulmen.modeling.index_shape import LENGTH_OVER_TOPK
 from fulmen.modeling.selectors import DenseSelector, dsa_attentions, use_selector
 from fulmen.ops.index_keys import round_index_keys
 from fulmen.ops.index_scores import index_scores
@@ -38,8 +39,6 @@ ROWS_PER_BLOCK = 32
 PAIR_BLOCK = 8
 RIDGE = 1e-2
 LOG_SCALES = torch.arange(-6.0, 3.0, 0.25)
-# A text shorter than this many times k has no boundary to learn; a smaller k is calibrated instead.
-LENGTH_OVER_TOPK = 4
 SHORTEST_TEXT = 16
 
 
@@ -97,6 +96,7 @@ def inherit_gqa(
 
     def fit(attention: Any, _: Any, kwargs: dict) -> None:
         share = dsa.layer_topk(attention.layer_idx) / dsa.topk
+        # A shorter text has no boundary at k to learn: that of a smaller k is learned instead.
         layer_topk = min(max(1, round(topk * share)), length // LENGTH_OVER_TOPK)
         report.append(_fit_layer(attention, kwargs, layer_topk)._replace(topk_share=share))
         on_layer(report[-1])

@@ -79,8 +79,8 @@ def convert_mla(
         UnsupportedModelError: a part that stock deepseek_v32 cannot express; the message names key and value.
         ConfigError: an index setting that cannot be.
     """
-    _require_convertible(model)
-    config = _v32_config(model.config, topk, index_n_heads, index_head_dim)
+    config = require_mla_config(model.config, topk, index_n_heads, index_head_dim)
+    _require_plain_weights(model)
     state = _v32_trunk(model)
     dtype = state["model.embed_tokens.weight"].dtype
     device = state["model.embed_tokens.weight"].device
@@ -95,8 +95,15 @@ def convert_mla(
     return converted.train(model.training)
 
 
-def _require_convertible(model: PreTrainedModel) -> None:
-    config = model.config
+def require_mla_config(
+    config: PretrainedConfig, topk: int, index_n_heads: int, index_head_dim: int
+) -> DeepseekV32Config:
+    """The config that `convert_mla` would make. Raises as that does, but for what the weights tell."""
+    _require_expressible(config)
+    return _v32_config(config, topk, index_n_heads, index_head_dim)
+
+
+def _require_expressible(config: PretrainedConfig) -> None:
     if config.model_type in MLA_DSA_TYPES:
         raise AlreadyConvertedError(
             f"model_type={config.model_type!r} has an indexer already; use it as it is"
@@ -115,6 +122,9 @@ def _require_convertible(model: PreTrainedModel) -> None:
         _refuse("mlp_bias", True, "deepseek_v32 has MLPs without bias only")
     if config.num_key_value_heads != config.num_attention_heads:
         _refuse("num_key_value_heads", config.num_key_value_heads, "MLA has one per attention head")
+
+
+def _require_plain_weights(model: PreTrainedModel) -> None:
     for name, tensor in model.state_dict().items():
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             _refuse(f"dtype of {name}", tensor.dtype, "load the model dequantised, in bf16 or fp32")

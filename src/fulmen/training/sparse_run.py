@@ -109,11 +109,7 @@ def train_sparse(
     topk = dsa_of(model.config).topk
     if topk >= length:
         raise ConfigError(f"topk={topk} is not below the texts' {length} tokens; use longer texts")
-    if isinstance(train, WindowStream) and settings.teacher_place == "disk":
-        raise ConfigError(
-            "teacher_place='disk' keeps answers about texts that come again, which streamed ones do not; "
-            "use auto or live, or --windows for a number of texts that is held in memory"
-        )
+    require_place_for_answers(settings, is_streamed=isinstance(train, WindowStream))
     state = processes()
     if state.is_main_process:
         drop_unfinished_checkpoints(run_dir)
@@ -146,6 +142,15 @@ def train_sparse(
     seconds = time.monotonic() - began
     before = (plan["dense_before"], plan["loss_before"])
     return SparseResult(*before, after, best_step, trainer.state.global_step, watch.tokens, seconds)
+
+
+def require_place_for_answers(settings: SparseSettings, *, is_streamed: bool) -> None:
+    """Raise ConfigError if the teacher's answers about texts that come once only are to be kept."""
+    if is_streamed and settings.teacher_place == "disk":
+        raise ConfigError(
+            "teacher_place='disk' keeps answers about texts that come again, which streamed ones do not; "
+            "use auto or live, or --windows for a number of texts that is held in memory"
+        )
 
 
 def prepare_stage(model: PreTrainedModel, settings: SparseSettings) -> SparseStage:

@@ -111,8 +111,12 @@ def require_fit(subject: Subject, plan: SuitePlan) -> None:
             raise ConfigError(f"suite={name!r} needs the model's logits, which an endpoint does not give")
         if name in NEEDS_DSA and "dsa" not in subject.variants:
             raise ConfigError(f"suite={name!r} compares DSA with dense, and this model has no DSA")
-    if subject.context and max(plan.lengths) > subject.context:
+    require_within(plan.lengths, subject.context)
+
+
+def require_within(lengths: Sequence[int], context: int | None) -> None:
+    """Raise ConfigError if a length is beyond the context; None: it is not known."""
+    if context and max(lengths) > context:
         raise ConfigError(
-            f"length={max(plan.lengths)} is beyond the model's context of {subject.context} tokens; "
-            "use a shorter one"
+            f"length={max(lengths)} is beyond the model's context of {context} tokens; use a shorter one"
         )

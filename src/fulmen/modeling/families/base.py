@@ -25,6 +25,9 @@ class Family:
     dsa_types: tuple[str, ...]
     full_attention_layers: Callable[[PreTrainedConfig], list[int]]
 
+    def require_convertible(self, config: PreTrainedConfig, dsa: DsaConfig) -> None:
+        """Raise what `from_dense` would, where the config alone tells: before weights are loaded."""
+
     def from_dense(self, dense: PreTrainedModel, dsa: DsaConfig) -> PreTrainedModel:
         """A DSA model with the weights of `dense` and a random indexer in each layer of `dsa.layers`."""
         raise NotImplementedError
