@@ -97,11 +97,10 @@ def require_runnable(settings: SuiteSettings, suites: tuple[str, ...]) -> None:
         return
     values = _config_values(find_source(settings.source))
     has_dsa = _has_dsa(values)
-    for option, value in (("topk", settings.topk), ("dense", settings.dense)):
-        if value is not None and not has_dsa:
-            raise ConfigError(
-                f"{option}={value!r} is for a converted model, and {settings.source} has no DSA"
-            )
+    if settings.topk is not None and not has_dsa:
+        raise ConfigError(f"topk={settings.topk} is for a converted model; {settings.source} has no DSA")
+    if settings.dense is not None and not has_dsa:
+        raise ConfigError(f"--dense is what a converted model is compared with; {settings.source} has no DSA")
     for name in suites:
         if name in NEEDS_DSA and not has_dsa:
             raise ConfigError(
