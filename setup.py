@@ -1,12 +1,12 @@
 """The native kernels; all else about the package is in pyproject.toml."""
 
 import platform
+from copy import copy
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 NATIVE = "src/fulmen/ops/native"
-# For the machine that builds it; the library refuses to run on a lesser one (native/library.cpp).
-MACHINE = "-march=native" if platform.machine().lower() in ("x86_64", "amd64", "i686") else "-mcpu=native"
 SOURCES = (
     *("library", "index_keys", "index_topk", "attention", "attention_backward"),
     *("paged", "paged_project", "paged_sparse"),
@@ -15,17 +15,42 @@ HEADERS = (
     *("vectors", "tiles", "threads", "attention", "attention_tiles"),
     *("index_inputs", "index_vectors", "index_tiles", "index_query", "index_block", "selection", "paged"),
 )
+# A library for each level of instructions, the best of which is chosen when fulmen runs (native_library.py).
+# So what is built on one machine runs on any other of its kind, and every level is tested where it can run.
+# native/library.cpp asks the CPU for what is named here.
+AVX2 = ("-mavx2", "-mfma", "-mbmi2")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+AMX = (*AVX512, "-mavx512bf16", "-mavx512fp16", "-mamx-tile", "-mamx-int8", "-mamx-bf16")
+X86_LEVELS = {"_native_avx2": AVX2, "_native_avx512": AVX512, "_native_amx": AMX}
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+class BuildLevels(build_ext):
+    """All levels at once, each with object files of its own."""
+
+    def initialize_options(self):
+        super().initialize_options()
+        self.parallel = True
+
+    def build_extension(self, extension):
+        own = copy(self)
+        own.build_temp = f"{self.build_temp}/{extension.name}"
+        build_ext.build_extension(own, extension)
+
+
+def native(name, instructions):
+    return Extension(
+        f"fulmen.ops.{name}",
+        sources=[f"{NATIVE}/{source}.cpp" for source in SOURCES],
+        depends=[f"{NATIVE}/{header}.h" for header in HEADERS],
+        extra_compile_args=["-std=c++17", "-O3", "-g0", *instructions, "-pthread"],
+        extra_link_args=["-pthread"],
+        # Without a compiler fulmen installs all the same, and computes by plain torch; old ones lack a level.
+        optional=True,
+    )
+
 
 setup(
-    ext_modules=[
-        Extension(
-            "fulmen.ops._native",
-            sources=[f"{NATIVE}/{name}.cpp" for name in SOURCES],
-            depends=[f"{NATIVE}/{name}.h" for name in HEADERS],
-            extra_compile_args=["-std=c++17", "-O3", MACHINE, "-pthread"],
-            extra_link_args=["-pthread"],
-            # Without a compiler fulmen installs all the same, and computes by plain torch.
-            optional=True,
-        )
-    ]
+    cmdclass={"build_ext": BuildLevels},
+    ext_modules=[native(*level) for level in ({"_native": ()} | (X86_LEVELS if IS_X86 else {})).items()],
 )

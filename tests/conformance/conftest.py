@@ -1,13 +1,18 @@
-"""Every backend in turn; the tests of an operation run by all of them."""
+"""Every backend in turn, native at each level; the tests of an operation run by all of them."""
 
 import pytest
 import torch
+from native_levels import EACH_LEVEL, native_level
 
 from fulmen.ops.dispatch import BACKENDS, pin_backend, reason_against_backend
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=[name for name in BACKENDS if name != "native"] + EACH_LEVEL)
 def backend(request):
+    if request.param in EACH_LEVEL:
+        with native_level(request.param), pin_backend("native"):
+            yield "native"
+        return
     if reason := reason_against_backend(request.param, "index_topk", "cpu", torch.float32):
         pytest.skip(f"{request.param}: {reason}")
     with pin_backend(request.param):

@@ -65,6 +65,11 @@ def gradients(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], seed: int
     return torch.autograd.grad(total, inputs)
 
 
+def with_gradients(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The outputs, and the gradients of a random weighting of theirs."""
+    return (*(out.detach() for out in outputs), *gradients(outputs, inputs))
+
+
 def op_inputs(B=2, T=3, S=5, H=4, G=2, D=4, J=4, E=6, K=2) -> dict[Callable[..., Any], dict[str, Any]]:
     """Arguments that every operation takes, by operation; I = 2."""
     interval = {"start_BT": torch.zeros(B, T, dtype=torch.int64), "stop_BT": torch.full((B, T), S)}

@@ -1,10 +1,21 @@
 """Dense and sparse attention against their specification, and what both promise."""
 
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops_cases import DTYPES, assert_near, causal, gradients, normal, ragged, random_selection
+from ops_cases import (
+    DTYPES,
+    assert_near,
+    causal,
+    gradients,
+    normal,
+    ragged,
+    random_selection,
+    with_gradients,
+)
 
 from fulmen.ops.dense_attention import dense_attention
 from fulmen.ops.dense_attention.reference import dense_attention_reference
@@ -35,26 +46,41 @@ def operations(sizes, seed=0):
     }
 
 
+@cache  # for all backends
+def expected_of(name, sizes, heads, dtype):
+    """out, lse and the gradients of both by the reference."""
+    _, reference, keys = operations(sizes)[name]
+    qkv = inputs(sizes, heads, dtype)
+    found = reference(*qkv, *keys, 0.3)
+    return with_gradients((found.out_BTHV, found.lse_BTH), qkv)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("name", ["dense", "sparse"])
 def test_matches_the_reference_forward_and_backward(name, sizes, heads, dtype):
-    operation, reference, keys = operations(sizes)[name]
+    operation, _, keys = operations(sizes)[name]
     qkv = inputs(sizes, heads, dtype)
-    expected = reference(*qkv, *keys, 0.3)
     out, lse = operation(*qkv, *keys, 0.3)
     assert out.dtype == dtype
     assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert_near(out, expected.out_BTHV, dtype)
-    assert_near(lse, expected.lse_BTH, dtype)
-    wanted = gradients((expected.out_BTHV, expected.lse_BTH), qkv)
-    for gradient, want in zip(gradients((out, lse), qkv), wanted, strict=True):
-        assert_near(gradient, want, dtype)
+    for found, want in zip(
+        with_gradients((out, lse), qkv), expected_of(name, sizes, heads, dtype), strict=True
+    ):
+        assert_near(found, want, dtype)
 
 
 # T, S: fewer queries than torch's kernel is used for, just enough, a whole text, a chunk with a past
 CHUNKS = {"few": (15, 40), "enough": (16, 40), "whole": (60, 60), "chunk": (33, 300)}
+
+
+@cache  # for all backends
+def expected_of_chunk(T, S, heads, dtype):
+    """out, lse and the gradients of both by the reference."""
+    qkv = inputs((2, T, S, 1), heads, dtype)
+    found = dense_attention_reference(*qkv, *causal(2, T, S), 0.3)
+    return with_gradients((found.out_BTHV, found.lse_BTH), qkv)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -63,13 +89,10 @@ CHUNKS = {"few": (15, 40), "enough": (16, 40), "whole": (60, 60), "chunk": (33, 
 def test_causal_chunks_match_the_reference_forward_and_backward(sizes, heads, dtype):
     T, S = sizes
     qkv, interval = inputs((2, T, S, 1), heads, dtype), causal(2, T, S)
-    expected = dense_attention_reference(*qkv, *interval, 0.3)
+    expected = expected_of_chunk(T, S, heads, dtype)
     found = dense_attention(*qkv, *interval, 0.3)
-    assert [x.dtype for x in found] == [dtype, expected.lse_BTH.dtype]
-    wanted = (expected.out_BTHV, expected.lse_BTH)
-    for a, b in zip(found, wanted, strict=True):
-        assert_near(a, b, dtype)
-    for a, b in zip(gradients(found, qkv), gradients(wanted, qkv), strict=True):
+    assert [x.dtype for x in found] == [dtype, expected[1].dtype]
+    for a, b in zip(with_gradients(found, qkv), expected, strict=True):
         assert_near(a, b, dtype)
 
 

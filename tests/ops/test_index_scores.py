@@ -1,5 +1,7 @@
 """Index scores against their specification, and how stable their bits are."""
 
+from functools import cache
+
 import pytest
 import torch
 from ops_cases import DTYPES, assert_near, causal, normal, ragged
@@ -7,6 +9,7 @@ from ops_cases import DTYPES, assert_near, causal, normal, ragged
 from fulmen.ops.index_keys import pack_index_keys, unpack_index_keys
 from fulmen.ops.index_scores import index_scores
 from fulmen.ops.index_scores.reference import index_scores_reference
+from fulmen.ops.select_topk import index_topk
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -22,6 +25,12 @@ def inputs(sizes, heads, dtype=torch.float32, seed=0):
     return [normal(*shape, seed=seed + i, dtype=dtype) for i, shape in enumerate(shapes)]
 
 
+@cache  # for all backends
+def expected_of(sizes, heads, dtype, shifted):
+    q, k, w, b = inputs(sizes, heads, dtype)
+    return index_scores_reference(q, k, w, b if shifted else None, *ragged(*sizes)).scores_BTS
+
+
 @pytest.mark.parametrize("shifted", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
@@ -34,7 +43,7 @@ def test_matches_the_reference(sizes, heads, dtype, shifted):
     assert scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     # Both compute in float32 from the same bfloat16 inputs.
     tight = torch.float32 if dtype == torch.bfloat16 else dtype
-    assert_near(scores, index_scores_reference(q, k, w, b, *interval).scores_BTS, tight)
+    assert_near(scores, expected_of(sizes, heads, dtype, shifted), tight)
 
 
 def test_formula_by_hand():
@@ -98,6 +107,14 @@ def test_under_autocast_the_arithmetic_stays_float32():
     assert torch.equal(scores, index_scores(q.bfloat16(), k.bfloat16(), w, b, *interval))
 
 
+@cache  # for all backends
+def expected_of_packed(sizes, heads, dtype):
+    """By float64, from the numbers that packed keys stand for."""
+    q, k, w, b = inputs(sizes, heads, dtype)
+    exact = [x.double() for x in (q, unpack_index_keys(pack_index_keys(k)), w, b)]
+    return index_scores_reference(*exact, *ragged(*sizes)).scores_BTS
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", [*HEADS.values(), (2, 2, 66), (6, 3, 130)], ids=str)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
@@ -105,8 +122,7 @@ def test_packed_keys_score_as_the_numbers_they_stand_for(sizes, heads, dtype):
     q, k, w, b = inputs(sizes, heads, dtype)
     packed, interval = pack_index_keys(k), ragged(*sizes)
     scores = index_scores(q, packed, w, b, *interval)
-    exact = [x.double() for x in (q, unpack_index_keys(packed), w, b)]
-    expected = index_scores_reference(*exact, *interval).scores_BTS.to(scores.dtype)
+    expected = expected_of_packed(sizes, heads, dtype).to(scores.dtype)
     tight = torch.float32 if dtype == torch.bfloat16 else dtype
     assert_near(scores, expected, tight)
 
@@ -131,6 +147,25 @@ def test_a_packed_key_that_is_no_number_spoils_its_own_scores_alone():
     scores = index_scores(q, pack_index_keys(k), w, b, *interval)
     assert scores[..., 33].isnan().all()
     scores[..., 33] = expected[..., 33]
+    assert torch.equal(scores, expected)
+
+
+@pytest.mark.parametrize("queries", [1, 20], ids=["decode", "chunk"])
+@pytest.mark.parametrize("packed", [False, True], ids=["numbers", "packed"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_query_that_is_not_finite_scores_nan_and_spoils_no_other(bad, packed, queries):
+    q, k, w, b = inputs((2, queries, 70), HEADS["grouped"])
+    k, interval = pack_index_keys(k) if packed else k, causal(2, queries, 70)
+    expected = index_scores(q, k, w, b, *interval)
+    spoilt, row = q.clone(), queries // 3
+    spoilt[1, row, 2, 5] = bad
+    scores = index_scores(spoilt, k, w, b, *interval)
+    stop = int(interval[1][1, row])
+    assert scores[1, row, :stop].isnan().all()
+    # NaN ranks below every number, and equals go to the more recent.
+    chosen = index_topk(spoilt, k, w, b, *interval, 9)
+    assert chosen[1, row].tolist() == list(range(stop - 9, stop))
+    scores[1, row] = expected[1, row]
     assert torch.equal(scores, expected)
 
 

@@ -1,22 +1,21 @@
 """What the native kernels promise beyond the other backends: bits that depend on nothing but the numbers."""
 
-import ctypes
 import os
 import signal
 import time
+from functools import cache
 
 import pytest
 import torch
-from ops_cases import assert_near, causal, gradients, normal, ragged, random_selection
+from native_levels import EACH_LEVEL, native_level
+from ops_cases import assert_near, causal, gradients, normal, ragged, random_selection, with_gradients
 
-from fulmen.ops import attention_native, native_library
+from fulmen.ops import attention_native
 from fulmen.ops.dense_attention import dense_attention
 from fulmen.ops.dispatch import pin_backend
 from fulmen.ops.index_keys import pack_index_keys, unpack_index_keys
 from fulmen.ops.index_scores import index_scores
 from fulmen.ops.index_scores import native as native_scores
-from fulmen.ops.native_library import native_reason
-from fulmen.ops.paged_layer import NativeLayer, NativeTokens
 from fulmen.ops.select_topk import index_topk, select_topk
 from fulmen.ops.sparse_attention import sparse_attention
 from fulmen.ops.sparse_attention.reference import sparse_attention_reference
@@ -26,13 +25,13 @@ THREADS = [2, 3, 7]
 HEADS = [(9, 3, 64, 64), (16, 1, 40, 32), (1, 1, 5, 3), (8, 2, 16, 16)]
 # J, I, E
 INDEX_HEADS = [(9, 3, 24), (4, 1, 33), (2, 2, 8)]
+# B, T, S, K: many queries of few keys
+SHARED_KEYS = (2, 300, 90, 60)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _native():
-    if reason := native_reason():
-        pytest.skip(f"native: {reason}")
-    with pin_backend("native"):
+@pytest.fixture(scope="module", autouse=True, params=EACH_LEVEL)
+def _native(request):
+    with native_level(request.param), pin_backend("native"):
         yield
 
 
@@ -147,15 +146,21 @@ def test_a_decoded_query_attends_as_in_the_prefill(heads):
             assert torch.equal(alone[1], among[1][:, row])
 
 
+@cache  # for all levels
+def expected_of_shared_keys(heads):
+    """Gradients by the reference."""
+    B, T, S, K = SHARED_KEYS
+    qkv = attention_inputs(B, T, S, heads)
+    found = sparse_attention_reference(*qkv, random_selection(B, T, S, K), 0.2)
+    return gradients((found.out_BTHV, found.lse_BTH), qkv)
+
+
 @pytest.mark.parametrize("heads", HEADS)
 def test_gradients_match_the_reference_where_many_queries_share_keys(heads):
-    B, T, S, K = 2, 300, 90, 60
+    B, T, S, K = SHARED_KEYS
     qkv, topk = attention_inputs(B, T, S, heads), random_selection(B, T, S, K)
-    wanted = sparse_attention_reference(*qkv, topk, 0.2)
-    found = sparse_attention(*qkv, topk, 0.2)
-    for gradient, want in zip(
-        gradients(found, qkv), gradients((wanted.out_BTHV, wanted.lse_BTH), qkv), strict=True
-    ):
+    found = gradients(sparse_attention(*qkv, topk, 0.2), qkv)
+    for gradient, want in zip(found, expected_of_shared_keys(heads), strict=True):
         torch.testing.assert_close(gradient, want, rtol=2e-5, atol=2e-5 * want.abs().max().item())
 
 
@@ -166,19 +171,31 @@ def alike_selection(B, T, S, K, seed=0):
     return torch.where(chosen < 0, -1, few[chosen.clamp(min=0)]).int()
 
 
+def many_queries(heads, queries):
+    """bfloat16 queries, keys and values, and selections, two of them empty."""
+    B, S, K = 2, 500, 90
+    topk = alike_selection(B, queries, S, K)
+    topk[:, 5:7], topk[:, 9, 1:] = -1, -1
+    return attention_inputs(B, queries, S, heads, torch.bfloat16), topk
+
+
+@cache  # for all levels
+def expected_of_many(heads, queries):
+    """out, lse and the gradients of both by the reference."""
+    qkv, topk = many_queries(heads, queries)
+    found = sparse_attention_reference(*qkv, topk, 0.3)
+    return with_gradients((found.out_BTHV, found.lse_BTH), qkv)
+
+
 # Tiles take bfloat16 queries by 16: just enough, a whole block and a part, several
 @pytest.mark.parametrize("queries", [16, 23, 70])
 @pytest.mark.parametrize("heads", [*HEADS, (3, 1, 96, 64), (20, 1, 80, 512)], ids=str)
 def test_many_bfloat16_queries_match_the_reference(heads, queries, monkeypatch):
-    B, S, K = 2, 500, 90
-    qkv = attention_inputs(B, queries, S, heads, torch.bfloat16)
-    topk = alike_selection(B, queries, S, K)
-    topk[:, 5:7], topk[:, 9, 1:] = -1, -1
-    wanted = sparse_attention_reference(*qkv, topk, 0.3)
+    qkv, topk = many_queries(heads, queries)
+    out, lse, *expected = expected_of_many(heads, queries)
     found = sparse_attention(*qkv, topk, 0.3)
-    assert_near(found[0], wanted.out_BTHV, torch.bfloat16)
-    assert_near(found[1], wanted.lse_BTH, torch.float32)
-    expected = gradients((wanted.out_BTHV, wanted.lse_BTH), qkv)
+    assert_near(found[0], out, torch.bfloat16)
+    assert_near(found[1], lse, torch.float32)
     for gradient, want in zip(gradients(found, qkv), expected, strict=True):
         torch.testing.assert_close(gradient, want, rtol=2e-2, atol=2e-2 * want.abs().max().item())
     monkeypatch.setattr(attention_native, "has_tiles", lambda: False)
@@ -282,29 +299,6 @@ def test_selection_from_long_rows(kind, topk):
     with pin_backend("reference"):
         expected = select_topk(scores, *interval, topk)
     assert torch.equal(select_topk(scores, *interval, topk), expected)
-
-
-def test_a_library_of_another_version_is_not_used(monkeypatch):
-    monkeypatch.setattr(native_library, "NATIVE_VERSION", -1)
-    library, reason = native_library._open_native.__wrapped__()
-    assert library is None
-    assert "of another version" in reason
-
-
-def test_a_file_that_is_no_library_is_not_used(monkeypatch, tmp_path):
-    (tmp_path / "_native.so").write_text("nothing")
-    monkeypatch.setattr(native_library, "__file__", str(tmp_path / "native_library.py"))
-    monkeypatch.setattr(native_library, "EXTENSION_SUFFIXES", [".so"])
-    assert "does not load" in native_library._open_native.__wrapped__()[1]
-    (tmp_path / "_native.so").unlink()
-    assert "was not built" in native_library._open_native.__wrapped__()[1]
-
-
-def test_the_structures_have_the_sizes_that_the_kernels_read():
-    assert ctypes.sizeof(native_library.IndexShape) == 14 * 8
-    assert ctypes.sizeof(native_library.AttentionShape) == 17 * 8
-    assert ctypes.sizeof(NativeLayer) == 17 * 8
-    assert ctypes.sizeof(NativeTokens) == 7 * 8
 
 
 def test_threads_survive_a_fork():

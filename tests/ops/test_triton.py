@@ -100,6 +100,20 @@ def test_a_key_that_is_not_finite_spoils_its_own_scores_alone():
     assert torch.equal(scores, clean)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_query_that_is_not_finite_scores_nan_and_spoils_no_other(dtype):
+    q, k, w, b = index_inputs(1, 4, 60, (9, 3, 20))
+    q, k, interval = q.to(dtype), k.to(dtype), here(*causal(1, 4, 60))
+    clean = index_scores(q, k, w, b, *interval)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        spoilt = q.clone()
+        spoilt[0, 2, 7, 5] = bad
+        scores = index_scores(spoilt, k, w, b, *interval)
+        assert scores[0, 2, :59].isnan().all()
+        scores[0, 2] = clean[0, 2]
+        assert torch.equal(scores, clean)
+
+
 @pytest.mark.usefixtures("_small_tiles")
 @pytest.mark.parametrize("kind", ["normal", "integers", "zeros", "constant", "nan and inf", "denormal"])
 def test_selection_matches_the_reference(kind):

@@ -1,10 +1,12 @@
-"""The native kernels: a shared library beside this file, built when fulmen is installed (`native/*.cpp`).
+"""The native kernels: shared libraries beside this file, built when fulmen is installed (`native/*.cpp`).
 
-Called by ctypes, which releases Python's lock meanwhile. Where the library was not built, or was built for
-another CPU, `native_reason` says so, and the operations run by plain torch.
+There is one for each level of instructions, and the best that can run here is used. Called by ctypes, which
+releases Python's lock meanwhile. Where none was built, `native_reason` says so, and the operations run by
+plain torch.
 """
 
 import ctypes
+import os
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -13,6 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fulmen.errors import BackendError
+
+# Each with its library, from the instructions that every CPU of a kind has to those that few have (setup.py).
+NATIVE_LEVELS = {
+    "plain": "_native",
+    "avx2": "_native_avx2",
+    "avx512": "_native_avx512",
+    "amx": "_native_amx",
+}
+NATIVE_LEVEL_VARIABLE = "FULMEN_NATIVE_LEVEL"
 NATIVE_VERSION = 9
 # Numbers, as in `native/attention.h`: gradients have rows of whole vectors.
 ROW_MULTIPLE = 16
@@ -44,12 +56,15 @@ class AttentionShape(ctypes.Structure):
 
 
 def native_reason() -> str | None:
-    """Why the native kernels cannot run on this machine; None if they can."""
+    """Why the native kernels cannot run on this machine; None if they can.
+
+    Raises BackendError if FULMEN_NATIVE_LEVEL names no level, or one that cannot run here.
+    """
     return _open_native()[1]
 
 
 def native_simd() -> tuple[str, ...]:
-    """Instruction sets that the library was built for, as ("AVX2", "FMA"); none where it cannot run."""
+    """Instruction sets that the library in use was built for, as ("AVX2", "FMA"); () where none can run."""
     library = _open_native()[0]
     return () if library is None else tuple(library.fulmen_native_simd().decode().split())
 
@@ -110,8 +125,28 @@ def _as_ctype(argument: Any) -> Any:
 
 @cache
 def _open_native() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library, or why there is none."""
-    places = (Path(__file__).with_name(f"_native{suffix}") for suffix in EXTENSION_SUFFIXES)
+    """The library of the pinned or else the best level, or why there is none."""
+    if pinned := os.environ.get(NATIVE_LEVEL_VARIABLE):
+        return _open_pinned_level(pinned), None
+    for level in reversed(NATIVE_LEVELS):
+        library, reason = _open_level(level)
+        if library:
+            break
+    return library, reason
+
+
+def _open_pinned_level(level: str) -> ctypes.CDLL:
+    setting = f"{NATIVE_LEVEL_VARIABLE}={level!r}"
+    if level not in NATIVE_LEVELS:
+        raise BackendError(f"{setting} names no level; set it to {', '.join(NATIVE_LEVELS)}, or unset it")
+    library, reason = _open_level(level)
+    if library is None:
+        raise BackendError(f"{setting} cannot run here: {reason}")
+    return library
+
+
+def _open_level(level: str) -> tuple[ctypes.CDLL | None, str | None]:
+    places = (Path(__file__).with_name(f"{NATIVE_LEVELS[level]}{suffix}") for suffix in EXTENSION_SUFFIXES)
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         return None, "its library was not built; install fulmen where there is a C++ compiler"
@@ -123,8 +158,5 @@ def _open_native() -> tuple[ctypes.CDLL | None, str | None]:
         return None, "its library is of another version of fulmen; install fulmen again"
     library.fulmen_native_lacks.restype = library.fulmen_native_simd.restype = ctypes.c_char_p
     if lacking := library.fulmen_native_lacks():
-        return (
-            None,
-            f"its library was built for a CPU with {lacking.decode()}; install fulmen here again",
-        )
+        return None, f"its library needs {lacking.decode()}, which this machine lacks"
     return library, None

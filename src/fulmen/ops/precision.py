@@ -11,6 +11,11 @@ def math_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def nan_for_infinity(x: Tensor) -> Tensor:
+    """An indexer's queries as they are scored: one that is not finite scores NaN, whatever the keys."""
+    return x.masked_fill(x.isinf(), torch.nan)
+
+
 def cast_as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, the tensors in its dtype, as torch's own attention would take them; else unchanged.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fulmen.ops.index_keys import is_packed, unpack_index_keys
-from fulmen.ops.precision import math_dtype
+from fulmen.ops.precision import math_dtype, nan_for_infinity
 from fulmen.ops.tiles import TILE_NUMBERS, interval_blocks, take_keys
 
 PRODUCT_ROWS = 4
@@ -59,7 +59,7 @@ def score_keys(q_TJE: Tensor, k_CIE: Tensor, w_TJ: Tensor, b_TJ: Tensor | None) 
     """`[T, C]`, the scores of some queries for some keys; none hidden. Differentiable by plain autograd."""
     dtype = math_dtype(q_TJE.dtype)
     n_groups = k_CIE.shape[1]
-    q_IRE = _rows_by_key_head(q_TJE.to(dtype) * q_TJE.shape[-1] ** -0.5, n_groups)
+    q_IRE = _rows_by_key_head(nan_for_infinity(q_TJE).to(dtype) * q_TJE.shape[-1] ** -0.5, n_groups)
     b_IR1 = None if b_TJ is None else _rows_by_key_head(b_TJ.to(dtype)[..., None], n_groups)
     w_X1J = w_TJ.to(dtype).unflatten(1, (n_groups, 1, -1)).transpose(0, 1).flatten(0, 1)
     tiles = [

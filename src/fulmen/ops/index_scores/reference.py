@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fulmen.ops.index_keys import index_key_numbers
 from fulmen.ops.intervals import interval_mask
-from fulmen.ops.precision import math_dtype
+from fulmen.ops.precision import math_dtype, nan_for_infinity
 
 
 class IndexScoresReference(NamedTuple):
@@ -31,7 +31,8 @@ def index_scores_reference(
     dtype = math_dtype(q_BTJE.dtype)
     shared = q_BTJE.shape[2] // k_BSIE.shape[2]
     k_BSJE = index_key_numbers(k_BSIE, dtype).repeat_interleave(shared, dim=2)
-    logits_BTJS = torch.einsum("btje,bsje->btjs", q_BTJE.to(dtype), k_BSJE) * q_BTJE.shape[-1] ** -0.5
+    q_BTJE = nan_for_infinity(q_BTJE.to(dtype))
+    logits_BTJS = torch.einsum("btje,bsje->btjs", q_BTJE, k_BSJE) * q_BTJE.shape[-1] ** -0.5
     if b_BTJ is not None:
         logits_BTJS = logits_BTJS + b_BTJ.to(dtype)[..., None]
     relu_BTJS = logits_BTJS.relu()

@@ -128,6 +128,8 @@ def _index_scores_kernel(
     for key_head in range(KEY_HEADS):
         row_R = (batch * n_queries + pair_query_R) * (KEY_HEADS * SHARED) + key_head * SHARED + head_R
         q_RE = load_rows(q_BTJE, row_R * WIDTH, present_R, 0, WIDTH, BLOCK_WIDTH, DTYPE)
+        # A query that is not finite scores NaN.
+        q_RE = tl.where(tl.abs(q_RE.to(tl.float32)) == float("inf"), float("nan"), q_RE).to(DTYPE)
         key_base = k_BSIE + batch * k_stride_b + key_head * k_stride_i
         k_SE = load_rows(key_base, key_S.to(tl.int64) * k_stride_s, present_S, 0, WIDTH, BLOCK_WIDTH, DTYPE)
         logits_RS = product(q_RE, tl.trans(k_SE)) * scale

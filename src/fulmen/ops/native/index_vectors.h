@@ -37,12 +37,14 @@ class VectorScorer {
         : in(in), batch(block.batch), groups((int64_t(block.rows.size()) + ROWS - 1) / ROWS), q(groups * in.shape.heads * in.shape.width * ROWS),
           w(groups * in.shape.heads * ROWS), b(w.size()) {
         const int64_t heads = in.shape.heads, width = in.shape.width;
+        // Infinity becomes NaN: else it would score by the signs of the keys, and by tiles it cannot.
+        const auto taken = [&](float x) { return std::isfinite(x) ? x * in.factor : NAN; };
         for (size_t r = 0; r < block.rows.size(); r++)
             for (int64_t j = 0; j < heads; j++) {
                 const int64_t head = (r / ROWS) * heads + j, from = r * heads + j;
                 w[head * ROWS + r % ROWS] = block.w[from];
                 b[head * ROWS + r % ROWS] = block.b[from];
-                for (int64_t e = 0; e < width; e++) q[(head * width + e) * ROWS + r % ROWS] = block.q[from * width + e] * in.factor;
+                for (int64_t e = 0; e < width; e++) q[(head * width + e) * ROWS + r % ROWS] = taken(block.q[from * width + e]);
             }
     }
 

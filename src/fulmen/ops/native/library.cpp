@@ -1,4 +1,4 @@
-// Whether this library may run here: it is compiled for the machine that built it.
+// Whether this library may run here: each is compiled for one level of instructions (setup.py).
 
 #include "tiles.h"
 
@@ -22,8 +22,8 @@ const char *fulmen_native_simd() {
 #ifdef __AVX512F__
         "AVX512F "
 #endif
-#ifdef __AVX512VBMI2__
-        "AVX512VBMI2 "
+#ifdef __AVX512BF16__
+        "AVX512BF16 "
 #endif
 #ifdef __AVX512FP16__
         "AVX512FP16 "
@@ -43,7 +43,7 @@ const char *fulmen_native_simd() {
 // 1 if matrix tiles (AMX) were compiled in and may be used here, else 0.
 int fulmen_native_tiles() { return tiles_granted(); }
 
-// An instruction set that the library was compiled for and this CPU lacks; null if there is none.
+// An instruction set that the library was compiled for and that cannot be used here; null if there is none.
 const char *fulmen_native_lacks() {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_cpu_init();
@@ -71,11 +71,14 @@ const char *fulmen_native_lacks() {
 #ifdef __AVX512VL__
     if (!__builtin_cpu_supports("avx512vl")) return "AVX512VL";
 #endif
-#ifdef __AVX512VBMI2__
-    if (!__builtin_cpu_supports("avx512vbmi2")) return "AVX512VBMI2";
+#ifdef __AVX512BF16__
+    if (!__builtin_cpu_supports("avx512bf16")) return "AVX512BF16";
 #endif
 #ifdef __AVX512FP16__
     if (!__builtin_cpu_supports("avx512fp16")) return "AVX512FP16";
+#endif
+#ifdef FULMEN_TILES
+    if (!tiles_granted()) return "AMX, or a kernel that grants it";
 #endif
 #endif
     return nullptr;
