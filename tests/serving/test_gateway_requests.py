@@ -166,6 +166,8 @@ def test_a_suffix_is_written_with_the_tokenizers_tokens():
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
         ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "tools[0].function.name"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"logit_bias": {"-1": 5}}, "logit_bias.-1"),
+        ({"logit_bias": {"1e3": 5}}, "logit_bias.1e3"),
         ({"tool_choice": "maybe"}, "tool_choice"),
         ({"stream_options": {"include_usage": 3}}, "stream_options.include_usage"),
     ],

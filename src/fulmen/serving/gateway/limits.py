@@ -100,7 +100,8 @@ class Door:
             await respond(error, scope["path"])(scope, receive, send)
             return
         if body is not None:
-            await self._app(scope, receive if reads else _replay(body, receive), _while_open(send))
+            sent = _while_open(send, receive)
+            await self._app(scope, receive if reads else _replay(body, receive), sent)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body; None if the client left."""
@@ -124,17 +125,17 @@ class Door:
         return b"".join(pieces)
 
 
-def _while_open(send: Send) -> Send:
+def _while_open(send: Send, receive: Receive) -> Send:
     """Sends to a client that may be gone already."""
 
     async def sent(message: Message) -> None:
         try:
             await send(message)
         except RuntimeError as error:
-            # uvloop's word for a connection that is gone. Who answers is told so in a moment.
+            # uvloop's word for a connection that is gone, a moment before anybody is told.
             if "handler is closed" not in str(error):
                 raise
-            await asyncio.sleep(0.01)
+            await receive()
 
     return sent
 

@@ -12,6 +12,7 @@ Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
 Stop = str | Annotated[list[str], Field(max_length=MOST_STOPS)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Prompts = Annotated[list[str], Field(min_length=1, max_length=64)]
 PromptIds = Annotated[list[TokenId], Field(min_length=1)]
 Role = Literal["system", "user", "assistant", "tool", "developer"]
@@ -102,7 +103,7 @@ class Sampling(Model):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: Seed | None = None
     stop: Stop | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
