@@ -112,6 +112,13 @@ def test_an_error_in_the_stream_is_an_error():
     assert caught.value.status == 500
 
 
+def test_an_error_in_the_stream_keeps_its_status_and_field():
+    said = {"error": {"message": "token ids out of range", "param": "logit_bias", "code": 400}}
+    with pytest.raises(ApiError) as caught:
+        OpenAiDialect(False).feed(Event(None, json.dumps(said)))
+    assert (caught.value.status, caught.value.param) == (400, "logit_bias")
+
+
 def anthropic(kind, **said):
     return Event(kind, json.dumps({"type": kind, **said}))
 

@@ -145,7 +145,9 @@ def chat_chunk(event: Event) -> dict[str, Any] | None:
         return None
     chunk = json.loads(event.data)
     if "error" in chunk:
-        raise engine_error(500, chunk)
+        # With a status of its own: what is wrong with a request may be found when its stream has begun.
+        code = chunk["error"].get("code") if isinstance(chunk["error"], dict) else None
+        raise engine_error(code if isinstance(code, int) else 500, chunk)
     return chunk
 
 
