@@ -163,6 +163,11 @@ class TestWeights:
         monkeypatch.setattr("fulmen.modeling.gguf_file._CHUNK", 7 * 64)
         assert torch.equal(logits(load_gguf(path)[0], LONG_IDS), whole)
 
+    def test_the_header_is_read_without_the_tensors(self, tmp_path, monkeypatch):
+        path = write_gguf(tmp_path / "m.gguf", make_dense())
+        monkeypatch.setattr("fulmen.modeling.gguf_file.GgufTensor.load", None)
+        assert read_sound_gguf(path)[1].hidden_size == 64
+
     def test_values_that_are_not_finite(self, tmp_path):
         bad = tensors_of(make_dense(), "llama")["blk.1.ffn_up.weight"].clone()
         bad[3, 4] = math.nan

@@ -34,6 +34,7 @@ _TEKKEN = (
 # One after another, each cutting what the ones before it left.
 _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 _DIGITS = (r"\p{N}", _GPT2)
+_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")
 _SPLITS: dict[str, tuple[str, ...]] = {
     "default": _DEFAULT,
     **dict.fromkeys(("gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4", "olmo", "mpt"), (_GPT2,)),
@@ -46,6 +47,7 @@ _SPLITS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("dbrx", "smaug-bpe"), (_LLAMA3,)),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez"), (_QWEN2,)),
     "tekken": (_TEKKEN,),
+    "deepseek-coder": _DEEPSEEK_CODER,
 }
 # A word that is a token is that token, whatever the merges say; texts begin with BOS if the file is silent.
 _WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "midm-2.0", "lfm2", "tekken"}
