@@ -16,6 +16,7 @@ import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import httpx
@@ -27,6 +28,16 @@ from served import Served, served
 app = typer.Typer(add_completion=False)
 WARM_REQUESTS, QUIET_S, ANSWER_S, SHOWN = 300, 15.0, 120.0, 5
 READ_BYTES = 2**16
+
+
+class Asking(NamedTuple):
+    """How many requests to ask of which address, for how long, how many at once, and what kinds not."""
+
+    url: str
+    requests: int
+    seconds: float
+    at_once: int
+    without: frozenset[str]
 
 
 @dataclass
@@ -55,24 +66,26 @@ def fuzz(
     minutes: float = typer.Option(60.0, help="Ask no more after so long."),
     at_once: int = 8,
     seed: int = 0,
+    without: str = typer.Option("", help="Kinds to leave out, with commas between."),
     most_gap_s: float = 1.0,
     most_growth_mib: float = 256.0,
 ) -> None:
     """Run it and print what was found."""
     with served(model_dir) as server:
-        found = asyncio.run(_run(server, requests, minutes * 60, at_once, seed))
+        asking = Asking(server.url, requests, minutes * 60, at_once, frozenset(without.split(",")))
+        found = asyncio.run(_run(server, asking, seed))
     grown = found["engine_mib"]["after"] - found["engine_mib"]["before"]
     bad = bool(found["problems"]) or found["longest_gap_s"]["fuzzed"] > most_gap_s or grown > most_growth_mib
     print(json.dumps(found | {"grown_mib": round(grown, 1), "passed": not bad}, indent=1))
     raise typer.Exit(bad)
 
 
-async def _run(server: Served, requests: int, seconds: float, at_once: int, seed: int) -> dict:
+async def _run(server: Served, asking: Asking, seed: int) -> dict:
     seen, warm = Seen(), Seen()
     async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
         model = (await client.get("/models")).json()["data"][0]["id"]
     watch = asyncio.create_task(_watch(server.url, model, seen))
-    await _ask_all(server.url, model, warm, WARM_REQUESTS, seconds, at_once, f"warm{seed}")
+    await _ask_all(asking._replace(requests=WARM_REQUESTS), model, warm, f"warm{seed}")
     await asyncio.sleep(QUIET_S)
     before = _engine_mib(server)
     seen.gaps.clear()
@@ -80,7 +93,7 @@ async def _run(server: Served, requests: int, seconds: float, at_once: int, seed
     quiet = max(seen.gaps, default=0.0)
     seen.gaps.clear()
     started = time.monotonic()
-    asked = await _ask_all(server.url, model, seen, requests, seconds, at_once, str(seed))
+    asked = await _ask_all(asking, model, seen, str(seed))
     took, fuzzed = time.monotonic() - started, max(seen.gaps, default=0.0)
     await asyncio.sleep(QUIET_S)
     after = _engine_mib(server)
@@ -97,11 +110,9 @@ async def _run(server: Served, requests: int, seconds: float, at_once: int, seed
     }
 
 
-async def _ask_all(
-    url: str, model: str, seen: Seen, count: int, seconds: float, at_once: int, seed: str
-) -> int:
+async def _ask_all(asking: Asking, model: str, seen: Seen, seed: str) -> int:
     """Ask until the number or the time is reached; how many were asked."""
-    numbers, end, asked = iter(range(count)), time.monotonic() + seconds, 0
+    numbers, end, asked = iter(range(asking.requests)), time.monotonic() + asking.seconds, 0
 
     async def client() -> None:
         nonlocal asked
@@ -109,10 +120,12 @@ async def _ask_all(
             if time.monotonic() > end:
                 return
             name = f"{seed}:{number}"
-            await ask(url, make_request(random.Random(name), model), seen, name)
-            asked += 1
+            made = make_request(random.Random(name), model)
+            if made.kind not in asking.without:
+                await ask(asking.url, made, seen, name)
+                asked += 1
 
-    await asyncio.gather(*(client() for _ in range(at_once)))
+    await asyncio.gather(*(client() for _ in range(asking.at_once)))
     return asked
 
 
