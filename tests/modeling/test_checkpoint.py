@@ -20,7 +20,9 @@ from fulmen.modeling.checkpoint import (
     dense_view,
     find_source,
     load_dense,
+    load_directory,
     require_free_output,
+    require_savable,
     save_converted,
 )
 from fulmen.modeling.gguf_weights import read_sound_gguf
@@ -328,3 +330,79 @@ def test_config_survives_json():
     again = AutoConfig.for_model(**values)
     assert again.dsa == model.config.dsa
     assert again.rope_parameters == CONFIGS["llama3-rope"]().rope_parameters
+
+
+class TestRehearsal:
+    """What would fail when a run is saved fails before it begins."""
+
+    def test_leaves_nothing_behind(self, tokenizer, tmp_path):
+        require_savable(make_dsa(make_dense("llama")), tokenizer, tmp_path / "out")
+        assert not list(tmp_path.iterdir())
+
+    def test_settings_that_transformers_does_not_save(self, tokenizer, tmp_path):
+        model = make_dsa(make_dense("llama"))
+        model.generation_config.early_stopping = True
+        with pytest.raises(CheckpointError, match=r"could not be saved .*early_stopping") as info:
+            require_savable(model, tokenizer, tmp_path / "out")
+        assert "\n" not in str(info.value)
+        assert not list(tmp_path.iterdir())
+
+    def test_a_tokenizer_that_reads_otherwise_once_saved(self, tmp_path):
+        words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w2"))
+
+        class Forgetful(PreTrainedTokenizerFast):
+            def save_pretrained(self, folder, **kwargs):
+                made = super().save_pretrained(folder, **kwargs)
+                file = Path(folder, "tokenizer.json")
+                file.write_text(file.read_text().replace('"unk_token": "w2"', '"unk_token": "w3"'))
+                return made
+
+        with pytest.raises(CheckpointError, match="reads text otherwise once saved"):
+            require_savable(
+                make_dsa(make_dense("llama")), Forgetful(tokenizer_object=words), tmp_path / "out"
+            )
+
+    @pytest.mark.parametrize("template", ["{% for m in messages %}", "{{ messages", "{% macro %}"])
+    def test_a_chat_template_that_is_no_jinja(self, template, tmp_path):
+        words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w2"))
+        broken = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w2")
+        broken.chat_template = template
+        with pytest.raises(CheckpointError, match=r"line 1 of its chat template is no Jinja") as info:
+            require_savable(make_dsa(make_dense("llama")), broken, tmp_path / "out")
+        assert "\n" not in str(info.value)
+
+    def test_a_template_that_refuses_our_chat_is_no_error(self, tmp_path):
+        words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w2"))
+        strict = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w2")
+        strict.chat_template = "{{ raise_exception('a system message, please') }}"
+        require_savable(make_dsa(make_dense("llama")), strict, tmp_path / "out")
+
+    def test_a_disk_without_room(self, tokenizer, tmp_path):
+        """Weights that need more than any disk has: 2^60 bytes, none of them real."""
+        model = make_dsa(make_dense("llama"))
+        model.lm_head.weight = torch.nn.Parameter(torch.empty(2**58, device="meta"))
+        with pytest.raises(OutputError, match=r"its weights take \d+\.\d GB, and .* are free"):
+            require_savable(model, tokenizer, tmp_path / "out")
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002])
+def test_every_file_follows_the_umask(tokenizer, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        folder = save_converted(make_dsa(make_dense("llama")), tokenizer, tmp_path / "out", CARD)
+    finally:
+        os.umask(before)
+    modes = {file.name: oct(file.stat().st_mode & 0o777) for file in folder.iterdir()}
+    assert modes == dict.fromkeys(modes, oct(0o666 & ~umask))
+
+
+def test_weights_in_parts_follow_the_umask_too(tokenizer, tmp_path):
+    model = make_dsa(make_dense("llama"))
+    save_in_parts = model.save_pretrained
+    model.save_pretrained = lambda folder: save_in_parts(folder, max_shard_size="100KB")
+    folder = save_converted(model, tokenizer, tmp_path / "out", CARD)
+    parts = list(folder.glob("model-*.safetensors"))
+    assert len(parts) > 1
+    assert {part.stat().st_mode for part in parts} == {(folder / "README.md").stat().st_mode}
+    assert torch.equal(logits(load_directory(folder)[0]), logits(model))

@@ -2,17 +2,18 @@
 
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer
+from transformers import PreTrainedModel, TextStreamer
 
 from fulmen.cli.model_config import read_config
-from fulmen.errors import CheckpointError, ConfigError
+from fulmen.errors import ConfigError
 from fulmen.modeling.cache import CacheBytes
+from fulmen.modeling.checkpoint import load_directory_model, load_directory_tokenizer
+from fulmen.modeling.config_checks import require_sound_templates
 from fulmen.modeling.index_shape import context_of, dsa_of
 from fulmen.modeling.mla_attention import accelerate_mla
 from fulmen.modeling.mla_cache import cache_with_index_keys
@@ -53,6 +54,7 @@ class ChatSession:
 
     def __init__(self, model_dir: str | Path, topk: int | None = None, document: str = "") -> None:
         self.tokenizer: Any = load_converted_tokenizer(model_dir)
+        require_sound_templates(self.tokenizer, str(model_dir))
         self._context = context_of(read_config(model_dir)[1])
         self._messages: list[dict[str, str]] = []
         self._document = document
@@ -188,19 +190,15 @@ def load_converted(model_dir: str | Path) -> tuple[PreTrainedModel, Any]:
 
 def load_converted_tokenizer(model_dir: str | Path) -> Any:
     """The tokenizer of `load_converted`. Raises as that does, but for what weights tell."""
-    return _loaded(model_dir, AutoTokenizer.from_pretrained)
+    return load_directory_tokenizer(_converted_place(model_dir))
 
 
 def load_converted_model(model_dir: str | Path) -> PreTrainedModel:
     """The model of `load_converted`. Raises as that does, but for the tokenizer."""
-    return _loaded(model_dir, partial(AutoModelForCausalLM.from_pretrained, dtype="auto")).eval()
+    return load_directory_model(_converted_place(model_dir)).eval()
 
 
-def _loaded(model_dir: str | Path, load: Callable[[str], Any]) -> Any:
+def _converted_place(model_dir: str | Path) -> str:
     found, config = read_config(model_dir)
     dsa_of(config)
-    try:
-        return load(found.place)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{found} cannot be loaded ({reason[:200]}); convert it anew") from error
+    return found.place

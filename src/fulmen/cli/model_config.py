@@ -5,10 +5,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from fulmen.errors import AlreadyConvertedError, CheckpointError
 from fulmen.modeling.checkpoint import ModelSource, find_source
+from fulmen.modeling.config_checks import read_own_config
 from fulmen.modeling.families import family_for_type
 from fulmen.modeling.gguf_file import read_gguf
 from fulmen.modeling.gguf_weights import read_sound_gguf
@@ -30,7 +31,7 @@ def read_config(source: str | Path) -> tuple[ModelSource, PreTrainedConfig]:
     # A converted model is as welcome here as a dense one.
     with suppress(AlreadyConvertedError):
         family_for_type(values["model_type"])
-    return found, _readable(found, lambda: AutoConfig.from_pretrained(found.place))
+    return found, read_own_config(found.place)
 
 
 def quantized_types(found: ModelSource) -> list[str]:

@@ -32,10 +32,10 @@ from fulmen.errors import ConfigError
 from fulmen.evaluation.variants import indexer_state
 from fulmen.modeling.budget import share_budget
 from fulmen.modeling.checkpoint import (
-    find_source,
     load_dense,
     load_tokenizer,
     require_free_output,
+    require_savable,
     save_converted,
 )
 from fulmen.modeling.families import family_for
@@ -69,17 +69,19 @@ def convert(settings: ConvertSettings) -> Path:
             "a conversion cannot be sharded; launch it without --use_fsdp, then fulmen train with"
         )
     require_free_output(out, overwrite=settings.overwrite)
-    plan = plan_conversion(settings, read_config(settings.source)[1])
+    source, config = read_config(settings.source)
+    plan = plan_conversion(settings, config)
     corpus = load_corpus(*settings.data)
-    tokenizer = load_tokenizer(find_source(settings.source))
+    tokenizer = load_tokenizer(source, config.vocab_size)
     texts, sparse = _texts(plan, corpus, tokenizer, settings)
     say(f"Loading {settings.source}")
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     dense = load_dense(settings.source, dtype)[0]
-    if types := quantized_types(find_source(settings.source)):
+    if types := quantized_types(source):
         loaded = str(dense.dtype).removeprefix("torch.")
         say(f"Its weights ({', '.join(types)}) are dequantized to {loaded}; --dtype decides")
     model = family_for(dense.config).from_dense(dense, plan.dsa).eval()
+    first_alone(lambda: require_savable(model, tokenizer, out))
     run = RunDir(out)
     identity = _identity(settings, corpus, plan.dsa, texts.length)
     if first_alone(lambda: run.open(identity, discard_other=settings.overwrite)):

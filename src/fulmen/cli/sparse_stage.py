@@ -26,12 +26,13 @@ from fulmen.modeling.checkpoint import (
     load_dense,
     load_tokenizer,
     require_free_output,
+    require_savable,
     save_converted,
 )
 from fulmen.modeling.index_shape import dsa_of
 from fulmen.modeling.mla_attention import own_attention
 from fulmen.modeling.model import set_topk
-from fulmen.training.processes import processes
+from fulmen.training.processes import first_alone, processes
 from fulmen.training.sharding import require_known_sharding
 from fulmen.training.sparse import SparseSettings, require_trainable
 from fulmen.training.sparse_run import SparseResult, require_place_for_answers, train_sparse
@@ -143,6 +144,7 @@ def train(settings: TrainSettings) -> Path:
     )
     say(f"Loading {settings.model_dir}")
     model = load_converted_model(settings.model_dir)
+    first_alone(lambda: require_savable(model, tokenizer, out))
     teacher = _teacher(settings, model)
     if settings.topk is not None:
         set_topk(model, settings.topk)

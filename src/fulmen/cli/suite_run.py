@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from fulmen import __version__
 from fulmen.cli.chat_session import load_converted_model
@@ -31,7 +31,13 @@ from fulmen.evaluation.suite.run import (
 from fulmen.evaluation.suite.subjects import LocalSubject, Subject
 from fulmen.evaluation.suite.suite_page import write_suite_page
 from fulmen.evaluation.suite.suite_report import suite_sections, write_suite_markdown
-from fulmen.modeling.checkpoint import ModelSource, find_source, load_dense, load_tokenizer
+from fulmen.modeling.checkpoint import (
+    ModelSource,
+    find_source,
+    load_dense,
+    load_directory_model,
+    load_tokenizer,
+)
 from fulmen.modeling.index_shape import usual_length
 from fulmen.training.teacher import require_same_tokens
 
@@ -152,7 +158,7 @@ def load_subject(settings: SuiteSettings, tokenizer: Any) -> Subject:
         model = load_dense(settings.source)[0]
     else:
         # Any model of Transformers, known to a family or not: nothing of it is changed.
-        model = _loaded(found, lambda: AutoModelForCausalLM.from_pretrained(found.place, dtype="auto"))
+        model = load_directory_model(found.place)
     return LocalSubject(model.eval(), tokenizer, settings.topk, dense)
 
 
@@ -160,7 +166,8 @@ def _config_values(found: ModelSource) -> dict[str, Any]:
     """config.json, of any model; of a GGUF file what Transformers makes of its header."""
     if found.gguf_file:
         return read_config(str(found))[1].to_dict()
-    return _loaded(found, lambda: PreTrainedConfig.get_config_dict(found.place))[0]
+    values = _loaded(found, lambda: PreTrainedConfig.get_config_dict(found.place))[0]
+    return values if isinstance(values, dict) else {}
 
 
 def _has_dsa(values: dict[str, Any]) -> bool:

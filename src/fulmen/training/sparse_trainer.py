@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fulmen.errors import TrainingDivergedError
-from fulmen.training.checkpoints import SafeCheckpoints, log_up_to, write_log
+from fulmen.training.checkpoints import SafeCheckpoints, log_up_to, write_aside, write_log
 from fulmen.training.processes import as_the_first
 from fulmen.training.sharding import Sharded, load_whole
 from fulmen.training.sparse import SparseSettings, SparseStage, StepLosses
@@ -101,7 +101,8 @@ class SparseTrainer(SafeCheckpoints, Sharded, Trainer):
         if self.args.should_save:
             os.makedirs(output_dir, exist_ok=True)
             trained = only_trained(self.stage, state)
-            save_file(trained, Path(output_dir, WEIGHTS_FILE), metadata={"format": "pt"})
+            file = Path(output_dir, WEIGHTS_FILE)
+            write_aside(file, lambda aside: save_file(trained, aside, metadata={"format": "pt"}))
             rows = self.train_dataset.rows
             if isinstance(rows, StreamedRows):
                 n_used = self.state.global_step * self.settings.accumulate * self.accelerator.num_processes

@@ -52,7 +52,9 @@ class GqaFamily(Family):
 
     def from_dense(self, dense: PreTrainedModel, dsa: DsaConfig) -> PreTrainedModel:
         """As `Family.from_dense`; the weights are shared, not copied."""
-        config = self.config_class.from_dict({**plain_config(dense.config), "dsa": dsa.to_dict()})
+        tied = dense.config.tie_word_embeddings and not has_own_head(dense)
+        values = {**plain_config(dense.config), "dsa": dsa.to_dict(), "tie_word_embeddings": tied}
+        config = self.config_class.from_dict(values)
         with torch.device("meta"):
             model = self.causal_lm_class(config)
         unmatched = model.load_state_dict(dense.state_dict(), assign=True, strict=False)
@@ -66,6 +68,12 @@ class GqaFamily(Family):
             attention.indexer.to_empty(device=weight.device).to(weight.dtype).apply(model._init_weights)
         model.generation_config = copy.deepcopy(dense.generation_config)
         return model.train(dense.training)
+
+
+def has_own_head(model: PreTrainedModel) -> bool:
+    """Whether the output layer has weights of its own. The config may call them tied where they are not."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and head.weight is not embedding.weight
 
 
 def plain_config(config: PreTrainedConfig) -> dict:

@@ -1,0 +1,117 @@
+"""What a model's config and tokenizer must have in common with each other, looked at before the weights."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+from jinja2 import TemplateSyntaxError
+from transformers import AutoConfig, PreTrainedConfig
+
+from fulmen.errors import CheckpointError
+from fulmen.modeling.weights import one_line
+
+# Read by tokenizers to see what they make of a text.
+PROBE = "Once, in 1984: naïve\n\tcode(x) → 漢字"
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+log = logging.getLogger(__name__)
+
+
+def read_own_config(place: str) -> PreTrainedConfig:
+    """The config of a directory or hub model, by Transformers' own classes.
+
+    Raises CheckpointError: Transformers refuses its values, or they contradict each other.
+    """
+    try:
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    except Exception as error:
+        raise CheckpointError(
+            f"{place} has no readable config.json ({one_line(error)}); mend it, or get it anew"
+        ) from error
+    require_sound_config(config, place)
+    return config
+
+
+def require_sound_config(config: PreTrainedConfig, name: str) -> None:
+    """Raise CheckpointError that names the first values of a config that contradict each other."""
+    text: Any = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    groups = getattr(text, "num_key_value_heads", heads)
+    if heads is not None and (not groups or heads % groups):
+        raise CheckpointError(
+            f"{name}: num_attention_heads={heads} is no multiple of num_key_value_heads={groups}; "
+            "mend config.json"
+        )
+    if getattr(text, "num_hidden_layers", 1) < 1:
+        raise CheckpointError(
+            f"{name}: num_hidden_layers={text.num_hidden_layers} cannot be; mend config.json"
+        )
+    for key in SPECIAL_IDS:
+        value = getattr(text, key, None)
+        for token_id in value if isinstance(value, list) else [value]:
+            if token_id is not None and token_id >= text.vocab_size:
+                raise CheckpointError(
+                    f"{name}: {key}={token_id} is not in the vocabulary of {text.vocab_size}; "
+                    "mend config.json"
+                )
+
+
+def require_tokens_fit(tokenizer: Any, vocab_size: int, name: str) -> None:
+    """Raise CheckpointError if text becomes a token that the model has no embedding for.
+
+    Special tokens beyond the embedding that no plain text and no chat becomes are only said: many tokenizers
+    have a default of their class.
+    """
+    beyond = {token_id: token for token, token_id in tokenizer.get_vocab().items() if token_id >= vocab_size}
+    if not beyond:
+        return
+    used = {token_id for ids in _probes(tokenizer) for token_id in ids}
+    if met := sorted(beyond.keys() - (set(tokenizer.all_special_ids) - used)):
+        raise CheckpointError(
+            f"{name}: its tokenizer's token {beyond[met[-1]]!r} is {met[-1]}, its embedding ends at "
+            f"{vocab_size - 1}; put the right tokenizer there, or resize the embedding"
+        )
+    log.warning(
+        "%s: its tokenizer's %s have no embedding; text with them cannot be read",
+        name,
+        ", ".join(map(repr, beyond.values())),
+    )
+
+
+def require_sound_templates(tokenizer: Any, name: str) -> None:
+    """Raise CheckpointError if a chat template is not written as Jinja is; what it says is not looked at."""
+    for template in _templates(tokenizer):
+        try:
+            _chat(tokenizer, template)
+        except TemplateSyntaxError as error:
+            raise CheckpointError(
+                f"{name}: line {error.lineno} of its chat template is no Jinja ({one_line(error)}); "
+                "mend or remove it"
+            ) from error
+
+
+def _probes(tokenizer: Any) -> Iterator[list[int]]:
+    """The ids of a text, and of a chat by each template."""
+    yield tokenizer(PROBE).input_ids
+    for template in _templates(tokenizer):
+        with suppress(TemplateSyntaxError):
+            yield tokenizer(_chat(tokenizer, template), add_special_tokens=False).input_ids
+
+
+def _templates(tokenizer: Any) -> list[str]:
+    templates = tokenizer.chat_template or {}
+    return list(templates.values()) if isinstance(templates, dict) else [templates]
+
+
+def _chat(tokenizer: Any, template: str) -> str:
+    """A chat by a template; "" where it refuses this one, which is its right. Raises TemplateSyntaxError."""
+    messages = [{"role": "user", "content": PROBE}]
+    try:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except TemplateSyntaxError:
+        raise
+    except Exception:
+        return ""

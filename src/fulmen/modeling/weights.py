@@ -1,0 +1,183 @@
+"""The weights of a model: loaded whole, or refused with the names of those that do not fit its config."""
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import transformers
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from fulmen.errors import CheckpointError
+from fulmen.modeling.families.base import has_own_head
+from fulmen.modeling.weight_files import INDEX_FILE, WEIGHTS_FILE, names_in, weight_files
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# Tables that old checkpoints hold and every model makes itself.
+COMPUTED = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids)$")
+NAMES_SHOWN = 3
+
+log = logging.getLogger(__name__)
+
+
+class _Faults(NamedTuple):
+    """Weights that do not fit: not in the file, not in the model, of another shape (with both shapes)."""
+
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[tuple[str, Any, Any]]
+
+
+def load_whole(
+    place: str, model_class: Any = AutoModelForCausalLM, *, left_out: str = r"(?!)", **options: Any
+) -> PreTrainedModel:
+    """Load a model all of whose weights come from the file, and all of the file's weights are in it.
+
+    A head of its own survives where the config calls it tied: the model's config is then untied.
+
+    Args:
+        place: a directory or hub name.
+        model_class: an auto class or model class.
+        left_out: pattern of names that `model_class` leaves in the file on purpose.
+        options: for `from_pretrained`.
+
+    Raises CheckpointError: the weights cannot be read, or do not fit the config.
+    """
+    try:
+        with quiet_transformers():
+            loaded: Any = model_class.from_pretrained(
+                place,
+                output_loading_info=True,
+                # We look ourselves, and name the weights: Transformers points to a report that nobody sees.
+                ignore_mismatched_sizes=True,
+                # Never a pickle, which could run code.
+                use_safetensors=True,
+                trust_remote_code=False,
+                **options,
+            )
+    except Exception as error:
+        raise unreadable(place, one_line(error)) from error
+    model, info = loaded
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise CheckpointError(f"{place} holds an adapter beside the weights; merge it into them first")
+    known = _known_extras(place, model.config, left_out)
+    _require_fit(
+        place,
+        _Faults(
+            sorted(info["missing_keys"]),
+            sorted(key for key in info["unexpected_keys"] if not known.search(key)),
+            sorted(info["mismatched_keys"]),
+        ),
+    )
+    if model.config.tie_word_embeddings and has_own_head(model):
+        model.config.tie_word_embeddings = False
+    return model
+
+
+def file_has_own_head(folder: Path) -> bool:
+    """Whether the file holds a head that is not the embedding, whatever the config says of tying."""
+    import torch
+
+    files = {key: file for file in sorted(folder.glob("*.safetensors")) for key in names_in(file)}
+    if not {HEAD, EMBEDDING} <= files.keys():
+        return False
+    tensors = []
+    for key in (HEAD, EMBEDDING):
+        with safe_open(files[key], "pt") as opened:
+            tensors.append(opened.get_tensor(key))
+    return not torch.equal(*tensors)
+
+
+def local_file(place: str, file_name: str, **options: Any) -> Path | None:
+    """A file of a directory, or of a hub model, which is fetched; None if there is none of that name."""
+    if Path(place).is_dir():
+        file = Path(place, file_name)
+        return file if file.is_file() else None
+    found = cached_file(
+        place,
+        file_name,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **options,
+    )
+    return Path(found) if found else None
+
+
+def unreadable(name: object, reason: str) -> CheckpointError:
+    """The error for weights that cannot be read."""
+    return CheckpointError(f"{name} has unreadable weights ({reason}); get it anew")
+
+
+def one_line(error: Exception) -> str:
+    """What a library said, in one line of bearable length."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No report of Transformers on the console; what it would report is looked at by the caller."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _known_extras(place: str, config: PreTrainedConfig, left_out: str) -> re.Pattern[str]:
+    """Names that may be in the file and not in the model; says what of them is lost."""
+    patterns = [COMPUTED.pattern, left_out]
+    last = getattr(config, "num_hidden_layers", 0)
+    more = range(last, last + (getattr(config, "num_nextn_predict_layers", 0) or 0))
+    layers = {
+        int(found[1]) for key in _names_at(place) if (found := re.match(r"model\.layers\.(\d+)\.", key))
+    }
+    if dropped := sorted(layers.intersection(more)):
+        log.warning(
+            "%s: layer %s predicts further tokens (MTP); the model runs without it, as in Transformers",
+            place,
+            ", ".join(map(str, dropped)),
+        )
+        patterns += [rf"^model\.layers\.{layer}\." for layer in dropped]
+    return re.compile("|".join(f"({pattern})" for pattern in patterns))
+
+
+def _names_at(place: str) -> list[str]:
+    """Names of the weights in a directory, or in the local copy of a hub model."""
+    here = (local_file(place, file, local_files_only=True) for file in (WEIGHTS_FILE, INDEX_FILE))
+    folder = next((file.parent for file in here if file), None)
+    return [key for file in weight_files(folder) for key in names_in(file)] if folder else []
+
+
+def _require_fit(name: str, faults: _Faults) -> None:
+    """Raise CheckpointError that names the first weights that do not fit, and the remedy."""
+    if not any(faults):
+        return
+    if faults.missing == [HEAD] and not faults.unexpected and not faults.mismatched:
+        raise CheckpointError(
+            f"{name} lacks 1 weights, the first {HEAD}; set tie_word_embeddings to true in config.json "
+            "if the embedding is the head, else get it anew"
+        )
+    said = []
+    if faults.mismatched:
+        key, held, wanted = faults.mismatched[0]
+        said.append(
+            f"holds {len(faults.mismatched)} weights of another shape than config.json says, "
+            f"the first {key}: {list(held)}, not {list(wanted)}"
+        )
+    if faults.unexpected:
+        said.append(
+            f"holds {len(faults.unexpected)} weights that config.json does not ask for, "
+            f"as {', '.join(faults.unexpected[:NAMES_SHOWN])}"
+        )
+    if faults.missing:
+        said.append(f"lacks {len(faults.missing)} weights, the first {faults.missing[0]}")
+    remedy = "get it anew"
+    if faults.mismatched or faults.unexpected:
+        remedy = "mend config.json to say what the weights are, or get the model anew"
+    raise CheckpointError(f"{name} {' and '.join(said)}; {remedy}")
