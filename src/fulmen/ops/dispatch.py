@@ -91,7 +91,7 @@ def _reason_against_kernels(
         return f"it has kernels for {', '.join(KERNEL_OPERATIONS[name])} alone; pin 'cpu' here"
     if name == "native" and torch.device(device).type != "cpu":
         return f"its kernels run on the CPU, not on device {str(device)!r}; pin 'cpu', which is plain torch"
-    if dtype == torch.float64 and op_name != "select_topk":
+    if dtype == torch.float64:
         return "its kernels compute in float32, dtype torch.float64 needs more; pin 'cpu'"
     if dtype == torch.float16 and op_name in WITHOUT_FLOAT16:
         return "its kernel takes float32 and bfloat16, not dtype torch.float16; pin 'cpu'"

@@ -28,7 +28,7 @@ def select_topk(scores_BTS: Tensor, start_BT: Tensor, stop_BT: Tensor, topk: int
     every number, -inf included. The same row gives the same set in every batch, shape and thread count.
 
     Args:
-        scores_BTS: any floating dtype, compared as float32.
+        scores_BTS: any floating dtype, compared as float32 (float64 as float64).
         start_BT, stop_BT: int32 or int64; query t sees the keys start <= s < stop, clipped to 0..S.
         topk: keys to keep, at least 1.
 

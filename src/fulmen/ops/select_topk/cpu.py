@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fulmen.ops.index_scores.cpu import index_block_rows, score_keys
+from fulmen.ops.precision import math_dtype
 from fulmen.ops.tiles import IntervalBlock, interval_blocks
 
 # Scores of one block; their 64-bit keys take 8 MB.
@@ -12,7 +13,6 @@ SELECT_BLOCK_SCORES = 2**20
 LOW_BITS = 2**32 - 1
 NO_KEY = torch.iinfo(torch.int32).max
 HIDDEN_RANK = torch.iinfo(torch.int64).min
-NAN_RANK = torch.iinfo(torch.int32).min + 1
 
 
 def select_topk_blocked(scores_BTS: Tensor, start_BT: Tensor, stop_BT: Tensor, topk: int) -> Tensor:
@@ -82,13 +82,22 @@ def _take_best(scores_TS: Tensor, block: IntervalBlock, n_columns: int) -> Tenso
 
 
 def _rank_scores(scores_TS: Tensor) -> Tensor:
-    """int64 ordered as (score, position), so all different; NaN ranks below all numbers.
+    """int64 ordered as (score, position), so all different; NaN ranks below all numbers."""
+    numbers_TS = scores_TS.to(math_dtype(scores_TS.dtype)) + 0.0  # turns -0.0 into 0.0
+    ordered_TS = _as_ordered_integers(numbers_TS)
+    if numbers_TS.dtype == torch.float64:  # positions need half of the bits: equal numbers are numbered alike
+        ordered_TS = ordered_TS.unique(return_inverse=True)[1]
+    positions_S = torch.arange(scores_TS.shape[-1], device=scores_TS.device)
+    return ordered_TS.long().bitwise_left_shift_(32).bitwise_or_(positions_S)
+
+
+def _as_ordered_integers(numbers_TS: Tensor) -> Tensor:
+    """float32 as int32, float64 as int64, in the same order, NaN below all.
 
     The bits of a float are ordered as an integer once those below the sign are flipped in negative numbers.
     """
-    numbers_TS = scores_TS.float() + 0.0  # turns -0.0 into 0.0
-    bits_TS = numbers_TS.view(torch.int32)
-    ordered_TS = bits_TS ^ ((bits_TS >> 31) & torch.iinfo(torch.int32).max)
-    ordered_TS.masked_fill_(numbers_TS.isnan(), NAN_RANK)
-    positions_S = torch.arange(scores_TS.shape[-1], device=scores_TS.device)
-    return ordered_TS.long().bitwise_left_shift_(32).bitwise_or_(positions_S)
+    integer = torch.int64 if numbers_TS.dtype == torch.float64 else torch.int32
+    info = torch.iinfo(integer)
+    bits_TS = numbers_TS.view(integer)
+    ordered_TS = bits_TS ^ ((bits_TS >> (info.bits - 1)) & info.max)
+    return ordered_TS.masked_fill_(numbers_TS.isnan(), info.min + 1)

@@ -13,7 +13,7 @@ def select_topk_reference(scores_BTS: Tensor, start_BT: Tensor, stop_BT: Tensor,
     rows = [
         _select_topk_reference_row(row_S, int(start), int(stop), n_columns)
         for row_S, start, stop in zip(
-            scores_BTS.float().flatten(0, 1).tolist(), start_BT.flatten(), stop_BT.flatten(), strict=True
+            scores_BTS.flatten(0, 1).tolist(), start_BT.flatten(), stop_BT.flatten(), strict=True
         )
     ]
     selected = torch.tensor(rows, dtype=torch.int32, device=scores_BTS.device)
