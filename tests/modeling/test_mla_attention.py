@@ -60,6 +60,24 @@ def test_prefill_is_the_stock_models(model):
 
 
 @pytest.mark.parametrize("name", list(MODELS))
+def test_of_tied_tokens_the_most_recent_are_attended_to(name):
+    """Every score is 0: each token then sees the last `index_topk`, as by a mask; stock may take any."""
+    kind, changes = MODELS[name]
+    # With room for the whole text the stock model has nothing to choose; the mask does.
+    model, stock = (make_mla(kind, **changes, **topk) for topk in ({}, {"index_topk": LENGTH}))
+    for weight in (w for x in (model, stock) for n, w in x.named_parameters() if "weights_proj" in n):
+        torch.nn.init.zeros_(weight)
+    ids, position = mla_ids(1, LENGTH), torch.arange(LENGTH)
+    past = position[:, None] - position
+    recent = (past >= 0) & (past < model.config.index_topk)
+    expected = run(stock, ids, attention_mask=recent[None, None])
+    with fulmen_attention(model):
+        prompt, decoded = run(model, ids), decode(model, ids, MlaCache(model.config))
+    torch.testing.assert_close(prompt, expected, **tolerance(model))
+    torch.testing.assert_close(decoded, expected[:, : decoded.shape[1]], **tolerance(model))
+
+
+@pytest.mark.parametrize("name", list(MODELS))
 def test_float64_agrees_to_the_last_norm(name):
     kind, changes = MODELS[name]
     # Transformers' fused experts take no float64.

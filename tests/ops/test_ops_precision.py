@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops_cases import normal, op_inputs
+from ops_cases import op_inputs
 
 from fulmen.ops.dispatch import pin_backend
 from fulmen.ops.select_topk import index_topk, select_topk

@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from fulmen.modeling.mla_convert import MLA_DSA_TYPES
+
 PARITY_BEGIN, PARITY_END = "<!-- parity:begin -->", "<!-- parity:end -->"
 
 
-def conversion_card(record: dict[str, Any]) -> str:
+def conversion_card(record: dict[str, Any], model_type: str) -> str:
     """The card of a fresh conversion; the parity table is filled in by `fulmen eval`."""
     return f"""---
 library_name: transformers
@@ -31,7 +33,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/of/this/directory")
 ```
 
 `fulmen.set_topk(model, k)` changes how many tokens a query keeps; at or above the length the model is dense.
-
+{_ties_paragraph(model_type)}
 ## Parity with the dense model
 
 {PARITY_BEGIN}
@@ -52,6 +54,15 @@ def _indexer_sentence(dsa: dict[str, Any]) -> str:
         f"{dsa['index_n_kv_heads']} index key heads) picks {dsa['topk']} tokens for every query "
         f"in {len(dsa['layers'])} layers{_spread(dsa)}."
     )
+
+
+def _ties_paragraph(model_type: str) -> str:
+    if model_type not in MLA_DSA_TYPES:
+        return ""
+    return """
+Of tokens with equal index scores fulmen keeps the most recent. Transformers' own class uses `torch.topk`,
+which keeps any of them: without fulmen, logits may differ where fewer than k tokens score above 0.
+"""
 
 
 def _spread(dsa: dict[str, Any]) -> str:

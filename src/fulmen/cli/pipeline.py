@@ -201,7 +201,14 @@ def _save(
         extras[f"{STAGES_DIR}/{LOG_FILE}"] = log
     run.save_record("conversion", record)
     extras[RECORD_FILE] = run.record("conversion")
-    save_converted(model, tokenizer, out, conversion_card(record), overwrite=overwrite, extras=extras)
+    save_converted(
+        model,
+        tokenizer,
+        out,
+        conversion_card(record, model.config.model_type),
+        overwrite=overwrite,
+        extras=extras,
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -238,9 +238,8 @@ def _save(
         extras[f"{STAGES_DIR}/{TENSORBOARD_DIR}/{file.name}"] = file
     for file in filter(Path.is_file, (settings.model_dir / STAGES_DIR).glob("*")):
         extras.setdefault(f"{STAGES_DIR}/{file.name}", file)
-    save_converted(
-        model, tokenizer, out, conversion_card(record), overwrite=settings.overwrite, extras=extras
-    )
+    card = conversion_card(record, model.config.model_type)
+    save_converted(model, tokenizer, out, card, overwrite=settings.overwrite, extras=extras)
 
 
 def _record_of(model_dir: Path) -> dict[str, Any]:

@@ -2,6 +2,10 @@
 
 The stock forward masks a dense attention over expanded keys. Here each query reads its selected latents only:
 the query is carried into the latent space (absorbed), so that one key [latent, rotary key] serves all heads.
+
+Numbers are the stock model's, but for ties: of tokens with equal index scores the most recent are
+selected here, any by the stock model's `torch.topk`. Where fewer than `index_topk` scores are above
+0, the two may attend to different tokens.
 """
 
 from collections.abc import Iterator
@@ -243,6 +247,7 @@ def accelerate_mla(model: PreTrainedModel) -> None:
 
     Weights, state dict and config stay the stock ones; no T x S mask is built. Every Transformers cache with
     room for index keys works; one that the model makes itself is an MlaCache, which grows without copies.
+    Of tokens with equal index scores the most recent are selected; the stock forward selects any of them.
 
     Raises UnsupportedModelError for a model without a stock DSA attention.
     """

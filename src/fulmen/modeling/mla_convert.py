@@ -1,8 +1,9 @@
 """Turn a DeepSeek-V2 or V3 model (MLA, dense attention) into a stock `deepseek_v32` model with an indexer.
 
 The result holds the source's trunk, weight for weight, under Transformers' own class and names: it saves,
-loads and runs without fulmen. With `topk` at least as long as the text its logits are the source's. The
-indexer is random; `fulmen.modeling.mla_inherit` builds it from the attention's own heads.
+loads and runs without fulmen (of tokens with equal scores it then keeps any, where fulmen keeps the most
+recent). With `topk` at least as long as the text its logits are the source's. The indexer is random;
+`fulmen.modeling.mla_inherit` builds it from the attention's own heads.
 """
 
 import copy
