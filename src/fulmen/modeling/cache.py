@@ -8,7 +8,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from fulmen.config import DsaConfig
 from fulmen.errors import CacheError
 
 
@@ -166,7 +165,7 @@ class DsaCache(Cache):
     layers: list[Any]
 
     def __init__(self, config: PreTrainedConfig, max_length: int | None = None) -> None:
-        converted = DsaConfig.from_dict(config.dsa).layers
+        converted = converted_layers(config)
         super().__init__(
             layers=[
                 InPlaceIndexedLayer(max_length) if layer in converted else InPlaceLayer(max_length)
@@ -182,10 +181,15 @@ class DsaCache(Cache):
         return CacheBytes(kv, sum(buffer.nbytes for stored in buffers for buffer in stored[2:]))
 
 
+def converted_layers(config: PreTrainedConfig) -> list[int]:
+    """The layers with an indexer, as the model has checked them: read often, and by torch's compiler."""
+    return list(config.dsa["layers"])
+
+
 def require_index_room(cache: Cache, config: PreTrainedConfig) -> None:
     """Raise CacheError unless every converted layer of `cache` can hold index keys."""
     layers = getattr(cache, "layers", [])
-    for layer in DsaConfig.from_dict(config.dsa).layers:
+    for layer in converted_layers(config):
         if layer >= len(layers) or not hasattr(layers[layer], "update_indexer"):
             raise CacheError(
                 f"{type(cache).__name__} has no room for the index keys of layer {layer}; "

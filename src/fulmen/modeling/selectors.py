@@ -74,11 +74,16 @@ def keep_short_pasts(topk_BTK: Tensor, start_BT: Tensor, stop_BT: Tensor, whole:
     A layer may select fewer than the model's k; up to k the model is dense all the same, and whether a text
     comes whole, in chunks or token by token must not matter.
     """
+    if topk_BTK.shape[-1] >= whole:
+        return topk_BTK
     start_BT, seen_BT = start_BT.clamp(min=0), stop_BT - start_BT
     short_BT = (seen_BT > topk_BTK.shape[-1]) & (seen_BT <= whole)
-    if not short_BT.any():
+    if torch.compiler.is_compiling():  # where nothing may go by what tensors hold
+        width = whole
+    elif not short_BT.any():
         return topk_BTK
-    width = int(seen_BT[short_BT].max())
+    else:
+        width = int(seen_BT[short_BT].max())
     past_BTK = start_BT[..., None] + torch.arange(width, device=start_BT.device)
     past_BTK = torch.where(past_BTK < stop_BT[..., None], past_BTK, -1).to(topk_BTK.dtype)
     padded_BTK = pad(topk_BTK, (0, width - topk_BTK.shape[-1]), value=-1)

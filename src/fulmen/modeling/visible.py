@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fulmen.errors import ConfigError
+from fulmen.ops.opaque import opaque
 
 
 class Visible(NamedTuple):
@@ -40,11 +41,12 @@ def visible_intervals(
     stop_BT = torch.arange(n_past + 1, n_keys + 1, device=device).expand(batch, -1)
     if attention_mask is not None:
         mask_BS = _checked_mask(attention_mask, batch, n_keys).to(device)
-        if not mask_BS.all():
+        # A compiler cannot branch on what a mask holds.
+        if torch.compiler.is_compiling() or not mask_BS.all():
             return _padded_intervals(mask_BS, stop_BT)
     elif position_ids is not None:
         start_BT = _document_starts(position_ids).expand(batch, -1)
-        if start_BT.any():
+        if torch.compiler.is_compiling() or start_BT.any():
             return Visible(start_BT, stop_BT, n_keys, plain=False)
     return Visible(torch.zeros_like(stop_BT), stop_BT, n_keys, plain=True)
 
@@ -73,6 +75,16 @@ def _checked_mask(attention_mask: Tensor, batch: int, n_keys: int) -> Tensor:
 
 
 def _padded_intervals(mask_BS: Tensor, stop_BT: Tensor) -> Visible:
+    start_BT, stop_BT = _intervals_of_rows(mask_BS, stop_BT)
+    return Visible(start_BT, stop_BT, mask_BS.shape[1], plain=False)
+
+
+def _fake_intervals(mask_BS: Tensor, stop_BT: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(stop_BT).contiguous(), torch.empty_like(stop_BT).contiguous()
+
+
+@opaque(_fake_intervals)
+def _intervals_of_rows(mask_BS: Tensor, stop_BT: Tensor) -> tuple[Tensor, Tensor]:
     n_keys = mask_BS.shape[1]
     count_B = mask_BS.sum(-1)
     first_B = mask_BS.int().argmax(-1)
@@ -85,7 +97,7 @@ def _padded_intervals(mask_BS: Tensor, stop_BT: Tensor) -> Visible:
         )
     start_BT = first_B[:, None].expand_as(stop_BT)
     is_padding_BT = (stop_BT <= start_BT) | (stop_BT > (first_B + count_B)[:, None])
-    return Visible(start_BT, torch.where(is_padding_BT, start_BT, stop_BT), n_keys, plain=False)
+    return start_BT, torch.where(is_padding_BT, start_BT, stop_BT)
 
 
 def _document_starts(position_ids: Tensor) -> Tensor:

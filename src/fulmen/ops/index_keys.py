@@ -7,6 +7,7 @@ a bfloat16 scale, so that a key is the same number wherever it is read: the prod
 import torch
 from torch import Tensor
 
+from fulmen.ops.opaque import opaque
 from fulmen.ops.precision import math_dtype
 
 LEVELS = 127
@@ -18,11 +19,21 @@ def pack_index_keys(k_BSIE: Tensor) -> Tensor:
 
     A key that is not finite gets a scale that is not: it comes back as NaN.
     """
-    peak_BSI1 = k_BSIE.detach().float().abs().amax(-1, keepdim=True)
+    return _pack_numbers(k_BSIE.detach())
+
+
+def _fake_packed(k_BSIE: Tensor) -> Tensor:
+    return k_BSIE.new_empty(*k_BSIE.shape[:-1], k_BSIE.shape[-1] + SCALE_BYTES, dtype=torch.int8)
+
+
+# A compiler that fuses this would leave out its rounding to bfloat16 and back.
+@opaque(_fake_packed)
+def _pack_numbers(k_BSIE: Tensor) -> Tensor:
+    peak_BSI1 = k_BSIE.float().abs().amax(-1, keepdim=True)
     scale_BSI1 = _bfloat16_at_least(peak_BSI1 / LEVELS)
     divisor_BSI1 = scale_BSI1.float().masked_fill(scale_BSI1 == 0, 1)
     # NaN has no integer; its scale alone marks the key.
-    levels_BSIE = (k_BSIE.detach().float() / divisor_BSI1).nan_to_num(0, 0, 0).round_()
+    levels_BSIE = (k_BSIE.float() / divisor_BSI1).nan_to_num(0, 0, 0).round_()
     return torch.cat((levels_BSIE.clamp_(-LEVELS, LEVELS).to(torch.int8), scale_BSI1.view(torch.int8)), -1)
 
 

@@ -1,5 +1,7 @@
 """The lightning indexer's score of every visible key."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,8 @@ from fulmen.ops.dispatch import resolve
 from fulmen.ops.index_scores.cpu import index_scores_blocked
 from fulmen.ops.index_scores.native import index_scores_native
 from fulmen.ops.index_scores.reference import index_scores_reference
-from fulmen.ops.precision import cast_as_autocast, outside_autocast
+from fulmen.ops.opaque import opaque
+from fulmen.ops.precision import cast_as_autocast, math_dtype, outside_autocast
 from fulmen.ops.triton_library import triton_kernels
 
 
@@ -40,6 +43,23 @@ def index_scores(
         BackendError: a pinned backend that cannot run here.
     """
     q_BTJE, k_BSIE = cast_as_autocast(q_BTJE, k_BSIE)
+    return _score_keys(q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT)
+
+
+def _fake_scores(q_BTJE: Tensor, k_BSIE: Tensor, *more: Any) -> Tensor:
+    shape = (*q_BTJE.shape[:2], k_BSIE.shape[1])
+    return q_BTJE.new_empty(shape, dtype=math_dtype(q_BTJE.dtype))
+
+
+@opaque(_fake_scores)
+def _score_keys(
+    q_BTJE: Tensor,
+    k_BSIE: Tensor,
+    w_BTJ: Tensor,
+    b_BTJ: Tensor | None,
+    start_BT: Tensor,
+    stop_BT: Tensor,
+) -> Tensor:
     check_index_inputs(q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT=start_BT, stop_BT=stop_BT)
     arguments = (q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT)
     backend = resolve("index_scores", q_BTJE.device, q_BTJE.dtype)

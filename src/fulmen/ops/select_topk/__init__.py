@@ -1,5 +1,7 @@
 """The K best keys of every query: from given scores, or straight from the indexer's inputs."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from fulmen.ops.checks import (
 )
 from fulmen.ops.dispatch import resolve
 from fulmen.ops.index_scores.reference import index_scores_reference
+from fulmen.ops.opaque import opaque
 from fulmen.ops.precision import cast_as_autocast, outside_autocast
 from fulmen.ops.select_topk.cpu import index_topk_blocked, select_topk_blocked
 from fulmen.ops.select_topk.native import index_topk_native, select_topk_native
@@ -40,6 +43,16 @@ def select_topk(scores_BTS: Tensor, start_BT: Tensor, stop_BT: Tensor, topk: int
         BackendError: a pinned backend that cannot run here.
     """
     require_positive_int("topk", topk)
+    return _select_from_scores(scores_BTS, start_BT, stop_BT, topk)
+
+
+def _fake_selected(scores_BTS: Tensor, start_BT: Tensor, stop_BT: Tensor, topk: int) -> Tensor:
+    selected = torch.sym_min(topk, scores_BTS.shape[-1])
+    return scores_BTS.new_empty(*scores_BTS.shape[:2], selected, dtype=torch.int32)
+
+
+@opaque(_fake_selected)
+def _select_from_scores(scores_BTS: Tensor, start_BT: Tensor, stop_BT: Tensor, topk: int) -> Tensor:
     check_axes(scores_BTS=scores_BTS, start_BT=start_BT, stop_BT=stop_BT)
     check_floating(scores_BTS=scores_BTS)
     check_integer(start_BT=start_BT, stop_BT=stop_BT)
@@ -73,6 +86,24 @@ def index_topk(
     """
     require_positive_int("topk", topk)
     q_BTJE, k_BSIE = cast_as_autocast(q_BTJE, k_BSIE)
+    return _select_from_index(q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT, topk)
+
+
+def _fake_index_topk(q_BTJE: Tensor, k_BSIE: Tensor, *more: Any) -> Tensor:
+    selected = torch.sym_min(more[-1], k_BSIE.shape[1])
+    return q_BTJE.new_empty(*q_BTJE.shape[:2], selected, dtype=torch.int32)
+
+
+@opaque(_fake_index_topk)
+def _select_from_index(
+    q_BTJE: Tensor,
+    k_BSIE: Tensor,
+    w_BTJ: Tensor,
+    b_BTJ: Tensor | None,
+    start_BT: Tensor,
+    stop_BT: Tensor,
+    topk: int,
+) -> Tensor:
     check_index_inputs(q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT=start_BT, stop_BT=stop_BT)
     inputs = (q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT)
     backend = resolve("index_topk", q_BTJE.device, q_BTJE.dtype)

@@ -1,12 +1,17 @@
 """Attention over the selected keys only."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from fulmen.ops.attention_blocked import BlockedAttention
 from fulmen.ops.checks import check_attention_inputs, check_topk_below
 from fulmen.ops.dispatch import resolve
+from fulmen.ops.opaque import SavedTensors, opaque_attention
 from fulmen.ops.precision import cast_as_autocast, outside_autocast
-from fulmen.ops.sparse_attention.cpu import sparse_attention_blocked
-from fulmen.ops.sparse_attention.native import sparse_attention_native
+from fulmen.ops.sparse_attention.cpu import selected_blocks, sparse_attention_blocked
+from fulmen.ops.sparse_attention.native import NativeSparseAttention, sparse_attention_native
 from fulmen.ops.sparse_attention.reference import sparse_attention_reference
 from fulmen.ops.triton_library import triton_kernels
 
@@ -33,6 +38,44 @@ def sparse_attention(
         BackendError: a pinned backend that cannot run here.
     """
     q_BTHD, k_BSGD, v_BSGV = cast_as_autocast(q_BTHD, k_BSGD, v_BSGV)
+    return _attend_to_selected(q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale)
+
+
+def _selected_gradients(
+    dout_BTHV: Tensor,
+    dlse_BTH: Tensor,
+    q_BTHD: Tensor,
+    k_BSGD: Tensor,
+    v_BSGV: Tensor,
+    topk_BTK: Tensor,
+    out_BTHV: Tensor,
+    lse_BTH: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq_BTHD, dk_BSGD and dv_BSGV by the backend that computed the outputs."""
+    backend = resolve("sparse_attention", q_BTHD.device, q_BTHD.dtype)
+    qkv, results = (q_BTHD, k_BSGD, v_BSGV), (out_BTHV, lse_BTH)
+    if backend == "reference":
+
+        def attend(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor) -> tuple[Tensor, Tensor]:
+            result = sparse_attention_reference(q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale)
+            return result.out_BTHV, result.lse_BTH
+
+        return torch.func.vjp(attend, *qkv)[1]((dout_BTHV, dlse_BTH))
+    function: Any = NativeSparseAttention
+    saved = SavedTensors(*qkv, topk_BTK, *results, scale=scale)
+    if backend == "cpu":
+        function = BlockedAttention
+        saved = SavedTensors(*qkv, *results, scale=scale, blocks=selected_blocks(q_BTHD, k_BSGD, topk_BTK))
+    elif backend == "triton":
+        function = triton_kernels("sparse_attention").TritonSparseAttention
+    return function.backward(saved, dout_BTHV, dlse_BTH)[:3]
+
+
+@opaque_attention(_selected_gradients)
+def _attend_to_selected(
+    q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, topk_BTK: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     sizes = check_attention_inputs({"q_BTHD": q_BTHD, "k_BSGD": k_BSGD, "v_BSGV": v_BSGV}, topk_BTK=topk_BTK)
     check_topk_below(topk_BTK, sizes["S"])
     arguments = (q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
-from fulmen.ops.attention_blocked import BlockedAttention, attention_block_size
+from fulmen.ops.attention_blocked import AttentionBlocks, BlockedAttention, attention_block_size
 from fulmen.ops.tiles import KeyTile, selected_tiles
 
 
@@ -19,6 +19,11 @@ def sparse_attention_blocked(
     q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, topk_BTK: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """See `fulmen.ops.sparse_attention.sparse_attention`."""
+    return BlockedAttention.apply(q_BTHD, k_BSGD, v_BSGV, scale, selected_blocks(q_BTHD, k_BSGD, topk_BTK))
+
+
+def selected_blocks(q_BTHD: Tensor, k_BSGD: Tensor, topk_BTK: Tensor) -> AttentionBlocks:
+    """Blocks of queries, each with the union of its keys."""
     n_keys = k_BSGD.shape[1]
     n_rows, width = attention_block_size(q_BTHD, k_BSGD)
 
@@ -27,4 +32,4 @@ def sparse_attention_blocked(
             rows = slice(low, min(low + n_rows, topk_BTK.shape[1]))
             yield rows, selected_tiles(topk_BTK[b, rows], n_keys, width)
 
-    return BlockedAttention.apply(q_BTHD, k_BSGD, v_BSGV, scale, blocks)
+    return blocks
