@@ -240,6 +240,11 @@ class TestLayersThatPredictFurtherTokens:
         assert torch.equal(logits(model), logits(make_mla("v3")))
         assert ["layer 3 predicts further tokens" in message for message in caplog.messages] == [True]
 
+    def test_a_layer_that_is_none_of_them_is_refused(self, tmp_path):
+        folder = self.folder(tmp_path, num_nextn_predict_layers=1)
+        edit_weights(folder, {"model.layers.3.eh_proj.weight": None})
+        assert "model.layers.3." in message_of(load_dense, folder)
+
     def test_are_refused_where_the_config_knows_of_none(self, tmp_path):
         folder = self.folder(tmp_path, num_nextn_predict_layers=0)
         assert "model.layers.3." in message_of(load_dense, folder)

@@ -1,5 +1,6 @@
 """What all commands share at the program's edge: one-line errors, an answer to Ctrl-C, quiet libraries."""
 
+import logging
 import os
 import shlex
 import sys
@@ -50,5 +51,8 @@ def quiet_libraries() -> None:
     }
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
+    if os.environ.get("RANK", "0") != "0":
+        # Of several processes (`accelerate launch`) the first one speaks.
+        logging.getLogger("fulmen").setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
@@ -72,11 +73,8 @@ def require_tokens_fit(tokenizer: Any, vocab_size: int, name: str) -> None:
             f"{name}: its tokenizer's token {beyond[met[-1]]!r} is {met[-1]}, its embedding ends at "
             f"{vocab_size - 1}; put the right tokenizer there, or resize the embedding"
         )
-    log.warning(
-        "%s: its tokenizer's %s have no embedding; text with them cannot be read",
-        name,
-        ", ".join(map(repr, beyond.values())),
-    )
+    tokens = ", ".join(map(repr, beyond.values()))
+    _say_once(f"{name}: its tokenizer's {tokens} have no embedding; text with them cannot be read")
 
 
 def require_sound_templates(tokenizer: Any, name: str) -> None:
@@ -89,6 +87,11 @@ def require_sound_templates(tokenizer: Any, name: str) -> None:
                 f"{name}: line {error.lineno} of its chat template is no Jinja ({one_line(error)}); "
                 "mend or remove it"
             ) from error
+
+
+@cache
+def _say_once(text: str) -> None:
+    log.warning(text)
 
 
 def _probes(tokenizer: Any) -> Iterator[list[int]]:

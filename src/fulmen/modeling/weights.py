@@ -134,9 +134,9 @@ def _known_extras(place: str, config: PreTrainedConfig, left_out: str) -> re.Pat
     patterns = [COMPUTED.pattern, left_out]
     last = getattr(config, "num_hidden_layers", 0)
     more = range(last, last + (getattr(config, "num_nextn_predict_layers", 0) or 0))
-    layers = {
-        int(found[1]) for key in _names_at(place) if (found := re.match(r"model\.layers\.(\d+)\.", key))
-    }
+    # What such a layer has and no other: the projection of the last hidden state and the next embedding.
+    found = (re.fullmatch(r"model\.layers\.(\d+)\.eh_proj\.weight", key) for key in _names_at(place))
+    layers = {int(match[1]) for match in found if match}
     if dropped := sorted(layers.intersection(more)):
         log.warning(
             "%s: layer %s predicts further tokens (MTP); the model runs without it, as in Transformers",
