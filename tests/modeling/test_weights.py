@@ -26,7 +26,6 @@ from fulmen.config import DsaConfig
 from fulmen.modeling.checkpoint import dense_view, load_dense, load_directory, save_converted
 from fulmen.modeling.families import family_for
 from fulmen.modeling.model import set_topk
-from fulmen.modeling.weights import file_has_own_head
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +112,6 @@ class TestAHeadOfItsOwn:
 def test_a_head_equal_to_the_embedding_is_tied(tmp_path):
     folder = save_source(tmp_path / "source", make_dense("llama", tie_word_embeddings=True))
     edit_weights(folder, {HEAD: load_file(folder / WEIGHTS)[EMBEDDING].clone()})
-    assert not file_has_own_head(folder)
     model = make_dsa(load_dense(folder)[0])
     assert model.config.tie_word_embeddings
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -140,9 +138,7 @@ def test_a_converted_model_whose_head_was_tuned_later(tmp_path):
     """Its config still says tied."""
     model = make_dsa(make_dense("llama", tie_word_embeddings=True), topk=64)
     folder = save_converted(model, make_tokenizer(), tmp_path / "dsa", "")
-    assert not file_has_own_head(folder)
     head = own_head(folder)
-    assert file_has_own_head(folder)
     loaded, tokenizer = load_directory(folder)
     assert torch.equal(loaded.lm_head.weight, head)
     again = save_converted(loaded, tokenizer, tmp_path / "again", "")

@@ -9,15 +9,11 @@ import pytest
 if not find_spec("vllm"):
     pytest.skip("vLLM is not installed: pip install 'fulmen[serve-cpu]'", allow_module_level=True)
 
-from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from fulmen.cli.main import app
-from fulmen.cli.model_config import read_config
 from fulmen.cli.serve import longrope_note
-from fulmen.serving.engine_settings import EngineSettings
-from fulmen.serving.served_model import served_model
 from fulmen.serving.server import listen
 
 
@@ -107,20 +103,6 @@ def tiny_weights(model):
     config.update({"vocab_size": 16, "tie_word_embeddings": True})
     LlamaForCausalLM(config).save_pretrained(model)
     return model / "model.safetensors"
-
-
-def command_for(model):
-    return EngineSettings(served_model(model, read_config(model)[1])).command(0)
-
-
-def test_a_head_of_its_own_is_served_whatever_the_config_says_of_tying(model, tiny_weights):
-    assert "--hf-overrides" not in command_for(model)
-    held = load_file(tiny_weights)
-    save_file({**held, "lm_head.weight": held["model.embed_tokens.weight"] + 1}, tiny_weights)
-    command = command_for(model)
-    assert command[command.index("--hf-overrides") + 1] == '{"tie_word_embeddings": false}'
-    save_file({**held, "lm_head.weight": held["model.embed_tokens.weight"].clone()}, tiny_weights)
-    assert "--hf-overrides" not in command_for(model)
 
 
 def test_weights_that_are_no_good_are_said_before_the_engine_starts(refused, model, tiny_weights):

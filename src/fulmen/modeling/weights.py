@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import transformers
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
@@ -76,20 +75,6 @@ def load_whole(
     if model.config.tie_word_embeddings and has_own_head(model):
         model.config.tie_word_embeddings = False
     return model
-
-
-def file_has_own_head(folder: Path) -> bool:
-    """Whether the file holds a head that is not the embedding, whatever the config says of tying."""
-    import torch
-
-    files = {key: file for file in sorted(folder.glob("*.safetensors")) for key in names_in(file)}
-    if not {HEAD, EMBEDDING} <= files.keys():
-        return False
-    tensors = []
-    for key in (HEAD, EMBEDDING):
-        with safe_open(files[key], "pt") as opened:
-            tensors.append(opened.get_tensor(key))
-    return not torch.equal(*tensors)
 
 
 def local_file(place: str, file_name: str, **options: Any) -> Path | None:

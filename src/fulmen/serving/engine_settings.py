@@ -75,9 +75,6 @@ class EngineSettings:
         # Usage with tokens found in the cache; an end to a request that says what it cost.
         flags += ["--enable-prompt-tokens-details", "--enable-scale-out", "--disable-uvicorn-access-log"]
         flags += parser_flags(self.model)
-        if self.model.has_own_head:
-            # vLLM goes by the config alone and would leave the file's head unread.
-            flags += ["--hf-overrides", '{"tie_word_embeddings": false}']
         if not _has_gpu():
             # Compiling takes two minutes; ready in twenty seconds is worth more by default.
             flags += ["--enforce-eager"]

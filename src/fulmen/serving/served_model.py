@@ -14,7 +14,6 @@ from fulmen.modeling.cache import CacheBytes
 from fulmen.modeling.cost import attention_shape, layer_windows, token_bytes
 from fulmen.modeling.index_shape import dsa_of
 from fulmen.modeling.weight_files import PICKLES, require_sound_files
-from fulmen.modeling.weights import file_has_own_head
 
 DEFAULT_CONTEXT = 8192
 # What a dense model's cache is measured with: no layer has index keys.
@@ -81,11 +80,6 @@ class ServedModel:
     def windows(self) -> list[int | None]:
         """For each layer the number of tokens that its queries see; None: all."""
         return layer_windows(self.config)
-
-    @cached_property
-    def has_own_head(self) -> bool:
-        """Whether the config calls the head tied to the embedding, and the file holds one of its own."""
-        return bool(self.config.tie_word_embeddings) and file_has_own_head(self.place)
 
     @property
     def speaks_v32(self) -> bool:
