@@ -24,7 +24,12 @@ def main(model_dir: Path, pairs: int = 300, words: int = 40, warm: int = 20, see
     with served(model_dir) as server:
         key = {"authorization": f"Bearer {server.engine_key()}"}
         clients = {
-            "engine": httpx.Client(base_url=server.engine_url() + "/v1", headers=key, timeout=60),
+            "engine": httpx.Client(
+                base_url="http://engine/v1",
+                transport=httpx.HTTPTransport(uds=server.engine_socket()),
+                headers=key,
+                timeout=60,
+            ),
             "gateway": httpx.Client(base_url=server.url, timeout=60),
         }
         model = clients["gateway"].get("/models").json()["data"][0]["id"]

@@ -139,7 +139,9 @@ async def _after(server: Served, key: str) -> list[str]:
             await asyncio.sleep(1)
             if (await client.get(f"{server.url}/health")).status_code == httpx.codes.OK:
                 gateway = (await client.get(f"{server.url}/metrics")).text
-                engine = (await client.get(f"{server.engine_url()}/metrics")).text
+                way = httpx.AsyncHTTPTransport(uds=server.engine_socket())
+                async with httpx.AsyncClient(transport=way, timeout=60) as beside:
+                    engine = (await beside.get("http://engine/metrics")).text
                 left = _gauges(gateway, "fulmen_open_requests") | _gauges(engine, "vllm:num_requests_")
                 said = [f"{name} is {value:g} at the end" for name, value in left.items() if value]
         body = {

@@ -22,12 +22,13 @@ class Served(NamedTuple):
 
     def engine(self) -> psutil.Process:
         """The engine's first process. Raises StopIteration while there is none."""
-        return next(p for p in self.process.children() if any("api_server" in part for part in p.cmdline()))
+        below = self.process.children(recursive=True)
+        return next(p for p in below if p.cmdline()[1:3] == ["-m", "vllm.entrypoints.openai.api_server"])
 
-    def engine_url(self) -> str:
-        """The engine's own address."""
+    def engine_socket(self) -> str:
+        """The Unix socket at which the engine listens."""
         command = self.engine().cmdline()
-        return f"http://127.0.0.1:{command[command.index('--port') + 1]}"
+        return command[command.index("--uds") + 1]
 
     def engine_key(self) -> str:
         """What the engine asks of its callers."""

@@ -103,15 +103,15 @@ def serving(model, state):
 
 
 def engine_of(process):
-    """The first process of the engine behind a server."""
-    children = psutil.Process(process.pid).children()
-    return next(child for child in children if any("api_server" in part for part in child.cmdline()))
+    """The first process of the engine behind a server, below the one that keeps it."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    return next(one for one in below if one.cmdline()[1:3] == ["-m", "vllm.entrypoints.openai.api_server"])
 
 
-def engine_url(process):
+def engine_socket(process):
     """Where that engine listens."""
     command = engine_of(process).cmdline()
-    return f"http://127.0.0.1:{command[command.index('--port') + 1]}"
+    return command[command.index("--uds") + 1]
 
 
 def runs(process):

@@ -6,6 +6,8 @@ Its life is shown on a small server of the standard library: what is watched is 
 import asyncio
 import os
 import signal
+import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,26 +25,34 @@ from fulmen.serving.engine_settings import GIB, EngineSettings, kv_gib, parser_f
 from fulmen.serving.served_model import ServedModel
 
 SERVER = """
-import sys, http.server
+import sys, http.server, socketserver
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.end_headers()
+    def address_string(self):
+        return "somebody"
 print("hello", flush=True)
-http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+socketserver.UnixStreamServer(sys.argv[1], Handler).serve_forever()
+"""
+# Two that outlive their parent's group and session.
+CHILD = """
+import subprocess
+for _ in range(2):
+    subprocess.Popen(["sleep", "600"], start_new_session=True)
 """
 WAIT_S = 30
 
 
 class Program:
-    """In place of vLLM's settings: a program that gets the port."""
+    """In place of vLLM's settings: a program that gets the name of a socket."""
 
     def __init__(self, code):
         self._code = code
 
-    def command(self, port):
-        return [sys.executable, "-c", self._code, str(port)]
+    def command(self, socket):
+        return [sys.executable, "-c", self._code, str(socket)]
 
-    def environment(self):
+    def environment(self, folder):
         return dict(os.environ)
 
 
@@ -109,14 +119,29 @@ def test_the_cache_holds_the_requests_that_memory_allows():
 
 def test_the_engines_key_is_not_on_its_command_line_nor_shown():
     settings = EngineSettings(served())
-    assert settings.environment()["VLLM_API_KEY"] == settings.key
+    assert settings.environment(Path("f"))["VLLM_API_KEY"] == settings.key
     assert settings.key not in repr(settings)
     assert EngineSettings(served()).key != settings.key
 
 
-def test_what_the_gateway_sets_cannot_be_set():
+def test_a_flag_that_opens_another_door_is_refused_at_once():
     with pytest.raises(ConfigError, match="--port is the gateway's to set"):
         EngineSettings(served(), ("--max-num-seqs", "4", "--port=1"))
+
+
+def test_variables_of_the_user_win_but_open_no_door(monkeypatch):
+    wanted = {"VLLM_LOGGING_LEVEL": "DEBUG", "VLLM_API_KEY": "mine", "VLLM_SERVER_DEV_MODE": "1"}
+    for name, value in {**wanted, "VLLM_HOST_IP": "0.0.0.0", "GLOO_SOCKET_IFNAME": "eth0"}.items():
+        monkeypatch.setenv(name, value)
+    settings = EngineSettings(served())
+    chosen = settings.environment(Path("f"))
+    assert (chosen["VLLM_LOGGING_LEVEL"], chosen["VLLM_SERVER_DEV_MODE"]) == ("DEBUG", "0")
+    assert (chosen["VLLM_API_KEY"], chosen["VLLM_RPC_BASE_PATH"]) == (settings.key, "f")
+    assert chosen["VLLM_HOST_IP"] == "127.0.0.1"
+    addresses = psutil.net_if_addrs()[chosen["GLOO_SOCKET_IFNAME"]]
+    assert "127.0.0.1" in [address.address for address in addresses]
+    spread = EngineSettings(served(), ("--distributed-executor-backend", "ray")).environment(Path("f"))
+    assert (spread["VLLM_HOST_IP"], spread["GLOO_SOCKET_IFNAME"]) == ("0.0.0.0", "eth0")
 
 
 async def until(condition):
@@ -132,27 +157,33 @@ def fast(monkeypatch):
         monkeypatch.setattr(engine_module, name, seconds)
 
 
-def test_a_killed_engine_comes_back_and_a_stopped_one_does_not(fast, tmp_path):
+@pytest.mark.parametrize("killed", [0, 1], ids=["keeper", "engine"])
+def test_a_killed_engine_comes_back_and_a_stopped_one_does_not(fast, tmp_path, killed):
     said = []
 
     async def live():
         engine = Engine(Program(SERVER), tmp_path / "state" / "log", said.append)
         await engine.start()
-        first = engine.pid
+        first = family(engine)
         assert engine.ready
-        os.kill(first, signal.SIGKILL)
+        assert len(first) == 2
+        assert stat.S_IMODE(engine.folder.stat().st_mode) == 0o700
+        os.kill(first[killed].pid, signal.SIGKILL)
         await until(lambda: not engine.ready)
         await until(lambda: engine.ready)
-        assert engine.pid != first
+        assert not any(map(runs, first))
         assert engine.restarts == 1
-        last = engine.pid
+        last = family(engine)
         await engine.stop()
         assert not engine.ready
-        assert not psutil.pid_exists(last)
+        assert not any(map(runs, last))
+        assert not engine.folder.exists()
 
     asyncio.run(live())
     assert ["lost" in line for line in said] == [True, False]
-    assert (tmp_path / "state" / "log").read_text().startswith("hello\n")
+    assert str(tmp_path / "state" / "log") in said[0]
+    starts = [line for line in (tmp_path / "state" / "log").read_text().splitlines() if "GET" not in line]
+    assert [line.partition(",")[0] for line in starts] == 2 * ["--- an engine is started", "hello"]
 
 
 def test_an_engine_that_does_not_start_says_why(fast, tmp_path):
@@ -162,21 +193,61 @@ def test_an_engine_that_does_not_start_says_why(fast, tmp_path):
 
 
 def test_all_of_an_engines_processes_end_with_it(fast, tmp_path):
-    child = "import subprocess, sys; p = subprocess.Popen(['sleep', '600']); print(p.pid, flush=True)"
-    engine = Engine(Program(child + SERVER), tmp_path / "log", print)
+    engine, found = Engine(Program(CHILD + SERVER), tmp_path / "log", print), []
 
     async def live():
         await engine.start()
+        found.extend(family(engine))
+        assert len(found) == 4
         await engine.stop()
 
     asyncio.run(live())
-    grandchild = int((tmp_path / "log").read_text().split()[0])
-    asyncio.run(until(lambda: not runs(grandchild)))
+    assert not any(map(runs, found))
 
 
-def runs(pid):
+# A gateway without its HTTP.
+GATEWAY = """
+import asyncio, pathlib, sys
+sys.path[:0] = {path!r}
+import test_engine
+from fulmen.serving.engine import Engine
+
+engine = Engine(test_engine.Program(test_engine.CHILD + test_engine.SERVER), pathlib.Path({log!r}), print)
+async def live():
+    print(engine.folder, flush=True)
+    await engine.start()
+    await asyncio.sleep(600)
+
+asyncio.run(live())
+"""
+
+
+@pytest.mark.parametrize("ready", [False, True], ids=["starting", "running"])
+def test_a_killed_gateway_leaves_nothing(tmp_path, ready):
+    log = tmp_path / "log"
+    code = GATEWAY.format(path=sys.path, log=str(log))
+    gateway = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    folder = Path(gateway.stdout.readline().strip())
+    gateway_process = psutil.Process(gateway.pid)
+    asyncio.run(until(lambda: gateway_process.children()))
+    if ready:
+        asyncio.run(until(lambda: log.exists() and "hello" in log.read_text()))
+    below = gateway_process.children(recursive=True)
+    gateway.kill()
+    gateway.communicate()
+    asyncio.run(until(lambda: not any(map(runs, below)) and not folder.exists()))
+    assert len(below) == 4 or not ready
+
+
+def family(engine):
+    """The keeper and all below it."""
+    keeper = psutil.Process(engine.pid)
+    return [keeper, *keeper.children(recursive=True)]
+
+
+def runs(process):
     """Whether a process is more than an entry that nobody has collected yet."""
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

@@ -47,10 +47,12 @@ class AnsweringEngine(httpx.AsyncBaseTransport):
 @pytest.fixture
 def gateway(tmp_path):
     model = ServedModel(Path("m"), "m", LlamaConfig(num_hidden_layers=1), None, 2048, "", frozenset())
-    engine = SimpleNamespace(url="http://engine", ready=True, settings=SimpleNamespace(key="k"))
+    upstream, settings = AnsweringEngine(), SimpleNamespace(key="k")
+    engine = SimpleNamespace(
+        url="http://engine", ready=True, settings=settings, transport=lambda limits: upstream
+    )
     gateway = Gateway(model, engine, open_books(tmp_path))
-    gateway.upstream = AnsweringEngine()
-    gateway.client = httpx.AsyncClient(transport=gateway.upstream)
+    gateway.upstream = upstream
     return gateway
 
 

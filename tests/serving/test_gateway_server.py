@@ -5,6 +5,7 @@ import importlib
 import os
 import random
 import re
+import stat
 import sys
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ if not find_spec("vllm"):
 
 import httpx
 import openai
+import psutil
 import schemathesis
 import uvicorn
 from hypothesis import HealthCheck, given, settings
@@ -31,7 +33,7 @@ from served import (
     ask,
     client,
     engine_of,
-    engine_url,
+    engine_socket,
     leave,
     row,
     runs,
@@ -162,7 +164,8 @@ def test_a_client_that_leaves_ends_the_request_and_pays_for_what_was_made(server
     assert entry.outcome == "dropped"
     assert 0 < entry.output < 15000
     assert entry.charge > 0
-    metrics = httpx.get(f"{engine_url(server.process)}/metrics").text
+    with httpx.Client(transport=httpx.HTTPTransport(uds=engine_socket(server.process))) as engine:
+        metrics = engine.get("http://engine/metrics").text
     assert all(
         line.endswith(" 0.0") for line in metrics.splitlines() if line.startswith("vllm:num_requests_")
     )
@@ -289,7 +292,14 @@ def test_no_odd_request_makes_the_server_fail_or_answer_without_a_reason(server,
 def impatient(server, tmp_path):
     """A second gateway in this process, before the same engine, that keeps alive every 20 ms."""
     settings = SimpleNamespace(key=engine_of(server.process).environ()["VLLM_API_KEY"], context=16384)
-    engine = SimpleNamespace(url=engine_url(server.process), ready=True, restarts=0, settings=settings)
+    socket = engine_socket(server.process)
+    engine = SimpleNamespace(
+        url="http://engine",
+        ready=True,
+        restarts=0,
+        settings=settings,
+        transport=lambda limits: httpx.AsyncHTTPTransport(uds=socket, limits=limits),
+    )
     model = served_model(server.model, read_config(server.model)[1])
     gateway = Gateway(model, engine, open_books(tmp_path / "other"), keep_alive_s=0.02)
     return gateway, create_app(gateway)
@@ -322,6 +332,29 @@ def test_a_waiting_client_gets_signs_of_life_and_then_its_answer(impatient, stre
     else:
         assert answer.text.startswith("\n\n")
         assert answer.json()["usage"]["completion_tokens"] == 300
+
+
+def test_nobody_reaches_the_engine_but_by_the_gateway(server):
+    """Its sockets are in a private folder; torch's process groups, which answer nothing, are on loopback."""
+    gateway = psutil.Process(server.process.pid)
+    places = [at.laddr for at in gateway.net_connections("tcp") if at.status == psutil.CONN_LISTEN]
+    assert [at.port for at in places] == [int(server.url.rpartition(":")[2])]
+    folder = Path(engine_socket(server.process)).parent
+    assert (folder.stat().st_uid, stat.S_IMODE(folder.stat().st_mode)) == (os.getuid(), 0o700)
+    for process in gateway.children(recursive=True):
+        names = {at.laddr for at in process.net_connections("unix") if at.laddr}
+        assert {Path(name).parent for name in names} <= {folder}
+        for at in process.net_connections("tcp"):
+            assert at.laddr.ip == "127.0.0.1"
+            with pytest.raises(httpx.HTTPError):
+                httpx.post(f"http://127.0.0.1:{at.laddr.port}/invocations", json={}, timeout=1)
+
+
+@pytest.mark.parametrize("path", ["invocations", "tokenize", "scale_elastic_ep", "v1/models/../../docs"])
+def test_the_gateway_hands_on_no_path_that_it_does_not_know(server, path):
+    headers = {"authorization": f"Bearer {ALICE}"}
+    answer = httpx.post(f"{server.url}/{path}", json={"prompt": "a"}, headers=headers)
+    assert answer.status_code in (404, 405)
 
 
 def test_the_engine_asks_for_large_pages(server):

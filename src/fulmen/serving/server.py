@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from fulmen.errors import ConfigError
 from fulmen.serving.books import Books, running
@@ -19,15 +21,18 @@ from fulmen.serving.gateway.connection import Connection, allow_files
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 ENGINE_LOG = "engine.log"
-DRAIN_S = 600
+DRAIN_S, FORCE_S = 600, 2.0
 # Connections that wait to be accepted.
 BACKLOG = 2048
 
 
 def serve(
     settings: EngineSettings, books: Books, state: Path, host: str, port: int, say: Callable[[str], None]
-) -> None:
-    """Serve until SIGINT or SIGTERM; `say` gets lines for whoever started it.
+) -> int:
+    """Serve until a signal; `say` gets lines for whoever started it.
+
+    Returns an exit code: 0 after an end in good order; 128 and the signal's number where that ended the start
+    or, as the second one, open requests.
 
     Raises:
         ConfigError: an address that is taken or is no address, or one open to others without any key.
@@ -42,44 +47,78 @@ def serve(
             say(f"{left} requests that the last run left open were charged for what they had got")
         # uvicorn's choice: uvloop where there is one.
         with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
-            runner.run(_serve(Engine(settings, state / ENGINE_LOG, say), books, listener, say))
+            return runner.run(_serve(Engine(settings, state / ENGINE_LOG, say), books, listener, say))
 
 
-async def _serve(engine: Engine, books: Books, listener: socket.socket, say: Callable[[str], None]) -> None:
+async def _serve(engine: Engine, books: Books, listener: socket.socket, say: Callable[[str], None]) -> int:
     gateway = Gateway(engine.settings.model, engine, books)
-    config = uvicorn.Config(
-        create_app(gateway),
-        http=Connection,
-        ws="none",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=DRAIN_S,
-        timeout_keep_alive=75,
-    )
-    say(f"starting vLLM for {engine.settings.model.place} (its log: {engine.log})")
-    try:
-        await engine.start()
-        host, port = listener.getsockname()[:2]
-        say(f"ready at http://{f'[{host}]' if ':' in host else host}:{port}")
-        await Server(config, gateway, say).serve([listener])
-    finally:
-        await engine.stop()
-    say("stopped")
+    server = Server(create_app(gateway), gateway, say)
+    say(f"starting vLLM for {engine.settings.model.place} (its log: {engine.log.path})")
+    with server.signals():
+        # Before the engine is ready, so that clients who come too early are told.
+        serving = asyncio.create_task(server.serve([listener]))
+        try:
+            if ready := await _is_started(engine, serving):
+                host, port = listener.getsockname()[:2]
+                say(f"ready at http://{f'[{host}]' if ':' in host else host}:{port}")
+                await serving
+        finally:
+            server.should_exit = True
+            await serving
+            await engine.stop()
+            await gateway.close()
+    say("stopped" if ready else "stopped before it was ready")
+    return 128 + server.signal if server.forced or not ready else 0
+
+
+async def _is_started(engine: Engine, serving: asyncio.Task[None]) -> bool:
+    """Whether the engine was started before the serving ended. Raises EngineError if it cannot be."""
+    starting = asyncio.create_task(engine.start())
+    await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await starting
+        return True
+    return False
 
 
 class Server(uvicorn.Server):
-    """Ends in good order: the first signal lets open requests finish, the second one ends them."""
+    """Ends in good order: the first signal lets open requests finish, the second one ends them.
 
-    def __init__(self, config: uvicorn.Config, gateway: Gateway, say: Callable[[str], None]) -> None:
+    Attributes:
+        signal: the last one.
+        forced: whether it was not the first.
+    """
+
+    def __init__(self, app: FastAPI, gateway: Gateway, say: Callable[[str], None]) -> None:
+        config = uvicorn.Config(
+            app,
+            http=Connection,
+            ws="none",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=DRAIN_S,
+            timeout_keep_alive=75,
+        )
         super().__init__(config)
         self._gateway, self._say = gateway, say
+        self.signal, self.forced = 0, False
         self.should_exit: bool = False
 
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+        """`signals` does, for longer than the serving: the engine starts and stops meanwhile."""
+        return contextlib.nullcontext()
+
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """As the base class, but an end that was asked for is not raised as an interrupt afterwards."""
-        asked = {kind: signal.signal(kind, self.handle_exit) for kind in (signal.SIGINT, signal.SIGTERM)}
+    def signals(self) -> Iterator[None]:
+        """Answer signals to end; under nohup a terminal that closes is none."""
+        self._loop = asyncio.get_running_loop()
+        kinds = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            kinds.append(signal.SIGHUP)
+        asked = {kind: signal.signal(kind, self.handle_exit) for kind in kinds}
         try:
             yield
         finally:
@@ -87,13 +126,22 @@ class Server(uvicorn.Server):
                 signal.signal(kind, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """First signal: drain. Second: stop now."""
-        if self.should_exit:
-            self.force_exit = True
+        """First signal: drain. Second: stop now, by the engine's end, which ends what it answers."""
+        self.signal = sig
+        if not self.should_exit:
+            self.should_exit = True
+            if count := len(self._gateway.slots):
+                self._say(f"waiting for {count} open requests; Ctrl-C again ends them")
             return
-        self.should_exit = True
-        if count := len(self._gateway.slots):
-            self._say(f"waiting for {count} open requests; Ctrl-C again ends them")
+        self.forced = True
+        self._gateway.engine.kill()
+        # Answers that are cut off are no errors of the server's.
+        logging.getLogger("uvicorn.error").disabled = True
+        self._loop.call_soon_threadsafe(self._loop.call_later, FORCE_S, self._force)
+
+    def _force(self) -> None:
+        """Wait no longer for clients that do not take their answers."""
+        self.force_exit = True
 
 
 def listen(host: str, port: int) -> socket.socket:

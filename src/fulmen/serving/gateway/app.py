@@ -68,13 +68,14 @@ class Gateway:
         # No limit on connections: `slots` is one. None on reading: an answer may be long in coming.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         timeout = httpx.Timeout(None, connect=5.0)
-        self.client = httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False)
+        transport = self.engine.transport(limits)
+        self.client = httpx.AsyncClient(transport=transport, timeout=timeout, trust_env=False)
         self._kept: set[asyncio.Future[Any]] = set()
 
     async def ask(self, endpoint: str, body: dict[str, Any]) -> Any:
         """The engine's answer to what generates nothing and costs nothing. Raises ApiError."""
         if not self.engine.ready:
-            raise ApiError(503, "the engine is starting again; try again shortly")
+            raise ApiError(503, "the engine is starting; try again shortly")
         headers = {"authorization": f"Bearer {self.engine.settings.key}"}
         try:
             answer = await self.client.post(self.engine.url + endpoint, json=body, headers=headers)
@@ -258,7 +259,7 @@ def _open_routes(gateway: Gateway) -> APIRouter:
     async def health() -> dict[str, str]:
         """200 while the engine answers, else 503."""
         if not gateway.engine.ready:
-            raise ApiError(503, "the engine is starting again")
+            raise ApiError(503, "the engine is starting")
         return {"status": "ok"}
 
     @routes.get("/metrics", response_class=Response)

@@ -29,7 +29,7 @@ _MEANINGS = {
     422: "A field is missing, of the wrong type or out of range; `param` names it.",
     429: "The key has as many requests under way as it may.",
     500: "The server failed.",
-    503: "The engine is starting again, or the server is full.",
+    503: "The engine is starting, or the server is full.",
 }
 
 

@@ -107,7 +107,7 @@ class Job:
     async def _ask(self) -> str:
         """Write the request down, ask the engine, hand on its answer; return how it ended."""
         if not self._gateway.engine.ready:
-            raise ApiError(503, "the engine is starting again; try again shortly")
+            raise ApiError(503, "the engine is starting; try again shortly")
         self._written = asyncio.create_task(self._begin())
         try:
             if self._call.account.id not in self._gateway.solvent:

@@ -1,0 +1,58 @@
+"""What the engines of a server print, one after the other, in a file of bounded size."""
+
+import contextlib
+import os
+import shutil
+from datetime import datetime
+from pathlib import Path
+from typing import BinaryIO
+
+from fulmen.errors import unwritable
+
+# As much stays in the file, and as much in the one before it.
+MOST_BYTES = 16 * 2**20
+TAIL = 4000
+
+
+class EngineLog:
+    """`path`, and beside it what was there before under the same name with `.1`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._begun_at = 0
+
+    def begin(self) -> BinaryIO:
+        """Open it for one more engine, and note its start. Raises OutputError."""
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.bound()
+            file = open(os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab")  # noqa: SIM115
+            now = datetime.now().astimezone().isoformat(timespec="seconds")
+            file.write(f"--- an engine is started, {now}\n".encode())
+            file.flush()
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+        self._begun_at = self.path.stat().st_size
+        return file
+
+    def bound(self) -> None:
+        """Set aside what is there if it is too much. The engine, which appends, goes on at the beginning."""
+        with contextlib.suppress(OSError):
+            if self.path.stat().st_size > MOST_BYTES:
+                aside = self.path.with_name(f"{self.path.name}.1")
+                shutil.copyfile(self.path, aside)
+                aside.chmod(0o600)
+                os.truncate(self.path, 0)
+                self._begun_at = 0
+
+    def last_words(self) -> str:
+        """Of the last engine: the last line that tells of an error, or its last line."""
+        with contextlib.suppress(OSError):
+            with self.path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(size - TAIL, self._begun_at))
+                lines = file.read().decode("utf-8", "replace").split("\n")
+            lines = [line.strip() for line in lines if line.strip()]
+            errors = [line for line in lines if "Error" in line]
+            return (errors or lines or ["it said nothing"])[-1][-300:]
+        return "it left no log"
