@@ -221,3 +221,9 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert load_file(last / "model.safetensors")
     _, result = run(tmp_path, evaluations=3)
     assert result.last_step == 6
+
+
+def test_a_budget_with_a_live_teacher(tmp_path):
+    """One step is timed before the teacher is copied from the model; nothing of it stays behind."""
+    _, result = run(tmp_path, steps=None, budget_s=2.0, teacher_place="live")
+    assert result.last_step > 0

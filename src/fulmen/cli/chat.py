@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fulmen.cli.progress import STARTING, stage
 from fulmen.config import require_positive_int
 from fulmen.errors import ConfigError, CorpusError
 
@@ -75,8 +76,8 @@ def chat_command(
 
 
 def _model(model_dir: Path | None, topk: int | None, document: str, max_new_tokens: int) -> Ask:
-    from fulmen.cli.chat_session import ChatSession
-
+    with stage(STARTING):
+        from fulmen.cli.chat_session import ChatSession
     assert model_dir is not None
     session = ChatSession(model_dir, topk, document)
     return lambda question: _summary(session.ask(question, max_new_tokens, _print))

@@ -3,13 +3,14 @@
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.client import HTTPException, HTTPResponse
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+from fulmen.cli.progress import stage
 from fulmen.errors import EndpointError
 
 KEY_VARIABLE = "FULMEN_API_KEY"
@@ -49,8 +50,12 @@ class RemoteChat:
         body["stream_options"] = {"include_usage": True}
         said = ""
         usage: dict[str, Any] = {}
-        with self._asked("/chat/completions", body) as answer:
+        with ExitStack() as asking:
+            waiting = asking.enter_context(ExitStack())
+            waiting.enter_context(stage("Wait"))
+            answer = asking.enter_context(self._asked("/chat/completions", body))
             for chunk in _chunks(answer):
+                waiting.close()
                 if "error" in chunk:
                     raise EndpointError(f"{self._url} broke off: {chunk['error'].get('message')}")
                 usage = chunk.get("usage") or usage

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TextStreamer
 
 from fulmen.cli.model_config import read_config
+from fulmen.cli.progress import SilentReporter, reporter, stage
 from fulmen.errors import ConfigError
 from fulmen.modeling.cache import CacheBytes
 from fulmen.modeling.checkpoint import load_directory_model, load_directory_tokenizer
@@ -60,7 +61,8 @@ class ChatSession:
         self._document = document
         if document:
             self._require_fit(len(self._encode([{"role": "user", "content": document}])), 1)
-        self.model: Any = load_converted_model(model_dir)
+        with stage("Load"):
+            self.model: Any = load_converted_model(model_dir)
         if topk is not None:
             set_topk(self.model, topk)
         self.topk = dsa_of(self.model.config).topk
@@ -138,10 +140,14 @@ class ChatSession:
 
     def _read(self, new_ids_T: Tensor) -> None:
         """Fill the cache chunk by chunk; `generate` cannot do so behind a cache that is not empty."""
-        for chunk_T in new_ids_T.split(PREFILL_CHUNK) if len(new_ids_T) else ():
-            self.model(chunk_T[None], past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-            # Known even if the user interrupts here.
-            self._cached_ids = torch.cat((self._cached_ids, chunk_T))
+        is_long = len(new_ids_T) > PREFILL_CHUNK
+        with (reporter() if is_long else SilentReporter()).stage("Read", counted=False) as advance:
+            advance(0, len(new_ids_T))
+            for place, chunk_T in enumerate(new_ids_T.split(PREFILL_CHUNK) if len(new_ids_T) else ()):
+                self.model(chunk_T[None], past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+                # Known even if the user interrupts here.
+                self._cached_ids = torch.cat((self._cached_ids, chunk_T))
+                advance(place * PREFILL_CHUNK + len(chunk_T), len(new_ids_T))
 
     def _turn(self, reused: int, started: float, token_times: list[float]) -> Turn:
         context, n_new = self._cache.get_seq_length(), len(token_times)

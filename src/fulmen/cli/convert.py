@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from fulmen.cli.progress import STARTING, stage
 from fulmen.cli.settings import (
     DEFAULT_BUDGET,
     DEFAULT_SPARSE_BUDGET,
@@ -135,6 +136,7 @@ def convert_command(
         index_head_dim=index_head_dim,
         window=window,
     )
-    from fulmen.cli.pipeline import convert
+    with stage(STARTING):
+        from fulmen.cli.pipeline import convert
 
     convert(settings)

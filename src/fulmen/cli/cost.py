@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fulmen.cli.cost_settings import DEFAULT_BATCH, DEFAULT_POSITIONS, DEFAULT_PRICE, CostSettings
+from fulmen.cli.progress import STARTING, stage
 from fulmen.errors import unwritable
 
 if TYPE_CHECKING:
@@ -96,9 +97,17 @@ def price_model(settings: CostSettings) -> dict[str, Any]:
 
     Raises what its parts raise.
     """
-    from fulmen.cli.description import read_shape
-    from fulmen.evaluation.price import KINDS, Machine, Measured, Pricing, Roofline, Terms, curve_positions
-
+    with stage(STARTING):
+        from fulmen.cli.description import read_shape
+        from fulmen.evaluation.price import (
+            KINDS,
+            Machine,
+            Measured,
+            Pricing,
+            Roofline,
+            Terms,
+            curve_positions,
+        )
     _, _, shape = read_shape(settings.source)
     speed = _measured(settings, shape) if settings.measure else None
     machine = speed.machine if speed else Machine(*settings.given_speed())
@@ -108,14 +117,14 @@ def price_model(settings: CostSettings) -> dict[str, Any]:
     positions = curve_positions(shape.dsa, settings.length)
     run = PriceRun(settings, pricing, speed, pricing.rows(positions), crossovers)
     report = _report(run)
-    written = _write(run, report)
+    with stage("Write"):
+        written = _write(run, report)
     _print(run, Console(highlight=False))
     typer.echo("Wrote " + ", ".join(map(str, written)), err=True)
     return report
 
 
 def _measured(settings: CostSettings, shape: "ModelShape") -> "Speed":
-    from fulmen.cli.progress import progress_bar
     from fulmen.evaluation.speed import measure_speed, measured_positions
 
     positions = measured_positions(shape.dsa.topk, settings.length)
@@ -124,7 +133,7 @@ def _measured(settings: CostSettings, shape: "ModelShape") -> "Speed":
         settings.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(settings.folder, error) from error
-    with progress_bar("Measure") as advance:
+    with stage("Measure") as advance:
         return measure_speed(shape, positions, progress=advance)
 
 

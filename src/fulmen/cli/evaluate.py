@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from fulmen.cli.progress import STARTING, stage
 from fulmen.cli.settings import EvalSettings
 from fulmen.cli.suite_settings import (
     DEFAULT_SAMPLES,
@@ -176,17 +177,17 @@ def evaluate_command(
         quick=quick,
     )
     if chosen.suites == (PARITY,):
-        from fulmen.cli.evaluation_run import evaluate
-
+        with stage(STARTING):
+            from fulmen.cli.evaluation_run import evaluate
         evaluate(settings)
         return
     _run_suites(chosen, settings)
 
 
 def _run_suites(chosen: SuiteSettings, settings: EvalSettings) -> None:
-    from fulmen.cli.evaluation_run import evaluate
-    from fulmen.cli.suite_run import evaluate_suites, suites_of
-
+    with stage(STARTING):
+        from fulmen.cli.evaluation_run import evaluate
+        from fulmen.cli.suite_run import evaluate_suites, suites_of
     names = suites_of(chosen)
     if PARITY in names:
         evaluate(settings)

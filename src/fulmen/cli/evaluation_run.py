@@ -16,7 +16,7 @@ from fulmen.cli.chat_session import load_converted_model, load_converted_tokeniz
 from fulmen.cli.model_card import fill_parity
 from fulmen.cli.model_config import read_config
 from fulmen.cli.pipeline import RECORD_FILE, STAGES_DIR
-from fulmen.cli.progress import console, progress_bar, say
+from fulmen.cli.progress import console, say, stage
 from fulmen.cli.settings import EvalSettings
 from fulmen.cli.texts import draw_longest, kinds_of, lengths_to_try
 from fulmen.corpus import Corpus, Document, Window, load_corpus, windows
@@ -63,13 +63,15 @@ FULL, QUICK = EvalSize(windows=8, needle_texts=8), EvalSize(windows=2, needle_te
 def evaluate(settings: EvalSettings) -> dict[str, Any]:
     """Run an evaluation as `fulmen eval` does and return the report. Raises what its parts raise."""
     lengths = plan_evaluation(settings)
-    corpus = load_corpus(*settings.data)
-    tokenizer = load_converted_tokenizer(settings.model_dir)
-    texts, needles = draw_longest(lengths, lambda length: _texts(length, settings, corpus, tokenizer))
+    with stage("Read data"):
+        corpus = load_corpus(*settings.data)
+        tokenizer = load_converted_tokenizer(settings.model_dir)
+        texts, needles = draw_longest(lengths, lambda length: _texts(length, settings, corpus, tokenizer))
     say(f"Loading {settings.model_dir}")
-    model = load_converted_model(settings.model_dir)
-    dense = None if settings.dense is None else load_dense(settings.dense, model.dtype)[0]
-    with progress_bar("Evaluate", counted=False) as advance:
+    with stage("Load"):
+        model = load_converted_model(settings.model_dir)
+        dense = None if settings.dense is None else load_dense(settings.dense, model.dtype)[0]
+    with stage("Evaluate", counted=False) as advance:
         result = measure_parity(
             model,
             texts,

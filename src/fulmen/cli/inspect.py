@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fulmen.cli.progress import stage
 from fulmen.config import DsaConfig
 
 if TYPE_CHECKING:
@@ -31,9 +32,10 @@ def inspect_command(
 
     Example: [bold]fulmen inspect smollm2-135m[/]
     """
-    from fulmen.cli.description import describe
+    with stage("Read"):
+        from fulmen.cli.description import describe
 
-    description = describe(source)
+        description = describe(source)
     if as_json:
         typer.echo(json.dumps(description.to_dict(), indent=2))
     else:

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fulmen import __version__
 from fulmen.cli.model_card import conversion_card
 from fulmen.cli.model_config import quantized_types, read_config
-from fulmen.cli.progress import progress_bar, say, show_losses
+from fulmen.cli.progress import TrainingView, say, stage
 from fulmen.cli.run_dir import RunDir
 from fulmen.cli.settings import ConvertSettings
 from fulmen.cli.sparse_stage import (
@@ -71,16 +71,11 @@ def convert(settings: ConvertSettings) -> Path:
     require_free_output(out, overwrite=settings.overwrite)
     source, config = read_config(settings.source)
     plan = plan_conversion(settings, config)
-    corpus = load_corpus(*settings.data)
-    tokenizer = load_tokenizer(source, config.vocab_size)
-    texts, sparse = _texts(plan, corpus, tokenizer, settings)
-    say(f"Loading {settings.source}")
-    dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    dense = load_dense(settings.source, dtype)[0]
-    if types := quantized_types(source):
-        loaded = str(dense.dtype).removeprefix("torch.")
-        say(f"Its weights ({', '.join(types)}) are dequantized to {loaded}; --dtype decides")
-    model = family_for(dense.config).from_dense(dense, plan.dsa).eval()
+    with stage("Read data"):
+        corpus = load_corpus(*settings.data)
+        tokenizer = load_tokenizer(source, config.vocab_size)
+        texts, sparse = _texts(plan, corpus, tokenizer, settings)
+    model = _load(settings, plan)
     first_alone(lambda: require_savable(model, tokenizer, out))
     run = RunDir(out)
     identity = _identity(settings, corpus, plan.dsa, texts.length)
@@ -101,11 +96,25 @@ def convert(settings: ConvertSettings) -> Path:
         "made_with": _versions(),
     }
     if is_first():
-        _save(model, tokenizer, out, record, run, overwrite=settings.overwrite)
-        run.remove()
+        with stage("Save"):
+            _save(model, tokenizer, out, record, run, overwrite=settings.overwrite)
+            run.remove()
     wait_for_all()
     say(f"Wrote {settings.out}; next: fulmen eval {settings.out} --html report.html")
     return out
+
+
+def _load(settings: ConvertSettings, plan: _Plan) -> PreTrainedModel:
+    """The source as a DSA model with random indexers."""
+    say(f"Loading {settings.source}")
+    dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    with stage("Load"):
+        dense = load_dense(settings.source, dtype)[0]
+        model = family_for(dense.config).from_dense(dense, plan.dsa).eval()
+    if types := quantized_types(find_source(settings.source)):
+        loaded = str(dense.dtype).removeprefix("torch.")
+        say(f"Its weights ({', '.join(types)}) are dequantized to {loaded}; --dtype decides")
+    return model
 
 
 def plan_conversion(settings: ConvertSettings, config: PreTrainedConfig) -> _Plan:
@@ -152,22 +161,33 @@ def _inherit(model: PreTrainedModel, texts: ConversionTexts, run: RunDir) -> lis
             set_topk_shares(model, [layer["topk_share"] for layer in done[1]])
         return done[1]
     ids_BT = torch.stack([text.input_ids for text in texts.calibration]).to(model.device)
-    n_layers = model.config.num_hidden_layers
-    with progress_bar("Inherit") as advance:
+    if model.config.model_type not in MLA_DSA_TYPES:
+        _share_k(model, ids_BT[:BUDGET_WINDOWS])
+    n_layers = len(dsa_of(model.config).layers)
+    with stage("Inherit") as advance:
         advance(0, n_layers, f"{len(ids_BT)} texts of {ids_BT.shape[1]} tokens")
+        fits: list[Any] = []
+
+        def on_layer(fit: Any) -> None:
+            fits.append(fit)
+            advance(len(fits), n_layers, f"KL {fit.kl:.2f}")
+
         if model.config.model_type in MLA_DSA_TYPES:
-            layers: Sequence[Any] = inherit_mla(model, [ids_BT])
-            advance(n_layers, n_layers)
+            layers: Sequence[Any] = inherit_mla(model, [ids_BT], on_layer)
         else:
-            topk = model.config.dsa["topk"]
-            set_topk_shares(model, share_budget(model, ids_BT[:BUDGET_WINDOWS], topk))
-            layers = inherit_gqa(
-                model, ids_BT, topk, lambda fit: advance(fit.layer + 1, n_layers, f"KL {fit.kl:.2f}")
-            )
+            layers = inherit_gqa(model, ids_BT, model.config.dsa["topk"], on_layer)
     record = [layer._asdict() for layer in layers]
     run.save_record("inherit", record)
     run.save_stage("inherit", indexer_state(model))
     return record
+
+
+def _share_k(model: PreTrainedModel, ids_BT: torch.Tensor) -> None:
+    dsa = dsa_of(model.config)
+    with stage("Share k") as advance:
+        advance(0, len(dsa.layers))
+        shares = share_budget(model, ids_BT, dsa.topk, lambda done: advance(done, len(dsa.layers)))
+        set_topk_shares(model, shares)
 
 
 def _warm_up(
@@ -177,10 +197,10 @@ def _warm_up(
         model.load_state_dict(done[0], strict=False)
         return done[1]
     warmup = WarmupSettings(steps=settings.steps, budget_s=settings.budget_s, seed=settings.seed)
-    with progress_bar("Warm-up") as advance:
-        result = warm_up(
-            model, texts.training, texts.validation, run.path / "warmup", warmup, show_losses(advance)
-        )
+    with stage("Warm-up") as advance:
+        view = TrainingView(advance)
+        drawn = (texts.training, texts.validation)
+        result = warm_up(model, *drawn, run.path / "warmup", warmup, view.step, view.part)
     say(
         f"Warm-up: validation loss {result.loss_before:.4f} -> {result.loss_after:.4f} "
         f"(step {result.best_step} of {result.last_step}, {result.seconds:.0f} s)"

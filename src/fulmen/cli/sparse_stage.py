@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from fulmen.cli.chat_session import load_converted_model, load_converted_tokenizer
 from fulmen.cli.model_card import conversion_card
 from fulmen.cli.model_config import read_config
-from fulmen.cli.progress import progress_bar, say, show_losses
+from fulmen.cli.progress import TrainingView, say, stage
 from fulmen.cli.run_dir import RunDir
 from fulmen.cli.texts import count_of_length, draw_longest, lengths_to_try, split_off, up_to
 from fulmen.cli.train_settings import TrainSettings
@@ -87,9 +87,10 @@ def sparse_stage(
     teacher: PreTrainedModel | None = None,
 ) -> SparseResult:
     """Train `model` in place, with a bar. Raises what `train_sparse` does."""
-    with progress_bar("Sparse") as advance:
-        show = (show_losses(advance), lambda done, total: advance(done, total, "asking the teacher"))
-        result = train_sparse(model, texts.train, texts.validation, run_dir, settings, teacher, *show)
+    with stage("Sparse") as advance:
+        view = TrainingView(advance)
+        drawn = (texts.train, texts.validation)
+        result = train_sparse(model, *drawn, run_dir, settings, teacher, view.step, view.part)
     # A stream leaves out more as it is read.
     skipped = texts.train.skipped if isinstance(texts.train, WindowStream) else texts.skipped
     result = replace(result, skipped=dict(skipped))
@@ -135,17 +136,19 @@ def train(settings: TrainSettings) -> Path:
     require_free_output(out, overwrite=settings.overwrite)
     options = SparseSettings(**settings.options)
     lengths = plan_training(settings)
-    source = stream_of(*settings.data) or load_corpus(*settings.data)
-    tokenizer = load_converted_tokenizer(settings.model_dir)
-    if settings.teacher is not None:
-        require_same_tokens(tokenizer, load_tokenizer(find_source(settings.teacher)))
-    texts = draw_longest(
-        lengths, lambda length: sparse_texts(source, tokenizer, length, settings.windows, options)
-    )
+    with stage("Read data"):
+        source = stream_of(*settings.data) or load_corpus(*settings.data)
+        tokenizer = load_converted_tokenizer(settings.model_dir)
+        if settings.teacher is not None:
+            require_same_tokens(tokenizer, load_tokenizer(find_source(settings.teacher)))
+        texts = draw_longest(
+            lengths, lambda length: sparse_texts(source, tokenizer, length, settings.windows, options)
+        )
     say(f"Loading {settings.model_dir}")
-    model = load_converted_model(settings.model_dir)
-    first_alone(lambda: require_savable(model, tokenizer, out))
-    teacher = _teacher(settings, model)
+    with stage("Load"):
+        model = load_converted_model(settings.model_dir)
+        first_alone(lambda: require_savable(model, tokenizer, out))
+        teacher = _teacher(settings, model)
     if settings.topk is not None:
         set_topk(model, settings.topk)
     run = RunDir(out)
@@ -157,8 +160,9 @@ def train(settings: TrainSettings) -> Path:
     with own_attention(model):
         result = sparse_stage(model, texts, options, run.path / SPARSE_DIR, teacher)
     if state.is_main_process:
-        _save(model, tokenizer, out, settings, result, run)
-        run.remove()
+        with stage("Save"):
+            _save(model, tokenizer, out, settings, result, run)
+            run.remove()
         say(f"Wrote {settings.out}; next: fulmen eval {settings.out} --dense SOURCE --html report.html")
     state.wait_for_everyone()
     return out

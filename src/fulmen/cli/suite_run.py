@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from fulmen import __version__
 from fulmen.cli.chat_session import load_converted_model
 from fulmen.cli.model_config import read_config
-from fulmen.cli.progress import console, progress_bar, say
+from fulmen.cli.progress import console, say, stage
 from fulmen.cli.suite_settings import ALL, PARITY, SuiteSettings, lengths_up_to
 from fulmen.corpus import Corpus, load_corpus
 from fulmen.errors import CheckpointError, ConfigError
@@ -71,10 +71,12 @@ def suites_of(settings: SuiteSettings) -> tuple[str, ...]:
 def evaluate_suites(settings: SuiteSettings, suites: tuple[str, ...]) -> dict[str, Any]:
     """Run suites as `fulmen eval --suite` does and return the report. Raises what its parts raise."""
     require_runnable(settings, suites)
-    corpus = load_corpus(*settings.data)
-    tokenizer = load_subject_tokenizer(settings)
+    with stage("Read data"):
+        corpus = load_corpus(*settings.data)
+        tokenizer = load_subject_tokenizer(settings)
     say(f"Loading {settings.model or settings.source}")
-    subject = load_subject(settings, tokenizer)
+    with stage("Load"):
+        subject = load_subject(settings, tokenizer)
     plan = SuitePlan(
         suites=suites,
         lengths=lengths_of(settings, subject.context, subject.topk),
@@ -84,7 +86,7 @@ def evaluate_suites(settings: SuiteSettings, suites: tuple[str, ...]) -> dict[st
     )
     require_fit(subject, plan)
     journal = Journal(settings.folder / SAMPLES_FILE, _identity(settings, corpus, subject))
-    with progress_bar("Evaluate", counted=False) as advance:
+    with stage("Evaluate", counted=False) as advance:
         tables = run_suites(subject, tokenizer, corpus.heldout, plan, journal, lambda *done: advance(*done))
     sparse = f", k = {subject.topk}" if subject.topk else ""
     dense = f", dense: {settings.dense}" if settings.dense else ""

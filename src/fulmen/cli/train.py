@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from fulmen.cli.progress import STARTING, stage
 from fulmen.cli.settings import DEFAULT_SPARSE_BUDGET, parse_duration
 from fulmen.cli.train_settings import TrainSettings
 
@@ -157,6 +158,7 @@ def train_command(
         overwrite=overwrite,
         options=options,
     )
-    from fulmen.cli.sparse_stage import train
+    with stage(STARTING):
+        from fulmen.cli.sparse_stage import train
 
     train(settings)

@@ -64,7 +64,7 @@ def measure_parity(
         ks: budgets of the sweep, which reads the first window of each kind; by default those of k/4, k/2, k
             and 2k that are below the length.
         dense_model: the model before conversion; checks the dense variant, and DSA against the source.
-        progress: called after each forward pass with (tokens read, tokens in all, what was read).
+        progress: called at first, and after each forward pass, with (tokens read, tokens in all, what).
 
     Returns:
         Plain JSON types: `length`, `topk`, `windows` (every score), `variants` (means, ratios to dense with
@@ -139,6 +139,7 @@ class _Plan:
 
 def _token_counter(progress: Progress, total: int) -> Callable[[int, str], None]:
     done = 0
+    progress(0, total, "")
 
     def count(tokens: int, what: str) -> None:
         nonlocal done

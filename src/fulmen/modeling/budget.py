@@ -11,7 +11,7 @@ stream it is added to: an error counts by its size in the output and by what the
 shares minimise the sum of e_i(k_i).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -35,11 +35,17 @@ MEASURED_QUERIES = 24
 
 
 @torch.no_grad()
-def share_budget(model: PreTrainedModel, input_ids_BT: Tensor, topk: int) -> tuple[float, ...]:
+def share_budget(
+    model: PreTrainedModel,
+    input_ids_BT: Tensor,
+    topk: int,
+    on_layer: Callable[[int], None] = lambda _: None,
+) -> tuple[float, ...]:
     """Each converted layer's k in units of `topk`, mean 1, from one dense pass over some texts.
 
     Args:
         input_ids_BT: int64 token ids of B texts; 1.0 for all layers if T is below 4 `topk`.
+        on_layer: called with the number of layers measured after each, for progress.
     """
     half = input_ids_BT.shape[1] // 2
     tried = [share for share in TRIED_SHARES if share * topk <= half and round(share * topk) > 0]
@@ -51,6 +57,7 @@ def share_budget(model: PreTrainedModel, input_ids_BT: Tensor, topk: int) -> tup
 
         def measure(attention: Any, _: Any, kwargs: dict) -> None:
             errors.append(_errors(attention, kwargs, stream["BTC"], [round(s * topk) for s in tried]))
+            on_layer(len(errors))
 
         hooks = [layer.register_forward_pre_hook(measure, with_kwargs=True) for layer in layers]
         try:

@@ -14,7 +14,7 @@ Its threshold is mean + 1 standard deviation of those logits, by regression on t
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -63,12 +63,17 @@ class InheritedLayer(NamedTuple):
 
 
 @torch.no_grad()
-def inherit_mla(model: PreTrainedModel, batches: Iterable[Tensor]) -> list[InheritedLayer]:
+def inherit_mla(
+    model: PreTrainedModel,
+    batches: Iterable[Tensor],
+    on_layer: Callable[[InheritedLayer], None] = lambda _: None,
+) -> list[InheritedLayer]:
     """Set every indexer of `model` from its attention and calibration text; nothing else changes.
 
     Args:
         model: a DeepseekV32ForCausalLM, such as `convert_mla` returns.
         batches: token ids, each [B, T] without padding; together some thousand tokens.
+        on_layer: called after each layer, for progress.
 
     Returns:
         One InheritedLayer per layer.
@@ -102,6 +107,7 @@ def inherit_mla(model: PreTrainedModel, batches: Iterable[Tensor]) -> list[Inher
         for layer in model.model.layers:
             inputs = [layer.input_layernorm(states) for states in hidden]
             reports.append(_inherit_layer(layer.self_attn, inputs, rotary, visible))
+            on_layer(reports[-1])
             hidden = [
                 layer(states, attention_mask=seen, position_embeddings=turn)
                 for states, seen, turn in zip(hidden, visible, rotary, strict=True)

@@ -150,6 +150,11 @@ class SparseStage(nn.Module):
         )
         return {"loss": loss, "lm": trunk.lm, "kl": trunk.kl}
 
+    def forget(self) -> None:
+        """Drop the last forward pass's losses, which hold on to its graph."""
+        self.taps.begin()
+        self.last = None
+
     def _trunk_losses(self, hidden_BTC: Tensor, labels_BT: Tensor, given: Any) -> NextTokenLosses:
         counts_BT = labels_BT != NO_LABEL
         share_BT = counts_BT / (counts_BT.sum(-1, keepdim=True).clamp(min=1) * len(counts_BT))

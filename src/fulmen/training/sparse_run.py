@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from fulmen.training.checkpoints import (
     write_aside,
 )
 from fulmen.training.lora import add_lora, merge_lora
+from fulmen.training.parts import OnPart
 from fulmen.training.precision import are_half, in_float32
 from fulmen.training.processes import processes
 from fulmen.training.rows import Text, text_row, text_rows
@@ -82,7 +83,7 @@ def train_sparse(
     settings: SparseSettings,
     teacher: PreTrainedModel | None = None,
     on_step: OnStep = lambda *_: None,
-    on_teacher: Callable[[int, int], None] = lambda *_: None,
+    on_part: OnPart = lambda *_: None,
 ) -> SparseResult:
     """Train all weights in place; leave the best step's in them, the first ones if none was better.
 
@@ -94,7 +95,8 @@ def train_sparse(
             far as the steps need it, and from its beginning again where it ends.
         run_dir: checkpoints, `sparse.jsonl` (a line a step), the plan, and what the teacher answered.
         teacher: whom to learn from; None: the model as it is now, read densely.
-        on_step: called with (step, steps, logs). on_teacher: with (texts asked about, texts).
+        on_step: called with (step, steps, logs), at first with step 0 (resumed: the last one).
+        on_part: called with (done, total, what) for what is not a step.
 
     Raises:
         ConfigError: no text is longer than k, or the teacher's answers about a stream are to be kept.
@@ -118,19 +120,20 @@ def train_sparse(
     settings = replace(settings, bf16=settings.bf16 or are_half(stage.trained_parameters()))
     _keep_first_weights(stage, run_dir, state)
     asked = _teacher(stage, teacher, settings)
-    plan = _plan(stage, asked, held_out, run_dir, settings, state)
+    plan = _plan(stage, asked, held_out, run_dir, settings, state, on_part)
     n_uses = plan["steps"] * settings.accumulate * state.num_processes
     checkpoint = last_whole_checkpoint(run_dir)
     rows = _rows(train, n_uses, checkpoint, settings, state)
     stage.schedule = TopkSchedule(
         settings.k_schedule, length, topk, tuple(sorted(stage.attentions)), plan["steps"]
     )
-    source = _target_source(asked, teacher is None, rows, n_uses, run_dir, settings, state, on_teacher)
+    source = _target_source(asked, teacher is None, rows, n_uses, run_dir, settings, state, on_part)
     with in_float32(stage.trained_parameters()):
         # FSDP2 cannot be undone: it shards a copy, and the model gets the best weights from their file.
         trained = copy.deepcopy(stage) if is_sharded() else stage
         watch = StepWatch(trained, run_dir, on_step, settings.budget_s, began)
         trainer = _trainer(trained, DistilledRows(rows, source), held_out, run_dir, settings, plan, watch)
+        trainer.on_part = on_part
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         finally:
@@ -229,7 +232,7 @@ def _target_source(
     run_dir: Path,
     settings: SparseSettings,
     state: PartialState,
-    on_teacher: Callable[[int, int], None],
+    on_part: OnPart,
 ) -> Teacher | TargetFiles | None:
     """Where the rows' targets come from; files are filled before the first step, each process its share."""
     if asked is None:
@@ -240,7 +243,7 @@ def _target_source(
         asked.model = copy.deepcopy(asked.model).requires_grad_(False) if is_own else asked.model
         return asked
     files = TargetFiles(run_dir / TARGETS_DIR, asked)
-    files.fill(rows[state.process_index :: state.num_processes], on_teacher)
+    files.fill(rows[state.process_index :: state.num_processes], on_part)
     state.wait_for_everyone()
     return files
 
@@ -276,6 +279,7 @@ def _plan(
     run_dir: Path,
     settings: SparseSettings,
     state: PartialState,
+    on_part: OnPart,
 ) -> dict[str, Any]:
     """Number of steps, and the losses before; written down, so that a resumed run does the same."""
     file = run_dir / PLAN_FILE
@@ -283,24 +287,24 @@ def _plan(
         # As the steps and evaluations compute.
         autocast = torch.autocast(stage.model.device.type, torch.bfloat16, enabled=settings.bf16)
         with in_float32(stage.trained_parameters()), autocast:
-            plan = _new_plan(stage, asked, held_out, settings)
+            plan = _new_plan(stage, asked, held_out, settings, on_part)
         write_aside(file, lambda aside: aside.write_text(json.dumps(plan), encoding="utf-8"))
     state.wait_for_everyone()
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _new_plan(
-    stage: SparseStage, asked: Teacher | None, held_out: list[Row], settings: Any
+    stage: SparseStage, asked: Teacher | None, held_out: list[Row], settings: Any, on_part: OnPart
 ) -> dict[str, Any]:
-    device = stage.model.device
     clock = time.monotonic()
-    before = held_out_loss(stage, held_out, device)
+    before = held_out_loss(stage, held_out, stage.model.device, on_part)
     evaluation_s = time.monotonic() - clock
-    dense = _dense_loss(stage, held_out)
+    dense = _dense_loss(stage, held_out, on_part)
     steps, evaluations = settings.steps, settings.evaluations
     if steps is None:
         affordable = int(EVALUATION_SHARE * settings.budget_s / evaluation_s) - 2
         evaluations = min(max(affordable, 1), evaluations)
+        on_part(0, 1, "timing a step")
         step_s = settings.accumulate * _time_of_text(stage, asked, held_out[0])
         # A margin, for one text is timed only, and saving takes time too.
         left_s = 0.9 * settings.budget_s - evaluation_s * (evaluations + 2) - step_s
@@ -319,14 +323,16 @@ def _time_of_text(stage: SparseStage, asked: Teacher | None, row: Row) -> float:
     stage.train()
     stage(**batch)["loss"].backward()
     stage.zero_grad(set_to_none=True)
+    # A live teacher is a copy of the model, and graphs cannot be copied.
+    stage.forget()
     return time.monotonic() - clock
 
 
 @torch.no_grad()
-def _dense_loss(stage: SparseStage, held_out: list[Row]) -> float:
+def _dense_loss(stage: SparseStage, held_out: list[Row], on_part: OnPart) -> float:
     schedule = stage.schedule
     stage.schedule = TopkSchedule("dense", 0, 0, (), 1)
     try:
-        return held_out_loss(stage, held_out, stage.model.device)
+        return held_out_loss(stage, held_out, stage.model.device, on_part)
     finally:
         stage.schedule = schedule

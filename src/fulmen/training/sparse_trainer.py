@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fulmen.errors import TrainingDivergedError
 from fulmen.training.checkpoints import SafeCheckpoints, log_up_to, write_aside, write_log
+from fulmen.training.parts import OnPart
 from fulmen.training.processes import as_the_first
 from fulmen.training.sharding import Sharded, load_whole
 from fulmen.training.sparse import SparseSettings, SparseStage, StepLosses
@@ -41,6 +42,7 @@ class SparseTrainer(SafeCheckpoints, Sharded, Trainer):
     train_dataset: DistilledRows
     validation: list[dict[str, Tensor]]
     settings: SparseSettings
+    on_part: OnPart
 
     @property
     def stage(self) -> SparseStage:
@@ -84,7 +86,11 @@ class SparseTrainer(SafeCheckpoints, Sharded, Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.accelerator.autocast():
-            metrics = {"eval_loss": held_out_loss(self.model_wrapped, self.validation, self.args.device)}
+            metrics = {
+                "eval_loss": held_out_loss(
+                    self.model_wrapped, self.validation, self.args.device, self.on_part
+                )
+            }
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -114,14 +120,18 @@ class SparseTrainer(SafeCheckpoints, Sharded, Trainer):
 
 
 @torch.no_grad()
-def held_out_loss(stage: nn.Module, rows: list[dict[str, Tensor]], device: Any) -> float:
+def held_out_loss(
+    stage: nn.Module, rows: list[dict[str, Tensor]], device: Any, on_part: OnPart = lambda *_: None
+) -> float:
     """Next-token loss (nats) of the sparse model over the second half of each text; each weighs the same."""
     was_training = stage.training
     stage.eval()
     losses = []
-    for row in rows:
+    for number, row in enumerate(rows):
+        on_part(number, len(rows), "validation")
         batch = {name: row[name][None].to(device) for name in ("input_ids", "position_ids")}
         losses.append(float(stage(**batch, first=len(row["input_ids"]) // 2)["lm"]))
+    on_part(len(rows), len(rows), "validation")
     stage.train(was_training)
     return sum(losses) / len(losses)
 
@@ -165,6 +175,7 @@ class StepWatch(TrainerCallback):
         self.tokens = rows[-1]["tokens"] if rows else 0
         if self.writes:
             write_log(self.log_file, rows)
+        self.on_step(state.global_step, state.max_steps, {})
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.taken = []

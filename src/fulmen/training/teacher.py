@@ -1,7 +1,7 @@
 """The teacher: a frozen model read densely, asked in every step, or once for all with answers on disk."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from fulmen.errors import ConfigError, OutputError
 from fulmen.modeling.selectors import DenseSelector, Selector, use_selector
 from fulmen.training.checkpoints import write_aside
 from fulmen.training.distill import TeacherTargets, teacher_targets
+from fulmen.training.parts import OnPart
 from fulmen.training.streamed import StreamedRows
 
 Row = dict[str, Tensor]
@@ -50,14 +51,15 @@ class TargetFiles:
     def __init__(self, folder: Path, teacher: Teacher) -> None:
         self.folder, self.teacher = folder, teacher
 
-    def fill(self, rows: Sequence[Row], on_row: Callable[[int, int], None] = lambda *_: None) -> None:
+    def fill(self, rows: Sequence[Row], on_part: OnPart = lambda *_: None) -> None:
         """Ask about every row that has no file yet. Raises OutputError if the disk is full."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        on_part(0, len(rows), "asking the teacher")
         for number, row in enumerate(rows, start=1):
             file = self._file(row)
             if not file.exists():
                 self._write(file, self.teacher.targets(row))
-            on_row(number, len(rows))
+            on_part(number, len(rows), "asking the teacher")
 
     def targets(self, row: Row) -> TeacherTargets:
         """What was answered about this row."""

@@ -38,6 +38,7 @@ from fulmen.training.checkpoints import (
     write_log,
 )
 from fulmen.training.losses import IndexerLossSelector, LayerLoss, output_weight
+from fulmen.training.parts import OnPart
 from fulmen.training.precision import are_half, in_float32
 from fulmen.training.processes import as_the_first, first_alone, is_first
 from fulmen.training.rows import NO_LABEL, Text, next_tokens, text_row, text_rows
@@ -120,6 +121,7 @@ def warm_up(
     run_dir: Path,
     settings: WarmupSettings,
     on_step: Callable[[int, int, dict[str, float]], None] = lambda *_: None,
+    on_part: OnPart = lambda *_: None,
 ) -> WarmupResult:
     """Train the indexers in place; leave the best step's weights in them, the first's if none was better.
 
@@ -128,7 +130,8 @@ def warm_up(
     Args:
         train, validation: texts, all train texts of one length; no loss crosses a window's documents.
         run_dir: checkpoints, `layers.jsonl` (per layer: KL, entropy, captured and oracle mass) and the plan.
-        on_step: called with (step, steps, logs) for progress.
+        on_step: called with (step, steps, logs) for progress, at first with step 0 (resumed: the last one).
+        on_part: called with (done, total, what) for what is not a step.
 
     Raises:
         TrainingDivergedError: the loss became NaN or infinite; the weights are the best so far.
@@ -138,7 +141,7 @@ def warm_up(
     settings = replace(settings, bf16=settings.bf16 or are_half(indexers))
     try:
         with in_float32(indexers):
-            return _warm_up(model, train, validation, run_dir, settings, on_step)
+            return _warm_up(model, train, validation, run_dir, settings, on_step, on_part)
     except (OSError, SafetensorError) as error:
         raise unwritable(run_dir, error) from error
 
@@ -150,6 +153,7 @@ def _warm_up(
     run_dir: Path,
     settings: WarmupSettings,
     on_step: Callable[[int, int, dict[str, float]], None],
+    on_part: OnPart,
 ) -> WarmupResult:
     began = time.monotonic()
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -162,7 +166,7 @@ def _warm_up(
     initial = first_alone(lambda: _initial(stack, run_dir))
     # As the steps and evaluations compute.
     with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.bf16):
-        plan = first_alone(lambda: _plan(stack, train, validation, run_dir, settings))
+        plan = first_alone(lambda: _plan(stack, train, validation, run_dir, settings, on_part))
     trainer = _WarmupTrainer(
         model=stack,
         args=_arguments(run_dir, settings, plan["steps"], plan["evaluations"]),
@@ -173,6 +177,7 @@ def _warm_up(
             _Watch(stack, run_dir, on_step, settings.budget_s, began),
         ],
     )
+    trainer.on_part = on_part
     # Trainer writes its own tables to the console; on_step is ours.
     _drop_printing_callbacks(trainer)
     try:
@@ -190,13 +195,14 @@ def _warm_up(
 @torch.no_grad()
 def sparse_loss(model: PreTrainedModel, texts: Sequence[Text]) -> float:
     """Next-token loss (nats) of the sparse model over the second half of each text."""
-    return _sparse_loss(model, text_rows(texts))
+    return _sparse_loss(model, text_rows(texts), lambda *_: None)
 
 
-def _sparse_loss(model: PreTrainedModel, rows: Sequence[dict[str, Tensor]]) -> float:
+def _sparse_loss(model: PreTrainedModel, rows: Sequence[dict[str, Tensor]], on_part: OnPart) -> float:
     total, count = 0.0, 0
     with use_selector(model, IndexerSelector()):
-        for row in rows:
+        for number, row in enumerate(rows):
+            on_part(number, len(rows), "validation")
             batch = {name: part[None].to(model.device) for name, part in row.items()}
             half = batch["input_ids"].shape[1] // 2
             next_T = next_tokens(batch["input_ids"], batch["position_ids"])[0, half:]
@@ -206,11 +212,14 @@ def _sparse_loss(model: PreTrainedModel, rows: Sequence[dict[str, Tensor]]) -> f
                 logits_TV = model.get_output_embeddings()(rows_TC).float()
                 total += float(F.cross_entropy(logits_TV, some_T, reduction="sum"))
                 count += len(some_T)
+    on_part(len(rows), len(rows), "validation")
     return total / count
 
 
 class _WarmupTrainer(SafeCheckpoints, Trainer):
     """Evaluates what matters, the sparse model's loss on validation text, in place of the training loss."""
+
+    on_part: OnPart
 
     @property
     def stack(self) -> IndexerStack:
@@ -232,7 +241,7 @@ class _WarmupTrainer(SafeCheckpoints, Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         rows: Any = self.eval_dataset
         with torch.no_grad(), self.accelerator.autocast():
-            metrics = {"eval_loss": _sparse_loss(self.stack.model, rows)}
+            metrics = {"eval_loss": _sparse_loss(self.stack.model, rows, self.on_part)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -246,6 +255,9 @@ class _Watch(TrainerCallback):
     ) -> None:
         self.stack, self.on_step, self.budget_s, self.began = stack, on_step, budget_s, began
         self.log_file = run_dir / LOG_FILE
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_step(state.global_step, state.max_steps, {})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         layers = self.stack.last
@@ -280,19 +292,26 @@ def _initial(stack: IndexerStack, run_dir: Path) -> dict[str, Tensor]:
 
 
 def _plan(
-    stack: IndexerStack, train: Sequence[Text], validation: Sequence[Text], run_dir: Path, settings: Any
+    stack: IndexerStack,
+    train: Sequence[Text],
+    validation: Sequence[Text],
+    run_dir: Path,
+    settings: Any,
+    on_part: OnPart,
 ) -> dict[str, Any]:
     """Number of steps and the loss before; written down, so that a resumed run follows the same schedule."""
     file = run_dir / PLAN_FILE
     if file.exists():
         return json.loads(file.read_text(encoding="utf-8"))
     clock = time.monotonic()
-    before = sparse_loss(stack.model, validation)
+    with torch.no_grad():
+        before = _sparse_loss(stack.model, text_rows(validation), on_part)
     evaluation_s = time.monotonic() - clock
     steps, evaluations = settings.steps, EVALUATIONS
     if steps is None:
         affordable = int(EVALUATION_SHARE * settings.budget_s / evaluation_s) - 1
         evaluations = min(max(affordable, 1), EVALUATIONS)
+        on_part(0, 1, "timing a step")
         clock = time.monotonic()
         stack.train()
         row = {name: part[None].to(stack.model.device) for name, part in text_row(train[0]).items()}
