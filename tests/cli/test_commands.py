@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from said import lines_that_stay
 from typer.testing import CliRunner
 
 import fulmen
@@ -37,7 +38,7 @@ def refused(*arguments):
     result = call(*arguments)
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
+    (line,) = lines_that_stay(result.stderr)
     assert line.startswith("error: ")
     return line
 

@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+from said import lines_that_stay
 from typer.testing import CliRunner
 
 from fulmen.cli import cost
@@ -25,7 +26,7 @@ def call(*arguments):
 def refused(*arguments):
     result = call(*arguments)
     assert result.exit_code == 2, result.output
-    (line,) = result.stderr.splitlines()
+    (line,) = lines_that_stay(result.stderr)
     return line
 
 

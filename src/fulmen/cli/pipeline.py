@@ -32,6 +32,7 @@ from fulmen.errors import ConfigError
 from fulmen.evaluation.variants import indexer_state
 from fulmen.modeling.budget import share_budget
 from fulmen.modeling.checkpoint import (
+    ModelSource,
     load_dense,
     load_tokenizer,
     require_free_output,
@@ -75,7 +76,7 @@ def convert(settings: ConvertSettings) -> Path:
         corpus = load_corpus(*settings.data)
         tokenizer = load_tokenizer(source, config.vocab_size)
         texts, sparse = _texts(plan, corpus, tokenizer, settings)
-    model = _load(settings, plan)
+    model = _load(source, settings, plan)
     first_alone(lambda: require_savable(model, tokenizer, out))
     run = RunDir(out)
     identity = _identity(settings, corpus, plan.dsa, texts.length)
@@ -104,14 +105,14 @@ def convert(settings: ConvertSettings) -> Path:
     return out
 
 
-def _load(settings: ConvertSettings, plan: _Plan) -> PreTrainedModel:
+def _load(source: ModelSource, settings: ConvertSettings, plan: _Plan) -> PreTrainedModel:
     """The source as a DSA model with random indexers."""
     say(f"Loading {settings.source}")
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     with stage("Load"):
         dense = load_dense(settings.source, dtype)[0]
         model = family_for(dense.config).from_dense(dense, plan.dsa).eval()
-    if types := quantized_types(find_source(settings.source)):
+    if types := quantized_types(source):
         loaded = str(dense.dtype).removeprefix("torch.")
         say(f"Its weights ({', '.join(types)}) are dequantized to {loaded}; --dtype decides")
     return model
