@@ -58,7 +58,7 @@ class TestDefaults:
     def test_small_contexts_leave_something_out_too(self, context, tmp_path):
         config = LlamaConfig(**{**LLAMA, "max_position_embeddings": context})
         dsa, lengths, _ = plan_conversion(ConvertSettings("m", tmp_path / "out"), config)
-        assert (dsa.topk, lengths[0]) == (context // 4, context)
+        assert (dsa.topk, lengths[0]) == (min(256, context // 2), context)
 
     def test_a_model_that_states_no_context(self, tmp_path):
         config = LlamaConfig(**LLAMA)

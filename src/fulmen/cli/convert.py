@@ -37,7 +37,7 @@ def convert_command(
         int | None,
         typer.Option(
             help="Tokens that each query keeps. Below it attention stays dense. "
-            "[dim]Default: context / 32, within 256 and 2048, context / 4 at most.[/]",
+            "[dim]Default: context / 32, within 256 and 2048, context / 2 at most.[/]",
             show_default=False,
         ),
     ] = None,

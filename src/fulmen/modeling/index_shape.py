@@ -62,12 +62,12 @@ def context_of(config: PreTrainedConfig) -> int | None:
 
 
 def default_topk(config: PreTrainedConfig) -> int:
-    """A 32nd of the model's context, within 256 and 2048 tokens, and a quarter of it at most."""
+    """A 32nd of the model's context, within 256 and 2048 tokens, and half of it at most."""
     context = context_of(config)
     if context is None:
         return SMALLEST_TOPK
     within = max(SMALLEST_TOPK, min(LARGEST_TOPK, context // CONTEXT_OVER_TOPK))
-    return max(1, min(within, context // LENGTH_OVER_TOPK))
+    return max(1, min(within, context // 2))
 
 
 def default_length(config: PreTrainedConfig, topk: int) -> int:
