@@ -285,7 +285,8 @@ def _read_tokenizer(source: ModelSource) -> Any:
         return AutoTokenizer.from_pretrained(source.place, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(
-            f"{source} cannot be loaded, it has no readable tokenizer ({one_line(error)}); put its tokenizer files there"
+            f"{source} cannot be loaded, it has no readable tokenizer ({one_line(error)}); "
+            "put its tokenizer files there"
         ) from error
 
 
