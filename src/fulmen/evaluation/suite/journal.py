@@ -61,13 +61,11 @@ class Journal:
         """Do what is not done yet; return the results of all units, each with its `key`'s parts.
 
         Args:
-            progress: called at first and after each unit with (tokens read, tokens in all, what was read), of
-                what was to be done.
+            progress: called with (tokens read, tokens in all, what was read), of what was to be done.
         """
         units = list(units)
         waiting = [unit for unit in units if unit.key not in self._results]
         done, total = 0, sum(unit.tokens for unit in waiting)
-        progress(0, total, "")
         for unit in waiting:
             self._append(unit.key, unit.run())
             done += unit.tokens
