@@ -96,6 +96,29 @@ def test_causal_chunks_match_the_reference_forward_and_backward(sizes, heads, dt
         assert_near(a, b, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("queries", [1, 40], ids=["decode", "chunk"])
+@pytest.mark.parametrize("name", ["dense", "sparse"])
+def test_a_query_whose_scores_are_all_minus_infinity_is_no_number(name, queries, dtype):
+    """Nor 0, which an empty set gives."""
+    q, k, v = (x.detach() for x in inputs((1, queries, 40, 1), HEADS["grouped"], dtype))
+    row = queries // 2
+    q[:, row] = 0
+    q[:, row, :3, 0] = -torch.inf  # the heads of one key head
+    k[..., 0] = 1
+    interval = causal(1, queries, 40)
+    selection = torch.arange(40).expand(1, queries, 40)
+    selection = selection.masked_fill(selection >= interval[1][..., None], -1).int()
+    given = interval if name == "dense" else (selection,)
+    operation, reference, _ = operations((1, queries, 40, 1))[name]
+    out, lse = operation(q, k, v, *given, 1.0)
+    expected = reference(q, k, v, *given, 1.0)
+    assert_near(out, expected.out_BTHV, dtype)
+    assert out[:, row, :3].isnan().all()
+    assert not lse[:, row, :3].isfinite().any()
+    assert out[:, row, 3:].isfinite().all()
+
+
 @pytest.mark.parametrize("queries", [20, 60])
 @pytest.mark.parametrize(
     ("start", "stop"), [(0, -1), (1, 0), (-3, 0)], ids=["less", "windowed", "before the first"]

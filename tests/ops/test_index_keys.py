@@ -58,6 +58,16 @@ def test_training_sees_the_stored_numbers_and_the_gradient_of_the_exact_ones():
     assert torch.equal(gradient, weight)
 
 
+@pytest.mark.parametrize("width", [1, 7, 8, 33])
+def test_one_key_alone_is_read_as_among_others(width):
+    """Its scale may then lie at an odd address."""
+    packed = pack_index_keys(normal(2, 3, 2, width))
+    together = unpack_index_keys(packed)
+    for b, s, i in [(0, 0, 0), (1, 2, 1)]:
+        one = (slice(b, b + 1), slice(s, s + 1), slice(i, i + 1))
+        assert torch.equal(unpack_index_keys(packed[one]), together[one])
+
+
 def test_non_contiguous_and_double():
     keys = normal(8, 3, 5, 2, dtype=torch.float64).permute(3, 2, 1, 0)
     packed = pack_index_keys(keys)

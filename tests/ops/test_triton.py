@@ -225,6 +225,20 @@ def test_poison_stays_with_the_queries_that_select_it(poisoned, by_key):
         assert torch.equal(bad_gradient[:, first:], want[:, first:])
 
 
+def test_a_query_whose_scores_are_all_minus_infinity_is_no_number():
+    qkv, (topk,) = attention_inputs(1, 4, 40, HEADS[0]), here(random_selection(1, 4, 40, 9))
+    q, k, v = (x.detach().clone() for x in qkv)
+    k[..., 0] = 1
+    clean = sparse_attention(q, k, v, topk, 0.3)[0]
+    q[:, 1] = 0
+    q[:, 1, :, 0] = -torch.inf
+    out, lse = sparse_attention(q, k, v, topk, 0.3)
+    assert out[:, 1].isnan().all()
+    assert not lse[:, 1].isfinite().any()
+    for t in (0, 2, 3):
+        assert torch.equal(out[:, t], clean[:, t])
+
+
 def test_memory_layout_does_not_matter():
     qkv, (topk,) = attention_inputs(2, 3, 30, HEADS[0]), here(random_selection(2, 3, 30, 9))
     plain = sparse_attention(*qkv, topk, 0.3)

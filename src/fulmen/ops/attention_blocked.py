@@ -88,6 +88,7 @@ def _attend_block(
     peak_GM1 = q_GMD.new_full((*q_GMD.shape[:2], 1), torch.finfo(dtype).min)
     total_GM1 = torch.zeros_like(peak_GM1)
     sum_GMV = q_GMD.new_zeros(*q_GMD.shape[:2], v_SGV.shape[-1])
+    has_keys_T = torch.zeros(len(q_THD), dtype=torch.bool, device=q_THD.device)
     for tile in tiles:
         scores_GMC, _, v_GCV = _tile_scores(q_GMD, k_SGD, v_SGV, tile)
         higher_GM1 = torch.maximum(peak_GM1, scores_GMC.amax(-1, keepdim=True))
@@ -96,6 +97,10 @@ def _attend_block(
         total_GM1.mul_(fade_GM1).add_(weights_GMC.sum(-1, keepdim=True))
         sum_GMV.mul_(fade_GM1).baddbmm_(weights_GMC, v_GCV)
         peak_GM1 = higher_GM1
+        has_keys_T |= True if tile.hidden_TS is None else ~tile.hidden_TS.all(-1)
+    # Keys that are there, but weigh nothing, have scores of -inf alone: as their softmax, no number.
+    has_keys_M1 = has_keys_T.repeat(total_GM1.shape[1] // max(len(q_THD), 1))[:, None]
+    total_GM1.masked_fill_((total_GM1 == 0) & has_keys_M1, torch.nan)
     out_GMV = sum_GMV / total_GM1.masked_fill(total_GM1 == 0, 1)
     lse_GM1 = (peak_GM1 + total_GM1.log2()) / LOG2_E
     return ungroup_heads(out_GMV, len(q_THD)), ungroup_heads(lse_GM1, len(q_THD)).squeeze(-1)

@@ -40,7 +40,9 @@ def _pack_numbers(k_BSIE: Tensor) -> Tensor:
 def unpack_index_keys(packed_BSIX: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """k_BSIE of `pack_index_keys`, in float32 or float64: exact."""
     levels_BSIE, scale_bytes = packed_BSIX.split((packed_BSIX.shape[-1] - SCALE_BYTES, SCALE_BYTES), -1)
-    return levels_BSIE.to(dtype) * scale_bytes.contiguous().view(torch.bfloat16).to(dtype)
+    # A copy always: those of one key alone are contiguous where they lie, maybe at an odd address.
+    scale_BSI1 = scale_bytes.clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
+    return levels_BSIE.to(dtype) * scale_BSI1.to(dtype)
 
 
 def index_key_numbers(k_BSIE: Tensor, dtype: torch.dtype) -> Tensor:

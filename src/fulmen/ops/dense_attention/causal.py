@@ -24,8 +24,9 @@ def fits_causal(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, start_BT: Tensor
     newest_T = torch.arange(n_keys - n_queries + 1, n_keys + 1, device=stop_BT.device)
     if (start_BT > 0).any() or (stop_BT != newest_T).any():
         return False
-    # A hidden key that is not finite must change nothing, but counts there as 0 times itself.
-    return bool(k_BSGD.sum(dtype=torch.float32).isfinite() and v_BSGV.sum(dtype=torch.float32).isfinite())
+    # A hidden key that is not finite must change nothing, but counts there as 0 times itself. Where all
+    # scores of a query are -inf, torch writes 0.
+    return all(bool(x.sum(dtype=torch.float32).isfinite()) for x in (q_BTHD, k_BSGD, v_BSGV))
 
 
 def dense_attention_causal(

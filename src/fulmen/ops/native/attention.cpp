@@ -72,8 +72,9 @@ struct QueryState {
         for_heads(heads, [&](auto n, int64_t h) { attend_heads<decltype(n)::value>(h, in, tile); });
     }
 
-    void finish(int64_t first, const Results &results) const {
-        for (int64_t h = 0; h < heads; h++) results.write(first + h, sum.data() + h * width, total[h], peak[h]);
+    void finish(int64_t first, bool has_keys, const Results &results) const {
+        for (int64_t h = 0; h < heads; h++)
+            results.write(first + h, sum.data() + h * width, total[h], peak[h], has_keys);
     }
 
     template <class Number> void take_queries(const AttentionInputs &in, const Number *from, float scale) {
@@ -121,7 +122,7 @@ void attend_rows(const AttentionInputs &in, const Work &work, float scale, const
                 tile.fill(in, keys, i, work.b, work.g + g);
                 states[g].attend(in, tile);
             }
-        for (int64_t g = 0; g < work.groups; g++) states[g].finish(head(g), results);
+        for (int64_t g = 0; g < work.groups; g++) states[g].finish(head(g), keys.count > 0, results);
     }
 }
 

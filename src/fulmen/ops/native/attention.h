@@ -127,8 +127,9 @@ struct Results {
         : out(out), lse(lse), width(shape.value_width), is_bf16(shape.is_bf16 != 0) {}
 
     // Of one query's head, counted over all: sums of weighted values, the sum of the weights, and the power of 2 that
-    // they lack.
-    void write(int64_t head, const float *sums, float total, float peak) const {
+    // they lack. Keys that are there, but weigh nothing, have scores of -inf alone: as their softmax, no number.
+    void write(int64_t head, const float *sums, float total, float peak, bool has_keys) const {
+        if (total == 0 && has_keys) total = NAN;
         const float scale = total == 0 ? 0.0f : 1 / total;
         if (is_bf16) write_row(sums, scale, (uint16_t *)out + head * width);
         else write_row(sums, scale, (float *)out + head * width);

@@ -140,6 +140,12 @@ class TileAttention {
   private:
     int64_t query_tiles() const { return (count + TILE_ROWS - 1) / TILE_ROWS; }
 
+    bool has_keys(int64_t t) const {
+        const uint32_t bit = uint32_t(1) << t;
+        const auto end = chosen.queries.begin() + chosen.size();
+        return std::any_of(chosen.queries.begin(), end, [&](uint32_t of_key) { return of_key & bit; });
+    }
+
     // The keys of each query as masks.
     void find_seen() {
         const int64_t vectors = (chosen.size() + 15) / 16;
@@ -322,7 +328,8 @@ class TileAttention {
             for (int64_t t = 0; t < count; t++) {
                 const Query &query = queries[h * TILE_QUERIES + t];
                 const int64_t at = (row + t) * in.shape.heads + head + h;
-                results.write(at, sums_of(h) + t * value_width(), _mm512_reduce_add_ps(query.total), query.peak);
+                const float total = _mm512_reduce_add_ps(query.total);
+                results.write(at, sums_of(h) + t * value_width(), total, query.peak, total == 0 && has_keys(t));
             }
     }
 };

@@ -89,8 +89,8 @@ static inline float bf16_to_float(uint16_t x) {
     return number;
 }
 
-// 2 ** x for x <= 0 (up to rounding); 0, or with AVX-512 next to nothing, below -126.5; NaN stays NaN. Within 2 units in
-// the last place.
+// 2 ** x for x <= 0 (up to rounding); 0, or with AVX-512 next to nothing, below -126.5; NaN stays NaN, and
+// 128 and more is infinity. Within 2 units in the last place.
 static inline Vec exp2_vec(Vec x) {
 #ifdef __AVX512DQ__
     // 2**x on [0, 1], 1 at 0, within 2e-7 of itself; then by the power of what lies below x.
@@ -103,8 +103,9 @@ static inline Vec exp2_vec(Vec x) {
     y = y * part + 1.0f;
     return (Vec)_mm512_scalef_ps((__m512)y, (__m512)x);
 #else
-    const Vec low = broadcast(-127.0f);
+    const Vec low = broadcast(-127.0f), high = broadcast(128.0f);
     x = x < low ? low : x;
+    x = x > high ? high : x;
     // Adding 1.5 * 2**23 rounds to an integer, which then lies in the low bits.
     const Vec magic = broadcast(12582912.0f);
     const Vec shifted = x + magic;

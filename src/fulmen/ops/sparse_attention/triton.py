@@ -153,6 +153,7 @@ def _attend_kernel(
     peak_H = tl.full([BLOCK_HEADS], LOWEST, tl.float32)
     total_H = tl.zeros([BLOCK_HEADS], tl.float32)
     sum_HV = tl.zeros([BLOCK_HEADS, BLOCK_VALUE], tl.float32)
+    n_chosen = part * 0
     last = tl.minimum((part + 1) * part_keys, n_selected)
     for low in range(part * part_keys, last, BLOCK_KEYS):
         key_K, chosen_K = load_selected(topk_BTK + row * n_selected, low, last, BLOCK_KEYS)
@@ -169,8 +170,11 @@ def _attend_kernel(
         v_KV = load_rows(v_base, key_K * v_stride_s, chosen_K, 0, VALUE_WIDTH, BLOCK_VALUE, DTYPE)
         sum_HV = sum_HV * fade_H[:, None] + product(weights_HK.to(DTYPE), v_KV)
         peak_H = higher_H
+        n_chosen += tl.sum(chosen_K.to(tl.int32), 0)
 
     value_V = tl.arange(0, BLOCK_VALUE)
+    # Keys that are there, but weigh nothing, have scores of -inf alone: as their softmax, no number.
+    total_H = tl.where((total_H == 0) & (n_chosen > 0), float("nan"), total_H)
     divisor_H = tl.where(total_H == 0, 1.0, total_H)
     out_HV = sum_HV / divisor_H[:, None]
     lse_H = tl.where(total_H == 0, float("-inf"), (peak_H + tl.log2(divisor_H)) / LOG2_E)
