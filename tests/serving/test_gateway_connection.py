@@ -27,8 +27,16 @@ class Hurried(Connection):
     HEAD_S, WRITE_S, LINGER_S, MOST_CONNECTIONS = 0.3, 0.3, 0.1, 4
 
 
+LEFT = []
+
+
 async def application(scope, receive, send):
-    """Says what it was asked; /flood sends much more than a socket holds."""
+    """Says what it was asked; /flood sends more than a socket holds, /wait notes when its client leaves."""
+    if scope["path"].startswith("/wait"):
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        LEFT.append(scope["path"])
+        return
     body = (await receive())["body"] if scope["method"] == "POST" else b""
     names = [name.decode() for name, _ in scope["headers"]]
     said = json.dumps({"path": scope["path"], "body": body.decode(), "fields": names}).encode()
@@ -154,6 +162,18 @@ def test_pipelined_requests_are_answered_in_order(port):
             came += piece
     places = [came.index(b'"path": "%s"' % path) for path in paths]
     assert places == sorted(places)
+
+
+@pytest.mark.parametrize("behind", [b"", GET, GET * 3, b"nonsense\r\n\r\n"])
+def test_a_request_learns_that_its_client_is_gone_whatever_came_behind_it(port, behind):
+    path = f"/wait{len(behind)}"
+    with socket.create_connection(("127.0.0.1", port), timeout=WAIT_S) as client:
+        client.sendall(GET.replace(b"/page", path.encode()) + behind)
+        time.sleep(0.1)
+    deadline = time.monotonic() + WAIT_S
+    while path not in LEFT:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(

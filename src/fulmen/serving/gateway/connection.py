@@ -12,7 +12,7 @@ from http import HTTPStatus
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from fulmen.serving.gateway.errors import ApiError
 
@@ -52,13 +52,14 @@ class Connection(HttpToolsProtocol):
         self._in_head = self._moved = self._refused = False
         self._head_bytes = self._fields = self._unread_bytes = 0
         self._since = self.loop.time()
+        self._cycles: list[RequestResponseCycle] = []
         self._deadline: asyncio.TimerHandle | None = None
         self._write_deadline: asyncio.TimerHandle | None = None
 
     @property
     def idle(self) -> bool:
         """Whether no request is being answered."""
-        return self.cycle is None or self.cycle.response_complete
+        return not self._open
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has come: its first head is due."""
@@ -77,6 +78,7 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone, and so is all that waits for it."""
         super().connection_lost(exc)
+        self._end_cycles()
         self._unset_keepalive_if_required()
         for timer in (self._deadline, self._write_deadline):
             if timer is not None:
@@ -135,6 +137,7 @@ class Connection(HttpToolsProtocol):
         if self.parser.should_upgrade() and any(name in _OF_BODIES for name, _ in self.headers):
             raise ApiError(400, "the header Upgrade cannot be with a body; leave it out", "Upgrade")
         super().on_headers_complete()
+        self._cycles = [*self._open, self.cycle]
 
     def on_body(self, body: bytes) -> None:
         """Part of the body."""
@@ -162,6 +165,17 @@ class Connection(HttpToolsProtocol):
         if self._write_deadline is not None:
             self._write_deadline.cancel()
 
+    @property
+    def _open(self) -> list[RequestResponseCycle]:
+        """Requests not answered yet; those sent without waiting for an answer stand in line."""
+        return [cycle for cycle in self._cycles if not cycle.response_complete]
+
+    def _end_cycles(self) -> None:
+        """Tell every request that its client is gone; uvicorn tells the last one alone."""
+        for cycle in self._open:
+            cycle.disconnected = True
+            cycle.message_event.set()
+
     def _expect_head(self) -> None:
         if self._deadline is None:
             self._deadline = self.loop.call_later(self.HEAD_S, self._end_late)
@@ -175,12 +189,11 @@ class Connection(HttpToolsProtocol):
     def _refuse(self, error: ApiError) -> None:
         """Say why, once and last. An answer under way just ends."""
         self._refused = True
-        if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
-            if self.cycle.response_started:
-                self.transport.close()
-                return
+        begun = any(cycle.response_started for cycle in self._open)
+        self._end_cycles()
+        if begun:
+            self.transport.close()
+            return
         body = json.dumps(error.body).encode()
         status = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"
         fields = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close"
