@@ -10,7 +10,11 @@ got a 5xx or no answer, the stream stalled for more than `--most-gap-s`, or the 
 """
 
 import asyncio
+import contextlib
 import json
+import math
+import multiprocessing
+import queue
 import random
 import time
 from collections import Counter, defaultdict
@@ -27,6 +31,7 @@ from served import Served, served
 
 app = typer.Typer(add_completion=False)
 WARM_REQUESTS, QUIET_S, ANSWER_S, SHOWN = 300, 15.0, 120.0, 5
+SHOWN_NAMES = 20
 READ_BYTES = 2**16
 
 
@@ -40,15 +45,21 @@ class Asking(NamedTuple):
     without: frozenset[str]
 
 
+class Gap(NamedTuple):
+    """Time between two pieces of the watched stream: when it ended, and how long it was."""
+
+    end: float
+    seconds: float
+
+
 @dataclass
 class Seen:
-    """What came of the requests so far."""
+    """What came of the requests so far; `asked`: each one's name, beginning and end."""
 
+    asked: list[tuple[str, float, float]] = field(default_factory=list)
     statuses: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     problems: Counter[str] = field(default_factory=Counter)
     examples: list[dict[str, str]] = field(default_factory=list)
-    gaps: list[float] = field(default_factory=list)
-    pieces: int = 0
 
     def blame(self, what: str, made: Made, number: str, said: bytes = b"") -> None:
         """One request went wrong."""
@@ -84,38 +95,43 @@ async def _run(server: Served, asking: Asking, seed: int) -> dict:
     seen, warm = Seen(), Seen()
     async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
         model = (await client.get("/models")).json()["data"][0]["id"]
-    watch = asyncio.create_task(_watch(server.url, model, seen))
-    await _ask_all(asking._replace(requests=WARM_REQUESTS), model, warm, f"warm{seed}")
+    with Watched(server.url, model) as watched:
+        await _ask_all(asking._replace(requests=WARM_REQUESTS), model, warm, f"warm{seed}")
+        await asyncio.sleep(QUIET_S)
+        before, _ = _engine_mib(server), watched.gaps()
+        await asyncio.sleep(QUIET_S)
+        quiet, started = watched.gaps(), time.monotonic()
+        await _ask_all(asking, model, seen, str(seed))
+        took, fuzzed = time.monotonic() - started, watched.gaps()
     await asyncio.sleep(QUIET_S)
-    before = _engine_mib(server)
-    seen.gaps.clear()
-    await asyncio.sleep(QUIET_S)
-    quiet = max(seen.gaps, default=0.0)
-    seen.gaps.clear()
-    started = time.monotonic()
-    asked = await _ask_all(asking, model, seen, str(seed))
-    took, fuzzed = time.monotonic() - started, max(seen.gaps, default=0.0)
-    await asyncio.sleep(QUIET_S)
-    after = _engine_mib(server)
-    watch.cancel()
     return {
-        "requests": asked,
+        "requests": len(seen.asked),
         "seconds": round(took, 1),
         "statuses": {kind: dict(sorted(counts.items())) for kind, counts in sorted(seen.statuses.items())},
         "problems": dict(seen.problems),
         "examples": seen.examples,
-        "watched_pieces": seen.pieces,
-        "longest_gap_s": {"quiet": round(quiet, 3), "fuzzed": round(fuzzed, 3)},
-        "engine_mib": {"before": round(before, 1), "after": round(after, 1)},
+        "watched_pieces": len(fuzzed),
+        "longest_gap_s": {"quiet": _longest(quiet), "fuzzed": _longest(fuzzed)},
+        "during_gaps": [_during(gap, seen) for gap in fuzzed[:SHOWN]],
+        "engine_mib": {"before": round(before, 1), "after": round(_engine_mib(server), 1)},
     }
 
 
-async def _ask_all(asking: Asking, model: str, seen: Seen, seed: str) -> int:
-    """Ask until the number or the time is reached; how many were asked."""
-    numbers, end, asked = iter(range(asking.requests)), time.monotonic() + asking.seconds, 0
+def _longest(gaps: list[Gap]) -> float:
+    return round(gaps[0].seconds, 3) if gaps else math.inf
+
+
+def _during(gap: Gap, seen: Seen) -> dict:
+    """A gap and the requests that were under way in it."""
+    names = [name for name, start, end in seen.asked if start < gap.end and end > gap.end - gap.seconds]
+    return {"seconds": round(gap.seconds, 3), "requests": names[:SHOWN_NAMES]}
+
+
+async def _ask_all(asking: Asking, model: str, seen: Seen, seed: str) -> None:
+    """Ask until the number or the time is reached."""
+    numbers, end = iter(range(asking.requests)), time.monotonic() + asking.seconds
 
     async def client() -> None:
-        nonlocal asked
         for number in numbers:
             if time.monotonic() > end:
                 return
@@ -123,15 +139,13 @@ async def _ask_all(asking: Asking, model: str, seen: Seen, seed: str) -> int:
             made = make_request(random.Random(name), model)
             if made.kind not in asking.without:
                 await ask(asking.url, made, seen, name)
-                asked += 1
 
     await asyncio.gather(*(client() for _ in range(asking.at_once)))
-    return asked
 
 
 async def ask(url: str, made: Made, seen: Seen, number: str, key: str | None = None) -> None:
     """One request, by a connection of its own, and what is to be said of its answer."""
-    said, left = b"", False
+    said, left, started = b"", False, time.monotonic()
     try:
         async with asyncio.timeout(ANSWER_S if made.leave_s is None else made.leave_s):
             said = await _talk(url, made, key)
@@ -139,6 +153,7 @@ async def ask(url: str, made: Made, seen: Seen, number: str, key: str | None = N
         left = True
     except OSError:
         pass
+    seen.asked.append((number, started, time.monotonic()))
     if left and made.leave_s is not None:
         seen.statuses[made.kind]["left"] += 1
         return
@@ -192,19 +207,44 @@ def _names_what(body: bytes) -> bool:
         return False
 
 
-async def _watch(url: str, model: str, seen: Seen) -> None:
-    """One stream after another; the time between any two pieces of one is kept."""
+class Watched:
+    """One stream after another, read in a process of its own; the times between any two pieces of one."""
+
+    def __init__(self, url: str, model: str) -> None:
+        spawning = multiprocessing.get_context("spawn")
+        self._gaps: multiprocessing.Queue[Gap] = spawning.Queue()
+        self._process = spawning.Process(target=_watch, args=(url, model, self._gaps), daemon=True)
+
+    def __enter__(self) -> "Watched":
+        self._process.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def gaps(self) -> list[Gap]:
+        """All since the last call, the longest first."""
+        found = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                found.append(self._gaps.get_nowait())
+        return sorted(found, key=lambda gap: -gap.seconds)
+
+
+def _watch(url: str, model: str, gaps: "multiprocessing.Queue[Gap]") -> None:
     body = {"model": model, "messages": [{"role": "user", "content": "Count the ships."}], "stream": True}
     body |= {"max_tokens": 2000, "ignore_eos": True}
-    async with httpx.AsyncClient(base_url=url, timeout=None) as client:
+    with httpx.Client(base_url=url, timeout=None) as client:
         while True:
-            async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+            with client.stream("POST", "/v1/chat/completions", json=body) as answer:
                 last = None
-                async for _ in answer.aiter_bytes():
+                # Signs of life are no pieces of an answer.
+                for _ in (piece for piece in answer.iter_bytes() if b"data:" in piece):
                     now = time.monotonic()
                     if last is not None:
-                        seen.gaps.append(now - last)
-                    last, seen.pieces = now, seen.pieces + 1
+                        gaps.put(Gap(now, now - last))
+                    last = now
 
 
 def _engine_mib(server: Served) -> float:
