@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,7 +59,15 @@ def run(state):
         command=lambda socket: [sys.executable, "-c", ENGINE, str(socket), str(state / "is-ready")],
         environment=lambda folder: {},
     )
-    return serve(settings, open_books(state), state, "127.0.0.1", 0, lambda line: print(line, flush=True))
+
+    @contextmanager
+    def stage(title):
+        (state / "stage").write_text(f"{title}: begun")
+        yield
+        (state / "stage").write_text(f"{title}: ended")
+
+    say = partial(print, flush=True)
+    return serve(settings, open_books(state), state, "127.0.0.1", 0, say, stage)
 
 
 @contextmanager
@@ -90,6 +99,7 @@ def test_before_the_engine_is_ready_clients_are_told_so_and_a_signal_ends_it_all
         for answer in (httpx.post(f"{url}/chat/completions", json=ASKED), httpx.get(f"{url}/health")):
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
             assert answer.json()["error"]["message"].startswith("the engine is starting")
+        assert (tmp_path / "stage").read_text() == "Start vLLM: begun"
         process.send_signal(signal.SIGTERM)
         rest, _ = process.communicate(timeout=WAIT_S)
         assert (process.returncode, rest) == (128 + signal.SIGTERM, "stopped before it was ready\n")
@@ -100,6 +110,7 @@ def test_a_second_signal_ends_open_requests_and_charges_for_what_they_got(tmp_pa
     (tmp_path / "is-ready").touch()
     with server(tmp_path) as (process, url, family):
         assert "ready at" in process.stdout.readline()
+        assert (tmp_path / "stage").read_text() == "Start vLLM: ended"
         with httpx.stream("POST", f"{url}/chat/completions", json=ASKED, timeout=WAIT_S) as answer:
             lines = answer.iter_lines()
             assert next(lines).startswith("data: ")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fulmen.cli.books import DEFAULT_STATE, LedgerUrl, State, books_at, missing_extra
+from fulmen.cli.progress import STARTING, stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -35,22 +36,23 @@ def serve_command(
 
     Example: [bold]fulmen serve out/smollm2-dsa[/]
     """
-    from fulmen.cli.model_config import read_config
+    with stage(STARTING):
+        from fulmen.cli.model_config import read_config
 
-    found, config = read_config(model_dir)
-    try:
-        from fulmen.serving.engine_settings import EngineSettings, require_vllm
-        from fulmen.serving.served_model import served_model
-        from fulmen.serving.server import serve
-    except ModuleNotFoundError as error:
-        raise missing_extra(error) from error
+        found, config = read_config(model_dir)
+        try:
+            from fulmen.serving.engine_settings import EngineSettings, require_vllm
+            from fulmen.serving.served_model import served_model
+            from fulmen.serving.server import serve
+        except ModuleNotFoundError as error:
+            raise missing_extra(error) from error
     settings = EngineSettings(served_model(Path(found.place), config), tuple(context.args))
     require_vllm()
     books = books_at(state, ledger)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     for line in describe(settings, books):
         typer.echo(line)
-    raise typer.Exit(serve(settings, books, state.expanduser(), host, port, typer.echo))
+    raise typer.Exit(serve(settings, books, state.expanduser(), host, port, typer.echo, stage))
 
 
 def describe(settings: "EngineSettings", books: "Books") -> list[str]:

@@ -26,10 +26,20 @@ DRAIN_S, FORCE_S = 600, 2.0
 BACKLOG = 2048
 
 
+# A block that takes long, by its title.
+Stage = Callable[[str], contextlib.AbstractContextManager[object]]
+
+
 def serve(
-    settings: EngineSettings, books: Books, state: Path, host: str, port: int, say: Callable[[str], None]
+    settings: EngineSettings,
+    books: Books,
+    state: Path,
+    host: str,
+    port: int,
+    say: Callable[[str], None],
+    stage: Stage = contextlib.nullcontext,
 ) -> int:
-    """Serve until a signal; `say` gets lines for whoever started it.
+    """Serve until a signal; `say` gets lines for whoever started it, `stage` surrounds the engine's start.
 
     Returns an exit code: 0 after an end in good order; 128 and the signal's number where that ended the start
     or, as the second one, open requests.
@@ -47,10 +57,12 @@ def serve(
             say(f"{left} requests that the last run left open were charged for what they had got")
         # uvicorn's choice: uvloop where there is one.
         with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
-            return runner.run(_serve(Engine(settings, state / ENGINE_LOG, say), books, listener, say))
+            return runner.run(_serve(Engine(settings, state / ENGINE_LOG, say), books, listener, say, stage))
 
 
-async def _serve(engine: Engine, books: Books, listener: socket.socket, say: Callable[[str], None]) -> int:
+async def _serve(
+    engine: Engine, books: Books, listener: socket.socket, say: Callable[[str], None], stage: Stage
+) -> int:
     gateway = Gateway(engine.settings.model, engine, books)
     server = Server(create_app(gateway), gateway, say)
     say(f"starting vLLM for {engine.settings.model.place} (its log: {engine.log.path})")
@@ -58,7 +70,9 @@ async def _serve(engine: Engine, books: Books, listener: socket.socket, say: Cal
         # Before the engine is ready, so that clients who come too early are told.
         serving = asyncio.create_task(server.serve([listener]))
         try:
-            if ready := await _is_started(engine, serving):
+            with stage("Start vLLM"):
+                ready = await _is_started(engine, serving)
+            if ready:
                 host, port = listener.getsockname()[:2]
                 say(f"ready at http://{f'[{host}]' if ':' in host else host}:{port}")
                 await serving
