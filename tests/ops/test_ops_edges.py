@@ -1,7 +1,10 @@
 """Inputs at the edge of what can be: no texts, queries or keys; far ends; scores that are no numbers."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
+from native_levels import EACH_LEVEL, native_level
 from ops_cases import causal, normal, op_inputs, random_selection
 
 from fulmen.ops.dense_attention import dense_attention
@@ -15,15 +18,21 @@ EMPTY = [{"B": 0}, {"T": 0}, {"S": 0}, {"B": 0, "T": 0}, {"B": 0, "S": 0}, {"T":
 PAIRS = [
     (operation, backend)
     for operation in op_inputs()
-    for backend in BACKENDS
-    if operation.__name__ in KERNEL_OPERATIONS.get(backend, (operation.__name__,))
+    for backend in (*(name for name in BACKENDS if name != "native"), *EACH_LEVEL)
+    if operation.__name__ in KERNEL_OPERATIONS.get(backend.partition("-")[0], (operation.__name__,))
 ]
 
 
+@contextmanager
 def pin_or_skip(operation, backend):
+    if backend in EACH_LEVEL:
+        with native_level(backend), pin_backend("native"):
+            yield
+        return
     if reason := reason_against_backend(backend, operation.__name__, "cpu", torch.float32):
         pytest.skip(f"{backend}: {reason}")
-    return pin_backend(backend)
+    with pin_backend(backend):
+        yield
 
 
 def each_pair(*operations):
