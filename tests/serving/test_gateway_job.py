@@ -20,6 +20,7 @@ from fulmen.serving.gateway.app import Gateway
 from fulmen.serving.gateway.dialects import OpenAiDialect
 from fulmen.serving.gateway.errors import ApiError
 from fulmen.serving.gateway.job import Call, Job
+from fulmen.serving.gateway.relay import Relay
 from fulmen.serving.served_model import ServedModel
 
 WAIT_S = 30
@@ -102,3 +103,54 @@ def test_an_account_without_money_reaches_the_engine_no_more(gateway):
     asyncio.run(live())
     assert gateway.upstream.asked == 2
     assert [row.outcome for row in gateway.books.ledger.rows()] == ["done"]
+
+
+class FailingEngine(httpx.AsyncBaseTransport):
+    """Fails after a while."""
+
+    async def handle_async_request(self, request):
+        await asyncio.sleep(0.2)
+        return httpx.Response(500, json={"error": {"message": "no", "code": 500}})
+
+
+async def sent_by(gateway, body):
+    """What the server is told to send for a request whose client waits."""
+    sent, gone = [], asyncio.Event()
+
+    async def receive():
+        await gone.wait()
+
+    async def send(message):
+        sent.append(message)
+
+    call = Call("/v1/chat/completions", body, ALICE, OpenAiDialect(False))
+    scope = {"type": "http", "path": "/chat/completions"}
+    await asyncio.wait_for(Relay(gateway, call)(scope, receive, send), WAIT_S)
+    return sent
+
+
+@pytest.mark.parametrize("streams", [True, False], ids=["stream", "plain"])
+def test_an_error_after_signs_of_life_is_an_event_or_breaks_the_answer_off(gateway, streams):
+    gateway.client, gateway.keep_alive_s = httpx.AsyncClient(transport=FailingEngine()), 0.02
+    start, *pieces = asyncio.run(sent_by(gateway, {"stream": streams}))
+    said = b"".join(piece["body"] for piece in pieces)
+    assert start["status"] == 200
+    assert (b'"error"' in said) == streams
+    assert any(not piece["more_body"] for piece in pieces) == streams
+    assert streams or not said.strip()
+
+
+@pytest.mark.parametrize("streams", [True, False], ids=["stream", "plain"])
+def test_while_its_schema_is_checked_a_request_can_still_be_refused(gateway, streams):
+    class Slow:
+        async def check(self, account, schemas):
+            await asyncio.sleep(0.2)
+            raise ApiError(422, "too slow", schemas[0].field)
+
+    gateway.grammars, gateway.keep_alive_s = Slow(), 0.02
+    schema = {"type": "json_schema", "json_schema": {"schema": {}}}
+    start, body = asyncio.run(sent_by(gateway, {"stream": streams, "response_format": schema}))
+    assert start["status"] == 422
+    assert json.loads(body["body"])["error"]["param"] == "response_format.json_schema.schema"
+    assert gateway.upstream.asked == 0
+    assert list(gateway.books.ledger.rows()) == []

@@ -191,7 +191,7 @@ def test_a_schema_that_no_answer_can_meet_is_refused(server):
     number = {"type": "integer", "minimum": 5, "maximum": 3}
     schema = {"type": "object", "properties": {"a": number}, "required": ["a"], "additionalProperties": False}
     tool = {"type": "function", "function": {"name": "f", "strict": True, "parameters": schema}}
-    assert refusal(server, tools=[tool], tool_choice="required") == (400, "tools")
+    assert refusal(server, tools=[tool], tool_choice="required") == (422, "tools[0].function.parameters")
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b'{"model": "\xff"}', b"[]", b"null", b'"a"'])

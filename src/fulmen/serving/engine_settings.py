@@ -37,6 +37,17 @@ TOOL_MARKS = (
 )
 # Reads calls in JSON between tags; for a template that says nothing of tools it is as good as another.
 DEFAULT_TOOL_PARSER = "hermes"
+# What a call begins with, for each of them.
+CALL_MARKS = {
+    "deepseek_v3": ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"),
+    "deepseek_v32": ("<｜DSML｜",),
+    "qwen3_coder": ("<tool_call>", "<function="),
+    "hermes": ("<tool_call>",),
+    "mistral": ("[TOOL_CALLS]",),
+    "llama3_json": ("<|python_tag|>",),
+}
+# For grammars that came before: each made-up schema adds to it, until it is full.
+GRAMMAR_CACHE_MB = 64
 # Memory in pages of 2 MiB, from a process's start on: a token reads much of weights and caches.
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
@@ -74,6 +85,10 @@ class EngineSettings:
         flags += ["--max-model-len", str(self.context)]
         # Usage with tokens found in the cache; an end to a request that says what it cost.
         flags += ["--enable-prompt-tokens-details", "--enable-scale-out", "--disable-uvicorn-access-log"]
+        # Grammars by the one compiler that the gateway tries them with, never by a slower one.
+        flags += ["--structured-outputs-config", '{"backend": "xgrammar"}']
+        # Who wants no call is not tempted to one.
+        flags += ["--exclude-tools-when-tool-choice-none"]
         flags += parser_flags(self.model)
         if not _has_gpu():
             # Compiling takes two minutes; ready in twenty seconds is worth more by default.
@@ -89,6 +104,7 @@ class EngineSettings:
         """
         chosen = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
         chosen["VLLM_MAX_STOP_STRINGS"] = str(MOST_STOPS)
+        chosen["VLLM_XGRAMMAR_CACHE_MB"] = str(GRAMMAR_CACHE_MB)
         if not _has_gpu():
             chosen["VLLM_CPU_KVCACHE_SPACE"] = str(kv_gib(self.model))
             chosen |= LARGE_PAGES
@@ -141,6 +157,11 @@ def tool_parser(model: ServedModel) -> str:
         return "deepseek_v32"
     found = (parser for mark, parser in TOOL_MARKS if mark in model.chat_template)
     return next(found, DEFAULT_TOOL_PARSER)
+
+
+def call_marks(model: ServedModel) -> tuple[str, ...]:
+    """What the model's tool calls begin with."""
+    return CALL_MARKS[tool_parser(model)]
 
 
 def kv_gib(model: ServedModel) -> int:

@@ -5,6 +5,7 @@ from typing import Any
 from fulmen.serving.engine_settings import thinks
 from fulmen.serving.gateway.deepseek import ALIASES
 from fulmen.serving.gateway.errors import ApiError
+from fulmen.serving.gateway.forced_calls import hold_messages
 from fulmen.serving.gateway.requests import CountTokensRequest, MessagesRequest
 from fulmen.serving.served_model import ServedModel
 
@@ -32,6 +33,7 @@ def count_body(request: CountTokensRequest, model: ServedModel) -> dict[str, Any
         if model.chat_template:
             wanted = thinking.type != "disabled"
             body["chat_template_kwargs"] = {"thinking": wanted, "enable_thinking": wanted}
+    hold_messages(body)
     return body
 
 

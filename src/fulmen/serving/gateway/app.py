@@ -5,7 +5,7 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import httpx
@@ -16,12 +16,15 @@ from fulmen import __version__
 from fulmen.serving.accounts import Account
 from fulmen.serving.books import Books
 from fulmen.serving.engine import Engine
+from fulmen.serving.engine_settings import call_marks
 from fulmen.serving.gateway import errors
 from fulmen.serving.gateway.anthropic import count_body, messages_body, model_info, model_list, require_known
+from fulmen.serving.gateway.call_marks import CleanChat, Cleaner, CleanMessages
 from fulmen.serving.gateway.deepseek import chat_body, completion_body
 from fulmen.serving.gateway.dialects import AnthropicDialect, OpenAiDialect
 from fulmen.serving.gateway.documents import ANSWERS, ERRORS
 from fulmen.serving.gateway.errors import ApiError
+from fulmen.serving.gateway.grammar_check import GrammarCheck
 from fulmen.serving.gateway.job import Call
 from fulmen.serving.gateway.json_body import JsonRoute
 from fulmen.serving.gateway.limits import MAX_BODY_BYTES, Door, Keys, Slots
@@ -36,10 +39,12 @@ from fulmen.serving.gateway.requests import (
 )
 from fulmen.serving.gateway.responses import ResponsesRequest, chat_of, in_our_words
 from fulmen.serving.gateway.responses_dialect import ResponsesDialect
+from fulmen.serving.gateway.whole_message import WholeMessage
 from fulmen.serving.page import FILES, HEADERS
 from fulmen.serving.prices import Rates, money_text, rounded_text
 from fulmen.serving.served_model import ServedModel
 
+CHAT = "/v1/chat/completions"
 # DeepSeek's base URLs: plain, as OpenAI's clients write it, and for prefix completion and FIM.
 PREFIXES = ("", "/v1", "/beta")
 LAST_JOBS_S = 30.0
@@ -70,6 +75,7 @@ class Gateway:
         timeout = httpx.Timeout(None, connect=5.0)
         transport = self.engine.transport(limits)
         self.client = httpx.AsyncClient(transport=transport, timeout=timeout, trust_env=False)
+        self.grammars = GrammarCheck(self.model)
         self._kept: set[asyncio.Future[Any]] = set()
 
     async def ask(self, endpoint: str, body: dict[str, Any]) -> Any:
@@ -95,6 +101,7 @@ class Gateway:
         """Wait for what is under way, then close."""
         if self._kept:
             await asyncio.wait(self._kept, timeout=LAST_JOBS_S)
+        await self.grammars.close()
         await self.client.aclose()
 
 
@@ -103,6 +110,7 @@ def create_app(gateway: Gateway) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        gateway.keep(gateway.grammars.start())
         yield
         await gateway.close()
 
@@ -137,7 +145,8 @@ def _model_routes(gateway: Gateway) -> APIRouter:
     async def chat(request: ChatRequest, account: Asking) -> Response:
         """An answer to a conversation."""
         body = chat_body(request, model, account.salt)
-        return Relay(gateway, Call("/v1/chat/completions", body, account, _openai(request)))
+        cleaner = _cleaner(CleanChat, body, model)
+        return Relay(gateway, Call(CHAT, body, account, _openai(request), cleaner=cleaner))
 
     @routes.post("/completions", response_model=None, responses=ANSWERS)
     async def complete(request: CompletionRequest, account: Asking) -> Response:
@@ -155,8 +164,8 @@ def _model_routes(gateway: Gateway) -> APIRouter:
         except ApiError as error:
             raise in_our_words(error) from error
         dialect = ResponsesDialect(request, model.name, identity)
-        endpoint = "/v1/chat/completions"
-        return Relay(gateway, Call(endpoint, body, account, dialect, id=identity, explain=in_our_words))
+        call = Call(CHAT, body, account, dialect, id=identity, explain=in_our_words)
+        return Relay(gateway, replace(call, cleaner=_cleaner(CleanChat, body, model)))
 
     @routes.get("/models", responses=ERRORS)
     async def models(account: Asking, anthropic_version: AnthropicVersion = None) -> dict[str, Any]:
@@ -180,6 +189,11 @@ def _model_routes(gateway: Gateway) -> APIRouter:
     return routes
 
 
+def _cleaner(kind: type[Cleaner], body: dict[str, Any], model: ServedModel) -> Cleaner | None:
+    """Of the answer to a request with tools; in others the marks of calls are text like any."""
+    return kind(call_marks(model)) if "tools" in body else None
+
+
 def _openai(request: Sampling) -> OpenAiDialect:
     options = request.stream_options
     return OpenAiDialect(bool(options and options.include_usage))
@@ -192,7 +206,10 @@ def _anthropic_routes(gateway: Gateway) -> APIRouter:
     async def messages(request: MessagesRequest, account: Asking) -> Response:
         """Anthropic's messages, as vLLM answers them."""
         body = messages_body(request, model, account.salt)
-        return Relay(gateway, Call("/v1/messages", body, account, AnthropicDialect()))
+        whole = "tools" in body and not request.stream
+        dialect = WholeMessage() if whole else AnthropicDialect()
+        call = Call("/v1/messages", body | {"stream": whole or bool(request.stream)}, account, dialect)
+        return Relay(gateway, replace(call, whole=whole, cleaner=_cleaner(CleanMessages, body, model)))
 
     @routes.post("/messages/count_tokens", responses=ERRORS)
     async def count(request: CountTokensRequest, account: Asking) -> dict[str, int]:

@@ -2,11 +2,9 @@
 
 from typing import Any
 
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import SchemaError
-
 from fulmen.serving.gateway.errors import ApiError
-from fulmen.serving.gateway.requests import ChatRequest, CompletionRequest, Message, Tool
+from fulmen.serving.gateway.forced_calls import hold_chat
+from fulmen.serving.gateway.requests import ChatRequest, CompletionRequest, Message
 from fulmen.serving.served_model import ServedModel
 
 # DeepSeek's two names, for the examples in its documentation: the same model, without and with thinking.
@@ -19,7 +17,7 @@ _STREAM_OPTIONS = {"include_usage": True, "continuous_usage_stats": True}
 def chat_body(request: ChatRequest, model: ServedModel, salt: str) -> dict[str, Any]:
     """The engine's body for a chat. Raises ApiError for what cannot be, naming the field."""
     thinking = _thinking(request, model)
-    _check_schemas(request)
+    _check_format(request)
     body = _plain(request) | {"model": model.name, "cache_salt": salt}
     body["messages"] = [_message(message) for message in request.messages]
     if thinking is not None:
@@ -30,6 +28,7 @@ def chat_body(request: ChatRequest, model: ServedModel, salt: str) -> dict[str, 
             why = "prefix: vLLM's encoding for DeepSeek-V3.2 cannot continue a message; leave it out"
             raise ApiError(400, why, f"messages[{len(request.messages) - 1}].prefix")
         body |= {"continue_final_message": True, "add_generation_prompt": False}
+    hold_chat(body)
     return body
 
 
@@ -98,55 +97,9 @@ def _check_thoughts(messages: list[Message], thinking: bool) -> None:
             raise ApiError(400, f"{field} is missing; send back what came with the tool call", field)
 
 
-def _check_schemas(request: ChatRequest) -> None:
-    for place, tool in enumerate(request.tools or []):
-        field = f"tools[{place}].function.parameters"
-        if tool.function.parameters is not None:
-            check_schema(tool.function.parameters, field)
-        if tool.function.strict:
-            check_strict(tool, field)
+def _check_format(request: ChatRequest) -> None:
     asked = request.response_format
     if asked is not None and asked.type == "json_schema":
         field = "response_format.json_schema"
         if asked.json_schema is None or asked.json_schema.schema_ is None:
             raise ApiError(422, f"{field}.schema is missing", field)
-        check_schema(asked.json_schema.schema_, f"{field}.schema")
-
-
-def check_schema(schema: dict[str, Any], field: str) -> None:
-    """Raise ApiError 422 unless it is a JSON schema."""
-    try:
-        Draft202012Validator.check_schema(schema)
-    except SchemaError as error:
-        inside = "".join(f"[{part!r}]" for part in error.absolute_path)
-        raise ApiError(422, f"{field}{inside} is no JSON schema: {error.message[:200]}", field) from error
-    except RecursionError as error:
-        raise ApiError(422, f"{field} is nested too deep", field) from error
-
-
-def check_strict(tool: Tool, field: str) -> None:
-    """DeepSeek's rules for strict tools: an object requires all its properties and allows no other."""
-    for place, node in _objects(tool.function.parameters or {"type": "object"}, field):
-        properties = node.get("properties", {})
-        if missing := sorted(set(properties) - set(node.get("required", []))):
-            raise ApiError(
-                422, f"{place}.required lacks {missing}; strict tools require every property", place
-            )
-        if properties and node.get("additionalProperties") is not False:
-            raise ApiError(422, f"{place}.additionalProperties must be false for a strict tool", place)
-
-
-def _objects(schema: Any, place: str) -> list[tuple[str, dict[str, Any]]]:
-    """All object schemas inside, with their places."""
-    if isinstance(schema, list):
-        return [found for i, item in enumerate(schema) for found in _objects(item, f"{place}[{i}]")]
-    if not isinstance(schema, dict):
-        return []
-    own = [(place, schema)] if schema.get("type") == "object" else []
-    for key, value in schema.items():
-        if key in ("properties", "$defs"):
-            for name, inner in value.items():
-                own += _objects(inner, f"{place}.{key}.{name}")
-        elif key in ("items", "anyOf", "oneOf", "allOf"):
-            own += _objects(value, f"{place}.{key}")
-    return own

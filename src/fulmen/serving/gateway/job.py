@@ -18,8 +18,10 @@ import httpx
 
 from fulmen.errors import FulmenError, InsufficientBalance
 from fulmen.serving.accounts import Account
-from fulmen.serving.gateway.dialects import Dialect, events_of
+from fulmen.serving.gateway.call_marks import Cleaner
+from fulmen.serving.gateway.dialects import Dialect, Event, events_of
 from fulmen.serving.gateway.errors import ApiError, engine_error, read_json_object
+from fulmen.serving.gateway.forced_calls import held
 from fulmen.serving.gateway.reading import reading_of
 from fulmen.serving.gateway.usage import shown_bill
 from fulmen.serving.prices import Tokens
@@ -44,6 +46,8 @@ class Call:
         dialect: how the answer is read; new for each call.
         id_prefix, id_suffixes: around our id, the engine's own names of the request.
         explain: puts what the engine refuses into the words of the API that was asked.
+        cleaner: rewrites the engine's answer before the dialect reads it.
+        whole: the client gets one piece, which the dialect makes of the engine's stream.
     """
 
     endpoint: str
@@ -54,23 +58,31 @@ class Call:
     id_suffixes: tuple[str, ...] = ("",)
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     explain: Callable[[ApiError], ApiError] = lambda error: error
+    cleaner: Cleaner | None = None
+    whole: bool = False
+
+    @property
+    def engine_streams(self) -> bool:
+        """Whether the engine's answer comes in pieces."""
+        return bool(self.body.get("stream"))
 
     @property
     def streams(self) -> bool:
-        """Whether the answer comes in pieces."""
-        return bool(self.body.get("stream"))
+        """Whether the client's answer comes in pieces."""
+        return self.engine_streams and not self.whole
 
 
 class Job:
     """Runs a call; `pieces` brings bytes for the client, or an ApiError, and None at the end.
 
     Attributes:
+        admitted: whether nothing of the request itself speaks against asking the engine.
         asked_at, first_at: when the engine was asked, and when it began to answer.
     """
 
     def __init__(self, gateway: "Gateway", call: Call) -> None:
         self.pieces: asyncio.Queue[bytes | ApiError | None] = asyncio.Queue()
-        self.asked_at = self.first_at = 0.0
+        self.admitted, self.asked_at, self.first_at = False, 0.0, 0.0
         self._gateway, self._call, self._dialect = gateway, call, call.dialect
         self._begun = self._dropped = self._settled = False
         self._noted_at = 0.0
@@ -81,7 +93,10 @@ class Job:
         """The client is gone."""
         if not self.task.done() and not self._dropped:
             self._dropped = True
-            self._gateway.keep(self._abort())
+            if self.admitted:
+                self._gateway.keep(self._abort())
+            else:
+                self.task.cancel()
 
     async def _run(self) -> None:
         outcome = "failed"
@@ -108,6 +123,12 @@ class Job:
         """Write the request down, ask the engine, hand on its answer; return how it ended."""
         if not self._gateway.engine.ready:
             raise ApiError(503, "the engine is starting; try again shortly")
+        if schemas := held(self._call.body):
+            try:
+                await self._gateway.grammars.check(self._call.account.id, schemas)
+            except ApiError as error:
+                raise self._call.explain(error) from error
+        self.admitted = True
         self._written = asyncio.create_task(self._begin())
         try:
             if self._call.account.id not in self._gateway.solvent:
@@ -132,7 +153,7 @@ class Job:
             if answer.status_code != httpx.codes.OK:
                 said = read_json_object(await answer.aread())
                 raise call.explain(engine_error(answer.status_code, said, call.body))
-            await (self._stream(answer) if call.streams else self._plain(answer))
+            await (self._stream(answer) if call.engine_streams else self._plain(answer))
         finally:
             await answer.aclose()
 
@@ -149,7 +170,7 @@ class Job:
 
     async def _stream(self, answer: httpx.Response) -> None:
         async for event in events_of(answer.aiter_raw()):
-            piece = self._dialect.feed(event)
+            piece = b"".join(map(self._dialect.feed, self._cleaned(event)))
             if not self.first_at:
                 await self._came()
             if piece:
@@ -164,9 +185,14 @@ class Job:
     async def _plain(self, answer: httpx.Response) -> None:
         body = read_json_object(await answer.aread())
         await self._came()
+        if self._call.cleaner:
+            self._call.cleaner.whole(body)
         self._dialect.read_plain(body)
         bill = await self._settle("dropped" if self._dropped else "done")
         self.pieces.put_nowait(_dump(self._dialect.plain(body, bill)))
+
+    def _cleaned(self, event: Event) -> list[Event]:
+        return self._call.cleaner.event(event) if self._call.cleaner else [event]
 
     async def _came(self) -> None:
         """The engine has begun to answer: go on when the request is written down."""

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import time
 from typing import TYPE_CHECKING
 
@@ -21,9 +20,9 @@ STREAM, PLAIN = "text/event-stream; charset=utf-8", "application/json"
 class Relay(Response):
     """Runs a call when the server sends it.
 
-    Nothing is sent before the job's first word or `keep_alive_s`, so that an early error has its own status;
-    after that the status is 200 and something goes out every `keep_alive_s`: a comment in a stream, else an
-    empty line.
+    Nothing is sent before the job's first word, or `keep_alive_s` after it was admitted, so that an early
+    error has its own status; after that the status is 200 and something goes out every `keep_alive_s`: a
+    comment in a stream, else an empty line. An error then is an event of a stream; other answers break off.
     """
 
     def __init__(self, gateway: "Gateway", call: Call) -> None:
@@ -62,7 +61,9 @@ class Relay(Response):
             try:
                 piece = await asyncio.wait_for(job.pieces.get(), self._gateway.keep_alive_s)
             except TimeoutError:
-                await self._send(send, b": keep-alive\n\n" if self._call.streams else b"\n")
+                # Until then the request may be refused, with a status of its own.
+                if job.admitted:
+                    await self._send(send, b": keep-alive\n\n" if self._call.streams else b"\n")
                 continue
             if piece is None:
                 break
@@ -70,17 +71,14 @@ class Relay(Response):
                 if not self._began:
                     await respond(piece, scope["path"])(scope, receive, send)
                     return
-                await self._send(send, self._late(piece, scope["path"]))
+                if not self._call.streams:
+                    # 200 has been sent. What breaks off is no answer; an error's body would be one.
+                    return
+                await self._send(send, self._call.dialect.broken(piece))
                 continue
             await self._send(send, piece)
             self._time(job, started)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    def _late(self, error: ApiError, path: str) -> bytes:
-        """An error after the status was sent."""
-        if self._call.streams:
-            return self._call.dialect.broken(error)
-        return json.dumps(error.body_for(path)).encode()
 
     async def _send(self, send: Send, piece: bytes) -> None:
         if not self._began:
