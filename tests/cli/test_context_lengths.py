@@ -15,6 +15,8 @@ from fulmen.cli.evaluation_run import EvalSize, plan_evaluation
 from fulmen.cli.pipeline import convert, plan_conversion
 from fulmen.cli.settings import ConvertSettings, EvalSettings
 from fulmen.cli.sparse_stage import plan_training
+from fulmen.cli.suite_run import lengths_of
+from fulmen.cli.suite_settings import SuiteSettings
 from fulmen.cli.texts import conversion_texts, draw_longest
 from fulmen.cli.train_settings import TrainSettings
 from fulmen.config import DsaConfig
@@ -87,6 +89,20 @@ class TestDefaults:
         wanted = min(context, max(2048, 4 * topk))
         assert plan_training(TrainSettings(model_dir, tmp_path / "out"))[0] == wanted
         assert plan_evaluation(EvalSettings(model_dir))[0] == wanted
+
+    @pytest.mark.parametrize(
+        ("context", "topk", "lengths"),
+        [
+            (512, 16, (512,)),
+            (2 * K, 256, (K, 2 * K)),
+            (8 * K, None, (K, 2 * K)),
+            (32 * K, K, (2 * K, 4 * K)),
+            (128 * K, 2 * K, (4 * K, 8 * K)),
+            (None, None, (K, 2 * K)),
+        ],
+    )
+    def test_suites_read_texts_above_k(self, context, topk, lengths):
+        assert lengths_of(SuiteSettings("m", ("ruler",), None), context, topk) == lengths
 
     def test_long_texts_are_fewer(self):
         size = EvalSize(8, 8)

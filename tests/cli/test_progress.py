@@ -200,7 +200,7 @@ def test_every_stage_is_reported_to_its_end(name, tmp_path, corpus_dir, recorder
         assert any(note.startswith("validation 1/") for note in parts)
     recorder.stages.clear()
     evaluate(EvalSettings(out, data=(str(corpus_dir),), length=64, quick=True))
-    assert list(recorder.stages) == ["Read data", "Load", "Evaluate"]
+    assert list(recorder.stages) == ["Read data", "Load", "Evaluate", "Write"]
     first, *_, last = recorder.stages["Evaluate"]
     assert first[0] == 0 < last[0] == last[1] == first[1]
 

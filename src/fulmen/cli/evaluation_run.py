@@ -82,9 +82,10 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
             dense_model=dense,
             progress=lambda done, total, what: advance(done, total, what),
         )
-    about = {**about_run(str(settings.model_dir)), **_provenance(settings.model_dir)}
-    report = make_report(result, about, _cost_curve(model))
-    _write_reports(settings, report)
+    with stage("Write"):
+        about = {**about_run(str(settings.model_dir)), **_provenance(settings.model_dir)}
+        report = make_report(result, about, _cost_curve(model))
+        _write_reports(settings, report)
     _print(report)
     return report
 

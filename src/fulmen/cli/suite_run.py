@@ -12,7 +12,7 @@ from fulmen import __version__
 from fulmen.cli.chat_session import load_converted_model
 from fulmen.cli.model_config import read_config
 from fulmen.cli.progress import console, say, stage
-from fulmen.cli.suite_settings import ALL, PARITY, SuiteSettings, lengths_up_to
+from fulmen.cli.suite_settings import ALL, PARITY, SHORTEST_POWER, SuiteSettings, lengths_up_to
 from fulmen.corpus import Corpus, load_corpus
 from fulmen.errors import CheckpointError, ConfigError
 from fulmen.evaluation.report import about_run, write_json
@@ -93,7 +93,8 @@ def evaluate_suites(settings: SuiteSettings, suites: tuple[str, ...]) -> dict[st
     sizes = f"{plan.samples} samples of each task and length, seed {plan.seed}{sparse}{dense}"
     about = {**about_run(settings.model or settings.source), "sizes": sizes}
     report = {"suites": tables, "about": about}
-    _write(settings.folder, report)
+    with stage("Write"):
+        _write(settings.folder, report)
     _print(report)
     return report
 
@@ -122,7 +123,8 @@ def lengths_of(settings: SuiteSettings, context: int | None, topk: int | None) -
     """As asked for; else what a `topk` (None: without DSA) wants, half of that too, within the context."""
     if settings.lengths is None:
         longest = usual_length(topk or 0, context)
-        return (longest // 2, longest)
+        # Half of a small context has no room for some questions.
+        return (longest // 2, longest) if longest // 2 >= SHORTEST_POWER else (longest,)
     return settings.lengths or lengths_up_to(context or ENDPOINT_CONTEXT)
 
 
