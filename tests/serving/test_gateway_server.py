@@ -349,6 +349,7 @@ def test_nobody_reaches_the_engine_but_by_the_gateway(server):
     folder = Path(engine_socket(server.process)).parent
     assert (folder.stat().st_uid, stat.S_IMODE(folder.stat().st_mode)) == (os.getuid(), 0o700)
     for process in gateway.children(recursive=True):
+        assert process.nice() == gateway.nice(), "on a busy machine it would starve"
         names = {at.laddr for at in process.net_connections("unix") if at.laddr}
         assert {Path(name).parent for name in names} <= {folder}
         for at in process.net_connections("tcp"):

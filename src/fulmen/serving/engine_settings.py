@@ -14,6 +14,7 @@ import torch
 from fulmen.errors import EngineError
 from fulmen.serving.engine_flags import require_harmless, spans_machines
 from fulmen.serving.served_model import ServedModel
+from fulmen.serving.vllm_plugin.lifeline import KEPT
 
 GIB = 2**30
 # The cache has room for so many requests of full length, if memory allows.
@@ -109,6 +110,7 @@ class EngineSettings:
             chosen["VLLM_CPU_KVCACHE_SPACE"] = str(kv_gib(self.model))
             chosen |= LARGE_PAGES
         closed = {"VLLM_API_KEY": self.key, "VLLM_SERVER_DEV_MODE": "0", "VLLM_RPC_BASE_PATH": str(folder)}
+        closed[KEPT] = "1"
         if not spans_machines(self.extra):
             closed |= _on_this_machine()
         return {**chosen, **os.environ, **closed}
