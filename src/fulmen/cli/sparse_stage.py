@@ -33,7 +33,7 @@ from fulmen.modeling.index_shape import dsa_of
 from fulmen.modeling.mla_attention import own_attention
 from fulmen.modeling.model import set_topk
 from fulmen.training.processes import first_alone, processes
-from fulmen.training.sharding import require_known_sharding
+from fulmen.training.sharding import prepare_sharding
 from fulmen.training.sparse import SparseSettings, require_trainable
 from fulmen.training.sparse_run import SparseResult, require_place_for_answers, train_sparse
 from fulmen.training.sparse_trainer import TENSORBOARD_DIR
@@ -132,7 +132,7 @@ def _windows(
 def train(settings: TrainSettings) -> Path:
     """Run the sparse stage as `fulmen train` does. Raises every FulmenError its parts raise."""
     out = settings.out.expanduser().absolute()
-    require_known_sharding()
+    prepare_sharding()
     require_free_output(out, overwrite=settings.overwrite)
     options = SparseSettings(**settings.options)
     lengths = plan_training(settings)

@@ -19,10 +19,20 @@ def is_sharded() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
-def require_known_sharding() -> None:
-    """Raise ConfigError for FSDP's first version, which `accelerate launch --use_fsdp` takes by default."""
+def prepare_sharding() -> None:
+    """What must hold before any weights are loaded, where the launcher asks for sharded ones.
+
+    Raises ConfigError for FSDP's first version, which `accelerate launch --use_fsdp` takes by default.
+    """
     if is_sharded() and (version := os.environ.get("FSDP_VERSION", "1")) != "2":
         raise ConfigError(f"fsdp_version={version} is not supported; launch with --fsdp_version 2")
+    load_in_all_processes()
+
+
+def load_in_all_processes() -> None:
+    """Every process loads and asks the whole model: the launcher's default keeps the first's weights alone,
+    wherever the processes are connected before the model is loaded, and parts tied weights."""
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
 def load_whole(module: nn.Module, state: dict[str, Any]) -> list[str]:
@@ -48,9 +58,7 @@ class Sharded:
         """As Trainer's, which turns the launcher's variables into a plugin."""
         if is_sharded():
             state = processes()
-            # All processes load and ask the whole model; the launcher's default would keep the first's alone,
-            # and part tied weights.
-            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+            load_in_all_processes()
             if state.distributed_type is DistributedType.MULTI_CPU:
                 # Accelerate 1.15 (AcceleratorState, state.py) takes up the plugin for kinds of GPUs only, and
                 # runs DDP on CPUs without a word. It makes FSDP of this value at once; torch's fully_shard
