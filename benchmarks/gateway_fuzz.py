@@ -36,10 +36,10 @@ READ_BYTES = 2**16
 
 
 class Asking(NamedTuple):
-    """How many requests to ask of which address, for how long, how many at once, and what kinds not."""
+    """Which requests to ask of which address, for how long, how many at once, and what kinds not."""
 
     url: str
-    requests: int
+    numbers: range
     seconds: float
     at_once: int
     without: frozenset[str]
@@ -77,13 +77,16 @@ def fuzz(
     minutes: float = typer.Option(60.0, help="Ask no more after so long."),
     at_once: int = 8,
     seed: int = 0,
+    first: int = typer.Option(0, help="The number to begin with, to ask some of a seed's again."),
     without: str = typer.Option("", help="Kinds to leave out, with commas between."),
     most_gap_s: float = 1.0,
     most_growth_mib: float = 256.0,
 ) -> None:
     """Run it and print what was found."""
     with served(model_dir) as server:
-        asking = Asking(server.url, requests, minutes * 60, at_once, frozenset(without.split(",")))
+        asking = Asking(
+            server.url, range(first, first + requests), minutes * 60, at_once, frozenset(without.split(","))
+        )
         found = asyncio.run(_run(server, asking, seed))
     grown = found["engine_mib"]["after"] - found["engine_mib"]["before"]
     bad = bool(found["problems"]) or found["longest_gap_s"]["fuzzed"] > most_gap_s or grown > most_growth_mib
@@ -96,7 +99,7 @@ async def _run(server: Served, asking: Asking, seed: int) -> dict:
     async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
         model = (await client.get("/models")).json()["data"][0]["id"]
     with Watched(server.url, model) as watched:
-        await _ask_all(asking._replace(requests=WARM_REQUESTS), model, warm, f"warm{seed}")
+        await _ask_all(asking._replace(numbers=range(WARM_REQUESTS)), model, warm, f"warm{seed}")
         await asyncio.sleep(QUIET_S)
         before, _ = _engine_mib(server), watched.gaps()
         await asyncio.sleep(QUIET_S)
@@ -129,7 +132,7 @@ def _during(gap: Gap, seen: Seen) -> dict:
 
 async def _ask_all(asking: Asking, model: str, seen: Seen, seed: str) -> None:
     """Ask until the number or the time is reached."""
-    numbers, end = iter(range(asking.requests)), time.monotonic() + asking.seconds
+    numbers, end = iter(asking.numbers), time.monotonic() + asking.seconds
 
     async def client() -> None:
         for number in numbers:

@@ -27,7 +27,7 @@ _MEANINGS = {
     415: "The body does not come as plain application/json.",
     421: "The Host is not this machine, and the server has no keys.",
     422: "A field is missing, of the wrong type or out of range; `param` names it.",
-    429: "The key has as many requests under way as it may.",
+    429: "The key has as many requests under way as it may, or other schemas take their time to be checked.",
     500: "The server failed.",
     503: "The engine is starting, or the server is full.",
 }

@@ -49,7 +49,7 @@ class GrammarCheck:
         """Return when the engine may have the schemas.
 
         Raises ApiError 422 that names the field and the limit for one that cannot be compiled within bounds,
-        503 if the queue is too long. Whoever is cancelled ends the compilation.
+        429 if its turn does not come. Whoever is cancelled ends the compilation.
         """
         line = json.dumps([schema for _, schema in schemas]).encode() + b"\n"
         key = hashlib.sha256(line).digest()
@@ -59,7 +59,7 @@ class GrammarCheck:
                     found = await self._ask(line)
             except TimeoutError:
                 raise ApiError(
-                    503, "the schemas of other requests are being checked; try again shortly"
+                    429, "the schemas of other requests are being checked; try again shortly"
                 ) from None
             finally:
                 self._forget(account)
