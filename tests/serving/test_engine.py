@@ -144,6 +144,17 @@ def test_variables_of_the_user_win_but_open_no_door(monkeypatch):
     assert (spread["VLLM_HOST_IP"], spread["GLOO_SOCKET_IFNAME"]) == ("0.0.0.0", "eth0")
 
 
+@pytest.mark.parametrize(
+    ("flags", "disabled"),
+    [((), True), (("--max-num-seqs", "4"), True), (("--no-enforce-eager",), False), (("--no_enf",), False)],
+)
+def test_nothing_is_compiled_while_others_wait_unless_asked_for(flags, disabled, monkeypatch):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    monkeypatch.setattr("fulmen.serving.engine_settings._has_gpu", lambda: False)
+    chosen = EngineSettings(served(), flags).environment(Path("f"))
+    assert (chosen.get("TORCHDYNAMO_DISABLE") == "1") is disabled
+
+
 async def until(condition):
     async with asyncio.timeout(WAIT_S):
         while not condition():

@@ -3,6 +3,7 @@
 import os
 import secrets
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from math import ceil
@@ -109,11 +110,20 @@ class EngineSettings:
         if not _has_gpu():
             chosen["VLLM_CPU_KVCACHE_SPACE"] = str(kv_gib(self.model))
             chosen |= LARGE_PAGES
+            if not _asks_to_compile(self.extra):
+                # A function of vLLM's sampler is compiled all the same when logprobs are first asked for,
+                # and everybody waits for seconds.
+                chosen["TORCHDYNAMO_DISABLE"] = "1"
         closed = {"VLLM_API_KEY": self.key, "VLLM_SERVER_DEV_MODE": "0", "VLLM_RPC_BASE_PATH": str(folder)}
         closed[KEPT] = "1"
         if not spans_machines(self.extra):
             closed |= _on_this_machine()
         return {**chosen, **os.environ, **closed}
+
+
+def _asks_to_compile(extra: Sequence[str]) -> bool:
+    """Whether flags turn vLLM's compiler on, in any of the spellings that vLLM takes."""
+    return any(flag.replace("_", "-").startswith("--no-enf") for flag in extra)
 
 
 def require_vllm() -> None:
