@@ -71,7 +71,7 @@ class Step(AttentionMetadata):
         starts = common.query_start_loc_cpu.tolist()
         lengths = common.seq_lens.tolist()
         self.block_size = block_size
-        self.spans = cut_spans(starts, lengths)
+        self.spans = cut_spans(starts, lengths, common.block_table_tensor.device)
         self.n_tokens = starts[-1]
         self.longest = max((span.longest for span in self.spans), default=0)
         self._blocks_BN = common.block_table_tensor[:, : -(-self.longest // block_size)]
@@ -99,7 +99,7 @@ class Step(AttentionMetadata):
 
     def _rows(self, rows_per_block: int) -> Rows:
         """The rows of a cache whose blocks lie `rows_per_block` rows apart."""
-        places = torch.arange(self.block_size, dtype=torch.int32)
+        places = torch.arange(self.block_size, dtype=torch.int32, device=self._blocks_BN.device)
         all_BNP = self._blocks_BN[:, :, None] * rows_per_block + places
         block_T, place_T = self._slots_T // self.block_size, self._slots_T % self.block_size
         new_T = block_T * rows_per_block + place_T
@@ -129,8 +129,11 @@ def _of_span(span: Span, rows: Rows, index_rows: Rows) -> Sequences:
     return Sequences(rows.all_BS[at], index_rows.all_BS[at], span.stop_BT)
 
 
-def cut_spans(starts: list[int], lengths: list[int]) -> list[Span]:
-    """Request r has `lengths[r]` keys and the queries `starts[r]` to `starts[r + 1]`, its last tokens."""
+def cut_spans(starts: list[int], lengths: list[int], device: torch.device) -> list[Span]:
+    """Request r has `lengths[r]` keys and the queries `starts[r]` to `starts[r + 1]`, its last tokens.
+
+    What the layers take of it lies on `device`, where the caches are.
+    """
     counts = [stop - start for start, stop in pairwise(starts)]
     spans, request = [], 0
     while request < len(counts):
@@ -138,13 +141,13 @@ def cut_spans(starts: list[int], lengths: list[int]) -> list[Span]:
         while counts[request] == 1 and end < len(counts) and counts[end] == 1:
             end += 1
         if counts[request]:
-            back_T = torch.arange(1 - counts[request], 1)
+            back_T = torch.arange(1 - counts[request], 1, device=device)
             spans.append(
                 Span(
                     slice(starts[request], starts[end]),
                     slice(request, end),
                     max(lengths[request:end]),
-                    torch.tensor(lengths[request:end])[:, None] + back_T,
+                    torch.tensor(lengths[request:end], device=device)[:, None] + back_T,
                 )
             )
         request = end
