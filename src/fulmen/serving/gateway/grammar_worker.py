@@ -10,7 +10,6 @@ The child is collected at the next line, an empty one: until then its id is nobo
 may kill it.
 """
 
-import contextlib
 import json
 import os
 import random
@@ -31,8 +30,6 @@ CONVERT_S, MASK_S = 0.2, 0.1
 MEMORY_BYTES = 2**30
 # So many tokens of a made-up answer are tried.
 STEPS = 32
-# After the gateway, before the engine: a client waits, and it is one thread for a moment.
-NICE = 5
 
 
 def verdict(schemas: list[Any], info: xgrammar.TokenizerInfo) -> tuple[int, str] | None:
@@ -97,9 +94,6 @@ def main(model: str, tokens: str, seconds: str) -> None:
     """Serve until stdin ends."""
     # Ctrl-C is for the gateway, which closes stdin.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.nice(NICE)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/autogroup").write_text(str(NICE), encoding="ascii")
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{model}/tokenizer.json")
     info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=int(tokens))
     for line in sys.stdin.buffer:
