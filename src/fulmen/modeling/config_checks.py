@@ -9,8 +9,7 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 from transformers import AutoConfig, PreTrainedConfig
 
-from fulmen.errors import CheckpointError
-from fulmen.modeling.weights import one_line
+from fulmen.errors import CheckpointError, one_line
 
 # Read by tokenizers to see what they make of a text.
 PROBE = "Once, in 1984: naïve\n\tcode(x) → 漢字"

@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
-from fulmen.errors import CheckpointError
-from fulmen.modeling.weights import local_file, one_line, quiet_transformers
+from fulmen.errors import CheckpointError, one_line
+from fulmen.modeling.weights import local_file, quiet_transformers
 
 GENERATION_FILE = "generation_config.json"
 _CACHE = "such a cache has no room for index keys"

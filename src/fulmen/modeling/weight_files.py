@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from fulmen.errors import CheckpointError
+from fulmen.errors import CheckpointError, one_line
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_config.json"
@@ -91,9 +91,8 @@ def names_in(file: Path) -> list[str]:
         with safe_open(file, "pt") as opened:
             return list(opened.keys())
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{file.parent} has unreadable weights ({file.name}: {reason}); get it anew"
+            f"{file.parent} has unreadable weights ({file.name}: {one_line(error)}); get it anew"
         ) from error
 
 

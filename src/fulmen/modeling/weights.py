@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from fulmen.errors import CheckpointError
+from fulmen.errors import CheckpointError, one_line
 from fulmen.modeling.families.base import has_own_head
 from fulmen.modeling.weight_files import INDEX_FILE, WEIGHTS_FILE, names_in, weight_files
 
@@ -96,11 +96,6 @@ def local_file(place: str, file_name: str, **options: Any) -> Path | None:
 def unreadable(name: object, reason: str) -> CheckpointError:
     """The error for weights that cannot be read."""
     return CheckpointError(f"{name} has unreadable weights ({reason}); get it anew")
-
-
-def one_line(error: Exception) -> str:
-    """What a library said, in one line of bearable length."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]
 
 
 @contextmanager

@@ -47,6 +47,11 @@ def spans_machines(extra: tuple[str, ...]) -> bool:
     return "ray" in values or any(name and name in _MACHINES for name in names)
 
 
+def asks_to_compile(extra: tuple[str, ...]) -> bool:
+    """Whether the flags turn vLLM's compiler on, which is off on a CPU unless asked for."""
+    return any(_name(flag).startswith("--no-enf") for flag in _flags(extra))
+
+
 def _flags(extra: tuple[str, ...]) -> Iterator[str]:
     """What vLLM takes for a flag: what begins with a dash, there or in a file that is named there."""
     for place, word in enumerate(extra):

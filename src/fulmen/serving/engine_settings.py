@@ -3,7 +3,6 @@
 import os
 import secrets
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from math import ceil
@@ -13,7 +12,7 @@ import psutil
 import torch
 
 from fulmen.errors import EngineError
-from fulmen.serving.engine_flags import require_harmless, spans_machines
+from fulmen.serving.engine_flags import asks_to_compile, require_harmless, spans_machines
 from fulmen.serving.served_model import ServedModel
 from fulmen.serving.vllm_plugin.lifeline import KEPT
 
@@ -110,7 +109,7 @@ class EngineSettings:
         if not _has_gpu():
             chosen["VLLM_CPU_KVCACHE_SPACE"] = str(kv_gib(self.model))
             chosen |= LARGE_PAGES
-            if not _asks_to_compile(self.extra):
+            if not asks_to_compile(self.extra):
                 # A function of vLLM's sampler is compiled all the same when logprobs are first asked for,
                 # and everybody waits for seconds.
                 chosen["TORCHDYNAMO_DISABLE"] = "1"
@@ -119,11 +118,6 @@ class EngineSettings:
         if not spans_machines(self.extra):
             closed |= _on_this_machine()
         return {**chosen, **os.environ, **closed}
-
-
-def _asks_to_compile(extra: Sequence[str]) -> bool:
-    """Whether flags turn vLLM's compiler on, in any of the spellings that vLLM takes."""
-    return any(flag.replace("_", "-").startswith("--no-enf") for flag in extra)
 
 
 def require_vllm() -> None:
