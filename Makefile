@@ -8,7 +8,7 @@ OUT := out/$(MODEL)-dsa
 # 2 test processes, each on one core.
 WORKERS ?= 2
 # Alone on the machine: they ask what happens while an answer is being made, and a starved engine hears of it late.
-SERVER_TESTS := tests/serving/test_gateway_server.py tests/serving/test_deepseek_docs.py
+SERVER_TESTS := tests/serving/gateway/test_gateway_server.py tests/serving/gateway/test_deepseek_docs.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup native demo serve bench test lint clean
@@ -61,5 +61,5 @@ test: lint ## Check style and types, then run all tests (about 10 minutes on 2 c
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q $(SERVER_TESTS)
 
 clean: ## Remove .venv, outputs and caches.
-	rm -rf .venv out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info src/fulmen/ops/*.so
+	rm -rf .venv out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info src/fulmen/ops/cpp/*.so
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

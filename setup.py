@@ -6,7 +6,7 @@ from copy import copy
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-NATIVE = "src/fulmen/ops/native"
+NATIVE = "src/fulmen/ops/cpp/src"
 SOURCES = (
     *("library", "index_keys", "index_topk", "attention", "attention_backward"),
     *("paged", "paged_project", "paged_sparse"),
@@ -15,9 +15,9 @@ HEADERS = (
     *("vectors", "tiles", "threads", "attention", "attention_tiles"),
     *("index_inputs", "index_vectors", "index_tiles", "index_query", "index_block", "selection", "paged"),
 )
-# A library for each level of instructions, the best of which is chosen when fulmen runs (native_library.py).
+# A library for each level of instructions, the best of which is chosen when fulmen runs (ops/cpp/library.py).
 # So what is built on one machine runs on any other of its kind, and every level is tested where it can run.
-# native/library.cpp asks the CPU for what is named here.
+# ops/cpp/src/library.cpp asks the CPU for what is named here.
 AVX2 = ("-mavx2", "-mfma", "-mbmi2")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 AMX = (*AVX512, "-mavx512bf16", "-mavx512fp16", "-mamx-tile", "-mamx-int8", "-mamx-bf16")
@@ -40,7 +40,7 @@ class BuildLevels(build_ext):
 
 def native(name, instructions):
     return Extension(
-        f"fulmen.ops.{name}",
+        f"fulmen.ops.cpp.{name}",
         sources=[f"{NATIVE}/{source}.cpp" for source in SOURCES],
         depends=[f"{NATIVE}/{header}.h" for header in HEADERS],
         extra_compile_args=["-std=c++17", "-O3", "-g0", *instructions, "-pthread"],

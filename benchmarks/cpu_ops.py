@@ -29,17 +29,17 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from training_memory import estimate_gib, measure
 
-from fulmen.ops.dense_attention import dense_attention
-from fulmen.ops.dense_attention.reference import dense_attention_reference
+from fulmen.ops.attention.dense import dense_attention
+from fulmen.ops.attention.dense.reference import dense_attention_reference
+from fulmen.ops.attention.sparse import sparse_attention
+from fulmen.ops.attention.sparse.reference import sparse_attention_reference
+from fulmen.ops.common.index_keys import pack_index_keys, unpack_index_keys
+from fulmen.ops.cpp.library import has_tiles, native_reason
 from fulmen.ops.dispatch import pin_backend
-from fulmen.ops.index_keys import pack_index_keys, unpack_index_keys
-from fulmen.ops.index_scores import index_scores
-from fulmen.ops.index_scores.reference import index_scores_reference
-from fulmen.ops.native_library import has_tiles, native_reason
-from fulmen.ops.select_topk import index_topk, select_topk
-from fulmen.ops.sparse_attention import sparse_attention
-from fulmen.ops.sparse_attention.reference import sparse_attention_reference
-from fulmen.serving.engine_settings import LARGE_PAGES
+from fulmen.ops.scores import index_scores
+from fulmen.ops.scores.reference import index_scores_reference
+from fulmen.ops.topk import index_topk, select_topk
+from fulmen.serving.engine.settings import LARGE_PAGES
 from fulmen.training.checkpoints import write_aside
 
 READ_BYTES = 2**28

@@ -22,12 +22,12 @@ import typer
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from fulmen.ops.attention.sparse import sparse_attention
+from fulmen.ops.attention.sparse.reference import sparse_attention_reference
 from fulmen.ops.dispatch import pin_backend
-from fulmen.ops.index_scores import index_scores
-from fulmen.ops.index_scores.reference import index_scores_reference
-from fulmen.ops.select_topk import index_topk, select_topk
-from fulmen.ops.sparse_attention import sparse_attention
-from fulmen.ops.sparse_attention.reference import sparse_attention_reference
+from fulmen.ops.scores import index_scores
+from fulmen.ops.scores.reference import index_scores_reference
+from fulmen.ops.topk import index_topk, select_topk
 from fulmen.ops.triton_library import triton_reason
 from fulmen.training.checkpoints import write_aside
 

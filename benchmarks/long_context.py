@@ -16,11 +16,11 @@ from typing import Annotated
 import typer
 from safetensors.torch import load_file
 
-from fulmen.cli.chat_session import load_converted
-from fulmen.cli.texts import kinds_of
-from fulmen.corpus import load_corpus, window_stream
-from fulmen.evaluation.parity_losses import second_half_loss
-from fulmen.evaluation.variants import Bench, Text
+from fulmen.data import load_corpus, window_stream
+from fulmen.evaluation.parity.losses import second_half_loss
+from fulmen.evaluation.parity.variants import Bench, Text
+from fulmen.pipeline.chat import load_converted
+from fulmen.pipeline.texts import kinds_of
 
 
 def main(

@@ -14,12 +14,12 @@ from typing import Annotated
 
 import typer
 
-from fulmen.cli.chat_session import load_converted
-from fulmen.corpus import load_corpus
-from fulmen.evaluation.parity_tables import needle_tables
-from fulmen.evaluation.tasks import needle_samples, sample_groups, score_samples
-from fulmen.evaluation.variants import Bench, current_topk
-from fulmen.modeling.mla_attention import own_attention
+from fulmen.data import load_corpus
+from fulmen.evaluation.parity.needles import needle_samples, sample_groups, score_samples
+from fulmen.evaluation.parity.tables import needle_tables
+from fulmen.evaluation.parity.variants import Bench, current_topk
+from fulmen.modeling.mla.attention import own_attention
+from fulmen.pipeline.chat import load_converted
 
 
 def main(

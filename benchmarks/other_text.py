@@ -13,16 +13,16 @@ from typing import Annotated
 import torch
 import typer
 
-from fulmen.cli.texts import kinds_of
-from fulmen.corpus import load_corpus, window_stream
-from fulmen.evaluation.parity_losses import second_half_loss
-from fulmen.evaluation.variants import Bench, Text
-from fulmen.modeling.budget import share_budget
+from fulmen.data import load_corpus, window_stream
+from fulmen.evaluation.parity.losses import second_half_loss
+from fulmen.evaluation.parity.variants import Bench, Text
 from fulmen.modeling.checkpoint import load_dense
 from fulmen.modeling.families import family_for
+from fulmen.modeling.gqa.budget import share_budget
+from fulmen.modeling.gqa.inherit import inherit_gqa
+from fulmen.modeling.gqa.model import set_topk_shares
 from fulmen.modeling.index_shape import default_dsa
-from fulmen.modeling.inherit import inherit_gqa
-from fulmen.modeling.model import set_topk_shares
+from fulmen.pipeline.texts import kinds_of
 
 
 def main(

@@ -19,13 +19,13 @@ import typer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fulmen.cli.chat_session import load_converted
-from fulmen.corpus import load_corpus, windows
-from fulmen.modeling.model import set_topk
-from fulmen.training.sparse import SparseSettings
-from fulmen.training.sparse_run import prepare_stage
-from fulmen.training.teacher import TARGET_KEYS, Teacher
-from fulmen.training.warmup import IndexerStack, WarmupSettings
+from fulmen.data import load_corpus, windows
+from fulmen.modeling.gqa.model import set_topk
+from fulmen.pipeline.chat import load_converted
+from fulmen.training.sparse.run import prepare_stage
+from fulmen.training.sparse.settings import SparseSettings
+from fulmen.training.sparse.teacher import TARGET_KEYS, Teacher
+from fulmen.training.warmup.trainer import IndexerStack, WarmupSettings
 
 app = typer.Typer(add_completion=False)
 

@@ -20,13 +20,13 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from fulmen.ops.dense_attention import dense_attention
-from fulmen.ops.indexer_loss import indexer_loss, indexer_loss_selected
-from fulmen.ops.indexer_loss.reference import indexer_loss_reference, indexer_loss_selected_reference
-from fulmen.ops.select_topk import index_topk
-from fulmen.ops.sparse_attention import sparse_attention
-from fulmen.ops.sparse_attention.reference import sparse_attention_reference
-from fulmen.training.distill import next_token_losses, teacher_targets
+from fulmen.ops.attention.dense import dense_attention
+from fulmen.ops.attention.sparse import sparse_attention
+from fulmen.ops.attention.sparse.reference import sparse_attention_reference
+from fulmen.ops.losses.indexer import indexer_loss, indexer_loss_selected
+from fulmen.ops.losses.indexer.reference import indexer_loss_reference, indexer_loss_selected_reference
+from fulmen.ops.topk import index_topk
+from fulmen.training.sparse.distill import next_token_losses, teacher_targets
 
 HEADS, GROUPS, WIDTH, INDEX_WIDTH, HIDDEN, VOCAB, TOP_N = 9, 3, 64, 24, 576, 49152, 64
 ROWS = 192

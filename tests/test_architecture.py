@@ -1,4 +1,5 @@
-"""The house's order, read from the imports: errors <- config <- ops <- modeling <- three rooms <- cli.
+"""The house's order, read from the imports: errors <- config <- ops, data <- modeling <- three rooms <-
+pipeline <- cli.
 
 A room imports what lies below it, never a room of its own floor.
 """
@@ -15,9 +16,10 @@ ROOT = Path(fulmen.__file__).parent
 FLOORS = [
     ("errors",),
     ("config",),
-    ("ops", "corpus"),
+    ("ops", "data"),
     ("modeling",),
     ("training", "evaluation", "serving"),
+    ("pipeline",),
     ("cli",),
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -8,8 +8,8 @@ from typing import Any
 from cells import read_rows
 from measuring import mean
 
-from fulmen.evaluation.parity_tables import percent
-from fulmen.evaluation.plots import legend_above, new_figure
+from fulmen.evaluation.parity.plots import legend_above, new_figure
+from fulmen.evaluation.parity.tables import percent
 
 Row = dict[str, Any]
 PAGE, PLOT = "ablations.md", "ablations.svg"

@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from warming import Taps, warmed_up
 
-from fulmen.cli.texts import up_to
-from fulmen.corpus import load_corpus, window_stream
-from fulmen.modeling.budget import share_budget
-from fulmen.modeling.inherit import inherit_gqa
-from fulmen.modeling.model import set_topk_shares
+from fulmen.data import load_corpus, window_stream
+from fulmen.modeling.gqa.budget import share_budget
+from fulmen.modeling.gqa.inherit import inherit_gqa
+from fulmen.modeling.gqa.model import set_topk_shares
 from fulmen.modeling.selectors import Selector
-from fulmen.training.losses import IndexerLossSelector
+from fulmen.pipeline.texts import up_to
+from fulmen.training.warmup.losses import IndexerLossSelector
 
 # As a conversion takes them.
 CALIBRATION_TEXTS, BUDGET_TEXTS = 4, 2

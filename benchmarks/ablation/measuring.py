@@ -10,15 +10,15 @@ from cells import Cells
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fulmen.cli.sparse_stage import weights_fingerprint
-from fulmen.cli.texts import kinds_of
-from fulmen.corpus import Corpus, Window, window_stream
-from fulmen.evaluation.controls import MassSelector
-from fulmen.evaluation.parity_losses import second_half_loss
-from fulmen.evaluation.variants import Text, last_hidden_states, use_topk
+from fulmen.data import Corpus, Window, window_stream
+from fulmen.evaluation.parity.controls import MassSelector
+from fulmen.evaluation.parity.losses import second_half_loss
+from fulmen.evaluation.parity.variants import Text, last_hidden_states, use_topk
 from fulmen.modeling.cost import token_bytes
 from fulmen.modeling.index_shape import dsa_of
 from fulmen.modeling.selectors import DenseSelector, IndexerSelector, SelectionInputs, Selector, use_selector
+from fulmen.pipeline.texts import kinds_of
+from fulmen.pipeline.train import weights_fingerprint
 
 # Every 64th query is asked for its attention mass: a few hundred rows a cell.
 MASS_STRIDE = 64

@@ -28,17 +28,17 @@ from sharing import SharedLossSelector, SharedSelector, group_means, leaders
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fulmen.cli.chat_session import load_converted
-from fulmen.evaluation.variants import indexer_state
-from fulmen.modeling import attention
+from fulmen.evaluation.parity.variants import indexer_state
 from fulmen.modeling.checkpoint import load_dense
 from fulmen.modeling.cost import index_key_bytes, indexer_shape
 from fulmen.modeling.families import family_for
+from fulmen.modeling.gqa import attention
+from fulmen.modeling.gqa.indexer import model_head_width
+from fulmen.modeling.gqa.model import set_topk_shares
 from fulmen.modeling.index_shape import default_dsa, dsa_of
-from fulmen.modeling.indexer import model_head_width
-from fulmen.modeling.model import set_topk_shares
 from fulmen.modeling.selectors import DenseSelector
-from fulmen.training.warmup import WarmupSettings
+from fulmen.pipeline.chat import load_converted
+from fulmen.training.warmup.trainer import WarmupSettings
 
 # Shares of the model's rotary pairs that index heads keep.
 PAIR_SHARES = (0.25, 0.375, 0.5, 0.75, 1.0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from fulmen.modeling.selectors import IndexerSelector, SelectionInputs, Selector
-from fulmen.training.losses import IndexerLossSelector
+from fulmen.training.warmup.losses import IndexerLossSelector
 
 
 def leaders(layers: Sequence[int], size: int, apart: int) -> dict[int, int]:

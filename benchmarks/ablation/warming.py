@@ -1,8 +1,8 @@
 """Warm-up from mark to mark: the product's loss and optimizer, with the weights of every mark kept.
 
-`fulmen.training.warmup` keeps the best step and lets its learning rate fall to the end of the run. Here the
-weights after n tokens shall not depend on how long the run is, so the rate stays constant after its first
-steps, and nothing is chosen by validation.
+`fulmen.training.warmup.trainer` keeps the best step and lets its learning rate fall to the end of the run.
+Here the weights after n tokens shall not depend on how long the run is, so the rate stays constant after its
+first steps, and nothing is chosen by validation.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fulmen.corpus import Window
-from fulmen.evaluation.variants import indexer_state
-from fulmen.modeling.model import set_topk_shares
+from fulmen.data import Window
+from fulmen.evaluation.parity.variants import indexer_state
+from fulmen.modeling.gqa.model import set_topk_shares
 from fulmen.modeling.selectors import dsa_attentions, use_selector
 from fulmen.training.checkpoints import write_aside
-from fulmen.training.losses import IndexerLossSelector, output_weight
-from fulmen.training.warmup import MEASURED_ROWS, WarmupSettings
+from fulmen.training.warmup.losses import IndexerLossSelector, output_weight
+from fulmen.training.warmup.trainer import MEASURED_ROWS, WarmupSettings
 
 RISING_STEPS = 5
 LARGEST_NORM = 1.0

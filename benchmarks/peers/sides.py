@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Type
 from peers.weights import write_gguf
 
 from fulmen.errors import UnsupportedModelError
-from fulmen.serving.engine_settings import LARGE_PAGES
+from fulmen.serving.engine.settings import LARGE_PAGES
 
 LLAMA_FORMS = {"bf16": (Type.BF16, Type.BF16), "Q4_1": (Type.Q4_1, Type.Q8_0)}
 """As llama.cpp's own converter and quantiser choose them: matrices, embeddings."""

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import Cache
 
 import fulmen  # noqa: F401  registers the model types
-from fulmen.modeling.cache import DsaCache
-from fulmen.ops.index_keys import pack_index_keys
+from fulmen.modeling.gqa.cache import DsaCache
+from fulmen.ops.common.index_keys import pack_index_keys
 
 # Decoding goes on after the last token of a filled cache, from any token.
 TOKEN = 1000

@@ -12,7 +12,7 @@ from torch import Tensor
 from vllm import LLM, SamplingParams
 from vllm.v1.request import Request
 
-from fulmen.ops.index_keys import SCALE_BYTES, pack_index_keys
+from fulmen.ops.common.index_keys import SCALE_BYTES, pack_index_keys
 
 
 class Engine:

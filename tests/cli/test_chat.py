@@ -6,15 +6,15 @@ import shutil
 
 import pytest
 import torch
-from said import lines_that_stay
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from fulmen.cli import chat_session
 from fulmen.cli.chat import read_document
-from fulmen.cli.chat_session import ChatSession
 from fulmen.cli.main import app
 from fulmen.errors import CheckpointError, ConfigError, CorpusError, UnsupportedModelError
+from fulmen.pipeline import chat
+from fulmen.pipeline.chat import ChatSession
+from tests.cli.said import lines_that_stay
 
 DOCUMENT = "The lighthouse keeper counts forty-two ships. " * 8
 
@@ -180,7 +180,7 @@ ROPE_BY_LENGTH = {
 @pytest.mark.parametrize("rope", ROPE_BY_LENGTH)
 def test_a_conversation_that_outgrows_its_rope_is_read_anew(rope, dsa_dir, tokenizer, tmp_path, monkeypatch):
     """What lies in the cache was rotated for a shorter text; each answer is that of a fresh model."""
-    monkeypatch.setattr(chat_session, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(chat, "PREFILL_CHUNK", 16)
     folder = shutil.copytree(dsa_dir, tmp_path / "dsa")
     config = json.loads((folder / "config.json").read_text())
     config["rope_parameters"] = {"rope_theta": 10000.0, "rope_type": rope, **ROPE_BY_LENGTH[rope]}

@@ -10,12 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from said import lines_that_stay
 from typer.testing import CliRunner
 
 import fulmen
 from fulmen.cli.main import app
 from fulmen.modeling.checkpoint import find_source
+from tests.cli.said import lines_that_stay
 
 COMMANDS = ["inspect", "convert", "eval", "chat", "cost", "doctor"]
 

@@ -5,24 +5,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_commands import refused
-from test_pipeline import VOCAB, corpus_dir, save_tiny  # noqa: F401
-from tiny_gqa import SHAPE, make_dense
-from tiny_mla import MLA_SHAPE
 from transformers import DeepseekV2Config, DeepseekV3Config, LlamaConfig, Qwen2Config
 
-from fulmen.cli.evaluation_run import EvalSize, plan_evaluation
-from fulmen.cli.pipeline import convert, plan_conversion
-from fulmen.cli.settings import ConvertSettings, EvalSettings
-from fulmen.cli.sparse_stage import plan_training
-from fulmen.cli.suite_run import lengths_of
-from fulmen.cli.suite_settings import SuiteSettings
-from fulmen.cli.texts import conversion_texts, draw_longest
-from fulmen.cli.train_settings import TrainSettings
 from fulmen.config import DsaConfig
-from fulmen.corpus import load_corpus
+from fulmen.data import load_corpus
 from fulmen.modeling.checkpoint import find_source, load_tokenizer
 from fulmen.modeling.index_shape import default_topk
+from fulmen.pipeline.convert import convert, plan_conversion
+from fulmen.pipeline.evaluate import EvalSize, plan_evaluation
+from fulmen.pipeline.settings import ConvertSettings, EvalSettings
+from fulmen.pipeline.suite_settings import SuiteSettings
+from fulmen.pipeline.suites import lengths_of
+from fulmen.pipeline.texts import conversion_texts, draw_longest
+from fulmen.pipeline.train import plan_training
+from fulmen.pipeline.train_settings import TrainSettings
+from tests.cli.test_commands import refused
+from tests.cli.test_pipeline import VOCAB, corpus_dir, save_tiny  # noqa: F401
+from tests.modeling.gqa.tiny_gqa import SHAPE, make_dense
+from tests.modeling.mla.tiny_mla import MLA_SHAPE
 
 K = 1024
 CONTEXTS = [2 * K, 4 * K, 8 * K, 16 * K, 32 * K, 40_960, 64 * K, 128 * K, 192 * K, 256 * K, 512 * K, K * K]

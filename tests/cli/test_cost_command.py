@@ -4,16 +4,16 @@ import csv
 import json
 
 import pytest
-from said import lines_that_stay
 from typer.testing import CliRunner
 
 from fulmen.cli import cost
-from fulmen.cli.cost_settings import CostSettings
 from fulmen.cli.main import app
 from fulmen.errors import ConfigError
-from fulmen.evaluation import speed
+from fulmen.evaluation.price import speed
 from fulmen.modeling.cost import prefill_cost
 from fulmen.modeling.index_shape import dsa_of
+from fulmen.pipeline.cost_settings import CostSettings
+from tests.cli.said import lines_that_stay
 
 H100 = ("--flops", "989e12", "--bandwidth", "3.35e12")
 FILES = ["cost.csv", "cost.json", "cost.png"]

@@ -76,7 +76,7 @@ def test_brackets_of_a_reason_are_no_markup(monkeypatch):
 
 
 def test_a_library_that_was_not_built(monkeypatch):
-    monkeypatch.setattr("fulmen.ops.native_library.native_reason", lambda: "it was not built")
+    monkeypatch.setattr("fulmen.ops.cpp.library.native_reason", lambda: "it was not built")
     monkeypatch.setattr(dispatch, "native_reason", lambda: "it was not built")
     result = call()
     assert "cannot run: it was not built" in result.stdout

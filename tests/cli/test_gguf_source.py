@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from test_commands import call, refused
-from tiny_gguf import write_gguf, write_split
-from tiny_gqa import LLAMA3_ROPE, make_dense
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fulmen.cli.pipeline import convert
-from fulmen.cli.settings import ConvertSettings
+from fulmen.pipeline.convert import convert
+from fulmen.pipeline.settings import ConvertSettings
+from tests.cli.test_commands import call, refused
+from tests.modeling.gguf.tiny_gguf import write_gguf, write_split
+from tests.modeling.gqa.tiny_gqa import LLAMA3_ROPE, make_dense
 
 FACTORS = torch.tensor([1.0, 1.0, 1.0, 2.0, 4.0, 4.0, 4.0, 4.0])
 

@@ -11,20 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_gqa import make_dense
-from tiny_mla import make_mla
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import fulmen
-from fulmen.cli.evaluation_run import evaluate
-from fulmen.cli.pipeline import convert
-from fulmen.cli.settings import ConvertSettings, EvalSettings
-from fulmen.corpus import load_corpus
+from fulmen.data import load_corpus
 from fulmen.errors import ConfigError, CorpusError, OutputError, ResumeError
-from fulmen.evaluation.tasks import needle_samples, score_by_forward, score_samples
+from fulmen.evaluation.parity.needles import needle_samples, score_by_forward, score_samples
 from fulmen.modeling.checkpoint import find_source
-from fulmen.modeling.mla_attention import fulmen_attention
+from fulmen.modeling.mla.attention import fulmen_attention
+from fulmen.pipeline.convert import convert
+from fulmen.pipeline.evaluate import evaluate
+from fulmen.pipeline.settings import ConvertSettings, EvalSettings
+from tests.modeling.gqa.tiny_gqa import make_dense
+from tests.modeling.mla.tiny_mla import make_mla
 
 VOCAB = 97
 WINDOW = 64
@@ -196,7 +196,7 @@ from fulmen.cli.main import main
 main()
 """
 MOMENTS = [
-    ("fulmen.cli.run_dir", "RunDir.save_stage", 1),  # inherited, not yet written
+    ("fulmen.pipeline.run_dir", "RunDir.save_stage", 1),  # inherited, not yet written
     ("transformers.trainer", "Trainer._save_rng_state", 2),  # half of the second checkpoint is on the disk
     ("fulmen.modeling.checkpoint", "_move_into_place", 1),  # all is written, under another name
 ]

@@ -9,7 +9,13 @@ import threading
 from contextlib import contextmanager
 
 import pytest
-from test_pipeline import (  # noqa: F401
+
+from fulmen.pipeline import reporter
+from fulmen.pipeline.convert import convert
+from fulmen.pipeline.evaluate import evaluate
+from fulmen.pipeline.reporter import LineReporter, Pace, TrainingView, in_minutes
+from fulmen.pipeline.settings import EvalSettings
+from tests.cli.test_pipeline import (  # noqa: F401
     SIGNALLED_AT,
     VOCAB,
     WINDOW,
@@ -19,14 +25,8 @@ from test_pipeline import (  # noqa: F401
     save_tiny,
     settings,
 )
-from tiny_gqa import make_dense
-from tiny_mla import make_mla
-
-from fulmen.cli import progress
-from fulmen.cli.evaluation_run import evaluate
-from fulmen.cli.pipeline import convert
-from fulmen.cli.progress import LineReporter, Pace, TrainingView, in_minutes
-from fulmen.cli.settings import EvalSettings
+from tests.modeling.gqa.tiny_gqa import make_dense
+from tests.modeling.mla.tiny_mla import make_mla
 
 STAGES = ["Read data", "Load", "Share k", "Inherit", "Warm-up", "Sparse", "Save"]
 
@@ -49,7 +49,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch):
     found = Recorder()
-    monkeypatch.setattr(progress, "reporter", lambda: found)
+    monkeypatch.setattr(reporter, "reporter", lambda: found)
     return found
 
 
@@ -153,16 +153,16 @@ class TestLines:
         assert capsys.readouterr().err == ""
 
     def test_nothing_goes_to_stdout(self, capsys):
-        progress.say("a note")
-        with progress.stage("Read") as advance:
+        reporter.say("a note")
+        with reporter.stage("Read") as advance:
             advance(1, 1)
         said = capsys.readouterr()
         assert (said.out, said.err.splitlines()[0]) == ("", "a note")
 
     def test_other_processes_are_quiet(self, capsys, monkeypatch):
-        monkeypatch.setattr(progress.console, "quiet", True)
-        progress.say("a note")
-        with progress.stage("Read") as advance:
+        monkeypatch.setattr(reporter.console, "quiet", True)
+        reporter.say("a note")
+        with reporter.stage("Read") as advance:
             advance(1, 1)
         assert capsys.readouterr().err == ""
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from fulmen.cli.settings import ConvertSettings, EvalSettings, parse_duration, parse_stages
 from fulmen.errors import ConfigError
+from fulmen.pipeline.settings import ConvertSettings, EvalSettings, parse_duration, parse_stages
 
 OUT = Path("out")
 

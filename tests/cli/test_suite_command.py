@@ -8,8 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from fulmen.cli.main import app
-from fulmen.cli.suite_settings import lengths_up_to, parse_lengths
 from fulmen.errors import ConfigError
+from fulmen.pipeline.suite_settings import lengths_up_to, parse_lengths
 
 
 def call(*arguments):

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_pipeline import corpus_dir, llama_dir, save_tiny, settings  # noqa: F401
-from tiny_gqa import make_dense
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fulmen.cli.pipeline import convert
-from fulmen.cli.run_dir import RunDir
-from fulmen.cli.sparse_stage import train
-from fulmen.cli.train_settings import TrainSettings
 from fulmen.errors import CheckpointError, ConfigError, ResumeError
-from fulmen.training import sparse_run
+from fulmen.pipeline.convert import convert
+from fulmen.pipeline.run_dir import RunDir
+from fulmen.pipeline.train import train
+from fulmen.pipeline.train_settings import TrainSettings
+from fulmen.training.sparse import run
+from tests.cli.test_pipeline import corpus_dir, llama_dir, save_tiny, settings  # noqa: F401
+from tests.modeling.gqa.tiny_gqa import make_dense
 
 STEPS = 4
 
@@ -60,7 +60,7 @@ def test_resume_says_what_differs(tmp_path, corpus_dir, converted, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sparse_run, "_target_source", stop)
+        patch.setattr(run, "_target_source", stop)
         with pytest.raises(KeyboardInterrupt):
             train(train_settings(converted, out, corpus_dir))
     with pytest.raises(ResumeError, match=r"learning_rate was None, is 0\.5"):
@@ -100,7 +100,7 @@ def test_a_streamed_data_set(tmp_path, converted, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sparse_run, "_target_source", stop)
+        patch.setattr(run, "_target_source", stop)
         with pytest.raises(KeyboardInterrupt):
             train(train_settings(converted, out, data))
     other = write_rows(tmp_path / "other", text='\n{"text": "w7"}')

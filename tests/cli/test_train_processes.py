@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_pipeline import corpus_dir, save_tiny, settings  # noqa: F401
-from test_train import train_settings, weights
-from tiny_gqa import make_dense
 
-from fulmen.cli.pipeline import convert
-from fulmen.cli.run_dir import RunDir
-from fulmen.cli.sparse_stage import train
 from fulmen.errors import ConfigError
+from fulmen.pipeline.convert import convert
+from fulmen.pipeline.run_dir import RunDir
+from fulmen.pipeline.train import train
 from fulmen.training.checkpoints import last_whole_checkpoint
+from tests.cli.test_pipeline import corpus_dir, save_tiny, settings  # noqa: F401
+from tests.cli.test_train import train_settings, weights
+from tests.modeling.gqa.tiny_gqa import make_dense
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -24,7 +24,7 @@ FSDP2 = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSF
 # fulmen, whose first process dies after the third step.
 KILLED = """
 import os, signal
-from fulmen.training.sparse_trainer import StepWatch
+from fulmen.training.sparse.trainer import StepWatch
 end = StepWatch.on_step_end
 def die(self, args, state, *rest, **more):
     end(self, args, state, *rest, **more)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from native_levels import EACH_LEVEL, native_level
 
 from fulmen.ops.dispatch import BACKENDS, pin_backend, reason_against_backend
+from tests.ops.native_levels import EACH_LEVEL, native_level
 
 
 @pytest.fixture(params=[name for name in BACKENDS if name != "native"] + EACH_LEVEL)

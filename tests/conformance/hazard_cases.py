@@ -9,15 +9,15 @@ from functools import cache
 from typing import Any
 
 import torch
-from ops_cases import normal
-from tiny_gqa import make_dense, make_dsa
-from tiny_mla import make_mla
 from torch import Tensor
 
-from fulmen.modeling.mla_attention import own_attention
-from fulmen.modeling.mla_cache import cache_with_index_keys
+from fulmen.modeling.mla.attention import own_attention
+from fulmen.modeling.mla.cache import cache_with_index_keys
 from fulmen.modeling.selectors import IndexerSelector, use_selector
-from fulmen.ops.index_scores import index_scores
+from fulmen.ops.scores import index_scores
+from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa
+from tests.modeling.mla.tiny_mla import make_mla
+from tests.ops.ops_cases import normal
 
 TOPK = 12
 # Tokens of left padding: no two rows of a batch are of one length.

@@ -5,18 +5,26 @@ Against Transformers' own rotation and its own DSA models; nothing here is compu
 
 import pytest
 import torch
-from hazard_cases import PADS, TOPK, best_by_hand, logits_in_steps, make_model, new_cache, watched
-from tiny_gqa import make_dense, make_dsa, random_ids
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Indexer
 from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaIndexer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from fulmen.config import DsaConfig
 from fulmen.errors import ConfigError
-from fulmen.modeling import mla_attention
 from fulmen.modeling.cost import decode_cost
 from fulmen.modeling.families import family_for_type
-from fulmen.ops.index_keys import round_index_keys
+from fulmen.modeling.mla import attention
+from fulmen.ops.common.index_keys import round_index_keys
+from tests.conformance.hazard_cases import (
+    PADS,
+    TOPK,
+    best_by_hand,
+    logits_in_steps,
+    make_model,
+    new_cache,
+    watched,
+)
+from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa, random_ids
 
 LENGTH, PROMPT = 100, 60
 # Texts in which no selection of the MLA models hangs on a tie, for which Transformers has no rule.
@@ -33,7 +41,7 @@ def test_hazard_1_a_copied_head_is_turned_as_the_model_turns_it(name):
     """Index heads that are the model's own select where its queries and keys, turned by Transformers' own
     function, have the largest sum of ReLU(q . k).
 
-    Mutation: pairs of neighbours, `x[..., ::2], x[..., 1::2]`, in rotate_half_split (ops/rope.py).
+    Mutation: pairs of neighbours, `x[..., ::2], x[..., 1::2]`, in rotate_half_split (ops/common/rope.py).
     """
     dense = make_dense(name, torch.float64)
     heads, groups = dense.config.num_attention_heads, dense.config.num_key_value_heads
@@ -71,7 +79,7 @@ def test_hazard_1_mla_selects_what_transformers_own_indexer_selects(name, cached
     """V3.2's indexer turns halves although its attention turns neighbours; GLM-5's turns neighbours in both.
 
     Mutation: half_split_pairs for both kinds, or for neither: `if True` or `if False` for the isinstance of
-    mla_index_inputs (modeling/mla_attention.py).
+    mla_index_inputs (modeling/mla/attention.py).
     """
     model, stock = make_model(name), {}
 
@@ -108,17 +116,17 @@ def test_hazard_1_mla_selects_what_transformers_own_indexer_selects(name, cached
 def test_hazard_2_a_shared_layer_uses_the_last_full_layers_selection(cached, monkeypatch):
     """GLM-5. Its cost counts an indexer only where there is one.
 
-    Mutations: None for prev_topk_indices in FulmenGlmAttention.forward (modeling/mla_attention.py); all of
+    Mutations: None for prev_topk_indices in FulmenGlmAttention.forward (modeling/mla/attention.py); all of
     dsa.layers from _indexer_layers (modeling/cost.py).
     """
     model, used = make_model("glm-shared"), []
-    attend = mla_attention.sparse_attention
+    attend = attention.sparse_attention
 
     def keep(q, k, v, topk_BTK, scale):
         used.append(topk_BTK)
         return attend(q, k, v, topk_BTK, scale)
 
-    monkeypatch.setattr(mla_attention, "sparse_attention", keep)
+    monkeypatch.setattr(attention, "sparse_attention", keep)
     steps = [PROMPT, 1, 5]
     watched(
         model,

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hazard_cases import TOPK
-from ops_cases import normal
 
 from fulmen.ops.dispatch import pin_backend, reason_against_backend
-from fulmen.ops.select_topk import index_topk
+from fulmen.ops.topk import index_topk
+from tests.conformance.hazard_cases import TOPK
+from tests.ops.ops_cases import normal
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 CHUNK = 1024
@@ -39,8 +39,8 @@ def chunk_of(keys):
 @pytest.mark.skipif(not CLEAR.exists(), reason="the peak is measured by Linux's /proc")
 @pytest.mark.parametrize("backend", ["cpu", "native"])
 def test_hazard_11_a_chunk_never_holds_all_of_its_scores(backend):
-    """Mutations: n_rows = all queries in index_topk_blocked (ops/select_topk/cpu.py); BLOCK_SCORES of 1 << 40
-    and MOST_BLOCK_ROWS of 200 * ROWS (native/index_topk.cpp).
+    """Mutations: n_rows = all queries in index_topk_blocked (ops/topk/torch_blocked.py); BLOCK_SCORES of
+    1 << 40 and MOST_BLOCK_ROWS of 200 * ROWS (cpp/src/index_topk.cpp).
     """
     if reason := reason_against_backend(backend, "index_topk", "cpu", torch.float32):
         pytest.skip(f"{backend}: {reason}")

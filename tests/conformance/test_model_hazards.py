@@ -10,7 +10,12 @@ from functools import partial
 
 import pytest
 import torch
-from hazard_cases import (
+
+from fulmen.modeling.gqa.cache import DsaCache
+from fulmen.ops.common.index_keys import pack_index_keys, unpack_index_keys
+from fulmen.ops.topk import index_topk
+from fulmen.training.sparse.losses import SparseLossSelector
+from tests.conformance.hazard_cases import (
     MODELS,
     PADS,
     TOPK,
@@ -21,13 +26,8 @@ from hazard_cases import (
     new_cache,
     watched,
 )
-from ops_cases import normal
-from tiny_gqa import random_ids
-
-from fulmen.modeling.cache import DsaCache
-from fulmen.ops.index_keys import pack_index_keys, unpack_index_keys
-from fulmen.ops.select_topk import index_topk
-from fulmen.training.sparse_losses import SparseLossSelector
+from tests.modeling.gqa.tiny_gqa import random_ids
+from tests.ops.ops_cases import normal
 
 LENGTH, PROMPT = 100, 60
 IDS = random_ids(len(PADS), LENGTH).clamp(max=63)  # the smallest vocabulary has 64
@@ -96,7 +96,7 @@ def test_hazard_6_index_keys_keep_their_own_scale_in_every_layer_and_block(sizes
     """Sizes of keys from 1e-6 to 1e6, token by token, head by head, layer by layer; room that grows.
 
     Mutations: `scale_bytes[:, :1]` in unpack_index_keys, `amax((1, -1), keepdim=True)` in pack_index_keys
-    (ops/index_keys.py): the first token's scale, or one for a whole block.
+    (ops/common/index_keys.py): the first token's scale, or one for a whole block.
     """
     config = make_model("llama").config
     cache = DsaCache(config)
@@ -121,7 +121,7 @@ def test_hazard_6_index_keys_keep_their_own_scale_in_every_layer_and_block(sizes
 @pytest.mark.parametrize("name", ["llama", "qwen3", "llama-tied"])
 def test_hazard_6_a_cached_key_is_the_same_number_as_without_a_cache(name):
     """Mutations: the key heads of packed_BSIX flipped in _extend_cache, or round_index_keys left out of
-    forward (modeling/attention.py).
+    forward (modeling/gqa/attention.py).
     """
     model, keys = make_model(name), [{}, {}]
 
@@ -173,8 +173,8 @@ RESTORED = {
 def test_hazard_7_a_restored_prefix_is_the_prefix_read_anew(model, how):
     """The first owner of the prefix reads on meanwhile, which must not show.
 
-    Mutation: InPlaceIndexedLayer.buffers and MlaLayer.buffers without the index keys (modeling/cache.py,
-    modeling/mla_cache.py).
+    Mutation: InPlaceIndexedLayer.buffers and MlaLayer.buffers without the index keys (modeling/gqa/cache.py,
+    modeling/mla/cache.py).
     """
     restore, rows = RESTORED[how]
     other = random_ids(len(PADS), LENGTH, seed=5).clamp(max=63)
@@ -234,8 +234,8 @@ class WatchedLoss(SparseLossSelector, Watch):
 def test_hazard_12_training_and_serving_select_the_same_set(model):
     """Training reads whole texts without a cache, with gradients; serving, a prompt and then single tokens.
 
-    Mutations: round_index_keys left out of forward (modeling/attention.py); keeps - 1 for keeps where
-    SparseLossSelector selects (training/sparse_losses.py).
+    Mutations: round_index_keys left out of forward (modeling/gqa/attention.py); keeps - 1 for keeps where
+    SparseLossSelector selects (training/sparse/losses.py).
     """
     steps = [LENGTH - 16] + [1] * 16
     serving, _ = watched(model, lambda: logits_in_steps(model, IDS, steps, new_cache(model)))

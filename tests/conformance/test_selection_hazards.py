@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from hazard_cases import TOPK, best_by_hand, check_scores, index_case
-from ops_cases import normal
 
-from fulmen.ops.dense_attention import dense_attention
+from fulmen.ops.attention.dense import dense_attention
+from fulmen.ops.attention.sparse import sparse_attention
 from fulmen.ops.dispatch import pin_backend
-from fulmen.ops.index_scores import index_scores
-from fulmen.ops.select_topk import index_topk, select_topk
-from fulmen.ops.sparse_attention import sparse_attention
+from fulmen.ops.scores import index_scores
+from fulmen.ops.topk import index_topk, select_topk
+from tests.conformance.hazard_cases import TOPK, best_by_hand, check_scores, index_case
+from tests.ops.ops_cases import normal
 
 
 def case_for(backend, dtype, tied):
@@ -27,7 +27,7 @@ def cases_for(backend, dtype):
 def test_hazard_3_ties_have_one_winner_in_every_replay(backend, dtype):
     """Mutations, each for its backend, all in ops/select_topk but the last: `-s` for `s` in the sort key of
     reference.py; zeros for positions_S in _rank_scores of cpu.py; `tl.cumsum(equal_C, 0) - equal_C` for
-    equal_later_C in triton.py; the oldest ties taken in take_best of native/index_topk.cpp.
+    equal_later_C in triton.py; the oldest ties taken in take_best of cpp/src/index_topk.cpp.
     """
     inputs = case_for(backend, dtype, tied=True)
     expected = best_by_hand(index_scores(*inputs), *inputs[4:], TOPK)
@@ -57,7 +57,8 @@ def hard_rows(S):
 @pytest.mark.parametrize("topk", [1, 64, 500])
 def test_hazard_4_no_winner_is_lost(backend, topk, monkeypatch):
     """Mutations: `scores_TS.bfloat16()` in _rank_scores of select_topk/cpu.py; `bits &= ~0xffff` in
-    rank_scores of native/index_topk.cpp; `& 0xFFFFFF00` on the ranks in _load_ranks of select_topk/triton.py.
+    rank_scores of cpp/src/index_topk.cpp; `& 0xFFFFFF00` on the ranks in _load_ranks of
+    select_topk/triton.py.
     """
     # Several blocks of any backend.
     S = 5000
@@ -80,8 +81,8 @@ def test_hazard_4_no_winner_is_lost(backend, topk, monkeypatch):
 def test_hazard_5_a_row_selects_alike_alone_and_in_a_batch(backend, dtype):
     """Alone means without its padding and without the other queries, as a server would meet it.
 
-    Mutations: `start_BT.amin(0)` for start_BT[b] in index_topk_blocked (ops/select_topk/cpu.py), or for
-    start_BT in call_index_kernel (ops/index_scores/native.py): every row sees what the longest one does.
+    Mutations: `start_BT.amin(0)` for start_BT[b] in index_topk_blocked (ops/topk/torch_blocked.py), or for
+    start_BT in call_index_kernel (ops/scores/cpp.py): every row sees what the longest one does.
     """
     for q, k, w, b, start, stop in cases_for(backend, dtype):
         together = index_topk(q, k, w, b, start, stop, TOPK)
@@ -98,9 +99,9 @@ def test_hazard_5_a_row_selects_alike_alone_and_in_a_batch(backend, dtype):
 
 
 def test_hazard_9_hidden_keys_and_missing_ones_are_never_read(backend, dtype):
-    """Mutations: 0 for n_keys where _union_of_selected (ops/tiles.py) fills what is nothing; `key_K >= -1`
-    in load_selected (ops/triton_parts.py); max(..., 0) counted in keys_of (native/attention.h);
-    `topk.clamp(min=0)` in selection_mask (ops/intervals.py, of the reference).
+    """Mutations: 0 for n_keys where _union_of_selected (ops/common/tiles.py) fills what is nothing; `key_K
+    >= -1` in load_selected (ops/triton_parts.py); max(..., 0) counted in keys_of (cpp/src/attention.h);
+    `topk.clamp(min=0)` in selection_mask (ops/common/intervals.py, of the reference).
     """
     for q, k, w, b, start, stop in cases_for(backend, dtype):
         # The first queries of each row see fewer than TOPK keys, one none; none sees key 0 or the last.
@@ -136,8 +137,8 @@ def test_hazard_9_hidden_keys_and_missing_ones_are_never_read(backend, dtype):
 def test_hazard_10_several_queries_select_as_one_by_one(backend, dtype):
     """The chunk reads keys that lie beyond the first of its queries.
 
-    Mutations: `stop_T.max()` for every query in IntervalBlock.tile (ops/tiles.py); the last query's stop for
-    all in make_block (native/index_topk.cpp).
+    Mutations: `stop_T.max()` for every query in IntervalBlock.tile (ops/common/tiles.py); the last query's
+    stop for all in make_block (cpp/src/index_topk.cpp).
     """
     for q, k, w, b, start, stop in cases_for(backend, dtype):
         chunk = index_topk(q, k, w, b, start, stop, TOPK)
@@ -161,7 +162,7 @@ def test_hazard_8_buffers_filled_anew_are_selected_from_anew(backend):
     """As a captured graph has it: the inputs' memory stays, its contents change between replays.
 
     Mutations: index_topk_native keeps its results in a dict by the inputs' data_ptr() (ops/select_topk/
-    native.py); take_all left out of fulmen_index_topk (native/index_topk.cpp), or without its -1 in
+    native.py); take_all left out of fulmen_index_topk (cpp/src/index_topk.cpp), or without its -1 in
     select_topk/triton.py: then the poison shows.
     """
     contents = [case_for(backend, torch.float32, tied) for tied in (False, True)]

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_gqa import CONFIGS, FAMILIES, VOCAB, make_dense, make_dsa, make_v32, random_ids
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -25,7 +24,8 @@ from fulmen.modeling.checkpoint import (
     require_savable,
     save_converted,
 )
-from fulmen.modeling.gguf_weights import read_sound_gguf
+from fulmen.modeling.gguf.weights import read_sound_gguf
+from tests.modeling.gqa.tiny_gqa import CONFIGS, FAMILIES, VOCAB, make_dense, make_dsa, make_v32, random_ids
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
 CARD = "# A tiny model\n"

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny_gqa import make_dense, make_dsa, random_ids
 from torch._dynamo.utils import counters
 
 from fulmen import set_topk
-from fulmen.modeling.model import set_topk_shares
+from fulmen.modeling.gqa.model import set_topk_shares
 from fulmen.modeling.selectors import DenseSelector, use_selector
+from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa, random_ids
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 TOPK = 6

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from tiny_gqa import SHAPE, make_dense, make_dsa, random_ids
-from tiny_mla import make_mla, mla_ids
 from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
@@ -17,7 +15,6 @@ from transformers import (
 
 from fulmen.config import DsaConfig
 from fulmen.errors import AlreadyConvertedError, ConfigError, UnsupportedModelError
-from fulmen.modeling.cache import DsaCache
 from fulmen.modeling.cost import (
     PREFILL_BLOCK,
     cost_rows,
@@ -28,9 +25,12 @@ from fulmen.modeling.cost import (
     token_bytes,
 )
 from fulmen.modeling.families import family_for_type
+from fulmen.modeling.gqa.cache import DsaCache
 from fulmen.modeling.index_shape import default_dsa, dsa_of
-from fulmen.modeling.mla_attention import fulmen_attention
-from fulmen.modeling.mla_cache import MlaCache
+from fulmen.modeling.mla.attention import fulmen_attention
+from fulmen.modeling.mla.cache import MlaCache
+from tests.modeling.gqa.tiny_gqa import SHAPE, make_dense, make_dsa, random_ids
+from tests.modeling.mla.tiny_mla import make_mla, mla_ids
 
 SMOLLM2 = {
     "vocab_size": 49152,

@@ -5,13 +5,9 @@ The specification of the operations reads for each query exactly its keys, as th
 
 import pytest
 import torch
-from tiny_gqa import make_dense, make_dsa, random_ids
-from tiny_mla import make_mla, mla_ids
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DeepseekV32Config, GlmMoeDsaConfig, LlamaConfig, Qwen3Config
 
-from fulmen.modeling import attention, mla_attention
-from fulmen.modeling.cache import DsaCache
 from fulmen.modeling.cost import (
     decode_cost,
     head_weights,
@@ -20,10 +16,15 @@ from fulmen.modeling.cost import (
     prefill_cost,
     token_bytes,
 )
+from fulmen.modeling.gqa import attention as gqa_attention
+from fulmen.modeling.gqa.cache import DsaCache
 from fulmen.modeling.index_shape import default_dsa, dsa_of
-from fulmen.modeling.mla_attention import fulmen_attention
-from fulmen.modeling.mla_cache import MlaCache
+from fulmen.modeling.mla import attention as mla_attention
+from fulmen.modeling.mla.attention import fulmen_attention
+from fulmen.modeling.mla.cache import MlaCache
 from fulmen.ops.dispatch import pin_backend
+from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa, random_ids
+from tests.modeling.mla.tiny_mla import make_mla, mla_ids
 
 TOPK, SHORT, LONG = 8, 6, 20
 BYTES = 4
@@ -91,7 +92,7 @@ def test_decoding_with_mla(kind, length):
 def test_bytes_read_with_grouped_heads(length, monkeypatch):
     model = make_dsa(make_dense("llama"), topk=TOPK)
     cache, read = DsaCache(model.config), []
-    _note_reads(monkeypatch, attention, read)
+    _note_reads(monkeypatch, gqa_attention, read)
     flops_of_last(model, cache, random_ids(1, length))
     cost = decode_cost(model.config, dsa_of(model.config), length, BYTES)
     _compare_bytes(cost, cache, read, length)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny_gqa import make_dense, make_dsa, pair, random_ids
 from transformers import GenerationConfig
 
 from fulmen import CacheError
-from fulmen.modeling.cache import DsaCache
-from fulmen.modeling.model import PREFILL_CHUNK
+from fulmen.modeling.gqa.cache import DsaCache
+from fulmen.modeling.gqa.model import PREFILL_CHUNK
+from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa, pair, random_ids
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_gqa import VOCAB, make_dense, make_dsa, random_ids
-from tiny_mla import make_mla
-from tiny_source import edit_json, save_source
 from transformers import AutoModelForCausalLM
 
 from fulmen import CheckpointError
 from fulmen.config import DsaConfig
 from fulmen.modeling.checkpoint import load_dense, save_converted
 from fulmen.modeling.families import family_for
+from tests.modeling.gqa.tiny_gqa import VOCAB, make_dense, make_dsa, random_ids
+from tests.modeling.mla.tiny_mla import make_mla
+from tests.modeling.tiny_source import edit_json, save_source
 
 FILE = "generation_config.json"
 

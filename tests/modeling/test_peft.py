@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
-from tiny_gqa import FAMILIES, make_dense, make_dsa, random_ids
 from transformers import AutoModelForCausalLM
 
 from fulmen.modeling.families import all_families
 from fulmen.modeling.families.base import GqaFamily
+from tests.modeling.gqa.tiny_gqa import FAMILIES, make_dense, make_dsa, random_ids
 
 peft = pytest.importorskip("peft")
 

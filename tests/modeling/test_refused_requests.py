@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny_gqa import make_dense, make_dsa, make_v32, pair, random_ids
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
 
 from fulmen.errors import ConfigError
-from fulmen.modeling.mla_attention import fulmen_attention
+from fulmen.modeling.mla.attention import fulmen_attention
+from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa, make_v32, pair, random_ids
 
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flex_attention", "paged|eager", {"": "sdpa"})
 NO_WEIGHTS = "output_attentions=True cannot be given.*leave it out"

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from tiny_gqa import make_dense, make_dsa, random_ids
 from transformers import GenerationConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from fulmen.modeling import model as model_module
+from fulmen.modeling.gqa import model as model_module
 from fulmen.modeling.rope_tables import are_rotated_alike, restored_rope, rope_angles, rope_for_length
+from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa, random_ids
 
 ORIGINAL, ROOMY, NEW = 32, 256, 5
 # Shorter, longer, with an answer that goes across, and as long as it was made for.

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from tiny_gqa import make_dense, make_dsa, random_ids
 
 from fulmen import ConfigError
-from fulmen.modeling.attention import project_normed_heads
-from fulmen.modeling.cache import DsaCache
+from fulmen.modeling.gqa.attention import project_normed_heads
+from fulmen.modeling.gqa.cache import DsaCache
 from fulmen.modeling.selectors import DenseSelector, IndexerSelector, Selector, dsa_attentions, use_selector
-from fulmen.ops.index_keys import SCALE_BYTES, pack_index_keys
-from fulmen.ops.index_scores import index_scores
-from fulmen.ops.rope import apply_rope
+from fulmen.ops.common.index_keys import SCALE_BYTES, pack_index_keys
+from fulmen.ops.common.rope import apply_rope
+from fulmen.ops.scores import index_scores
+from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa, random_ids
 
 TOPK, LENGTH = 6, 15
 

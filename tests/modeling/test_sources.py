@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_gqa import VOCAB
-from tiny_source import WEIGHTS, edit_json, make_tokenizer, save_source
 
 from fulmen import CheckpointError, UnsupportedModelError
 from fulmen.errors import FulmenError
 from fulmen.modeling.checkpoint import find_source, load_dense, load_directory
+from tests.modeling.gqa.tiny_gqa import VOCAB
+from tests.modeling.tiny_source import WEIGHTS, edit_json, make_tokenizer, save_source
 
 INDEX = "model.safetensors.index.json"
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny_gqa import FAMILIES, make_dense, make_dsa, random_ids
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 
 from fulmen import ConfigError
 from fulmen.modeling.selectors import Selector, use_selector
+from tests.modeling.gqa.tiny_gqa import FAMILIES, make_dense, make_dsa, random_ids
 
 LENGTH, TIGHT, ROOMY = 20, 6, 64
 

@@ -7,9 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_gqa import make_dense, make_dsa, random_ids
-from tiny_mla import make_mla
-from tiny_source import (
+from transformers import AutoModelForCausalLM
+
+from fulmen import CheckpointError
+from fulmen.config import DsaConfig
+from fulmen.modeling.checkpoint import dense_view, load_dense, load_directory, save_converted
+from fulmen.modeling.families import family_for
+from fulmen.modeling.gqa.model import set_topk
+from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa, random_ids
+from tests.modeling.mla.tiny_mla import make_mla
+from tests.modeling.tiny_source import (
     EMBEDDING,
     HEAD,
     WEIGHTS,
@@ -19,13 +26,6 @@ from tiny_source import (
     own_head,
     save_source,
 )
-from transformers import AutoModelForCausalLM
-
-from fulmen import CheckpointError
-from fulmen.config import DsaConfig
-from fulmen.modeling.checkpoint import dense_view, load_dense, load_directory, save_converted
-from fulmen.modeling.families import family_for
-from fulmen.modeling.model import set_topk
 
 
 @pytest.fixture(scope="module")

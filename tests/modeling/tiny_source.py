@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_gqa import VOCAB, make_dense
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from tests.modeling.gqa.tiny_gqa import VOCAB, make_dense
 
 WEIGHTS = "model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -11,9 +11,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fulmen.ops.index_scores.triton import index_scores_triton
-from fulmen.ops.select_topk.triton import index_topk_triton
-from fulmen.ops.sparse_attention.triton import sparse_attention_triton
+from fulmen.ops.attention.sparse.triton import sparse_attention_triton
+from fulmen.ops.scores.triton import index_scores_triton
+from fulmen.ops.topk.triton import index_topk_triton
 
 # H, G, D, V and J, I, E. "small" takes every branch of every kernel, and the least time to compile.
 SHAPES = {

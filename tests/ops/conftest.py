@@ -1,9 +1,9 @@
 """The backends that the tests of a kind compare with the reference."""
 
 import pytest
-from native_levels import EACH_LEVEL, native_level
 
 from fulmen.ops.dispatch import BACKEND_VARIABLE, pin_backend
+from tests.ops.native_levels import EACH_LEVEL, native_level
 
 
 @pytest.fixture(scope="module", params=["cpu", *EACH_LEVEL])

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import pytest
 
 from fulmen.errors import BackendError
-from fulmen.ops import native_library
-from fulmen.ops.native_library import NATIVE_LEVEL_VARIABLE, NATIVE_LEVELS, native_reason
+from fulmen.ops.cpp import library
+from fulmen.ops.cpp.library import NATIVE_LEVEL_VARIABLE, NATIVE_LEVELS, native_reason
 
 EACH_LEVEL = [f"native-{level}" for level in NATIVE_LEVELS]
 
@@ -33,5 +33,5 @@ def _skip_where_it_cannot_run() -> None:
 
 
 def _forget_library() -> None:
-    native_library._open_native.cache_clear()
-    native_library._of_numbers.cache_clear()
+    library._open_native.cache_clear()
+    library._of_numbers.cache_clear()

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fulmen.ops.dense_attention import dense_attention
-from fulmen.ops.index_scores import index_scores
-from fulmen.ops.indexer_loss import indexer_loss, indexer_loss_selected
-from fulmen.ops.select_topk import index_topk, select_topk
-from fulmen.ops.selection_loss import selection_loss
-from fulmen.ops.sparse_attention import sparse_attention
+from fulmen.ops.attention.dense import dense_attention
+from fulmen.ops.attention.sparse import sparse_attention
+from fulmen.ops.losses.indexer import indexer_loss, indexer_loss_selected
+from fulmen.ops.losses.selection import selection_loss
+from fulmen.ops.scores import index_scores
+from fulmen.ops.topk import index_topk, select_topk
 
 # Largest allowed difference, relative and absolute, by the dtype of the inputs. For bfloat16 the results
 # themselves are rounded to 8 bits.

@@ -6,7 +6,7 @@ import torch
 from fulmen.errors import BackendError
 from fulmen.ops import dispatch
 from fulmen.ops.dispatch import pin_backend, resolve
-from fulmen.ops.select_topk import select_topk
+from fulmen.ops.topk import select_topk
 
 CPU = torch.device("cpu")
 NOT_BUILT = "its library was not built; install fulmen where there is a C++ compiler"

@@ -4,14 +4,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from native_levels import EACH_LEVEL, native_level
-from ops_cases import causal, normal, op_inputs, random_selection
 
-from fulmen.ops.dense_attention import dense_attention
+from fulmen.ops.attention.dense import dense_attention
+from fulmen.ops.attention.sparse import sparse_attention
 from fulmen.ops.dispatch import BACKENDS, KERNEL_OPERATIONS, pin_backend, reason_against_backend
-from fulmen.ops.index_scores import index_scores
-from fulmen.ops.select_topk import index_topk, select_topk
-from fulmen.ops.sparse_attention import sparse_attention
+from fulmen.ops.scores import index_scores
+from fulmen.ops.topk import index_topk, select_topk
+from tests.ops.native_levels import EACH_LEVEL, native_level
+from tests.ops.ops_cases import causal, normal, op_inputs, random_selection
 
 LEAST, MOST = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
 EMPTY = [{"B": 0}, {"T": 0}, {"S": 0}, {"B": 0, "T": 0}, {"B": 0, "S": 0}, {"T": 0, "S": 0}, {"K": 0}]

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from ops_cases import op_inputs
 
 from fulmen.errors import BackendError, ConfigError
-from fulmen.ops.dense_attention import dense_attention
-from fulmen.ops.index_scores import index_scores
-from fulmen.ops.indexer_loss import indexer_loss, indexer_loss_selected
-from fulmen.ops.select_topk import index_topk, select_topk
-from fulmen.ops.selection_loss import selection_loss
-from fulmen.ops.sparse_attention import sparse_attention
+from fulmen.ops.attention.dense import dense_attention
+from fulmen.ops.attention.sparse import sparse_attention
+from fulmen.ops.losses.indexer import indexer_loss, indexer_loss_selected
+from fulmen.ops.losses.selection import selection_loss
+from fulmen.ops.scores import index_scores
+from fulmen.ops.topk import index_topk, select_topk
+from tests.ops.ops_cases import op_inputs
 
 B, T, S, H, G, D, J, E, K = 2, 3, 5, 4, 2, 4, 4, 6, 2
 INDEX_KEYS = 2

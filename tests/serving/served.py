@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fulmen
 from fulmen.modeling.checkpoint import find_source, load_tokenizer
-from fulmen.serving.accounts import Accounts
-from fulmen.serving.books import open_books
+from fulmen.serving.billing.accounts import Accounts
+from fulmen.serving.billing.store import open_books
 
 ALICE, BOB, EVE = (f"sk-{name}-0123456789abcdef" for name in ("alice", "bob", "eve"))
 # SmolLM2's tokens, and room for those to fill in the middle, which it lacks.

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from fulmen.cli.main import app
 from fulmen.errors import AccountError
-from fulmen.serving.books import open_books, running
-from fulmen.serving.ledger import Reading
-from fulmen.serving.prices import Tokens
+from fulmen.serving.billing.ledger import Reading
+from fulmen.serving.billing.prices import Tokens
+from fulmen.serving.billing.store import open_books, running
 
 PLAIN = "a-key-of-the-environment-0123456789"
 

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fulmen.cli.progress import STARTING, stage
 from fulmen.config import require_positive_int
 from fulmen.errors import ConfigError, CorpusError
+from fulmen.pipeline.reporter import STARTING, stage
 
 if TYPE_CHECKING:
-    from fulmen.cli.chat_session import Turn
+    from fulmen.pipeline.chat import Turn
 
 # Asks the model one question, prints the answer, and returns a line about it.
 Ask = Callable[[str], str]
@@ -77,14 +77,14 @@ def chat_command(
 
 def _model(model_dir: Path | None, topk: int | None, document: str, max_new_tokens: int) -> Ask:
     with stage(STARTING):
-        from fulmen.cli.chat_session import ChatSession
+        from fulmen.pipeline.chat import ChatSession
     assert model_dir is not None
     session = ChatSession(model_dir, topk, document)
     return lambda question: _summary(session.ask(question, max_new_tokens, _print))
 
 
 def _server(url: str, document: str, max_new_tokens: int) -> Ask:
-    from fulmen.cli.chat_remote import RemoteChat, summary
+    from fulmen.pipeline.chat_remote import RemoteChat, summary
 
     chat = RemoteChat(url, document)
     return lambda question: summary(chat.ask(question, max_new_tokens, _print))

@@ -1,12 +1,12 @@
-"""`fulmen convert`: options only; the work is in `fulmen.cli.pipeline`."""
+"""`fulmen convert`: options only; the work is in `fulmen.pipeline.convert`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fulmen.cli.progress import STARTING, stage
-from fulmen.cli.settings import (
+from fulmen.pipeline.reporter import STARTING, stage
+from fulmen.pipeline.settings import (
     DEFAULT_BUDGET,
     DEFAULT_SPARSE_BUDGET,
     DEFAULT_STAGES,
@@ -137,6 +137,6 @@ def convert_command(
         window=window,
     )
     with stage(STARTING):
-        from fulmen.cli.pipeline import convert
+        from fulmen.pipeline.convert import convert
 
     convert(settings)

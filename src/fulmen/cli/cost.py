@@ -8,13 +8,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fulmen.cli.cost_settings import DEFAULT_BATCH, DEFAULT_POSITIONS, DEFAULT_PRICE, CostSettings
-from fulmen.cli.progress import STARTING, stage
 from fulmen.errors import unwritable
+from fulmen.pipeline.cost_settings import DEFAULT_BATCH, DEFAULT_POSITIONS, DEFAULT_PRICE, CostSettings
+from fulmen.pipeline.reporter import STARTING, stage
 
 if TYPE_CHECKING:
-    from fulmen.evaluation.price import ModelShape, Pair, PriceRow, Pricing
-    from fulmen.evaluation.speed import Speed
+    from fulmen.evaluation.price.prices import ModelShape, Pair, PriceRow, Pricing
+    from fulmen.evaluation.price.speed import Speed
 
 # The table begins here.
 FIRST_SHOWN = 1024
@@ -98,8 +98,7 @@ def price_model(settings: CostSettings) -> dict[str, Any]:
     Raises what its parts raise.
     """
     with stage(STARTING):
-        from fulmen.cli.description import read_shape
-        from fulmen.evaluation.price import (
+        from fulmen.evaluation.price.prices import (
             KINDS,
             Machine,
             Measured,
@@ -108,6 +107,7 @@ def price_model(settings: CostSettings) -> dict[str, Any]:
             Terms,
             curve_positions,
         )
+        from fulmen.pipeline.describe import read_shape
     _, _, shape = read_shape(settings.source)
     speed = _measured(settings, shape) if settings.measure else None
     machine = speed.machine if speed else Machine(*settings.given_speed())
@@ -125,7 +125,7 @@ def price_model(settings: CostSettings) -> dict[str, Any]:
 
 
 def _measured(settings: CostSettings, shape: "ModelShape") -> "Speed":
-    from fulmen.evaluation.speed import measure_speed, measured_positions
+    from fulmen.evaluation.price.speed import measure_speed, measured_positions
 
     positions = measured_positions(shape.dsa.topk, settings.length)
     try:
@@ -138,8 +138,8 @@ def _measured(settings: CostSettings, shape: "ModelShape") -> "Speed":
 
 
 def _report(run: PriceRun) -> dict[str, Any]:
-    from fulmen.evaluation.price_plot import price_dict
-    from fulmen.evaluation.report import about_run
+    from fulmen.evaluation.parity.report import about_run
+    from fulmen.evaluation.price.plot import price_dict
 
     shape = run.pricing.shape
     return {
@@ -156,8 +156,8 @@ def _report(run: PriceRun) -> dict[str, Any]:
 
 
 def _write(run: PriceRun, report: dict[str, Any]) -> list[Path]:
-    from fulmen.evaluation.price_plot import png_bytes, price_csv, price_plot
-    from fulmen.evaluation.report import write_json, write_whole
+    from fulmen.evaluation.parity.report import write_json, write_whole
+    from fulmen.evaluation.price.plot import png_bytes, price_csv, price_plot
 
     plot = price_plot(run.rows, run.crossovers, run.speed.last_position if run.speed else None)
     folder = run.settings.folder

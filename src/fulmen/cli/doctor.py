@@ -96,8 +96,8 @@ def _choice(device: str, operation: str, dtype: Any) -> Choice:
 def _facts() -> dict[str, str]:
     import torch
 
-    from fulmen.evaluation.report import processor_name
-    from fulmen.ops.native_library import native_reason, native_simd
+    from fulmen.evaluation.parity.report import processor_name
+    from fulmen.ops.cpp.library import native_reason, native_simd
 
     reason = native_reason()
     facts = {name: _version(name) for name in ("python", *LIBRARIES)}

@@ -1,13 +1,13 @@
-"""`fulmen eval`: options only; the work is in `fulmen.cli.evaluation_run`."""
+"""`fulmen eval`: options only; the work is in `fulmen.pipeline.evaluate`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fulmen.cli.progress import STARTING, stage
-from fulmen.cli.settings import EvalSettings
-from fulmen.cli.suite_settings import (
+from fulmen.pipeline.reporter import STARTING, stage
+from fulmen.pipeline.settings import EvalSettings
+from fulmen.pipeline.suite_settings import (
     DEFAULT_SAMPLES,
     PARITY,
     SUITE_NAMES,
@@ -178,7 +178,7 @@ def evaluate_command(
     )
     if chosen.suites == (PARITY,):
         with stage(STARTING):
-            from fulmen.cli.evaluation_run import evaluate
+            from fulmen.pipeline.evaluate import evaluate
         evaluate(settings)
         return
     _run_suites(chosen, settings)
@@ -186,8 +186,8 @@ def evaluate_command(
 
 def _run_suites(chosen: SuiteSettings, settings: EvalSettings) -> None:
     with stage(STARTING):
-        from fulmen.cli.evaluation_run import evaluate
-        from fulmen.cli.suite_run import evaluate_suites, suites_of
+        from fulmen.pipeline.evaluate import evaluate
+        from fulmen.pipeline.suites import evaluate_suites, suites_of
     names = suites_of(chosen)
     if PARITY in names:
         evaluate(settings)

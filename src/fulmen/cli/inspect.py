@@ -7,12 +7,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fulmen.cli.progress import stage
 from fulmen.config import DsaConfig
+from fulmen.pipeline.reporter import stage
 
 if TYPE_CHECKING:
-    from fulmen.cli.description import ModelDescription
     from fulmen.modeling.cost import CostRow
+    from fulmen.pipeline.describe import ModelDescription
 
 
 def inspect_command(
@@ -33,7 +33,7 @@ def inspect_command(
     Example: [bold]fulmen inspect smollm2-135m[/]
     """
     with stage("Read"):
-        from fulmen.cli.description import describe
+        from fulmen.pipeline.describe import describe
 
         description = describe(source)
     if as_json:
@@ -60,7 +60,7 @@ def _print_description(model: "ModelDescription", console: Console) -> None:
 
 
 def _facts(model: "ModelDescription") -> list[tuple[str, str]]:
-    from fulmen.cli.description import layer_ranges
+    from fulmen.pipeline.describe import layer_ranges
 
     dsa, verb = model.dsa, "has" if model.converted else "would get"
     state = "converted: it has DSA already" if model.converted else "dense: fulmen convert can give it DSA"

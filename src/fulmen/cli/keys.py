@@ -11,8 +11,8 @@ from fulmen.cli.books import DEFAULT_STATE, LedgerUrl, State, books_at
 from fulmen.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fulmen.serving.books import Books
-    from fulmen.serving.key_file import KeyRecord
+    from fulmen.serving.billing.key_file import KeyRecord
+    from fulmen.serving.billing.store import Books
 
 keys_app = typer.Typer(
     no_args_is_help=True,
@@ -105,7 +105,7 @@ def topup_command(
 
 def parse_amount(text: str) -> Decimal:
     """An amount of at least 0. Raises ConfigError."""
-    from fulmen.serving.prices import to_units
+    from fulmen.serving.billing.prices import to_units
 
     try:
         amount = Decimal(text)
@@ -116,7 +116,7 @@ def parse_amount(text: str) -> Decimal:
 
 
 def _balance(books: "Books", name: str) -> str:
-    from fulmen.serving.prices import money_text
+    from fulmen.serving.billing.prices import money_text
 
     balance = books.ledger.balance(name)
     return "no limit" if balance is None else f"{money_text(balance)} {books.prices.currency}"

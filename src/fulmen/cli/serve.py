@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fulmen.cli.books import DEFAULT_STATE, LedgerUrl, State, books_at, missing_extra
-from fulmen.cli.progress import STARTING, stage
+from fulmen.pipeline.reporter import STARTING, stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from fulmen.serving.books import Books
-    from fulmen.serving.engine_settings import EngineSettings
+    from fulmen.serving.billing.store import Books
+    from fulmen.serving.engine.settings import EngineSettings
 
 EXTRA_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": False}
 
@@ -37,12 +37,12 @@ def serve_command(
     Example: [bold]fulmen serve out/smollm2-dsa[/]
     """
     with stage(STARTING):
-        from fulmen.cli.model_config import read_config
+        from fulmen.pipeline.model_config import read_config
 
         found, config = read_config(model_dir)
         try:
-            from fulmen.serving.engine_settings import EngineSettings, require_vllm
-            from fulmen.serving.served_model import served_model
+            from fulmen.serving.engine.served_model import served_model
+            from fulmen.serving.engine.settings import EngineSettings, require_vllm
             from fulmen.serving.server import serve
         except ModuleNotFoundError as error:
             raise missing_extra(error) from error

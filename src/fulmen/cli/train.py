@@ -1,13 +1,13 @@
-"""`fulmen train`: options only; the work is in `fulmen.cli.sparse_stage`."""
+"""`fulmen train`: options only; the work is in `fulmen.pipeline.train`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fulmen.cli.progress import STARTING, stage
-from fulmen.cli.settings import DEFAULT_SPARSE_BUDGET, parse_duration
-from fulmen.cli.train_settings import TrainSettings
+from fulmen.pipeline.reporter import STARTING, stage
+from fulmen.pipeline.settings import DEFAULT_SPARSE_BUDGET, parse_duration
+from fulmen.pipeline.train_settings import TrainSettings
 
 
 def train_command(
@@ -159,6 +159,6 @@ def train_command(
         options=options,
     )
     with stage(STARTING):
-        from fulmen.cli.sparse_stage import train
+        from fulmen.pipeline.train import train
 
     train(settings)

@@ -11,7 +11,7 @@ from rich.table import Table
 from fulmen.cli.books import DEFAULT_STATE, LedgerUrl, State, books_at
 
 if TYPE_CHECKING:
-    from fulmen.serving.usage_export import Total
+    from fulmen.serving.billing.usage_export import Total
 
 FORMATS = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"]
 
@@ -38,7 +38,7 @@ def usage_command(
     Example: [bold]fulmen usage --key alice --since 2026-11-01 --csv > alice.csv[/]
     """
     books = books_at(state, ledger)
-    from fulmen.serving.usage_export import totals, write_csv
+    from fulmen.serving.billing.usage_export import totals, write_csv
 
     rows = books.ledger.rows(key, _utc(since), _utc(until))
     if as_csv:
@@ -52,7 +52,7 @@ def _utc(moment: datetime | None) -> datetime | None:
 
 
 def _print_totals(by_account: "dict[str, Total]", currency: str) -> None:
-    from fulmen.serving.prices import money_text
+    from fulmen.serving.billing.prices import money_text
 
     table = Table("account", box=None)
     for name in ("requests", "prompt, hit", "prompt, miss", "output", currency, "read by DSA", "GB saved"):

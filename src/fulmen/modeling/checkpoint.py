@@ -24,9 +24,9 @@ from fulmen.modeling.config_checks import PROBE, read_own_config, require_sound_
 from fulmen.modeling.families import dsa_family_for, family_for_type
 from fulmen.modeling.families.base import GqaFamily, plain_config
 from fulmen.modeling.generation_settings import mend_generation_config, read_generation_config
-from fulmen.modeling.gguf_file import first_part, read_gguf
-from fulmen.modeling.gguf_tokenizer import gguf_tokenizer
-from fulmen.modeling.gguf_weights import load_gguf
+from fulmen.modeling.gguf.file import first_part, read_gguf
+from fulmen.modeling.gguf.tokenizer import gguf_tokenizer
+from fulmen.modeling.gguf.weights import load_gguf
 from fulmen.modeling.weight_files import (
     follow_umask,
     not_readable,

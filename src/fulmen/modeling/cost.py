@@ -31,9 +31,9 @@ from typing import NamedTuple
 from transformers import PreTrainedConfig
 
 from fulmen.config import DsaConfig, require_positive_int
-from fulmen.modeling.cache import CacheBytes
-from fulmen.modeling.indexer import model_head_width
-from fulmen.ops.index_keys import SCALE_BYTES
+from fulmen.modeling.gqa.cache import CacheBytes
+from fulmen.modeling.gqa.indexer import model_head_width
+from fulmen.ops.common.index_keys import SCALE_BYTES
 
 PREFILL_BLOCK = 128
 

@@ -2,7 +2,7 @@
 
 Index keys are read for every visible token, so they bound what DSA can save; by default they take a fifth of
 the keys and values at most. One index key head per key/value head and one index head per attention head let
-the indexer start from the model's own heads (`fulmen.modeling.inherit`).
+the indexer start from the model's own heads (`fulmen.modeling.gqa.inherit`).
 """
 
 import sys
@@ -13,7 +13,7 @@ from fulmen.config import DsaConfig
 from fulmen.errors import ConfigError
 from fulmen.modeling.cost import attention_shape, is_mla
 from fulmen.modeling.families import dsa_family_for, full_attention_layers
-from fulmen.ops.index_keys import SCALE_BYTES
+from fulmen.ops.common.index_keys import SCALE_BYTES
 
 MAX_INDEX_KEY_SHARE = 0.2
 # V3.2's own k at 64K and more; below that one token in 32, and never so few that the local text fills it.

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from fulmen.errors import ConfigError
-from fulmen.ops.select_topk import index_topk
+from fulmen.ops.topk import index_topk
 
 
 @dataclass(frozen=True)
 class SelectionInputs:
     """All that one layer knows when it selects: T queries over S keys, cached ones included.
 
-    Index tensors are as in `fulmen.ops.index_scores`, keys packed unless they have a gradient; q, k, v are
+    Index tensors are as in `fulmen.ops.scores`, keys packed unless they have a gradient; q, k, v are
     the attention's own, after RoPE.
     """
 

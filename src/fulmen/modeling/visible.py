@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fulmen.errors import ConfigError
-from fulmen.ops.opaque import opaque
+from fulmen.ops.common.opaque import opaque
 
 
 class Visible(NamedTuple):

@@ -14,7 +14,7 @@ from functools import cache
 import torch
 
 from fulmen.errors import BackendError
-from fulmen.ops.native_library import native_reason
+from fulmen.ops.cpp.library import native_reason
 from fulmen.ops.triton_library import triton_reason
 
 BACKENDS = ("reference", "cpu", "native", "triton")

@@ -20,9 +20,9 @@ INTERPRET_VARIABLE = "TRITON_INTERPRET"
 LEAST_CAPABILITY = (8, 0)
 
 
-def triton_kernels(operation: str) -> Any:
-    """The module `fulmen/ops/<operation>/triton.py`."""
-    return import_module(f"fulmen.ops.{operation}.triton")
+def triton_kernels(room: str) -> Any:
+    """The module `fulmen.ops.<room>.triton`."""
+    return import_module(f"fulmen.ops.{room}.triton")
 
 
 def triton_reason(device: torch.device | str) -> str | None:

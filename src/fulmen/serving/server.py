@@ -13,9 +13,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from fulmen.errors import ConfigError
-from fulmen.serving.books import Books, running
-from fulmen.serving.engine import Engine
-from fulmen.serving.engine_settings import EngineSettings
+from fulmen.serving.billing.store import Books, running
+from fulmen.serving.engine.process import Engine
+from fulmen.serving.engine.settings import EngineSettings
 from fulmen.serving.gateway.app import Gateway, create_app
 from fulmen.serving.gateway.connection import Connection, allow_files
 

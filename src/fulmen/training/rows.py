@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fulmen.corpus import Window
+from fulmen.data import Window
 
 # What torch's and Transformers' losses leave out.
 NO_LABEL = -100

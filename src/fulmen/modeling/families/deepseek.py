@@ -7,7 +7,7 @@ from transformers import DeepseekV32ForCausalLM, PreTrainedConfig, PreTrainedMod
 from fulmen.config import DsaConfig
 from fulmen.errors import ConfigError
 from fulmen.modeling.families.base import Family, all_layers
-from fulmen.modeling.mla_convert import MLA_DSA_TYPES, MLA_SOURCE_TYPES, convert_mla, require_mla_config
+from fulmen.modeling.mla.convert import MLA_DSA_TYPES, MLA_SOURCE_TYPES, convert_mla, require_mla_config
 
 
 @dataclass(frozen=True)

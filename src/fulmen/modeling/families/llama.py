@@ -3,9 +3,9 @@
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from fulmen.modeling.attention import DsaAttentionMixin, project_heads
 from fulmen.modeling.families.base import GqaFamily, all_layers
-from fulmen.modeling.model import DsaGenerationMixin, DsaModelMixin
+from fulmen.modeling.gqa.attention import DsaAttentionMixin, project_heads
+from fulmen.modeling.gqa.model import DsaGenerationMixin, DsaModelMixin
 
 
 class LlamaDsaConfig(LlamaConfig):

@@ -3,9 +3,9 @@
 from transformers import MistralConfig, MistralForCausalLM, MistralModel
 from transformers.models.mistral.modeling_mistral import MistralAttention
 
-from fulmen.modeling.attention import DsaAttentionMixin, project_heads
 from fulmen.modeling.families.base import GqaFamily, layers_unless_sliding
-from fulmen.modeling.model import DsaGenerationMixin, DsaModelMixin
+from fulmen.modeling.gqa.attention import DsaAttentionMixin, project_heads
+from fulmen.modeling.gqa.model import DsaGenerationMixin, DsaModelMixin
 
 
 class MistralDsaConfig(MistralConfig):

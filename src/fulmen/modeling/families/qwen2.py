@@ -3,9 +3,9 @@
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
-from fulmen.modeling.attention import DsaAttentionMixin, project_heads
 from fulmen.modeling.families.base import GqaFamily, layers_by_type
-from fulmen.modeling.model import DsaGenerationMixin, DsaModelMixin
+from fulmen.modeling.gqa.attention import DsaAttentionMixin, project_heads
+from fulmen.modeling.gqa.model import DsaGenerationMixin, DsaModelMixin
 
 
 class Qwen2DsaConfig(Qwen2Config):

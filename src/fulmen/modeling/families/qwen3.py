@@ -3,9 +3,9 @@
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from fulmen.modeling.attention import DsaAttentionMixin, project_normed_heads
 from fulmen.modeling.families.base import GqaFamily, layers_by_type
-from fulmen.modeling.model import DsaGenerationMixin, DsaModelMixin
+from fulmen.modeling.gqa.attention import DsaAttentionMixin, project_normed_heads
+from fulmen.modeling.gqa.model import DsaGenerationMixin, DsaModelMixin
 
 
 class Qwen3DsaConfig(Qwen3Config):

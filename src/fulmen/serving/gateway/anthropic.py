@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from fulmen.serving.engine_settings import thinks
+from fulmen.serving.engine.served_model import ServedModel
+from fulmen.serving.engine.settings import thinks
 from fulmen.serving.gateway.deepseek import ALIASES
 from fulmen.serving.gateway.errors import ApiError
 from fulmen.serving.gateway.forced_calls import hold_messages
 from fulmen.serving.gateway.requests import CountTokensRequest, MessagesRequest
-from fulmen.serving.served_model import ServedModel
 
 # Clients made for Anthropic's models have such names built in, some for small tasks beside the one chosen.
 CLAUDE = "claude-"

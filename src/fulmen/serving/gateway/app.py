@@ -13,10 +13,12 @@ from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request
 from fastapi.responses import FileResponse, Response
 
 from fulmen import __version__
-from fulmen.serving.accounts import Account
-from fulmen.serving.books import Books
-from fulmen.serving.engine import Engine
-from fulmen.serving.engine_settings import call_marks
+from fulmen.serving.billing.accounts import Account
+from fulmen.serving.billing.prices import Rates, money_text, rounded_text
+from fulmen.serving.billing.store import Books
+from fulmen.serving.engine.process import Engine
+from fulmen.serving.engine.served_model import ServedModel
+from fulmen.serving.engine.settings import call_marks
 from fulmen.serving.gateway import errors
 from fulmen.serving.gateway.anthropic import count_body, messages_body, model_info, model_list, require_known
 from fulmen.serving.gateway.call_marks import CleanChat, Cleaner, CleanMessages
@@ -41,8 +43,6 @@ from fulmen.serving.gateway.responses import ResponsesRequest, chat_of, in_our_w
 from fulmen.serving.gateway.responses_dialect import ResponsesDialect
 from fulmen.serving.gateway.whole_message import WholeMessage
 from fulmen.serving.page import FILES, HEADERS
-from fulmen.serving.prices import Rates, money_text, rounded_text
-from fulmen.serving.served_model import ServedModel
 
 CHAT = "/v1/chat/completions"
 # DeepSeek's base URLs: plain, as OpenAI's clients write it, and for prefix completion and FIM.

@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from fulmen.serving.engine.served_model import ServedModel
 from fulmen.serving.gateway.errors import ApiError
 from fulmen.serving.gateway.forced_calls import hold_chat
 from fulmen.serving.gateway.requests import ChatRequest, CompletionRequest, Message
-from fulmen.serving.served_model import ServedModel
 
 # DeepSeek's two names, for the examples in its documentation: the same model, without and with thinking.
 ALIASES = {"deepseek-chat": False, "deepseek-reasoner": True}

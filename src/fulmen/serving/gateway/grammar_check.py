@@ -15,9 +15,9 @@ import sys
 from collections import OrderedDict, defaultdict
 from typing import Any
 
+from fulmen.serving.engine.served_model import ServedModel
 from fulmen.serving.gateway.errors import ApiError
 from fulmen.serving.gateway.schemas import Held
-from fulmen.serving.served_model import ServedModel
 
 # Seconds that a check may wait for its turn and take on a busy machine: beyond that nobody is to blame.
 PATIENCE_S = 60.0

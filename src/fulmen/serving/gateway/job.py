@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from fulmen.errors import FulmenError, InsufficientBalance
-from fulmen.serving.accounts import Account
+from fulmen.serving.billing.accounts import Account
+from fulmen.serving.billing.prices import Tokens
 from fulmen.serving.gateway.call_marks import Cleaner
 from fulmen.serving.gateway.dialects import Dialect, Event, events_of
 from fulmen.serving.gateway.errors import ApiError, engine_error, read_json_object
 from fulmen.serving.gateway.forced_calls import held
 from fulmen.serving.gateway.reading import reading_of
 from fulmen.serving.gateway.usage import shown_bill
-from fulmen.serving.prices import Tokens
 
 if TYPE_CHECKING:
     from fulmen.serving.gateway.app import Gateway

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fulmen.serving.accounts import Account, Accounts
+from fulmen.serving.billing.accounts import Account, Accounts
 from fulmen.serving.gateway.errors import ApiError, respond
 from fulmen.serving.gateway.origin import require_local
 

@@ -3,8 +3,8 @@
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from fulmen.serving.ledger import Reading
-from fulmen.serving.prices import Tokens
+from fulmen.serving.billing.ledger import Reading
+from fulmen.serving.billing.prices import Tokens
 
 _SHORT_S = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128)
 _LONG_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)

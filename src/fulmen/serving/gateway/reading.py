@@ -6,9 +6,9 @@ lay in the cache had their queries in an earlier request; the last generated tok
 answers to one request (`n`) are counted as if one followed the other.
 """
 
-from fulmen.serving.ledger import Reading
-from fulmen.serving.prices import Tokens
-from fulmen.serving.served_model import ServedModel
+from fulmen.serving.billing.ledger import Reading
+from fulmen.serving.billing.prices import Tokens
+from fulmen.serving.engine.served_model import ServedModel
 
 
 def reading_of(model: ServedModel, tokens: Tokens) -> Reading:

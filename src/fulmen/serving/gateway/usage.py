@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from fulmen.serving.ledger import Reading
-from fulmen.serving.prices import PriceTable, Tokens, money_text
+from fulmen.serving.billing.ledger import Reading
+from fulmen.serving.billing.prices import PriceTable, Tokens, money_text
 
 
 class UsageSeen:

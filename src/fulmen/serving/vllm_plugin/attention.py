@@ -1,4 +1,4 @@
-"""The attention of a converted layer in vLLM: `fulmen.modeling.attention` over paged caches."""
+"""The attention of a converted layer in vLLM: `fulmen.modeling.gqa.attention` over paged caches."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from fulmen.config import DsaConfig
-from fulmen.modeling.indexer import GqaIndexer
-from fulmen.ops.index_keys import SCALE_BYTES
+from fulmen.modeling.gqa.indexer import GqaIndexer
+from fulmen.ops.common.index_keys import SCALE_BYTES
 from fulmen.ops.paged import paged_attention
-from fulmen.ops.paged_decode import paged_decode
-from fulmen.ops.paged_layer import PagedLayer
-from fulmen.ops.paged_project import Projections, project_and_store
-from fulmen.ops.paged_sparse import Sequences, paged_sparse_attention
+from fulmen.ops.paged.decode import paged_decode
+from fulmen.ops.paged.layer import PagedLayer
+from fulmen.ops.paged.project import Projections, project_and_store
+from fulmen.ops.paged.sparse import Sequences, paged_sparse_attention
 from fulmen.serving.vllm_plugin.caches import IndexKeyCache, KeyValueCache
 from fulmen.serving.vllm_plugin.step import Span, Step
 from fulmen.serving.vllm_plugin.weights import IndexerWeights

@@ -97,7 +97,7 @@ class KeyValueCache(PagedCache):
 
 
 class IndexKeyCache(PagedCache):
-    """Packed index keys (`fulmen.ops.index_keys`): so many bytes a token, the same on every rank."""
+    """Packed index keys (`fulmen.ops.common.index_keys`): so many bytes a token, the same on every rank."""
 
     def __init__(self, name: str, vllm_config: VllmConfig, width: int) -> None:
         super().__init__(name, vllm_config)

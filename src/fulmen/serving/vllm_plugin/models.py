@@ -1,4 +1,4 @@
-"""vLLM's own models with the attention of their converted layers swapped, as in `fulmen.modeling.model`."""
+"""vLLM's own models with the attention of their converted layers swapped (`fulmen.modeling.gqa.model`)."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -14,7 +14,7 @@ from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 
 from fulmen.config import DsaConfig
 from fulmen.errors import ConfigError
-from fulmen.modeling.model import require_dsa
+from fulmen.modeling.gqa.model import require_dsa
 from fulmen.serving.vllm_plugin.attention import DsaAttention
 from fulmen.serving.vllm_plugin.rope import require_same_rope, scale_longrope
 from fulmen.serving.vllm_plugin.weights import HeadWatch

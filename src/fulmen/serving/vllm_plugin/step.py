@@ -14,8 +14,8 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from fulmen.ops.paged_layer import NewTokens
-from fulmen.ops.paged_sparse import Sequences
+from fulmen.ops.paged.layer import NewTokens
+from fulmen.ops.paged.sparse import Sequences
 from fulmen.serving.vllm_plugin.rope import rotary_rows
 
 # As many tokens as pass through a layer faster in one call than by matrix products of their own.

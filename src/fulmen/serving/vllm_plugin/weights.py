@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 
-from fulmen.modeling.indexer import GqaIndexer
-from fulmen.ops.paged_project import Projections
+from fulmen.modeling.gqa.indexer import GqaIndexer
+from fulmen.ops.paged.project import Projections
 
 
 class IndexerWeights:

@@ -1,0 +1,174 @@
+"""What the indexer is measured against: choices of the same k keys with perfect knowledge, or with none."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fulmen.modeling.selectors import SelectionInputs, Selector
+from fulmen.ops.common.intervals import selection_mask
+from fulmen.ops.common.mean_attention import mean_attention
+from fulmen.ops.topk import select_topk
+
+# Numbers of one block of attention probabilities (heads x rows x keys), 32 MB.
+BLOCK_PROBS = 2**23
+SINKS = 4
+MASS_STRIDE = 16
+
+
+class OracleSelector(Selector):
+    """The keys with the most attention, averaged over the heads: the target that the indexer is trained on.
+
+    The attention is that of this layer over every visible key, given what the layers below did.
+    """
+
+    def select(self, inputs: SelectionInputs, topk: int) -> Tensor:
+        n_keys = inputs.k_BSGD.shape[1]
+        chosen_BTK = _nothing_chosen(inputs, topk)
+        for b in range(len(inputs.q_BTHD)):
+            for rows in _row_blocks(inputs):
+                probs_RS = attention_of_rows(inputs, b, rows)[None]
+                start_R, stop_R = inputs.start_BT[b, rows], inputs.stop_BT[b, rows]
+                found_RK = select_topk(probs_RS, start_R[None], stop_R[None], min(topk, n_keys))[0]
+                chosen_BTK[b, rows, : found_RK.shape[-1]] = found_RK
+        return chosen_BTK
+
+
+@dataclass(frozen=True)
+class WindowSelector(Selector):
+    """The first `sinks` visible keys and the most recent ones: sparse attention without an indexer.
+
+    Source: StreamingLLM (arXiv 2309.17453). The sinks take at most half of the k keys.
+    """
+
+    sinks: int = SINKS
+
+    def select(self, inputs: SelectionInputs, topk: int) -> Tensor:
+        start_BT1, stop_BT1 = inputs.start_BT[..., None], inputs.stop_BT[..., None]
+        column_K = torch.arange(min(topk, inputs.k_BSGD.shape[1]), device=start_BT1.device)
+        skipped_BT1 = (stop_BT1 - start_BT1 - topk).clamp(min=0)
+        is_recent_K = column_K >= min(self.sinks, topk // 2)
+        keys_BTK = start_BT1 + column_K + torch.where(is_recent_K, skipped_BT1, 0)
+        return torch.where(keys_BTK < stop_BT1, keys_BTK, -1).int()
+
+
+@dataclass(frozen=True)
+class RandomSelector(Selector):
+    """Any visible keys, all equally likely: the floor.
+
+    A pure function of the seed, the layer, and the places of query and key in the row's text; so a text
+    gives the same keys whole, in chunks, token by token and padded.
+    """
+
+    seed: int = 0
+
+    def select(self, inputs: SelectionInputs, topk: int) -> Tensor:
+        n_keys = inputs.k_BSGD.shape[1]
+        chosen_BTK = _nothing_chosen(inputs, topk)
+        for b in range(len(inputs.q_BTHD)):
+            for rows in _row_blocks(inputs):
+                start_R, stop_R = inputs.start_BT[b, rows], inputs.stop_BT[b, rows]
+                key_RS = torch.arange(n_keys, device=start_R.device) - start_R[:, None]
+                query_R1 = (stop_R - start_R)[:, None]
+                luck_RS = _hashed_luck((self.seed, inputs.layer_idx), query_R1, key_RS)[None]
+                chosen_BTK[b, rows] = select_topk(luck_RS, start_R[None], stop_R[None], topk)[0]
+        return chosen_BTK
+
+
+class LayerMass(NamedTuple):
+    """Attention mass that a selection captured in one layer, and the most that k keys can; shares of 1."""
+
+    layer: int
+    captured: float
+    oracle: float
+
+
+class MassSelector(Selector):
+    """Selects as `inner` does, and adds up the attention mass that this captures, beside the oracle's.
+
+    Of every `stride`-th query row, those that see more than k keys count; the others lose nothing.
+    """
+
+    def __init__(self, inner: Selector, stride: int = MASS_STRIDE) -> None:
+        self.inner, self.stride = inner, stride
+        self._sums: dict[int, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+
+    def is_needed(self, n_keys: int, topk: int) -> bool:
+        return self.inner.is_needed(n_keys, topk)
+
+    def select(self, inputs: SelectionInputs, topk: int) -> Tensor | None:
+        chosen_BTK = self.inner.select(inputs, topk)
+        n_keys = inputs.k_BSGD.shape[1]
+        for b in range(len(inputs.q_BTHD)):
+            for rows in self._sampled_rows(inputs, b, topk):
+                probs_RS = attention_of_rows(inputs, b, rows)
+                captured_R = probs_RS.sum(-1)
+                if chosen_BTK is not None:
+                    kept_RS = selection_mask(chosen_BTK[b, rows], n_keys)[:, : probs_RS.shape[-1]]
+                    captured_R = probs_RS.mul(kept_RS).sum(-1)
+                oracle_R = probs_RS.topk(min(topk, probs_RS.shape[-1])).values.sum(-1)
+                self._add(inputs.layer_idx, captured_R, oracle_R)
+        return chosen_BTK
+
+    def result(self) -> list[LayerMass]:
+        """The means so far, in layer order; empty if no query had to leave a key out."""
+        return [LayerMass(layer, *(x / n for x in sums)) for layer, (n, *sums) in sorted(self._sums.items())]
+
+    def _sampled_rows(self, inputs: SelectionInputs, b: int, topk: int) -> Iterator[Tensor]:
+        chooses_T = inputs.stop_BT[b] - inputs.start_BT[b] > topk
+        chooses_T &= torch.arange(len(chooses_T), device=chooses_T.device) % self.stride == 0
+        rows_R = chooses_T.nonzero().squeeze(1)
+        return iter(rows_R.split(_rows_of_a_block(inputs)) if len(rows_R) else ())
+
+    def _add(self, layer: int, captured_R: Tensor, oracle_R: Tensor) -> None:
+        found = (float(len(captured_R)), captured_R.sum().item(), oracle_R.sum().item())
+        self._sums[layer] = [old + new for old, new in zip(self._sums[layer], found, strict=True)]
+
+
+def attention_of_rows(inputs: SelectionInputs, b: int, rows: slice | Tensor) -> Tensor:
+    """probs_RS, `mean_attention` of some rows of one text; S ends with the last key that any of them sees."""
+    start_R, stop_R = inputs.start_BT[b, rows], inputs.stop_BT[b, rows]
+    last = max(int(stop_R.max()), 1)
+    return mean_attention(inputs.q_BTHD[b, rows], inputs.k_BSGD[b, :last], start_R, stop_R, inputs.scale)
+
+
+def _nothing_chosen(inputs: SelectionInputs, topk: int) -> Tensor:
+    shape = (*inputs.q_BTHD.shape[:2], min(topk, inputs.k_BSGD.shape[1]))
+    return torch.full(shape, -1, dtype=torch.int32, device=inputs.q_BTHD.device)
+
+
+def _row_blocks(inputs: SelectionInputs) -> Iterator[slice]:
+    n_rows = _rows_of_a_block(inputs)
+    return (slice(low, low + n_rows) for low in range(0, inputs.q_BTHD.shape[1], n_rows))
+
+
+def _rows_of_a_block(inputs: SelectionInputs) -> int:
+    return max(BLOCK_PROBS // (inputs.q_BTHD.shape[2] * inputs.k_BSGD.shape[1]), 1)
+
+
+def _hashed_luck(seeds: tuple[int, int], query_R1: Tensor, key_RS: Tensor) -> Tensor:
+    """Numbers in 0 .. 2**24 - 1, exact in float32, that depend on all of the arguments and look random."""
+    mixed = torch.zeros_like(query_R1)
+    for value in (*seeds, query_R1, key_RS):
+        mixed = _mix_bits(mixed + value)
+    return (mixed >> 40 & 0xFFFFFF).float()
+
+
+def _mix_bits(x: Tensor) -> Tensor:
+    """Spread every bit over all 64 (the finaliser of SplitMix64, Steele et al., OOPSLA 2014)."""
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shifted_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted_right(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shifted_right(x, 31)
+
+
+def _shifted_right(x: Tensor, bits: int) -> Tensor:
+    """Zeros come in from the left, which torch's shift of signed numbers does not do."""
+    return x >> bits & (1 << 64 - bits) - 1
+
+
+def _signed(constant: int) -> int:
+    return constant - (1 << 64) if constant >= 1 << 63 else constant

@@ -1,0 +1,152 @@
+"""One converted model under different selections of the same k keys: all other weights are shared."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fulmen.data import Window
+from fulmen.errors import ConfigError
+from fulmen.evaluation.parity.controls import MassSelector, OracleSelector, RandomSelector, WindowSelector
+from fulmen.modeling.gqa.model import set_topk
+from fulmen.modeling.rope_tables import restored_rope
+from fulmen.modeling.selectors import DenseSelector, IndexerSelector, Selector, use_selector
+
+VARIANTS: dict[str, Selector] = {
+    "dense": DenseSelector(),
+    "oracle": OracleSelector(),
+    "dsa": IndexerSelector(),
+    "inherited": IndexerSelector(),
+    "window": WindowSelector(),
+    "random": RandomSelector(),
+}
+MASS_VARIANTS = ("dsa", "inherited", "window")
+
+
+class Text(NamedTuple):
+    """One text to read. ids_T: int64; position_T: places within its documents, None if it is a single one."""
+
+    ids_T: Tensor
+    position_T: Tensor | None
+
+    @classmethod
+    def of(cls, window: Window, length: int | None = None) -> "Text":
+        """The first `length` tokens of a window."""
+        place_T = torch.arange(len(window.input_ids))
+        if len(window.starts) == 1:
+            return cls(window.input_ids[:length], None)
+        starts_N = torch.tensor(window.starts)
+        document_T = torch.searchsorted(starts_N, place_T, right=True) - 1
+        return cls(window.input_ids[:length], (place_T - starts_N[document_T])[:length])
+
+
+@dataclass
+class Bench:
+    """A converted model that runs as any variant, counts its tokens and records attention mass.
+
+    Attributes:
+        model: GQA DSA, or a stock DSA model under `fulmen_attention`.
+        inherited: the indexers' tensors as they were before training; None: no such variant.
+        on_tokens: called after each forward with the tokens and the name of what was read.
+        masses: per variant that is asked to, the attention mass captured so far.
+    """
+
+    model: PreTrainedModel
+    inherited: Mapping[str, Tensor] | None
+    on_tokens: Callable[[int, str], None] = lambda tokens, what: None
+    masses: dict[str, MassSelector] = field(default_factory=dict)
+
+    @property
+    def variants(self) -> list[str]:
+        """Names of the variants that this model has, "dense" first."""
+        return [name for name in VARIANTS if name != "inherited" or self.inherited is not None]
+
+    @contextmanager
+    def running(self, variant: str, topk: int, tokens: int, what: str, mass: bool = False) -> Iterator[None]:
+        """Let the model be `variant` with `topk` keys in the `with` block, in which it reads `tokens`."""
+        selector = VARIANTS[variant]
+        if mass and variant in MASS_VARIANTS:
+            selector = self.masses.setdefault(variant, MassSelector(selector))
+        weights = self.inherited if variant == "inherited" else None
+        with (
+            swapped_indexers(self.model, weights or {}),
+            use_topk(self.model, topk),
+            use_selector(self.model, selector),
+            restored_rope(self.model),
+        ):
+            yield
+        self.on_tokens(tokens, what)
+
+    def hidden(self, variant: str, text: Text, topk: int, what: str, mass: bool = False) -> Tensor:
+        """The last hidden states hidden_TC of one text."""
+        with self.running(variant, topk, len(text.ids_T), what, mass):
+            return last_hidden_states(self.model, text)
+
+
+@torch.no_grad()
+def last_hidden_states(model: PreTrainedModel, text: Text) -> Tensor:
+    """hidden_TC of one text, after the final norm, without a cache."""
+    ids_BT, position_BT = (None if x is None else x[None].to(model.device) for x in text)
+    with restored_rope(model):
+        output = model.base_model(input_ids=ids_BT, position_ids=position_BT, use_cache=False)
+    return output.last_hidden_state[0]
+
+
+def current_topk(model: PreTrainedModel) -> int:
+    """Tokens that a query of a DSA model keeps. Raises ConfigError if the model has no DSA."""
+    dsa = getattr(model.config, "dsa", None)
+    topk = dsa["topk"] if dsa else getattr(model.config, "index_topk", None)
+    if topk is None:
+        raise ConfigError(f"{type(model).__name__} has no DSA; convert it with fulmen first")
+    return topk
+
+
+@contextmanager
+def use_topk(model: PreTrainedModel, topk: int) -> Iterator[None]:
+    """Let every query keep `topk` tokens in the `with` block."""
+    before = current_topk(model)
+    set_topk(model, topk)
+    try:
+        yield
+    finally:
+        set_topk(model, before)
+
+
+def indexer_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's own tensors `*.indexer.*`, not copies."""
+    return {name: tensor for name, tensor in model.state_dict().items() if ".indexer." in name}
+
+
+@contextmanager
+def swapped_indexers(model: PreTrainedModel, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let the model have other indexer tensors in the `with` block, and its own again after it.
+
+    Args:
+        state: all tensors of `indexer_state`; or none, which changes nothing.
+
+    Raises ConfigError if names or shapes are not the model's.
+    """
+    own = indexer_state(model) if state else {}
+    if odd := sorted(set(own) ^ set(state)):
+        raise ConfigError(f"inherited indexer and model differ in {len(odd)} tensors, the first {odd[0]}")
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            raise ConfigError(
+                f"inherited {name} has shape {tuple(state[name].shape)}, the model's {tuple(tensor.shape)}"
+            )
+    saved = {name: tensor.clone() for name, tensor in own.items()}
+    try:
+        _copy_tensors(own, state)
+        yield
+    finally:
+        _copy_tensors(own, saved)
+
+
+@torch.no_grad()
+def _copy_tensors(to: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+    for name, tensor in to.items():
+        tensor.copy_(source[name])

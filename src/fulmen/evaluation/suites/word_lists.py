@@ -1,0 +1,109 @@
+"""RULER's aggregation tasks (arXiv 2404.06654, section 3.3): a long list of words, some of them frequent."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+
+from fulmen.data import Document
+from fulmen.errors import ConfigError
+from fulmen.evaluation.suites.samples import Desk, Draft
+
+COMMON = 10
+# How often a common and another word occur: RULER's 30 and 3 where there is room, else the same 10 : 1.
+REPEATS = ((30, 3), (10, 1))
+FREQUENT, RANKS, ZETA = 3, 100, 2.0
+SYLLABLES = tuple(consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou")
+VOCABULARY = 3_000
+
+
+def vocabulary(documents: Iterable[Document]) -> tuple[str, ...]:
+    """Words of 4 to 8 letters, all lower case, the most frequent of the documents first."""
+    words = Counter(chain.from_iterable(re.findall(r"\b[a-z]{4,8}\b", text) for _, _, text in documents))
+    ordered = sorted(words, key=lambda word: (-words[word], word))
+    return tuple(ordered[:VOCABULARY])
+
+
+def common_words(desk: Desk) -> Draft:
+    """The ten words that occur ten times as often as every other one."""
+    shuffled = desk.random.sample(desk.words, len(desk.words))
+    others = chain(shuffled, _made_up(desk, set(shuffled)))
+    common = tuple(next(others) for _ in range(COMMON))
+
+    def words(room: int) -> list[list[int]]:
+        often, seldom = _repeats(desk, common, room)
+        pieces = [desk.ids(f" {word}") for word in common for _ in range(often)]
+        left = room - sum(map(len, pieces))
+        for word in others:
+            piece = desk.ids(f" {word}")
+            left -= seldom * len(piece)
+            if left < 0:
+                break
+            pieces += [piece] * seldom
+        desk.random.shuffle(pieces)
+        return pieces
+
+    before = (
+        "List: apple river apple stone river apple river\n"
+        "Question: which two words occur most often in the list above?\nAnswer: apple, river\n\nList:"
+    )
+    question = "\n\nQuestion: which ten words occur most often in the list above?\nAnswer:"
+    return Draft((), question, common, before, words)
+
+
+def frequent_words(desk: Desk) -> Draft:
+    """The three most frequent of made-up words whose counts fall as Zeta(2): word r occurs ~ 1 / r² times."""
+    made_up = _made_up(desk, set())
+    ranked = [next(made_up) for _ in range(RANKS)]
+
+    def words(room: int) -> list[list[int]]:
+        pieces = [desk.ids(f" {word}") for word in ranked]
+        costs = [len(piece) for piece in pieces]
+        total = _most(lambda n: sum(c * k for c, k in zip(costs, zeta_counts(n), strict=True)) <= room, room)
+        counts = zeta_counts(total)
+        if len(set(counts[: FREQUENT + 1])) <= FREQUENT:
+            raise ConfigError(f"{room} tokens are too few for frequent words; use a longer length")
+        listed = [piece for piece, count in zip(pieces, counts, strict=True) for _ in range(count)]
+        desk.random.shuffle(listed)
+        return listed
+
+    before = (
+        "Coded text: ximewo quyaju ximewo ximewo quyaju wuxexi\n"
+        "Question: which two coded words occur most often in the text above?\n"
+        "Answer: ximewo, quyaju\n\nCoded text:"
+    )
+    question = "\n\nQuestion: which three coded words occur most often in the text above?\nAnswer:"
+    return Draft((), question, tuple(ranked[:FREQUENT]), before, words)
+
+
+def zeta_counts(total: int) -> list[int]:
+    """About `total` occurrences over the ranks 1, 2, ...: shares fall as 1 / rank²."""
+    weights = [rank**-ZETA for rank in range(1, RANKS + 1)]
+    return [int(total * weight / sum(weights)) for weight in weights]
+
+
+def _repeats(desk: Desk, common: Sequence[str], room: int) -> tuple[int, int]:
+    """The most occurrences that leave half of the room to other words."""
+    cost = sum(len(desk.ids(f" {word}")) for word in common)
+    for often, seldom in REPEATS:
+        if often * cost <= room // 2:
+            return often, seldom
+    raise ConfigError(f"{room} tokens are too few for common words; use {2 * REPEATS[-1][0] * cost} or more")
+
+
+def _most(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest n <= limit that fits, by bisection; 0 always does."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _made_up(desk: Desk, taken: set[str]) -> Iterator[str]:
+    """Words of three syllables that are none; no word twice."""
+    while True:
+        word = "".join(desk.random.sample(SYLLABLES, 3))
+        if word not in taken:
+            taken.add(word)
+            yield word

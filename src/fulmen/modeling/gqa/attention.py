@@ -1,0 +1,159 @@
+"""Sparse attention inside a Transformers attention module; dense attention for the layers that stay dense.
+
+All layers of a DSA model run under the attention name "fulmen". It has no mask function on purpose:
+Transformers then builds no mask, and the layers get intervals (`fulmen.modeling.visible`) instead.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from fulmen.config import DsaConfig, share_of_topk
+from fulmen.modeling.gqa.indexer import GqaIndexer
+from fulmen.modeling.selectors import IndexerSelector, SelectionInputs, Selector, keep_short_pasts
+from fulmen.modeling.visible import Visible, narrowed_visible
+from fulmen.ops.attention.dense import dense_attention
+from fulmen.ops.attention.sparse import sparse_attention
+from fulmen.ops.common.index_keys import is_packed, pack_index_keys, round_index_keys
+from fulmen.ops.common.rope import apply_rope
+
+ATTENTION_NAME = "fulmen"
+
+
+def project_heads(attention: Any, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q_BTHD, k_BTGD, v_BTGD of a Llama-like attention, biases included, before RoPE."""
+    heads = (*x_BTC.shape[:-1], -1, attention.head_dim)
+    return (
+        attention.q_proj(x_BTC).view(heads),
+        attention.k_proj(x_BTC).view(heads),
+        attention.v_proj(x_BTC).view(heads),
+    )
+
+
+def project_normed_heads(attention: Any, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for an attention with query and key norms per head (Qwen3)."""
+    q_BTHD, k_BTGD, v_BTGD = project_heads(attention, x_BTC)
+    return attention.q_norm(q_BTHD), attention.k_norm(k_BTGD), v_BTGD
+
+
+class DsaAttentionMixin:
+    """Goes before a stock attention class, whose weights it keeps, and adds `indexer`.
+
+    A family sets `project` to the function that yields its heads before RoPE.
+    """
+
+    config: Any
+    layer_idx: int
+    scaling: float
+    o_proj: Any
+    project: ClassVar[Callable[..., tuple[Tensor, Tensor, Tensor]]] = project_heads
+    selector: Selector = IndexerSelector()
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)  # type: ignore[call-arg]
+        dsa = DsaConfig.from_dict(config.dsa)
+        self.indexer = GqaIndexer(config, dsa)
+        self._place = dsa.layers.index(layer_idx)
+
+    @property
+    def topk(self) -> int:
+        """The model's k: pasts up to it are kept whole. Read from its config at each forward pass."""
+        return self.config.dsa["topk"]
+
+    @property
+    def layer_topk(self) -> int:
+        """Keys that a query keeps of a longer past in this layer."""
+        return share_of_topk(self.topk, self.config.dsa.get("topk_shares"), self._place)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        visible: Visible | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Any]:
+        """As the stock attention; `visible` takes the place of `attention_mask`."""
+        assert visible is not None, "a DSA attention runs inside its model, which computes the intervals"
+        assert position_embeddings is not None
+        cos_BTR, sin_BTR = position_embeddings
+        bare_q_BTHD, bare_k_BTGD, v_BSGV = self.project(hidden_states)
+        rotation = self.indexer.rotation(cos_BTR, sin_BTR)
+        # Detached here and below: the KL loss trains the indexer alone, the other losses all the rest.
+        index_k_BSIE = self.indexer.keys(bare_k_BTGD.detach(), rotation)
+        q_BTHD, k_BSGD = apply_rope(bare_q_BTHD, cos_BTR, sin_BTR), apply_rope(bare_k_BTGD, cos_BTR, sin_BTR)
+        if past_key_values is not None:
+            packed_BTIX = pack_index_keys(index_k_BSIE)
+            k_BSGD, v_BSGV, index_k_BSIE = self._extend_cache(past_key_values, k_BSGD, v_BSGV, packed_BTIX)
+
+        topk_BTK = None
+        if self.selector.is_needed(k_BSGD.shape[1], self.topk):
+            index_q_BTJE, w_BTJ, b_BTJ = self.indexer.queries(
+                hidden_states.detach(), bare_q_BTHD.detach(), rotation
+            )
+            if past_key_values is None:
+                # The same numbers whether or not there is a cache; those alone have a gradient.
+                trained = index_k_BSIE.requires_grad
+                index_k_BSIE = round_index_keys(index_k_BSIE) if trained else pack_index_keys(index_k_BSIE)
+            if not is_packed(index_k_BSIE):
+                index_q_BTJE = index_q_BTJE.to(index_k_BSIE.dtype)
+            index_inputs = (index_q_BTJE, index_k_BSIE, w_BTJ, b_BTJ)
+            intervals = (visible.start_BT, visible.stop_BT)
+            inputs = SelectionInputs(
+                *index_inputs, q_BTHD, k_BSGD, v_BSGV, *intervals, self.scaling, self.layer_idx
+            )
+            topk_BTK = self.selector.select(inputs, self.layer_topk)
+        if topk_BTK is None:
+            out_BTHV = attend_to_visible(self, q_BTHD, k_BSGD, v_BSGV, visible, self.scaling)
+        else:
+            topk_BTK = keep_short_pasts(topk_BTK, visible.start_BT, visible.stop_BT, self.topk)
+            out_BTHV, _ = sparse_attention(q_BTHD, k_BSGD, v_BSGV, topk_BTK, self.scaling)
+        return self.o_proj(out_BTHV.flatten(2)), None
+
+    def _extend_cache(
+        self, cache: Cache, k_BTGD: Tensor, v_BTGV: Tensor, packed_BTIX: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Store the new tokens; return the keys, values and packed index keys of all tokens so far."""
+        k_BGSD, v_BGSV = cache.update(k_BTGD.transpose(1, 2), v_BTGV.transpose(1, 2), self.layer_idx)
+        packed_BSN = cache.update_indexer(packed_BTIX.flatten(2), self.layer_idx)
+        packed_BSIX = packed_BSN.unflatten(-1, packed_BTIX.shape[2:])
+        return k_BGSD.transpose(1, 2), v_BGSV.transpose(1, 2), packed_BSIX
+
+
+def attend_to_visible(
+    attention: Any, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, visible: Visible, scale: float
+) -> Tensor:
+    """out_BTHV over every visible key, by the dense model's own SDPA where that can express the intervals."""
+    n_queries, n_keys = q_BTHD.shape[1], k_BSGD.shape[1]
+    # SDPA aligns causality to the first key, so it fits no chunk with a past; a single row crawls on a CPU.
+    causal, single = n_queries == n_keys > 1, n_queries == 1 and q_BTHD.device.type != "cpu"
+    if not (visible.plain and (causal or single)):
+        return dense_attention(q_BTHD, k_BSGD, v_BSGV, visible.start_BT, visible.stop_BT, scale)[0]
+    q_BHTD, k_BGSD, v_BGSV = (heads.transpose(1, 2) for heads in (q_BTHD, k_BSGD, v_BSGV))
+    return sdpa_attention_forward(attention, q_BHTD, k_BGSD, v_BGSV, None, scaling=scale)[0]
+
+
+def fulmen_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    sliding_window: int | None = None,
+    visible: Visible | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention interface for the layers of a DSA model that are not converted."""
+    assert visible is not None, "a DSA model passes the intervals to all of its layers"
+    seen = narrowed_visible(visible, sliding_window, key.shape[2])
+    q_BTHD, k_BSGD, v_BSGV = (heads.transpose(1, 2) for heads in (query, key, value))
+    return attend_to_visible(module, q_BTHD, k_BSGD, v_BSGV, seen, scaling), None
+
+
+AttentionInterface.register(ATTENTION_NAME, fulmen_attention_forward)

@@ -1,0 +1,146 @@
+"""How the layers of a GQA model share the budget of k keys.
+
+Layers differ by two orders of magnitude in what the best k keys miss: in SmolLM2's first layer attention is
+spread thin, in most others a fraction of k would do. With the mean of the layers' k held fixed, the cost is
+that of an even split, and the loss over dense is a fifth to a quarter smaller (docs/log.md). For layer i
+
+    e_i(k) = ||o_i(k) - o_i||² / ||o_i||² * (||o_i|| / ||r_i||)
+
+with o_i the attention's output, o_i(k) the same over the k keys of most mean attention, r_i the residual
+stream it is added to: an error counts by its size in the output and by what the output is to the stream. The
+shares minimise the sum of e_i(k_i).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fulmen.modeling.gqa.inherit import own_logits
+from fulmen.modeling.selectors import DenseSelector, dsa_attentions, use_selector
+from fulmen.ops.common.intervals import selection_mask
+from fulmen.ops.common.rope import apply_rope
+
+# Budgets tried, in units of k, and the least that a layer gets.
+TRIED_SHARES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+LEAST_SHARE = 0.5
+STEP_SHARE = 0.125
+# Queries of a text, all from its second half.
+MEASURED_QUERIES = 24
+
+
+@torch.no_grad()
+def share_budget(
+    model: PreTrainedModel,
+    input_ids_BT: Tensor,
+    topk: int,
+    on_layer: Callable[[int], None] = lambda _: None,
+) -> tuple[float, ...]:
+    """Each converted layer's k in units of `topk`, mean 1, from one dense pass over some texts.
+
+    Args:
+        input_ids_BT: int64 token ids of B texts; 1.0 for all layers if T is below 4 `topk`.
+        on_layer: called with the number of layers measured after each, for progress.
+    """
+    half = input_ids_BT.shape[1] // 2
+    tried = [share for share in TRIED_SHARES if share * topk <= half and round(share * topk) > 0]
+    layers = dsa_attentions(model)
+    if max(tried, default=0) < 2:
+        return (1.0,) * len(layers)
+    errors = []
+    with use_selector(model, DenseSelector()), _streams(model) as stream:
+
+        def measure(attention: Any, _: Any, kwargs: dict) -> None:
+            errors.append(_errors(attention, kwargs, stream["BTC"], [round(s * topk) for s in tried]))
+            on_layer(len(errors))
+
+        hooks = [layer.register_forward_pre_hook(measure, with_kwargs=True) for layer in layers]
+        try:
+            model.base_model(input_ids_BT, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return least_error_shares(np.array(errors), np.array(tried))
+
+
+def least_error_shares(errors_LK: np.ndarray, tried_K: np.ndarray) -> tuple[float, ...]:
+    """Shares of mean 1 with the least sum of errors, step by step to the layer that gains most.
+
+    Args:
+        errors_LK: error of each layer at each share of `tried_K` (ascending); power laws in between.
+    """
+    log_errors_LK = np.log(np.maximum(np.minimum.accumulate(errors_LK, axis=1), 1e-12))
+
+    def error(layer: int, share: float) -> float:
+        return float(np.exp(np.interp(np.log(share), np.log(tried_K), log_errors_LK[layer])))
+
+    def gain(layer: int) -> float:
+        more = shares[layer] + STEP_SHARE
+        return error(layer, shares[layer]) - error(layer, more) if more <= tried_K[-1] else -1.0
+
+    n_layers = len(errors_LK)
+    shares = [LEAST_SHARE] * n_layers
+    gains = [gain(layer) for layer in range(n_layers)]
+    for _ in range(round(n_layers * (1 - LEAST_SHARE) / STEP_SHARE)):
+        best = int(np.argmax(gains))
+        shares[best] += STEP_SHARE
+        gains[best] = gain(best)
+    return tuple(shares)
+
+
+@contextmanager
+def _streams(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """While the model runs: the residual stream that enters the decoder layer at hand, as "BTC"."""
+    stream: dict[str, Tensor] = {}
+
+    def note(_: Any, args: tuple, kwargs: dict) -> None:
+        stream["BTC"] = args[0] if args else kwargs["hidden_states"]
+
+    decoder_layers = [module for module in model.modules() if hasattr(module, "self_attn")]
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in decoder_layers]
+    try:
+        yield stream
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _errors(attention: Any, kwargs: dict, stream_BTC: Tensor, budgets: list[int]) -> list[float]:
+    """e(k) of one layer for each budget, the mean over texts and queries."""
+    x_BTC, rotary = kwargs["hidden_states"], kwargs["position_embeddings"]
+    q_BTHD, k_BTGD, v_BTGD = attention.project(x_BTC)
+    q_BTHD, k_BTGD = (apply_rope(heads, *rotary).float() for heads in (q_BTHD, k_BTGD))
+    length = x_BTC.shape[1]
+    rows_R = torch.linspace(length // 2, length - 1, MEASURED_QUERIES, device=x_BTC.device).long().unique()
+    found = [
+        _text_errors(attention, own_logits(q, k, rows_R, attention.scaling), v.float(), r[rows_R], budgets)
+        for q, k, v, r in zip(q_BTHD, k_BTGD, v_BTGD, stream_BTC.float(), strict=True)
+    ]
+    return torch.stack(found).mean(0).tolist()
+
+
+def _text_errors(
+    attention: Any, logits_HRS: Tensor, v_TGV: Tensor, stream_RC: Tensor, budgets: list[int]
+) -> Tensor:
+    output = partial(_output, attention, v_SGV=v_TGV[: logits_HRS.shape[-1]])
+    dense_RC = output(logits_HRS)
+    best_RK = logits_HRS.softmax(-1).mean(0).topk(max(budgets), dim=-1).indices
+    size = dense_RC.norm() * stream_RC.norm()
+    errors = []
+    for budget in budgets:
+        left_out_RS = ~selection_mask(best_RK[:, :budget], logits_HRS.shape[-1])
+        sparse_RC = output(logits_HRS.masked_fill(left_out_RS, -torch.inf))
+        errors.append((sparse_RC - dense_RC).square().sum() / size.clamp_min(1e-30))
+    return torch.stack(errors)
+
+
+def _output(attention: Any, logits_HRS: Tensor, v_SGV: Tensor) -> Tensor:
+    """The attention's output `[R, C]`."""
+    probs_GMRS = logits_HRS.softmax(-1).unflatten(0, (v_SGV.shape[1], -1))
+    heads_RN = torch.einsum("gmrs,sgv->rgmv", probs_GMRS, v_SGV).flatten(1)
+    return heads_RN @ attention.o_proj.weight.float().T

@@ -1,0 +1,131 @@
+"""Input checks that every operation makes before it computes: axes, dtypes, devices."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fulmen.errors import ConfigError
+from fulmen.ops.common.index_keys import SCALE_BYTES, is_packed
+
+# Selected positions are int32, and kernels step past the last key by up to a block.
+MOST_KEYS = 2**31 - 2**16
+# Heads, and what a dot product sums over. No texts, queries, keys or values is a fine input.
+NEVER_EMPTY_AXES = "HGDJIE"
+INTEGER_DTYPES = (torch.int32, torch.int64)
+
+
+def check_axes(**tensors: Tensor | None) -> dict[str, int]:
+    """Sizes of the axes that the names announce (`q_BTHD` has axes B, T, H, D); None is skipped.
+
+    Raises ConfigError if a tensor has another number of axes than its name, two tensors disagree, an axis of
+    heads or widths is empty, there are more keys than can be numbered, or a tensor is a sparse one.
+    """
+    sizes: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.layout != torch.strided:
+            raise ConfigError(f"{name} has layout {tensor.layout}; pass x.to_dense()")
+        axes = name.rpartition("_")[2]
+        if tensor.ndim != len(axes):
+            raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; it needs the {len(axes)} axes {axes}")
+        for axis, size in zip(axes, tensor.shape, strict=True):
+            if sizes.setdefault(axis, size) != size:
+                raise ConfigError(
+                    f"{name} has {axis}={size}, a tensor before it {axis}={sizes[axis]}; make them equal"
+                )
+            if size < 1 and axis in NEVER_EMPTY_AXES:
+                raise ConfigError(f"{name} has {axis}={size}; it needs at least 1")
+    if sizes.get("S", 0) > MOST_KEYS:
+        raise ConfigError(f"S={sizes['S']} keys cannot be numbered; use at most {MOST_KEYS}")
+    return sizes
+
+
+def check_multiple(sizes: dict[str, int], many: str, few: str) -> None:
+    """Raise ConfigError unless axis `many` (heads) is a multiple of axis `few` (key heads)."""
+    if sizes[many] % sizes[few]:
+        raise ConfigError(
+            f"{many}={sizes[many]} heads cannot share {few}={sizes[few]} key heads; use a multiple"
+        )
+
+
+def check_same_dtype(**tensors: Tensor) -> None:
+    """Raise ConfigError unless all are of one floating dtype."""
+    first, *_ = tensors.values()
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.dtype != first.dtype:
+            raise ConfigError(
+                f"{name} has dtype {tensor.dtype}, the first input {first.dtype}; use one floating dtype"
+            )
+
+
+def check_integer(**tensors: Tensor) -> None:
+    """Raise ConfigError unless all are int32 or int64: narrower ones cannot even be clipped to 0..S."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in INTEGER_DTYPES:
+            raise ConfigError(f"{name} has dtype {tensor.dtype}; it must be torch.int32 or torch.int64")
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """Raise ConfigError unless all live on one device; None is skipped."""
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first, *_ = present.values()
+    for name, tensor in present.items():
+        if tensor.device != first.device:
+            raise ConfigError(
+                f"{name} is on {tensor.device}, the first input on {first.device}; move it there"
+            )
+
+
+def check_topk_below(topk_BTK: Tensor, n_keys: int) -> None:
+    """Raise ConfigError if an index points beyond the keys."""
+    if topk_BTK.numel() and (largest := int(topk_BTK.max())) >= n_keys:
+        raise ConfigError(f"topk_BTK holds the index {largest}; there are only S={n_keys} keys")
+
+
+def check_floating(**tensors: Tensor | None) -> None:
+    """Raise ConfigError unless all are of a floating dtype; None is skipped."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise ConfigError(f"{name} has dtype {tensor.dtype}; it must be a floating dtype")
+
+
+def check_index_inputs(
+    q_BTJE: Tensor, k_BSIE: Tensor, w_BTJ: Tensor, b_BTJ: Tensor | None, **integers: Tensor
+) -> dict[str, int]:
+    """The checks of an indexer's inputs and its intervals or indices; returns the sizes of the axes."""
+    if is_packed(k_BSIE):
+        check_axes(k_BSIE=k_BSIE)
+        k_BSIE = k_BSIE[..., :-SCALE_BYTES]
+        check_same_dtype(q_BTJE=q_BTJE)
+    else:
+        check_same_dtype(q_BTJE=q_BTJE, k_BSIE=k_BSIE)
+    tensors = {"q_BTJE": q_BTJE, "k_BSIE": k_BSIE, "w_BTJ": w_BTJ, "b_BTJ": b_BTJ, **integers}
+    sizes = check_axes(**tensors)
+    check_multiple(sizes, "J", "I")
+    check_floating(w_BTJ=w_BTJ, b_BTJ=b_BTJ)
+    check_integer(**integers)
+    check_same_device(**tensors)
+    return sizes
+
+
+def check_attention_inputs(floats: dict[str, Tensor], **integers: Tensor) -> dict[str, int]:
+    """The checks of queries, keys, values and their intervals or indices; returns the sizes of the axes."""
+    sizes = check_axes(**floats, **integers)
+    check_multiple(sizes, "H", "G")
+    check_same_dtype(**floats)
+    check_integer(**integers)
+    check_same_device(**floats, **integers)
+    return sizes
+
+
+def check_loss_inputs(
+    index_inputs: dict[str, Any], attention_inputs: dict[str, Tensor], **integers: Tensor
+) -> dict[str, int]:
+    """Both sides of the indexer's loss, and that they agree; returns the sizes of the axes."""
+    check_same_dtype(q_BTJE=index_inputs["q_BTJE"], k_BSIE=index_inputs["k_BSIE"])
+    check_index_inputs(**index_inputs, **integers)
+    check_attention_inputs(attention_inputs, **integers)
+    check_same_device(**index_inputs, **attention_inputs)
+    return check_axes(**index_inputs, **attention_inputs)

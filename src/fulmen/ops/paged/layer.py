@@ -1,0 +1,273 @@
+"""A layer's paged caches and the tokens of a step that go into them; no gradient.
+
+What these tokens need before attention, as one operation: RoPE for queries, keys and the indexer's, and
+storing keys, values and packed index keys.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fulmen.errors import ConfigError
+from fulmen.ops.common.checks import (
+    check_axes,
+    check_integer,
+    check_multiple,
+    check_same_device,
+    check_same_dtype,
+)
+from fulmen.ops.common.index_keys import SCALE_BYTES, is_packed
+from fulmen.ops.common.rope import apply_rope, rotate_half_split
+from fulmen.ops.cpp.library import call_native, has_tiles
+from fulmen.ops.dispatch import resolve
+from fulmen.ops.paged import store_index_keys
+
+
+class NativeLayer(ctypes.Structure):
+    """`PagedLayer` of `cpp/src/paged.h`."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                *("heads", "key_heads", "width", "index_heads", "index_key_heads", "index_width", "topk"),
+                *("whole", "is_bf16", "kv_stride_r", "kv_stride_g", "packed_stride_r", "use_tiles"),
+            )
+        ),
+        *((name, ctypes.c_void_p) for name in ("kv", "packed", "rope_pairs")),
+        ("scale", ctypes.c_double),
+    ]
+
+
+class NativeTokens(ctypes.Structure):
+    """`NewTokens` there."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("count", "pairs", "threads")),
+        *((name, ctypes.c_void_p) for name in ("rows", "index_rows", "cos", "sin")),
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class PagedLayer:
+    """What stays the same from step to step.
+
+    Attributes:
+        kv_RGC: the cache of keys and values, C = 2 D: a head's key, then its value; written in place.
+        packed_RX: int8, the cache of index keys, X = I * (E + 2); written in place.
+        rope_pairs_IP: int64, of each index pair the rotary pair that turns it; their number: none does.
+        n_heads, n_index_heads: H and J.
+        topk: keys that a query keeps of more than `whole`; up to those it keeps all.
+        scale: of the attention's logits.
+
+    Raises ConfigError: axes or dtypes that do not fit together.
+    """
+
+    kv_RGC: Tensor
+    packed_RX: Tensor
+    rope_pairs_IP: Tensor
+    n_heads: int
+    n_index_heads: int
+    topk: int
+    whole: int
+    scale: float
+
+    def __post_init__(self) -> None:
+        check_axes(kv_RGC=self.kv_RGC, rope_pairs_IP=self.rope_pairs_IP)
+        check_axes(packed_RX=self.packed_RX)  # with as many rows as it needs
+        check_same_dtype(kv_RGC=self.kv_RGC)
+        check_integer(rope_pairs_IP=self.rope_pairs_IP)
+        check_same_device(kv_RGC=self.kv_RGC, packed_RX=self.packed_RX, rope_pairs_IP=self.rope_pairs_IP)
+        check_multiple({"H": self.n_heads, "G": self.kv_RGC.shape[1]}, "H", "G")
+        check_multiple({"J": self.n_index_heads, "I": self.rope_pairs_IP.shape[0]}, "J", "I")
+        width = self.rope_pairs_IP.shape[0] * (2 * self.rope_pairs_IP.shape[1] + SCALE_BYTES)
+        if not is_packed(self.packed_RX) or self.packed_RX.shape[1] != width:
+            raise ConfigError(
+                f"packed_RX has dtype {self.packed_RX.dtype} and X={self.packed_RX.shape[1]}; "
+                f"rope_pairs_IP asks for int8 and X={width}"
+            )
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the heads of one token, by the names that `store_tokens` has for them."""
+        key_heads, width = self.kv_RGC.shape[1], self.kv_RGC.shape[2] // 2
+        index_key_heads, pairs = self.rope_pairs_IP.shape
+        return {
+            **{"q": (self.n_heads, width), "k": (key_heads, width), "v": (key_heads, width)},
+            **{"index_q": (self.n_index_heads, 2 * pairs), "index_k": (index_key_heads, 2 * pairs)},
+        }
+
+    @cached_property
+    def qkv_width(self) -> int:
+        """Numbers of a token's queries, keys and values."""
+        return (self.n_heads + 2 * self.kv_RGC.shape[1]) * self.shapes["q"][1]
+
+    @cached_property
+    def out_width(self) -> int:
+        """Numbers of a token's attention."""
+        return self.n_heads * self.shapes["q"][1]
+
+    @cached_property
+    def index_rows(self) -> tuple[int, ...]:
+        """Numbers of a token's index queries, index keys, and weights with shifts."""
+        (heads, width), (key_heads, _) = self.shapes["index_q"], self.shapes["index_k"]
+        return heads * width, key_heads * width, 2 * heads
+
+    @cached_property
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        """Device and dtype of the cache, which choose the backend."""
+        return self.kv_RGC.device, self.kv_RGC.dtype
+
+    @cached_property
+    def native(self) -> NativeLayer:
+        """For the kernels; valid as long as this object."""
+        assert self.kv_RGC.stride(2) == self.packed_RX.stride(1) == 1
+        assert self.rope_pairs_IP.is_contiguous()
+        heads, index_heads, index_key_heads = (self.shapes[name] for name in ("q", "index_q", "index_k"))
+        return NativeLayer(
+            *(heads[0], self.kv_RGC.shape[1], heads[1], index_heads[0], *index_key_heads),
+            *(self.topk, self.whole, self.kv_RGC.dtype == torch.bfloat16, *self.kv_RGC.stride()[:2]),
+            *(self.packed_RX.stride(0), has_tiles(), self.kv_RGC.data_ptr(), self.packed_RX.data_ptr()),
+            *(self.rope_pairs_IP.data_ptr(), self.scale),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class NewTokens:
+    """The tokens of a step, for all layers whose caches are cut alike.
+
+    Attributes:
+        rows_T, index_rows_T: int64, the rows of both caches that they go to (below R).
+        cos_TP, sin_TP: of each rotary pair, in the model's dtype.
+
+    Raises ConfigError: axes or dtypes that do not fit together.
+    """
+
+    rows_T: Tensor
+    index_rows_T: Tensor
+    cos_TP: Tensor
+    sin_TP: Tensor
+
+    def __post_init__(self) -> None:
+        check_fields(self, rows_T=torch.int64, index_rows_T=torch.int64)
+        check_same_dtype(cos_TP=self.cos_TP, sin_TP=self.sin_TP)
+
+    @cached_property
+    def native(self) -> NativeTokens:
+        """For the kernels; valid as long as this object."""
+        sizes = (*self.cos_TP.shape, torch.get_num_threads())
+        return NativeTokens(*sizes, *(x.data_ptr() for x in self._held))
+
+    @cached_property
+    def count(self) -> int:
+        """How many."""
+        return len(self.rows_T)
+
+    @cached_property
+    def _held(self) -> tuple[Tensor, ...]:
+        rows = (x.contiguous() for x in (self.rows_T, self.index_rows_T))
+        return (*rows, *(x.float().contiguous() for x in (self.cos_TP, self.sin_TP)))
+
+
+@torch.no_grad()
+def store_tokens(
+    layer: PagedLayer,
+    tokens: NewTokens,
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    index_q_TJE: Tensor | None,
+    index_k_TIE: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Store keys, values and index keys; return the queries and (if given) the index queries, turned.
+
+    Args: all before RoPE, of the cache's dtype.
+
+    Raises:
+        ConfigError: axes or dtypes that do not fit together.
+        BackendError: a pinned backend that cannot run here.
+    """
+    heads = {"q": q_THD, "k": k_TGD, "v": v_TGD, "index_q": index_q_TJE, "index_k": index_k_TIE}
+    _check_heads(layer, tokens, heads)
+    if resolve("store_tokens", *layer.place) != "native":
+        return _store_by_parts(layer, tokens, q_THD, k_TGD, v_TGD, index_q_TJE, index_k_TIE)
+    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
+    index_out_TJE = None if index_q_TJE is None else torch.empty(index_q_TJE.shape, dtype=q_THD.dtype)
+    places, held = _native_heads(heads)
+    call_native("fulmen_paged_store", layer.native, tokens.native, places, out_THD, index_out_TJE)
+    del held
+    return out_THD, index_out_TJE
+
+
+def _store_by_parts(
+    layer: PagedLayer,
+    tokens: NewTokens,
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    index_q_TJE: Tensor | None,
+    index_k_TIE: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """The specification, on any device."""
+    cos_TR, sin_TR = (torch.cat((x_TP, x_TP), -1) for x_TP in (tokens.cos_TP, tokens.sin_TP))
+    q_THD, k_TGD = apply_rope(q_THD, cos_TR, sin_TR), apply_rope(k_TGD, cos_TR, sin_TR)
+    layer.kv_RGC[tokens.rows_T] = torch.cat((k_TGD, v_TGD), -1)
+    still_T1 = tokens.cos_TP.new_ones(len(tokens.cos_TP), 1)
+    cos_TIP = torch.cat((tokens.cos_TP, still_T1), -1)[:, layer.rope_pairs_IP]
+    sin_TIP = torch.cat((tokens.sin_TP, still_T1 - 1), -1)[:, layer.rope_pairs_IP]
+    store_index_keys(rotate_half_split(index_k_TIE, cos_TIP, sin_TIP), layer.packed_RX, tokens.index_rows_T)
+    if index_q_TJE is None:
+        return q_THD, None
+    shared = layer.n_index_heads // len(layer.rope_pairs_IP)
+    angles = (x_TIP.repeat_interleave(shared, 1) for x_TIP in (cos_TIP, sin_TIP))
+    return q_THD, rotate_half_split(index_q_TJE, *angles)
+
+
+def check_pairs(layer: PagedLayer, tokens: NewTokens) -> None:
+    """Raise ConfigError for angles of more rotary pairs than a head has."""
+    if 2 * (pairs := tokens.cos_TP.shape[1]) > layer.shapes["q"][1]:
+        raise ConfigError(f"cos_TP has P={pairs} pairs; a head has {layer.shapes['q'][1]} dims")
+
+
+def _check_heads(layer: PagedLayer, tokens: NewTokens, heads: dict[str, Tensor | None]) -> None:
+    """Raise ConfigError unless all have the layer's shapes, dtype and device; None is skipped.
+
+    A few comparisons instead of the usual checks, which take longer than a token does.
+    """
+    check_pairs(layer, tokens)
+    count, like = tokens.count, layer.kv_RGC
+    for name, x in heads.items():
+        if x is None:
+            continue
+        expected = (count, *layer.shapes[name])
+        if x.shape != expected or x.dtype != like.dtype or x.device != like.device:
+            raise ConfigError(
+                f"{name} has shape {tuple(x.shape)}, dtype {x.dtype}, device {x.device}; it must have "
+                f"{expected}, {like.dtype}, {like.device}"
+            )
+
+
+def _native_heads(heads: dict[str, Tensor | None]) -> tuple[Any, list[Tensor | None]]:
+    """`Heads` of `cpp/src/paged.h`, one after the other, and what must live as long; None becomes null."""
+    held = [None if x is None else _side_by_side(x) for x in heads.values()]
+    places = [part for x in held for part in ((0, 0) if x is None else (x.data_ptr(), x.stride(0)))]
+    return (ctypes.c_int64 * len(places))(*places), held
+
+
+def _side_by_side(x_TN: Tensor) -> Tensor:
+    """Heads next to each other, as kernels want them; weights may lie anywhere."""
+    return x_TN if x_TN.ndim == 2 or x_TN.stride()[1:] == (x_TN.shape[2], 1) else x_TN.contiguous()
+
+
+def check_fields(fields: Any, **dtypes: torch.dtype) -> None:
+    """Raise ConfigError unless a dataclass's tensors have the axes and these dtypes, on one device."""
+    tensors = {name: getattr(fields, name) for name in fields.__dataclass_fields__}
+    check_axes(**tensors)
+    check_same_device(**tensors)
+    for name, dtype in dtypes.items():
+        if tensors[name].dtype != dtype:
+            raise ConfigError(f"{name} has dtype {tensors[name].dtype}; it must be {dtype}")

@@ -1,0 +1,168 @@
+"""The new tokens of a layer: what its indexer makes of them, RoPE, and what is stored; no gradient.
+
+The same as three matrix products and `store_tokens`. By matrix tiles it is one pass over the tokens.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from fulmen.errors import ConfigError
+from fulmen.ops.common.checks import check_axes, check_same_device, check_same_dtype
+from fulmen.ops.cpp.library import call_native_by_numbers, has_tiles
+from fulmen.ops.dispatch import resolve
+from fulmen.ops.paged.layer import NewTokens, PagedLayer, check_pairs, store_tokens
+
+
+class NativeProjections(ctypes.Structure):
+    """`Projections` of `cpp/src/paged.h`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("q_width", "k_width", "x_width")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "w_and_b", "bias")),
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Projections:
+    """What makes a layer's index heads of its own.
+
+    Attributes:
+        q_YX: of all query heads to J * E numbers; k_YX: of all key heads to I * E.
+        w_YC: of the hidden state to J weights and J shifts; bias_Y: added to those.
+
+    Raises ConfigError: axes or dtypes that do not fit together.
+    """
+
+    q_YX: Tensor
+    k_YX: Tensor
+    w_YC: Tensor
+    bias_Y: Tensor
+
+    def __post_init__(self) -> None:
+        matrices = {"q_YX": self.q_YX, "k_YX": self.k_YX, "w_YC": self.w_YC}
+        for name, x in matrices.items():
+            check_axes(**{name: x})  # each with a Y of its own
+        check_same_dtype(**matrices)
+        check_axes(w_YC=self.w_YC, bias_Y=self.bias_Y)
+        check_same_device(**matrices, bias_Y=self.bias_Y)
+
+    @cached_property
+    def widths(self) -> tuple[int, int]:
+        """Of what is projected, per token: queries and keys of all heads, and the hidden state."""
+        return self.q_YX.shape[1] + self.k_YX.shape[1], self.w_YC.shape[1]
+
+    @cached_property
+    def rows(self) -> tuple[int, ...]:
+        """Results of the three matrices."""
+        return tuple(len(x) for x in (self.q_YX, self.k_YX, self.w_YC))
+
+    @cached_property
+    def native(self) -> NativeProjections:
+        """For the kernel; valid as long as this object."""
+        widths = (x.shape[1] for x in (self.q_YX, self.k_YX, self.w_YC))
+        return NativeProjections(*widths, *(x.data_ptr() for x in self._held))
+
+    @cached_property
+    def _held(self) -> tuple[Tensor, ...]:
+        matrices = (x.contiguous() for x in (self.q_YX, self.k_YX, self.w_YC))
+        return (*matrices, self.bias_Y.float().contiguous())
+
+
+@torch.no_grad()
+def project_and_store(
+    layer: PagedLayer,
+    projections: Projections,
+    tokens: NewTokens,
+    qkv_TX: Tensor,
+    all_qk_TX: Tensor,
+    x_TC: Tensor,
+    selects: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+    """Store keys, values and index keys; return q_THD and, if it `selects`, index_q_TJE, w_TJ and b_TJ.
+
+    Queries and index queries are turned.
+
+    Args:
+        qkv_TX: queries, keys and values before RoPE, head after head: X = (H + 2 G) D; of the cache's dtype.
+        all_qk_TX, x_TC: what index heads are made of: queries and keys of all heads, and hidden states. The
+            former is `qkv_TX` again, unless this process has but some of the heads; what follows is not read.
+
+    Raises:
+        ConfigError: axes or dtypes that do not fit together.
+        BackendError: a pinned backend that cannot run here.
+    """
+    inputs = (qkv_TX, all_qk_TX, x_TC)
+    check_projected(layer, projections, tokens, *inputs)
+    by_tiles = has_tiles() and layer.kv_RGC.dtype == torch.bfloat16
+    if resolve("project_and_store", *layer.place) != "native" or not by_tiles:
+        return _by_parts(layer, projections, tokens, *inputs, selects)
+    count, heads, new = tokens.count, layer.n_index_heads, qkv_TX.new_empty
+    q_THD = new(count, *layer.shapes["q"])
+    index = None
+    if selects:
+        index = (new(count, *layer.shapes["index_q"]), new(count, heads), new(count, heads))
+    call_native_by_numbers(
+        "fulmen_paged_project",
+        *map(ctypes.addressof, (layer.native, projections.native, tokens.native)),
+        *(number for x in inputs for number in (x.data_ptr(), x.stride(0))),
+        *(q_THD.data_ptr(), *([0] * 3 if index is None else (x.data_ptr() for x in index))),
+    )
+    return q_THD, index
+
+
+def _by_parts(
+    layer: PagedLayer,
+    projections: Projections,
+    tokens: NewTokens,
+    qkv_TX: Tensor,
+    all_qk_TX: Tensor,
+    x_TC: Tensor,
+    selects: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+    """The specification, on any device."""
+    n_heads, kv_heads, width = layer.n_heads, layer.kv_RGC.shape[1], layer.shapes["q"][1]
+    q_THD, k_TGD, v_TGD = qkv_TX.unflatten(1, (-1, width)).split((n_heads, kv_heads, kv_heads), 1)
+    all_q_TX, all_k_TX, _ = all_qk_TX.tensor_split((projections.q_YX.shape[1], projections.widths[0]), 1)
+    index_k_TIE = linear(all_k_TX, projections.k_YX).unflatten(1, layer.shapes["index_k"])
+    if not selects:
+        return store_tokens(layer, tokens, q_THD, k_TGD, v_TGD, None, index_k_TIE)[0], None
+    index_q_TJE = linear(all_q_TX, projections.q_YX).unflatten(1, layer.shapes["index_q"])
+    bias_Y = projections.bias_Y.to(projections.w_YC.dtype)
+    w_TJ, b_TJ = linear(x_TC, projections.w_YC, bias_Y).chunk(2, -1)
+    q_THD, turned_TJE = store_tokens(layer, tokens, q_THD, k_TGD, v_TGD, index_q_TJE, index_k_TIE)
+    assert turned_TJE is not None
+    return q_THD, (turned_TJE, w_TJ, b_TJ)
+
+
+def check_projected(
+    layer: PagedLayer,
+    projections: Projections,
+    tokens: NewTokens,
+    qkv_TX: Tensor,
+    all_qk_TX: Tensor,
+    x_TC: Tensor,
+) -> None:
+    """Raise ConfigError unless the new tokens' numbers fit; little work, as it is done for every layer."""
+    if projections.rows != layer.index_rows:
+        raise ConfigError(f"projections have {projections.rows} rows; the layer asks for {layer.index_rows}")
+    check_pairs(layer, tokens)
+    count, dtype = tokens.count, layer.kv_RGC.dtype
+    n_qk, n_x = projections.widths
+    check_rows("qkv_TX", qkv_TX, count, layer.qkv_width, dtype)
+    check_rows("x_TC", x_TC, count, n_x, dtype)
+    if all_qk_TX is not qkv_TX:
+        check_rows("all_qk_TX", all_qk_TX, count, max(n_qk, all_qk_TX.shape[-1]), dtype)
+
+
+def check_rows(name: str, x_TX: Tensor, count: int, width: int, dtype: torch.dtype) -> None:
+    """Raise ConfigError unless there are `count` rows of as many numbers, side by side."""
+    if x_TX.shape != (count, width) or x_TX.dtype is not dtype:
+        raise ConfigError(
+            f"{name} has shape {tuple(x_TX.shape)}, {x_TX.dtype}; it must have ({count}, {width}), {dtype}"
+        )
+    assert x_TX.stride(1) == 1 or width == 1

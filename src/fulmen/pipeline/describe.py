@@ -1,0 +1,175 @@
+"""What `fulmen inspect` knows about a model, from its config alone."""
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from fulmen.config import DsaConfig
+from fulmen.evaluation.price.prices import ModelShape
+from fulmen.modeling.checkpoint import ModelSource
+from fulmen.modeling.cost import (
+    CostRow,
+    cost_rows,
+    head_weights,
+    index_key_share,
+    indexer_shape,
+    is_mla,
+    layer_weights,
+    layer_windows,
+    token_bytes,
+)
+from fulmen.modeling.families import all_families
+from fulmen.modeling.gqa.cache import CacheBytes
+from fulmen.modeling.gqa.indexer import model_head_width
+from fulmen.modeling.index_shape import default_dsa, dsa_of
+from fulmen.pipeline.model_config import quantized_types, read_config
+
+POSITIONS = (8 * 1024, 32 * 1024, 128 * 1024, 512 * 1024, 1024 * 1024)
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """Facts about a model and what DSA does, or would do, to it.
+
+    Attributes:
+        converted: whether the model has DSA already; then `dsa` is its own, else the one we would use.
+        heads: "9 query, 3 key/value, width 64" or MLA's ranks.
+        dtype: of the weights after loading, which is that of the cache.
+        quantized: types of a GGUF file's weights, which are dequantized when loaded.
+        parameters: of the whole model, an indexer that it has included.
+        step_weights: bytes of weights that a decoding step reads, shared by its batch.
+        indexer_parameters: of all indexers, those that it has or would get.
+        dense_layers: layers that keep dense attention, with the reason.
+        index_key_share: index keys over keys and values in a converted layer.
+        token_bytes: cache per token.
+    """
+
+    source: str
+    converted: bool
+    model_type: str
+    architecture: str
+    parameters: int
+    indexer_parameters: int
+    step_weights: int
+    layers: int
+    hidden_size: int
+    vocab_size: int
+    heads: str
+    rope: str
+    context: int | None
+    dtype: str
+    quantized: list[str]
+    dsa: DsaConfig
+    dense_layers: dict[str, str]
+    index_key_share: float
+    token_bytes: CacheBytes
+    rows: list[CostRow]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        rows = [
+            {
+                "position": row.position,
+                "decode": row.decode._asdict(),
+                "prefill": row.prefill._asdict(),
+                "cache": row.cache._asdict(),
+            }
+            for row in self.rows
+        ]
+        changed = {"dsa": self.dsa.to_dict(), "token_bytes": self.token_bytes._asdict(), "rows": rows}
+        return {**vars(self), **changed}
+
+
+def read_shape(source: str) -> tuple[ModelSource, bool, ModelShape]:
+    """Where a model is, whether it has DSA, and its shape with the DSA that it has or would get.
+
+    Raises as `read_config` and `default_dsa`.
+    """
+    found, config = read_config(source)
+    converted = any(config.model_type in family.dsa_types for family in all_families())
+    dsa = dsa_of(config) if converted else default_dsa(config)
+    # A config without a dtype means float32.
+    dtype: Any = config.dtype or torch.float32
+    return found, converted, ModelShape(config, dsa, dtype)
+
+
+def describe(source: str) -> ModelDescription:
+    """Read the config and compute all the rest. Raises as `read_config` and `default_dsa`."""
+    found, converted, shape = read_shape(source)
+    config, dsa, dtype = shape.config, shape.dsa, shape.dtype
+    indexer = indexer_shape(config, dsa)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return ModelDescription(
+        source=str(found),
+        converted=converted,
+        model_type=config.model_type,
+        architecture=type(model).__name__,
+        parameters=model.num_parameters(),
+        indexer_parameters=(indexer.key_weights + indexer.query_weights) * len(dsa.layers),
+        step_weights=(layer_weights(config) + head_weights(config)) * dtype.itemsize,
+        layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        heads=_heads_in_words(config),
+        rope=_rope_in_words(config),
+        context=getattr(config, "max_position_embeddings", None),
+        dtype=str(dtype).removeprefix("torch."),
+        quantized=quantized_types(found),
+        dsa=dsa,
+        dense_layers=_dense_layers(config, dsa),
+        index_key_share=index_key_share(config, dsa, dtype.itemsize),
+        token_bytes=token_bytes(config, dsa, dtype.itemsize),
+        rows=cost_rows(config, dsa, POSITIONS, dtype.itemsize),
+    )
+
+
+def layer_ranges(layers: list[int] | tuple[int, ...]) -> str:
+    """ "0-2, 5" for [0, 1, 2, 5]."""
+    runs = [
+        [layer for _, layer in run]
+        for _, run in groupby(enumerate(layers), key=lambda place: place[1] - place[0])
+    ]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _dense_layers(config: PreTrainedConfig, dsa: DsaConfig) -> dict[str, str]:
+    windows = layer_windows(config)
+    reasons: dict[str, list[int]] = {}
+    for layer in sorted(set(range(config.num_hidden_layers)) - set(dsa.layers)):
+        window = windows[layer]
+        reason = f"sliding window of {window}: sparse already" if window else "left dense by the conversion"
+        reasons.setdefault(reason, []).append(layer)
+    return {layer_ranges(layers): reason for reason, layers in reasons.items()}
+
+
+def _heads_in_words(config: Any) -> str:
+    if is_mla(config):
+        return (
+            f"{config.num_attention_heads} query; MLA: latent {config.kv_lora_rank}, "
+            f"widths {config.qk_nope_head_dim} + {config.qk_rope_head_dim} rotary"
+        )
+    return (
+        f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value, "
+        f"width {model_head_width(config)}"
+    )
+
+
+def _rope_in_words(config: PreTrainedConfig) -> str:
+    values = config.rope_parameters or {}
+    words = [str(values.get("rope_type", "default"))]
+    known = {
+        "rope_theta": "theta",
+        "factor": "factor",
+        "original_max_position_embeddings": "original context",
+        "attention_factor": "attention factor",
+        "partial_rotary_factor": "share of dims",
+    }
+    words += [f"{name} {values[key]:g}" for key, name in known.items() if values.get(key) is not None]
+    for key, name in (("short_factor", "short"), ("long_factor", "long")):
+        if factors := values.get(key):
+            words.append(f"{name} factors {min(factors):g} to {max(factors):g}")
+    return ", ".join(words)

@@ -1,0 +1,190 @@
+"""An evaluation from model directory to reports: load, draw held-out texts and needles, measure, write."""
+
+import json
+import os
+from collections.abc import Sequence
+from math import ceil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.table import Table
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fulmen.data import Corpus, Document, Window, load_corpus, windows
+from fulmen.errors import ConfigError, CorpusError, OutputError
+from fulmen.evaluation.parity.measure import measure_parity
+from fulmen.evaluation.parity.needles import NeedleSample, needle_samples
+from fulmen.evaluation.parity.report import (
+    about_run,
+    make_report,
+    markdown_table,
+    write_html,
+    write_json,
+    write_markdown,
+)
+from fulmen.evaluation.parity.tables import needle_verdict, short_summary, verdict
+from fulmen.modeling.checkpoint import load_dense
+from fulmen.modeling.cost import cost_rows
+from fulmen.modeling.index_shape import context_of, dsa_of
+from fulmen.pipeline.chat import load_converted_model, load_converted_tokenizer
+from fulmen.pipeline.convert import RECORD_FILE, STAGES_DIR
+from fulmen.pipeline.model_card import fill_parity
+from fulmen.pipeline.model_config import read_config
+from fulmen.pipeline.reporter import console, say, stage
+from fulmen.pipeline.settings import EvalSettings
+from fulmen.pipeline.texts import draw_longest, kinds_of, lengths_to_try
+
+# As many texts as in `EvalSize` are read of this length.
+UP_TO_LENGTH = 4096
+COST_POSITIONS = tuple(2**power for power in range(8, 21))
+
+
+class EvalSize(NamedTuple):
+    """How much is read: texts per kind of text, and texts with needles per number of keys and length.
+
+    Every needle of a text is asked for: in all, FULL asks 16 questions with one key and 128 with eight.
+    """
+
+    windows: int
+    needle_texts: int
+    keys: tuple[int, ...] = (1, 8)
+
+    def of_length(self, length: int) -> "EvalSize":
+        """Fewer texts where they are longer than 4,096 tokens, half of them at least."""
+        share = max(0.5, min(1.0, UP_TO_LENGTH / length))
+        return EvalSize(ceil(share * self.windows), ceil(share * self.needle_texts), self.keys)
+
+
+FULL, QUICK = EvalSize(windows=8, needle_texts=8), EvalSize(windows=2, needle_texts=2)
+
+
+def evaluate(settings: EvalSettings) -> dict[str, Any]:
+    """Run an evaluation as `fulmen eval` does and return the report. Raises what its parts raise."""
+    lengths = plan_evaluation(settings)
+    with stage("Read data"):
+        corpus = load_corpus(*settings.data)
+        tokenizer = load_converted_tokenizer(settings.model_dir)
+        texts, needles = draw_longest(lengths, lambda length: _texts(length, settings, corpus, tokenizer))
+    say(f"Loading {settings.model_dir}")
+    with stage("Load"):
+        model = load_converted_model(settings.model_dir)
+        dense = None if settings.dense is None else load_dense(settings.dense, model.dtype)[0]
+    with stage("Evaluate", counted=False) as advance:
+        result = measure_parity(
+            model,
+            texts,
+            topk=settings.topk,
+            inherited=_inherited(settings.model_dir),
+            needles=needles,
+            ks=_budgets(settings.topk or dsa_of(model.config).topk, quick=settings.quick),
+            dense_model=dense,
+            progress=lambda done, total, what: advance(done, total, what),
+        )
+    with stage("Write"):
+        about = {**about_run(str(settings.model_dir)), **_provenance(settings.model_dir)}
+        report = make_report(result, about, _cost_curve(model))
+        _write_reports(settings, report)
+    _print(report)
+    return report
+
+
+def plan_evaluation(settings: EvalSettings) -> list[int]:
+    """Lengths of text, to be tried in turn. Raises what configs and places have against these settings."""
+    _, config = read_config(settings.model_dir)
+    topk, context = settings.topk or dsa_of(config).topk, context_of(config)
+    if context and settings.length and settings.length > context:
+        raise ConfigError(
+            f"length={settings.length} exceeds the model's context of {context} tokens; lower --length"
+        )
+    if settings.dense is not None:
+        read_config(settings.dense)
+    beside_model = None in (settings.json, settings.html, settings.markdown)
+    if beside_model and not os.access(settings.model_dir, os.W_OK):
+        raise OutputError(
+            f"{settings.model_dir} is not writable; name other places by --json, --html and --markdown"
+        )
+    if settings.length is None:
+        return lengths_to_try(None, config, topk)
+    if topk >= settings.length:
+        say(f"k = {topk:,} leaves nothing out of {settings.length:,} tokens: there DSA is dense attention")
+    return [settings.length]
+
+
+def _texts(
+    length: int, settings: EvalSettings, corpus: Corpus, tokenizer: Any
+) -> tuple[list[Window], list[NeedleSample]]:
+    """Held-out windows of each kind, or of the kinds asked for, and needles. Raises CorpusError."""
+    size = (QUICK if settings.quick else FULL).of_length(length)
+    count = settings.windows or size.windows
+    kinds = settings.kinds or kinds_of(corpus.heldout)
+    drawn = [
+        window for kind in kinds for window in windows(corpus.heldout, tokenizer, length, count, kind=kind)
+    ]
+    return drawn, _needles(corpus.heldout, tokenizer, length, size) if settings.needles else []
+
+
+def _needles(heldout: Sequence[Document], tokenizer: Any, length: int, size: EvalSize) -> list[NeedleSample]:
+    """Single and multi-key needles, at half the length and the whole; none where the text is scarce."""
+    samples: list[NeedleSample] = []
+    for n_tokens in (length // 2, length):
+        for n_keys in size.keys:
+            try:
+                samples += needle_samples(heldout, tokenizer, n_tokens, size.needle_texts, n_keys=n_keys)
+            except (ConfigError, CorpusError) as error:
+                say(f"No needles of {n_tokens} tokens: {error}")
+    return samples
+
+
+def _budgets(topk: int, *, quick: bool) -> list[int]:
+    return (
+        [max(topk // 2, 1), topk, 2 * topk]
+        if quick
+        else [max(topk // 4, 1), max(topk // 2, 1), topk, 2 * topk]
+    )
+
+
+def _inherited(model_dir: Path) -> dict[str, Tensor] | None:
+    """The indexers before training, which a conversion leaves beside the model."""
+    file = model_dir / STAGES_DIR / "inherit.safetensors"
+    return load_file(file) if file.is_file() else None
+
+
+def _provenance(model_dir: Path) -> dict[str, str]:
+    """How the model was made, from the record of its conversion."""
+    file = model_dir / RECORD_FILE
+    if not file.is_file():
+        return {}
+    record = json.loads(file.read_text(encoding="utf-8"))
+    length = f"{record['steps']} steps" if record.get("steps") else f"{record.get('budget_s') or 0:.0f} s"
+    data = ", ".join(record["data"]) or "the library and manual of Python"
+    return {"converted": f"from {record['source']} by {', '.join(record['stages'])} ({length}), on {data}"}
+
+
+def _cost_curve(model: PreTrainedModel) -> list[dict[str, float]]:
+    rows = cost_rows(model.config, dsa_of(model.config), COST_POSITIONS, model.dtype.itemsize)
+    return [{"position": row.position, **row.decode._asdict()} for row in rows]
+
+
+def _write_reports(settings: EvalSettings, report: dict[str, Any]) -> None:
+    """To the places asked for, or beside the model; the card gets the table too."""
+    folder = settings.model_dir
+    written = [
+        write_json(report, settings.json or folder / "parity.json"),
+        write_markdown(report, settings.markdown or folder / "parity.md"),
+        write_html(report, settings.html or folder / "parity.html"),
+    ]
+    fill_parity(folder, f"{verdict(report)}\n\n{markdown_table(short_summary(report))}")
+    say("Wrote " + ", ".join(str(path) for path in written))
+
+
+def _print(report: dict[str, Any]) -> None:
+    header, *rows = short_summary(report)
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    say(verdict(report))
+    if retrieval := needle_verdict(report):
+        say(retrieval)

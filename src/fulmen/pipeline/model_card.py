@@ -1,0 +1,87 @@
+"""The model card (README.md) of a converted model: how it was made, how to load it, what was measured."""
+
+from pathlib import Path
+from typing import Any
+
+from fulmen.modeling.mla.convert import MLA_DSA_TYPES
+
+PARITY_BEGIN, PARITY_END = "<!-- parity:begin -->", "<!-- parity:end -->"
+
+
+def conversion_card(record: dict[str, Any], model_type: str) -> str:
+    """The card of a fresh conversion; the parity table is filled in by `fulmen eval`."""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- deepseek-sparse-attention
+- fulmen
+---
+
+# {record["source"]} with DeepSeek Sparse Attention
+
+Made by fulmen {record["made_with"]["fulmen"]} from `{record["source"]}`. {_indexer_sentence(record["dsa"])}
+{_trunk_sentence(record["stages"])} Stages: {", ".join(record["stages"])};
+seed {record["seed"]}.
+
+```python
+import fulmen  # or trust_remote_code=True without it
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/of/this/directory")
+tokenizer = AutoTokenizer.from_pretrained("path/of/this/directory")
+```
+
+`fulmen.set_topk(model, k)` changes how many tokens a query keeps; at or above the length the model is dense.
+{_ties_paragraph(model_type)}
+## Parity with the dense model
+
+{PARITY_BEGIN}
+Not measured yet: `fulmen eval` on this directory writes the table here.
+{PARITY_END}
+"""
+
+
+def _trunk_sentence(stages: list[str]) -> str:
+    if "sparse" in stages:
+        return "All weights were trained under sparse attention, with the dense model as teacher."
+    return "All other weights are the dense model's own, under their own names."
+
+
+def _indexer_sentence(dsa: dict[str, Any]) -> str:
+    return (
+        f"A lightning indexer ({dsa['index_n_heads']} heads of {dsa['index_head_dim']} dims, "
+        f"{dsa['index_n_kv_heads']} index key heads) picks {dsa['topk']} tokens for every query "
+        f"in {len(dsa['layers'])} layers{_spread(dsa)}."
+    )
+
+
+def _ties_paragraph(model_type: str) -> str:
+    if model_type not in MLA_DSA_TYPES:
+        return ""
+    return """
+Of tokens with equal index scores fulmen keeps the most recent. Transformers' own class uses `torch.topk`,
+which keeps any of them: without fulmen, logits may differ where fewer than k tokens score above 0.
+"""
+
+
+def _spread(dsa: dict[str, Any]) -> str:
+    shares = dsa["topk_shares"] or [1]
+    if min(shares) == max(shares):
+        return ""
+    least, most = (round(dsa["topk"] * share) for share in (min(shares), max(shares)))
+    return f" on average, {least} to {most} by layer"
+
+
+def fill_parity(model_dir: Path, table: str) -> None:
+    """Put a Markdown table between the card's parity marks; leave a card without marks alone."""
+    card = model_dir / "README.md"
+    if not card.is_file():
+        return
+    text = card.read_text(encoding="utf-8")
+    head, begin, rest = text.partition(PARITY_BEGIN)
+    _, end, tail = rest.partition(PARITY_END)
+    if begin and end:
+        aside = card.with_suffix(".part")
+        aside.write_text(f"{head}{begin}\n{table.strip()}\n{end}{tail}", encoding="utf-8")
+        aside.rename(card)

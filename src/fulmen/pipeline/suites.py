@@ -1,0 +1,227 @@
+"""A run of suites from a model's name to its reports: load, ask, write; results are kept as they come."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from transformers import PreTrainedConfig
+
+from fulmen import __version__
+from fulmen.data import Corpus, load_corpus
+from fulmen.errors import CheckpointError, ConfigError
+from fulmen.evaluation.parity.report import about_run, write_json
+from fulmen.evaluation.suites.endpoint import EndpointSubject
+from fulmen.evaluation.suites.journal import Journal
+from fulmen.evaluation.suites.page import write_suite_page
+from fulmen.evaluation.suites.report import suite_sections, write_suite_markdown
+from fulmen.evaluation.suites.ruler_tasks import find_tasks
+from fulmen.evaluation.suites.run import (
+    NEEDS_DSA,
+    NEEDS_WEIGHTS,
+    SUITES,
+    SuitePlan,
+    require_fit,
+    require_within,
+    run_suites,
+)
+from fulmen.evaluation.suites.subjects import LocalSubject, Subject
+from fulmen.modeling.checkpoint import (
+    ModelSource,
+    find_source,
+    load_dense,
+    load_directory_model,
+    load_tokenizer,
+)
+from fulmen.modeling.index_shape import usual_length
+from fulmen.pipeline.chat import load_converted_model
+from fulmen.pipeline.model_config import read_config
+from fulmen.pipeline.reporter import console, say, stage
+from fulmen.pipeline.suite_settings import ALL, PARITY, SHORTEST_POWER, SuiteSettings, lengths_up_to
+from fulmen.training.sparse.teacher import require_same_tokens
+
+SAMPLES_FILE = "samples.jsonl"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
+# Lengths of an endpoint's model are not known.
+ENDPOINT_CONTEXT = 8192
+
+
+def suites_of(settings: SuiteSettings) -> tuple[str, ...]:
+    """The suites asked for; of "all", those that the model can run.
+
+    Raises:
+        ConfigError: parity of a model without DSA; an unknown task.
+        CheckpointError: there is no such model.
+    """
+    find_tasks(settings.tasks)
+    converted = settings.url is None and _has_dsa(_config_values(find_source(settings.source)))
+    if ALL not in settings.suites:
+        if PARITY in settings.suites and not converted:
+            raise ConfigError(
+                f"suite='parity' compares DSA with dense, and {settings.source} has no DSA; convert it first"
+            )
+        return settings.suites
+    if converted:
+        return (PARITY, *SUITES)
+    lacking = NEEDS_DSA + (NEEDS_WEIGHTS if settings.url else ())
+    return tuple(name for name in SUITES if name not in lacking)
+
+
+def evaluate_suites(settings: SuiteSettings, suites: tuple[str, ...]) -> dict[str, Any]:
+    """Run suites as `fulmen eval --suite` does and return the report. Raises what its parts raise."""
+    require_runnable(settings, suites)
+    with stage("Read data"):
+        corpus = load_corpus(*settings.data)
+        tokenizer = load_subject_tokenizer(settings)
+    say(f"Loading {settings.model or settings.source}")
+    with stage("Load"):
+        subject = load_subject(settings, tokenizer)
+    plan = SuitePlan(
+        suites=suites,
+        lengths=lengths_of(settings, subject.context, subject.topk),
+        samples=settings.samples,
+        tasks=settings.tasks,
+        seed=settings.seed,
+    )
+    require_fit(subject, plan)
+    journal = Journal(settings.folder / SAMPLES_FILE, _identity(settings, corpus, subject))
+    with stage("Evaluate", counted=False) as advance:
+        tables = run_suites(subject, tokenizer, corpus.heldout, plan, journal, lambda *done: advance(*done))
+    sparse = f", k = {subject.topk}" if subject.topk else ""
+    dense = f", dense: {settings.dense}" if settings.dense else ""
+    sizes = f"{plan.samples} samples of each task and length, seed {plan.seed}{sparse}{dense}"
+    about = {**about_run(settings.model or settings.source), "sizes": sizes}
+    report = {"suites": tables, "about": about}
+    with stage("Write"):
+        _write(settings.folder, report)
+    _print(report)
+    return report
+
+
+def require_runnable(settings: SuiteSettings, suites: tuple[str, ...]) -> None:
+    """Raise ConfigError for what the model's config has against these settings, before it is loaded."""
+    if settings.url is not None:
+        # An endpoint is quick to ask, and says nothing of its model.
+        return
+    values = _config_values(find_source(settings.source))
+    has_dsa = _has_dsa(values)
+    if settings.topk is not None and not has_dsa:
+        raise ConfigError(f"topk={settings.topk} is for a converted model; {settings.source} has no DSA")
+    if settings.dense is not None and not has_dsa:
+        raise ConfigError(f"--dense is what a converted model is compared with; {settings.source} has no DSA")
+    for name in suites:
+        if name in NEEDS_DSA and not has_dsa:
+            raise ConfigError(
+                f"suite={name!r} compares DSA with dense, and {settings.source} has no DSA; convert it first"
+            )
+    if context := values.get("max_position_embeddings"):
+        require_within(lengths_of(settings, context, settings.topk), context)
+
+
+def lengths_of(settings: SuiteSettings, context: int | None, topk: int | None) -> tuple[int, ...]:
+    """As asked for; else what a `topk` (None: without DSA) wants, half of that too, within the context."""
+    if settings.lengths is None:
+        longest = usual_length(topk or 0, context)
+        # Half of a small context has no room for some questions.
+        return (longest // 2, longest) if longest // 2 >= SHORTEST_POWER else (longest,)
+    return settings.lengths or lengths_up_to(context or ENDPOINT_CONTEXT)
+
+
+def load_subject_tokenizer(settings: SuiteSettings) -> Any:
+    """The tokenizer that counts; that of a dense model to compare with must be the same.
+
+    Raises:
+        CheckpointError: one cannot be loaded.
+        ConfigError: they differ.
+    """
+    tokenizer = load_tokenizer(find_source(settings.source))
+    if settings.dense is not None:
+        require_same_tokens(tokenizer, load_tokenizer(find_source(settings.dense)))
+    return tokenizer
+
+
+def load_subject(settings: SuiteSettings, tokenizer: Any) -> Subject:
+    """Who is asked.
+
+    Raises:
+        CheckpointError: the model cannot be loaded.
+        EndpointError: the endpoint cannot be reached, or lacks the model.
+        ConfigError: a topk for a model without DSA.
+    """
+    found = find_source(settings.source)
+    if settings.url is not None:
+        assert settings.model is not None
+        return EndpointSubject(settings.url, settings.model, tokenizer)
+    dense = None
+    if _has_dsa(_config_values(found)):
+        model = load_converted_model(settings.source)
+        if settings.dense is not None:
+            dense = load_dense(settings.dense, model.dtype)[0].eval()
+    elif found.gguf_file:
+        model = load_dense(settings.source)[0]
+    else:
+        # Any model of Transformers, known to a family or not: nothing of it is changed.
+        model = load_directory_model(found.place)
+    return LocalSubject(model.eval(), tokenizer, settings.topk, dense)
+
+
+def _config_values(found: ModelSource) -> dict[str, Any]:
+    """config.json, of any model; of a GGUF file what Transformers makes of its header."""
+    if found.gguf_file:
+        return read_config(str(found))[1].to_dict()
+    values = _loaded(found, lambda: PreTrainedConfig.get_config_dict(found.place))[0]
+    return values if isinstance(values, dict) else {}
+
+
+def _has_dsa(values: dict[str, Any]) -> bool:
+    return bool(values.get("dsa") or values.get("index_topk"))
+
+
+def _loaded(found: ModelSource, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{found} cannot be loaded ({reason[:200]}); name a whole model") from error
+
+
+def _identity(settings: SuiteSettings, corpus: Corpus, subject: Subject) -> dict[str, Any]:
+    """What results on disk must have in common with this run; how many there are is not part of it."""
+    return {
+        "model": settings.model or settings.source,
+        "url": settings.url,
+        "weights": None if settings.url else _weights_mark(find_source(settings.source)),
+        "dense": settings.dense,
+        "topk": subject.topk,
+        "corpus": corpus.fingerprint,
+        "seed": settings.seed,
+        "fulmen": __version__,
+    }
+
+
+def _weights_mark(found: ModelSource) -> str:
+    """Changes when a model on this disk is written anew: sizes and times of its files."""
+    folder = Path(found.place)
+    files = sorted(file for file in folder.glob("*") if file.suffix in WEIGHT_SUFFIXES)
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16] if facts else found.place
+
+
+def _write(folder: Path, report: dict[str, Any]) -> None:
+    written = [
+        write_json(report, folder / "suites.json"),
+        write_suite_markdown(report, folder / "suites.md"),
+        write_suite_page(report, folder / "suites.html"),
+    ]
+    say("Wrote " + ", ".join(str(path) for path in written))
+
+
+def _print(report: dict[str, Any]) -> None:
+    for title, notes, (header, *rows) in suite_sections(report):
+        table = Table(*header, title=title)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        for note in notes:
+            say(note)

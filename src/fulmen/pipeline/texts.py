@@ -1,0 +1,118 @@
+"""The texts of a run: how long they are, and which."""
+
+from collections.abc import Callable, Sequence
+from itertools import islice, pairwise
+from typing import Any, NamedTuple, TypeVar
+
+from transformers import PreTrainedConfig
+
+from fulmen.data import Corpus, Document, Window, window_stream, windows
+from fulmen.errors import ConfigError, CorpusError
+from fulmen.modeling.index_shape import context_of, default_length
+from fulmen.pipeline.reporter import say
+
+CALIBRATION_WINDOWS, CALIBRATION_TOKENS = 4, 32_768
+TRAINING_WINDOWS = 64
+VALIDATION_WINDOWS = 4
+# Numbers of windows are meant for this length; of longer ones fewer are read, so that it takes no more time.
+COUNTED_LENGTH = 2048
+# One for code and one for prose.
+FEWEST_WINDOWS = 2
+
+Drawn = TypeVar("Drawn")
+
+
+class ConversionTexts(NamedTuple):
+    """What a conversion reads. length: tokens of a text to train on; those to calibrate on may be longer."""
+
+    length: int
+    calibration: list[Window]
+    training: list[Window]
+    validation: list[Window]
+
+
+def kinds_of(documents: Sequence[Document]) -> list[str]:
+    """Kinds of text among the documents, sorted."""
+    return sorted({document.kind for document in documents})
+
+
+def count_of_length(count: int, length: int) -> int:
+    """`count`, or of windows longer than 2,048 as many as hold no more tokens than `count` of these."""
+    return max(min(FEWEST_WINDOWS, count), min(count, count * COUNTED_LENGTH // length))
+
+
+def lengths_to_try(wanted: int | None, config: PreTrainedConfig, topk: int) -> list[int]:
+    """Tokens of a text for training: as asked, within the context; else the default, and shorter ones.
+
+    The shorter ones, each half of the last, are for text that does not fill the default.
+
+    Raises ConfigError if k leaves nothing to learn, which a config says before anything is loaded.
+    """
+    context = context_of(config)
+    length = default_length(config, topk) if wanted is None else min(wanted, context or wanted)
+    if topk >= length:
+        whose = "the model's context" if length == context else "the window"
+        more = "a smaller --topk" + (" or a longer --window" if length != context else "")
+        raise ConfigError(
+            f"topk={topk} is not below {whose} of {length} tokens, so there is nothing to select; use {more}"
+        )
+    lengths = [length]
+    while wanted is None and lengths[-1] // 2 > topk:
+        lengths.append(lengths[-1] // 2)
+    return lengths
+
+
+def draw_longest(lengths: Sequence[int], draw: Callable[[int], Drawn]) -> Drawn:
+    """What `draw` gives for the first length that the text fills. Raises what it does for the last one."""
+    for length, shorter in pairwise(lengths):
+        try:
+            return draw(length)
+        except (CorpusError, ConfigError):
+            say(f"There is too little text for windows of {length:,} tokens; trying {shorter:,}")
+    return draw(lengths[-1])
+
+
+def conversion_texts(
+    corpus: Corpus, tokenizer: Any, length: int, context: int | None, seed: int, *, trains: bool
+) -> ConversionTexts:
+    """The texts of a conversion; without those to train on unless it `trains`.
+
+    Raises:
+        CorpusError: there is not even one text to calibrate on (`DocumentTooShortError`).
+        ConfigError: there is but one to train on.
+    """
+    calibration = calibration_texts(corpus.calibration, tokenizer, length, context, seed)
+    if not trains:
+        return ConversionTexts(length, calibration, [], [])
+    n_held_out = count_of_length(VALIDATION_WINDOWS, length)
+    drawn = up_to(corpus.training, tokenizer, length, TRAINING_WINDOWS + n_held_out, seed)
+    return ConversionTexts(length, calibration, *split_off(drawn, n_held_out, "warm-up"))
+
+
+def calibration_texts(
+    documents: Sequence[Document], tokenizer: Any, length: int, context: int | None, seed: int
+) -> list[Window]:
+    """Twice as long as the training texts where the text allows: thresholds must hold far out too."""
+    longer = min(2 * length, context or length)
+    # All of them are in memory at once, layer by layer.
+    count = max(FEWEST_WINDOWS, min(CALIBRATION_WINDOWS, CALIBRATION_TOKENS // longer))
+    drawn = list(islice(window_stream(documents, tokenizer, longer, seed=seed), count))
+    return drawn if len(drawn) == count else up_to(documents, tokenizer, length, count, seed)
+
+
+def up_to(documents: Sequence[Document], tokenizer: Any, length: int, count: int, seed: int) -> list[Window]:
+    """`count` windows, or fewer where the text ends. Raises CorpusError if there is not even one."""
+    drawn = list(islice(window_stream(documents, tokenizer, length, seed=seed), count))
+    return drawn or windows(documents, tokenizer, length, 1, seed=seed)
+
+
+def split_off(drawn: Sequence[Window], n_held_out: int, stage: str) -> tuple[list[Window], list[Window]]:
+    """What a stage trains on, and the first windows, held out: `n_held_out`, or half of a few.
+
+    Raises ConfigError if there is but one.
+    """
+    n_held_out = min(n_held_out, len(drawn) // 2)
+    if not n_held_out:
+        length = len(drawn[0].input_ids)
+        raise ConfigError(f"the training text fills one window of {length} tokens; {stage} needs 2: add text")
+    return list(drawn[n_held_out:]), list(drawn[:n_held_out])

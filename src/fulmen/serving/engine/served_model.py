@@ -1,0 +1,133 @@
+"""What a server has to know of a model before the engine runs: read from its directory, no weights loaded."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedConfig
+
+from fulmen.config import DsaConfig
+from fulmen.errors import CheckpointError, UnsupportedModelError
+from fulmen.modeling.cost import attention_shape, layer_windows, token_bytes
+from fulmen.modeling.gqa.cache import CacheBytes
+from fulmen.modeling.index_shape import dsa_of
+from fulmen.modeling.weight_files import PICKLES, require_sound_files
+
+DEFAULT_CONTEXT = 8192
+# What a dense model's cache is measured with: no layer has index keys.
+_NO_DSA = DsaConfig(1, 1, 1, 2, ())
+_USER_TOKEN = "<｜User｜>"
+
+
+class FillInTheMiddle(NamedTuple):
+    """The tokens around prompt and suffix: `before` prompt `between` suffix `after`."""
+
+    before: str
+    between: str
+    after: str
+
+    def render(self, prompt: str, suffix: str) -> str:
+        """The text that the model completes."""
+        return f"{self.before}{prompt}{self.between}{suffix}{self.after}"
+
+
+# In the order in which the models' own documentation lays them out.
+KNOWN_FIM = (
+    FillInTheMiddle("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
+    FillInTheMiddle("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    FillInTheMiddle("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    FillInTheMiddle("[PREFIX]", "[SUFFIX]", "[MIDDLE]"),
+)
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model as a server sees it.
+
+    Attributes:
+        place: its directory.
+        name: what clients call it: the directory's name.
+        config: of the model.
+        dsa: None for a dense model.
+        context: tokens of prompt and answer together.
+        chat_template: the tokenizer's, or "" if it has none.
+        special_tokens: the tokenizer's added tokens.
+    """
+
+    place: Path
+    name: str
+    config: PreTrainedConfig
+    dsa: DsaConfig | None
+    context: int
+    chat_template: str
+    special_tokens: frozenset[str]
+
+    @cached_property
+    def token_bytes(self) -> CacheBytes:
+        """What the cache keeps per token, in bfloat16."""
+        if self.dsa is None:
+            return CacheBytes(token_bytes(self.config, _NO_DSA).kv, 0)
+        return token_bytes(self.config, self.dsa)
+
+    @cached_property
+    def layer_kv_bytes(self) -> int:
+        """Keys and values of one token in one layer."""
+        return 2 * attention_shape(self.config).token_width
+
+    @cached_property
+    def windows(self) -> list[int | None]:
+        """For each layer the number of tokens that its queries see; None: all."""
+        return layer_windows(self.config)
+
+    @property
+    def speaks_v32(self) -> bool:
+        """Whether chats are written in DeepSeek-V3.2's encoding: such models come without a template."""
+        return (
+            self.config.model_type == "deepseek_v32"
+            and not self.chat_template
+            and _USER_TOKEN in self.special_tokens
+        )
+
+    @property
+    def fim(self) -> FillInTheMiddle | None:
+        """How the model fills in the middle; None if its tokenizer has no tokens for it."""
+        return next((known for known in KNOWN_FIM if self.special_tokens >= set(known)), None)
+
+
+def served_model(place: Path, config: PreTrainedConfig) -> ServedModel:
+    """Read what a server needs of the model at `place`.
+
+    Raises CheckpointError if the directory has no tokenizer.json, which the engine needs, or its weights are
+    pickles, an adapter, or cut short.
+    """
+    if any(file.suffix in (*PICKLES, ".safetensors") for file in place.iterdir()):
+        require_sound_files(place)
+    tokenizer = _read_json(place / "tokenizer.json")
+    if tokenizer is None:
+        raise CheckpointError(f"{place} has no tokenizer.json; save the model's tokenizer beside it")
+    try:
+        dsa = dsa_of(config)
+    except UnsupportedModelError:
+        dsa = None
+    context = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+    added = frozenset(str(token.get("content")) for token in tokenizer.get("added_tokens", []))
+    return ServedModel(place, place.resolve().name, config, dsa, context, _chat_template(place), added)
+
+
+def _chat_template(place: Path) -> str:
+    file = place / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = (_read_json(place / "tokenizer_config.json") or {}).get("chat_template") or ""
+    return template if isinstance(template, str) else json.dumps(template)
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is no JSON ({error}); get it anew") from error

@@ -1,0 +1,277 @@
+"""Transformers' Trainer for the sparse stage: what it optimizes, watches, writes down and keeps."""
+
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from fulmen.errors import TrainingDivergedError
+from fulmen.training.checkpoints import SafeCheckpoints, log_up_to, write_aside, write_log
+from fulmen.training.parts import OnPart
+from fulmen.training.processes import as_the_first
+from fulmen.training.sharding import Sharded, load_whole
+from fulmen.training.sparse.settings import SparseSettings, SparseStage, StepLosses
+from fulmen.training.sparse.streamed import StreamedRows
+from fulmen.training.sparse.teacher import DistilledRows
+
+WEIGHTS_FILE, LOG_FILE, POSITION_FILE = "model.safetensors", "sparse.jsonl", "position.json"
+TENSORBOARD_DIR = "tensorboard"
+# A step's KL this many times the median of the last ones and this many nats above it, or an LM loss so many
+# nats above, is a spike: texts differ by a factor of 3 in the KL, and by 2 nats in how hard they are.
+SPIKE_FACTOR, SPIKE_KL, SPIKE_LM = 8.0, 1.0, 4.0
+SPIKE_HISTORY, LEAST_HISTORY = 20, 5
+PARTS = ("loss", "lm", "kl", "indexer")
+OnStep = Callable[[int, int, dict[str, float]], None]
+
+
+class SparseTrainer(SafeCheckpoints, Sharded, Trainer):
+    """Two parameter groups that never meet, the held-out sparse loss, the trained weights as checkpoint.
+
+    With them lies the position in a stream of texts.
+    """
+
+    train_dataset: DistilledRows
+    validation: list[dict[str, Tensor]]
+    settings: SparseSettings
+    on_part: OnPart
+
+    @property
+    def stage(self) -> SparseStage:
+        """The module that is trained, whatever Accelerate wrapped it in."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW with a learning rate for the trunk and one for the indexers."""
+        stage = self.stage if model is None else model
+        groups = [
+            {"params": stage.trunk_parameters(), "lr": self.settings.learning_rate},
+            {"params": stage.indexer_parameters(), "lr": self.settings.indexer_learning_rate},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], betas=(0.9, 0.95), weight_decay=0.0
+        )
+        return self.optimizer
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        # Accelerate puts autocast into the model itself, but not where FSDP2 shards it.
+        with self.accelerator.autocast():
+            losses = model(**inputs)
+        self.watch.took(float(losses["loss"].detach()), self.stage.last)
+        return (losses["loss"], {}) if return_outputs else losses["loss"]
+
+    @property
+    def watch(self) -> "StepWatch":
+        """The callback that collects the steps' losses."""
+        return next(one for one in self.callback_handler.callbacks if isinstance(one, StepWatch))
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Each loss's gradient by itself: a large one of the indexer must not shrink the trunk's."""
+        norms = [
+            self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
+            for parameters in (self.stage.trunk_parameters(), self.stage.indexer_parameters())
+            if parameters
+        ]
+        return norms[0]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.accelerator.autocast():
+            metrics = {
+                "eval_loss": held_out_loss(
+                    self.model_wrapped, self.validation, self.args.device, self.on_part
+                )
+            }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """A step's losses with their parts, for `report_to`."""
+        parts = {name: self.watch.row[name] for name in PARTS[1:]} if "loss" in logs else {}
+        super().log({**logs, **parts}, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The trained weights, whole, in one file: each process holds the best ones when the run ends."""
+        assert output_dir is not None
+        state = self.accelerator.get_state_dict(self.model)
+        if self.args.should_save:
+            os.makedirs(output_dir, exist_ok=True)
+            trained = only_trained(self.stage, state)
+            file = Path(output_dir, WEIGHTS_FILE)
+            write_aside(file, lambda aside: save_file(trained, aside, metadata={"format": "pt"}))
+            rows = self.train_dataset.rows
+            if isinstance(rows, StreamedRows):
+                n_used = self.state.global_step * self.settings.accumulate * self.accelerator.num_processes
+                position = json.dumps(rows.state_dict(n_used))
+                Path(output_dir, POSITION_FILE).write_text(position, encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_trained(self.stage, Path(resume_from_checkpoint, WEIGHTS_FILE))
+
+
+@torch.no_grad()
+def held_out_loss(
+    stage: nn.Module, rows: list[dict[str, Tensor]], device: Any, on_part: OnPart = lambda *_: None
+) -> float:
+    """Next-token loss (nats) of the sparse model over the second half of each text; each weighs the same."""
+    was_training = stage.training
+    stage.eval()
+    losses = []
+    for number, row in enumerate(rows):
+        on_part(number, len(rows), "validation")
+        batch = {name: row[name][None].to(device) for name in ("input_ids", "position_ids")}
+        losses.append(float(stage(**batch, first=len(row["input_ids"]) // 2)["lm"]))
+    on_part(len(rows), len(rows), "validation")
+    stage.train(was_training)
+    return sum(losses) / len(losses)
+
+
+def only_trained(stage: SparseStage, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a gathered state dict, what `trained_state` has."""
+    return {name: state[name].contiguous() for name, p in stage.named_parameters() if p.requires_grad}
+
+
+def load_trained(stage: SparseStage, file: Path) -> None:
+    """Put weights that `trained_state` gave back."""
+    missing = load_whole(stage, load_file(file))
+    assert not {name for name, p in stage.named_parameters() if p.requires_grad} & set(missing)
+
+
+class StepWatch(TrainerCallback):
+    """Collects a step's losses over texts and processes; checks, logs and reports them; ends the budget."""
+
+    def __init__(
+        self, stage: SparseStage, run_dir: Path, on_step: OnStep, budget_s: float | None, began: float
+    ) -> None:
+        self.stage, self.on_step, self.budget_s, self.began = stage, on_step, budget_s, began
+        self.log_file = run_dir / LOG_FILE
+        self.taken: list[tuple[float, StepLosses]] = []
+        self.row: dict[str, Any] = {}
+        self.history: list[dict[str, float]] = []
+        self.tokens = 0
+        self.reduce: Callable[[Tensor], Tensor] = lambda x: x
+        self.processes = 1
+        self.writes = True
+
+    def took(self, loss: float, losses: StepLosses | None) -> None:
+        """One text's losses."""
+        assert losses is not None
+        self.taken.append((loss, losses))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget the log of steps that are to be done again."""
+        rows = log_up_to(self.log_file, state.global_step)
+        self.history = rows[-SPIKE_HISTORY:]
+        self.tokens = rows[-1]["tokens"] if rows else 0
+        if self.writes:
+            write_log(self.log_file, rows)
+        self.on_step(state.global_step, state.max_steps, {})
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.taken = []
+        self.stage.step = state.global_step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the weights change: a step that went wrong must not touch them."""
+        own = [[loss, one.lm, one.kl, one.indexer] for loss, one in self.taken]
+        means = self.reduce(torch.tensor(own, dtype=torch.float64).mean(0)).tolist()
+        losses = dict(zip(PARTS, means, strict=True))
+        step = state.global_step + 1
+        self._check(step, losses, kwargs["optimizer"])
+        self.tokens += sum(one.tokens for _, one in self.taken) * self.processes
+        rates = [group["lr"] for group in kwargs["optimizer"].param_groups]
+        self.row = {"step": step, **losses, "lr": rates[0], "tokens": self.tokens, **self._layer_means()}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.history = [*self.history, self.row][-SPIKE_HISTORY:]
+        if self.writes:
+            with open(self.log_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(self.row) + "\n")
+        self.on_step(state.global_step, state.max_steps, {name: self.row[name] for name in PARTS[1:]})
+        if self.budget_s is not None and as_the_first(time.monotonic() - self.began > self.budget_s):
+            control.should_training_stop = control.should_evaluate = control.should_save = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        self.on_step(state.global_step, state.max_steps, {"held-out loss": metrics["eval_loss"]})
+
+    def _layer_means(self) -> dict[str, Any]:
+        """Of the first text's layers: mean KL and output change, captured mass and k of the measured."""
+        layers = self.taken[0][1].layers
+        if not layers:
+            return {}
+        captured = {str(i): layer.captured for i, layer in layers.items() if layer.captured is not None}
+        return {
+            "indexer_kl": statistics.fmean(layer.kl for layer in layers.values()),
+            "changed": statistics.fmean(layer.changed for layer in layers.values()),
+            "captured": captured,
+            "topk": {i: self.stage.taps.topk_of(int(i)) for i in captured},
+        }
+
+    def _check(self, step: int, losses: dict[str, float], optimizer: Any) -> None:
+        rate = optimizer.param_groups[0]["lr"]
+        if not math.isfinite(losses["loss"]):
+            layers = self.taken[0][1].layers
+            bad = [i for i, layer in layers.items() if not math.isfinite(float(layer.loss.detach()))]
+            which = ", ".join(name for name in PARTS if not math.isfinite(losses[name]))
+            where = f" and the indexers of layers {bad}" if bad else ""
+            raise TrainingDivergedError(
+                f"{which} is not finite at step {step}{where}; the last good checkpoint is kept: "
+                f"lower the learning rate (now {rate:.2g}) or check the data"
+            )
+        if len(self.history) < LEAST_HISTORY:
+            return
+        for name, rise in (("kl", SPIKE_KL), ("lm", SPIKE_LM)):
+            usual = statistics.median(row[name] for row in self.history)
+            bound = usual + rise if name == "lm" else max(SPIKE_FACTOR * usual, usual + rise)
+            if losses[name] > bound:
+                raise TrainingDivergedError(
+                    f"{name}={losses[name]:.3f} at step {step} is a spike (median of the steps before: "
+                    f"{usual:.3f}); the last good checkpoint is kept: lower the learning rate ({rate:.2g})"
+                )
+
+
+def training_arguments(
+    run_dir: Path, settings: SparseSettings, steps: int, every: int, order: str
+) -> TrainingArguments:
+    """Trainer's arguments; checkpoints at every evaluation, and in between where asked for."""
+    if settings.report_to == "tensorboard":
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run_dir / TENSORBOARD_DIR))
+    return TrainingArguments(
+        output_dir=str(run_dir),
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.learning_rate,
+        # Not cosine_with_min_lr, whose first step has a rate of 0.
+        lr_scheduler_type="cosine_warmup_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=min(20, steps // 10),
+        seed=settings.seed,
+        train_sampling_strategy=order,
+        bf16=settings.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=min(settings.save_every or every, every),
+        save_total_limit=2,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        restore_callback_states_from_checkpoint=True,
+        ddp_find_unused_parameters=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to=[] if settings.report_to == "none" else [settings.report_to],
+        remove_unused_columns=False,
+    )

@@ -1,0 +1,189 @@
+"""Families: who is known, what may be converted, what the errors say."""
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GemmaConfig,
+    MistralConfig,
+)
+
+from fulmen import AlreadyConvertedError, ConfigError, DsaConfig, UnsupportedModelError, set_topk
+from fulmen.modeling.families import (
+    all_families,
+    dsa_family_for,
+    family_for,
+    family_for_type,
+    full_attention_layers,
+)
+from fulmen.modeling.families.base import GqaFamily
+from fulmen.modeling.gqa.model import require_dsa
+from tests.modeling.gqa.tiny_gqa import CONFIGS, FAMILIES, SHAPE, make_dense, make_dsa, make_v32, random_ids
+
+GQA = [family for family in all_families() if isinstance(family, GqaFamily)]
+INDEX = {"topk": 4, "index_n_heads": 2, "index_n_kv_heads": 1, "index_head_dim": 8}
+
+
+def test_all_four_gqa_families_are_found():
+    assert {family.source_types for family in GQA} == {("llama",), ("qwen2",), ("qwen3",), ("mistral",)}
+
+
+@pytest.mark.parametrize("family", GQA, ids=lambda family: family.source_types[0])
+def test_names_follow_one_pattern(family):
+    assert family.dsa_types == (family.config_class.model_type,) == (f"{family.source_types[0]}_dsa",)
+    stem = family.source_class.__name__.removesuffix("ForCausalLM")
+    assert family.causal_lm_class.__name__ == f"{stem}DsaForCausalLM"
+    assert family.model_class.__name__ == f"{stem}DsaModel"
+    assert family.config_class.__name__ == f"{stem}DsaConfig"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_project_is_what_stock_attention_turns(name):
+    """`project` on the dense and on the converted module gives the heads that RoPE gets."""
+    dense = make_dense(name)
+    dsa = make_dsa(dense)
+    family = family_for(dense.config)
+    x_BTC = torch.randn(2, 5, SHAPE["hidden_size"], generator=torch.Generator().manual_seed(0))
+    stock, ours = dense.model.layers[0].self_attn, dsa.model.layers[0].self_attn
+    with torch.no_grad():
+        q_BTHD, k_BTGD, v_BTGD = family.project(stock, x_BTC)
+        assert all(map(torch.equal, family.project(ours, x_BTC), (q_BTHD, k_BTGD, v_BTGD)))
+        assert all(map(torch.equal, ours.project(x_BTC), (q_BTHD, k_BTGD, v_BTGD)))
+        head = q_BTHD.shape[-1]
+        expected = (x_BTC[1, 2] @ stock.q_proj.weight.T)[head : 2 * head]
+        if stock.q_proj.bias is not None:
+            expected = expected + stock.q_proj.bias[head : 2 * head]
+        if hasattr(stock, "q_norm"):
+            expected = stock.q_norm(expected)
+    torch.testing.assert_close(q_BTHD[1, 2, 1], expected)
+    assert k_BTGD.shape == v_BTGD.shape == (2, 5, SHAPE["num_key_value_heads"], head)
+
+
+def test_full_attention_layers():
+    assert full_attention_layers(CONFIGS["llama"]()) == [0, 1, 2]
+    assert full_attention_layers(CONFIGS["qwen2-mixed"]()) == [0, 1]
+    assert full_attention_layers(CONFIGS["mistral"]()) == [0, 1, 2]
+
+
+def test_a_model_with_windows_everywhere_has_nothing_to_convert():
+    config = MistralConfig(**{**SHAPE, "sliding_window": 64})
+    with pytest.raises(
+        UnsupportedModelError, match="'mistral' with sliding_window=64 has no full-attention layer"
+    ):
+        full_attention_layers(config)
+
+
+def test_unknown_architecture_names_itself_and_the_known_ones():
+    with pytest.raises(UnsupportedModelError, match=r"'gemma' has no family; supported: .*llama.*CONTRIB"):
+        family_for(GemmaConfig())
+
+
+@pytest.mark.parametrize("name", ["llama_dsa", "qwen3_dsa", "deepseek_v32", "glm_moe_dsa"])
+def test_converted_types_are_not_converted_again(name):
+    with pytest.raises(AlreadyConvertedError, match=f"'{name}' has DSA already"):
+        family_for_type(name)
+
+
+def test_family_of_a_converted_model():
+    dsa = make_dsa(make_dense("qwen3"))
+    assert dsa_family_for(dsa.config) is family_for_type("qwen3")
+    with pytest.raises(UnsupportedModelError, match="'llama' is not a DSA model"):
+        dsa_family_for(CONFIGS["llama"]())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_from_dense_shares_weights_and_keeps_config(name):
+    dense = make_dense(name, torch.bfloat16)
+    dsa = make_dsa(dense)
+    ours = dict(dsa.named_parameters())
+    for parameter_name, parameter in dense.named_parameters():
+        assert ours[parameter_name].data_ptr() == parameter.data_ptr()
+    assert {parameter.dtype for parameter in ours.values()} == {torch.bfloat16}
+    assert not any(tensor.is_meta for tensor in [*dsa.parameters(), *dsa.buffers()])
+    skipped = {"model_type", "dsa", "architectures"}
+    theirs = dense.config.to_dict()
+    assert {k: v for k, v in dsa.config.to_dict().items() if k not in skipped} == {
+        k: v for k, v in theirs.items() if k not in skipped
+    }
+
+
+@pytest.mark.parametrize("family", GQA, ids=lambda family: family.source_types[0])
+def test_auto_classes_make_our_models(family):
+    config = AutoConfig.for_model(
+        family.dsa_types[0], **{**SHAPE, "sliding_window": None}, dsa={**INDEX, "layers": [0, 2]}
+    )
+    assert type(config) is family.config_class
+    model = AutoModelForCausalLM.from_config(config)
+    assert type(model) is family.causal_lm_class
+    assert type(AutoModel.from_config(config)) is family.model_class
+    assert "model.layers.2.self_attn.indexer.wq.weight" in model.state_dict()
+    assert "model.layers.1.self_attn.indexer.wq.weight" not in model.state_dict()
+    assert model.model.layers[0].self_attn.indexer.rope_pairs.tolist() == [[0, 1, 2, 3]]
+    model.generate(random_ids(1, 6), max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("dsa", "words"),
+    [
+        (None, "'llama_dsa' has no key 'dsa'"),
+        ({**INDEX, "layers": [3]}, r"layers \[3\] do not fit num_hidden_layers=3; list some of 0 to 2"),
+        ({**INDEX, "topk": 0, "layers": [0]}, "topk=0 cannot be"),
+        ({**INDEX, "layers": [2, 0]}, r"layers \[2, 0\] do not fit"),
+        ({**INDEX, "layers": [1, 1]}, r"layers \[1, 1\] do not fit"),
+        (INDEX, "misses or does not know"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused(dsa, words):
+    family = family_for_type("llama")
+    config = family.config_class(**SHAPE, dsa=dsa)
+    with pytest.raises(ConfigError, match=words):
+        require_dsa(config)
+    with pytest.raises(ConfigError, match=words):
+        family.causal_lm_class(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("mistral", {"sliding_window": 8}),
+        ("qwen2", {"layer_types": ["full_attention"] * 2 + ["sliding_attention"]}),
+    ],
+)
+def test_a_sliding_layer_cannot_be_converted(name, config):
+    family = family_for_type(name)
+    made = family.config_class(**{**SHAPE, **config}, dsa={**INDEX, "layers": [0, 2]})
+    with pytest.raises(ConfigError, match="have a sliding window; list full-attention layers only"):
+        family.model_class(made)
+
+
+@pytest.mark.parametrize("topk", [0, -1, 2.5, True, "8", None])
+def test_set_topk_refuses_what_is_no_positive_integer(topk):
+    with pytest.raises(ConfigError, match="topk="):
+        set_topk(make_dsa(make_dense("llama")), topk)
+
+
+def test_set_topk_refuses_a_dense_model():
+    with pytest.raises(ConfigError, match="LlamaForCausalLM has no DSA to set topk=4 on"):
+        set_topk(make_dense("llama"), 4)
+
+
+def test_set_topk_on_a_stock_dsa_model():
+    model = make_v32()
+    ids = random_ids(1, 12)
+    with torch.no_grad():
+        sparse = model(ids).logits
+        set_topk(model, 12)
+        full = model(ids).logits
+        set_topk(model, 100)
+        torch.testing.assert_close(model(ids).logits, full)
+        set_topk(model, 4)
+        torch.testing.assert_close(model(ids).logits, sparse)
+    assert model.config.index_topk == 4
+    assert (full - sparse).abs().max() > 1e-3
+
+
+def test_dsa_config_round_trip():
+    dsa = DsaConfig(**INDEX, layers=(0, 2))
+    assert require_dsa(family_for_type("llama").config_class(**SHAPE, dsa=dsa.to_dict())) == dsa

@@ -1,0 +1,148 @@
+"""The closed-form indexer: it finds what the model's own heads find, far better than a random one."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fulmen.errors import ConfigError
+from fulmen.modeling.gqa.inherit import inherit_gqa, pair_matrices, pair_order, pick_pairs, ridge
+from fulmen.modeling.selectors import DenseSelector, IndexerSelector, Selector, use_selector
+from fulmen.ops.common.rope import apply_rope
+from fulmen.ops.topk import select_topk
+from tests.modeling.gqa.tiny_gqa import FAMILIES, make_dense, make_dsa, random_ids
+
+LENGTH, TOPK = 160, 20
+
+
+class CapturedMass(Selector):
+    """Attends densely and notes how much attention the indexer's and the best keys hold."""
+
+    def __init__(self) -> None:
+        self.captured: list[float] = []
+        self.best: list[float] = []
+
+    def select(self, inputs, topk: int) -> None:
+        mass_BTS = true_attention(inputs)
+        intervals = (inputs.start_BT, inputs.stop_BT)
+        own, best = IndexerSelector().select(inputs, topk), select_topk(mass_BTS, *intervals, topk)
+        self.captured.append(held(mass_BTS, own))
+        self.best.append(held(mass_BTS, best))
+
+
+def true_attention(inputs) -> Tensor:
+    shared = inputs.q_BTHD.shape[2] // inputs.k_BSGD.shape[2]
+    k_BSHD = inputs.k_BSGD.repeat_interleave(shared, 2)
+    logits = torch.einsum("bthd,bshd->bhts", inputs.q_BTHD, k_BSHD) * inputs.scale
+    hidden = torch.arange(logits.shape[-1]) >= inputs.stop_BT[..., None]
+    return logits.masked_fill(hidden[:, None], -torch.inf).softmax(-1).mean(1)
+
+
+def held(mass_BTS: Tensor, topk_BTK: Tensor) -> float:
+    mass = mass_BTS.gather(-1, topk_BTK.clamp_min(0).long()).masked_fill(topk_BTK < 0, 0).sum(-1)
+    return float(mass[:, 2 * TOPK :].mean())
+
+
+def measured(model) -> tuple[float, float]:
+    seen = CapturedMass()
+    with torch.no_grad(), use_selector(model, seen):
+        model.base_model(random_ids(2, LENGTH, seed=9), use_cache=False)
+    return sum(seen.captured) / len(seen.captured), sum(seen.best) / len(seen.best)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_inherited_beats_random_and_nears_the_oracle(name):
+    dense = make_dense(name)
+    model = make_dsa(dense, topk=TOPK, head_dim=12)
+    random, best = measured(model)
+    report = inherit_gqa(model, random_ids(8, LENGTH, seed=3), TOPK)
+    inherited, _ = measured(model)
+    assert inherited > random + 0.5 * (best - random)
+    assert [layer.layer for layer in report] == list(model.config.dsa["layers"])
+    assert all(0 < layer.key_fit <= 1 and layer.kl > 0 for layer in report)
+
+
+def test_with_every_pair_the_keys_explain_everything_and_the_set_is_nearly_the_best():
+    model = make_dsa(make_dense("qwen3"), topk=TOPK, head_dim=24)
+    report = inherit_gqa(model, random_ids(8, LENGTH, seed=3), TOPK)
+    captured, best = measured(model)
+    assert all(layer.key_fit == pytest.approx(1, abs=1e-3) for layer in report)
+    assert captured > 0.97 * best
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_fewer_index_heads_pool_the_attention_heads(heads):
+    model = make_dsa(make_dense(), topk=TOPK, heads=heads, head_dim=12)
+    random, best = measured(model)
+    inherit_gqa(model, random_ids(8, LENGTH, seed=3), TOPK)
+    assert measured(model)[0] > random + 0.35 * (best - random)
+
+
+def test_nothing_but_the_indexers_changes_and_twice_gives_the_same():
+    dense = make_dense()
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    states = []
+    for _ in range(2):
+        model = make_dsa(dense, topk=TOPK, head_dim=12)
+        inherit_gqa(model, random_ids(4, LENGTH), TOPK)
+        states.append(model.state_dict())
+    assert all(torch.equal(before[name], states[0][name]) for name in before)
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    with torch.no_grad(), use_selector(model, DenseSelector()):
+        ids = random_ids(1, 50)
+        torch.testing.assert_close(model(ids).logits, dense(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_bfloat16_model():
+    model = make_dsa(make_dense(dtype=torch.bfloat16), topk=TOPK, head_dim=12)
+    random, best = measured(model)
+    inherit_gqa(model, random_ids(8, LENGTH, seed=3), TOPK)
+    assert measured(model)[0] > random + 0.5 * (best - random)
+
+
+def test_too_short_a_text_is_refused():
+    with pytest.raises(ConfigError, match="calibration length 8 is too short"):
+        inherit_gqa(make_dsa(make_dense()), random_ids(1, 8), TOPK)
+
+
+def test_pair_contributions_add_up_to_the_logit_and_turn_with_rope():
+    q, k = torch.randn(3, 8), torch.randn(5, 8)
+    parts = pair_matrices(q) @ k.T
+    torch.testing.assert_close(parts[:, :4].sum(1), q @ k.T)
+    product = torch.complex(*q.chunk(2, -1))[:, :, None] * torch.complex(*k.chunk(2, -1)).conj().T
+    torch.testing.assert_close(parts, torch.cat((product.real, product.imag), 1))
+
+
+def test_partial_rope_pairs_are_those_that_rope_turns():
+    """Turning a head must turn each pair (p, p + D/2) of the reordered head as one, or not at all."""
+    dim, rotary = 12, 8
+    angle = torch.rand(1, 1, rotary // 2).repeat(1, 1, 2)
+    head = torch.randn(1, 1, 1, dim)
+    turned = apply_rope(head, angle.cos(), angle.sin())
+    order = pair_order(dim, rotary)
+    before, after = head[..., order].unflatten(-1, (2, -1)), turned[..., order].unflatten(-1, (2, -1))
+    torch.testing.assert_close(before.norm(dim=-2), after.norm(dim=-2))
+    assert torch.equal(before[..., rotary // 2 :], after[..., rotary // 2 :])
+    assert sorted(order.tolist()) == list(range(dim))
+
+
+def test_greedy_selection_prefers_what_explains_and_regresses_the_rest_out():
+    # Pair 1 is a copy of pair 0: once one of them is in, the other explains nothing.
+    generator = torch.Generator().manual_seed(0)
+    parts = torch.randn(4000, 6, generator=generator).double()
+    parts[:, 1], parts[:, 4] = parts[:, 0], parts[:, 3]
+    parts[:, 2] *= 0.5
+    cov = (parts.T @ parts / len(parts))[None]
+    picked, coef, explained = pick_pairs(cov, 2, 1)
+    assert set(picked[0].tolist()) in ({0, 2}, {1, 2})
+    assert explained == pytest.approx(1, abs=1e-3)
+    copied = picked[0].tolist().index(0) if 0 in picked[0] else picked[0].tolist().index(1)
+    assert float(coef[0, copied, 0]) == pytest.approx(2, abs=0.05)
+
+
+def test_ridge_recovers_a_linear_map():
+    x = torch.randn(500, 5, generator=torch.Generator().manual_seed(1))
+    weight, bias = torch.randn(5, 2), torch.tensor([1.0, -2.0])
+    found, found_bias, fit = ridge(x, x @ weight + bias)
+    torch.testing.assert_close(found, weight, atol=0.05, rtol=0.05)
+    torch.testing.assert_close(found_bias, bias, atol=0.05, rtol=0.05)
+    assert fit > 0.999

@@ -1,0 +1,126 @@
+"""The server as a process, from its first moment to its end by signals; the engine is a small program."""
+
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs the extra serve: pip install 'fulmen[serve]'")
+
+import httpx
+import psutil
+from transformers import LlamaConfig
+
+from fulmen.serving.billing.store import open_books
+from fulmen.serving.engine.served_model import ServedModel
+from fulmen.serving.server import serve
+
+# Answers /health when a file is there, and anything else by a stream without end.
+ENGINE = """
+import asyncio, json, pathlib, sys
+USAGE = {"prompt_tokens": 3, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 0}}
+CHUNK = {"choices": [{"index": 0, "delta": {"content": "a"}, "finish_reason": None}], "usage": USAGE}
+
+async def answer(reader, writer):
+    while head := await reader.readuntil(b"\\r\\n\\r\\n"):
+        if b" /health " in head:
+            status = b"200 OK" if pathlib.Path(sys.argv[2]).exists() else b"503 Not Yet"
+            writer.write(b"HTTP/1.1 " + status + b"\\r\\ncontent-length: 0\\r\\n\\r\\n")
+            continue
+        writer.write(b"HTTP/1.1 200 OK\\r\\nconnection: close\\r\\n\\r\\n")
+        while True:
+            writer.write(b"data: " + json.dumps(CHUNK).encode() + b"\\n\\n")
+            await writer.drain()
+            await asyncio.sleep(0.02)
+
+async def main():
+    async with await asyncio.start_unix_server(answer, sys.argv[1]) as server:
+        await server.serve_forever()
+
+asyncio.run(main())
+"""
+ASKED = {"model": "m", "messages": [{"role": "user", "content": "?"}], "stream": True}
+WAIT_S = 60
+
+
+def run(state):
+    """What the process does."""
+    model = ServedModel(Path("m"), "m", LlamaConfig(num_hidden_layers=1), None, 2048, "", frozenset())
+    settings = SimpleNamespace(
+        model=model,
+        key="k",
+        context=2048,
+        command=lambda socket: [sys.executable, "-c", ENGINE, str(socket), str(state / "is-ready")],
+        environment=lambda folder: {},
+    )
+
+    @contextmanager
+    def stage(title):
+        (state / "stage").write_text(f"{title}: begun")
+        yield
+        (state / "stage").write_text(f"{title}: ended")
+
+    say = partial(print, flush=True)
+    return serve(settings, open_books(state), state, "127.0.0.1", 0, say, stage)
+
+
+@contextmanager
+def server(state):
+    """Its process, its address, and all processes that belong to it."""
+    code = f"import sys; sys.path[:0] = {sys.path!r}; import pathlib, test_server_process as this"
+    command = [sys.executable, "-c", f"{code}; sys.exit(this.run(pathlib.Path({str(state)!r})))"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert "starting vLLM" in process.stdout.readline()
+        own = psutil.Process(process.pid)
+        until(lambda: len(own.children(recursive=True)) == 2)
+        (listener,) = own.net_connections("tcp")
+        yield process, f"http://127.0.0.1:{listener.laddr.port}", own.children(recursive=True)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def until(condition):
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_before_the_engine_is_ready_clients_are_told_so_and_a_signal_ends_it_all(tmp_path):
+    with server(tmp_path) as (process, url, family):
+        for answer in (httpx.post(f"{url}/chat/completions", json=ASKED), httpx.get(f"{url}/health")):
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+            assert answer.json()["error"]["message"].startswith("the engine is starting")
+        assert (tmp_path / "stage").read_text() == "Start vLLM: begun"
+        process.send_signal(signal.SIGTERM)
+        rest, _ = process.communicate(timeout=WAIT_S)
+        assert (process.returncode, rest) == (128 + signal.SIGTERM, "stopped before it was ready\n")
+        assert not any(one.is_running() for one in family)
+
+
+def test_a_second_signal_ends_open_requests_and_charges_for_what_they_got(tmp_path):
+    (tmp_path / "is-ready").touch()
+    with server(tmp_path) as (process, url, family):
+        assert "ready at" in process.stdout.readline()
+        assert (tmp_path / "stage").read_text() == "Start vLLM: ended"
+        with httpx.stream("POST", f"{url}/chat/completions", json=ASKED, timeout=WAIT_S) as answer:
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data: ")
+            process.send_signal(signal.SIGINT)
+            assert "waiting for 1 open requests" in process.stdout.readline()
+            assert next(line for line in lines if line).startswith("data: ")
+            process.send_signal(signal.SIGINT)
+            assert '"error"' in [line for line in lines if line][-1]
+        rest, _ = process.communicate(timeout=WAIT_S)
+        assert (process.returncode, rest) == (128 + signal.SIGINT, "stopped\n")
+        assert not any(one.is_running() for one in family)
+    (entry,) = open_books(tmp_path).ledger.rows()
+    assert (entry.state, entry.outcome, entry.output) == ("settled", "engine lost", 1)

