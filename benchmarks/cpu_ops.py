@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from training_memory import estimate_gib, measure
 
+from fulmen.files import atomic_write
 from fulmen.ops.attention.dense import dense_attention
 from fulmen.ops.attention.dense.reference import dense_attention_reference
 from fulmen.ops.attention.sparse import sparse_attention
@@ -40,7 +41,6 @@ from fulmen.ops.scores import index_scores
 from fulmen.ops.scores.reference import index_scores_reference
 from fulmen.ops.topk import index_topk, select_topk
 from fulmen.serving.engine.settings import LARGE_PAGES
-from fulmen.training.checkpoints import write_aside
 
 READ_BYTES = 2**28
 # Read before each side: more than the last level of cache holds, which some servers' is 480 MiB of.
@@ -103,7 +103,7 @@ def main(
     losses = warmup_losses(loss) if loss else []
     out.parent.mkdir(parents=True, exist_ok=True)
     everything = {**machine(), "failures": failures, "results": results, "losses": losses}
-    write_aside(out, lambda aside: aside.write_text(json.dumps(everything, indent=1)))
+    atomic_write(out, lambda temporary: temporary.write_text(json.dumps(everything, indent=1)))
     raise typer.Exit(any(failures.values()))
 
 

@@ -35,7 +35,7 @@ from peers.sides import ENGINES, Side, SideError, Worker, all_sides, bytes_per_t
 from peers.weights import make_dense_twin
 from transformers import AutoTokenizer
 
-from fulmen.training.checkpoints import write_aside
+from fulmen.files import atomic_write
 
 SPARE_BYTES = 2**31
 LONG_PROMPT = 8192
@@ -156,7 +156,7 @@ def measure_decode(
 def write(report: dict[str, Any], out: Path) -> None:
     """Everything measured so far."""
     text = json.dumps({**report, "cells": finished(report["cells"])}, indent=1)
-    write_aside(out, lambda aside: aside.write_text(text))
+    atomic_write(out, lambda temporary: temporary.write_text(text))
 
 
 if __name__ == "__main__":

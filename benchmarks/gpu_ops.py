@@ -22,6 +22,7 @@ import typer
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from fulmen.files import atomic_write
 from fulmen.ops.attention.sparse import sparse_attention
 from fulmen.ops.attention.sparse.reference import sparse_attention_reference
 from fulmen.ops.dispatch import pin_backend
@@ -29,7 +30,6 @@ from fulmen.ops.scores import index_scores
 from fulmen.ops.scores.reference import index_scores_reference
 from fulmen.ops.topk import index_topk, select_topk
 from fulmen.ops.triton_library import triton_reason
-from fulmen.training.checkpoints import write_aside
 
 TOPK = 2048
 DTYPE = torch.bfloat16
@@ -88,7 +88,7 @@ def main(
         print(row(results[-1]), flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     everything = {**machine(), "bandwidth": bandwidth, "failures": failures, "results": results}
-    write_aside(out, lambda aside: aside.write_text(json.dumps(everything, indent=1)))
+    atomic_write(out, lambda temporary: temporary.write_text(json.dumps(everything, indent=1)))
     raise typer.Exit(any(failures.values()))
 
 

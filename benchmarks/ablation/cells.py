@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fulmen.training.checkpoints import write_aside
+from fulmen.files import atomic_write
 
 
 class Cells:
@@ -31,7 +31,7 @@ class Cells:
         self.rows.append(row)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(one) + "\n" for one in [*read_rows(self.file), row])
-        write_aside(self.file, lambda aside: aside.write_text(text, encoding="utf-8"))
+        atomic_write(self.file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         print(self.file.stem, json.dumps({**row["cell"], "over_dense": row.get("over_dense")}), flush=True)
 
 

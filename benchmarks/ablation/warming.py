@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from fulmen.data import Window
 from fulmen.evaluation.parity.variants import indexer_state
+from fulmen.files import atomic_write
 from fulmen.modeling.gqa.model import set_topk_shares
 from fulmen.modeling.selectors import dsa_attentions, use_selector
-from fulmen.training.checkpoints import write_aside
 from fulmen.training.warmup.losses import IndexerLossSelector, output_weight
 from fulmen.training.warmup.trainer import MEASURED_ROWS, WarmupSettings
 
@@ -93,7 +93,7 @@ def _save(file: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) 
         "shares": model.config.dsa["topk_shares"],
         "optimizer": optimizer.state_dict(),
     }
-    write_aside(file, lambda aside: torch.save(state, aside))
+    atomic_write(file, lambda temporary: torch.save(state, temporary))
 
 
 def _load(file: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:

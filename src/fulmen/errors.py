@@ -75,11 +75,14 @@ def one_line(error: Exception) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:200]
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what a library said, of bearable length."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def unwritable(path: object, error: Exception) -> OutputError:
     """The OutputError for a write that failed, whatever the library raised: what, why, and what to do."""
-    reason = (
-        getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
-    )
+    reason = getattr(error, "strerror", None) or first_line(error)
     if "enforce fail" in reason:  # torch's file writer
         reason = "the disk is full, or takes no file of that size"
     return OutputError(

@@ -156,15 +156,16 @@ def _report(run: PriceRun) -> dict[str, Any]:
 
 
 def _write(run: PriceRun, report: dict[str, Any]) -> list[Path]:
-    from fulmen.evaluation.parity.report import write_json, write_whole
+    from fulmen.evaluation.parity.report import write_json
     from fulmen.evaluation.price.plot import png_bytes, price_csv, price_plot
+    from fulmen.files import write_file
 
     plot = price_plot(run.rows, run.crossovers, run.speed.last_position if run.speed else None)
     folder = run.settings.folder
     return [
         write_json(report, folder / "cost.json"),
-        write_whole(folder / "cost.csv", price_csv(run.rows)),
-        write_whole(folder / "cost.png", png_bytes(plot)),
+        write_file(folder / "cost.csv", price_csv(run.rows)),
+        write_file(folder / "cost.png", png_bytes(plot)),
     ]
 
 

@@ -46,7 +46,7 @@ from fulmen.pipeline.train import (
     sparse_stage,
     sparse_texts,
 )
-from fulmen.training.processes import first_alone, is_first, wait_for_all
+from fulmen.training.processes import is_main_process, main_process_first, wait_for_all
 from fulmen.training.sharding import is_sharded
 from fulmen.training.sparse.settings import SparseSettings, require_trainable
 from fulmen.training.warmup.trainer import WarmupSettings, warm_up
@@ -77,13 +77,13 @@ def convert(settings: ConvertSettings) -> Path:
         tokenizer = load_tokenizer(source, config.vocab_size)
         texts, sparse = _texts(plan, corpus, tokenizer, settings)
     model = _load(source, settings, plan)
-    first_alone(lambda: require_savable(model, tokenizer, out))
+    main_process_first(lambda: require_savable(model, tokenizer, out))
     run = RunDir(out)
     identity = _identity(settings, corpus, plan.dsa, texts.length)
-    if first_alone(lambda: run.open(identity, discard_other=settings.overwrite)):
+    if main_process_first(lambda: run.open(identity, discard_other=settings.overwrite)):
         say("Resuming an interrupted conversion")
     with own_attention(model):
-        records: dict[str, Any] = {"inherit": first_alone(lambda: _inherit(model, texts, run))}
+        records: dict[str, Any] = {"inherit": main_process_first(lambda: _inherit(model, texts, run))}
         if "warmup" in settings.stages:
             records["warmup"] = _warm_up(model, texts, settings, run)
         if "sparse" in settings.stages:
@@ -96,7 +96,7 @@ def convert(settings: ConvertSettings) -> Path:
         "stages_done": records,
         "made_with": _versions(),
     }
-    if is_first():
+    if is_main_process():
         with stage("Save"):
             _save(model, tokenizer, out, record, run, overwrite=settings.overwrite)
             run.remove()
@@ -206,7 +206,7 @@ def _warm_up(
         f"Warm-up: validation loss {result.loss_before:.4f} -> {result.loss_after:.4f} "
         f"(step {result.best_step} of {result.last_step}, {result.seconds:.0f} s)"
     )
-    if is_first():
+    if is_main_process():
         run.save_record("warmup", asdict(result))
         run.save_stage("warmup", indexer_state(model))
     return asdict(result)

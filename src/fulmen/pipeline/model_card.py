@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from fulmen.files import write_file
 from fulmen.modeling.mla.convert import MLA_DSA_TYPES
 
 PARITY_BEGIN, PARITY_END = "<!-- parity:begin -->", "<!-- parity:end -->"
@@ -82,6 +83,4 @@ def fill_parity(model_dir: Path, table: str) -> None:
     head, begin, rest = text.partition(PARITY_BEGIN)
     _, end, tail = rest.partition(PARITY_END)
     if begin and end:
-        aside = card.with_suffix(".part")
-        aside.write_text(f"{head}{begin}\n{table.strip()}\n{end}{tail}", encoding="utf-8")
-        aside.rename(card)
+        write_file(card, f"{head}{begin}\n{table.strip()}\n{end}{tail}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from fulmen.errors import AlreadyConvertedError, CheckpointError
+from fulmen.errors import AlreadyConvertedError, CheckpointError, first_line
 from fulmen.modeling.checkpoint import ModelSource, find_source
 from fulmen.modeling.config_checks import read_own_config
 from fulmen.modeling.families import family_for_type
@@ -43,5 +43,6 @@ def _readable(found: ModelSource, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{found} has no readable config.json ({reason[:200]}); get it anew") from error
+        raise CheckpointError(
+            f"{found} has no readable config.json ({first_line(error)}); get it anew"
+        ) from error

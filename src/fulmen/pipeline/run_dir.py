@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fulmen.errors import ResumeError, unwritable
-from fulmen.training.checkpoints import write_aside
+from fulmen.files import atomic_write
 
 SETTINGS_FILE = "settings.json"
 
@@ -45,8 +45,8 @@ class RunDir:
         self.remove()
         try:
             self.path.mkdir(parents=True)
-            write_aside(
-                file, lambda aside: aside.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+            atomic_write(
+                file, lambda temporary: temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
             )
         except OSError as error:
             raise unwritable(self.path, error) from error
@@ -60,7 +60,7 @@ class RunDir:
         """Write the indexers after a stage, whole or not at all. Raises OutputError."""
         plain = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
         try:
-            write_aside(self.stage(name), lambda aside: save_file(plain, aside))
+            atomic_write(self.stage(name), lambda temporary: save_file(plain, temporary))
         except Exception as error:
             raise unwritable(self.stage(name), error) from error
 
@@ -68,7 +68,7 @@ class RunDir:
         """Write what is to be said about a stage, as JSON, whole or not at all. Raises OutputError."""
         text, file = json.dumps(record, indent=1) + "\n", self.record(name)
         try:
-            write_aside(file, lambda aside: aside.write_text(text, encoding="utf-8"))
+            atomic_write(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         except OSError as error:
             raise unwritable(file, error) from error
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from fulmen import __version__
 from fulmen.data import Corpus, load_corpus
-from fulmen.errors import CheckpointError, ConfigError
+from fulmen.errors import CheckpointError, ConfigError, first_line
 from fulmen.evaluation.parity.report import about_run, write_json
 from fulmen.evaluation.suites.endpoint import EndpointSubject
 from fulmen.evaluation.suites.journal import Journal
@@ -182,8 +182,9 @@ def _loaded(found: ModelSource, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{found} cannot be loaded ({reason[:200]}); name a whole model") from error
+        raise CheckpointError(
+            f"{found} cannot be loaded ({first_line(error)}); name a whole model"
+        ) from error
 
 
 def _identity(settings: SuiteSettings, corpus: Corpus, subject: Subject) -> dict[str, Any]:

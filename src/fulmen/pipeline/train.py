@@ -32,7 +32,7 @@ from fulmen.pipeline.reporter import TrainingView, say, stage
 from fulmen.pipeline.run_dir import RunDir
 from fulmen.pipeline.texts import count_of_length, draw_longest, lengths_to_try, split_off, up_to
 from fulmen.pipeline.train_settings import TrainSettings
-from fulmen.training.processes import first_alone, processes
+from fulmen.training.processes import main_process_first, processes
 from fulmen.training.sharding import prepare_sharding
 from fulmen.training.sparse.run import SparseResult, require_place_for_answers, train_sparse
 from fulmen.training.sparse.settings import SparseSettings, require_trainable
@@ -147,7 +147,7 @@ def train(settings: TrainSettings) -> Path:
     say(f"Loading {settings.model_dir}")
     with stage("Load"):
         model = load_converted_model(settings.model_dir)
-        first_alone(lambda: require_savable(model, tokenizer, out))
+        main_process_first(lambda: require_savable(model, tokenizer, out))
         teacher = _teacher(settings, model)
     if settings.topk is not None:
         set_topk(model, settings.topk)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +10,12 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fulmen.errors import unwritable
+from fulmen.files import atomic_write
 from fulmen.modeling.weight_files import follow_umask
 
 # Written last; a checkpoint without it was interrupted.
 WHOLE_FILE = "whole"
 CHECKPOINTS = f"{PREFIX_CHECKPOINT_DIR}-*"
-
-
-def write_aside(target: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file beside `target`, then put it in its place: whole, or not at all.
-
-    Its mode follows the umask, whatever `write` makes of it.
-    """
-    aside = target.with_name(f"{target.name}.part")
-    try:
-        aside.unlink(missing_ok=True)
-        aside.touch()
-        mode = aside.stat().st_mode
-        write(aside)
-        aside.chmod(mode)
-        aside.replace(target)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def log_up_to(file: Path, step: int) -> list[dict[str, Any]]:
@@ -45,7 +29,7 @@ def log_up_to(file: Path, step: int) -> list[dict[str, Any]]:
 def write_log(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Let a stage's log be these lines; those after them are run and logged again."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_aside(file, lambda aside: aside.write_text(text, encoding="utf-8"))
+    atomic_write(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def last_whole_checkpoint(run_dir: Path) -> str | None:

@@ -17,7 +17,7 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process that writes: the only one, or number 0 of those a launcher started."""
     return os.environ.get("RANK", "0") == "0"
 
@@ -33,9 +33,9 @@ def wait_for_all() -> None:
         processes().wait_for_everyone()
 
 
-def first_alone(work: Callable[[], Result]) -> Result:
+def main_process_first(work: Callable[[], Result]) -> Result:
     """`work()` in the first process while the others wait, then in these: they find it done."""
-    if not is_first():
+    if not is_main_process():
         wait_for_all()
         return work()
     result = work()
@@ -43,7 +43,7 @@ def first_alone(work: Callable[[], Result]) -> Result:
     return result
 
 
-def as_the_first(value: Result) -> Result:
+def broadcast_from_main(value: Result) -> Result:
     """The first process's `value`, in all of them."""
     if not are_many():
         return value

@@ -1,6 +1,6 @@
 """A parity measurement as files: JSON to compute with, Markdown for a model card, one HTML page to look at.
 
-Each file is written aside and then renamed: whole, or not at all.
+Each file is written atomically.
 """
 
 import json
@@ -8,7 +8,6 @@ import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 import transformers
 
 from fulmen import __version__
-from fulmen.errors import OutputError
 from fulmen.evaluation.parity.page import parity_page
 from fulmen.evaluation.parity.tables import (
     interval_text,
@@ -27,6 +25,7 @@ from fulmen.evaluation.parity.tables import (
     source_verdict,
     verdict,
 )
+from fulmen.files import write_file
 
 
 def make_report(
@@ -63,17 +62,17 @@ def about_run(model: str, command: Sequence[str] = ()) -> dict[str, str]:
 
 def write_json(report: Mapping[str, Any], path: str | Path) -> Path:
     """Write every number. Raises OutputError if `path` cannot be written."""
-    return write_whole(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    return write_file(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 
 def write_markdown(report: Mapping[str, Any], path: str | Path) -> Path:
     """Write verdict and tables, for a model card. Raises OutputError if `path` cannot be written."""
-    return write_whole(path, markdown_text(report))
+    return write_file(path, markdown_text(report))
 
 
 def write_html(report: Mapping[str, Any], path: str | Path) -> Path:
     """Write one page that needs no other file. Raises OutputError if `path` cannot be written."""
-    return write_whole(path, parity_page(report))
+    return write_file(path, parity_page(report))
 
 
 def markdown_text(report: Mapping[str, Any]) -> str:
@@ -122,23 +121,6 @@ def _needle_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
         place = (row["task"], str(row["length"]), str(row["texts"]))
         rows.append((*place, *counts, *map(str, only), points_text(row["dsa_minus_dense"])))
     return [(*header, "DSA − dense, points (95 % interval)"), *rows]
-
-
-def write_whole(path: str | Path, content: str | bytes) -> Path:
-    """Write a text or bytes aside, then rename into place. Raises OutputError if `path` cannot be written."""
-    target = Path(path).expanduser()
-    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
-        aside.replace(target)
-    except OSError as error:
-        raise OutputError(f"{target} cannot be written: {error.strerror}; name another path") from error
-    finally:
-        # Gone already if all went well, and where its folder is none there is nothing to remove.
-        with suppress(OSError):
-            aside.unlink()
-    return target
 
 
 def processor_name() -> str:

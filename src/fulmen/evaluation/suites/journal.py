@@ -1,12 +1,12 @@
 """Results on disk as they come, one JSON line each, so that an interrupted run goes on where it was."""
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fulmen.errors import OutputError, ResumeError
+from fulmen.files import write_file
 
 Key = tuple[str, str, int, int]
 Progress = Callable[[int, int, str], None]
@@ -45,11 +45,8 @@ class Journal:
             if lines:
                 self._require_same(json.loads(lines[0]), json.loads(json.dumps(settings)))
             self._results = {tuple(row["key"]): row["result"] for row in map(json.loads, lines[1:])}
-            path.parent.mkdir(parents=True, exist_ok=True)
             lines = lines or [json.dumps(settings)]
-            aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-            aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            aside.replace(path)
+            write_file(path, "".join(f"{line}\n" for line in lines))
         except OSError as error:
             raise OutputError(f"{path} cannot be written: {error.strerror}; name another --out") from error
         except (KeyError, TypeError, json.JSONDecodeError) as error:

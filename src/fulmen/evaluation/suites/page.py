@@ -14,9 +14,9 @@ from fulmen.evaluation.parity.plots import (
     legend_above,
     new_figure,
 )
-from fulmen.evaluation.parity.report import write_whole
 from fulmen.evaluation.suites.report import LABELS, suite_sections
 from fulmen.evaluation.suites.ruler import DENSE_CAN
+from fulmen.files import write_file
 
 # Inches of a figure beside its rows, and of a row.
 FRAME, ROW = 1.1, 0.34
@@ -24,7 +24,7 @@ FRAME, ROW = 1.1, 0.34
 
 def write_suite_page(report: Mapping[str, Any], path: str | Path) -> Path:
     """Write the page. Raises OutputError if `path` cannot be written."""
-    return write_whole(path, suite_page(report))
+    return write_file(path, suite_page(report))
 
 
 def suite_page(report: Mapping[str, Any]) -> str:

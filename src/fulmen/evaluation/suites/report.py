@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fulmen.evaluation.parity.report import markdown_table, write_whole
+from fulmen.evaluation.parity.report import markdown_table
 from fulmen.evaluation.suites.paired import points_in_words
 from fulmen.evaluation.suites.ruler import DENSE_CAN, dense_can
+from fulmen.files import write_file
 
 LABELS = {"dense": "dense", "dsa": "DSA", "window": "window + sinks"}
 Rows = list[tuple[str, ...]]
@@ -37,7 +38,7 @@ def write_suite_markdown(report: Mapping[str, Any], path: str | Path) -> Path:
     for title, notes, rows in suite_sections(report):
         parts += [f"## {title}", *notes, markdown_table(rows)]
     parts.append("\n".join(f"- {name}: {value}" for name, value in report["about"].items()))
-    return write_whole(path, "\n\n".join(parts) + "\n")
+    return write_file(path, "\n\n".join(parts) + "\n")
 
 
 def ruler_verdict(tables: Mapping[str, Any]) -> str:

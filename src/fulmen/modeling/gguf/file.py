@@ -19,7 +19,7 @@ import torch
 from gguf import GGMLQuantizationType as TensorType
 from torch import Tensor
 
-from fulmen.errors import CheckpointError, UnsupportedModelError
+from fulmen.errors import CheckpointError, UnsupportedModelError, first_line
 
 SPLIT_NAME = re.compile(
     r"(?P<prefix>.*)-(?P<part>\d{5})-of-(?P<parts>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE
@@ -172,7 +172,7 @@ def _read_part(path: Path) -> GgufModel:
             try:
                 metadata, tensors = _Header(data).read(path)
             except (struct.error, ValueError, ArithmeticError, MemoryError, LookupError, TypeError) as error:
-                reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+                reason = first_line(error)
                 raise CheckpointError(f"{path} is truncated or damaged ({reason}); get it anew") from error
     end = max((tensor.end for tensor in tensors.values()), default=0)
     if end > size:

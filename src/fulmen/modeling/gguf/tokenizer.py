@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from fulmen.errors import CheckpointError, UnsupportedModelError
+from fulmen.errors import CheckpointError, UnsupportedModelError, first_line
 from fulmen.modeling.gguf.file import GgufModel
 
 _BYTE_LEVEL, _SENTENCEPIECE = "gpt2", "llama"
@@ -85,9 +85,8 @@ def gguf_tokenizer(model: GgufModel) -> PreTrainedTokenizerFast:
     except (UnsupportedModelError, CheckpointError):
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{model.path} has no readable tokenizer ({reason[:200]}); get it anew"
+            f"{model.path} has no readable tokenizer ({first_line(error)}); get it anew"
         ) from error
     types = model.metadata.get("tokenizer.ggml.token_type", ())
     for special, wanted in ((True, _CONTROL), (False, _USER_DEFINED)):

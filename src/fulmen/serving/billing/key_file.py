@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fulmen.errors import AccountError, unwritable
+from fulmen.files import write_file
 
 KEYS, SECRET, LOCK = "keys.json", "secret", ".lock"
 SECRET_BYTES = 32
@@ -107,20 +108,8 @@ def read_secret(folder: Path) -> bytes:
 
 
 def write_private(file: Path, text: str) -> None:
-    """Write a text that only its owner can read: aside, to the disk, then renamed. Raises OutputError."""
-    aside = file.with_name(f"{file.name}.part")
-    try:
-        aside.unlink(missing_ok=True)
-        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        aside.replace(file)
-    except OSError as error:
-        raise unwritable(file, error) from error
-    finally:
-        aside.unlink(missing_ok=True)
+    """Write a text that only its owner can read. Raises OutputError."""
+    write_file(file, text, mode=0o600)
 
 
 def _record(file: Path, name: str, fields: dict[str, Any]) -> KeyRecord:

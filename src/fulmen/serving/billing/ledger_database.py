@@ -10,7 +10,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, func, sele
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
-from fulmen.errors import LedgerError
+from fulmen.errors import LedgerError, first_line
 
 BUSY_TIMEOUT_S = 30
 # Any number that no other program takes: "fulmen" in ASCII.
@@ -105,7 +105,7 @@ def failures(url: URL) -> Iterator[None]:
         yield
     except SQLAlchemyError as error:
         cause = error.orig if isinstance(error, DBAPIError) else error
-        reason = (str(cause).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(cause or error)
         raise LedgerError(_explain(url, cause, reason)) from error
 
 

@@ -23,6 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from fulmen.data import WindowStream
 from fulmen.errors import ConfigError, OutputError
+from fulmen.files import atomic_write
 from fulmen.modeling.index_shape import dsa_of
 from fulmen.modeling.selectors import dsa_attentions
 from fulmen.training.checkpoints import (
@@ -30,7 +31,6 @@ from fulmen.training.checkpoints import (
     checkpoint_step,
     drop_unfinished_checkpoints,
     last_whole_checkpoint,
-    write_aside,
 )
 from fulmen.training.parts import OnPart
 from fulmen.training.precision import are_half, in_float32
@@ -193,7 +193,7 @@ def _keep_first_weights(stage: SparseStage, run_dir: Path, state: PartialState) 
     file = run_dir / INITIAL_FILE
     if state.is_main_process and not file.exists():
         try:
-            write_aside(file, lambda aside: save_file(stage.trained_state(), aside))
+            atomic_write(file, lambda temporary: save_file(stage.trained_state(), temporary))
         except (OSError, SafetensorError) as error:
             raise OutputError(f"{run_dir} has no room for the first weights ({error})") from error
     state.wait_for_everyone()
@@ -288,7 +288,7 @@ def _plan(
         autocast = torch.autocast(stage.model.device.type, torch.bfloat16, enabled=settings.bf16)
         with in_float32(stage.trained_parameters()), autocast:
             plan = _new_plan(stage, asked, held_out, settings, on_part)
-        write_aside(file, lambda aside: aside.write_text(json.dumps(plan), encoding="utf-8"))
+        atomic_write(file, lambda temporary: temporary.write_text(json.dumps(plan), encoding="utf-8"))
     state.wait_for_everyone()
     return json.loads(file.read_text(encoding="utf-8"))
 

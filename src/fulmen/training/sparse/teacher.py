@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from fulmen.errors import ConfigError, OutputError
+from fulmen.files import atomic_write
 from fulmen.modeling.selectors import DenseSelector, Selector, use_selector
-from fulmen.training.checkpoints import write_aside
 from fulmen.training.parts import OnPart
 from fulmen.training.sparse.distill import TeacherTargets, teacher_targets
 from fulmen.training.sparse.streamed import StreamedRows
@@ -75,7 +75,7 @@ class TargetFiles:
     def _write(self, file: Path, targets: TeacherTargets) -> None:
         try:
             tensors = {key: part.cpu() for key, part in zip(TARGET_KEYS, targets, strict=True)}
-            write_aside(file, lambda aside: save_file(tensors, aside))
+            atomic_write(file, lambda temporary: save_file(tensors, temporary))
         except (OSError, SafetensorError) as error:
             raise OutputError(f"{file.parent} has no room for the teacher's answers ({error})") from error
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fulmen.errors import TrainingDivergedError
-from fulmen.training.checkpoints import SafeCheckpoints, log_up_to, write_aside, write_log
+from fulmen.files import atomic_write
+from fulmen.training.checkpoints import SafeCheckpoints, log_up_to, write_log
 from fulmen.training.parts import OnPart
-from fulmen.training.processes import as_the_first
+from fulmen.training.processes import broadcast_from_main
 from fulmen.training.sharding import Sharded, load_whole
 from fulmen.training.sparse.settings import SparseSettings, SparseStage, StepLosses
 from fulmen.training.sparse.streamed import StreamedRows
@@ -108,7 +109,7 @@ class SparseTrainer(SafeCheckpoints, Sharded, Trainer):
             os.makedirs(output_dir, exist_ok=True)
             trained = only_trained(self.stage, state)
             file = Path(output_dir, WEIGHTS_FILE)
-            write_aside(file, lambda aside: save_file(trained, aside, metadata={"format": "pt"}))
+            atomic_write(file, lambda temporary: save_file(trained, temporary, metadata={"format": "pt"}))
             rows = self.train_dataset.rows
             if isinstance(rows, StreamedRows):
                 n_used = self.state.global_step * self.settings.accumulate * self.accelerator.num_processes
@@ -198,7 +199,7 @@ class StepWatch(TrainerCallback):
             with open(self.log_file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(self.row) + "\n")
         self.on_step(state.global_step, state.max_steps, {name: self.row[name] for name in PARTS[1:]})
-        if self.budget_s is not None and as_the_first(time.monotonic() - self.began > self.budget_s):
+        if self.budget_s is not None and broadcast_from_main(time.monotonic() - self.began > self.budget_s):
             control.should_training_stop = control.should_evaluate = control.should_save = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:

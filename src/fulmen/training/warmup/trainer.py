@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from fulmen.errors import TrainingDivergedError, unwritable
+from fulmen.files import atomic_write
 from fulmen.modeling.selectors import IndexerSelector, dsa_attentions, use_selector
 from fulmen.training.checkpoints import (
     SafeCheckpoints,
@@ -34,12 +35,11 @@ from fulmen.training.checkpoints import (
     drop_unfinished_checkpoints,
     last_whole_checkpoint,
     log_up_to,
-    write_aside,
     write_log,
 )
 from fulmen.training.parts import OnPart
 from fulmen.training.precision import are_half, in_float32
-from fulmen.training.processes import as_the_first, first_alone, is_first
+from fulmen.training.processes import broadcast_from_main, is_main_process, main_process_first
 from fulmen.training.rows import NO_LABEL, Text, next_tokens, text_row, text_rows
 from fulmen.training.warmup.losses import IndexerLossSelector, LayerLoss, output_weight
 
@@ -161,12 +161,12 @@ def _warm_up(
     model.requires_grad_(False)
     stack.indexers.requires_grad_(True)
     model.eval()
-    last_step = first_alone(lambda: _forget_what_is_not_whole(run_dir))
+    last_step = main_process_first(lambda: _forget_what_is_not_whole(run_dir))
     last_checkpoint = str(run_dir / f"checkpoint-{last_step}") if last_step else None
-    initial = first_alone(lambda: _initial(stack, run_dir))
+    initial = main_process_first(lambda: _initial(stack, run_dir))
     # As the steps and evaluations compute.
     with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.bf16):
-        plan = first_alone(lambda: _plan(stack, train, validation, run_dir, settings, on_part))
+        plan = main_process_first(lambda: _plan(stack, train, validation, run_dir, settings, on_part))
     trainer = _WarmupTrainer(
         model=stack,
         args=_arguments(run_dir, settings, plan["steps"], plan["evaluations"]),
@@ -262,7 +262,7 @@ class _Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         layers = self.stack.last
         rows = [_log_row(state.global_step, index, layer) for index, layer in sorted(layers.items())]
-        if is_first():
+        if is_main_process():
             with open(self.log_file, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
         means = {
@@ -270,7 +270,7 @@ class _Watch(TrainerCallback):
             for name in ("kl", "changed")
         }
         self.on_step(state.global_step, state.max_steps, means)
-        if self.budget_s is not None and as_the_first(time.monotonic() - self.began > self.budget_s):
+        if self.budget_s is not None and broadcast_from_main(time.monotonic() - self.began > self.budget_s):
             control.should_training_stop = control.should_evaluate = control.should_save = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
@@ -287,7 +287,7 @@ def _initial(stack: IndexerStack, run_dir: Path) -> dict[str, Tensor]:
     file = run_dir / INITIAL_FILE
     if not file.exists():
         state = {name: tensor.contiguous() for name, tensor in stack.indexers.state_dict().items()}
-        write_aside(file, lambda aside: save_file(state, aside))
+        atomic_write(file, lambda temporary: save_file(state, temporary))
     return load_file(file)
 
 
@@ -322,7 +322,7 @@ def _plan(
         left_s = 0.9 * settings.budget_s - evaluation_s * (evaluations + 1) - step_s
         steps = max(evaluations, int(left_s / step_s))
     plan = {"steps": steps, "evaluations": evaluations, "loss_before": before}
-    write_aside(file, lambda aside: aside.write_text(json.dumps(plan), encoding="utf-8"))
+    atomic_write(file, lambda temporary: temporary.write_text(json.dumps(plan), encoding="utf-8"))
     return plan
 
 

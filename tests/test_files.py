@@ -1,4 +1,4 @@
-"""Files of a run."""
+"""Files that are written atomically."""
 
 import os
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fulmen.training.checkpoints import write_aside
+from fulmen.files import atomic_write
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
@@ -15,8 +15,8 @@ def test_a_file_follows_the_umask_whoever_writes_it(tmp_path, umask):
     tensors = {"one": torch.ones(3)}
     before = os.umask(umask)
     try:
-        write_aside(tmp_path / "weights.safetensors", lambda aside: save_file(tensors, aside))
-        write_aside(tmp_path / "text.json", lambda aside: aside.write_text("{}"))
+        atomic_write(tmp_path / "weights.safetensors", lambda temporary: save_file(tensors, temporary))
+        atomic_write(tmp_path / "text.json", lambda temporary: temporary.write_text("{}"))
     finally:
         os.umask(before)
     assert {oct(file.stat().st_mode & 0o777) for file in tmp_path.iterdir()} == {oct(0o666 & ~umask)}
@@ -27,6 +27,6 @@ def test_what_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
     file = tmp_path / "kept.txt"
     file.write_text("old")
     with pytest.raises(ZeroDivisionError):
-        write_aside(file, lambda aside: aside.write_text("half") / 0)
+        atomic_write(file, lambda temporary: temporary.write_text("half") / 0)
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
