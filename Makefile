@@ -48,8 +48,8 @@ serve: $(OUT)/config.json ## Serve the small model, converted first if need be, 
 LLAMA_PYTHON ?= $(BIN)/python
 
 bench: $(OUT)/config.json ## Time the operations, and the small model beside its dense self and other engines (about 20 minutes).
-	$(BIN)/python benchmarks/cpu_ops.py --out out/bench/cpu_ops.json --prefill 2048,8192 --loss 0
-	$(BIN)/python benchmarks/end_to_end.py $(OUT) --out out/bench/end_to_end.json --llama-python $(LLAMA_PYTHON)
+	$(BIN)/python -m benchmarks.ops.cpu_ops --out out/bench/cpu_ops.json --prefill 2048,8192 --loss 0
+	$(BIN)/python -m benchmarks.end_to_end.run $(OUT) --out out/bench/end_to_end.json --llama-python $(LLAMA_PYTHON)
 
 lint: setup ## Check style and types.
 	$(BIN)/ruff check .

@@ -1,19 +1,27 @@
 """What the benchmarks compute from what they measure, and the weights that they give to dense peers."""
 
-import runpy
+import importlib
 from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.end_to_end import figures, weights
 from gguf import GGMLQuantizationType as Type
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-FOLDER = Path(__file__).parents[1] / "benchmarks" / "peers"
+ROOT = Path(__file__).parents[1]
+# They need an engine that may not be installed, and run in a process of their own.
+FOREIGN = {"llama_engine", "vllm_engine"}
+SCRIPTS = sorted(
+    ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    for file in (ROOT / "benchmarks").rglob("*.py")
+    if file.stem not in FOREIGN
+)
 
 
-@pytest.fixture(scope="module")
-def figures():
-    return runpy.run_path(str(FOLDER / "figures.py"))
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_benchmark_can_be_imported(name):
+    importlib.import_module(name)
 
 
 def decode_cell(length, **seconds):
@@ -24,13 +32,13 @@ def decode_cell(length, **seconds):
     }
 
 
-def test_a_ratio_is_the_median_of_the_rounds_ratios(figures):
+def test_a_ratio_is_the_median_of_the_rounds_ratios():
     seconds = {"vllm dsa": [1.0, 2.0, 4.0], "vllm dense": [3.0, 2.0, 8.0]}
     # Ratios 3, 1 and 2; the medians' own ratio would be 1.5.
-    assert figures["times_faster"](seconds, "vllm dsa", "vllm dense") == 2.0
+    assert figures.times_faster(seconds, "vllm dsa", "vllm dense") == 2.0
 
 
-def test_decode_times_go_on_in_a_straight_line_and_are_marked(figures):
+def test_decode_times_go_on_in_a_straight_line_and_are_marked():
     cells = [
         decode_cell(2, vllm_dsa=[1.0], vllm_dense=[1.0], late=[5.0]),
         decode_cell(4, vllm_dsa=[1.0], vllm_dense=[9.0]),
@@ -38,20 +46,20 @@ def test_decode_times_go_on_in_a_straight_line_and_are_marked(figures):
         decode_cell(10, vllm_dsa=[1.0]),
         decode_cell(14, vllm_dsa=[1.0]),
     ]
-    done = figures["finished"](cells)
+    done = figures.finished(cells)
     assert [cell["extrapolated"] for cell in done] == [[], [], [], ["vllm dense"], ["vllm dense"]]
     # By the two longest that were run, never by what was extrapolated; one length alone gives no line.
     assert [cell["seconds"]["vllm dense"] for cell in done[2:]] == [[10.0], [12.0], [14.0]]
     assert done[4]["ratios"]["vllm dsa over dense"] == 14.0
     assert "late" not in cells[1]["seconds"]
-    table = figures["table"](done, ["vllm dsa", "vllm dense", "late"])
+    table = figures.table(done, ["vllm dsa", "vllm dense", "late"])
     assert "| vllm dense | 1000.0 ms | 9000.0 ms | 10000.0 ms | ~12000.0 ms | ~14000.0 ms |" in table
     assert "| late | 5000.0 ms | - | - | - | - |" in table
 
 
-def test_the_best_peers_are_dense_and_named(figures):
+def test_the_best_peers_are_dense_and_named():
     seconds = {"vllm dsa": [2.0], "transformers dsa": [0.1], "vllm dense": [6.0], "llama.cpp Q4_1": [4.0]}
-    ratios = figures["compare"](seconds)
+    ratios = figures.compare(seconds)
     assert (ratios["best peer"], ratios["vllm dsa over best peer"]) == ("llama.cpp Q4_1", 2.0)
     assert (ratios["best 16-bit peer"], ratios["vllm dsa over best 16-bit peer"]) == ("vllm dense", 3.0)
     assert "transformers dsa over dense" not in ratios
@@ -70,8 +78,7 @@ def test_a_gguf_file_is_the_same_model(tmp_path):
     )
     model = LlamaForCausalLM(config).bfloat16()
     model.save_pretrained(tmp_path / "dense")
-    weights = runpy.run_path(str(FOLDER / "weights.py"))
-    weights["write_gguf"](tmp_path / "dense", tmp_path / "model.gguf", Type.BF16, Type.BF16)
+    weights.write_gguf(tmp_path / "dense", tmp_path / "model.gguf", Type.BF16, Type.BF16)
     read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.bfloat16)
     assert read.config.rope_parameters == config.rope_parameters
     assert read.config.num_key_value_heads == 2

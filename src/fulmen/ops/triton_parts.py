@@ -1,7 +1,8 @@
 """What the Triton kernels share: their block sizes, and how they read rows of heads.
 
 Sizes are powers of 2, none below 16 where a matrix product meets them. All are here, so that another GPU
-means another table. They are first guesses for an H100 that no GPU has timed (`benchmarks/gpu_ops.py` does).
+means another table. They are first guesses for an H100 that no GPU has timed
+(`benchmarks/ops/gpu_ops.py` does).
 """
 
 from typing import Any

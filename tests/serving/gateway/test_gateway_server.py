@@ -1,12 +1,10 @@
 """The whole server, as its users see it: vLLM behind the gateway, asked by the clients that people have."""
 
 import asyncio
-import importlib
 import os
 import random
 import re
 import stat
-import sys
 import time
 from collections import Counter
 from decimal import Decimal
@@ -24,6 +22,7 @@ import openai
 import psutil
 import schemathesis
 import uvicorn
+from benchmarks.gateway import fuzz
 from hypothesis import HealthCheck, given, settings
 from typer.testing import CliRunner
 
@@ -265,12 +264,8 @@ def test_no_request_makes_the_server_fail(server):
     assert all(counted[path, 200] for path in ("/chat/completions", "/completions", "/models"))
 
 
-def test_no_odd_request_makes_the_server_fail_or_answer_without_a_reason(server, monkeypatch):
-    """Of those of benchmarks/gateway_fuzz.py: bodies that are no JSON, odd heads, halves of characters."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "benchmarks"))
-    # Both folders have a module of this name; the tests' own is known already.
-    monkeypatch.delitem(sys.modules, "served")
-    fuzz = importlib.import_module("gateway_fuzz")
+def test_no_odd_request_makes_the_server_fail_or_answer_without_a_reason(server):
+    """Of those of benchmarks/gateway/fuzz.py: bodies that are no JSON, odd heads, halves of characters."""
     seen = fuzz.Seen()
 
     async def ask_some():

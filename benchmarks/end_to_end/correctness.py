@@ -1,4 +1,4 @@
-"""Whether a side computes its model: its greedy answers, judged by the same model in float32 by Transformers.
+"""Whether an engine computes its model: its greedy answers, judged by the same model in float32.
 
 Every token of an answer must be, for the reference that reads the prompt and the answer before it, the best
 one or as good as the best: at most `LIMITS[dtype]` nats less likely. So rounding may turn near ties, and an
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers.sides import Side, SideError, Worker
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fulmen  # noqa: F401  registers the model types
+from benchmarks.end_to_end.engines import EngineError, EngineSetup, Worker
 
 LENGTHS, NEW_TOKENS = (5, 700, 1500), 24
 # Logits of 16 and more lie 0.125 apart in bfloat16.
@@ -49,33 +49,35 @@ def worst_gap(logits_TV: Tensor, tokens_T: Tensor) -> float:
     return float((logits_TV.amax(-1) - taken_T).max())
 
 
-def check(side: Side, worker: Worker, reference: Reference, sparse: bool) -> float:
-    """The worst gap of the side's answers.
+def check(setup: EngineSetup, worker: Worker, reference: Reference, sparse: bool) -> float:
+    """The worst gap of the engine's answers.
 
     Raises:
-        SideError: it is above the limit, or the process ended.
+        EngineError: it is above the limit, or the process ended.
     """
     answers = [worker.ask("answer", prompt, NEW_TOKENS) for prompt in reference.prompts]
     pairs = zip(reference.prompts, answers, strict=True)
-    gap, limit = max(reference.gap(*pair, sparse) for pair in pairs), LIMITS[side.dtype]
+    gap, limit = max(reference.gap(*pair, sparse) for pair in pairs), LIMITS[setup.dtype]
     if gap > limit:
-        raise SideError(
-            f"{side.name} in {side.dtype} answers {gap:.3f} nats off its reference, limit {limit}"
+        raise EngineError(
+            f"{setup.name} in {setup.dtype} answers {gap:.3f} nats off its reference, limit {limit}"
         )
     return gap
 
 
-def check_plugin(side: Side, settings: dict[str, Any], reference: Reference, log: Path) -> dict[str, float]:
+def check_plugin(
+    setup: EngineSetup, settings: dict[str, Any], reference: Reference, log: Path
+) -> dict[str, float]:
     """Worst gaps of fulmen's plugin in float32: where k covers the prompts to dense, at the model's k to DSA.
 
     Raises:
-        SideError: as `check`.
+        EngineError: as `check`.
     """
-    dsa = json.loads((side.model / "config.json").read_text())["dsa"]
+    dsa = json.loads((setup.model / "config.json").read_text())["dsa"]
     whole = {"dsa": {**dsa, "topk": 2 * LENGTHS[-1], "topk_shares": []}}
     gaps = {}
     for name, overrides in (("float32, k >= length", whole), ("float32", {})):
-        exact = side._replace(dtype="float32", overrides=overrides)
+        exact = setup._replace(dtype="float32", overrides=overrides)
         # A cache of float32 is twice as large: no longer than the prompts need.
         short = {**settings, "eager": True, "tokens": LENGTHS[-1] + 2 * NEW_TOKENS}
         with closing(Worker(exact, short, log)) as worker:

@@ -1,6 +1,6 @@
 """Does an indexer fit text unlike that it was calibrated on? Inherit from one kind, measure on both.
 
-    .venv/bin/python benchmarks/other_text.py smollm2-135m --windows 4
+    python -m benchmarks.quality.other_text smollm2-135m --windows 4
 
 Prints one JSON line per kind of calibration text: loss of the inherited model over dense on held-out texts of
 each kind (second half of the windows).

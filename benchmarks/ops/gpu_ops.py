@@ -1,6 +1,6 @@
 """The Triton kernels on a GPU: checked against the specification, then timed against dense attention.
 
-    .venv/bin/python benchmarks/gpu_ops.py --out out/gpu_ops.json
+    python -m benchmarks.ops.gpu_ops --out out/gpu_ops.json
 
 A kernel whose check fails is not timed, nor is anything that calls it. Both sides of a comparison alternate
 in one run; a figure is the median of the rounds, the level 2 cache flushed before each. The operations are

@@ -6,10 +6,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cells import Cells
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.quality.ablation.cells import Cells
 from fulmen.data import Corpus, Window, window_stream
 from fulmen.evaluation.parity.controls import MassSelector
 from fulmen.evaluation.parity.losses import second_half_loss

@@ -1,6 +1,6 @@
 """Peak memory of the training losses against their length, ours beside the straightforward ones.
 
-    .venv/bin/python benchmarks/training_memory.py --lengths 2048,4096,8192
+    python -m benchmarks.memory.training --lengths 2048,4096,8192
 
 Random tensors in the shape of SmolLM2-135M, forward and backward pass, each measurement in a process of its
 own. A case that would need more than --limit GiB is not run: its estimate is given, in parentheses.

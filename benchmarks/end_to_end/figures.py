@@ -7,12 +7,12 @@ from typing import Any
 OURS, QUANTISED = "vllm dsa", "Q4_1"
 
 Seconds = dict[str, list[float]]
-"""Of each side, in each round."""
+"""Of each engine, in each round."""
 
 
-def times_faster(seconds: Seconds, side: str, peer: str) -> float:
-    """Median over rounds of how often the side's time goes into the peer's."""
-    return median(b / a for a, b in zip(seconds[side], seconds[peer], strict=True))
+def times_faster(seconds: Seconds, engine: str, peer: str) -> float:
+    """Median over rounds of how often an engine's time goes into the peer's."""
+    return median(b / a for a, b in zip(seconds[engine], seconds[peer], strict=True))
 
 
 def extrapolate(
@@ -24,7 +24,7 @@ def extrapolate(
 
 
 def finished(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Cells in order of length, with ratios, and with decode times of sides run at two shorter lengths."""
+    """Cells in order of length, with ratios, and with decode times of engines run at two shorter lengths."""
     run: dict[str, list[tuple[int, list[float]]]] = {}
     done = []
     for cell in cells:
@@ -40,7 +40,7 @@ def finished(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def compare(seconds: Seconds) -> dict[str, Any]:
-    """Times faster: DSA than dense in each engine; ours than the best dense side, of all and of 16 bits."""
+    """Times faster: DSA than dense in each engine; ours than the best dense engine, of all and of 16 bits."""
     ratios: dict[str, Any] = {
         f"{name} over dense": times_faster(seconds, name, peer)
         for name in seconds
@@ -58,11 +58,11 @@ def compare(seconds: Seconds) -> dict[str, Any]:
     return ratios
 
 
-def table(cells: list[dict[str, Any]], sides: Iterable[str]) -> str:
+def table(cells: list[dict[str, Any]], engines: Iterable[str]) -> str:
     """Markdown, a column for each cell: "~" before what was extrapolated, "-" for what was not measured."""
     heads = [f"{cell['work']} {cell['length']}" for cell in cells]
     rows = [["", *heads], ["---"] * (len(heads) + 1)]
-    rows += [[name, *(time_text(cell, name) for cell in cells)] for name in sides]
+    rows += [[name, *(time_text(cell, name) for cell in cells)] for name in engines]
     ratios = [cell["ratios"] for cell in cells]
     for name in (OURS, "transformers dsa"):
         rows.append(

@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cells import read_rows
-from measuring import mean
-
+from benchmarks.quality.ablation.cells import read_rows
+from benchmarks.quality.ablation.measuring import mean
 from fulmen.evaluation.parity.plots import legend_above, new_figure
 from fulmen.evaluation.parity.tables import percent
 
@@ -17,9 +16,10 @@ PAGE, PLOT = "ablations.md", "ablations.svg"
 SHARING_REACH = 0.002
 INTRODUCTION = """# Ablations
 
-Written by `benchmarks/ablation/run.py table` from what the other commands of that file measured. Percentages:
-mean loss over the dense model's, second half of held-out texts. Mass: attention that the selection holds, and
-that the best k keys would, mean over layers. Bytes: index keys of all layers per token.
+Written by `python -m benchmarks.quality.ablation.run table` from what the other commands of that file
+measured. Percentages: mean loss over the dense model's, second half of held-out texts. Mass: attention that
+the selection holds, and that the best k keys would, mean over layers. Bytes: index keys of all layers per
+token.
 """
 LINE_STYLES = {"inherit": ("#0072b2", "o"), "random": ("#d55e00", "s")}
 

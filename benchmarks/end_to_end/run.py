@@ -1,18 +1,18 @@
 """A converted model end to end, beside its dense twin and the peers that a user would pick on a CPU.
 
-    .venv/bin/python benchmarks/end_to_end.py out/smollm2-135m-dsa --llama-python LLAMA/bin/python
-    .venv/bin/python benchmarks/end_to_end.py out/smollm2-135m-dsa --engines vllm --requests 8 \
+    python -m benchmarks.end_to_end.run out/smollm2-135m-dsa --llama-python LLAMA/bin/python
+    python -m benchmarks.end_to_end.run out/smollm2-135m-dsa --engines vllm --requests 8 \
         --decode 8192,32768 --prefill ""
 
-Sides: vLLM with DSA and dense (one engine, fulmen's plugin), Transformers with DSA and dense (SDPA), and
+Engines: vLLM with DSA and dense (one engine, fulmen's plugin), Transformers with DSA and dense (SDPA), and
 llama.cpp (f16 cache, flash attention where it is faster) with the same weights in bfloat16 and Q4_1. Each is
-a process of its own with the same number of threads; all stay alive and take turns, round by round.
+a process of its own with the same number of threads; all stay alive and alternate, round by round.
 
-A side whose answers are not its model's is not timed (`peers/correctness.py`): it is printed as refused, and
+An engine whose answers are not its model's is not timed (`correctness.py`): it is printed as refused, and
 the exit code is 1. DSA in vLLM is checked in float32 too, at the model's k and at a k that covers the prompt.
 
 Prompts that are read are Python's own sources. Before a decoding step the cache is filled with random numbers
-in place of a prompt that is read. Where memory does not hold the caches of all sides, those left out are
+in place of a prompt that is read. Where memory does not hold the caches of all engines, those left out are
 extrapolated from their two longest lengths, marked "~". Beyond the model's context answers mean nothing,
 times do.
 """
@@ -28,13 +28,21 @@ from typing import Annotated, Any
 
 import psutil
 import typer
-from machine import describe_machine
-from peers.correctness import LENGTHS, NEW_TOKENS, Reference, check, check_plugin
-from peers.figures import finished, table
-from peers.sides import ENGINES, Side, SideError, Worker, all_sides, bytes_per_token, set_environment
-from peers.weights import make_dense_twin
 from transformers import AutoTokenizer
 
+from benchmarks.end_to_end.correctness import LENGTHS, NEW_TOKENS, Reference, check, check_plugin
+from benchmarks.end_to_end.engines import (
+    ENGINES,
+    EngineError,
+    EngineSetup,
+    Worker,
+    all_engines,
+    bytes_per_token,
+    set_environment,
+)
+from benchmarks.end_to_end.figures import finished, table
+from benchmarks.end_to_end.weights import make_dense_twin
+from benchmarks.machine import describe_machine
 from fulmen.files import atomic_write
 
 SPARE_BYTES = 2**31
@@ -43,15 +51,15 @@ LONG_PROMPT = 8192
 
 def main(
     model: Annotated[Path, typer.Argument(help="What fulmen convert wrote.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="JSON file; the sides' output goes beside it.")] = Path(
+    out: Annotated[Path, typer.Option(help="JSON file; the engines' output goes beside it.")] = Path(
         "out/bench/end_to_end.json"
     ),
     decode: Annotated[str, typer.Option(help="Tokens before those decoded.")] = "512,2048,8192,32768,131072",
     prefill: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "2048,8192",
-    rounds: Annotated[int, typer.Option(help="Turns of every side; prompts above 8192 tokens get one.")] = 3,
-    steps: Annotated[int, typer.Option(help="Tokens decoded in a turn.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Of every engine; prompts above 8192 tokens get one.")] = 3,
+    steps: Annotated[int, typer.Option(help="Tokens decoded in a round.")] = 8,
     requests: Annotated[int, typer.Option(help="Decoded together; more than one in vLLM alone.")] = 1,
-    threads: Annotated[int, typer.Option(help="Of every side.")] = len(os.sched_getaffinity(0)),
+    threads: Annotated[int, typer.Option(help="Of every engine.")] = len(os.sched_getaffinity(0)),
     eager: Annotated[bool, typer.Option(help="vLLM without its compiler.")] = False,
     engines: Annotated[str, typer.Option(help="What to compare.")] = ",".join(ENGINES),
     llama_python: Annotated[str, typer.Option(help="An interpreter that has llama_cpp.")] = sys.executable,
@@ -69,43 +77,43 @@ def main(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         dense = make_dense_twin(model, folder / "dense")
-        sides = list(all_sides(model, dense, folder, llama_python, chosen))
-        needs = {side.name: requests * bytes_per_token(model, side) for side in sides}
-        set_environment(threads, 1.75 * tokens * needs[sides[0].name])
-        workers, report["checks"] = start(sides, settings, Reference(model, dense), out.parent, stack)
+        setups = list(all_engines(model, dense, folder, llama_python, chosen))
+        needs = {setup.name: requests * bytes_per_token(model, setup) for setup in setups}
+        set_environment(threads, 1.75 * tokens * needs[setups[0].name])
+        workers, report["checks"] = start(setups, settings, Reference(model, dense), out.parent, stack)
         report["versions"] = {name: worker.versions for name, worker in workers.items()}
         report["cells"] = []
         text = program_text(model, 2 * max([*prompts, 1]))
         for length in prompts:
-            turns = rounds if length <= LONG_PROMPT else 1
-            report["cells"].append(measure_prefill(workers, text, length, turns))
+            of_prompt = rounds if length <= LONG_PROMPT else 1
+            report["cells"].append(measure_prefill(workers, text, length, of_prompt))
             write(report, out)
         for length in contexts:
             report["cells"].append(measure_decode(workers, needs, length, requests, rounds, steps))
             write(report, out)
-    print(table(finished(report["cells"]), [side.name for side in sides]))
+    print(table(finished(report["cells"]), [setup.name for setup in setups]))
     raise typer.Exit(any(found["refused"] for found in report["checks"].values()))
 
 
 def start(
-    sides: list[Side], settings: dict[str, Any], reference: Reference, logs: Path, stack: ExitStack
+    setups: list[EngineSetup], settings: dict[str, Any], reference: Reference, logs: Path, stack: ExitStack
 ) -> tuple[dict[str, Worker], dict[str, dict[str, Any]]]:
-    """The sides whose answers are right, alive until the stack ends, and what the checks of all found."""
+    """The engines whose answers are right, alive until the stack ends, and what the checks of all found."""
     workers, checks = {}, {}
-    for side in sides:
-        log = logs / f"{side.name.replace(' ', '-')}.log"
+    for setup in setups:
+        log = logs / f"{setup.name.replace(' ', '-')}.log"
         try:
-            plugin = side.engine == "vllm" and side.sparse
-            gaps = check_plugin(side, settings, reference, log) if plugin else {}
+            plugin = setup.engine == "vllm" and setup.sparse
+            gaps = check_plugin(setup, settings, reference, log) if plugin else {}
             with ExitStack() as trial:
-                worker = trial.enter_context(closing(Worker(side, settings, log)))
-                gaps[side.dtype] = check(side, worker, reference, side.sparse)
+                worker = trial.enter_context(closing(Worker(setup, settings, log)))
+                gaps[setup.dtype] = check(setup, worker, reference, setup.sparse)
                 stack.push(trial.pop_all())
-            workers[side.name] = worker
-            checks[side.name] = {"worst gap in nats": gaps, "refused": None}
-        except SideError as error:
-            checks[side.name] = {"refused": str(error)}
-        print(f"{side.name}: {checks[side.name]}", flush=True)
+            workers[setup.name] = worker
+            checks[setup.name] = {"worst gap in nats": gaps, "refused": None}
+        except EngineError as error:
+            checks[setup.name] = {"refused": str(error)}
+        print(f"{setup.name}: {checks[setup.name]}", flush=True)
     return workers, checks
 
 
@@ -138,7 +146,7 @@ def measure_prefill(workers: dict[str, Worker], text: list[int], length: int, ro
 def measure_decode(
     workers: dict[str, Worker], needs: dict[str, int], length: int, requests: int, rounds: int, steps: int
 ) -> dict[str, Any]:
-    """Seconds of a step after a filled cache, of the sides whose cache has room; a first turn is dropped."""
+    """Seconds of a step after a filled cache, of engines whose cache has room; a first round is dropped."""
     prompts, seconds = [random_prompt(length, length + i) for i in range(requests)], dict[str, list[float]]()
     for name, worker in workers.items():
         if needs[name] * length < psutil.virtual_memory().available - SPARE_BYTES:

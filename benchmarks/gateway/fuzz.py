@@ -1,6 +1,6 @@
 """Thousands of made-up requests, while one stream is watched: what fails, what stalls, what the engine keeps.
 
-    .venv/bin/python benchmarks/gateway_fuzz.py out/smollm2-135m-dsa --requests 10000 --seed 0
+    python -m benchmarks.gateway.fuzz out/smollm2-135m-dsa --requests 10000 --seed 0
 
 Counted by kind: statuses, refusals that do not say what is wrong, answers of 200 that hold an error, requests
 without any answer. Printed besides: the longest time between two pieces of the watched stream, also while
@@ -26,8 +26,9 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 import typer
-from fuzz_requests import Made, make_request
-from served import Served, served
+
+from benchmarks.gateway.fuzz_requests import Made, make_request
+from benchmarks.gateway.served import Served, served
 
 app = typer.Typer(add_completion=False)
 WARM_REQUESTS, QUIET_S, ANSWER_S, SHOWN = 300, 15.0, 120.0, 5

@@ -1,4 +1,4 @@
-"""One side of the benchmark in a process of its own, which may be that of another interpreter.
+"""One engine of the benchmark in a process of its own, which may be that of another interpreter.
 
     python worker.py SETTINGS
 

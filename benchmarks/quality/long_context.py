@@ -1,7 +1,8 @@
 """Loss over dense at a long context, for a few variants: all of `fulmen eval` takes hours there on a CPU.
 
-    .venv/bin/python benchmarks/long_context.py out/smollm2-135m-dsa --length 8192 --topk 512 --windows 8
-    .venv/bin/python benchmarks/long_context.py out/trained --before out/smollm2-135m-dsa --variants dense,dsa
+    python -m benchmarks.quality.long_context out/smollm2-135m-dsa --length 8192 --topk 512 --windows 8
+    python -m benchmarks.quality.long_context out/trained --before out/smollm2-135m-dsa \
+        --variants dense,dsa
 
 One JSON line per text goes to the output file at once, and texts that it holds already are skipped, so the
 run can be stopped and continued. The table at the end has the mean loss over dense per kind of text.

@@ -1,6 +1,6 @@
 """Many streams, clients that leave at random, the engine killed in the middle; then the books are checked.
 
-    .venv/bin/python benchmarks/gateway_soak.py out/smollm2-135m-dsa --streams 200 --minutes 5
+    python -m benchmarks.gateway.soak out/smollm2-135m-dsa --streams 200 --minutes 5
 
 Checked: every request that reached the ledger is settled there once; what a client was billed is what the
 ledger says; who left in the middle pays for all that came and for no more than was asked for (how much
@@ -21,8 +21,8 @@ from statistics import median
 
 import httpx
 import typer
-from served import Served, served
 
+from benchmarks.gateway.served import Served, served
 from fulmen.cli.books import books_at
 
 app = typer.Typer(add_completion=False)

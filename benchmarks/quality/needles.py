@@ -1,7 +1,7 @@
 """Multi-key needles with enough questions to tell a few points apart, dense against DSA.
 
-    .venv/bin/python benchmarks/needles.py out/smollm2-135m-dsa --lengths 1024,2048 --texts 8
-    .venv/bin/python benchmarks/needles.py out/smollm2-135m-trained --before out/smollm2-135m-dsa
+    python -m benchmarks.quality.needles out/smollm2-135m-dsa --lengths 1024,2048 --texts 8
+    python -m benchmarks.quality.needles out/smollm2-135m-trained --before out/smollm2-135m-dsa
 
 Eight numbers in a text, one question about each; a text is read once per variant. Prints the counts and DSA
 minus dense in points, with an interval that knows which questions share a text, as JSON.

@@ -1,6 +1,6 @@
 """What the gateway adds to the time to first token: each question is asked of the engine and of the gateway.
 
-    .venv/bin/python benchmarks/gateway_overhead.py out/smollm2-135m-dsa --pairs 300
+    python -m benchmarks.gateway.overhead out/smollm2-135m-dsa --pairs 300
 
 The two take turns and who is first alternates. Prints milliseconds, median and 99th percentile of both and of
 the differences between their percentiles, as JSON.
@@ -14,7 +14,8 @@ from statistics import quantiles
 
 import httpx
 import typer
-from served import served
+
+from benchmarks.gateway.served import served
 
 
 def main(model_dir: Path, pairs: int = 300, words: int = 40, warm: int = 20, seed: int = 0) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gguf import GGMLQuantizationType as Type
-from peers.weights import write_gguf
 
+from benchmarks.end_to_end.weights import write_gguf
 from fulmen.errors import UnsupportedModelError
 from fulmen.serving.engine.settings import LARGE_PAGES
 
@@ -21,11 +21,11 @@ LLAMA_FORMS = {"bf16": (Type.BF16, Type.BF16), "Q4_1": (Type.Q4_1, Type.Q8_0)}
 ENGINES = ["vllm", "llama.cpp", "transformers"]
 
 
-class SideError(RuntimeError):
-    """A side's process ended."""
+class EngineError(RuntimeError):
+    """An engine's process ended."""
 
 
-class Side(NamedTuple):
+class EngineSetup(NamedTuple):
     """An engine with a model.
 
     Attributes:
@@ -50,17 +50,17 @@ class Side(NamedTuple):
 
 
 class Worker:
-    """The process of a side. What its libraries print goes to `log`.
+    """The process of an engine. What its libraries print goes to `log`.
 
     Raises:
-        SideError: when the process has ended, with the last line that it printed.
+        EngineError: when the process has ended, with the last line that it printed.
     """
 
-    def __init__(self, side: Side, settings: dict[str, Any], log: Path) -> None:
-        self.name, self.log = side.name, log
-        given = {"engine": side.engine, "model": str(side.model), "dtype": side.dtype}
-        given |= {"overrides": side.overrides, **settings}
-        command = [side.python, str(Path(__file__).with_name("worker.py")), json.dumps(given)]
+    def __init__(self, setup: EngineSetup, settings: dict[str, Any], log: Path) -> None:
+        self.name, self.log = setup.name, log
+        given = {"engine": setup.engine, "model": str(setup.model), "dtype": setup.dtype}
+        given |= {"overrides": setup.overrides, **settings}
+        command = [setup.python, str(Path(__file__).with_name("worker.py")), json.dumps(given)]
         with log.open("w") as printed:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=printed, text=True, bufsize=1
@@ -87,11 +87,11 @@ class Worker:
             return json.loads(line)
         printed = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         code, last = self.process.wait(), printed[-1] if printed else "nothing printed"
-        raise SideError(f"{self.name} ended with code {code} ({self.log}): {last}")
+        raise EngineError(f"{self.name} ended with code {code} ({self.log}): {last}")
 
 
 def set_environment(threads: int, cache_bytes: float) -> None:
-    """For the processes of all sides; vLLM takes its room for the cache in whole GiB.
+    """For the processes of all engines; vLLM takes its room for the cache in whole GiB.
 
     All get memory in pages of 2 MiB, as `fulmen serve` sets for its engine.
     """
@@ -107,33 +107,33 @@ def set_environment(threads: int, cache_bytes: float) -> None:
     )
 
 
-def bytes_per_token(model: Path, side: Side) -> int:
-    """Bytes that a side takes for a token of a filled cache, keys and values in 16 bits."""
+def bytes_per_token(model: Path, setup: EngineSetup) -> int:
+    """Bytes that an engine takes for a token of a filled cache, keys and values in 16 bits."""
     config = json.loads((model / "config.json").read_text())
     width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     keys_and_values = config["num_hidden_layers"] * config["num_key_value_heads"] * width * 2 * 2
-    if side.engine == "llama.cpp":  # it copies a state into its cache
+    if setup.engine == "llama.cpp":  # it copies a state into its cache
         return 2 * keys_and_values
     dsa = config["dsa"]
     index_keys = len(dsa["layers"]) * dsa["index_n_kv_heads"] * (dsa["index_head_dim"] + 2)
-    return keys_and_values + index_keys * side.sparse
+    return keys_and_values + index_keys * setup.sparse
 
 
-def all_sides(
+def all_engines(
     model: Path, dense: Path, folder: Path, llama_python: str, engines: list[str]
-) -> Iterator[Side]:
+) -> Iterator[EngineSetup]:
     """In the order in which they get memory at long contexts: what the headline needs comes first."""
     if "vllm" in engines:
-        yield Side("vllm dsa", "vllm", model)
-        yield Side("vllm dense", "vllm", dense)
+        yield EngineSetup("vllm dsa", "vllm", model)
+        yield EngineSetup("vllm dense", "vllm", dense)
     if "llama.cpp" in engines:
-        yield from llama_sides(dense, folder, llama_python)
+        yield from llama_engines(dense, folder, llama_python)
     if "transformers" in engines:
-        yield Side("transformers dense", "transformers", dense)
-        yield Side("transformers dsa", "transformers", model)
+        yield EngineSetup("transformers dense", "transformers", dense)
+        yield EngineSetup("transformers dsa", "transformers", model)
 
 
-def llama_sides(dense: Path, folder: Path, python: str) -> Iterator[Side]:
+def llama_engines(dense: Path, folder: Path, python: str) -> Iterator[EngineSetup]:
     """llama.cpp's; prints why and yields none where there is no llama.cpp, or the model is not for it."""
     if subprocess.run([python, "-c", "import llama_cpp"], capture_output=True).returncode:
         print(f"llama.cpp: not measured: {python} has no llama_cpp; name one that has with --llama-python")
@@ -141,6 +141,6 @@ def llama_sides(dense: Path, folder: Path, python: str) -> Iterator[Side]:
     try:
         for form, types in LLAMA_FORMS.items():
             file = write_gguf(dense, folder / f"{form}.gguf", *types)
-            yield Side(f"llama.cpp {form}", "llama.cpp", file, form, python)
+            yield EngineSetup(f"llama.cpp {form}", "llama.cpp", file, form, python)
     except UnsupportedModelError as error:
         print(f"llama.cpp: not measured: {error}")

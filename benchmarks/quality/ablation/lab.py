@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import Cells
-from measuring import HeldOut, Losses, fingerprint
 from torch import Tensor
 from transformers import PreTrainedModel
-from warming import Taps, warmed_up
 
+from benchmarks.quality.ablation.cells import Cells
+from benchmarks.quality.ablation.measuring import HeldOut, Losses, fingerprint
+from benchmarks.quality.ablation.warming import Taps, warmed_up
 from fulmen.data import load_corpus, window_stream
 from fulmen.modeling.gqa.budget import share_budget
 from fulmen.modeling.gqa.inherit import inherit_gqa

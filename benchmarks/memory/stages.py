@@ -1,7 +1,7 @@
 """Peak memory and time of training steps at any length, each stage in a process of its own.
 
-    .venv/bin/python benchmarks/stage_memory.py warmup out/smollm2-135m-dsa --length 32768 --topk 1024
-    .venv/bin/python benchmarks/stage_memory.py sparse out/smollm2-135m-dsa --length 16384 --topk 1024
+    python -m benchmarks.memory.stages warmup out/smollm2-135m-dsa --length 32768 --topk 1024
+    python -m benchmarks.memory.stages sparse out/smollm2-135m-dsa --length 16384 --topk 1024
 
 A step is all of it: the forward pass, the teacher's where there is one, the backward pass, the optimizer with
 its state. The text is one row without document boundaries, which is the most that a row can need. Beyond the

@@ -1,12 +1,12 @@
 """Ablations: what each choice costs or gains, as loss over dense on held-out text (code and prose).
 
-    python benchmarks/ablation/run.py init                     # inherited or random indexer, against tokens
-    python benchmarks/ablation/run.py shape                    # index heads and widths
-    python benchmarks/ablation/run.py topk out/model-dsa       # k
-    python benchmarks/ablation/run.py keys out/model-dsa       # index keys in 8 bits, bfloat16, float32
-    python benchmarks/ablation/run.py sharing out/model-dsa    # one index for 2 or 3 neighbouring layers
-    python benchmarks/ablation/run.py stages out/model-dsa out/model-trained out/model-dense-tuned
-    python benchmarks/ablation/run.py table                    # docs/ablations.md and its plot
+    python -m benchmarks.quality.ablation.run init                    # inherited or random indexer by tokens
+    python -m benchmarks.quality.ablation.run shape                   # index heads and widths
+    python -m benchmarks.quality.ablation.run topk out/model-dsa      # k
+    python -m benchmarks.quality.ablation.run keys out/model-dsa      # index keys in 8, 16, 32 bits
+    python -m benchmarks.quality.ablation.run sharing out/model-dsa   # one index for 2 or 3 layers
+    python -m benchmarks.quality.ablation.run stages out/model-dsa out/model-trained out/model-dense-tuned
+    python -m benchmarks.quality.ablation.run table                   # docs/ablations.md and its plot
 
 Each cell is one JSON line in --out, written at once; what is there already is not measured again, so every
 command can be stopped and started anew. The control of `stages` comes from `fulmen train --k-schedule dense`.
@@ -21,13 +21,13 @@ from unittest.mock import patch
 
 import torch
 import typer
-from drawing import write_table
-from lab import Lab, ends, quarters
-from measuring import fingerprint
-from sharing import SharedLossSelector, SharedSelector, group_means, leaders
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.quality.ablation.drawing import write_table
+from benchmarks.quality.ablation.lab import Lab, ends, quarters
+from benchmarks.quality.ablation.measuring import fingerprint
+from benchmarks.quality.ablation.sharing import SharedLossSelector, SharedSelector, group_means, leaders
 from fulmen.evaluation.parity.variants import indexer_state
 from fulmen.modeling.checkpoint import load_dense
 from fulmen.modeling.cost import index_key_bytes, indexer_shape

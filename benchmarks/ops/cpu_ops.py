@@ -1,6 +1,6 @@
 """The native kernels on this CPU: checked against the specification, then timed against dense attention.
 
-    .venv/bin/python benchmarks/cpu_ops.py --out out/cpu_ops.json
+    python -m benchmarks.ops.cpu_ops --out out/cpu_ops.json
 
 One thread; times are CPU time, which other work on the machine disturbs less than the clock. A kernel whose
 check fails is not timed, nor is anything that calls it. All sides of a comparison alternate in one run, a
@@ -23,12 +23,12 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from gpu_ops import differs, library_version
-from machine import describe_machine
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from training_memory import estimate_gib, measure
 
+from benchmarks.machine import describe_machine
+from benchmarks.memory.training import estimate_gib, measure
+from benchmarks.ops.gpu_ops import differs, library_version
 from fulmen.files import atomic_write
 from fulmen.ops.attention.dense import dense_attention
 from fulmen.ops.attention.dense.reference import dense_attention_reference
