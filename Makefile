@@ -11,7 +11,7 @@ WORKERS ?= 2
 SERVER_TESTS := tests/serving/gateway/test_gateway_server.py tests/serving/gateway/test_deepseek_docs.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo serve bench test lint clean
+.PHONY: help setup native demo serve bench test lint docs clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/' | expand -t 16
@@ -51,15 +51,19 @@ bench: $(OUT)/config.json ## Time the operations, and the small model beside its
 	$(BIN)/python -m benchmarks.ops.cpu_ops --out out/bench/cpu_ops.json --prefill 2048,8192 --loss 0
 	$(BIN)/python -m benchmarks.end_to_end.run $(OUT) --out out/bench/end_to_end.json --llama-python $(LLAMA_PYTHON)
 
-lint: setup ## Check style and types.
+lint: docs ## Check style, types and the documentation.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint ## Check style and types, then run all tests (about 10 minutes on 2 cores).
+# The variable: Material tells at each start that MkDocs 2 will be another program.
+docs: setup ## Build the documentation as a site, site/index.html; a broken link is an error.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+test: lint ## Check style, types and the documentation, then run all tests (about 10 minutes on 2 cores).
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q $(addprefix --ignore=,$(SERVER_TESTS))
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q $(SERVER_TESTS)
 
 clean: ## Remove .venv, outputs and caches.
-	rm -rf .venv out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info src/fulmen/ops/cpp/*.so
+	rm -rf .venv out build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info src/fulmen/ops/cpp/*.so
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,9 +17,9 @@ SHARING_REACH = 0.002
 INTRODUCTION = """# Ablations
 
 Written by `python -m benchmarks.quality.ablation.run table` from what the other commands of that file
-measured. Percentages: mean loss over the dense model's, second half of held-out texts. Mass: attention that
-the selection holds, and that the best k keys would, mean over layers. Bytes: index keys of all layers per
-token.
+measured. Percentages: mean loss over the dense model's, second half of held-out texts. Recall: share of the
+attention that the selection holds, and that the best k keys would, mean over layers. Bytes: index keys of all
+layers per token.
 """
 LINE_STYLES = {"inherit": ("#0072b2", "o"), "random": ("#d55e00", "s")}
 
@@ -62,7 +62,7 @@ def _over(row: Row) -> list[str]:
     return [percent(row["over_dense"][kind]) for kind in _kinds(row)]
 
 
-def _mass(row: Row) -> str:
+def _recall(row: Row) -> str:
     return "–" if row["captured"] is None else f"{row['captured']:.3f} / {row['oracle']:.3f}"
 
 
@@ -72,11 +72,11 @@ def _thousands(tokens: int) -> str:
 
 def _init(rows: Sequence[Row]) -> str:
     body = [
-        [cell["init"], f"{cell['rate']:g}", _thousands(cell["tokens"]), *_over(row), _mass(row)]
+        [cell["init"], f"{cell['rate']:g}", _thousands(cell["tokens"]), *_over(row), _recall(row)]
         for row in rows
         if (cell := row["cell"])
     ]
-    head = ["indexer", "learning rate", "tokens", *_kinds(rows[0]), "mass"]
+    head = ["indexer", "learning rate", "tokens", *_kinds(rows[0]), "recall"]
     return _markdown("Inherited or random indexer", head, body)
 
 
@@ -86,13 +86,13 @@ def _shape(rows: Sequence[Row]) -> str:
             f"{cell['heads']} x {2 * cell['pairs']}",
             _thousands(cell["tokens"]),
             *_over(row),
-            _mass(row),
+            _recall(row),
             row["index_key_bytes"],
         ]
         for row in rows
         if (cell := row["cell"])
     ]
-    head = ["index heads x width", "tokens of warm-up", *_kinds(rows[0]), "mass", "bytes"]
+    head = ["index heads x width", "tokens of warm-up", *_kinds(rows[0]), "recall", "bytes"]
     return _markdown("Index heads and width", head, body)
 
 
@@ -102,20 +102,20 @@ def _stages(rows: Sequence[Row]) -> str:
         cell = row["cell"]
         control = ", never sparse" if cell["k_schedule"] == "dense" else ""
         tokens = _thousands(cell["tokens"])
-        body.append([", ".join(cell["stages"]) + control, tokens, cell["read"], *_over(row), _mass(row)])
-    head = ["stages", "tokens of sparse", "read", *_kinds(rows[0]), "mass"]
+        body.append([", ".join(cell["stages"]) + control, tokens, cell["read"], *_over(row), _recall(row)])
+    head = ["stages", "tokens of sparse", "read", *_kinds(rows[0]), "recall"]
     return _markdown("Stages", head, body)
 
 
 def _topk(rows: Sequence[Row]) -> str:
     ordered = sorted(rows, key=lambda row: row["cell"]["topk"])
-    body = [[row["cell"]["topk"], *_over(row), _mass(row)] for row in ordered]
-    return _markdown("Keys that a query keeps", ["k", *_kinds(rows[0]), "mass"], body)
+    body = [[row["cell"]["topk"], *_over(row), _recall(row)] for row in ordered]
+    return _markdown("Keys that a query keeps", ["k", *_kinds(rows[0]), "recall"], body)
 
 
 def _keys(rows: Sequence[Row]) -> str:
-    body = [[row["cell"]["keys"], *_over(row), _mass(row), row["index_key_bytes"]] for row in rows]
-    return _markdown("Precision of index keys", ["index keys", *_kinds(rows[0]), "mass", "bytes"], body)
+    body = [[row["cell"]["keys"], *_over(row), _recall(row), row["index_key_bytes"]] for row in rows]
+    return _markdown("Precision of index keys", ["index keys", *_kinds(rows[0]), "recall", "bytes"], body)
 
 
 def _sharing(rows: Sequence[Row]) -> str:
@@ -144,7 +144,7 @@ def _over_unshared(row: Row, rows: Sequence[Row]) -> str:
     if alone is None or alone is row:
         return "–"
     over, error = paired(row, alone)
-    return f"{percent(over)} ± {error:.2%}"
+    return f"{percent(over)} ± {100 * error:.2f} %"
 
 
 def _reach(rows: Sequence[Row]) -> str:
