@@ -1,12 +1,13 @@
-"""The native kernels; all else about the package is in pyproject.toml."""
+"""The C++ kernels; all else about the package is in pyproject.toml."""
 
-import platform
+import sysconfig
 from copy import copy
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-NATIVE = "src/fulmen/ops/cpp/src"
+FOLDER = "src/fulmen/ops/cpp/src"
 SOURCES = (
     *("library", "index_keys", "index_topk", "attention", "attention_backward"),
     *("paged", "paged_project", "paged_sparse"),
@@ -21,8 +22,9 @@ HEADERS = (
 AVX2 = ("-mavx2", "-mfma", "-mbmi2")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 AMX = (*AVX512, "-mavx512bf16", "-mavx512fp16", "-mamx-tile", "-mamx-int8", "-mamx-bf16")
-X86_LEVELS = {"_native_avx2": AVX2, "_native_avx512": AVX512, "_native_amx": AMX}
-IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+X86_LEVELS = {"_kernels_avx2": AVX2, "_kernels_avx512": AVX512, "_kernels_amx": AMX}
+# Of the machine that is built for, which `_PYTHON_HOST_PLATFORM` names where it is another one.
+IS_X86 = sysconfig.get_platform().lower().endswith(("x86_64", "amd64"))
 
 
 class BuildLevels(build_ext):
@@ -37,12 +39,23 @@ class BuildLevels(build_ext):
         own.build_temp = f"{self.build_temp}/{extension.name}"
         build_ext.build_extension(own, extension)
 
+    def get_ext_filename(self, fullname):
+        # They are called by ctypes, and are the same for every Python.
+        return fullname.replace(".", "/") + ".so"
 
-def native(name, instructions):
+
+class AnyPythonWheel(bdist_wheel):
+    """A wheel for one kind of machine and every Python 3."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+def kernels(name, instructions):
     return Extension(
         f"fulmen.ops.cpp.{name}",
-        sources=[f"{NATIVE}/{source}.cpp" for source in SOURCES],
-        depends=[f"{NATIVE}/{header}.h" for header in HEADERS],
+        sources=[f"{FOLDER}/{source}.cpp" for source in SOURCES],
+        depends=[f"{FOLDER}/{header}.h" for header in HEADERS],
         extra_compile_args=["-std=c++17", "-O3", "-g0", *instructions, "-pthread"],
         extra_link_args=["-pthread"],
         # Without a compiler fulmen installs all the same, and computes by plain torch; old ones lack a level.
@@ -51,6 +64,6 @@ def native(name, instructions):
 
 
 setup(
-    cmdclass={"build_ext": BuildLevels},
-    ext_modules=[native(*level) for level in ({"_native": ()} | (X86_LEVELS if IS_X86 else {})).items()],
+    cmdclass={"build_ext": BuildLevels, "bdist_wheel": AnyPythonWheel},
+    ext_modules=[kernels(*level) for level in ({"_kernels": ()} | (X86_LEVELS if IS_X86 else {})).items()],
 )

@@ -1,4 +1,4 @@
-"""The native kernels on this CPU: checked against the specification, then timed against dense attention.
+"""The C++ kernels on this CPU: checked against the specification, then timed against dense attention.
 
     python -m benchmarks.ops.cpu_ops --out out/cpu_ops.json
 
@@ -7,7 +7,7 @@ check fails is not timed, nor is anything that calls it. All sides of a comparis
 plain read of memory among them: it gives the bandwidth of that moment, and so the floor. The operations are
 called as a model calls them, input checks included, with memory in pages of 2 MiB, as `fulmen serve` has it.
 A token is timed in the second of two layers, as most of a model's are: its keys are in no cache, the code is.
-Dense peers are torch's SDPA for prompts; for one token, where SDPA crawls, the native dense attention over
+Dense peers are torch's SDPA for prompts; for one token, where SDPA crawls, the C++ dense attention over
 keys and values as a cache keeps them and head by head.
 """
 
@@ -35,7 +35,7 @@ from fulmen.ops.attention.dense.reference import dense_attention_reference
 from fulmen.ops.attention.sparse import sparse_attention
 from fulmen.ops.attention.sparse.reference import sparse_attention_reference
 from fulmen.ops.common.index_keys import pack_index_keys, unpack_index_keys
-from fulmen.ops.cpp.library import has_tiles, native_reason
+from fulmen.ops.cpp.library import cpp_reason, has_tiles
 from fulmen.ops.dispatch import pin_backend
 from fulmen.ops.scores import index_scores
 from fulmen.ops.scores.reference import index_scores_reference
@@ -86,8 +86,8 @@ def main(
     rounds: Annotated[int, typer.Option(help="Times that every side of a decode case is run.")] = 9,
 ) -> None:
     """Check, time, print a table and write everything to a JSON file."""
-    if reason := native_reason():
-        print(f"cpu_ops.py needs the native kernels: {reason}")
+    if reason := cpp_reason():
+        print(f"cpu_ops.py needs the C++ kernels: {reason}")
         raise typer.Exit(1)
     with_large_pages()
     torch.set_num_threads(1)
@@ -159,7 +159,7 @@ def check_selection() -> str | None:
     noise = normal(1, 16, 20_000, dtype=torch.float32)
     for scores in (noise, noise.round(), noise.relu()):
         chosen = select_topk(scores, *interval, 2048)
-        with pin_backend("cpu"):
+        with pin_backend("torch"):
             if not torch.equal(chosen, select_topk(scores, *interval, 2048)):
                 return "selects other keys than the torch backend"
     for shape in SHAPES.values():

@@ -76,17 +76,17 @@ def test_brackets_of_a_reason_are_no_markup(monkeypatch):
 
 
 def test_a_library_that_was_not_built(monkeypatch):
-    monkeypatch.setattr("fulmen.ops.cpp.library.native_reason", lambda: "it was not built")
-    monkeypatch.setattr(dispatch, "native_reason", lambda: "it was not built")
+    monkeypatch.setattr("fulmen.ops.cpp.library.cpp_reason", lambda: "it was not built")
+    monkeypatch.setattr(dispatch, "cpp_reason", lambda: "it was not built")
     result = call()
     assert "cannot run: it was not built" in result.stdout
-    assert "native" not in {choice["backend"] for choice in choices()["choices"]}
+    assert "cpp" not in {choice["backend"] for choice in choices()["choices"]}
 
 
-def test_the_native_library_says_what_it_was_built_for():
-    if reason := dispatch.native_reason():
-        pytest.skip(f"native cannot run here: {reason}")
-    words = choices()["facts"]["native library"]
+def test_the_cpp_library_says_what_it_was_built_for():
+    if reason := dispatch.cpp_reason():
+        pytest.skip(f"cpp cannot run here: {reason}")
+    words = choices()["facts"]["C++ kernels"]
     assert words.startswith("built for ")
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
@@ -124,4 +124,4 @@ def test_a_pin_that_is_no_backend(arguments, monkeypatch):
     result = call(*arguments)
     assert (result.exit_code, result.stdout) == (2, "")
     (line,) = result.stderr.splitlines()
-    assert line.startswith("error: FULMEN_BACKEND='cuda' names no backend; set it to reference, cpu, native")
+    assert line.startswith("error: FULMEN_BACKEND='cuda' names no backend; set it to reference, torch, cpp")

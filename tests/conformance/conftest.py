@@ -1,17 +1,17 @@
-"""Every backend in turn, native at each level; the tests of an operation run by all of them."""
+"""Every backend in turn, cpp at each level; the tests of an operation run by all of them."""
 
 import pytest
 import torch
 
 from fulmen.ops.dispatch import BACKENDS, pin_backend, reason_against_backend
-from tests.ops.native_levels import EACH_LEVEL, native_level
+from tests.ops.cpp_levels import EACH_LEVEL, cpp_level
 
 
-@pytest.fixture(params=[name for name in BACKENDS if name != "native"] + EACH_LEVEL)
+@pytest.fixture(params=[name for name in BACKENDS if name != "cpp"] + EACH_LEVEL)
 def backend(request):
     if request.param in EACH_LEVEL:
-        with native_level(request.param), pin_backend("native"):
-            yield "native"
+        with cpp_level(request.param), pin_backend("cpp"):
+            yield "cpp"
         return
     if reason := reason_against_backend(request.param, "index_topk", "cpu", torch.float32):
         pytest.skip(f"{request.param}: {reason}")

@@ -37,7 +37,7 @@ def chunk_of(keys):
 
 
 @pytest.mark.skipif(not CLEAR.exists(), reason="the peak is measured by Linux's /proc")
-@pytest.mark.parametrize("backend", ["cpu", "native"])
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
 def test_hazard_11_a_chunk_never_holds_all_of_its_scores(backend):
     """Mutations: n_rows = all queries in index_topk_blocked (ops/topk/torch_blocked.py); BLOCK_SCORES of
     1 << 40 and MOST_BLOCK_ROWS of 200 * ROWS (cpp/src/index_topk.cpp).

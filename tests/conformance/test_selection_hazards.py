@@ -63,7 +63,7 @@ def test_hazard_4_no_winner_is_lost(backend, topk, monkeypatch):
     # Several blocks of any backend.
     S = 5000
     if backend == "triton":
-        from fulmen.ops.triton_parts import KERNEL_SIZES
+        from fulmen.ops.triton_kit import KERNEL_SIZES
 
         S = 700
         monkeypatch.setitem(KERNEL_SIZES["select"], "columns", 256)
@@ -93,14 +93,14 @@ def test_hazard_5_a_row_selects_alike_alone_and_in_a_batch(backend, dtype):
             ends = (start[one] - first, stop[one] - first)
             alone = index_topk(q[one], keys, w[one], b[one], *ends, TOPK)
             assert torch.equal(alone + first, together[one])
-            if backend in ("native", "triton"):  # these promise the bits of every score, in any company
+            if backend in ("cpp", "triton"):  # these promise the bits of every score, in any company
                 scores = index_scores(q[one], keys, w[one], b[one], *ends)
                 assert torch.equal(scores, index_scores(q, k, w, b, start, stop)[one][..., first:last])
 
 
 def test_hazard_9_hidden_keys_and_missing_ones_are_never_read(backend, dtype):
     """Mutations: 0 for n_keys where _union_of_selected (ops/common/tiles.py) fills what is nothing; `key_K
-    >= -1` in load_selected (ops/triton_parts.py); max(..., 0) counted in keys_of (cpp/src/attention.h);
+    >= -1` in load_selected (ops/triton_kit.py); max(..., 0) counted in keys_of (cpp/src/attention.h);
     `topk.clamp(min=0)` in selection_mask (ops/common/intervals.py, of the reference).
     """
     for q, k, w, b, start, stop in cases_for(backend, dtype):
@@ -121,7 +121,7 @@ def test_hazard_9_hidden_keys_and_missing_ones_are_never_read(backend, dtype):
         heads = [normal(*k.shape[:2], 2, 16, seed=seed).to(dtype) for seed in (8, 9)]
         plain = sparse_attention(q, *heads, topk, 0.3)
         dense = dense_attention(q, *heads, start, stop, 0.3) if backend != "triton" else None
-        for poison in (torch.nan, torch.inf, -torch.inf)[: 3 if backend in ("cpu", "native") else 1]:
+        for poison in (torch.nan, torch.inf, -torch.inf)[: 3 if backend in ("torch", "cpp") else 1]:
             bad = k.masked_fill(hidden[..., None, None], poison)
             assert torch.equal(index_topk(q, bad, w, b, start, stop, TOPK), topk)
             bad_heads = [x.masked_fill(unread[..., None, None], poison) for x in heads]
@@ -161,8 +161,8 @@ def _poisoned_memory():
 def test_hazard_8_buffers_filled_anew_are_selected_from_anew(backend):
     """As a captured graph has it: the inputs' memory stays, its contents change between replays.
 
-    Mutations: index_topk_native keeps its results in a dict by the inputs' data_ptr() (ops/select_topk/
-    native.py); take_all left out of fulmen_index_topk (cpp/src/index_topk.cpp), or without its -1 in
+    Mutations: index_topk_cpp keeps its results in a dict by the inputs' data_ptr() (ops/topk/
+    cpp.py); take_all left out of fulmen_index_topk (cpp/src/index_topk.cpp), or without its -1 in
     select_topk/triton.py: then the poison shows.
     """
     contents = [case_for(backend, torch.float32, tied) for tied in (False, True)]

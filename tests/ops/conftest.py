@@ -3,17 +3,17 @@
 import pytest
 
 from fulmen.ops.dispatch import BACKEND_VARIABLE, pin_backend
-from tests.ops.native_levels import EACH_LEVEL, native_level
+from tests.ops.cpp_levels import EACH_LEVEL, cpp_level
 
 
-@pytest.fixture(scope="module", params=["cpu", *EACH_LEVEL])
+@pytest.fixture(scope="module", params=["torch", *EACH_LEVEL])
 def backend(request):
-    """Plain torch; and native wherever it has a kernel, which is then the default, at each level."""
+    """Plain torch; and cpp wherever it has a kernel, which is then the default, at each level."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(BACKEND_VARIABLE, raising=False)
-        if request.param == "cpu":
-            with pin_backend("cpu"):
-                yield "cpu"
+        if request.param == "torch":
+            with pin_backend("torch"):
+                yield "torch"
         else:
-            with native_level(request.param):
-                yield "native"
+            with cpp_level(request.param):
+                yield "cpp"

@@ -1,10 +1,15 @@
 """Backends: the default, pins, and reasons."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from fulmen.errors import BackendError
 from fulmen.ops import dispatch
+from fulmen.ops.common.notices import notice_once
 from fulmen.ops.dispatch import pin_backend, resolve
 from fulmen.ops.topk import select_topk
 
@@ -16,35 +21,62 @@ NOT_BUILT = "its library was not built; install fulmen where there is a C++ comp
 def _no_pin_from_outside(monkeypatch):
     monkeypatch.delenv("FULMEN_BACKEND", raising=False)
     # As if built or not, whichever machine tests: what is chosen must not depend on it here.
-    monkeypatch.setattr(dispatch, "native_reason", lambda: NOT_BUILT)
+    monkeypatch.setattr(dispatch, "cpp_reason", lambda: NOT_BUILT)
 
 
 @pytest.fixture
-def _native_is_built(monkeypatch):
-    monkeypatch.setattr(dispatch, "native_reason", lambda: None)
+def _cpp_is_built(monkeypatch):
+    monkeypatch.setattr(dispatch, "cpp_reason", lambda: None)
 
 
 def test_default_and_pins(monkeypatch):
-    assert resolve("index_topk", CPU, torch.float32) == "cpu"
+    assert resolve("index_topk", CPU, torch.float32) == "torch"
     monkeypatch.setenv("FULMEN_BACKEND", "reference")
     assert resolve("index_topk", CPU, torch.float32) == "reference"
-    with pin_backend("cpu"):
-        assert resolve("index_topk", "cpu", torch.bfloat16) == "cpu"
+    with pin_backend("torch"):
+        assert resolve("index_topk", "cpu", torch.bfloat16) == "torch"
         with pin_backend("reference"):
             assert resolve("index_topk", CPU, torch.float64) == "reference"
-        assert resolve("index_topk", CPU, torch.float32) == "cpu"
+        assert resolve("index_topk", CPU, torch.float32) == "torch"
     assert resolve("index_topk", CPU, torch.float32) == "reference"
+
+
+@pytest.mark.parametrize(("old", "new"), [("cpu", "torch"), ("native", "cpp")])
+@pytest.mark.usefixtures("_cpp_is_built")
+def test_names_of_an_earlier_release_work_with_one_notice(old, new, monkeypatch, caplog):
+    notice_once.cache_clear()
+    monkeypatch.setenv("FULMEN_BACKEND", old)
+    for _ in range(2):
+        assert resolve("index_topk", CPU, torch.float32) == new
+    with pin_backend(old):
+        assert resolve("index_topk", CPU, torch.float32) == new
+    assert [record.message for record in caplog.records] == [
+        f"the backend {old!r} is now {new!r}; the old name goes with the next release"
+    ]
+
+
+def test_a_notice_is_one_line_on_stderr():
+    program = """
+import torch
+from fulmen.ops.dispatch import resolve
+print(resolve("indexer_loss", "cpu", torch.float32))
+"""
+    environment = {**os.environ, "FULMEN_BACKEND": "cpu"}
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout == "torch\n"
+    assert run.stderr == "the backend 'cpu' is now 'torch'; the old name goes with the next release\n"
 
 
 def test_a_pin_ends_with_an_exception():
     with pytest.raises(RuntimeError, match="stop"), pin_backend("reference"):
         raise RuntimeError("stop")
-    assert resolve("index_topk", CPU, torch.float32) == "cpu"
+    assert resolve("index_topk", CPU, torch.float32) == "torch"
 
 
 def test_unknown_backends_raise_with_the_choices(monkeypatch):
     with (
-        pytest.raises(BackendError, match=r"'cuda' is not known.*reference, cpu, native, triton"),
+        pytest.raises(BackendError, match=r"'cuda' is not known.*reference, torch, cpp, triton"),
         pin_backend("cuda"),
     ):
         pass
@@ -60,28 +92,28 @@ def test_what_no_backend_can_run_raises_with_the_reason():
         resolve("dense_attention", "meta", torch.float32)
 
 
-@pytest.mark.usefixtures("_native_is_built")
-def test_native_is_the_default_where_it_has_a_kernel():
+@pytest.mark.usefixtures("_cpp_is_built")
+def test_cpp_is_the_default_where_it_has_a_kernel():
     for name in ("index_scores", "select_topk", "index_topk", "sparse_attention", "dense_attention"):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            assert resolve(name, CPU, dtype) == "native"
-    assert resolve("indexer_loss", CPU, torch.float32) == "cpu"
-    assert resolve("index_topk", CPU, torch.float64) == "cpu"
-    assert resolve("index_topk", "cuda", torch.float32) == "cpu"
+            assert resolve(name, CPU, dtype) == "cpp"
+    assert resolve("indexer_loss", CPU, torch.float32) == "torch"
+    assert resolve("index_topk", CPU, torch.float64) == "torch"
+    assert resolve("index_topk", "cuda", torch.float32) == "torch"
 
 
-@pytest.mark.usefixtures("_native_is_built")
-def test_pinned_native_raises_where_it_has_no_kernel():
+@pytest.mark.usefixtures("_cpp_is_built")
+def test_pinned_cpp_raises_where_it_has_no_kernel():
     for name, device, dtype, reason in [
         ("indexer_loss", CPU, torch.float32, "it has kernels for index_scores, .* alone"),
         ("index_topk", "cuda", torch.float32, "its kernels run on the CPU, not on device 'cuda'"),
         ("index_topk", CPU, torch.float64, r"compute in float32, dtype torch\.float64 needs more"),
     ]:
-        with pytest.raises(BackendError, match=reason), pin_backend("native"):
+        with pytest.raises(BackendError, match=reason), pin_backend("cpp"):
             resolve(name, device, dtype)
 
 
-def test_pinned_native_that_was_not_built_raises_with_the_reason():
+def test_pinned_cpp_that_was_not_built_raises_with_the_reason():
     reason = "cannot run index_topk: its library was not built"
-    with pytest.raises(BackendError, match=reason), pin_backend("native"):
+    with pytest.raises(BackendError, match=reason), pin_backend("cpp"):
         resolve("index_topk", CPU, torch.float32)

@@ -10,7 +10,7 @@ from fulmen.ops.attention.sparse import sparse_attention
 from fulmen.ops.dispatch import BACKENDS, KERNEL_OPERATIONS, pin_backend, reason_against_backend
 from fulmen.ops.scores import index_scores
 from fulmen.ops.topk import index_topk, select_topk
-from tests.ops.native_levels import EACH_LEVEL, native_level
+from tests.ops.cpp_levels import EACH_LEVEL, cpp_level
 from tests.ops.ops_cases import causal, normal, op_inputs, random_selection
 
 LEAST, MOST = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
@@ -18,7 +18,7 @@ EMPTY = [{"B": 0}, {"T": 0}, {"S": 0}, {"B": 0, "T": 0}, {"B": 0, "S": 0}, {"T":
 PAIRS = [
     (operation, backend)
     for operation in op_inputs()
-    for backend in (*(name for name in BACKENDS if name != "native"), *EACH_LEVEL)
+    for backend in (*(name for name in BACKENDS if name != "cpp"), *EACH_LEVEL)
     if operation.__name__ in KERNEL_OPERATIONS.get(backend.partition("-")[0], (operation.__name__,))
 ]
 
@@ -26,7 +26,7 @@ PAIRS = [
 @contextmanager
 def pin_or_skip(operation, backend):
     if backend in EACH_LEVEL:
-        with native_level(backend), pin_backend("native"):
+        with cpp_level(backend), pin_backend("cpp"):
             yield
         return
     if reason := reason_against_backend(backend, operation.__name__, "cpu", torch.float32):

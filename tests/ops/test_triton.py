@@ -18,7 +18,7 @@ from fulmen.ops.scores import index_scores
 from fulmen.ops.scores.reference import index_scores_reference
 from fulmen.ops.topk import index_topk, select_topk
 from fulmen.ops.topk.reference import select_topk_reference
-from fulmen.ops.triton_library import triton_kernels, triton_reason
+from fulmen.ops.triton_support import triton_kernels, triton_reason
 from tests.ops.ops_cases import assert_near, causal, gradients, normal, ragged, random_selection
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,11 +40,11 @@ def _triton():
 @pytest.fixture
 def _small_tiles(monkeypatch):
     """Several tiles, chunks and parts at sizes that can be interpreted."""
-    from fulmen.ops import triton_parts
+    from fulmen.ops import triton_kit
 
     kernels = triton_kernels("topk"), triton_kernels("attention.sparse")
-    monkeypatch.setitem(triton_parts.KERNEL_SIZES["select"], "columns", 64)
-    monkeypatch.setattr(triton_parts, "WIDE_HEAD", 16)
+    monkeypatch.setitem(triton_kit.KERNEL_SIZES["select"], "columns", 64)
+    monkeypatch.setattr(triton_kit, "WIDE_HEAD", 16)
     monkeypatch.setattr(kernels[0], "HELD_SCORES", 900)
     monkeypatch.setattr(kernels[1], "PART_KEYS", 32)
 
@@ -299,8 +299,8 @@ def test_triton_is_the_default_on_a_gpu_alone(monkeypatch):
     for name in ("index_scores", "select_topk", "index_topk", "sparse_attention"):
         assert resolve(name, "cuda", torch.bfloat16) == "triton"
         assert resolve(name, "cpu", torch.bfloat16) != "triton"
-    assert resolve("indexer_loss", "cuda", torch.bfloat16) == "cpu"
-    assert resolve("index_topk", "cuda", torch.float64) == "cpu"
+    assert resolve("indexer_loss", "cuda", torch.bfloat16) == "torch"
+    assert resolve("index_topk", "cuda", torch.float64) == "torch"
 
 
 def test_without_triton_everything_else_works_and_the_reason_says_what_to_install():
@@ -310,9 +310,9 @@ from pathlib import Path
 sys.modules["triton"] = None
 import torch
 from fulmen.ops.dispatch import resolve
-from fulmen.ops.triton_library import triton_reason
+from fulmen.ops.triton_support import triton_reason
 assert "pip install 'fulmen[gpu]'" in triton_reason("cuda"), triton_reason("cuda")
-assert resolve("index_topk", "cuda", torch.float32) == "cpu"
+assert resolve("index_topk", "cuda", torch.float32) == "torch"
 """
     subprocess.run([sys.executable, "-c", program], check=True)
 

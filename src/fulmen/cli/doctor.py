@@ -64,9 +64,15 @@ def diagnose() -> Diagnosis:
     """
     import torch
 
-    from fulmen.ops.dispatch import BACKEND_DTYPES, BACKEND_VARIABLE, BACKENDS, OPERATIONS
+    from fulmen.ops.dispatch import (
+        BACKEND_DTYPES,
+        BACKEND_VARIABLE,
+        BACKENDS,
+        OPERATIONS,
+        current_backend_name,
+    )
 
-    pin = os.environ.get(BACKEND_VARIABLE) or None
+    pin = current_backend_name(os.environ.get(BACKEND_VARIABLE, "")) or None
     if pin and pin not in BACKENDS:
         raise BackendError(
             f"{BACKEND_VARIABLE}={pin!r} names no backend; set it to {', '.join(BACKENDS)}, or unset it"
@@ -97,16 +103,14 @@ def _facts() -> dict[str, str]:
     import torch
 
     from fulmen.evaluation.parity.report import processor_name
-    from fulmen.ops.cpp.library import native_reason, native_simd
+    from fulmen.ops.cpp.library import cpp_reason, cpp_simd
 
-    reason = native_reason()
+    reason = cpp_reason()
     facts = {name: _version(name) for name in ("python", *LIBRARIES)}
     facts["CPU"] = f"{processor_name()}, {os.cpu_count()} cores"
     facts["threads"] = str(torch.get_num_threads())
-    facts["native library"] = (
-        f"cannot run: {reason}"
-        if reason
-        else f"built for {', '.join(native_simd()) or 'no vector extension'}"
+    facts["C++ kernels"] = (
+        f"cannot run: {reason}" if reason else f"built for {', '.join(cpp_simd()) or 'no vector extension'}"
     )
     if torch.cuda.is_available():
         facts["GPU"] = torch.cuda.get_device_name()
@@ -139,7 +143,7 @@ def _print(found: Diagnosis, console: Console) -> None:
         if any(choice.backend is None for choice in choices):
             console.print(
                 f"none: {BACKEND_VARIABLE}={found.pin} cannot compute this, and raises; unset the variable "
-                "or set it to cpu",
+                "or set it to torch",
                 soft_wrap=True,
             )
         console.print()

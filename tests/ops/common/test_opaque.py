@@ -11,7 +11,7 @@ from fulmen.ops.dispatch import pin_backend
 from fulmen.ops.scores import index_scores
 from fulmen.ops.topk import index_topk, select_topk
 
-BACKENDS = ("reference", "cpu", "native")
+BACKENDS = ("reference", "torch", "cpp")
 B, T, S, H, G, D, V, J, INDEX_KEY_HEADS, E, K = 2, 5, 9, 4, 2, 8, 6, 4, 2, 6, 3
 
 

@@ -43,18 +43,20 @@ def index_case(heads, kv_heads, width, queries, keys):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("queries", "keys"), [(1, 130), (1, 5), (70, 75), (9, 300)])
-@pytest.mark.parametrize(("topk", "whole"), [(16, 16), (9, 40), (40, 9)])
-def test_selection_is_that_of_the_gathered_keys(backend, shape, queries, keys, topk, whole):
+@pytest.mark.parametrize(("topk", "dense_up_to"), [(16, 16), (9, 40), (40, 9)])
+def test_selection_is_that_of_the_gathered_keys(backend, shape, queries, keys, topk, dense_up_to):
     q, packed, w, b, stop = index_case(*shape, queries, keys)
     rows = scattered_rows(keys)
-    chosen = paged_index_topk(q, scatter(packed.flatten(2), rows, 77), rows, w, b, stop, topk, whole)
+    chosen = paged_index_topk(q, scatter(packed.flatten(2), rows, 77), rows, w, b, stop, topk, dense_up_to)
     start = torch.zeros_like(stop)
     best = index_topk(q, unpack_index_keys(packed), w, b, start, stop, topk)
-    assert chosen.shape == (BATCH, queries, min(keys, max(topk, whole)))
+    assert chosen.shape == (BATCH, queries, min(keys, max(topk, dense_up_to)))
     for row in range(BATCH):
         for t in range(queries):
             expected = (
-                range(stop[row, t]) if stop[row, t] <= whole else best[row, t][best[row, t] >= 0].tolist()
+                range(stop[row, t])
+                if stop[row, t] <= dense_up_to
+                else best[row, t][best[row, t] >= 0].tolist()
             )
             kept = chosen[row, t].tolist()
             assert kept == [*expected, *[-1] * (len(kept) - len(expected))]

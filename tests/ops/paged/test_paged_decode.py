@@ -10,7 +10,7 @@ from fulmen.ops.dispatch import pin_backend
 from fulmen.ops.paged.decode import paged_decode
 from fulmen.ops.paged.layer import NewTokens, PagedLayer, store_tokens
 from fulmen.ops.paged.project import Projections
-from fulmen.ops.paged.sparse import Sequences
+from fulmen.ops.paged.sparse import KeyRows
 from tests.ops.ops_cases import assert_near, normal
 from tests.ops.paged.test_paged import BATCH, scattered_rows
 
@@ -24,7 +24,7 @@ SHAPES = [
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def decode_case(shape, keys, topk, whole, dtype, seed=0):
+def decode_case(shape, keys, topk, dense_up_to, dtype, seed=0):
     """A layer with filled caches, sequences of which the second is shorter, and the new tokens' heads."""
     n_heads, kv_heads, width, index_heads, index_kv_heads, index_width, n_pairs = shape
     rows, index_rows = scattered_rows(keys, seed), scattered_rows(keys, seed + 1)
@@ -34,7 +34,7 @@ def decode_case(shape, keys, topk, whole, dtype, seed=0):
     packed = torch.randint(-127, 128, (n_rows, index_kv_heads, index_width + 2), dtype=torch.int8)
     packed[..., -2:] = (torch.rand(n_rows, index_kv_heads, 1) / 64).bfloat16().view(torch.int8)
     pairs = torch.arange(index_kv_heads * index_width // 2).view(index_kv_heads, -1) * 7 % (n_pairs + 1)
-    layer = PagedLayer(kv, packed.flatten(1), pairs, n_heads, index_heads, topk, whole, width**-0.5)
+    layer = PagedLayer(kv, packed.flatten(1), pairs, n_heads, index_heads, topk, dense_up_to, width**-0.5)
     angles = normal(BATCH, n_pairs, seed=seed + 2)
     stop = torch.tensor([keys, keys - keys // 3])
     new = (x.gather(1, stop[:, None] - 1)[:, 0].long() for x in (rows, index_rows))
@@ -49,7 +49,7 @@ def decode_case(shape, keys, topk, whole, dtype, seed=0):
     matrices = (normal(y, x, seed=seed + y) * x**-0.5 for y, x in zip(layer.index_rows, widths, strict=True))
     bias = normal(2 * index_heads, seed=seed + 6, dtype=dtype)
     projections = Projections(*(matrix.to(dtype) for matrix in matrices), bias)
-    return layer, (projections, tokens, Sequences(rows, index_rows, stop[:, None])), inputs
+    return layer, (projections, tokens, KeyRows(rows, index_rows, stop[:, None])), inputs
 
 
 def decoded(layer, step, inputs):
@@ -65,12 +65,14 @@ def copied(layer):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("keys", "topk", "whole"), [(1, 4, 4), (40, 60, 20), (300, 16, 16), (300, 16, 250)])
-def test_one_call_is_its_parts(backend, dtype, shape, keys, topk, whole):
-    layer, step, inputs = decode_case(shape, keys, topk, whole, dtype)
+@pytest.mark.parametrize(
+    ("keys", "topk", "dense_up_to"), [(1, 4, 4), (40, 60, 20), (300, 16, 16), (300, 16, 250)]
+)
+def test_one_call_is_its_parts(backend, dtype, shape, keys, topk, dense_up_to):
+    layer, step, inputs = decode_case(shape, keys, topk, dense_up_to, dtype)
     by_parts = copied(layer)
     out = decoded(layer, step, inputs)
-    with pin_backend("cpu"):
+    with pin_backend("torch"):
         expected = decoded(by_parts, step, inputs)
     assert_near(out, expected, dtype)
     # Stored to the bit, so that a token written here and one written by a prompt are the same.
@@ -119,24 +121,24 @@ def test_tokens_are_turned_and_stored_to_the_bit(backend, dtype, shape, queries)
     heads["v"] = heads["v"].mT.contiguous().mT
     inputs = [heads[name] if queries or name != "index_q" else None for name in layer.shapes]
     by_parts = copied(layer)
-    turned = store_tokens(layer, tokens, *inputs)
-    with pin_backend("cpu"):
+    rotated = store_tokens(layer, tokens, *inputs)
+    with pin_backend("torch"):
         expected = store_tokens(by_parts, tokens, *inputs)
-    assert torch.equal(turned[0], expected[0])
-    assert torch.equal(turned[1], expected[1]) if queries else turned[1] is expected[1] is None
+    assert torch.equal(rotated[0], expected[0])
+    assert torch.equal(rotated[1], expected[1]) if queries else rotated[1] is expected[1] is None
     assert torch.equal(layer.kv_RGC, by_parts.kv_RGC)
     assert torch.equal(layer.packed_RX, by_parts.packed_RX)
 
 
 def test_inputs_that_do_not_fit_are_refused():
     layer, step, inputs = decode_case(SHAPES[0], 50, 8, 8, torch.float32)
-    projections, tokens, seen = step
+    projections, tokens, key_rows = step
     fewer = dataclasses.replace(projections, q_YX=projections.q_YX[:-1])
     with pytest.raises(
         ConfigError, match=r"projections have \(431, 144, 18\) rows; the layer asks for \(432, "
     ):
-        decoded(layer, (fewer, tokens, seen), inputs)
-    one = Sequences(*(getattr(seen, field.name)[:1] for field in dataclasses.fields(seen)))
+        decoded(layer, (fewer, tokens, key_rows), inputs)
+    one = KeyRows(*(getattr(key_rows, field.name)[:1] for field in dataclasses.fields(key_rows)))
     with pytest.raises(ConfigError, match=r"2 tokens belong .* stop_BT has shape \(1, 1\)"):
         decoded(layer, (projections, tokens, one), inputs)
     with pytest.raises(ConfigError, match=r"qkv_TX has shape \(2, 959\).* it must have \(2, 960\)"):
@@ -150,4 +152,4 @@ def test_inputs_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match=r"packed_RX has dtype torch.int8 and X=149"):
         dataclasses.replace(layer, packed_RX=layer.packed_RX[:, :-1])
     with pytest.raises(ConfigError, match=r"stop_BT has dtype torch\.int32"):
-        dataclasses.replace(seen, stop_BT=seen.stop_BT.int())
+        dataclasses.replace(key_rows, stop_BT=key_rows.stop_BT.int())

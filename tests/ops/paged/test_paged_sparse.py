@@ -10,7 +10,7 @@ from fulmen.ops.common.index_keys import pack_index_keys
 from fulmen.ops.dispatch import pin_backend
 from fulmen.ops.paged import paged_attention, paged_index_topk
 from fulmen.ops.paged.layer import PagedLayer
-from fulmen.ops.paged.sparse import Sequences, paged_sparse_attention
+from fulmen.ops.paged.sparse import KeyRows, paged_sparse_attention
 from tests.ops.ops_cases import assert_near, causal, normal
 from tests.ops.paged.test_paged import BATCH, scatter, scattered_rows
 
@@ -19,7 +19,7 @@ SHAPES = [(9, 3, 64, 9, 3, 24), (4, 4, 20, 6, 2, 8), (6, 2, 32, 4, 1, 62), (8, 1
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def sparse_case(shape, queries, keys, topk, whole, dtype):
+def sparse_case(shape, queries, keys, topk, dense_up_to, dtype):
     """A layer with filled caches (poisoned where no key lies) and the inputs; the second sequence is shorter.
 
     Neighbouring queries are alike, so that they select alike, as in a text; some keys are the same.
@@ -31,7 +31,7 @@ def sparse_case(shape, queries, keys, topk, whole, dtype):
     index_keys[:, keys // 2] = index_keys[:, 0]
     packed = scatter(pack_index_keys(index_keys).flatten(2), index_rows, 99)
     pairs = torch.zeros(index_kv_heads, index_width // 2, dtype=torch.int64)
-    layer = PagedLayer(kv, packed, pairs, n_heads, index_heads, topk, whole, width**-0.5)
+    layer = PagedLayer(kv, packed, pairs, n_heads, index_heads, topk, dense_up_to, width**-0.5)
     _, stop = causal(BATCH, queries, keys)
     stop = (stop - torch.tensor([[0], [keys // 3]])).clamp(min=1)
     common = normal(BATCH, 1, index_heads, index_width, seed=3)
@@ -41,55 +41,61 @@ def sparse_case(shape, queries, keys, topk, whole, dtype):
         "w_BTJ": normal(BATCH, queries, 2 * index_heads, seed=6).to(dtype)[..., :index_heads],
         "b_BTJ": normal(BATCH, queries, index_heads, seed=7).to(dtype) - 1,
     }
-    return layer, Sequences(rows, index_rows, stop), inputs
+    return layer, KeyRows(rows, index_rows, stop), inputs
 
 
-def attended(layer, seen, inputs):
+def attended(layer, key_rows, inputs):
     """The output; it is poisoned first."""
     out = torch.full(inputs["q_BTHD"].shape, torch.nan, dtype=layer.kv_RGC.dtype)
-    paged_sparse_attention(layer, **inputs, seen=seen, out_BTHD=out)
+    paged_sparse_attention(layer, **inputs, key_rows=key_rows, out_BTHD=out)
     return out
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 300), (7, 150), (70, 75), (150, 400)])
-@pytest.mark.parametrize(("topk", "whole"), [(24, 24), (9, 100), (500, 20)])
-def test_one_call_is_selection_and_attention(backend, dtype, shape, queries, keys, topk, whole):
-    layer, seen, inputs = sparse_case(shape, queries, keys, topk, whole, dtype)
-    check_one_call(layer, seen, inputs)
+@pytest.mark.parametrize(("topk", "dense_up_to"), [(24, 24), (9, 100), (500, 20)])
+def test_one_call_is_selection_and_attention(backend, dtype, shape, queries, keys, topk, dense_up_to):
+    layer, key_rows, inputs = sparse_case(shape, queries, keys, topk, dense_up_to, dtype)
+    check_one_call(layer, key_rows, inputs)
 
 
 def test_neighbours_may_select_nothing_alike(backend):
     """Then each query reads its own keys, not the union of theirs."""
-    layer, seen, inputs = sparse_case(SHAPES[0], 150, 400, 5, 5, torch.bfloat16)
+    layer, key_rows, inputs = sparse_case(SHAPES[0], 150, 400, 5, 5, torch.bfloat16)
     inputs["index_q_BTJE"] = normal(*inputs["index_q_BTJE"].shape, seed=8).bfloat16()
-    check_one_call(layer, seen, inputs)
+    check_one_call(layer, key_rows, inputs)
 
 
-def check_one_call(layer, seen, inputs):
+def check_one_call(layer, key_rows, inputs):
     """Against selection, which is tested by itself, and attention one after the other."""
-    out = attended(layer, seen, inputs)
-    index = (inputs["index_q_BTJE"], layer.packed_RX, seen.index_rows_BS, inputs["w_BTJ"], inputs["b_BTJ"])
-    topk_BTK = paged_index_topk(*index, seen.stop_BT, layer.topk, layer.whole)
+    out = attended(layer, key_rows, inputs)
+    index = (
+        inputs["index_q_BTJE"],
+        layer.packed_RX,
+        key_rows.index_rows_BS,
+        inputs["w_BTJ"],
+        inputs["b_BTJ"],
+    )
+    topk_BTK = paged_index_topk(*index, key_rows.stop_BT, layer.topk, layer.dense_up_to)
     with pin_backend("reference"):
-        q_BTHD, stop_BT = inputs["q_BTHD"], seen.stop_BT
-        expected = paged_attention(q_BTHD, layer.kv_RGC, seen.rows_BS, stop_BT, topk_BTK, layer.scale)
+        q_BTHD, stop_BT = inputs["q_BTHD"], key_rows.stop_BT
+        expected = paged_attention(q_BTHD, layer.kv_RGC, key_rows.rows_BS, stop_BT, topk_BTK, layer.scale)
     assert_near(out, expected, layer.kv_RGC.dtype)
 
 
 def test_a_query_does_not_feel_its_neighbours(backend):
     """Selected alone, a query reads the same keys as among others."""
-    layer, seen, inputs = sparse_case(SHAPES[0], 64, 300, 40, 40, torch.bfloat16)
-    together = attended(layer, seen, inputs)
+    layer, key_rows, inputs = sparse_case(SHAPES[0], 64, 300, 40, 40, torch.bfloat16)
+    together = attended(layer, key_rows, inputs)
     for t in (0, 31, 63):
         alone = {name: x[:, t : t + 1] for name, x in inputs.items()}
-        one = dataclasses.replace(seen, stop_BT=seen.stop_BT[:, t : t + 1])
+        one = dataclasses.replace(key_rows, stop_BT=key_rows.stop_BT[:, t : t + 1])
         assert_near(attended(layer, one, alone), together[:, t : t + 1], torch.bfloat16)
 
 
 def test_inputs_that_do_not_fit_are_refused():
-    layer, seen, inputs = sparse_case(SHAPES[0], 5, 30, 8, 8, torch.float32)
+    layer, key_rows, inputs = sparse_case(SHAPES[0], 5, 30, 8, 8, torch.float32)
     for name, wrong, message in (
         (
             "q_BTHD",
@@ -101,6 +107,6 @@ def test_inputs_that_do_not_fit_are_refused():
         ("b_BTJ", inputs["b_BTJ"].bfloat16(), "b_BTJ has .* torch.bfloat16"),
     ):
         with pytest.raises(ConfigError, match=message):
-            attended(layer, seen, inputs | {name: wrong})
+            attended(layer, key_rows, inputs | {name: wrong})
     with pytest.raises(ConfigError, match=r"q_BTHD has .* must have \(2, 1, 9, 64\)"):
-        attended(layer, dataclasses.replace(seen, stop_BT=seen.stop_BT[:, :1]), inputs)
+        attended(layer, dataclasses.replace(key_rows, stop_BT=key_rows.stop_BT[:, :1]), inputs)

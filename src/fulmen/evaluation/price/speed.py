@@ -185,7 +185,7 @@ def check_operations(shape: ModelShape) -> dict[str, float]:
             backend = resolve(OPERATIONS[part], "cpu", shape.dtype)
             raise BackendError(
                 f"{OPERATIONS[part]} by {backend!r} is {error:.1e} off its specification in this shape; "
-                "nothing was timed; install fulmen here again, or set FULMEN_BACKEND=cpu"
+                "nothing was timed; install fulmen here again, or set FULMEN_BACKEND=torch"
             )
     return errors
 

@@ -1,13 +1,14 @@
-"""Attention by the native kernel, over any keys; dense and sparse attention differ in those alone."""
+"""Attention by the C++ kernel, over any keys; dense and sparse attention differ in those alone."""
 
 import torch
 from torch import Tensor
 
 from fulmen.ops.common.intervals import kernel_positions
-from fulmen.ops.cpp.library import AttentionShape, call_native, has_tiles, kernel_floats
+from fulmen.ops.cpp.abi import AttentionShape
+from fulmen.ops.cpp.library import call_cpp, has_tiles, kernel_floats
 
 
-def attend_natively(
+def attend_by_cpp(
     q_BTHD: Tensor,
     k_BSGD: Tensor,
     v_BSGV: Tensor,
@@ -23,7 +24,7 @@ def attend_natively(
     shape = attention_shape(q_BTHD, k_BSGD, v_BSGV, 0 if topk_BTK is None else topk_BTK.shape[-1])
     out_BTHV = q_BTHD.new_empty(*q_BTHD.shape[:3], v_BSGV.shape[-1])
     lse_BTH = q_BTHD.new_empty(q_BTHD.shape[:3], dtype=torch.float32)
-    call_native(
+    call_cpp(
         "fulmen_attention",
         *(q_BTHD.contiguous(), k_BSGD, v_BSGV),
         None if topk_BTK is None else kernel_positions(topk_BTK),

@@ -10,7 +10,7 @@ from torch import Tensor
 from fulmen.ops.common.opaque import opaque
 from fulmen.ops.common.precision import math_dtype
 
-LEVELS = 127
+INT8_MOST = 127
 SCALE_BYTES = torch.bfloat16.itemsize
 
 
@@ -30,19 +30,21 @@ def _fake_packed(k_BSIE: Tensor) -> Tensor:
 @opaque(_fake_packed)
 def _pack_numbers(k_BSIE: Tensor) -> Tensor:
     peak_BSI1 = k_BSIE.float().abs().amax(-1, keepdim=True)
-    scale_BSI1 = _bfloat16_at_least(peak_BSI1 / LEVELS)
+    scale_BSI1 = _bfloat16_at_least(peak_BSI1 / INT8_MOST)
     divisor_BSI1 = scale_BSI1.float().masked_fill(scale_BSI1 == 0, 1)
     # NaN has no integer; its scale alone marks the key.
-    levels_BSIE = (k_BSIE.float() / divisor_BSI1).nan_to_num(0, 0, 0).round_()
-    return torch.cat((levels_BSIE.clamp_(-LEVELS, LEVELS).to(torch.int8), scale_BSI1.view(torch.int8)), -1)
+    codes_BSIE = (k_BSIE.float() / divisor_BSI1).nan_to_num(0, 0, 0).round_()
+    return torch.cat(
+        (codes_BSIE.clamp_(-INT8_MOST, INT8_MOST).to(torch.int8), scale_BSI1.view(torch.int8)), -1
+    )
 
 
 def unpack_index_keys(packed_BSIX: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """k_BSIE of `pack_index_keys`, in float32 or float64: exact."""
-    levels_BSIE, scale_bytes = packed_BSIX.split((packed_BSIX.shape[-1] - SCALE_BYTES, SCALE_BYTES), -1)
+    codes_BSIE, scale_bytes = packed_BSIX.split((packed_BSIX.shape[-1] - SCALE_BYTES, SCALE_BYTES), -1)
     # A copy always: those of one key alone are contiguous where they lie, maybe at an odd address.
     scale_BSI1 = scale_bytes.clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
-    return levels_BSIE.to(dtype) * scale_BSI1.to(dtype)
+    return codes_BSIE.to(dtype) * scale_BSI1.to(dtype)
 
 
 def index_key_numbers(k_BSIE: Tensor, dtype: torch.dtype) -> Tensor:

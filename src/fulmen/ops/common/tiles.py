@@ -105,10 +105,10 @@ def _union_of_selected(topk_TK: Tensor, n_keys: int) -> tuple[Tensor, Tensor | N
     member_S[n_keys] = False
     union_U = member_S.nonzero().squeeze(1)
     # Column of each key within the union; nothing goes into one column more, which is then cut off.
-    place_S = member_S.cumsum(0) - 1
-    place_S[n_keys] = len(union_U)
+    column_S = member_S.cumsum(0) - 1
+    column_S[n_keys] = len(union_U)
     hidden_TU = torch.ones(len(topk_TK), len(union_U) + 1, dtype=torch.bool, device=topk_TK.device)
-    return union_U, hidden_TU.scatter_(1, place_S[columns_TK], False)[:, :-1]
+    return union_U, hidden_TU.scatter_(1, column_S[columns_TK], False)[:, :-1]
 
 
 def take_keys(x_SGD: Tensor, keys: slice | Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,14 +1,13 @@
-"""The native kernels: shared libraries beside this file, built when fulmen is installed (`cpp/src/*.cpp`).
+"""The C++ kernels: shared libraries beside this file, built when fulmen is installed (`cpp/src/*.cpp`).
 
 There is one for each level of instructions, and the best that can run here is used. Called by ctypes, which
-releases Python's lock meanwhile. Where none was built, `native_reason` says so, and the operations run by
+releases Python's lock meanwhile. Where none was built, `cpp_reason` says so, and the operations run by
 plain torch.
 """
 
 import ctypes
 import os
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -16,75 +15,43 @@ import torch
 from torch import Tensor
 
 from fulmen.errors import BackendError
+from fulmen.ops.common.notices import notice_once
+from fulmen.ops.cpp.abi import ABI_VERSION, CPP_LEVELS, mismatched_structures
 
-# Each with its library, from the instructions that every CPU of a kind has to those that few have (setup.py).
-NATIVE_LEVELS = {
-    "plain": "_native",
-    "avx2": "_native_avx2",
-    "avx512": "_native_avx512",
-    "amx": "_native_amx",
-}
-NATIVE_LEVEL_VARIABLE = "FULMEN_NATIVE_LEVEL"
-NATIVE_VERSION = 9
-# Numbers, as in `cpp/src/attention.h`: gradients have rows of whole vectors.
-ROW_MULTIPLE = 16
+CPP_LEVEL_VARIABLE = "FULMEN_CPP_LEVEL"
+OLD_LEVEL_VARIABLE = "FULMEN_NATIVE_LEVEL"
 
 
-class IndexShape(ctypes.Structure):
-    """As in `cpp/src/index_inputs.h`."""
+def cpp_reason() -> str | None:
+    """Why the C++ kernels cannot run on this machine; None if they can.
 
-    _fields_ = [
-        (name, ctypes.c_int64)
-        for name in (
-            *("batch", "queries", "keys", "heads", "key_heads", "width", "topk", "columns"),
-            *("key_kind", "k_stride_b", "k_stride_s", "k_stride_i", "threads", "use_tiles"),
-        )
-    ]
-
-
-class AttentionShape(ctypes.Structure):
-    """As in `cpp/src/attention.h`."""
-
-    _fields_ = [
-        (name, ctypes.c_int64)
-        for name in (
-            *("batch", "queries", "keys", "heads", "key_heads", "width", "value_width", "topk"),
-            *("is_bf16", "k_stride_b", "k_stride_s", "k_stride_g", "v_stride_b", "v_stride_s", "v_stride_g"),
-            *("threads", "use_tiles"),
-        )
-    ]
-
-
-def native_reason() -> str | None:
-    """Why the native kernels cannot run on this machine; None if they can.
-
-    Raises BackendError if FULMEN_NATIVE_LEVEL names no level, or one that cannot run here.
+    Raises BackendError if FULMEN_CPP_LEVEL names no level, or one that cannot run here.
     """
-    return _open_native()[1]
+    return _open_library()[1]
 
 
-def native_simd() -> tuple[str, ...]:
+def cpp_simd() -> tuple[str, ...]:
     """Instruction sets that the library in use was built for, as ("AVX2", "FMA"); () where none can run."""
-    library = _open_native()[0]
-    return () if library is None else tuple(library.fulmen_native_simd().decode().split())
+    library = _open_library()[0]
+    return () if library is None else tuple(library.fulmen_simd().decode().split())
 
 
 def has_tiles() -> bool:
-    """Whether the native kernels may use the CPU's matrix tiles (Intel's AMX)."""
-    library = _open_native()[0]
-    return library is not None and bool(library.fulmen_native_tiles())
+    """Whether the C++ kernels may use the CPU's matrix tiles (Intel's AMX)."""
+    library = _open_library()[0]
+    return library is not None and bool(library.fulmen_has_tiles())
 
 
-def call_native(function: str, *arguments: Any) -> None:
+def call_cpp(function: str, *arguments: Any) -> None:
     """Call a kernel with tensors (or None), structures, arrays, integers and floats."""
-    library = _open_native()[0]
-    assert library is not None, "resolve() chooses native only where it can run"
+    library = _open_library()[0]
+    assert library is not None, "resolve() chooses cpp only where it can run"
     status = getattr(library, function)(*(_as_ctype(argument) for argument in arguments))
     if status:
         raise MemoryError(f"{function} ran out of memory")
 
 
-def call_native_by_numbers(function: str, *numbers: int) -> None:
+def call_cpp_by_numbers(function: str, *numbers: int) -> None:
     """Call a kernel whose arguments are addresses and integers alone: less work in Python."""
     if _of_numbers(function, len(numbers))(*numbers):
         raise MemoryError(f"{function} ran out of memory")
@@ -92,9 +59,9 @@ def call_native_by_numbers(function: str, *numbers: int) -> None:
 
 @cache
 def _of_numbers(function: str, count: int) -> Any:
-    library = _open_native()[0]
-    assert library is not None, "resolve() chooses native only where it can run"
-    kernel = library[function]  # not shared with `call_native`
+    library = _open_library()[0]
+    assert library is not None, "resolve() chooses cpp only where it can run"
+    kernel = library[function]  # not shared with `call_cpp`
     kernel.argtypes = [ctypes.c_int64] * count
     return kernel
 
@@ -124,21 +91,31 @@ def _as_ctype(argument: Any) -> Any:
 
 
 @cache
-def _open_native() -> tuple[ctypes.CDLL | None, str | None]:
+def _open_library() -> tuple[ctypes.CDLL | None, str | None]:
     """The library of the pinned or else the best level, or why there is none."""
-    if pinned := os.environ.get(NATIVE_LEVEL_VARIABLE):
+    if pinned := _pinned_level():
         return _open_pinned_level(pinned), None
-    for level in reversed(NATIVE_LEVELS):
+    for level in reversed(CPP_LEVELS):
         library, reason = _open_level(level)
         if library:
             break
     return library, reason
 
 
+def _pinned_level() -> str | None:
+    if pinned := os.environ.get(CPP_LEVEL_VARIABLE):
+        return pinned
+    if pinned := os.environ.get(OLD_LEVEL_VARIABLE):
+        notice_once(
+            f"{OLD_LEVEL_VARIABLE} is now {CPP_LEVEL_VARIABLE}; the old name goes with the next release"
+        )
+    return pinned
+
+
 def _open_pinned_level(level: str) -> ctypes.CDLL:
-    setting = f"{NATIVE_LEVEL_VARIABLE}={level!r}"
-    if level not in NATIVE_LEVELS:
-        raise BackendError(f"{setting} names no level; set it to {', '.join(NATIVE_LEVELS)}, or unset it")
+    setting = f"{CPP_LEVEL_VARIABLE}={level!r}"
+    if level not in CPP_LEVELS:
+        raise BackendError(f"{setting} names no level; set it to {', '.join(CPP_LEVELS)}, or unset it")
     library, reason = _open_level(level)
     if library is None:
         raise BackendError(f"{setting} cannot run here: {reason}")
@@ -146,17 +123,27 @@ def _open_pinned_level(level: str) -> ctypes.CDLL:
 
 
 def _open_level(level: str) -> tuple[ctypes.CDLL | None, str | None]:
-    places = (Path(__file__).with_name(f"{NATIVE_LEVELS[level]}{suffix}") for suffix in EXTENSION_SUFFIXES)
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
+    path = Path(__file__).with_name(f"{CPP_LEVELS[level]}.so")
+    if not path.is_file():
         return None, "its library was not built; install fulmen where there is a C++ compiler"
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return None, f"its library does not load ({error}); install fulmen again"
-    if library.fulmen_native_version() != NATIVE_VERSION:
-        return None, "its library is of another version of fulmen; install fulmen again"
-    library.fulmen_native_lacks.restype = library.fulmen_native_simd.restype = ctypes.c_char_p
-    if lacking := library.fulmen_native_lacks():
+    if reason := _reason_against_abi(library):
+        return None, f"its library is of another version of fulmen ({reason}); install fulmen again"
+    library.fulmen_lacks.restype = library.fulmen_simd.restype = ctypes.c_char_p
+    if lacking := library.fulmen_lacks():
         return None, f"its library needs {lacking.decode()}, which this machine lacks"
     return library, None
+
+
+def _reason_against_abi(library: ctypes.CDLL) -> str | None:
+    """What a library has otherwise than `abi.py`; None: nothing."""
+    version = getattr(library, "fulmen_abi_version", None)
+    if version is None or version() != ABI_VERSION:
+        return f"{version() if version else 'an unknown one'}, not {ABI_VERSION}"
+    library.fulmen_layouts.restype = ctypes.c_char_p
+    if mismatched := mismatched_structures(library.fulmen_layouts().decode()):
+        return f"it has {', '.join(mismatched)} otherwise"
+    return None

@@ -14,10 +14,10 @@ from fulmen.ops.attention.dense import dense_attention
 from fulmen.ops.attention.sparse import sparse_attention
 from fulmen.ops.common.checks import check_attention_inputs, check_axes, check_floating, check_integer
 from fulmen.ops.common.index_keys import SCALE_BYTES, is_packed, pack_index_keys
-from fulmen.ops.cpp.library import call_native
+from fulmen.ops.cpp.library import call_cpp
 from fulmen.ops.dispatch import resolve
 from fulmen.ops.topk import index_topk
-from fulmen.ops.topk.cpp import index_topk_native
+from fulmen.ops.topk.cpp import index_topk_cpp
 
 
 @torch.no_grad()
@@ -34,10 +34,10 @@ def store_index_keys(k_TIE: Tensor, packed_RX: Tensor, rows_T: Tensor) -> None:
     check_floating(k_TIE=k_TIE)
     _check_packed(packed_RX)
     check_integer(rows_T=rows_T)
-    if resolve("store_index_keys", k_TIE.device, k_TIE.dtype) == "native":
+    if resolve("store_index_keys", k_TIE.device, k_TIE.dtype) == "cpp":
         sizes = (*k_TIE.shape, packed_RX.stride(0))
         keys = k_TIE.float().contiguous()
-        call_native("fulmen_store_index_keys", keys, rows_T.long().contiguous(), packed_RX, *sizes)
+        call_cpp("fulmen_store_index_keys", keys, rows_T.long().contiguous(), packed_RX, *sizes)
     else:
         packed_RX[rows_T.long()] = pack_index_keys(k_TIE).flatten(1)
 
@@ -51,9 +51,9 @@ def paged_index_topk(
     b_BTJ: Tensor | None,
     stop_BT: Tensor,
     topk: int,
-    whole: int,
+    dense_up_to: int,
 ) -> Tensor:
-    """Which of its keys 0 <= s < stop each query keeps: all up to `whole` of them, else the `topk` best.
+    """Which of its keys 0 <= s < stop a query keeps: all, up to `dense_up_to` of them, else the `topk` best.
 
     Args:
         q_BTJE, w_BTJ, b_BTJ: as `fulmen.ops.scores.index_scores`.
@@ -62,7 +62,7 @@ def paged_index_topk(
         stop_BT: integers, at most S.
 
     Returns:
-        topk_BTK, int32: positions s, ascending, then -1; K = min(S, max(topk, whole)).
+        topk_BTK, int32: positions s, ascending, then -1; K = min(S, max(topk, dense_up_to)).
 
     Raises:
         ConfigError: axes or dtypes that do not fit together.
@@ -74,14 +74,14 @@ def paged_index_topk(
     check_integer(rows_BS=rows_BS, stop_BT=stop_BT)
     packed_BSIX = _gather(packed_RX, rows_BS).unflatten(-1, (-1, q_BTJE.shape[-1] + SCALE_BYTES))
     inputs = (q_BTJE, packed_BSIX, w_BTJ, b_BTJ, torch.zeros_like(stop_BT), stop_BT)
-    if resolve("index_topk", q_BTJE.device, q_BTJE.dtype) == "native":
-        return index_topk_native(*inputs, topk, whole)
+    if resolve("index_topk", q_BTJE.device, q_BTJE.dtype) == "cpp":
+        return index_topk_cpp(*inputs, topk, dense_up_to)
     best_BTK = index_topk(*inputs, topk)
-    n_columns = min(rows_BS.shape[1], max(topk, whole))
+    n_columns = min(rows_BS.shape[1], max(topk, dense_up_to))
     chosen_BTK = torch.nn.functional.pad(best_BTK, (0, n_columns - best_BTK.shape[-1]), value=-1)
     position_K = torch.arange(n_columns, dtype=torch.int32, device=q_BTJE.device)
     all_BTK = torch.where(position_K < stop_BT[..., None], position_K, -1)
-    return torch.where(stop_BT[..., None] <= whole, all_BTK, chosen_BTK)
+    return torch.where(stop_BT[..., None] <= dense_up_to, all_BTK, chosen_BTK)
 
 
 @torch.no_grad()

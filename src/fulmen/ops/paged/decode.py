@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from fulmen.errors import ConfigError
-from fulmen.ops.cpp.library import call_native_by_numbers
+from fulmen.ops.cpp.library import call_cpp_by_numbers
 from fulmen.ops.dispatch import resolve
 from fulmen.ops.paged import paged_attention
 from fulmen.ops.paged.layer import NewTokens, PagedLayer
 from fulmen.ops.paged.project import Projections, check_projected, check_rows, project_and_store
-from fulmen.ops.paged.sparse import Sequences, paged_sparse_attention
+from fulmen.ops.paged.sparse import KeyRows, paged_sparse_attention
 
 
 def paged_decode(
     layer: PagedLayer,
     projections: Projections,
     tokens: NewTokens,
-    seen: Sequences,
+    key_rows: KeyRows,
     qkv_TX: Tensor,
     all_qk_TX: Tensor,
     x_TC: Tensor,
@@ -31,7 +31,7 @@ def paged_decode(
     """Attention of each sequence's new token, whose keys and value are stored first.
 
     Args:
-        tokens: one of each sequence, in the order of `seen`; there T = 1.
+        tokens: one of each sequence, in the order of `key_rows`; there T = 1.
         qkv_TX: queries, keys and values before RoPE, head after head: X = (H + 2 G) D; of the cache's dtype.
         all_qk_TX, x_TC: what index heads are made of: queries and keys of all heads, and hidden states. The
             former is `qkv_TX` again, unless this process has but some of the heads; what follows is not read.
@@ -41,14 +41,14 @@ def paged_decode(
         ConfigError: axes or dtypes that do not fit together.
         BackendError: a pinned backend that cannot run here.
     """
-    _check_inputs(layer, projections, tokens, seen, qkv_TX, all_qk_TX, x_TC, out_TX)
-    if resolve("paged_decode", *layer.place) != "native":
-        _decode_by_parts(layer, projections, tokens, seen, qkv_TX, all_qk_TX, x_TC, out_TX)
+    _check_inputs(layer, projections, tokens, key_rows, qkv_TX, all_qk_TX, x_TC, out_TX)
+    if resolve("paged_decode", *layer.device_and_dtype) != "cpp":
+        _decode_composed(layer, projections, tokens, key_rows, qkv_TX, all_qk_TX, x_TC, out_TX)
         return
     assert out_TX.is_contiguous()
-    call_native_by_numbers(
+    call_cpp_by_numbers(
         "fulmen_paged_decode",
-        *map(ctypes.addressof, (layer.native, projections.native, tokens.native, seen.native)),
+        *map(ctypes.addressof, (layer.struct, projections.struct, tokens.struct, key_rows.struct)),
         *(qkv_TX.data_ptr(), qkv_TX.stride(0), all_qk_TX.data_ptr(), all_qk_TX.stride(0)),
         *(x_TC.data_ptr(), x_TC.stride(0), out_TX.data_ptr()),
     )
@@ -58,7 +58,7 @@ def _check_inputs(
     layer: PagedLayer,
     projections: Projections,
     tokens: NewTokens,
-    seen: Sequences,
+    key_rows: KeyRows,
     qkv_TX: Tensor,
     all_qk_TX: Tensor,
     x_TC: Tensor,
@@ -67,32 +67,32 @@ def _check_inputs(
     """Little work if all fits, as it is done for every layer of every token."""
     check_projected(layer, projections, tokens, qkv_TX, all_qk_TX, x_TC)
     count, dtype = tokens.count, layer.kv_RGC.dtype
-    if seen.stop_BT.shape != (count, 1):
+    if key_rows.stop_BT.shape != (count, 1):
         raise ConfigError(
             f"{count} tokens belong to as many sequences of one query; "
-            f"stop_BT has shape {tuple(seen.stop_BT.shape)}"
+            f"stop_BT has shape {tuple(key_rows.stop_BT.shape)}"
         )
     check_rows("out_TX", out_TX, count, layer.out_width, dtype)
 
 
 @torch.no_grad()
-def _decode_by_parts(
+def _decode_composed(
     layer: PagedLayer,
     projections: Projections,
     tokens: NewTokens,
-    seen: Sequences,
+    key_rows: KeyRows,
     qkv_TX: Tensor,
     all_qk_TX: Tensor,
     x_TC: Tensor,
     out_TX: Tensor,
 ) -> None:
     """The specification, on any device."""
-    selects = seen.longest > layer.whole
+    selects = key_rows.longest > layer.dense_up_to
     q_BHD, index = project_and_store(layer, projections, tokens, qkv_TX, all_qk_TX, x_TC, selects)
     out_B1HD = out_TX.view(len(q_BHD), 1, *q_BHD.shape[1:])
     if index is None:
-        inputs = (layer.kv_RGC, seen.rows_BS, seen.stop_BT, None, layer.scale)
+        inputs = (layer.kv_RGC, key_rows.rows_BS, key_rows.stop_BT, None, layer.scale)
         out_B1HD.copy_(paged_attention(q_BHD[:, None], *inputs))
     else:
         index_q_B1JE, w_B1J, b_B1J = (x[:, None] for x in index)
-        paged_sparse_attention(layer, q_BHD[:, None], index_q_B1JE, w_B1J, b_B1J, seen, out_B1HD)
+        paged_sparse_attention(layer, q_BHD[:, None], index_q_B1JE, w_B1J, b_B1J, key_rows, out_B1HD)

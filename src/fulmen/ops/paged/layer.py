@@ -4,7 +4,6 @@ What these tokens need before attention, as one operation: RoPE for queries, key
 storing keys, values and packed index keys.
 """
 
-import ctypes
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,34 +21,10 @@ from fulmen.ops.common.checks import (
 )
 from fulmen.ops.common.index_keys import SCALE_BYTES, is_packed
 from fulmen.ops.common.rope import apply_rope, rotate_half_split
-from fulmen.ops.cpp.library import call_native, has_tiles
+from fulmen.ops.cpp.abi import HeadsStruct, NewTokensStruct, PagedLayerStruct
+from fulmen.ops.cpp.library import call_cpp, has_tiles
 from fulmen.ops.dispatch import resolve
 from fulmen.ops.paged import store_index_keys
-
-
-class NativeLayer(ctypes.Structure):
-    """`PagedLayer` of `cpp/src/paged.h`."""
-
-    _fields_ = [
-        *(
-            (name, ctypes.c_int64)
-            for name in (
-                *("heads", "key_heads", "width", "index_heads", "index_key_heads", "index_width", "topk"),
-                *("whole", "is_bf16", "kv_stride_r", "kv_stride_g", "packed_stride_r", "use_tiles"),
-            )
-        ),
-        *((name, ctypes.c_void_p) for name in ("kv", "packed", "rope_pairs")),
-        ("scale", ctypes.c_double),
-    ]
-
-
-class NativeTokens(ctypes.Structure):
-    """`NewTokens` there."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("count", "pairs", "threads")),
-        *((name, ctypes.c_void_p) for name in ("rows", "index_rows", "cos", "sin")),
-    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +34,9 @@ class PagedLayer:
     Attributes:
         kv_RGC: the cache of keys and values, C = 2 D: a head's key, then its value; written in place.
         packed_RX: int8, the cache of index keys, X = I * (E + 2); written in place.
-        rope_pairs_IP: int64, of each index pair the rotary pair that turns it; their number: none does.
+        rope_pairs_IP: int64, of each index pair the rotary pair that rotates it; their number: none does.
         n_heads, n_index_heads: H and J.
-        topk: keys that a query keeps of more than `whole`; up to those it keeps all.
+        topk: keys that a query keeps of more than `dense_up_to`; up to those it keeps all.
         scale: of the attention's logits.
 
     Raises ConfigError: axes or dtypes that do not fit together.
@@ -73,7 +48,7 @@ class PagedLayer:
     n_heads: int
     n_index_heads: int
     topk: int
-    whole: int
+    dense_up_to: int
     scale: float
 
     def __post_init__(self) -> None:
@@ -118,19 +93,19 @@ class PagedLayer:
         return heads * width, key_heads * width, 2 * heads
 
     @cached_property
-    def place(self) -> tuple[torch.device, torch.dtype]:
+    def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Device and dtype of the cache, which choose the backend."""
         return self.kv_RGC.device, self.kv_RGC.dtype
 
     @cached_property
-    def native(self) -> NativeLayer:
+    def struct(self) -> PagedLayerStruct:
         """For the kernels; valid as long as this object."""
         assert self.kv_RGC.stride(2) == self.packed_RX.stride(1) == 1
         assert self.rope_pairs_IP.is_contiguous()
         heads, index_heads, index_key_heads = (self.shapes[name] for name in ("q", "index_q", "index_k"))
-        return NativeLayer(
+        return PagedLayerStruct(
             *(heads[0], self.kv_RGC.shape[1], heads[1], index_heads[0], *index_key_heads),
-            *(self.topk, self.whole, self.kv_RGC.dtype == torch.bfloat16, *self.kv_RGC.stride()[:2]),
+            *(self.topk, self.dense_up_to, self.kv_RGC.dtype == torch.bfloat16, *self.kv_RGC.stride()[:2]),
             *(self.packed_RX.stride(0), has_tiles(), self.kv_RGC.data_ptr(), self.packed_RX.data_ptr()),
             *(self.rope_pairs_IP.data_ptr(), self.scale),
         )
@@ -157,10 +132,10 @@ class NewTokens:
         check_same_dtype(cos_TP=self.cos_TP, sin_TP=self.sin_TP)
 
     @cached_property
-    def native(self) -> NativeTokens:
+    def struct(self) -> NewTokensStruct:
         """For the kernels; valid as long as this object."""
         sizes = (*self.cos_TP.shape, torch.get_num_threads())
-        return NativeTokens(*sizes, *(x.data_ptr() for x in self._held))
+        return NewTokensStruct(*sizes, *(x.data_ptr() for x in self._held))
 
     @cached_property
     def count(self) -> int:
@@ -183,7 +158,7 @@ def store_tokens(
     index_q_TJE: Tensor | None,
     index_k_TIE: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    """Store keys, values and index keys; return the queries and (if given) the index queries, turned.
+    """Store keys, values and index keys; return the queries and (if given) the index queries, rotated.
 
     Args: all before RoPE, of the cache's dtype.
 
@@ -193,17 +168,17 @@ def store_tokens(
     """
     heads = {"q": q_THD, "k": k_TGD, "v": v_TGD, "index_q": index_q_TJE, "index_k": index_k_TIE}
     _check_heads(layer, tokens, heads)
-    if resolve("store_tokens", *layer.place) != "native":
-        return _store_by_parts(layer, tokens, q_THD, k_TGD, v_TGD, index_q_TJE, index_k_TIE)
+    if resolve("store_tokens", *layer.device_and_dtype) != "cpp":
+        return _store_composed(layer, tokens, q_THD, k_TGD, v_TGD, index_q_TJE, index_k_TIE)
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
     index_out_TJE = None if index_q_TJE is None else torch.empty(index_q_TJE.shape, dtype=q_THD.dtype)
-    places, held = _native_heads(heads)
-    call_native("fulmen_paged_store", layer.native, tokens.native, places, out_THD, index_out_TJE)
+    rows, held = _head_rows(heads)
+    call_cpp("fulmen_paged_store", layer.struct, tokens.struct, rows, out_THD, index_out_TJE)
     del held
     return out_THD, index_out_TJE
 
 
-def _store_by_parts(
+def _store_composed(
     layer: PagedLayer,
     tokens: NewTokens,
     q_THD: Tensor,
@@ -251,11 +226,11 @@ def _check_heads(layer: PagedLayer, tokens: NewTokens, heads: dict[str, Tensor |
             )
 
 
-def _native_heads(heads: dict[str, Tensor | None]) -> tuple[Any, list[Tensor | None]]:
+def _head_rows(heads: dict[str, Tensor | None]) -> tuple[Any, list[Tensor | None]]:
     """`Heads` of `cpp/src/paged.h`, one after the other, and what must live as long; None becomes null."""
     held = [None if x is None else _side_by_side(x) for x in heads.values()]
-    places = [part for x in held for part in ((0, 0) if x is None else (x.data_ptr(), x.stride(0)))]
-    return (ctypes.c_int64 * len(places))(*places), held
+    rows = [HeadsStruct() if x is None else HeadsStruct(x.data_ptr(), x.stride(0)) for x in held]
+    return (HeadsStruct * len(rows))(*rows), held
 
 
 def _side_by_side(x_TN: Tensor) -> Tensor:

@@ -13,18 +13,10 @@ from torch.nn.functional import linear
 
 from fulmen.errors import ConfigError
 from fulmen.ops.common.checks import check_axes, check_same_device, check_same_dtype
-from fulmen.ops.cpp.library import call_native_by_numbers, has_tiles
+from fulmen.ops.cpp.abi import ProjectionsStruct
+from fulmen.ops.cpp.library import call_cpp_by_numbers, has_tiles
 from fulmen.ops.dispatch import resolve
 from fulmen.ops.paged.layer import NewTokens, PagedLayer, check_pairs, store_tokens
-
-
-class NativeProjections(ctypes.Structure):
-    """`Projections` of `cpp/src/paged.h`."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("q_width", "k_width", "x_width")),
-        *((name, ctypes.c_void_p) for name in ("q", "k", "w_and_b", "bias")),
-    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +54,10 @@ class Projections:
         return tuple(len(x) for x in (self.q_YX, self.k_YX, self.w_YC))
 
     @cached_property
-    def native(self) -> NativeProjections:
+    def struct(self) -> ProjectionsStruct:
         """For the kernel; valid as long as this object."""
         widths = (x.shape[1] for x in (self.q_YX, self.k_YX, self.w_YC))
-        return NativeProjections(*widths, *(x.data_ptr() for x in self._held))
+        return ProjectionsStruct(*widths, *(x.data_ptr() for x in self._held))
 
     @cached_property
     def _held(self) -> tuple[Tensor, ...]:
@@ -85,7 +77,7 @@ def project_and_store(
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
     """Store keys, values and index keys; return q_THD and, if it `selects`, index_q_TJE, w_TJ and b_TJ.
 
-    Queries and index queries are turned.
+    Queries and index queries are rotated.
 
     Args:
         qkv_TX: queries, keys and values before RoPE, head after head: X = (H + 2 G) D; of the cache's dtype.
@@ -99,23 +91,23 @@ def project_and_store(
     inputs = (qkv_TX, all_qk_TX, x_TC)
     check_projected(layer, projections, tokens, *inputs)
     by_tiles = has_tiles() and layer.kv_RGC.dtype == torch.bfloat16
-    if resolve("project_and_store", *layer.place) != "native" or not by_tiles:
-        return _by_parts(layer, projections, tokens, *inputs, selects)
+    if resolve("project_and_store", *layer.device_and_dtype) != "cpp" or not by_tiles:
+        return _project_composed(layer, projections, tokens, *inputs, selects)
     count, heads, new = tokens.count, layer.n_index_heads, qkv_TX.new_empty
     q_THD = new(count, *layer.shapes["q"])
     index = None
     if selects:
         index = (new(count, *layer.shapes["index_q"]), new(count, heads), new(count, heads))
-    call_native_by_numbers(
+    call_cpp_by_numbers(
         "fulmen_paged_project",
-        *map(ctypes.addressof, (layer.native, projections.native, tokens.native)),
+        *map(ctypes.addressof, (layer.struct, projections.struct, tokens.struct)),
         *(number for x in inputs for number in (x.data_ptr(), x.stride(0))),
         *(q_THD.data_ptr(), *([0] * 3 if index is None else (x.data_ptr() for x in index))),
     )
     return q_THD, index
 
 
-def _by_parts(
+def _project_composed(
     layer: PagedLayer,
     projections: Projections,
     tokens: NewTokens,
@@ -134,9 +126,9 @@ def _by_parts(
     index_q_TJE = linear(all_q_TX, projections.q_YX).unflatten(1, layer.shapes["index_q"])
     bias_Y = projections.bias_Y.to(projections.w_YC.dtype)
     w_TJ, b_TJ = linear(x_TC, projections.w_YC, bias_Y).chunk(2, -1)
-    q_THD, turned_TJE = store_tokens(layer, tokens, q_THD, k_TGD, v_TGD, index_q_TJE, index_k_TIE)
-    assert turned_TJE is not None
-    return q_THD, (turned_TJE, w_TJ, b_TJ)
+    q_THD, rotated_TJE = store_tokens(layer, tokens, q_THD, k_TGD, v_TGD, index_q_TJE, index_k_TIE)
+    assert rotated_TJE is not None
+    return q_THD, (rotated_TJE, w_TJ, b_TJ)
 
 
 def check_projected(

@@ -1,16 +1,17 @@
-"""Index scores by the native kernel: the same bits for a query and a key whatever else is computed."""
+"""Index scores by the C++ kernel: the same bits for a query and a key whatever else is computed."""
 
 import torch
 from torch import Tensor
 
 from fulmen.ops.common.index_keys import is_packed
-from fulmen.ops.cpp.library import IndexShape, call_native, has_tiles, kernel_floats, row_major
+from fulmen.ops.cpp.abi import IndexShape
+from fulmen.ops.cpp.library import call_cpp, has_tiles, kernel_floats, row_major
 
 # `KeyKind` of `cpp/src/index_inputs.h`
 KEY_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
-def index_scores_native(
+def index_scores_cpp(
     q_BTJE: Tensor,
     k_BSIE: Tensor,
     w_BTJ: Tensor,
@@ -47,4 +48,4 @@ def call_index_kernel(
     q_BTJE = q_BTJE.float().contiguous()
     shift_BTJ = None if b_BTJ is None else b_BTJ.float().contiguous()
     intervals = (x.long().contiguous() for x in (start_BT, stop_BT))
-    call_native(function, q_BTJE, k_BSIE, w_BTJ.float().contiguous(), shift_BTJ, *intervals, result, shape)
+    call_cpp(function, q_BTJE, k_BSIE, w_BTJ.float().contiguous(), shift_BTJ, *intervals, result, shape)

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from fulmen.ops.common.index_keys import unpacked_index_inputs
 from fulmen.ops.cpp.library import row_major
-from fulmen.ops.triton_library import on_device_of
-from fulmen.ops.triton_parts import (
+from fulmen.ops.triton_kit import (
     SMALLEST_PRODUCT,
     compile_options,
     kernel_sizes,
     load_rows,
+    on_device_of,
     power_of_2,
     product,
     product_dtype,
@@ -140,5 +140,5 @@ def _index_scores_kernel(
         weighted_RS = relu_RS * tl.load(w_BTJ + row_R, mask=present_R, other=0.0)[:, None]
         weighted_RS = tl.where(present_R[:, None], weighted_RS, 0.0)
         scores_TS += tl.sum(tl.reshape(weighted_RS, [BLOCK_QUERIES, BLOCK_HEADS, BLOCK_KEYS]), 1)
-    place_TS = (batch * n_queries + query_T.to(tl.int64))[:, None] * n_keys + key_S[None, :]
-    tl.store(scores_BTS + place_TS, scores_TS, mask=seen_TS)
+    index_TS = (batch * n_queries + query_T.to(tl.int64))[:, None] * n_keys + key_S[None, :]
+    tl.store(scores_BTS + index_TS, scores_TS, mask=seen_TS)

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from fulmen.ops.common.index_keys import unpacked_index_inputs
 from fulmen.ops.scores.triton import launch_index_scores
-from fulmen.ops.triton_library import on_device_of
-from fulmen.ops.triton_parts import compile_options, kernel_sizes, power_of_2
+from fulmen.ops.triton_kit import compile_options, kernel_sizes, on_device_of, power_of_2
 
 # Scores that `index_topk` holds at a time: 256 MB.
 HELD_SCORES = 2**26
@@ -95,9 +94,9 @@ def _find_threshold(scores_S, start, stop, n_wanted, BLOCK: tl.constexpr):
     """The rank of the last key that is selected, and how many keys of just that rank are."""
     digit_D = tl.arange(0, DIGIT_VALUES)
     prefix = start.to(tl.uint32) * 0
-    for place in tl.static_range(DIGITS):
+    for digit in tl.static_range(DIGITS):
         count_D = _count_digits(
-            scores_S, start, stop, prefix, DIGIT_BITS * (DIGITS - 1 - place), place > 0, BLOCK
+            scores_S, start, stop, prefix, DIGIT_BITS * (DIGITS - 1 - digit), digit > 0, BLOCK
         )
         # Keys whose digit is at least this one; the threshold's is the largest with enough of them. Digit 0
         # always has: its own count, which is too high, is never looked at.

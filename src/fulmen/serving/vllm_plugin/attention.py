@@ -16,7 +16,7 @@ from fulmen.ops.paged import paged_attention
 from fulmen.ops.paged.decode import paged_decode
 from fulmen.ops.paged.layer import PagedLayer
 from fulmen.ops.paged.project import Projections, project_and_store
-from fulmen.ops.paged.sparse import Sequences, paged_sparse_attention
+from fulmen.ops.paged.sparse import KeyRows, paged_sparse_attention
 from fulmen.serving.vllm_plugin.caches import IndexKeyCache, KeyValueCache
 from fulmen.serving.vllm_plugin.step import Span, Step
 from fulmen.serving.vllm_plugin.weights import IndexerWeights
@@ -103,16 +103,16 @@ class DsaAttention(nn.Module):
             self._weights = IndexerWeights(self.indexer)
         return self._weights.projections
 
-    def _attend_span(self, q_THD: Tensor, index: Any, span: Span, seen: Sequences, out_TX: Tensor) -> None:
+    def _attend_span(self, q_THD: Tensor, index: Any, span: Span, key_rows: KeyRows, out_TX: Tensor) -> None:
         """Fill `out_TX` for a span's queries."""
-        layer, shape = self._paged_layer(), seen.stop_BT.shape
+        layer, shape = self._paged_layer(), key_rows.stop_BT.shape
         q_BTHD = q_THD[span.tokens].unflatten(0, shape)
         out_BTHD = out_TX.unflatten(1, q_THD.shape[1:]).unflatten(0, shape)
         if index is not None and span.longest > self.topk:
             index_q_BTJE, w_BTJ, b_BTJ = (x[span.tokens].unflatten(0, shape) for x in index)
-            paged_sparse_attention(layer, q_BTHD, index_q_BTJE, w_BTJ, b_BTJ, seen, out_BTHD)
+            paged_sparse_attention(layer, q_BTHD, index_q_BTJE, w_BTJ, b_BTJ, key_rows, out_BTHD)
         else:
-            inputs = (layer.kv_RGC, seen.rows_BS, seen.stop_BT, None, self.scale)
+            inputs = (layer.kv_RGC, key_rows.rows_BS, key_rows.stop_BT, None, self.scale)
             out_BTHD.copy_(paged_attention(q_BTHD, *inputs))
 
     def _gathered(self, qkv: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilde
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from fulmen.ops.paged.layer import NewTokens
-from fulmen.ops.paged.sparse import Sequences
+from fulmen.ops.paged.sparse import KeyRows
 from fulmen.serving.vllm_plugin.rope import rotary_rows
 
 # As many tokens as pass through a layer faster in one call than by matrix products of their own.
@@ -54,7 +54,7 @@ class Layout(NamedTuple):
     """
 
     tokens: NewTokens
-    sequences: list[Sequences]
+    sequences: list[KeyRows]
 
 
 class Step(AttentionMetadata):
@@ -124,9 +124,9 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         return Step(common_attn_metadata, self.kv_cache_spec.block_size)
 
 
-def _of_span(span: Span, rows: Rows, index_rows: Rows) -> Sequences:
+def _of_span(span: Span, rows: Rows, index_rows: Rows) -> KeyRows:
     at = (span.requests, slice(span.longest))
-    return Sequences(rows.all_BS[at], index_rows.all_BS[at], span.stop_BT)
+    return KeyRows(rows.all_BS[at], index_rows.all_BS[at], span.stop_BT)
 
 
 def cut_spans(starts: list[int], lengths: list[int], device: torch.device) -> list[Span]:

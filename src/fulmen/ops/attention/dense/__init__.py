@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fulmen.ops.attention.blocked import BlockedAttention
-from fulmen.ops.attention.dense.cpp import dense_attention_native
+from fulmen.ops.attention.dense.cpp import dense_attention_cpp
 from fulmen.ops.attention.dense.reference import dense_attention_reference
 from fulmen.ops.attention.dense.torch_blocked import dense_attention_blocked, visible_blocks
 from fulmen.ops.common.checks import check_attention_inputs
@@ -59,7 +59,7 @@ def _interval_gradients(
             return result.out_BTHV, result.lse_BTH
 
         return torch.func.vjp(attend, q_BTHD, k_BSGD, v_BSGV)[1]((dout_BTHV, dlse_BTH))
-    # As in NativeDenseAttention, whose lse a bad value does not spoil.
+    # As in CppDenseAttention, whose lse a bad value does not spoil.
     marked_BTH = lse_BTH.masked_fill(out_BTHV.isnan().any(-1), torch.nan)
     blocks = visible_blocks(q_BTHD, k_BSGD, start_BT, stop_BT)
     saved = SavedTensors(q_BTHD, k_BSGD, v_BSGV, out_BTHV, marked_BTH, scale=scale, blocks=blocks)
@@ -77,9 +77,9 @@ def _attend_to_intervals(
     arguments = (q_BTHD, k_BSGD, v_BSGV, start_BT, stop_BT, scale)
     backend = resolve("dense_attention", q_BTHD.device, q_BTHD.dtype)
     with outside_autocast(q_BTHD.device):
-        if backend == "native":
-            return dense_attention_native(*arguments)
-        if backend == "cpu":
+        if backend == "cpp":
+            return dense_attention_cpp(*arguments)
+        if backend == "torch":
             return dense_attention_blocked(*arguments)
         result = dense_attention_reference(*arguments)
         return result.out_BTHV, result.lse_BTH

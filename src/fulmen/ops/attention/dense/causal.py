@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fulmen.ops.cpp.library import row_major
 
-# Measured on one core against the native kernel, 9 heads of 64: of 2048 keys, 4 queries are as fast either
+# Measured on one core against the C++ kernel, 9 heads of 64: of 2048 keys, 4 queries are as fast either
 # way, 16 take .56 (float32) and .30 (bfloat16) of its time; 512 queries after 3584 keys .29 and .13.
 FEWEST_QUERIES = 16
 

@@ -1,7 +1,7 @@
-"""Dense attention by the native kernel, or, for the many queries of a prompt, by torch's; forward.
+"""Dense attention by the C++ kernel, or, for the many queries of a prompt, by torch's; forward.
 
 The backward pass is that of the blocked torch code: there many queries meet each key, and matrix products are
-as fast as anything. Intervals that are not plainly causal (padding, packed documents, windows) are the native
+as fast as anything. Intervals that are not plainly causal (padding, packed documents, windows) are the C++
 kernel's, which takes up to 15 % longer than the blocked code for many queries, and a sixth for few.
 """
 
@@ -12,19 +12,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fulmen.ops.attention.blocked import BlockedAttention
-from fulmen.ops.attention.cpp import attend_natively
+from fulmen.ops.attention.cpp import attend_by_cpp
 from fulmen.ops.attention.dense.causal import dense_attention_causal, fits_causal
 from fulmen.ops.attention.dense.torch_blocked import visible_blocks
 
 
-def dense_attention_native(
+def dense_attention_cpp(
     q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, start_BT: Tensor, stop_BT: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """See `fulmen.ops.attention.dense.dense_attention`."""
-    return NativeDenseAttention.apply(q_BTHD, k_BSGD, v_BSGV, start_BT, stop_BT, scale)
+    return CppDenseAttention.apply(q_BTHD, k_BSGD, v_BSGV, start_BT, stop_BT, scale)
 
 
-class NativeDenseAttention(torch.autograd.Function):
+class CppDenseAttention(torch.autograd.Function):
     """`apply(q_BTHD, k_BSGD, v_BSGV, start_BT, stop_BT, scale) -> (out_BTHV, lse_BTH)`."""
 
     @staticmethod
@@ -41,7 +41,7 @@ class NativeDenseAttention(torch.autograd.Function):
         if fits_causal(*qkv, **intervals):
             out_BTHV, lse_BTH = dense_attention_causal(*qkv, scale)
         else:
-            out_BTHV, lse_BTH = attend_natively(*qkv, scale, **intervals)
+            out_BTHV, lse_BTH = attend_by_cpp(*qkv, scale, **intervals)
         # The blocked backward pass knows spoilt queries by their lse, which a value does not spoil here.
         marked_BTH = lse_BTH
         if any(ctx.needs_input_grad):

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from fulmen.ops.attention.blocked import BlockedAttention
-from fulmen.ops.attention.sparse.cpp import NativeSparseAttention, sparse_attention_native
+from fulmen.ops.attention.sparse.cpp import CppSparseAttention, sparse_attention_cpp
 from fulmen.ops.attention.sparse.reference import sparse_attention_reference
 from fulmen.ops.attention.sparse.torch_blocked import selected_blocks, sparse_attention_blocked
 from fulmen.ops.common.checks import check_attention_inputs, check_topk_below
 from fulmen.ops.common.opaque import SavedTensors, opaque_attention
 from fulmen.ops.common.precision import cast_as_autocast, outside_autocast
 from fulmen.ops.dispatch import resolve
-from fulmen.ops.triton_library import triton_kernels
+from fulmen.ops.triton_support import triton_kernels
 
 
 def sparse_attention(
@@ -62,9 +62,9 @@ def _selected_gradients(
             return result.out_BTHV, result.lse_BTH
 
         return torch.func.vjp(attend, *qkv)[1]((dout_BTHV, dlse_BTH))
-    function: Any = NativeSparseAttention
+    function: Any = CppSparseAttention
     saved = SavedTensors(*qkv, topk_BTK, *results, scale=scale)
-    if backend == "cpu":
+    if backend == "torch":
         function = BlockedAttention
         saved = SavedTensors(*qkv, *results, scale=scale, blocks=selected_blocks(q_BTHD, k_BSGD, topk_BTK))
     elif backend == "triton":
@@ -81,11 +81,11 @@ def _attend_to_selected(
     arguments = (q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale)
     backend = resolve("sparse_attention", q_BTHD.device, q_BTHD.dtype)
     with outside_autocast(q_BTHD.device):
-        if backend == "native":
-            return sparse_attention_native(*arguments)
+        if backend == "cpp":
+            return sparse_attention_cpp(*arguments)
         if backend == "triton":
             return triton_kernels("attention.sparse").sparse_attention_triton(*arguments)
-        if backend == "cpu":
+        if backend == "torch":
             return sparse_attention_blocked(*arguments)
         result = sparse_attention_reference(*arguments)
         return result.out_BTHV, result.lse_BTH

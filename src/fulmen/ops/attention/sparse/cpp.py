@@ -1,4 +1,4 @@
-"""Sparse attention by the native kernels: each query gathers its own keys."""
+"""Sparse attention by the C++ kernels: each query gathers its own keys."""
 
 from typing import Any
 
@@ -7,26 +7,27 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from fulmen.ops.attention.cpp import attend_natively, attention_shape
+from fulmen.ops.attention.cpp import attend_by_cpp, attention_shape
 from fulmen.ops.common.intervals import kernel_positions
-from fulmen.ops.cpp.library import ROW_MULTIPLE, call_native, kernel_floats
+from fulmen.ops.cpp.abi import ROW_MULTIPLE
+from fulmen.ops.cpp.library import call_cpp, kernel_floats
 
 
-def sparse_attention_native(
+def sparse_attention_cpp(
     q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, topk_BTK: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """See `fulmen.ops.attention.sparse.sparse_attention`."""
-    return NativeSparseAttention.apply(q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale)
+    return CppSparseAttention.apply(q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale)
 
 
-class NativeSparseAttention(torch.autograd.Function):
+class CppSparseAttention(torch.autograd.Function):
     """`apply(q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale) -> (out_BTHV, lse_BTH)`."""
 
     @staticmethod
     def forward(
         ctx: Any, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, topk_BTK: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
-        out_BTHV, lse_BTH = attend_natively(q_BTHD, k_BSGD, v_BSGV, scale, topk_BTK=topk_BTK)
+        out_BTHV, lse_BTH = attend_by_cpp(q_BTHD, k_BSGD, v_BSGV, scale, topk_BTK=topk_BTK)
         ctx.save_for_backward(q_BTHD, k_BSGD, v_BSGV, topk_BTK, out_BTHV, lse_BTH)
         ctx.scale = scale
         return out_BTHV, lse_BTH
@@ -42,7 +43,7 @@ class NativeSparseAttention(torch.autograd.Function):
         dv_rows = torch.zeros(*v_BSGV.shape[:3], dout_rows.shape[-1])
         # d loss / d score = prob * (dprob - delta)
         delta_BTH = ((dout_BTHV.float() * out_BTHV).sum(-1) - dlse_BTH).contiguous()
-        call_native(
+        call_cpp(
             "fulmen_attention_backward",
             *(q_rows, keys_BSGD, values_BSGV, kernel_positions(topk_BTK), dout_rows, lse_BTH, delta_BTH),
             *(dq_rows, dk_rows, dv_rows),

@@ -15,8 +15,7 @@ from torch.autograd.function import once_differentiable
 from fulmen.ops.attention.sparse.triton_backward import sparse_attention_gradients
 from fulmen.ops.common.intervals import kernel_positions
 from fulmen.ops.cpp.library import row_major
-from fulmen.ops.triton_library import on_device_of
-from fulmen.ops.triton_parts import (
+from fulmen.ops.triton_kit import (
     LOG2_E,
     compile_options,
     head_tiles,
@@ -24,6 +23,7 @@ from fulmen.ops.triton_parts import (
     kernel_sizes,
     load_rows,
     load_selected,
+    on_device_of,
     power_of_2,
     product,
 )

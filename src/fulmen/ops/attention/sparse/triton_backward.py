@@ -12,8 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fulmen.ops.cpp.library import row_major
-from fulmen.ops.triton_library import on_device_of
-from fulmen.ops.triton_parts import (
+from fulmen.ops.triton_kit import (
     LOG2_E,
     compile_options,
     head_tiles,
@@ -21,6 +20,7 @@ from fulmen.ops.triton_parts import (
     kernel_sizes,
     load_rows,
     load_selected,
+    on_device_of,
     power_of_2,
     product,
 )
@@ -184,14 +184,14 @@ def _by_query_kernel(
         if BLOCK_REST > 0:
             dq_HR += product(dscores_HK, k_KR)
         if ATOMIC:
-            place_K = (batch * n_keys + key_K) * KEY_HEADS + key_head
+            index_K = (batch * n_keys + key_K) * KEY_HEADS + key_head
             dv_KV = product(tl.trans(probs_HK.to(DTYPE)), dout_HV)
-            _add_rows(dv_BSGV, place_K * VALUE_WIDTH, chosen_K, dv_KV, 0, VALUE_WIDTH, BLOCK_VALUE)
+            _add_rows(dv_BSGV, index_K * VALUE_WIDTH, chosen_K, dv_KV, 0, VALUE_WIDTH, BLOCK_VALUE)
             dk_KD = product(tl.trans(dscores_HK), q_HD) * scale
-            _add_rows(dk_BSGD, place_K * WIDTH, chosen_K, dk_KD, 0, WIDTH, BLOCK_FIRST)
+            _add_rows(dk_BSGD, index_K * WIDTH, chosen_K, dk_KD, 0, WIDTH, BLOCK_FIRST)
             if BLOCK_REST > 0:
                 dk_KR = product(tl.trans(dscores_HK), q_HR) * scale
-                _add_rows(dk_BSGD, place_K * WIDTH, chosen_K, dk_KR, BLOCK_FIRST, WIDTH, BLOCK_REST)
+                _add_rows(dk_BSGD, index_K * WIDTH, chosen_K, dk_KR, BLOCK_FIRST, WIDTH, BLOCK_REST)
     _store_rows(dq_BTHD, head_H * WIDTH, present_H, dq_HD * scale, 0, WIDTH, BLOCK_FIRST)
     if BLOCK_REST > 0:
         _store_rows(dq_BTHD, head_H * WIDTH, present_H, dq_HR * scale, BLOCK_FIRST, WIDTH, BLOCK_REST)
@@ -260,9 +260,9 @@ def _by_key_kernel(
             dscores_R = tl.where(present_R, dscores_R, 0.0)
             dk_D += tl.sum(dscores_R[:, None] * q_RD, 0)
             dv_V += tl.sum(probs_R[:, None] * dout_RV, 0)
-    place = (batch * n_keys + key) * KEY_HEADS + key_head
-    tl.store(dk_BSGD + place * WIDTH + width_D, dk_D * scale, mask=width_D < WIDTH)
-    tl.store(dv_BSGV + place * VALUE_WIDTH + value_V, dv_V, mask=value_V < VALUE_WIDTH)
+    index = (batch * n_keys + key) * KEY_HEADS + key_head
+    tl.store(dk_BSGD + index * WIDTH + width_D, dk_D * scale, mask=width_D < WIDTH)
+    tl.store(dv_BSGV + index * VALUE_WIDTH + value_V, dv_V, mask=value_V < VALUE_WIDTH)
 
 
 @triton.jit

@@ -111,10 +111,10 @@ void attend_rows(const AttentionInputs &in, const Work &work, float scale, const
     const AttentionShape &shape = in.shape;
     std::vector<QueryState> states(work.groups, QueryState(in, work.heads));
     KeyTile<Number> tile(in);
-    std::vector<int32_t> room(shape.topk + 1);
+    std::vector<int32_t> scratch(shape.topk + 1);
     for (int64_t t = work.low; t < work.high; t++) {
         const int64_t row = work.b * shape.queries + t;
-        const KeyList keys = in.keys_of(row, room.data());
+        const KeyList keys = in.keys_of(row, scratch.data());
         const auto head = [&](int64_t g) { return row * shape.heads + (work.g + g) * in.shared() + work.first; };
         for (int64_t g = 0; g < work.groups; g++) states[g].begin(in, head(g), scale * LOG2_E);
         for (int64_t i = 0; i < keys.count; i += in.tile_keys())
@@ -179,16 +179,16 @@ void attend_by_tiles(const AttentionInputs &in, float scale, const Results &resu
     std::atomic<int64_t> taken{0};
     parallel_for(threads, threads, [&](int64_t) {
         AttentionInputs own = in;
-        ChoosingRoom room{std::vector<int32_t>(choose ? TILE_QUERIES * shape.topk : 0), {}};
-        const TileScope scope(TileConfig::whole());
+        SelectionWorkspace workspace{std::vector<int32_t>(choose ? TILE_QUERIES * shape.topk : 0), {}};
+        const TileScope scope(TileConfig::full());
         TileAttention attention(own);
         // The last queries, which have the most to read, come first.
         for (int64_t item; (item = items - ++taken) >= 0;) {
             const int64_t block = item / parts, groups = shape.key_heads / parts, g = item % parts * groups;
             const int64_t low = block % blocks * TILE_QUERIES, high = std::min(low + TILE_QUERIES, shape.queries);
             if (choose) {
-                (*choose)(block / blocks, low, high, room);
-                own.topk = room.chosen.data(), own.first = block / blocks * shape.queries + low;
+                (*choose)(block / blocks, low, high, workspace);
+                own.topk = workspace.chosen.data(), own.first = block / blocks * shape.queries + low;
             }
             attend_block(own, attention, {block / blocks, low, high, g, groups, 0, in.shared()}, scale, results);
         }

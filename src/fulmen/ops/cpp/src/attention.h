@@ -11,7 +11,7 @@
 #include <type_traits>
 #include <vector>
 
-// Mirrored by `AttentionShape` in native_library.py. Strides count numbers; q and all results are contiguous. Keys and
+// Mirrored by `AttentionShape` in abi.py. Strides count numbers; q and all results are contiguous. Keys and
 // values are bfloat16 or float32; forward, so are queries and results.
 struct AttentionShape {
     int64_t batch, queries, keys, heads, key_heads, width, value_width, topk;
@@ -44,7 +44,7 @@ struct Source {
         return (const Number *)data + b * stride_b + g * stride_g;
     }
 
-    // Where the rows of some keys are; `copies` has room for them.
+    // Where the rows of some keys are; `copies` is as large as all of them.
     template <class Number>
     void find_rows(int64_t b, int64_t g, const KeyList &keys, int64_t low, int64_t count, float *copies,
                    const Number **rows) const {
@@ -100,19 +100,19 @@ struct AttentionInputs {
 
     const int32_t *chosen(int64_t row) const { return topk + (row - first) * shape.topk; }
 
-    // `room` for K numbers takes the rows of what is selected, without the -1 among it.
-    KeyList keys_of(int64_t row, int32_t *room) const {
+    // `scratch`, of K numbers, takes the rows of what is selected, without the -1 among it.
+    KeyList keys_of(int64_t row, int32_t *scratch) const {
         if (start) {
             const int64_t first = std::clamp<int64_t>(start[row], 0, shape.keys);
             return {nullptr, first, std::max<int64_t>(std::clamp<int64_t>(stop[row], 0, shape.keys) - first, 0)};
         }
         int64_t count = 0;
         for (int64_t i = 0; i < shape.topk; i++) {
-            room[count] = chosen(row)[i];
-            count += room[count] >= 0;
+            scratch[count] = chosen(row)[i];
+            count += scratch[count] >= 0;
         }
-        for (int64_t i = 0; rows && i < count; i++) room[i] = row_of_key(row / shape.queries, room[i]);
-        return {room, 0, count};
+        for (int64_t i = 0; rows && i < count; i++) scratch[i] = row_of_key(row / shape.queries, scratch[i]);
+        return {scratch, 0, count};
     }
 };
 
@@ -251,11 +251,11 @@ template <class Work> void for_heads(int64_t heads, const Work &work) {
 // In attention.cpp. They throw std::bad_alloc.
 void attend_to_keys(const AttentionInputs &in, float scale, const Results &results);
 // Whether many queries come in blocks, whose selections may be found one after the other: then
-// choose(batch, low, high, room) is called for each on the thread that attends to it, and fills in what is chosen.
-struct ChoosingRoom {
+// choose(batch, low, high, workspace) is called for each on the thread that attends to it, and fills in what is chosen.
+struct SelectionWorkspace {
     std::vector<int32_t> chosen;  // [high - low, K]
-    FloatRoom scores;
+    FloatWorkspace scores;
 };
 bool comes_in_blocks(const AttentionInputs &in);
-using Choose = std::function<void(int64_t, int64_t, int64_t, ChoosingRoom &)>;
+using Choose = std::function<void(int64_t, int64_t, int64_t, SelectionWorkspace &)>;
 void choose_and_attend(const AttentionInputs &in, float scale, const Results &results, const Choose &choose);

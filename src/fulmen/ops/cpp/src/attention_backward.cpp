@@ -45,9 +45,9 @@ struct Block {
     void begin(int64_t low, int64_t high) {
         first = low, count = high - low;
         for (int64_t t = 0; t < count; t++) {
-            int32_t *room = positions.data() + t * in.shape.topk;
-            lengths[t] = in.keys_of(batch * in.shape.queries + low + t, room).count;
-            if (!std::is_sorted(room, room + lengths[t])) std::sort(room, room + lengths[t]);
+            int32_t *scratch = positions.data() + t * in.shape.topk;
+            lengths[t] = in.keys_of(batch * in.shape.queries + low + t, scratch).count;
+            if (!std::is_sorted(scratch, scratch + lengths[t])) std::sort(scratch, scratch + lengths[t]);
         }
     }
 };

@@ -57,8 +57,8 @@ class KeyUnion {
         for (int64_t low = first / 16 * 16; low <= last; low += 16) {
             const __m512i some = _mm512_loadu_si512(member.data() + low);
             const __mmask16 wanted = _mm512_test_epi32_mask(some, some);
-            const __m512i place = _mm512_add_epi32(_mm512_set1_epi32(int32_t(low)), FIRST_16);
-            _mm512_storeu_si512(positions.data() + size, _mm512_maskz_compress_epi32(wanted, place));
+            const __m512i position = _mm512_add_epi32(_mm512_set1_epi32(int32_t(low)), FIRST_16);
+            _mm512_storeu_si512(positions.data() + size, _mm512_maskz_compress_epi32(wanted, position));
             _mm512_storeu_si512(queries.data() + size, _mm512_maskz_compress_epi32(wanted, some));
             size += __builtin_popcount(wanted);
             _mm512_storeu_si512(member.data() + low, _mm512_setzero_si512());
@@ -94,7 +94,7 @@ class TileAttention {
     std::unique_ptr<Line[]> q, probs, k, v;
     std::unique_ptr<Line[]> scores, sums;  // [head][query][key], [head][query][V]
     std::vector<Query> queries;            // [head][query]
-    std::vector<__mmask16> seen;           // [16 keys of the union][query]
+    std::vector<__mmask16> visible;           // [16 keys of the union][query]
     std::vector<int64_t> k_places, v_places;  // of the union's rows in a head's keys and values
     std::vector<uint16_t> zeros;              // a row of values
     std::vector<int64_t> bad;                 // keys of this step whose values are not finite
@@ -149,11 +149,11 @@ class TileAttention {
     // The keys of each query as masks.
     void find_seen() {
         const int64_t vectors = (chosen.size() + 15) / 16;
-        seen.assign(round_up(vectors, KEY_VECTORS) * TILE_QUERIES, 0);
+        visible.assign(round_up(vectors, KEY_VECTORS) * TILE_QUERIES, 0);
         for (int64_t n = 0; n < vectors; n++) {
             const __m512i bits = _mm512_loadu_si512(chosen.queries.data() + n * 16);
             for (int64_t t = 0; t < count; t++)
-                seen[n * TILE_QUERIES + t] = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(int32_t(uint32_t(1) << t)));
+                visible[n * TILE_QUERIES + t] = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(int32_t(uint32_t(1) << t)));
         }
     }
 
@@ -278,7 +278,7 @@ class TileAttention {
     // One query's scores to weights; sums so far fade if the peak rises.
     void weigh(int64_t h, int64_t t, const float *from, Line *to, int64_t first, int64_t keys, float scale) {
         const int64_t vectors = round_up(keys, 32) / 16;
-        const __mmask16 *of_query = seen.data() + first / 16 * TILE_QUERIES + t;
+        const __mmask16 *of_query = visible.data() + first / 16 * TILE_QUERIES + t;
         Query &query = queries[h * TILE_QUERIES + t];
         const __m512 hidden = _mm512_set1_ps(-INFINITY), factor = _mm512_set1_ps(scale);
         __m512 x[KEY_VECTORS], highest = _mm512_set1_ps(query.peak);
@@ -299,8 +299,8 @@ class TileAttention {
         query.total = total;
     }
 
-    static __m512 weight_of(__mmask16 seen, __m512 x, __m512 peak) {
-        return _mm512_maskz_mov_ps(seen, (__m512)exp2_vec((Vec)_mm512_sub_ps(x, peak)));
+    static __m512 weight_of(__mmask16 visible, __m512 x, __m512 peak) {
+        return _mm512_maskz_mov_ps(visible, (__m512)exp2_vec((Vec)_mm512_sub_ps(x, peak)));
     }
 
     void raise(Query &query, float *row, float peak) const {

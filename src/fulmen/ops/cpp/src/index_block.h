@@ -22,7 +22,7 @@ class BlockScorer {
 
   public:
     using Scope = IndexTileScope;
-    using Room = TileRoom<BlockScorer>;
+    using Workspace = TileWorkspace<BlockScorer>;
     static constexpr int64_t ROWS_AT_ONCE = 1;
     static constexpr bool PACKS = true;
 
@@ -36,9 +36,9 @@ class BlockScorer {
         const int64_t heads = in.shape.heads;
         terms = Terms::needed(block.q.data(), block.q.size());
         numbers.reset(new Line[heads * tiles * query_lines()]);
-        // Where a tile is whole, every number that is read is written.
-        const bool whole = block.rows.size() % TILE_ROWS == 0 && chunks.width == chunks.count * chunks.chunk_width;
-        if (!whole) std::fill_n(numbers.get(), heads * tiles * query_lines(), Line{});
+        // Where a tile is complete, every number that is read is written.
+        const bool complete = block.rows.size() % TILE_ROWS == 0 && chunks.width == chunks.count * chunks.chunk_width;
+        if (!complete) std::fill_n(numbers.get(), heads * tiles * query_lines(), Line{});
         for (int64_t j = 0; j < heads; j++)
             for (int64_t r = 0; r < int64_t(block.rows.size()); r++) {
                 const int64_t from = r * heads + j, at = j * MOST_ROWS + r;
@@ -56,13 +56,13 @@ class BlockScorer {
         const int64_t first = tile * TILE, count = std::min<int64_t>(TILE, in.shape.keys - first);
         const int8_t *rows[TILE];
         for (int64_t c = 0; c < count; c++) rows[c] = in.key<int8_t>(batch, first + c, 0);
-        std::unique_ptr<Line[]> room(new Line[chunks.count * TILE_ROWS]());
+        std::unique_ptr<Line[]> widened(new Line[chunks.count * TILE_ROWS]());
         for (int64_t i = 0; i < in.shape.key_heads; i++, to += head_lines(chunks))
             for (int64_t v = 0; v < VECTORS; v++) {
                 const int64_t some = std::clamp<int64_t>(count - v * 16, 0, 16);
-                widen_keys(rows + v * 16, some, i * in.shape.k_stride_i, chunks, room.get());
+                widen_keys(rows + v * 16, some, i * in.shape.k_stride_i, chunks, widened.get());
                 for (int64_t c = 0; c < chunks.count; c++) {
-                    __m512i *numbers = (__m512i *)(room.get() + c * TILE_ROWS);
+                    __m512i *numbers = (__m512i *)(widened.get() + c * TILE_ROWS);
                     transpose_dwords(numbers);
                     std::copy_n(numbers, chunks.rows(), (__m512i *)(to + (v * chunks.count + c) * chunks.rows()));
                 }
@@ -74,8 +74,8 @@ class BlockScorer {
     }
 
     // Scores of the block's queries for one tile, into rows `stride` apart.
-    void score(int64_t index, Room &room, int64_t n_rows, float *scores, int64_t stride) const {
-        const Line *tile = room.tile(in, batch, index);
+    void score(int64_t index, Workspace &workspace, int64_t n_rows, float *scores, int64_t stride) const {
+        const Line *tile = workspace.tile(in, batch, index);
         for (int64_t v = 0; v < VECTORS; v += 2) {
             // Summed here: rows far apart would push each other out of the level 1 cache, head after head.
             alignas(64) float total[MOST_ROWS * 32] = {};

@@ -15,10 +15,10 @@
 constexpr int COLUMNS = LANES == 8 ? 2 : 4;
 constexpr int TILE = COLUMNS * LANES;
 
-// `IndexShape.key_kind`. PACKED: rows of `pack_index_keys`, 8-bit levels and then the bytes of their bfloat16 scale.
+// `IndexShape.key_kind`. PACKED: rows of `pack_index_keys`, int8 codes and then the bytes of their bfloat16 scale.
 enum KeyKind : int64_t { FLOAT32 = 0, BFLOAT16 = 1, PACKED = 2 };
 
-// Mirrored by `IndexShape` in native_library.py. A selection has `columns`: room for all keys of queries that see no
+// Mirrored by `IndexShape` in abi.py. A selection has `columns`: enough for all keys of queries that see no
 // more, for the best `topk` of the others. Strides count numbers (bytes of packed keys); all but k are
 // contiguous.
 struct IndexShape {
@@ -63,11 +63,11 @@ struct IndexInputs {
 };
 
 // Where a thread finds tiles of keys as a scorer reads them: packed before, or one by one.
-template <class Scorer> class TileRoom {
+template <class Scorer> class TileWorkspace {
     std::unique_ptr<Line[]> lines;
 
   public:
-    explicit TileRoom(const IndexInputs &in) : lines(in.packed ? nullptr : new Line[Scorer::tile_lines(in)]) {}
+    explicit TileWorkspace(const IndexInputs &in) : lines(in.packed ? nullptr : new Line[Scorer::tile_lines(in)]) {}
 
     const Line *tile(const IndexInputs &in, int64_t batch, int64_t tile) {
         if (in.packed) return in.packed.get() + (batch * in.tiles() + tile) * Scorer::tile_lines(in);
@@ -95,11 +95,11 @@ struct QueryRows {
           q(floats(in.q, in.shape.heads * in.shape.width, in.is_bf16)), w(floats(in.w, in.shape.heads, in.is_bf16)),
           b(floats(in.b, in.shape.heads, in.is_bf16)) {
         for (const int64_t row : rows) {
-            const Interval seen = interval_of(in.start, in.stop, row, in.shape.keys);
-            intervals.push_back(seen);
-            if (seen.start >= seen.stop) continue;
-            first = std::min(first, seen.start);
-            last = std::max(last, seen.stop);
+            const Interval visible = interval_of(in.start, in.stop, row, in.shape.keys);
+            intervals.push_back(visible);
+            if (visible.start >= visible.stop) continue;
+            first = std::min(first, visible.start);
+            last = std::max(last, visible.stop);
         }
     }
 
@@ -125,6 +125,6 @@ struct QueryRows {
 // chosen [B, T, columns] (index_topk.cpp). Keys in rows must be packed ones. Throws std::bad_alloc.
 void choose_best(IndexInputs &in, int32_t *chosen);
 // Of the queries low <= t < high of a batch row alone, on the calling thread: chosen [high - low, columns]. All their keys
-// are packed once by `pack_index_keys`; `room` is kept for the next ones.
+// are packed once by `pack_index_keys`; `workspace` is kept for the next ones.
 void pack_index_keys(IndexInputs &in);
-void choose_some(const IndexInputs &in, int64_t batch, int64_t low, int64_t high, FloatRoom &room, int32_t *chosen);
+void choose_some(const IndexInputs &in, int64_t batch, int64_t low, int64_t high, FloatWorkspace &workspace, int32_t *chosen);

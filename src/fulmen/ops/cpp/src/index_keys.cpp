@@ -7,15 +7,15 @@
 
 namespace {
 
-// 8-bit levels of LANES numbers, `count` of them: to the nearest, ties to even.
-void write_levels(const float *k, int64_t count, float divisor, int8_t *to) {
+// int8 codes of LANES numbers, `count` of them: to the nearest, ties to even.
+void write_codes(const float *k, int64_t count, float divisor, int8_t *to) {
     typedef int8_t ByteVec __attribute__((vector_size(LANES)));
     // Adding 1.5 * 2**23 rounds to an integer.
     const Vec magic = broadcast(12582912.0f), most = broadcast(127.0f);
-    Vec level = load_some(k, count) / divisor + magic - magic;
-    level = level > most ? most : level;
-    level = level < -most ? -most : level;
-    const ByteVec bytes = __builtin_convertvector(__builtin_convertvector(level, IntVec), ByteVec);
+    Vec code = load_some(k, count) / divisor + magic - magic;
+    code = code > most ? most : code;
+    code = code < -most ? -most : code;
+    const ByteVec bytes = __builtin_convertvector(__builtin_convertvector(code, IntVec), ByteVec);
     std::memcpy(to, &bytes, std::min<int64_t>(count, LANES));
 }
 
@@ -37,7 +37,7 @@ void pack_head(const float *k, int64_t width, int8_t *to) {
     const uint16_t scale = uint16_t((bits >> 16) + (finite && (bits & 0xffff)));
     const float divisor = bf16_to_float(scale) == 0 ? 1 : bf16_to_float(scale);
     if (finite)
-        for (int64_t e = 0; e < width; e += LANES) write_levels(k + e, width - e, divisor, to + e);
+        for (int64_t e = 0; e < width; e += LANES) write_codes(k + e, width - e, divisor, to + e);
     else std::fill_n(to, width, int8_t(0));
     std::memcpy(to + width, &scale, sizeof scale);
 }

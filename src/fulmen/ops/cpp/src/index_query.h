@@ -27,14 +27,14 @@ class QueryScorer {
     static constexpr bool PACKS = false;
 
     // One key head of 64 keys at a time: it stays in the level 1 cache until its products have been taken.
-    struct Room {
+    struct Workspace {
         const int8_t *rows[2 * TILE];    // of a tile's keys, then of the next one's
         int64_t next = -1;               // the tile of those
         int64_t head = -1;               // whose numbers are here
         std::unique_ptr<Line[]> numbers;  // [vector of keys][chunk][key]
         Line scales[TILE_ROWS][VECTORS];  // of a group's key heads
 
-        explicit Room(const IndexInputs &in) : numbers(new Line[VECTORS * vector_lines(Chunks(in.shape.width))]) {}
+        explicit Workspace(const IndexInputs &in) : numbers(new Line[VECTORS * vector_lines(Chunks(in.shape.width))]) {}
     };
 
     static int64_t block_rows(int64_t) { return 1; }
@@ -50,18 +50,18 @@ class QueryScorer {
         }
     }
 
-    // Scores of one tile of keys; those of places beyond the last key are not used.
-    void score(int64_t tile, Room &room, int64_t, float *scores, int64_t) const {
-        look_up(tile, room);
+    // Scores of one tile of keys; those of positions beyond the last key are not used.
+    void score(int64_t tile, Workspace &workspace, int64_t, float *scores, int64_t) const {
+        look_up(tile, workspace);
         __m512 total[VECTORS] = {};
         for (const Group &group : groups) {
             __m512i sums[VECTORS][TILE_ROWS];
-            multiply(group, room, sums[0]);
+            multiply(group, workspace, sums[0]);
             for (int64_t v = 0; v < VECTORS; v++) {
                 transpose_dwords(sums[v]);
                 for (int64_t m = 0; m < group.heads; m++) {
                     const int64_t head = group.first_head + m, key_head = head / in.shared() - group.first_key_head;
-                    const __m512 scale = product_scales(&room.scales[key_head][v], in.factor);
+                    const __m512 scale = product_scales(&workspace.scales[key_head][v], in.factor);
                     total[v] = add_head(total[v], (__m512)sums[v][m], scale, w[head], b[head]);
                 }
             }
@@ -96,35 +96,35 @@ class QueryScorer {
     }
 
     // Where a tile's keys are, and those of the next one.
-    void look_up(int64_t tile, Room &room) const {
-        const bool known = room.next == tile;
-        if (known) std::copy_n(room.rows + TILE, TILE, room.rows);
+    void look_up(int64_t tile, Workspace &workspace) const {
+        const bool known = workspace.next == tile;
+        if (known) std::copy_n(workspace.rows + TILE, TILE, workspace.rows);
         for (int64_t c = known ? TILE : 0; c < 2 * TILE; c++)
-            room.rows[c] = in.key<int8_t>(batch, std::min(tile * TILE + c, in.shape.keys - 1), 0);
-        room.next = tile + 1, room.head = -1;
+            workspace.rows[c] = in.key<int8_t>(batch, std::min(tile * TILE + c, in.shape.keys - 1), 0);
+        workspace.next = tile + 1, workspace.head = -1;
     }
 
     // Sums [vector of keys][key][head]. Numbers are not multiplied right after they were written: they would be waited for.
-    void multiply(const Group &group, Room &room, __m512i *sums) const {
+    void multiply(const Group &group, Workspace &workspace, __m512i *sums) const {
         const int64_t per_head = terms * chunks.count * chunks.rows();
         const Line *columns = group.columns.get();
         zero_tiles<2>();
         for (int64_t i = 0; i < group.key_heads; i++, columns += per_head) {
-            if (group.first_key_head + i == room.head) {  // of the group before
-                add_products(0, room, columns), add_products(1, room, columns), add_products(2, room, columns);
+            if (group.first_key_head + i == workspace.head) {  // of the group before
+                add_products(0, workspace, columns), add_products(1, workspace, columns), add_products(2, workspace, columns);
                 continue;
             }
-            take_keys(group, i, 0, room);
-            if (i > 0) add_products(3, room, columns - per_head);
-            take_keys(group, i, 1, room);
-            add_products(0, room, columns);
-            take_keys(group, i, 2, room);
-            add_products(1, room, columns);
-            take_keys(group, i, 3, room);
-            add_products(2, room, columns);
-            room.head = group.first_key_head + i;
+            take_keys(group, i, 0, workspace);
+            if (i > 0) add_products(3, workspace, columns - per_head);
+            take_keys(group, i, 1, workspace);
+            add_products(0, workspace, columns);
+            take_keys(group, i, 2, workspace);
+            add_products(1, workspace, columns);
+            take_keys(group, i, 3, workspace);
+            add_products(2, workspace, columns);
+            workspace.head = group.first_key_head + i;
         }
-        add_products(3, room, columns - per_head);
+        add_products(3, workspace, columns - per_head);
         _tile_stored(0, sums, TILE_BYTES);
         _tile_stored(1, sums + TILE_ROWS, TILE_BYTES);
         _tile_stored(2, sums + 2 * TILE_ROWS, TILE_BYTES);
@@ -133,16 +133,16 @@ class QueryScorer {
     }
 
     // A key head of 16 keys: numbers and scales.
-    void take_keys(const Group &group, int64_t i, int64_t v, Room &room) const {
+    void take_keys(const Group &group, int64_t i, int64_t v, Workspace &workspace) const {
         const int64_t at = (group.first_key_head + i) * in.shape.k_stride_i;
-        const int8_t *const *rows = room.rows + v * 16;
-        widen_keys(rows, 16, at, chunks, room.numbers.get() + v * vector_lines(chunks), TILE);
-        copy_scales(rows, 16, at + chunks.width, (uint32_t *)&room.scales[i][v]);
+        const int8_t *const *rows = workspace.rows + v * 16;
+        widen_keys(rows, 16, at, chunks, workspace.numbers.get() + v * vector_lines(chunks), TILE);
+        copy_scales(rows, 16, at + chunks.width, (uint32_t *)&workspace.scales[i][v]);
     }
 
     // A key head of 16 keys to their tile of sums.
-    void add_products(int64_t v, const Room &room, const Line *columns) const {
-        const Line *keys = room.numbers.get() + v * vector_lines(chunks);
+    void add_products(int64_t v, const Workspace &workspace, const Line *columns) const {
+        const Line *keys = workspace.numbers.get() + v * vector_lines(chunks);
         settle_memory();
         for (int64_t t = 0; t < terms; t++)
             for (int64_t c = 0; c < chunks.count; c++, columns += chunks.rows()) {

@@ -1,6 +1,6 @@
-// What both scorers by matrix tiles share: keys' levels and queries as bfloat16 numbers.
+// What both scorers by matrix tiles share: keys' codes and queries as bfloat16 numbers.
 //
-// Keys' levels are integers up to 127, which bfloat16 holds; queries are cut into terms that it holds, one if they are
+// Keys' codes are integers up to 127, which bfloat16 holds; queries are cut into terms that it holds, one if they are
 // bfloat16 already, else three. A product's sum over E runs in one order in both scorers, heads are added one after the
 // other, and what else a tile computes does not matter: a score has the same bits in decoding and in prompts.
 #pragma once
@@ -24,18 +24,18 @@ struct Chunks {
     int64_t numbers(int64_t chunk) const { return std::min(chunk_width, width - low(chunk)); }
 };
 
-// Levels are widened by way of float16, whose bits, three places to the right, are bfloat16's of a number 2^-112 as
+// Codes are widened by way of float16, whose bits, three bits to the right, are bfloat16's of a number 2^-112 as
 // large. Queries are taken 2^64 times as large, so that no product is less than float32's least normal number; scales
 // of keys make up for both.
 constexpr int QUERY_EXPONENT = 64;
 constexpr float PRODUCT_FACTOR = 0x1p48f;
 
-static inline __m512i widen_levels(__m256i levels) {
-    const __m512i half = _mm512_castph_si512(_mm512_cvtepi16_ph(_mm512_cvtepi8_epi16(levels)));
+static inline __m512i widen_codes(__m256i codes) {
+    const __m512i half = _mm512_castph_si512(_mm512_cvtepi16_ph(_mm512_cvtepi8_epi16(codes)));
     return _mm512_and_si512(_mm512_srai_epi16(half, 3), _mm512_set1_epi16(short(0x8fff)));
 }
 
-// The levels of a head of `count` keys to rows [chunk][key] of their numbers. Those of the keys `ahead` are fetched into
+// The codes of a head of `count` keys to rows [chunk][key] of their numbers. Those of the keys `ahead` are fetched into
 // the level 2 cache: two chunks are one of its lines or less.
 static inline void widen_keys(const int8_t *const *keys, int64_t count, int64_t at, const Chunks &chunks, Line *to,
                               int64_t ahead = 0) {
@@ -44,7 +44,7 @@ static inline void widen_keys(const int8_t *const *keys, int64_t count, int64_t 
         const int64_t from = at + chunks.low(chunk);
         for (int64_t s = 0; s < count; s++) {
             if (chunk % 2 == 0) _mm_prefetch((const char *)keys[s + ahead] + from, _MM_HINT_T1);
-            _mm512_store_si512(to + s, widen_levels(_mm256_maskz_loadu_epi8(present, keys[s] + from)));
+            _mm512_store_si512(to + s, widen_codes(_mm256_maskz_loadu_epi8(present, keys[s] + from)));
         }
     }
 }

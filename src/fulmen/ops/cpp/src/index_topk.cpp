@@ -22,9 +22,9 @@ void score_block(const IndexInputs &in, const QueryRows &block, int64_t threads,
     const Scorer scorer(in, block);
     parallel_for((count + chunk - 1) / chunk, threads, [&](int64_t item) {
         const typename Scorer::Scope scope(in);
-        typename Scorer::Room room(in);
+        typename Scorer::Workspace workspace(in);
         for (int64_t i = item * chunk; i < std::min(count, (item + 1) * chunk); i++)
-            scorer.score(first + i, room, block.rows.size(), scores + i * TILE, stride);
+            scorer.score(first + i, workspace, block.rows.size(), scores + i * TILE, stride);
     });
 }
 
@@ -48,7 +48,7 @@ template <class Scorer> void pack_tiles(IndexInputs &in) {
 // Some queries of a batch row, low <= t < high, and who works for them.
 struct Part {
     int64_t batch, low, high, threads;
-    FloatRoom &room;  // for scores
+    FloatWorkspace &workspace;  // for scores
 };
 
 // finish(block, scores, stride, threads) for those queries that `wanted` names.
@@ -59,9 +59,9 @@ void score_part(const IndexInputs &in, const Part &part, const Wanted &wanted, c
         if (wanted(part.batch * in.shape.queries + t)) rows.push_back(part.batch * in.shape.queries + t);
     if (rows.empty()) return;
     const QueryRows block(in, part.batch, std::move(rows));
-    // Not a power of two: rows would share their places in the caches.
+    // Not a power of two: rows would share their lines of the caches.
     const int64_t stride = block.tiles() * TILE + LANES;
-    float *scores = part.room.of(round_up(block.rows.size(), Scorer::ROWS_AT_ONCE) * stride);
+    float *scores = part.workspace.of(round_up(block.rows.size(), Scorer::ROWS_AT_ONCE) * stride);
     score_block<Scorer>(in, block, part.threads, scores, stride);
     finish(block, scores, stride, part.threads);
 }
@@ -75,23 +75,23 @@ void score_all(IndexInputs &in, const Wanted &wanted, const Finish &finish) {
     // Few blocks (decoding): the threads share each block's keys instead.
     const int64_t outer = blocks * shape.batch >= 2 * shape.threads ? shape.threads : 1;
     parallel_for(blocks * shape.batch, outer, [&](int64_t item) {
-        FloatRoom room;
+        FloatWorkspace workspace;
         const int64_t low = (blocks - 1 - item % blocks) * per_block, high = std::min(low + per_block, shape.queries);
-        score_part<Scorer>(in, {item / blocks, low, high, outer == 1 ? shape.threads : 1, room}, wanted, finish);
+        score_part<Scorer>(in, {item / blocks, low, high, outer == 1 ? shape.threads : 1, workspace}, wanted, finish);
     });
 }
 
-template <class Scorer> struct Use {
+template <class Scorer> struct ScorerType {
     using Type = Scorer;
 };
 
-// work(Use<the scorer for these inputs>).
+// work(ScorerType<the scorer for these inputs>).
 template <class Work> void with_scorer(const IndexInputs &in, const Work &work) {
 #ifdef FULMEN_TILES
-    if (in.by_tiles() && in.shape.queries == 1) return work(Use<QueryScorer>{});
-    if (in.by_tiles()) return work(Use<BlockScorer>{});
+    if (in.by_tiles() && in.shape.queries == 1) return work(ScorerType<QueryScorer>{});
+    if (in.by_tiles()) return work(ScorerType<BlockScorer>{});
 #endif
-    work(Use<VectorScorer>{});
+    work(ScorerType<VectorScorer>{});
 }
 
 const float *row_scores(const QueryRows &block, const float *scores, int64_t stride, int64_t r) {
@@ -99,7 +99,7 @@ const float *row_scores(const QueryRows &block, const float *scores, int64_t str
 }
 
 // chosen [.., columns], of the queries from `first` on, counted over all.
-struct Choosing {
+struct RowChooser {
     const IndexInputs &in;
     int64_t first;
     int32_t *chosen;
@@ -108,19 +108,19 @@ struct Choosing {
 
     // Whether scores must choose; if not, all keys are.
     bool must(int64_t row) const {
-        const Interval seen = interval_of(in.start, in.stop, row, in.shape.keys);
-        if (seen.stop - seen.start > in.shape.columns) return true;
-        take_all(seen, in.shape.columns, of(row));
+        const Interval visible = interval_of(in.start, in.stop, row, in.shape.keys);
+        if (visible.stop - visible.start > in.shape.columns) return true;
+        take_all(visible, in.shape.columns, of(row));
         return false;
     }
 
     void choose(const QueryRows &block, const float *scores, int64_t stride, int64_t threads) const {
         const int64_t topk = in.shape.topk, rows = block.rows.size(), parts = std::min(threads, rows);
         parallel_for(parts, threads, [&](int64_t part) {
-            const SelectionRoom room(stride, topk);
+            const SelectionScratch scratch(stride, topk);
             for (int64_t r = part; r < rows; r += parts) {
                 int32_t *to = of(block.rows[r]);
-                take_best(row_scores(block, scores, stride, r), block.intervals[r], topk, room, to);
+                take_best(row_scores(block, scores, stride, r), block.intervals[r], topk, scratch, to);
                 std::fill(to + topk, to + in.shape.columns, -1);
             }
         });
@@ -130,11 +130,11 @@ struct Choosing {
 }  // namespace
 
 void choose_best(IndexInputs &in, int32_t *chosen) {
-    const Choosing choosing{in, 0, chosen};
+    const RowChooser chooser{in, 0, chosen};
     with_scorer(in, [&](auto use) {
         score_all<typename decltype(use)::Type>(
-            in, [&](int64_t row) { return choosing.must(row); },
-            [&](const auto &...scored) { choosing.choose(scored...); });
+            in, [&](int64_t row) { return chooser.must(row); },
+            [&](const auto &...scored) { chooser.choose(scored...); });
     });
 }
 
@@ -142,16 +142,16 @@ void pack_index_keys(IndexInputs &in) {
     with_scorer(in, [&](auto use) { pack_tiles<typename decltype(use)::Type>(in); });
 }
 
-void choose_some(const IndexInputs &in, int64_t batch, int64_t low, int64_t high, FloatRoom &room, int32_t *chosen) {
-    const Choosing choosing{in, batch * in.shape.queries + low, chosen};
+void choose_some(const IndexInputs &in, int64_t batch, int64_t low, int64_t high, FloatWorkspace &workspace, int32_t *chosen) {
+    const RowChooser chooser{in, batch * in.shape.queries + low, chosen};
     with_scorer(in, [&](auto use) {
         using Scorer = typename decltype(use)::Type;
         const int64_t per_block = rows_of_block<Scorer>(in);
         for (int64_t from = low; from < high; from += per_block)
             score_part<Scorer>(
-                in, {batch, from, std::min(from + per_block, high), 1, room},
-                [&](int64_t row) { return choosing.must(row); },
-                [&](const auto &...scored) { choosing.choose(scored...); });
+                in, {batch, from, std::min(from + per_block, high), 1, workspace},
+                [&](int64_t row) { return chooser.must(row); },
+                [&](const auto &...scored) { chooser.choose(scored...); });
     });
 }
 
@@ -172,14 +172,14 @@ int fulmen_index_scores(const float *q, const void *k, const float *w, const flo
                         const int64_t *stop, float *scores, const IndexShape *shape) try {
     IndexInputs in(*shape, q, w, b, k, start, stop);
     auto wanted = [&](int64_t row) {
-        const Interval seen = interval_of(start, stop, row, shape->keys);
-        return seen.start < seen.stop;
+        const Interval visible = interval_of(start, stop, row, shape->keys);
+        return visible.start < visible.stop;
     };
     auto copy = [&](const QueryRows &block, const float *found, int64_t stride, int64_t) {
         for (size_t r = 0; r < block.rows.size(); r++) {
-            const Interval seen = block.intervals[r];
+            const Interval visible = block.intervals[r];
             const float *from = row_scores(block, found, stride, r);
-            std::copy_n(from, seen.stop - seen.start, scores + block.rows[r] * shape->keys + seen.start);
+            std::copy_n(from, visible.stop - visible.start, scores + block.rows[r] * shape->keys + visible.start);
         }
     };
     with_scorer(in, [&](auto use) { score_all<typename decltype(use)::Type>(in, wanted, copy); });
@@ -194,12 +194,12 @@ int fulmen_select_topk(const float *scores, const int64_t *start, const int64_t 
     constexpr int64_t PER_ITEM = 16;
     threads = useful_threads(threads, 8 * rows * keys);
     parallel_for((rows + PER_ITEM - 1) / PER_ITEM, threads, [&](int64_t item) {
-        const SelectionRoom room(keys, topk);
+        const SelectionScratch scratch(keys, topk);
         for (int64_t row = item * PER_ITEM; row < std::min(rows, (item + 1) * PER_ITEM); row++) {
-            const Interval seen = interval_of(start, stop, row, keys);
-            const float *from = scores + row * keys + seen.start;
-            if (seen.stop - seen.start <= topk) take_all(seen, topk, chosen + row * topk);
-            else take_best(from, seen, topk, room, chosen + row * topk);
+            const Interval visible = interval_of(start, stop, row, keys);
+            const float *from = scores + row * keys + visible.start;
+            if (visible.stop - visible.start <= topk) take_all(visible, topk, chosen + row * topk);
+            else take_best(from, visible, topk, scratch, chosen + row * topk);
         }
     });
     return 0;

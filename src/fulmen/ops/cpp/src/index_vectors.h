@@ -22,7 +22,7 @@ class VectorScorer {
   public:
     static constexpr int64_t ROWS_AT_ONCE = ROWS;
     static constexpr bool PACKS = true;
-    using Room = TileRoom<VectorScorer>;
+    using Workspace = TileWorkspace<VectorScorer>;
     struct Scope {
         explicit Scope(const IndexInputs &) {}
     };
@@ -56,8 +56,8 @@ class VectorScorer {
     }
 
     // Scores of the block's queries for one tile, into rows `stride` apart.
-    void score(int64_t index, Room &room, int64_t n_rows, float *scores, int64_t stride) const {
-        const float *tile = (const float *)room.tile(in, batch, index);
+    void score(int64_t index, Workspace &workspace, int64_t n_rows, float *scores, int64_t stride) const {
+        const float *tile = (const float *)workspace.tile(in, batch, index);
         for (int64_t group = 0; group < groups; group++, scores += ROWS * stride)
             switch (std::min<int64_t>(ROWS, n_rows - group * ROWS)) {
             case 1: score_group<1>(group, tile, scores, stride); break;

@@ -1,14 +1,95 @@
 // Whether this library may run here: each is compiled for one level of instructions (setup.py).
 
+#include "attention.h"
+#include "index_inputs.h"
+#include "paged.h"
 #include "tiles.h"
+
+#include <cstddef>
+#include <string>
+#include <type_traits>
+
+namespace {
+
+template <class Field> constexpr char kind_of() {
+    return std::is_pointer_v<Field> ? 'p' : std::is_floating_point_v<Field> ? 'f' : 'i';
+}
+
+// "name bytes" of a structure, then "name:offset:kind" of its fields, in a line.
+class Layout {
+    std::string text;
+
+  public:
+    Layout(const char *name, size_t bytes) : text(std::string(name) + " " + std::to_string(bytes)) {}
+
+    template <class Field> Layout &field(const char *name, size_t offset) {
+        text += std::string(" ") + name + ":" + std::to_string(offset) + ":" + kind_of<Field>();
+        return *this;
+    }
+
+    std::string line() const { return text + "\n"; }
+};
+
+#define LAYOUT(Struct) Layout(#Struct, sizeof(Struct))
+#define FIELD(Struct, name) field<decltype(Struct::name)>(#name, offsetof(Struct, name))
+
+std::string index_shape() {
+    using S = IndexShape;
+    return LAYOUT(IndexShape)
+        .FIELD(S, batch).FIELD(S, queries).FIELD(S, keys).FIELD(S, heads).FIELD(S, key_heads).FIELD(S, width)
+        .FIELD(S, topk).FIELD(S, columns).FIELD(S, key_kind).FIELD(S, k_stride_b).FIELD(S, k_stride_s)
+        .FIELD(S, k_stride_i).FIELD(S, threads).FIELD(S, use_tiles).line();
+}
+
+std::string attention_shape() {
+    using S = AttentionShape;
+    return LAYOUT(AttentionShape)
+        .FIELD(S, batch).FIELD(S, queries).FIELD(S, keys).FIELD(S, heads).FIELD(S, key_heads).FIELD(S, width)
+        .FIELD(S, value_width).FIELD(S, topk).FIELD(S, is_bf16).FIELD(S, k_stride_b).FIELD(S, k_stride_s)
+        .FIELD(S, k_stride_g).FIELD(S, v_stride_b).FIELD(S, v_stride_s).FIELD(S, v_stride_g).FIELD(S, threads)
+        .FIELD(S, use_tiles).line();
+}
+
+std::string paged_layer() {
+    using S = PagedLayer;
+    return LAYOUT(PagedLayer)
+        .FIELD(S, heads).FIELD(S, key_heads).FIELD(S, width).FIELD(S, index_heads).FIELD(S, index_key_heads)
+        .FIELD(S, index_width).FIELD(S, topk).FIELD(S, dense_up_to).FIELD(S, is_bf16).FIELD(S, kv_stride_r)
+        .FIELD(S, kv_stride_g).FIELD(S, packed_stride_r).FIELD(S, use_tiles).FIELD(S, kv).FIELD(S, packed)
+        .FIELD(S, rope_pairs).FIELD(S, scale).line();
+}
+
+// What a step of a layer is given.
+std::string step() {
+    return LAYOUT(NewTokens)
+               .FIELD(NewTokens, count).FIELD(NewTokens, pairs).FIELD(NewTokens, threads).FIELD(NewTokens, rows)
+               .FIELD(NewTokens, index_rows).FIELD(NewTokens, cos).FIELD(NewTokens, sin).line() +
+           LAYOUT(KeyRows)
+               .FIELD(KeyRows, keys).FIELD(KeyRows, rows).FIELD(KeyRows, index_rows).FIELD(KeyRows, stop).line() +
+           LAYOUT(PagedQueries)
+               .FIELD(PagedQueries, batch).FIELD(PagedQueries, count).FIELD(PagedQueries, threads)
+               .FIELD(PagedQueries, q).FIELD(PagedQueries, index_q).FIELD(PagedQueries, w).FIELD(PagedQueries, b).line() +
+           LAYOUT(Projections)
+               .FIELD(Projections, q_width).FIELD(Projections, k_width).FIELD(Projections, x_width)
+               .FIELD(Projections, q).FIELD(Projections, k).FIELD(Projections, w_and_b).FIELD(Projections, bias).line() +
+           LAYOUT(Heads).FIELD(Heads, numbers).FIELD(Heads, stride).line();
+}
+
+}  // namespace
 
 extern "C" {
 
-// Raised with every change of a function's arguments, and with new functions; `native_library.py` expects the same number.
-int fulmen_native_version() { return 9; }
+// Raised with every change of a function's arguments, and with new functions; `abi.py` expects the same number.
+int fulmen_abi_version() { return 10; }
+
+// The structures that callers fill in, a line each; `abi.py` compares them with its own.
+const char *fulmen_layouts() {
+    static const std::string text = index_shape() + attention_shape() + paged_layer() + step();
+    return text.c_str();
+}
 
 // The instruction sets that the library was compiled for, those that set the kernels' speed.
-const char *fulmen_native_simd() {
+const char *fulmen_simd() {
     return ""
 #ifdef __AVX__
         "AVX "
@@ -41,10 +122,10 @@ const char *fulmen_native_simd() {
 }
 
 // 1 if matrix tiles (AMX) were compiled in and may be used here, else 0.
-int fulmen_native_tiles() { return tiles_granted(); }
+int fulmen_has_tiles() { return tiles_granted(); }
 
 // An instruction set that the library was compiled for and that cannot be used here; null if there is none.
-const char *fulmen_native_lacks() {
+const char *fulmen_lacks() {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_cpu_init();
 #ifdef __AVX__

@@ -1,4 +1,4 @@
-// New tokens over paged caches: turned and stored; and one token of each of B sequences to the end of its attention.
+// New tokens over paged caches: rotated and stored; and one token of each of B sequences to the end of its attention.
 //
 // Each part exists as an operation of its own. At one token a sequence, what lies between them (tensors, checks,
 // calls) takes longer than they do.
@@ -7,7 +7,7 @@
 
 namespace {
 
-// Places in a list of heads.
+// Indices in a list of heads.
 enum { Q, K, V, INDEX_Q, INDEX_K, W, B };
 
 template <class Number>
@@ -17,10 +17,10 @@ void store_tokens(const PagedLayer &layer, const NewTokens &tokens, const Heads 
     const int64_t numbers = layer.heads * layer.width, index_numbers = layer.index_heads * layer.index_width;
     const int64_t threads = useful_threads(tokens.threads, 16 * tokens.count * (numbers + index_numbers));
     parallel_for((tokens.count + PER_ITEM - 1) / PER_ITEM, threads, [&](int64_t item) {
-        Storing<Number> storing(layer, tokens);
+        TokenWriter<Number> writer(layer, tokens);
         for (int64_t t = item * PER_ITEM; t < std::min(tokens.count, (item + 1) * PER_ITEM); t++) {
             const auto of = [&](int which) { return heads[which].numbers ? heads[which].of<Number>(t) : nullptr; };
-            storing.take(t, {of(Q), of(K), of(V), of(INDEX_Q), of(INDEX_K)}, q_out, index_q_out);
+            writer.take(t, {of(Q), of(K), of(V), of(INDEX_Q), of(INDEX_K)}, q_out, index_q_out);
         }
     });
 }
@@ -39,21 +39,21 @@ template <class Number> float dot(const Number *x, const float *y, int64_t count
 
 // Index queries, keys, weights and shifts of the new tokens, before RoPE. Few tokens take as long as the matrices take to
 // be read, so the threads share their rows.
-template <class Number> class Projecting {
+template <class Number> class RowProjector {
     const PagedLayer &layer;
     const NewTokens &tokens;
     const int64_t n_q, n_k, n_w;  // rows of the matrices
 
     struct Matrix {
         const Number *rows;
-        int64_t count, width, place;  // where its results go
+        int64_t count, width, offset;  // where its results go
         Heads from;
         const float *bias;
         std::vector<float> inputs;  // [B, width]
     };
 
-    Matrix matrix(const void *rows, int64_t count, int64_t width, int64_t place, const Heads &from, const float *bias) const {
-        Matrix made{(const Number *)rows, count, width, place, from, bias, std::vector<float>(tokens.count * width)};
+    Matrix matrix(const void *rows, int64_t count, int64_t width, int64_t offset, const Heads &from, const float *bias) const {
+        Matrix made{(const Number *)rows, count, width, offset, from, bias, std::vector<float>(tokens.count * width)};
         for (int64_t t = 0; t < tokens.count; t++)
             for (int64_t i = 0; i < width; i++) made.inputs[t * width + i] = number(from.of<Number>(t) + i);
         return made;
@@ -63,7 +63,7 @@ template <class Number> class Projecting {
         for (int64_t t = 0; t < tokens.count; t++) {
             const float sum = dot(by.rows + y * by.width, by.inputs.data() + t * by.width, by.width);
             const Vec result = rounded<Number>(broadcast(sum + (by.bias ? by.bias[y] : 0.0f)));
-            put(result, 1, out.data() + t * stride() + by.place + y);
+            put(result, 1, out.data() + t * stride() + by.offset + y);
         }
     }
 
@@ -72,7 +72,7 @@ template <class Number> class Projecting {
   public:
     std::vector<Number> out;  // [B]: index queries, index keys, then weights and shifts
 
-    Projecting(const PagedLayer &layer, const NewTokens &tokens)
+    RowProjector(const PagedLayer &layer, const NewTokens &tokens)
         : layer(layer), tokens(tokens), n_q(layer.index_heads * layer.index_width),
           n_k(layer.index_key_heads * layer.index_width), n_w(2 * layer.index_heads), out(tokens.count * stride()) {}
 
@@ -102,7 +102,7 @@ template <class Number> class Projecting {
     Heads b() const { return {out.data() + n_q + n_k + layer.index_heads, stride()}; }
 };
 
-// One token of each sequence is stored; what is needed to attend, turned and side by side.
+// One token of each sequence is stored; what is needed to attend, rotated and side by side.
 template <class Number> class NewQueries {
     const PagedLayer &layer;
     const NewTokens &tokens;
@@ -125,17 +125,17 @@ template <class Number> class NewQueries {
 };
 
 template <class Number>
-void decode(const PagedLayer &layer, const Projections &projections, const NewTokens &tokens, const Sequences &seen,
+void decode(const PagedLayer &layer, const Projections &projections, const NewTokens &tokens, const KeyRows &key_rows,
             const Heads &qkv, const Heads &all_qk, const Heads &x, Number *out) {
-    const bool selects = *std::max_element(seen.stop, seen.stop + tokens.count) > layer.whole;
-    Projecting<Number> projected(layer, tokens);
+    const bool selects = *std::max_element(key_rows.stop, key_rows.stop + tokens.count) > layer.dense_up_to;
+    RowProjector<Number> projected(layer, tokens);
     projected.project(projections, all_qk, x, selects);
     const int64_t k = layer.heads * layer.width, v = k + layer.key_heads * layer.width;
     const Heads heads[] = {qkv, qkv.from<Number>(k), qkv.from<Number>(v), selects ? projected.index_q() : Heads{},
                            projected.index_k(), projected.w(), projected.b()};
     NewQueries<Number> stored(layer, tokens);
     stored.store(heads);
-    attend_to_paged(layer, stored.queries(), seen, out);
+    attend_to_paged(layer, stored.queries(), key_rows, out);
 }
 
 }  // namespace
@@ -143,7 +143,7 @@ void decode(const PagedLayer &layer, const Projections &projections, const NewTo
 extern "C" {
 
 // heads: q, k, v, index_q (or null) and index_k of the tokens. q_out [T, H, D] and index_q_out [T, J, E], in the
-// model's dtype, are turned; the keys and values are stored.
+// model's dtype, are rotated; the keys and values are stored.
 int fulmen_paged_store(const PagedLayer *layer, const NewTokens *tokens, const Heads *heads, void *q_out,
                        void *index_q_out) try {
     if (layer->is_bf16) store_tokens(*layer, *tokens, heads, (uint16_t *)q_out, (uint16_t *)index_q_out);
@@ -156,11 +156,11 @@ int fulmen_paged_store(const PagedLayer *layer, const NewTokens *tokens, const H
 // qkv: heads of queries, keys and values side by side; all_qk: queries and keys of all heads; x: hidden states. out
 // [B, H, D] in the model's dtype.
 int fulmen_paged_decode(const PagedLayer *layer, const Projections *projections, const NewTokens *tokens,
-                        const Sequences *seen, const void *qkv, int64_t qkv_stride, const void *all_qk,
+                        const KeyRows *key_rows, const void *qkv, int64_t qkv_stride, const void *all_qk,
                         int64_t all_qk_stride, const void *x, int64_t x_stride, void *out) try {
     const Heads of_qkv{qkv, qkv_stride}, of_all{all_qk, all_qk_stride}, of_x{x, x_stride};
-    if (layer->is_bf16) decode(*layer, *projections, *tokens, *seen, of_qkv, of_all, of_x, (uint16_t *)out);
-    else decode(*layer, *projections, *tokens, *seen, of_qkv, of_all, of_x, (float *)out);
+    if (layer->is_bf16) decode(*layer, *projections, *tokens, *key_rows, of_qkv, of_all, of_x, (uint16_t *)out);
+    else decode(*layer, *projections, *tokens, *key_rows, of_qkv, of_all, of_x, (float *)out);
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;

@@ -9,13 +9,13 @@
 extern "C" int fulmen_store_index_keys(const float *k, const int64_t *rows, int8_t *to, int64_t tokens, int64_t heads,
                                        int64_t width, int64_t row_bytes);
 
-// Mirrored by `NativeLayer` in paged_layer.py. Strides count numbers (bytes of packed keys).
+// Mirrored by `PagedLayerStruct` in abi.py. Strides count numbers (bytes of packed keys).
 struct PagedLayer {
-    int64_t heads, key_heads, width, index_heads, index_key_heads, index_width, topk, whole, is_bf16;
+    int64_t heads, key_heads, width, index_heads, index_key_heads, index_width, topk, dense_up_to, is_bf16;
     int64_t kv_stride_r, kv_stride_g, packed_stride_r, use_tiles;
     void *kv;                   // [R, G, 2 D]: a head's key, then its value
     int8_t *packed;             // [R, I * (E + 2)]
-    const int64_t *rope_pairs;  // [I, E / 2]: of the model's pairs; beyond them: does not turn
+    const int64_t *rope_pairs;  // [I, E / 2]: of the model's pairs; beyond them: is not rotated
     double scale;
 };
 
@@ -26,29 +26,29 @@ struct NewTokens {
     const float *cos, *sin;            // [T, P], numbers of the model's dtype
 };
 
-// Mirrored by `NativeSequences` in paged_sparse.py: B sequences, and how many keys each of their queries sees.
-struct Sequences {
+// Mirrored by `KeyRowsStruct` in abi.py: B sequences, and how many keys each of their queries sees.
+struct KeyRows {
     int64_t keys;
     const int32_t *rows, *index_rows;  // [B, S]: in which rows of the caches key s lies
     const int64_t *stop;               // [B, T]
 };
 
-// Mirrored there, too: T queries of each of B sequences, turned, in the model's dtype.
+// Mirrored there, too: T queries of each of B sequences, rotated, in the model's dtype.
 struct PagedQueries {
     int64_t batch, count, threads;
     const void *q, *index_q, *w, *b;  // [B, T, H, D], [B, T, J, E], [B, T, J]
 };
 
-// Mirrored by `NativeProjections` in paged_project.py: matrices of the model's dtype, row after row.
+// Mirrored by `ProjectionsStruct` in abi.py: matrices of the model's dtype, row after row.
 struct Projections {
     int64_t q_width, k_width, x_width;
     const void *q, *k, *w_and_b;  // [J E, X], [I E, X], [2 J, C]
     const float *bias;            // [2 J]
 };
 
-// In paged_sparse.cpp: out [B, T, H, D] in the model's dtype. Where every query sees `whole` keys at most, nothing is read
+// In paged_sparse.cpp: out [B, T, H, D] in the model's dtype. Where every query sees `dense_up_to` keys at most, nothing is read
 // of what the indexer has. Throws std::bad_alloc.
-void attend_to_paged(const PagedLayer &layer, const PagedQueries &queries, const Sequences &seen, void *out);
+void attend_to_paged(const PagedLayer &layer, const PagedQueries &queries, const KeyRows &key_rows, void *out);
 
 // Of T tokens, all in the model's dtype and before RoPE: heads side by side, tokens `stride` apart.
 struct Heads {
@@ -56,20 +56,20 @@ struct Heads {
     int64_t stride;
 
     template <class Number> const Number *of(int64_t token) const { return (const Number *)numbers + token * stride; }
-    template <class Number> Heads from(int64_t place) const { return {(const Number *)numbers + place, stride}; }
+    template <class Number> Heads from(int64_t offset) const { return {(const Number *)numbers + offset, stride}; }
 };
 
 // One token's heads by RoPE.
-template <class Number> class Turning {
+template <class Number> class RotaryTable {
     const PagedLayer &layer;
     const NewTokens &tokens;
     std::vector<int32_t> pairs;              // of the model's, for each of the indexer's; P: none
     std::vector<float> cos, sin;             // [I, E / 2]
-    std::vector<float> model_cos, model_sin;  // [P + 1]: the last does not turn
+    std::vector<float> model_cos, model_sin;  // [P + 1]: the last is not rotated
 
     // Dims p and p + `half`, for all p, of a head; further ones stay.
     template <class To>
-    static void turn(const Number *x, int64_t half, int64_t width, const float *cos, const float *sin, To *to) {
+    static void rotate(const Number *x, int64_t half, int64_t width, const float *cos, const float *sin, To *to) {
         for (int64_t p = 0; p < half; p += LANES) {
             const int64_t count = half - p;
             const Vec first = load_some(x + p, count), second = load_some(x + half + p, count);
@@ -81,12 +81,12 @@ template <class Number> class Turning {
     }
 
     void gather(const float *__restrict__ from, float *__restrict__ to) const {
-        const int32_t *__restrict__ places = pairs.data();
-        for (size_t p = 0; p < pairs.size(); p++) to[p] = from[places[p]];
+        const int32_t *__restrict__ indices = pairs.data();
+        for (size_t p = 0; p < pairs.size(); p++) to[p] = from[indices[p]];
     }
 
   public:
-    Turning(const PagedLayer &layer, const NewTokens &tokens)
+    RotaryTable(const PagedLayer &layer, const NewTokens &tokens)
         : layer(layer), tokens(tokens), pairs(layer.index_key_heads * layer.index_width / 2), cos(pairs.size()),
           sin(pairs.size()), model_cos(tokens.pairs + 1, 1.0f), model_sin(tokens.pairs + 1, 0.0f) {
         for (size_t p = 0; p < pairs.size(); p++) pairs[p] = int32_t(std::min(layer.rope_pairs[p], tokens.pairs));
@@ -99,17 +99,17 @@ template <class Number> class Turning {
         gather(model_sin.data(), sin.data());
     }
 
-    template <class To> void turn_heads(const Number *x, int64_t heads, To *to) const {
+    template <class To> void rotate_heads(const Number *x, int64_t heads, To *to) const {
         for (int64_t h = 0; h < heads; h++)
-            turn(x + h * layer.width, tokens.pairs, layer.width, model_cos.data(), model_sin.data(), to + h * layer.width);
+            rotate(x + h * layer.width, tokens.pairs, layer.width, model_cos.data(), model_sin.data(), to + h * layer.width);
     }
 
     // `heads` heads in all, those of one index key head side by side.
-    template <class To> void turn_index_heads(const Number *x, int64_t heads, To *to) const {
+    template <class To> void rotate_index_heads(const Number *x, int64_t heads, To *to) const {
         const int64_t width = layer.index_width, half = width / 2;
         for (int64_t j = 0; j < heads; j++) {
             const int64_t at = j * layer.index_key_heads / heads * half;
-            turn(x + j * width, half, width, cos.data() + at, sin.data() + at, to + j * width);
+            rotate(x + j * width, half, width, cos.data() + at, sin.data() + at, to + j * width);
         }
     }
 };
@@ -119,35 +119,35 @@ template <class Number> struct TokenHeads {
     const Number *q, *k, *v, *index_q, *index_k;
 };
 
-// Keys, values and index keys into their caches, token by token; queries and index queries, turned, to those of all tokens.
-template <class Number> class Storing {
+// Keys, values and index keys into their caches, token by token; queries and index queries, rotated, to those of all tokens.
+template <class Number> class TokenWriter {
     const PagedLayer &layer;
     const NewTokens &tokens;
-    Turning<Number> turning;
-    std::vector<float> index_turned;
+    RotaryTable<Number> rotary;
+    std::vector<float> index_rotated;
 
   public:
-    Storing(const PagedLayer &layer, const NewTokens &tokens)
-        : layer(layer), tokens(tokens), turning(layer, tokens), index_turned(layer.index_key_heads * layer.index_width) {}
+    TokenWriter(const PagedLayer &layer, const NewTokens &tokens)
+        : layer(layer), tokens(tokens), rotary(layer, tokens), index_rotated(layer.index_key_heads * layer.index_width) {}
 
     void take(int64_t token, const TokenHeads<Number> &heads, Number *q_out, Number *index_q_out) {
-        turning.begin(token);
+        rotary.begin(token);
         store(token, heads.k, heads.v, heads.index_k);
-        turning.turn_heads(heads.q, layer.heads, q_out + token * layer.heads * layer.width);
+        rotary.rotate_heads(heads.q, layer.heads, q_out + token * layer.heads * layer.width);
         if (!heads.index_q) return;
         index_q_out += token * layer.index_heads * layer.index_width;
-        turning.turn_index_heads(heads.index_q, layer.index_heads, index_q_out);
+        rotary.rotate_index_heads(heads.index_q, layer.index_heads, index_q_out);
     }
 
   private:
     void store(int64_t token, const Number *k, const Number *v, const Number *index_k) {
         Number *row = (Number *)layer.kv + tokens.rows[token] * layer.kv_stride_r;
         for (int64_t g = 0; g < layer.key_heads; g++, row += layer.kv_stride_g) {
-            turning.turn_heads(k + g * layer.width, 1, row);
+            rotary.rotate_heads(k + g * layer.width, 1, row);
             std::copy_n(v + g * layer.width, layer.width, row + layer.width);
         }
-        turning.turn_index_heads(index_k, layer.index_key_heads, index_turned.data());
-        fulmen_store_index_keys(index_turned.data(), tokens.index_rows + token, layer.packed, 1, layer.index_key_heads,
+        rotary.rotate_index_heads(index_k, layer.index_key_heads, index_rotated.data());
+        fulmen_store_index_keys(index_rotated.data(), tokens.index_rows + token, layer.packed, 1, layer.index_key_heads,
                                 layer.index_width, layer.packed_stride_r);
     }
 };

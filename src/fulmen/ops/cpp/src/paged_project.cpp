@@ -19,7 +19,7 @@ constexpr int64_t SQUARE = 2 * TILE_ROWS, CHUNK = TILE_BYTES / 2;
 // A matrix [rows, width] for products with `from`, as right matrices [16 rows][chunk][pair of numbers][row].
 struct Matrix {
     const Number *numbers;
-    const int64_t rows, width, place;  // the last: where its results go
+    const int64_t rows, width, offset;  // the last: where its results go
     const Heads from;
     const float *bias;  // null: none
     const int64_t chunks = (width + CHUNK - 1) / CHUNK;
@@ -103,28 +103,28 @@ class Products {
         for (int64_t i = 0; i < SQUARE && row + i < matrix.rows; i += LANES) {
             const int64_t count = matrix.rows - row - i;
             const Vec bias = matrix.bias ? load_some(matrix.bias + row + i, count) : Vec{};
-            Number *to = numbers.data() + token * stride + matrix.place + row + i;
+            Number *to = numbers.data() + token * stride + matrix.offset + row + i;
             for (int64_t t = 0; t < tokens; t++) put(rounded<Number>(load(sums + t * SQUARE + i) + bias), count, to + t * stride);
         }
     }
 };
 
-// Of all tokens, in the model's dtype: turned queries, and what the indexer selects by (null: nothing is selected).
-struct ToSelect {
+// Of all tokens, in the model's dtype: rotated queries, and what the indexer selects by (null: nothing is selected).
+struct SelectionInputs {
     Number *q, *index_q, *w, *b;
 };
 
-class ProjectingAndStoring {
+class StoringProjector {
     const PagedLayer &layer;
     const NewTokens &tokens;
     const Heads qkv;
-    const ToSelect to;
+    const SelectionInputs to;
     const int64_t q_width, k_width, w_width;  // of what the indexer has
     std::vector<Matrix> matrices;             // of index keys; then, if anything is selected, of index queries, w and b
 
   public:
-    ProjectingAndStoring(const PagedLayer &layer, const NewTokens &tokens, const Projections &by, const Heads &qkv,
-                         const Heads &all_qk, const Heads &x, const ToSelect &to)
+    StoringProjector(const PagedLayer &layer, const NewTokens &tokens, const Projections &by, const Heads &qkv,
+                         const Heads &all_qk, const Heads &x, const SelectionInputs &to)
         : layer(layer), tokens(tokens), qkv(qkv), to(to), q_width(layer.index_heads * layer.index_width),
           k_width(layer.index_key_heads * layer.index_width), w_width(2 * layer.index_heads) {
         add(by.k, k_width, by.k_width, 0, all_qk.from<Number>(by.q_width), nullptr);
@@ -144,7 +144,7 @@ class ProjectingAndStoring {
         parallel_for(tiles.size(), threads, [&](int64_t item) { tiles[item].first->pack(tiles[item].second); });
         std::atomic<int64_t> taken{0};
         parallel_for(threads, threads, [&](int64_t) {
-            const TileScope scope(TileConfig::whole());
+            const TileScope scope(TileConfig::full());
             std::vector<Inputs> inputs(matrices.begin(), matrices.end());
             Products made(k_width + q_width + w_width);
             for (int64_t low; (low = TOKENS * taken++) < tokens.count;) {
@@ -159,16 +159,16 @@ class ProjectingAndStoring {
     }
 
   private:
-    void add(const void *numbers, int64_t rows, int64_t width, int64_t place, const Heads &from, const float *bias) {
-        matrices.push_back({(const Number *)numbers, rows, width, place, from, bias});
+    void add(const void *numbers, int64_t rows, int64_t width, int64_t offset, const Heads &from, const float *bias) {
+        matrices.push_back({(const Number *)numbers, rows, width, offset, from, bias});
     }
 
     void store(const Products &products, int64_t low, int64_t high) const {
         const int64_t k = layer.heads * layer.width, v = k + layer.key_heads * layer.width, heads = layer.index_heads;
-        Storing<Number> storing(layer, tokens);
+        TokenWriter<Number> writer(layer, tokens);
         for (int64_t t = low; t < high; t++) {
             const Number *own = qkv.of<Number>(t), *made = products.of(t - low), *w = made + k_width + q_width;
-            storing.take(t, {own, own + k, own + v, to.index_q ? made + k_width : nullptr, made}, to.q, to.index_q);
+            writer.take(t, {own, own + k, own + v, to.index_q ? made + k_width : nullptr, made}, to.q, to.index_q);
             if (!to.index_q) continue;
             std::copy_n(w, heads, to.w + t * heads);
             std::copy_n(w + heads, heads, to.b + t * heads);
@@ -185,8 +185,8 @@ extern "C" {
 int fulmen_paged_project(const PagedLayer *layer, const Projections *projections, const NewTokens *tokens, const void *qkv,
                          int64_t qkv_stride, const void *all_qk, int64_t all_qk_stride, const void *x, int64_t x_stride,
                          void *q, void *index_q, void *w, void *b) try {
-    const ToSelect to{(Number *)q, (Number *)index_q, (Number *)w, (Number *)b};
-    ProjectingAndStoring(*layer, *tokens, *projections, {qkv, qkv_stride}, {all_qk, all_qk_stride}, {x, x_stride}, to).run();
+    const SelectionInputs to{(Number *)q, (Number *)index_q, (Number *)w, (Number *)b};
+    StoringProjector(*layer, *tokens, *projections, {qkv, qkv_stride}, {all_qk, all_qk_stride}, {x, x_stride}, to).run();
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;

@@ -46,14 +46,14 @@ template <bool POSITIONS, class Number, class To>
 static inline int64_t append_from(const Number *numbers, int64_t low, int64_t high, Number least, To *to, int64_t taken) {
     int64_t s = low;
 #ifdef __AVX512F__
-    __m512i place = _mm512_add_epi32(_mm512_set1_epi32(int32_t(low)),
+    __m512i position = _mm512_add_epi32(_mm512_set1_epi32(int32_t(low)),
                                      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    for (; s + 16 <= high; s += 16, place = _mm512_add_epi32(place, _mm512_set1_epi32(16))) {
+    for (; s + 16 <= high; s += 16, position = _mm512_add_epi32(position, _mm512_set1_epi32(16))) {
         const __m512i some = _mm512_loadu_si512(numbers + s);
         __mmask16 wanted;
         if constexpr (std::is_same_v<Number, float>) wanted = _mm512_cmp_ps_mask((__m512)some, _mm512_set1_ps(least), _CMP_GE_OQ);
         else wanted = _mm512_cmpge_epi32_mask(some, _mm512_set1_epi32(least));
-        _mm512_storeu_si512(to + taken, _mm512_maskz_compress_epi32(wanted, POSITIONS ? place : some));
+        _mm512_storeu_si512(to + taken, _mm512_maskz_compress_epi32(wanted, POSITIONS ? position : some));
         taken += __builtin_popcount(wanted);
     }
 #endif
@@ -81,7 +81,7 @@ struct Bracket {
     }
 };
 
-static inline Bracket whole_bracket(const int32_t *ranks, int64_t count) {
+static inline Bracket full_bracket(const int32_t *ranks, int64_t count) {
     int32_t least = INT_MAX, most = INT_MIN;
     for (int64_t s = 0; s < count; s++) {
         least = std::min(least, ranks[s]);
@@ -93,7 +93,7 @@ static inline Bracket whole_bracket(const int32_t *ranks, int64_t count) {
 // Halves the range of ranks until `topk` of them (0 < topk < count) lie from the threshold on. Once those that may
 // matter are a quarter of all, `few` takes them.
 static inline Threshold find_threshold(const int32_t *ranks, int64_t count, int64_t topk, int32_t *few) {
-    Bracket bracket = whole_bracket(ranks, count);
+    Bracket bracket = full_bracket(ranks, count);
     while (bracket.high - bracket.low > 1 && bracket.from_low != topk) {
         if (4 * bracket.from_low < count) {
             count = append_from<false>(ranks, 0, count, int32_t(bracket.low), few, 0);
@@ -105,12 +105,12 @@ static inline Threshold find_threshold(const int32_t *ranks, int64_t count, int6
     return {int32_t(bracket.low), bracket.from_low - topk};
 }
 
-// Room for one row's selection.
-struct SelectionRoom {
+// Scratch memory of one row's selection.
+struct SelectionScratch {
     std::unique_ptr<float[]> high;
     std::unique_ptr<int32_t[]> ranks, few, positions;
 
-    SelectionRoom(int64_t keys, int64_t topk)
+    SelectionScratch(int64_t keys, int64_t topk)
         : high(new float[keys + LANES]), ranks(new int32_t[keys]), few(new int32_t[keys / 4 + LANES]),
           positions(new int32_t[topk + LANES]) {}
 };
@@ -119,49 +119,49 @@ struct SelectionRoom {
 // from a sample.
 static inline float probable_floor(const float *scores, int64_t count, int64_t topk) {
     constexpr int64_t SAMPLE = 128;
-    const int64_t beyond = topk * SAMPLE / count, place = beyond + 3 + int64_t(3 * std::sqrt(double(beyond)));
-    if (count < 8 * SAMPLE || 2 * place > SAMPLE) return -INFINITY;
+    const int64_t beyond = topk * SAMPLE / count, rank_in_sample = beyond + 3 + int64_t(3 * std::sqrt(double(beyond)));
+    if (count < 8 * SAMPLE || 2 * rank_in_sample > SAMPLE) return -INFINITY;
     float sample[SAMPLE];
     int32_t ranks[SAMPLE], few[SAMPLE / 4 + LANES];
     for (int64_t i = 0; i < SAMPLE; i++) sample[i] = scores[i * count / SAMPLE];
     rank_scores(sample, SAMPLE, ranks);
-    const int32_t rank = find_threshold(ranks, SAMPLE, place, few).rank;
+    const int32_t rank = find_threshold(ranks, SAMPLE, rank_in_sample, few).rank;
     return rank == INT_MIN ? -INFINITY : of_rank(rank);
 }
 
 // Of scores that are longer than topk.
-static inline Threshold find_score_threshold(const float *scores, int64_t count, int64_t topk, const SelectionRoom &room) {
-    const float *some = room.high.get();
-    int64_t n = append_from<false>(scores, 0, count, probable_floor(scores, count, topk), room.high.get(), 0);
+static inline Threshold find_score_threshold(const float *scores, int64_t count, int64_t topk, const SelectionScratch &scratch) {
+    const float *some = scratch.high.get();
+    int64_t n = append_from<false>(scores, 0, count, probable_floor(scores, count, topk), scratch.high.get(), 0);
     // Too few: the sample misled, or there are fewer numbers than are wanted.
     if (n < topk) some = scores, n = count;
-    rank_scores(some, n, room.ranks.get());
-    if (n == topk) return {*std::min_element(room.ranks.get(), room.ranks.get() + n), 0};
-    return find_threshold(room.ranks.get(), n, topk, room.few.get());
+    rank_scores(some, n, scratch.ranks.get());
+    if (n == topk) return {*std::min_element(scratch.ranks.get(), scratch.ranks.get() + n), 0};
+    return find_threshold(scratch.ranks.get(), n, topk, scratch.few.get());
 }
 
 // All numbers, and as many of what is no number, the most recent, as are still wanted.
-static inline void take_with_spoilt(const float *scores, int64_t count, int64_t topk, int32_t *positions) {
-    int64_t spoilt = topk;
-    for (int64_t s = 0; s < count; s++) spoilt -= scores[s] == scores[s];
+static inline void take_with_nan(const float *scores, int64_t count, int64_t topk, int32_t *positions) {
+    int64_t n_nan = topk;
+    for (int64_t s = 0; s < count; s++) n_nan -= scores[s] == scores[s];
     for (int64_t s = count, to = topk; to > 0;) {
         s--;
         if (scores[s] == scores[s]) positions[--to] = int32_t(s);
-        else if (spoilt > 0) spoilt--, positions[--to] = int32_t(s);
+        else if (n_nan > 0) n_nan--, positions[--to] = int32_t(s);
     }
 }
 
-static inline void take_all(Interval seen, int64_t topk, int32_t *chosen) {
-    for (int64_t i = 0; i < topk; i++) chosen[i] = seen.start + i < seen.stop ? int32_t(seen.start + i) : -1;
+static inline void take_all(Interval visible, int64_t topk, int32_t *chosen) {
+    for (int64_t i = 0; i < topk; i++) chosen[i] = visible.start + i < visible.stop ? int32_t(visible.start + i) : -1;
 }
 
 // `scores` are those of the interval, longer than topk.
-static inline void take_best(const float *scores, Interval seen, int64_t topk, const SelectionRoom &room,
+static inline void take_best(const float *scores, Interval visible, int64_t topk, const SelectionScratch &scratch,
                              int32_t *chosen) {
-    const int64_t count = seen.stop - seen.start;
-    const Threshold threshold = find_score_threshold(scores, count, topk, room);
-    int32_t *positions = room.positions.get();
-    if (threshold.rank == INT_MIN) take_with_spoilt(scores, count, topk, positions);
+    const int64_t count = visible.stop - visible.start;
+    const Threshold threshold = find_score_threshold(scores, count, topk, scratch);
+    int32_t *positions = scratch.positions.get();
+    if (threshold.rank == INT_MIN) take_with_nan(scores, count, topk, positions);
     else {
         const float least = of_rank(threshold.rank), above = of_rank(threshold.rank + 1);
         int64_t passed = 0;  // so far, ties lose
@@ -170,5 +170,5 @@ static inline void take_best(const float *scores, Interval seen, int64_t topk, c
         const int64_t taken = append_from<true>(scores, 0, passed, above, positions, 0);
         append_from<true>(scores, passed, count, least, positions, taken);
     }
-    for (int64_t i = 0; i < topk; i++) chosen[i] = int32_t(seen.start + positions[i]);
+    for (int64_t i = 0; i < topk; i++) chosen[i] = int32_t(visible.start + positions[i]);
 }

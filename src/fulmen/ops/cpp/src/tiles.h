@@ -47,7 +47,7 @@ struct alignas(64) TileConfig {
     }
 
     // All tiles as large as they can be.
-    static TileConfig whole() {
+    static TileConfig full() {
         TileConfig config;
         for (int tile = 0; tile < 8; tile++) config.set(tile, TILE_ROWS, TILE_BYTES);
         return config;

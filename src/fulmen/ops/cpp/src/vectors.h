@@ -49,9 +49,9 @@ template <class Number> static inline Vec load_some(const Number *from, int64_t 
     if constexpr (sizeof(Number) == 4) return (Vec)_mm512_maskz_loadu_ps(some, from);
     else return widen((HalfVec)_mm256_maskz_loadu_epi16(some, from));
 #else
-    Number room[LANES] = {};
-    std::copy_n(from, count, room);
-    return load(room);
+    Number padded[LANES] = {};
+    std::copy_n(from, count, padded);
+    return load(padded);
 #endif
 }
 
@@ -60,16 +60,16 @@ static inline void store_some(float *to, Vec x, int64_t count) {
 #ifdef __AVX512F__
     _mm512_mask_storeu_ps(to, __mmask16((1 << count) - 1), (__m512)x);
 #else
-    float room[LANES];
-    store(room, x);
-    std::copy_n(room, count, to);
+    float padded[LANES];
+    store(padded, x);
+    std::copy_n(padded, count, to);
 #endif
 }
 
 static inline Vec broadcast(float x) { return x - Vec{}; }
 
-// Room for numbers, kept for the next ones; what it holds is anything.
-class FloatRoom {
+// Memory for numbers, kept for the next ones; what it holds is anything.
+class FloatWorkspace {
     std::unique_ptr<float[]> numbers;
     int64_t size = 0;
 
@@ -118,8 +118,8 @@ static inline Vec exp2_vec(Vec x) {
     y = y * part + 0.240226509f;
     y = y * part + 0.693147207f;
     y = y * part + 1.0f;
-    const IntVec whole = (IntVec)shifted - (IntVec)magic;
-    return y * (Vec)((whole + 127) << 23);
+    const IntVec integer = (IntVec)shifted - (IntVec)magic;
+    return y * (Vec)((integer + 127) << 23);
 #endif
 }
 

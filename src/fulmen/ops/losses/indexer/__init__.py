@@ -51,7 +51,7 @@ def indexer_loss(
     arguments = (q_BTJE, k_BSIE, w_BTJ, b_BTJ, attn_q_BTHD, attn_k_BSGD, start_BT, stop_BT, scale)
     backend = resolve("indexer_loss", q_BTJE.device, q_BTJE.dtype)
     with outside_autocast(q_BTJE.device):
-        if backend == "cpu":
+        if backend == "torch":
             return indexer_loss_blocked(*arguments)
         return indexer_loss_reference(*arguments).loss
 
@@ -84,6 +84,6 @@ def indexer_loss_selected(
     arguments = (q_BTJE, k_BSIE, w_BTJ, b_BTJ, attn_q_BTHD, attn_k_BSGD, topk_BTK, scale)
     backend = resolve("indexer_loss_selected", q_BTJE.device, q_BTJE.dtype)
     with outside_autocast(q_BTJE.device):
-        if backend == "cpu":
+        if backend == "torch":
             return indexer_loss_selected_blocked(*arguments)
         return indexer_loss_selected_reference(*arguments).loss

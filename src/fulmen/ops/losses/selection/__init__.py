@@ -72,6 +72,6 @@ def selection_loss(
     arguments: Any = (*index, *attention, *ends, topk, scale, temperature)
     backend = resolve("selection_loss", q_BTJE.device, q_BTJE.dtype)
     with outside_autocast(q_BTJE.device):
-        if backend == "cpu":
+        if backend == "torch":
             return selection_loss_blocked(*arguments)
         return selection_loss_reference(*arguments).loss_BT

@@ -5,6 +5,7 @@ means another table. They are first guesses for an H100 that no GPU has timed
 (`benchmarks/ops/gpu_ops.py` does).
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fulmen.ops.triton_library import is_interpreted
+from fulmen.ops.common.interpreter import is_interpreted
 
 SMALLEST_PRODUCT = 16
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -56,12 +57,17 @@ def split_width(width: int) -> tuple[int, int]:
 
     The second is 0 where the first holds all.
     """
-    whole = power_of_2(width, SMALLEST_PRODUCT)
-    half = whole // 2
-    if whole == width or half < SMALLEST_PRODUCT:
-        return whole, 0
+    full = power_of_2(width, SMALLEST_PRODUCT)
+    half = full // 2
+    if full == width or half < SMALLEST_PRODUCT:
+        return full, 0
     rest = power_of_2(width - half, SMALLEST_PRODUCT)
-    return (half, rest) if rest < half else (whole, 0)
+    return (half, rest) if rest < half else (full, 0)
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager:
+    """Kernels go to the current device; inside this context that is the device of `x`."""
+    return nullcontext() if x.device.type == "cpu" else getattr(torch, x.device.type).device(x.device)
 
 
 def product_dtype(x: Tensor) -> tl.dtype:
@@ -142,6 +148,6 @@ def load_selected(topk_K, low, stop, BLOCK: tl.constexpr):
 
     The one place that turns a selected position into a row of the cache: a block table would be read here.
     """
-    place_K = low + tl.arange(0, BLOCK)
-    key_K = tl.load(topk_K + place_K, mask=place_K < stop, other=-1)
+    index_K = low + tl.arange(0, BLOCK)
+    key_K = tl.load(topk_K + index_K, mask=index_K < stop, other=-1)
     return tl.maximum(key_K, 0).to(tl.int64), key_K >= 0

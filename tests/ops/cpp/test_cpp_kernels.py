@@ -1,4 +1,4 @@
-"""What the native kernels promise beyond the other backends: bits that depend on nothing but the numbers."""
+"""What the C++ kernels promise beyond the other backends: bits that depend on nothing but the numbers."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from fulmen.ops.dispatch import pin_backend
 from fulmen.ops.scores import cpp as cpp_scores
 from fulmen.ops.scores import index_scores
 from fulmen.ops.topk import index_topk, select_topk
-from tests.ops.native_levels import EACH_LEVEL, native_level
+from tests.ops.cpp_levels import EACH_LEVEL, cpp_level
 from tests.ops.ops_cases import (
     assert_near,
     causal,
@@ -38,8 +38,8 @@ SHARED_KEYS = (2, 300, 90, 60)
 
 
 @pytest.fixture(scope="module", autouse=True, params=EACH_LEVEL)
-def _native(request):
-    with native_level(request.param), pin_backend("native"):
+def _cpp(request):
+    with cpp_level(request.param), pin_backend("cpp"):
         yield
 
 

@@ -4,18 +4,15 @@ Triton is optional, and a checkpoint's own copy of this source holds no kernel: 
 by name, where they are used, and `triton_reason` says why they cannot be.
 """
 
-import os
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
 
-# Triton's own variable: its kernels are then computed by NumPy, on any device, for tests.
-INTERPRET_VARIABLE = "TRITON_INTERPRET"
+from fulmen.ops.common.interpreter import INTERPRET_VARIABLE, is_interpreted
+
 # Ampere: the first with bfloat16 matrix units.
 LEAST_CAPABILITY = (8, 0)
 
@@ -41,22 +38,12 @@ def triton_reason(device: torch.device | str) -> str | None:
     return None
 
 
-def is_interpreted() -> bool:
-    """Whether Triton interprets its kernels. It reads the variable when it is imported: set it before."""
-    return os.environ.get(INTERPRET_VARIABLE, "").lower() in ("1", "true", "yes", "on", "y")
-
-
-def on_device_of(x: Tensor) -> AbstractContextManager:
-    """Kernels go to the current device; inside this context that is the device of `x`."""
-    return nullcontext() if x.device.type == "cpu" else getattr(torch, x.device.type).device(x.device)
-
-
 @cache
 def _import_reason() -> str | None:
     if find_spec("triton") is None:
         return "Triton is not installed; pip install 'fulmen[gpu]'"
     try:
-        import_module("fulmen.ops.triton_parts")
+        import_module("fulmen.ops.triton_kit")
     except ImportError as error:
         return f"its kernels cannot be imported ({error}); pip install 'fulmen[gpu]'"
     return None
