@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fulmen.data import load_corpus, windows
-from fulmen.modeling.gqa.model import set_topk
+from fulmen.modeling.families import set_topk
 from fulmen.pipeline.chat import load_converted
 from fulmen.training.sparse.run import prepare_stage
 from fulmen.training.sparse.settings import SparseSettings

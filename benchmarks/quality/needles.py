@@ -18,7 +18,7 @@ from fulmen.data import load_corpus
 from fulmen.evaluation.parity.needles import needle_samples, sample_groups, score_samples
 from fulmen.evaluation.parity.tables import needle_tables
 from fulmen.evaluation.parity.variants import Bench, current_topk
-from fulmen.modeling.mla.attention import own_attention
+from fulmen.modeling.families import accelerated
 from fulmen.pipeline.chat import load_converted
 
 
@@ -46,7 +46,7 @@ def main(
     ]
     answers: dict[str, list[bool]] = {"dense": [], "dsa": []}
     clock = time.perf_counter()
-    with own_attention(model), own_attention(first):
+    with accelerated(model), accelerated(first):
         for group in sample_groups(samples):
             for name, right in answers.items():
                 with benches[name].running(name, topk, 0, "needles"):

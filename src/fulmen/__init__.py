@@ -56,7 +56,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # The model code behind it takes seconds to import.
     if name == "set_topk":
-        from fulmen.modeling.gqa.model import set_topk
+        from fulmen.modeling.families import set_topk
 
         return set_topk
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

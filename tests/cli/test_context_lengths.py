@@ -10,7 +10,7 @@ from transformers import DeepseekV2Config, DeepseekV3Config, LlamaConfig, Qwen2C
 from fulmen.config import DsaConfig
 from fulmen.data import load_corpus
 from fulmen.modeling.checkpoint import find_source, load_tokenizer
-from fulmen.modeling.index_shape import default_topk
+from fulmen.modeling.lengths import default_topk
 from fulmen.pipeline.convert import convert, plan_conversion
 from fulmen.pipeline.evaluate import EvalSize, plan_evaluation
 from fulmen.pipeline.settings import ConvertSettings, EvalSettings

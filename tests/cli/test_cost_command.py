@@ -11,7 +11,7 @@ from fulmen.cli.main import app
 from fulmen.errors import ConfigError
 from fulmen.evaluation.price import speed
 from fulmen.modeling.cost import prefill_cost
-from fulmen.modeling.index_shape import dsa_of
+from fulmen.modeling.families import dsa_of
 from fulmen.pipeline.cost_settings import CostSettings
 from tests.cli.said import lines_that_stay
 

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fulmen.modeling.mla.attention import own_attention
-from fulmen.modeling.mla.cache import cache_with_index_keys
+from fulmen.modeling.families import accelerated, empty_cache
 from fulmen.modeling.selectors import IndexerSelector, use_selector
 from fulmen.ops.scores import index_scores
 from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa
@@ -122,7 +121,7 @@ class Watch(IndexerSelector):
 def watched(model: Any, feed: Callable[[], Any], watch: Watch | None = None) -> tuple[Watch, Any]:
     """What the model's layers select while `feed` runs, and what it returns."""
     watch = Watch() if watch is None else watch
-    with torch.no_grad(), own_attention(model), use_selector(model, watch):
+    with torch.no_grad(), accelerated(model), use_selector(model, watch):
         return watch, feed()
 
 
@@ -142,4 +141,4 @@ def logits_in_steps(
 
 
 def new_cache(model: Any) -> Any:
-    return cache_with_index_keys(model.config)
+    return empty_cache(model.config)

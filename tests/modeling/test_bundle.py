@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from fulmen.modeling.bundle import bundle_name, bundle_source
 from fulmen.modeling.checkpoint import save_converted
 from fulmen.modeling.families import all_families
-from fulmen.modeling.families.base import GqaFamily
+from fulmen.modeling.gqa.family import GqaFamily
 from fulmen.ops.dispatch import pin_backend
 from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa, random_ids
 from tests.modeling.test_checkpoint import CARD, logits, tokenizer  # noqa: F401

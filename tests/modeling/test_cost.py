@@ -24,9 +24,9 @@ from fulmen.modeling.cost import (
     prefill_cost,
     token_bytes,
 )
-from fulmen.modeling.families import family_for_type
+from fulmen.modeling.families import dsa_of, family_for_type
 from fulmen.modeling.gqa.cache import DsaCache
-from fulmen.modeling.index_shape import default_dsa, dsa_of
+from fulmen.modeling.index_shape import default_dsa
 from fulmen.modeling.mla.attention import fulmen_attention
 from fulmen.modeling.mla.cache import MlaCache
 from tests.modeling.gqa.tiny_gqa import SHAPE, make_dense, make_dsa, random_ids

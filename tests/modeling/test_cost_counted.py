@@ -11,14 +11,15 @@ from transformers import DeepseekV32Config, GlmMoeDsaConfig, LlamaConfig, Qwen3C
 from fulmen.modeling.cost import (
     decode_cost,
     head_weights,
-    indexer_shape,
+    indexer_cost,
     layer_weights,
     prefill_cost,
     token_bytes,
 )
+from fulmen.modeling.families import dsa_of
 from fulmen.modeling.gqa import attention as gqa_attention
 from fulmen.modeling.gqa.cache import DsaCache
-from fulmen.modeling.index_shape import default_dsa, dsa_of
+from fulmen.modeling.index_shape import default_dsa
 from fulmen.modeling.mla import attention as mla_attention
 from fulmen.modeling.mla.attention import fulmen_attention
 from fulmen.modeling.mla.cache import MlaCache
@@ -84,7 +85,7 @@ def test_decoding_with_mla(kind, length):
         counted = flops_of_last(model, MlaCache(model.config), mla_ids(1, length))
     dsa = dsa_of(model.config)
     # The model makes index queries even where nothing is scored, which no engine need do.
-    needless = 3 * 2 * indexer_shape(model.config, dsa).query_weights if length <= TOPK else 0
+    needless = 3 * 2 * indexer_cost(model.config, dsa).query_weights if length <= TOPK else 0
     assert counted - needless == decode_cost(model.config, dsa, length, BYTES).dsa_flops
 
 

@@ -6,7 +6,7 @@ from transformers import GenerationConfig
 
 from fulmen import CacheError
 from fulmen.modeling.gqa.cache import DsaCache
-from fulmen.modeling.gqa.model import PREFILL_CHUNK
+from fulmen.modeling.lengths import PREFILL_CHUNK
 from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa, pair, random_ids
 
 

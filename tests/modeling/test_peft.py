@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fulmen.modeling.families import all_families
-from fulmen.modeling.families.base import GqaFamily
+from fulmen.modeling.gqa.family import GqaFamily
 from tests.modeling.gqa.tiny_gqa import FAMILIES, make_dense, make_dsa, random_ids
 
 peft = pytest.importorskip("peft")

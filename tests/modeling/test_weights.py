@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM
 from fulmen import CheckpointError
 from fulmen.config import DsaConfig
 from fulmen.modeling.checkpoint import dense_view, load_dense, load_directory, save_converted
-from fulmen.modeling.families import family_for
-from fulmen.modeling.gqa.model import set_topk
+from fulmen.modeling.families import family_for, set_topk
 from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa, random_ids
 from tests.modeling.mla.tiny_mla import make_mla
 from tests.modeling.tiny_source import (

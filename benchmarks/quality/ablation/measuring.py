@@ -15,7 +15,7 @@ from fulmen.evaluation.parity.controls import MassSelector
 from fulmen.evaluation.parity.losses import second_half_loss
 from fulmen.evaluation.parity.variants import Text, last_hidden_states, use_topk
 from fulmen.modeling.cost import token_bytes
-from fulmen.modeling.index_shape import dsa_of
+from fulmen.modeling.families import dsa_of
 from fulmen.modeling.selectors import DenseSelector, IndexerSelector, SelectionInputs, Selector, use_selector
 from fulmen.pipeline.texts import kinds_of
 from fulmen.pipeline.train import weights_fingerprint

@@ -30,12 +30,12 @@ from benchmarks.quality.ablation.measuring import fingerprint
 from benchmarks.quality.ablation.sharing import SharedLossSelector, SharedSelector, group_means, leaders
 from fulmen.evaluation.parity.variants import indexer_state
 from fulmen.modeling.checkpoint import load_dense
-from fulmen.modeling.cost import index_key_bytes, indexer_shape
-from fulmen.modeling.families import family_for
+from fulmen.modeling.cost import index_key_bytes, indexer_cost
+from fulmen.modeling.families import dsa_of, family_for
 from fulmen.modeling.gqa import attention
 from fulmen.modeling.gqa.indexer import model_head_width
 from fulmen.modeling.gqa.model import set_topk_shares
-from fulmen.modeling.index_shape import default_dsa, dsa_of
+from fulmen.modeling.index_shape import default_dsa
 from fulmen.modeling.selectors import DenseSelector
 from fulmen.pipeline.chat import load_converted
 from fulmen.training.warmup.trainer import WarmupSettings
@@ -202,7 +202,7 @@ def _reset(model: PreTrainedModel, indexers: dict[str, Tensor], shares: Sequence
 def _measure_shared(lab: Lab, model: PreTrainedModel, leader_of: dict[int, int]) -> dict[str, Any]:
     """Also the FLOPs of all indexes for the last token of a text."""
     dsa, indexes = dsa_of(model.config), len(set(leader_of.values()))
-    one = indexer_shape(model.config, dsa)
+    one = indexer_cost(model.config, dsa)
     flops = lab.length * one.pair_flops + 2 * (one.key_weights + one.query_weights)
     return {
         **lab.measure(model, dsa.topk, SharedSelector(leader_of)),

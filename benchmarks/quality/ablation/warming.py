@@ -18,7 +18,7 @@ from fulmen.evaluation.parity.variants import indexer_state
 from fulmen.files import atomic_write
 from fulmen.modeling.gqa.model import set_topk_shares
 from fulmen.modeling.selectors import dsa_attentions, use_selector
-from fulmen.training.warmup.losses import IndexerLossSelector, output_weight
+from fulmen.training.warmup.losses import IndexerLossSelector
 from fulmen.training.warmup.trainer import MEASURED_ROWS, WarmupSettings
 
 RISING_STEPS = 5
@@ -75,7 +75,7 @@ def _step(
     taps: Taps,
 ) -> None:
     torch.manual_seed(seed)  # of the query rows, in a resumed run too
-    weights = {layer.layer_idx: output_weight(layer).detach() for layer in dsa_attentions(model)}
+    weights = {layer.layer_idx: layer.output_weight().detach() for layer in dsa_attentions(model)}
     selector = taps(weights, WarmupSettings.n_rows, MEASURED_ROWS)
     with use_selector(model, selector):
         model.base_model(text.input_ids[None], position_ids=text.position_ids[None], use_cache=False)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fulmen.modeling.gqa.model import PREFILL_CHUNK
+from fulmen.modeling.lengths import PREFILL_CHUNK
 from fulmen.modeling.rope_tables import are_rotated_alike, rope_for_length
 
 

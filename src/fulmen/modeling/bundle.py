@@ -2,7 +2,8 @@
 
 The file is fulmen's own source: the modules that a family's module imports, one after the other, with the
 imports among them cut. That works because intra-package imports are plain (`from fulmen.x import name`) and
-top-level names are unique; the asserts here keep it so.
+top-level names are unique; the asserts here keep it so. A checkpoint needs a family's classes alone:
+FAMILY, for all else that fulmen asks of it, is left out, with what only that imports.
 """
 
 import ast
@@ -10,10 +11,11 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from fulmen.modeling.families.base import GqaFamily
+from fulmen.modeling.gqa.family import GqaFamily
 
 PACKAGE = "fulmen"
 ALLOWED_LIBRARIES = {"torch", "transformers"}
+RECORD, RECORD_MODULE = "FAMILY", "family"
 
 
 def bundle_name(family: GqaFamily) -> str:
@@ -52,7 +54,8 @@ def _in_order_of_need(module_name: str) -> dict[str, str]:
         assert spec.origin is not None, name
         source = Path(spec.origin).read_text(encoding="utf-8")
         for node in _own_imports(source):
-            visit(str(node.module))
+            if str(node.module).rpartition(".")[2] != RECORD_MODULE:
+                visit(str(node.module))
         sources[name] = source
 
     visit(module_name)
@@ -78,12 +81,17 @@ def _is_own(module_name: str | None) -> bool:
 
 def _without_own_imports(source: str) -> str:
     lines = source.splitlines(keepends=True)
-    for node in _own_imports(source):
+    for node in (*_own_imports(source), *_records(source)):
         # A block may hold nothing but the import.
         lines[node.lineno - 1] = " " * node.col_offset + "pass\n" if node.col_offset else ""
         for line in range(node.lineno, node.end_lineno or node.lineno):
             lines[line] = ""
     return "".join(lines)
+
+
+def _records(source: str) -> list[ast.Assign]:
+    assigned = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    return [node for node in assigned if any(getattr(to, "id", "") == RECORD for to in node.targets)]
 
 
 def _require_unique_names(modules: dict[str, str]) -> None:

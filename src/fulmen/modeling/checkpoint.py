@@ -22,11 +22,11 @@ from fulmen.errors import CheckpointError, OutputError, UnsupportedModelError, o
 from fulmen.modeling.bundle import bundle_auto_map, bundle_name, bundle_source
 from fulmen.modeling.config_checks import PROBE, read_own_config, require_sound_templates, require_tokens_fit
 from fulmen.modeling.families import dsa_family_for, family_for_type
-from fulmen.modeling.families.base import GqaFamily, plain_config
 from fulmen.modeling.generation_settings import mend_generation_config, read_generation_config
 from fulmen.modeling.gguf.file import first_part, read_gguf
 from fulmen.modeling.gguf.tokenizer import gguf_tokenizer
 from fulmen.modeling.gguf.weights import load_gguf
+from fulmen.modeling.gqa.family import GqaFamily
 from fulmen.modeling.weight_files import (
     follow_umask,
     not_readable,
@@ -235,11 +235,8 @@ def dense_view(model_dir: str | Path, dtype: torch.dtype | str = "auto") -> PreT
         raise UnsupportedModelError(
             f"model_type {config.model_type!r} has no dense class; set_topk above the length instead"
         )
-    values = plain_config(config)
-    del values["dsa"]
-    dense_class: Any = family.source_class
-    dense_config = dense_class.config_class.from_dict(values)
-    return load_whole(str(model_dir), dense_class, left_out=r"\.indexer\.", config=dense_config, dtype=dtype)
+    stock, dense_config = family.source_class, family.dense_config(config)
+    return load_whole(str(model_dir), stock, left_out=r"\.indexer\.", config=dense_config, dtype=dtype)
 
 
 def _small_model() -> ModelSource:

@@ -31,9 +31,9 @@ from typing import NamedTuple
 from transformers import PreTrainedConfig
 
 from fulmen.config import DsaConfig, require_positive_int
-from fulmen.modeling.gqa.cache import CacheBytes
-from fulmen.modeling.gqa.indexer import model_head_width
-from fulmen.ops.common.index_keys import SCALE_BYTES
+from fulmen.modeling.cache import CacheBytes
+from fulmen.modeling.families import family_like
+from fulmen.modeling.family import IndexerCost
 
 PREFILL_BLOCK = 128
 
@@ -105,7 +105,7 @@ class LayerStep(NamedTuple):
     has_indexer: bool
 
 
-class AttentionShape(NamedTuple):
+class AttentionCost(NamedTuple):
     """One layer's attention: numbers kept per token, FLOPs per query-key pair, weights of its projections.
 
     `expanded_pair_flops`: with each head's own keys and values, as dense attention reads a prompt.
@@ -115,14 +115,6 @@ class AttentionShape(NamedTuple):
     pair_flops: int
     expanded_pair_flops: int
     weights: int
-
-
-class IndexerShape(NamedTuple):
-    """One layer's indexer: FLOPs per pair, weights for index keys and for queries."""
-
-    pair_flops: int
-    key_weights: int
-    query_weights: int
 
 
 def decode_cost(config: PreTrainedConfig, dsa: DsaConfig, position: int, dtype_bytes: int = 2) -> StepCost:
@@ -147,13 +139,13 @@ def prefill_cost(config: PreTrainedConfig, dsa: DsaConfig, position: int, dtype_
 def decode_parts(config: PreTrainedConfig, dsa: DsaConfig, position: int, dtype_bytes: int = 2) -> StepParts:
     """`decode_cost` in parts; arguments and errors are the same."""
     weights = layer_weights(config) + head_weights(config)
-    pair_flops = attention_shape(config).pair_flops
+    pair_flops = attention_cost(config).pair_flops
     return _step_parts(config, dsa, position, dtype_bytes, 1, weights, pair_flops)
 
 
 def prefill_parts(config: PreTrainedConfig, dsa: DsaConfig, position: int, dtype_bytes: int = 2) -> StepParts:
     """`prefill_cost` in parts; arguments and errors are the same."""
-    pair_flops = attention_shape(config).expanded_pair_flops
+    pair_flops = attention_cost(config).expanded_pair_flops
     return _step_parts(config, dsa, position, dtype_bytes, PREFILL_BLOCK, layer_weights(config), pair_flops)
 
 
@@ -175,61 +167,39 @@ def cost_rows(
 
 def token_bytes(config: PreTrainedConfig, dsa: DsaConfig, dtype_bytes: int = 2) -> CacheBytes:
     """What fulmen's caches keep per token: keys and values of all layers, and the index keys."""
-    kv = attention_shape(config).token_width * config.num_hidden_layers
+    kv = attention_cost(config).token_width * config.num_hidden_layers
     index_keys = index_key_bytes(config, dsa, dtype_bytes) * len(_indexer_layers(config, dsa))
     return CacheBytes(kv * dtype_bytes, index_keys)
 
 
 def index_key_bytes(config: PreTrainedConfig, dsa: DsaConfig, dtype_bytes: int = 2) -> int:
     """What a cache keeps of one token's index keys in one converted layer."""
-    if is_mla(config):
-        return dsa.index_head_dim * dtype_bytes
-    return dsa.index_n_kv_heads * (dsa.index_head_dim + SCALE_BYTES)
+    return family_like(config).index_key_bytes(dsa, dtype_bytes)
 
 
 def index_key_share(config: PreTrainedConfig, dsa: DsaConfig, dtype_bytes: int = 2) -> float:
     """Index keys over keys and values, per token of one converted layer: what DSA adds to the cache."""
-    kv_bytes = attention_shape(config).token_width * dtype_bytes
+    kv_bytes = attention_cost(config).token_width * dtype_bytes
     return index_key_bytes(config, dsa, dtype_bytes) / kv_bytes
 
 
-def is_mla(config: PreTrainedConfig) -> bool:
-    """Whether the model has multi-head latent attention (DeepSeek, GLM-5), not grouped heads."""
-    return getattr(config, "kv_lora_rank", None) is not None
+def attention_cost(config: PreTrainedConfig) -> AttentionCost:
+    """What one layer's attention costs; of a model that no family knows too, for a server holds its keys."""
+    family = family_like(config)
+    layout, prefill = family.attention_layout(config), family.prefill_layout(config)
+    return AttentionCost(
+        layout.token_width, layout.pair_flops, prefill.pair_flops, family.attention_weights(config)
+    )
 
 
-def attention_shape(config: PreTrainedConfig) -> AttentionShape:
-    """The shape of one layer's attention, from either kind of config."""
-    heads, hidden = config.num_attention_heads, config.hidden_size
-    if not is_mla(config):
-        width, groups = model_head_width(config), config.num_key_value_heads
-        weights = 2 * hidden * (heads + groups) * width
-        return AttentionShape(2 * groups * width, 4 * heads * width, 4 * heads * width, weights)
-    latent, rope, q_rank = config.kv_lora_rank, config.qk_rope_head_dim, config.q_lora_rank
-    q_width = heads * (config.qk_nope_head_dim + rope)
-    q_weights = q_rank * (hidden + q_width) if q_rank else hidden * q_width
-    up_weights = latent * heads * (config.qk_nope_head_dim + config.v_head_dim)
-    weights = q_weights + hidden * (latent + rope) + up_weights + heads * config.v_head_dim * hidden
-    absorbed, expanded = 2 * latent + rope, config.qk_nope_head_dim + rope + config.v_head_dim
-    return AttentionShape(latent + rope, 2 * heads * absorbed, 2 * heads * expanded, weights)
-
-
-def indexer_shape(config: PreTrainedConfig, dsa: DsaConfig) -> IndexerShape:
-    """The shape of one layer's indexer; what its projections read depends on the kind of model."""
-    index_heads, width, hidden = dsa.index_n_heads, dsa.index_head_dim, config.hidden_size
-    keys = dsa.index_n_kv_heads * width
-    pair_flops = 2 * index_heads * (width + 1)
-    if is_mla(config):
-        query_weights = (config.q_lora_rank or hidden) * index_heads * width + hidden * index_heads
-        return IndexerShape(pair_flops, hidden * keys, query_weights)
-    head = model_head_width(config)
-    query_weights = config.num_attention_heads * head * index_heads * width + 2 * hidden * index_heads
-    return IndexerShape(pair_flops, config.num_key_value_heads * head * keys, query_weights)
+def indexer_cost(config: PreTrainedConfig, dsa: DsaConfig) -> IndexerCost:
+    """What one layer's indexer costs; what its projections read depends on the family."""
+    return family_like(config).indexer_cost(config, dsa)
 
 
 def layer_weights(config: PreTrainedConfig) -> int:
     """Weights of all layers that one token is multiplied with: attention's projections and the MLPs."""
-    attention = attention_shape(config).weights * config.num_hidden_layers
+    attention = attention_cost(config).weights * config.num_hidden_layers
     n_moe = _moe_layers(config)
     dense = 3 * config.hidden_size * config.intermediate_size * (config.num_hidden_layers - n_moe)
     if not n_moe:
@@ -292,8 +262,8 @@ def _step_parts(
 ) -> StepParts:
     """One token; `block` queries share a read of what all of them see, at `pair_flops` a pair."""
     layers = layer_steps(config, dsa, position)
-    shape, indexer = attention_shape(config), indexer_shape(config, dsa)
-    token, index_key = shape.token_width * dtype_bytes, index_key_bytes(config, dsa, dtype_bytes)
+    attention, indexer = attention_cost(config), indexer_cost(config, dsa)
+    token, index_key = attention.token_width * dtype_bytes, index_key_bytes(config, dsa, dtype_bytes)
 
     def attended(count: int) -> Work:
         return Work(count * token / block, count * pair_flops)
@@ -307,7 +277,7 @@ def _step_parts(
         weights=weights,
         index_weights=(scoring + storing) * indexer.key_weights + scoring * indexer.query_weights,
         dense_attention=attended(sum(layer.visible for layer in layers)),
-        dsa_attention=Work(rest.bytes + kept * token, rest.flops + kept * shape.pair_flops),
+        dsa_attention=Work(rest.bytes + kept * token, rest.flops + kept * attention.pair_flops),
         index_scores=Work(index_bytes, scoring * position * indexer.pair_flops),
     )
 

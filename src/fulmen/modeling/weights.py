@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from fulmen.errors import CheckpointError, one_line
-from fulmen.modeling.families.base import has_own_head
+from fulmen.modeling.family import has_own_head
 from fulmen.modeling.weight_files import INDEX_FILE, WEIGHTS_FILE, names_in, weight_files
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -10,13 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, TextStreamer
 
 from fulmen.errors import ConfigError
+from fulmen.modeling.cache import CacheBytes
 from fulmen.modeling.checkpoint import load_directory_model, load_directory_tokenizer
 from fulmen.modeling.config_checks import require_sound_templates
-from fulmen.modeling.gqa.cache import CacheBytes
-from fulmen.modeling.gqa.model import PREFILL_CHUNK, set_topk
-from fulmen.modeling.index_shape import context_of, dsa_of
-from fulmen.modeling.mla.attention import accelerate_mla
-from fulmen.modeling.mla.cache import cache_with_index_keys
+from fulmen.modeling.families import accelerate_model, dsa_of, empty_cache, set_topk
+from fulmen.modeling.lengths import PREFILL_CHUNK, context_of
 from fulmen.modeling.rope_tables import restored_rope, rope_angles, rope_for_length
 from fulmen.pipeline.model_config import read_config
 from fulmen.pipeline.reporter import SilentReporter, reporter, stage
@@ -68,9 +66,8 @@ class ChatSession:
         self.topk = dsa_of(self.model.config).topk
         self._cached_ids = torch.empty(0, dtype=torch.long)
         self._cached_angles: Tensor | None = None
-        if not getattr(self.model.config, "dsa", None):
-            accelerate_mla(self.model)
-        self._cache = cache_with_index_keys(self.model.config)
+        accelerate_model(self.model)
+        self._cache = empty_cache(self.model.config)
 
     @torch.no_grad()
     def ask(self, question: str, max_new_tokens: int, on_text: Callable[[str], None]) -> Turn:

@@ -1,7 +1,6 @@
 """A conversion from source to output directory: load, inherit, warm up, save; resumable at every point."""
 
 import platform
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,14 +22,9 @@ from fulmen.modeling.checkpoint import (
     require_savable,
     save_converted,
 )
-from fulmen.modeling.families import family_for
-from fulmen.modeling.gqa.budget import share_budget
-from fulmen.modeling.gqa.inherit import inherit_gqa
-from fulmen.modeling.gqa.model import set_topk_shares
-from fulmen.modeling.index_shape import context_of, default_dsa, dsa_of
-from fulmen.modeling.mla.attention import own_attention
-from fulmen.modeling.mla.convert import MLA_DSA_TYPES
-from fulmen.modeling.mla.inherit import inherit_mla
+from fulmen.modeling.families import accelerated, dsa_family_for, dsa_of, family_for
+from fulmen.modeling.index_shape import default_dsa
+from fulmen.modeling.lengths import context_of
 from fulmen.pipeline.model_card import conversion_card
 from fulmen.pipeline.model_config import quantized_types, read_config
 from fulmen.pipeline.reporter import TrainingView, say, stage
@@ -48,7 +42,7 @@ from fulmen.pipeline.train import (
 )
 from fulmen.training.processes import is_main_process, main_process_first, wait_for_all
 from fulmen.training.sharding import is_sharded
-from fulmen.training.sparse.settings import SparseSettings, require_trainable
+from fulmen.training.sparse.settings import SparseSettings
 from fulmen.training.warmup.trainer import WarmupSettings, warm_up
 
 BUDGET_WINDOWS = 2
@@ -82,7 +76,7 @@ def convert(settings: ConvertSettings) -> Path:
     identity = _identity(settings, corpus, plan.dsa, texts.length)
     if main_process_first(lambda: run.open(identity, discard_other=settings.overwrite)):
         say("Resuming an interrupted conversion")
-    with own_attention(model):
+    with accelerated(model):
         records: dict[str, Any] = {"inherit": main_process_first(lambda: _inherit(model, texts, run))}
         if "warmup" in settings.stages:
             records["warmup"] = _warm_up(model, texts, settings, run)
@@ -123,7 +117,7 @@ def plan_conversion(settings: ConvertSettings, config: PreTrainedConfig) -> _Pla
     dsa = default_dsa(config, settings.topk, settings.index_heads, settings.index_head_dim)
     family_for(config).require_convertible(config, dsa)
     if "sparse" in settings.stages:
-        require_trainable(config)
+        family_for(config).require_trainable(config)
     return _Plan(dsa, lengths_to_try(settings.window, config, dsa.topk), context_of(config))
 
 
@@ -156,13 +150,13 @@ def _identity(settings: ConvertSettings, corpus: Corpus, dsa: DsaConfig, window:
 
 
 def _inherit(model: PreTrainedModel, texts: ConversionTexts, run: RunDir) -> list[dict[str, Any]]:
+    family = dsa_family_for(model.config)
     if (done := run.load_done("inherit")) is not None:
         model.load_state_dict(done[0], strict=False)
-        if model.config.model_type not in MLA_DSA_TYPES:
-            set_topk_shares(model, [layer["topk_share"] for layer in done[1]])
+        family.restore_topk(model, done[1])
         return done[1]
     ids_BT = torch.stack([text.input_ids for text in texts.calibration]).to(model.device)
-    if model.config.model_type not in MLA_DSA_TYPES:
+    if family.shares_topk:
         _share_k(model, ids_BT[:BUDGET_WINDOWS])
     n_layers = len(dsa_of(model.config).layers)
     with stage("Inherit") as advance:
@@ -173,10 +167,7 @@ def _inherit(model: PreTrainedModel, texts: ConversionTexts, run: RunDir) -> lis
             fits.append(fit)
             advance(len(fits), n_layers, f"KL {fit.kl:.2f}")
 
-        if model.config.model_type in MLA_DSA_TYPES:
-            layers: Sequence[Any] = inherit_mla(model, [ids_BT], on_layer)
-        else:
-            layers = inherit_gqa(model, ids_BT, model.config.dsa["topk"], on_layer)
+        layers = family.inherit(model, ids_BT, on_layer)
     record = [layer._asdict() for layer in layers]
     run.save_record("inherit", record)
     run.save_stage("inherit", indexer_state(model))
@@ -184,11 +175,10 @@ def _inherit(model: PreTrainedModel, texts: ConversionTexts, run: RunDir) -> lis
 
 
 def _share_k(model: PreTrainedModel, ids_BT: torch.Tensor) -> None:
-    dsa = dsa_of(model.config)
+    n_layers = len(dsa_of(model.config).layers)
     with stage("Share k") as advance:
-        advance(0, len(dsa.layers))
-        shares = share_budget(model, ids_BT, dsa.topk, lambda done: advance(done, len(dsa.layers)))
-        set_topk_shares(model, shares)
+        advance(0, n_layers)
+        dsa_family_for(model.config).share_topk(model, ids_BT, lambda done: advance(done, n_layers))
 
 
 def _warm_up(

@@ -9,22 +9,20 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from fulmen.config import DsaConfig
 from fulmen.evaluation.price.prices import ModelShape
+from fulmen.modeling.cache import CacheBytes
 from fulmen.modeling.checkpoint import ModelSource
 from fulmen.modeling.cost import (
     CostRow,
     cost_rows,
     head_weights,
     index_key_share,
-    indexer_shape,
-    is_mla,
+    indexer_cost,
     layer_weights,
     layer_windows,
     token_bytes,
 )
-from fulmen.modeling.families import all_families
-from fulmen.modeling.gqa.cache import CacheBytes
-from fulmen.modeling.gqa.indexer import model_head_width
-from fulmen.modeling.index_shape import default_dsa, dsa_of
+from fulmen.modeling.families import dsa_of, family_like, has_dsa
+from fulmen.modeling.index_shape import default_dsa
 from fulmen.pipeline.model_config import quantized_types, read_config
 
 POSITIONS = (8 * 1024, 32 * 1024, 128 * 1024, 512 * 1024, 1024 * 1024)
@@ -89,7 +87,7 @@ def read_shape(source: str) -> tuple[ModelSource, bool, ModelShape]:
     Raises as `read_config` and `default_dsa`.
     """
     found, config = read_config(source)
-    converted = any(config.model_type in family.dsa_types for family in all_families())
+    converted = has_dsa(config)
     dsa = dsa_of(config) if converted else default_dsa(config)
     # A config without a dtype means float32.
     dtype: Any = config.dtype or torch.float32
@@ -100,7 +98,7 @@ def describe(source: str) -> ModelDescription:
     """Read the config and compute all the rest. Raises as `read_config` and `default_dsa`."""
     found, converted, shape = read_shape(source)
     config, dsa, dtype = shape.config, shape.dsa, shape.dtype
-    indexer = indexer_shape(config, dsa)
+    indexer = indexer_cost(config, dsa)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return ModelDescription(
@@ -114,7 +112,7 @@ def describe(source: str) -> ModelDescription:
         layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        heads=_heads_in_words(config),
+        heads=family_like(config).heads_in_words(config),
         rope=_rope_in_words(config),
         context=getattr(config, "max_position_embeddings", None),
         dtype=str(dtype).removeprefix("torch."),
@@ -144,18 +142,6 @@ def _dense_layers(config: PreTrainedConfig, dsa: DsaConfig) -> dict[str, str]:
         reason = f"sliding window of {window}: sparse already" if window else "left dense by the conversion"
         reasons.setdefault(reason, []).append(layer)
     return {layer_ranges(layers): reason for reason, layers in reasons.items()}
-
-
-def _heads_in_words(config: Any) -> str:
-    if is_mla(config):
-        return (
-            f"{config.num_attention_heads} query; MLA: latent {config.kv_lora_rank}, "
-            f"widths {config.qk_nope_head_dim} + {config.qk_rope_head_dim} rotary"
-        )
-    return (
-        f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value, "
-        f"width {model_head_width(config)}"
-    )
 
 
 def _rope_in_words(config: PreTrainedConfig) -> str:

@@ -27,7 +27,8 @@ from fulmen.evaluation.parity.report import (
 from fulmen.evaluation.parity.tables import needle_verdict, short_summary, verdict
 from fulmen.modeling.checkpoint import load_dense
 from fulmen.modeling.cost import cost_rows
-from fulmen.modeling.index_shape import context_of, dsa_of
+from fulmen.modeling.families import dsa_of
+from fulmen.modeling.lengths import context_of
 from fulmen.pipeline.chat import load_converted_model, load_converted_tokenizer
 from fulmen.pipeline.convert import RECORD_FILE, STAGES_DIR
 from fulmen.pipeline.model_card import fill_parity

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fulmen.files import write_file
-from fulmen.modeling.mla.convert import MLA_DSA_TYPES
+from fulmen.modeling.families import dsa_family_for_type
 
 PARITY_BEGIN, PARITY_END = "<!-- parity:begin -->", "<!-- parity:end -->"
 
@@ -58,7 +58,7 @@ def _indexer_sentence(dsa: dict[str, Any]) -> str:
 
 
 def _ties_paragraph(model_type: str) -> str:
-    if model_type not in MLA_DSA_TYPES:
+    if not dsa_family_for_type(model_type).is_stock:
         return ""
     return """
 Of tokens with equal index scores fulmen keeps the most recent. Transformers' own class uses `torch.topk`,

@@ -34,7 +34,7 @@ from fulmen.modeling.checkpoint import (
     load_directory_model,
     load_tokenizer,
 )
-from fulmen.modeling.index_shape import usual_length
+from fulmen.modeling.lengths import usual_length
 from fulmen.pipeline.chat import load_converted_model
 from fulmen.pipeline.model_config import read_config
 from fulmen.pipeline.reporter import console, say, stage

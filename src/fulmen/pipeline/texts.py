@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from fulmen.data import Corpus, Document, Window, window_stream, windows
 from fulmen.errors import ConfigError, CorpusError
-from fulmen.modeling.index_shape import context_of, default_length
+from fulmen.modeling.lengths import context_of, default_length
 from fulmen.pipeline.reporter import say
 
 CALIBRATION_WINDOWS, CALIBRATION_TOKENS = 4, 32_768

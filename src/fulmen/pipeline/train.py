@@ -22,9 +22,7 @@ from fulmen.modeling.checkpoint import (
     require_savable,
     save_converted,
 )
-from fulmen.modeling.gqa.model import set_topk
-from fulmen.modeling.index_shape import dsa_of
-from fulmen.modeling.mla.attention import own_attention
+from fulmen.modeling.families import accelerated, dsa_family_for, dsa_of, set_topk
 from fulmen.pipeline.chat import load_converted_model, load_converted_tokenizer
 from fulmen.pipeline.model_card import conversion_card
 from fulmen.pipeline.model_config import read_config
@@ -35,7 +33,7 @@ from fulmen.pipeline.train_settings import TrainSettings
 from fulmen.training.processes import main_process_first, processes
 from fulmen.training.sharding import prepare_sharding
 from fulmen.training.sparse.run import SparseResult, require_place_for_answers, train_sparse
-from fulmen.training.sparse.settings import SparseSettings, require_trainable
+from fulmen.training.sparse.settings import SparseSettings
 from fulmen.training.sparse.teacher import require_same_tokens
 from fulmen.training.sparse.trainer import TENSORBOARD_DIR
 
@@ -157,7 +155,7 @@ def train(settings: TrainSettings) -> Path:
     if state.is_main_process and run.open(identity, discard_other=settings.overwrite):
         say("Resuming an interrupted run")
     state.wait_for_everyone()
-    with own_attention(model):
+    with accelerated(model):
         result = sparse_stage(model, texts, options, run.path / SPARSE_DIR, teacher)
     if state.is_main_process:
         with stage("Save"):
@@ -172,7 +170,7 @@ def plan_training(settings: TrainSettings) -> list[int]:
     """Lengths of text, to be tried in turn. Raises what config and record have against these settings."""
     _, config = read_config(settings.model_dir)
     dsa = dsa_of(config)
-    require_trainable(config)
+    dsa_family_for(config).require_trainable(config)
     _record_of(settings.model_dir)
     if settings.teacher is not None:
         read_config(settings.teacher)

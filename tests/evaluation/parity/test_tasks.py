@@ -21,7 +21,7 @@ from fulmen.evaluation.parity.needles import (
 )
 from fulmen.evaluation.parity.variants import VARIANTS
 from fulmen.modeling.checkpoint import find_source, load_tokenizer
-from fulmen.modeling.mla.attention import own_attention
+from fulmen.modeling.families import accelerated
 from fulmen.modeling.selectors import use_selector
 from tests.evaluation.parity.tiny_parity import TOPK, random_ids, tiny_dense, tiny_dsa, tiny_v32
 
@@ -153,7 +153,7 @@ def greedy_ids(model, prompt_ids, count):
 @pytest.mark.parametrize("make", [lambda: tiny_dsa(tiny_dense()), tiny_v32], ids=["llama", "deepseek_v32"])
 def test_questions_on_a_cached_text_have_the_answers_of_whole_forwards(make, variant):
     model, text_ids = make(), random_ids(5 * TOPK)
-    with own_attention(model), use_selector(model, VARIANTS[variant]):
+    with accelerated(model), use_selector(model, VARIANTS[variant]):
         group = []
         for number in range(8):
             prompt_ids = torch.cat([text_ids, random_ids(3 + number, 7 + number)])

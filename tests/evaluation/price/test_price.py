@@ -27,7 +27,7 @@ from fulmen.evaluation.price.prices import (
     search_positions,
 )
 from fulmen.modeling.cost import head_weights, layer_weights, read_weights
-from fulmen.modeling.index_shape import dsa_of
+from fulmen.modeling.families import dsa_of
 
 H100 = Machine(989e12, 3.35e12)
 # So slow in one thing that the other does not count.

@@ -17,7 +17,7 @@ from fulmen.evaluation.price.speed import (
     measured_positions,
 )
 from fulmen.modeling.cost import PREFILL_BLOCK
-from fulmen.modeling.index_shape import dsa_of
+from fulmen.modeling.families import dsa_of
 
 GQA = ModelShape(
     LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2),

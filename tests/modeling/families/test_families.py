@@ -18,7 +18,7 @@ from fulmen.modeling.families import (
     family_for_type,
     full_attention_layers,
 )
-from fulmen.modeling.families.base import GqaFamily
+from fulmen.modeling.gqa.family import GqaFamily
 from fulmen.modeling.gqa.model import require_dsa
 from tests.modeling.gqa.tiny_gqa import CONFIGS, FAMILIES, SHAPE, make_dense, make_dsa, make_v32, random_ids
 

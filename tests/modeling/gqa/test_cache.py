@@ -5,7 +5,8 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from fulmen.errors import CacheError
-from fulmen.modeling.gqa.cache import DsaCache, TokenBuffer, require_index_room
+from fulmen.modeling.cache import TokenBuffer
+from fulmen.modeling.gqa.cache import DsaCache, require_index_room
 from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa, random_ids
 
 

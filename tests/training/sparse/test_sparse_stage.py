@@ -5,8 +5,7 @@ import torch
 
 from fulmen.config import DsaConfig
 from fulmen.errors import ConfigError
-from fulmen.modeling.families import family_for
-from fulmen.modeling.mla.attention import own_attention
+from fulmen.modeling.families import accelerated, family_for
 from fulmen.training.rows import NO_LABEL, next_tokens, text_row
 from fulmen.training.sparse.run import prepare_stage
 from fulmen.training.sparse.schedule import TopkSchedule
@@ -82,7 +81,7 @@ def test_every_weight_learns_in_every_family(name):
 def test_mla_learns_too():
     dense = make_mla("v3", vocab_size=97)
     model = family_for(dense.config).from_dense(dense, DsaConfig(TOPK, 8, 1, 16, (0, 1, 2)))
-    with own_attention(model):
+    with accelerated(model):
         batch = batch_of(model, mla_ids(1, LENGTH)[0])
         got = gradients(prepare_stage(model, settings()), batch)
     assert {of_indexer(name) for name in got} == {True, False}

@@ -30,7 +30,7 @@ from fulmen.evaluation.parity.tables import (
     variant_table,
 )
 from fulmen.evaluation.parity.variants import Bench, Text, current_topk, last_hidden_states
-from fulmen.modeling.mla.attention import own_attention
+from fulmen.modeling.families import accelerated
 from fulmen.ops.dispatch import pin_backend
 
 SWEEP_VARIANTS = ("oracle", "dsa", "window")
@@ -83,7 +83,7 @@ def measure_parity(
     plan = _Plan(windows, topk, sorted({require_positive_int("ks", k) for k in ks}), needles, dense_model)
     bench = Bench(model, inherited)
     bench.on_tokens = _token_counter(progress, plan.tokens(bench))
-    with own_attention(model):
+    with accelerated(model):
         records = [_score_window(bench, plan, window) for window in windows]
         sweep = [_sweep_point(bench, plan, records, k, name) for k in plan.ks for name in SWEEP_VARIANTS]
         kernel = _kernel_gap(bench, plan)

@@ -23,7 +23,7 @@ from fulmen.config import require_positive_int
 from fulmen.data import Document, opening_ids, token_ids, windows
 from fulmen.errors import ConfigError
 from fulmen.evaluation.greedy import answer_by_forward
-from fulmen.modeling.mla.cache import cache_with_index_keys
+from fulmen.modeling.families import empty_cache
 from fulmen.modeling.rope_tables import are_rotated_alike, restored_rope, rope_for_length
 
 NEEDLE = "\n\nThe secret number of {name}: {number}\n\n"
@@ -129,7 +129,7 @@ def score_samples(model: PreTrainedModel, group: Sequence[NeedleSample]) -> list
     longest = max(len(sample.prompt_ids) + len(sample.answer_ids) for sample in group)
     if len(group) == 1 or shared == 0 or not are_rotated_alike(model, shortest, longest):
         return [score_by_forward(model, sample) for sample in group]
-    cache = cache_with_index_keys(model.config, longest)
+    cache = empty_cache(model.config, longest)
     options = {"past_key_values": cache, "use_cache": True}
     with rope_for_length(model, shortest):
         model(group[0].prompt_ids[None, :shared].to(model.device), logits_to_keep=1, **options)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from fulmen.data import Window
 from fulmen.errors import ConfigError
 from fulmen.evaluation.parity.controls import MassSelector, OracleSelector, RandomSelector, WindowSelector
-from fulmen.modeling.gqa.model import set_topk
+from fulmen.modeling.families import dsa_of, has_dsa, set_topk
 from fulmen.modeling.rope_tables import restored_rope
 from fulmen.modeling.selectors import DenseSelector, IndexerSelector, Selector, use_selector
 
@@ -98,11 +98,9 @@ def last_hidden_states(model: PreTrainedModel, text: Text) -> Tensor:
 
 def current_topk(model: PreTrainedModel) -> int:
     """Tokens that a query of a DSA model keeps. Raises ConfigError if the model has no DSA."""
-    dsa = getattr(model.config, "dsa", None)
-    topk = dsa["topk"] if dsa else getattr(model.config, "index_topk", None)
-    if topk is None:
+    if not has_dsa(model.config):
         raise ConfigError(f"{type(model).__name__} has no DSA; convert it with fulmen first")
-    return topk
+    return dsa_of(model.config).topk
 
 
 @contextmanager

@@ -20,8 +20,9 @@ from torch.nn.functional import linear
 
 from fulmen.errors import BackendError, ConfigError
 from fulmen.evaluation.price.prices import KINDS, LayerLines, Line, Machine, ModelShape
-from fulmen.modeling.cost import PREFILL_BLOCK, attention_shape, is_mla
-from fulmen.modeling.gqa.indexer import model_head_width
+from fulmen.modeling.cost import PREFILL_BLOCK
+from fulmen.modeling.families import family_like
+from fulmen.modeling.family import AttentionLayout
 from fulmen.ops.attention.dense import dense_attention
 from fulmen.ops.attention.sparse import sparse_attention
 from fulmen.ops.common.index_keys import pack_index_keys, unpack_index_keys
@@ -256,39 +257,31 @@ def layer_case(shape: ModelShape, kind: str, queries: int, tokens: int) -> Layer
     """Random inputs of one layer for the last `queries` of `tokens` tokens."""
     config, dsa = shape.config, shape.dsa
     J, I, E = dsa.index_n_heads, dsa.index_n_kv_heads, dsa.index_head_dim  # noqa: E741
-    packed = not is_mla(config)
-    index_dtype = torch.float32 if packed else shape.dtype
+    family = family_like(config)
+    layout = family.attention_layout(config)
+    dense_layout = layout if kind == "decode" else family.prefill_layout(config)
+    index_dtype = torch.float32 if family.packs_index_keys else shape.dtype
     generator = torch.Generator().manual_seed(tokens)
 
     def normal(*sizes: int, dtype: torch.dtype = index_dtype) -> Tensor:
         return torch.randn(1, *sizes, generator=generator).to(dtype)
 
-    def heads(heads: int, key_heads: int, width: int) -> tuple[Tensor, Tensor]:
-        return normal(queries, heads, width, dtype=shape.dtype), normal(
-            tokens, key_heads, width, dtype=shape.dtype
-        )
+    def heads(layout: AttentionLayout) -> tuple[Tensor, Tensor, Tensor]:
+        q_BTHD = normal(queries, layout.heads, layout.key_width, dtype=shape.dtype)
+        k_BSGD = normal(tokens, layout.key_heads, layout.key_width, dtype=shape.dtype)
+        if layout.values_in_keys:
+            return q_BTHD, k_BSGD, k_BSGD[..., : layout.value_width]
+        return q_BTHD, k_BSGD, normal(tokens, layout.key_heads, layout.value_width, dtype=shape.dtype)
 
     index_k_BSIE = normal(tokens, I, E)
-    H = config.num_attention_heads
-    if packed:
-        width, groups = model_head_width(config), config.num_key_value_heads
-        qkv = dense_qkv = (*heads(H, groups, width), normal(tokens, groups, width, dtype=shape.dtype))
-        scale = width**-0.5
-    else:
-        q_BTHD, k_BSGD = heads(H, 1, attention_shape(config).token_width)
-        qkv = dense_qkv = (q_BTHD, k_BSGD, k_BSGD[..., : config.kv_lora_rank])
-        width = config.qk_nope_head_dim + config.qk_rope_head_dim
-        scale = width**-0.5
-        if kind == "prefill":
-            v_BSHV = normal(tokens, H, config.v_head_dim, dtype=shape.dtype)
-            dense_qkv = (*heads(H, H, width), v_BSHV)
+    qkv = heads(layout)
     stop_BT = torch.arange(tokens - queries + 1, tokens + 1)[None]
     return LayerCase(
         qkv=qkv,
-        dense_qkv=dense_qkv,
-        scale=scale,
+        dense_qkv=qkv if dense_layout == layout else heads(dense_layout),
+        scale=layout.scale,
         index_q_BTJE=normal(queries, J, E),
-        index_keys=pack_index_keys(index_k_BSIE) if packed else index_k_BSIE,
+        index_keys=pack_index_keys(index_k_BSIE) if family.packs_index_keys else index_k_BSIE,
         w_BTJ=normal(queries, J, dtype=torch.float32),
         start_BT=torch.zeros_like(stop_BT),
         stop_BT=stop_BT,

@@ -14,7 +14,7 @@ from fulmen.evaluation.greedy import answer_by_forward, continue_greedily
 from fulmen.evaluation.parity.variants import Bench, Text, current_topk, last_hidden_states
 from fulmen.evaluation.suites.losses import token_losses
 from fulmen.evaluation.suites.samples import Sample
-from fulmen.modeling.mla.attention import own_attention
+from fulmen.modeling.families import accelerated, has_dsa
 from fulmen.modeling.rope_tables import restored_rope
 
 # DSA, what it is to equal, and the same budget without an indexer.
@@ -94,7 +94,7 @@ class LocalSubject:
             assert self.topk is not None
             running = self._bench.running(variant, self.topk, 0, "")
         # However long the text that another variant has read before: each begins with the same tables.
-        with own_attention(self.model), restored_rope(self.model), running:
+        with accelerated(self.model), restored_rope(self.model), running:
             yield
 
     def answer(self, sample: Sample, variant: str) -> str:
@@ -137,4 +137,4 @@ class LocalSubject:
 
 def is_converted(model: PreTrainedModel) -> bool:
     """Whether a model has DSA."""
-    return bool(getattr(model.config, "dsa", None) or getattr(model.config, "index_topk", None))
+    return has_dsa(model.config)

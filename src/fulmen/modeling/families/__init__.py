@@ -1,4 +1,4 @@
-"""All model families, found by themselves: every module of this package that has a FAMILY.
+"""All model families, found by themselves: every module of this package is one, in its FAMILY.
 
 A module whose family has DSA classes of fulmen's own is named for the dense `model_type` that it converts.
 No model code is imported until a family is asked for.
@@ -6,27 +6,30 @@ No model code is imported until a family is asked for.
 
 import importlib
 import pkgutil
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from fulmen.errors import AlreadyConvertedError, UnsupportedModelError
+from fulmen.config import DsaConfig, require_positive_int
+from fulmen.errors import AlreadyConvertedError, ConfigError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-    from fulmen.modeling.families.base import Family
+    from fulmen.modeling.family import Family
 
 
-def family_names() -> list[str]:
-    """Names of the modules that may hold a family."""
-    return [module.name for module in pkgutil.iter_modules(__path__)]
+@cache
+def family_names() -> tuple[str, ...]:
+    """Names of the modules that hold a family."""
+    return tuple(module.name for module in pkgutil.iter_modules(__path__))
 
 
 @cache
 def import_family(name: str) -> Any:
-    """The FAMILY of one module, made known to Transformers' auto classes; None if it has none."""
-    family = getattr(importlib.import_module(f"{__name__}.{name}"), "FAMILY", None)
-    if family is not None and hasattr(family, "config_class"):
+    """The FAMILY of one module, made known to Transformers' auto classes."""
+    family = importlib.import_module(f"{__name__}.{name}").FAMILY
+    if not family.is_stock:
         from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
         AutoConfig.register(family.config_class.model_type, family.config_class, exist_ok=True)
@@ -37,7 +40,7 @@ def import_family(name: str) -> Any:
 
 def all_families() -> "list[Family]":
     """Every family, in the order of their modules' names."""
-    return [family for name in family_names() if (family := import_family(name))]
+    return [import_family(name) for name in family_names()]
 
 
 def family_for(config: "PreTrainedConfig") -> "Family":
@@ -66,12 +69,28 @@ def family_for_type(model_type: str) -> "Family":
 
 def dsa_family_for(config: "PreTrainedConfig") -> "Family":
     """The family whose conversion made a model with this config. Raises UnsupportedModelError if none did."""
+    return dsa_family_for_type(config.model_type)
+
+
+def dsa_family_for_type(model_type: str) -> "Family":
+    """`dsa_family_for`, where only the `model_type` is known."""
     for family in all_families():
-        if config.model_type in family.dsa_types:
+        if model_type in family.dsa_types:
             return family
-    raise UnsupportedModelError(
-        f"model_type {config.model_type!r} is not a DSA model; convert it with fulmen first"
-    )
+    raise UnsupportedModelError(f"model_type {model_type!r} is not a DSA model; convert it with fulmen first")
+
+
+def has_dsa(config: "PreTrainedConfig") -> bool:
+    """Whether this is the config of a converted model."""
+    return any(config.model_type in family.dsa_types for family in all_families())
+
+
+def family_like(config: "PreTrainedConfig") -> "Family":
+    """The family of a dense or converted model; for a model that no family knows, one with the same heads."""
+    known = [
+        family for family in all_families() if config.model_type in (*family.source_types, *family.dsa_types)
+    ]
+    return next(iter(known), None) or next(family for family in all_families() if family.has_layout(config))
 
 
 def full_attention_layers(config: "PreTrainedConfig") -> list[int]:
@@ -84,3 +103,46 @@ def full_attention_layers(config: "PreTrainedConfig") -> list[int]:
             "to convert; a window is sparse already"
         )
     return layers
+
+
+def set_topk(model: "PreTrainedModel", topk: int) -> None:
+    """Let every query of a DSA model keep `topk` tokens, from the next forward pass on.
+
+    At or above the length of the text the result is the dense model's. Where layers share the budget unevenly
+    (`DsaConfig.topk_shares`), `topk` is their mean. Takes models made by fulmen and Transformers' own DSA
+    models (`deepseek_v32`, `glm_moe_dsa`).
+
+    Raises ConfigError if `topk` is no positive integer, or the model has no DSA.
+    """
+    require_positive_int("topk", topk)
+    if not has_dsa(model.config):
+        raise ConfigError(
+            f"{type(model).__name__} has no DSA to set topk={topk} on; convert it with fulmen first"
+        )
+    dsa_family_for(model.config).set_topk(model, topk)
+
+
+def dsa_of(config: "PreTrainedConfig") -> DsaConfig:
+    """The DSA configuration of a converted model. Raises UnsupportedModelError if it is not one."""
+    return dsa_family_for(config).dsa_of(config)
+
+
+def empty_cache(config: "PreTrainedConfig", max_length: int | None = None) -> Any:
+    """An empty cache with room for the index keys of a converted model.
+
+    max_length: tokens to make room for at once; without it the room doubles as it fills.
+
+    Raises UnsupportedModelError if the model has no DSA.
+    """
+    return dsa_family_for(config).empty_cache(config, max_length)
+
+
+def accelerate_model(model: "PreTrainedModel") -> None:
+    """Let a model run on fulmen's ops: those that fulmen made do so by themselves, dense ones never do."""
+    if has_dsa(model.config):
+        dsa_family_for(model.config).accelerate(model)
+
+
+def accelerated(model: "PreTrainedModel") -> AbstractContextManager:
+    """`accelerate_model` for the length of a `with` block."""
+    return dsa_family_for(model.config).accelerated(model) if has_dsa(model.config) else nullcontext()

@@ -3,8 +3,9 @@
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from fulmen.modeling.families.base import GqaFamily, all_layers
+from fulmen.modeling.family import all_layers
 from fulmen.modeling.gqa.attention import DsaAttentionMixin, project_heads
+from fulmen.modeling.gqa.family import gqa_family
 from fulmen.modeling.gqa.model import DsaGenerationMixin, DsaModelMixin
 
 
@@ -35,13 +36,4 @@ class LlamaDsaForCausalLM(DsaGenerationMixin, LlamaForCausalLM):  # type: ignore
     model_class = LlamaDsaModel
 
 
-FAMILY = GqaFamily(
-    source_types=("llama",),
-    dsa_types=("llama_dsa",),
-    full_attention_layers=all_layers,
-    project=project_heads,
-    config_class=LlamaDsaConfig,
-    model_class=LlamaDsaModel,
-    causal_lm_class=LlamaDsaForCausalLM,
-    source_class=LlamaForCausalLM,
-)
+FAMILY = gqa_family(LlamaDsaForCausalLM, all_layers)

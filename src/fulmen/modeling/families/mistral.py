@@ -3,8 +3,9 @@
 from transformers import MistralConfig, MistralForCausalLM, MistralModel
 from transformers.models.mistral.modeling_mistral import MistralAttention
 
-from fulmen.modeling.families.base import GqaFamily, layers_unless_sliding
+from fulmen.modeling.family import layers_unless_sliding
 from fulmen.modeling.gqa.attention import DsaAttentionMixin, project_heads
+from fulmen.modeling.gqa.family import gqa_family
 from fulmen.modeling.gqa.model import DsaGenerationMixin, DsaModelMixin
 
 
@@ -35,13 +36,4 @@ class MistralDsaForCausalLM(DsaGenerationMixin, MistralForCausalLM):  # type: ig
     model_class = MistralDsaModel
 
 
-FAMILY = GqaFamily(
-    source_types=("mistral",),
-    dsa_types=("mistral_dsa",),
-    full_attention_layers=layers_unless_sliding,
-    project=project_heads,
-    config_class=MistralDsaConfig,
-    model_class=MistralDsaModel,
-    causal_lm_class=MistralDsaForCausalLM,
-    source_class=MistralForCausalLM,
-)
+FAMILY = gqa_family(MistralDsaForCausalLM, layers_unless_sliding)

@@ -3,8 +3,9 @@
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
-from fulmen.modeling.families.base import GqaFamily, layers_by_type
+from fulmen.modeling.family import layers_by_type
 from fulmen.modeling.gqa.attention import DsaAttentionMixin, project_heads
+from fulmen.modeling.gqa.family import gqa_family
 from fulmen.modeling.gqa.model import DsaGenerationMixin, DsaModelMixin
 
 
@@ -35,13 +36,4 @@ class Qwen2DsaForCausalLM(DsaGenerationMixin, Qwen2ForCausalLM):  # type: ignore
     model_class = Qwen2DsaModel
 
 
-FAMILY = GqaFamily(
-    source_types=("qwen2",),
-    dsa_types=("qwen2_dsa",),
-    full_attention_layers=layers_by_type,
-    project=project_heads,
-    config_class=Qwen2DsaConfig,
-    model_class=Qwen2DsaModel,
-    causal_lm_class=Qwen2DsaForCausalLM,
-    source_class=Qwen2ForCausalLM,
-)
+FAMILY = gqa_family(Qwen2DsaForCausalLM, layers_by_type)

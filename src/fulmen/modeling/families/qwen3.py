@@ -3,8 +3,9 @@
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from fulmen.modeling.families.base import GqaFamily, layers_by_type
+from fulmen.modeling.family import layers_by_type
 from fulmen.modeling.gqa.attention import DsaAttentionMixin, project_normed_heads
+from fulmen.modeling.gqa.family import gqa_family
 from fulmen.modeling.gqa.model import DsaGenerationMixin, DsaModelMixin
 
 
@@ -35,13 +36,4 @@ class Qwen3DsaForCausalLM(DsaGenerationMixin, Qwen3ForCausalLM):  # type: ignore
     model_class = Qwen3DsaModel
 
 
-FAMILY = GqaFamily(
-    source_types=("qwen3",),
-    dsa_types=("qwen3_dsa",),
-    full_attention_layers=layers_by_type,
-    project=project_normed_heads,
-    config_class=Qwen3DsaConfig,
-    model_class=Qwen3DsaModel,
-    causal_lm_class=Qwen3DsaForCausalLM,
-    source_class=Qwen3ForCausalLM,
-)
+FAMILY = gqa_family(Qwen3DsaForCausalLM, layers_by_type)

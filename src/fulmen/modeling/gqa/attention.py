@@ -115,6 +115,10 @@ class DsaAttentionMixin:
             out_BTHV, _ = sparse_attention(q_BTHD, k_BSGD, v_BSGV, topk_BTK, self.scaling)
         return self.o_proj(out_BTHV.flatten(2)), None
 
+    def output_weight(self) -> Tensor:
+        """out_weight_CN: from all heads' outputs, as `sparse_attention` gives them, to the layer's output."""
+        return self.o_proj.weight
+
     def _extend_cache(
         self, cache: Cache, k_BTGD: Tensor, v_BTGV: Tensor, packed_BTIX: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from fulmen.config import DsaConfig
 from fulmen.errors import ConfigError, TrainingDivergedError
-from fulmen.modeling.index_shape import LENGTH_OVER_TOPK
+from fulmen.modeling.lengths import LENGTH_OVER_TOPK
 from fulmen.modeling.selectors import DenseSelector, dsa_attentions, use_selector
 from fulmen.ops.common.index_keys import round_index_keys
 from fulmen.ops.common.rope import apply_rope

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from fulmen.config import DsaConfig, require_positive_int
+from fulmen.config import DsaConfig
 from fulmen.errors import CacheError, ConfigError
+from fulmen.modeling.forward_checks import require_no_attention_weights, require_no_dropout
 from fulmen.modeling.gqa.attention import ATTENTION_NAME
 from fulmen.modeling.gqa.cache import DsaCache, require_index_room
 from fulmen.modeling.gqa.indexer import GqaIndexer, IndexProjection
+from fulmen.modeling.lengths import PREFILL_CHUNK
 from fulmen.modeling.rope_tables import rope_for_length
 from fulmen.modeling.visible import visible_intervals
-
-PREFILL_CHUNK = 2048
 
 
 class DsaPreTrainedMixin:
@@ -72,10 +72,7 @@ class DsaModelMixin(DsaPreTrainedMixin):
                 attention weights asked for.
         """
         require_no_attention_weights(kwargs.get("output_attentions"), self.config.output_attentions)
-        if self.training and self.config.attention_dropout:
-            raise ConfigError(
-                f"attention_dropout={self.config.attention_dropout} is not supported in training; set it to 0"
-            )
+        require_no_dropout(self.config.attention_dropout, training=self.training)
         use_cache = self._wants_cache(use_cache)
         if use_cache and past_key_values is None:
             past_key_values = DsaCache(self.config)
@@ -177,39 +174,6 @@ def require_dsa(config: PreTrainedConfig) -> DsaConfig:
     if sliding := [layer for layer in dsa.layers if _slides(config, layer)]:
         raise ConfigError(f"dsa layers {sliding} have a sliding window; list full-attention layers only")
     return dsa
-
-
-def require_no_attention_weights(*wanted: bool | None) -> None:
-    """Raise ConfigError if `output_attentions` is true in one of its places."""
-    if any(wanted):
-        raise ConfigError(
-            "output_attentions=True cannot be given: weights of all keys are never made; "
-            "leave it out, or ask the dense model (fulmen.modeling.checkpoint.dense_view)"
-        )
-
-
-def set_topk(model: PreTrainedModel, topk: int) -> None:
-    """Let every query of a DSA model keep `topk` tokens, from the next forward pass on.
-
-    At or above the length of the text the result is the dense model's. Where layers share the budget unevenly
-    (`DsaConfig.topk_shares`), `topk` is their mean. Takes models made by fulmen and Transformers' own DSA
-    models (`deepseek_v32`, `glm_moe_dsa`).
-
-    Raises ConfigError if `topk` is no positive integer, or the model has no DSA.
-    """
-    require_positive_int("topk", topk)
-    config = model.config
-    if getattr(config, "dsa", None):
-        config.dsa = {**config.dsa, "topk": topk}
-    elif hasattr(config, "index_topk"):
-        config.index_topk = topk
-        for module in model.modules():
-            if isinstance(getattr(module, "index_topk", None), int):
-                setattr(module, "index_topk", topk)  # noqa: B010
-    else:
-        raise ConfigError(
-            f"{type(model).__name__} has no DSA to set topk={topk} on; convert it with fulmen first"
-        )
 
 
 def set_topk_shares(model: PreTrainedModel, shares: Sequence[float]) -> None:

@@ -9,7 +9,7 @@ selected here, any by the stock model's `torch.topk`. Where fewer than `index_to
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32At
 from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaAttention, GlmMoeDsaIndexer
 
 from fulmen.errors import CacheError, ConfigError, UnsupportedModelError
-from fulmen.modeling.gqa.model import require_no_attention_weights
+from fulmen.modeling.forward_checks import require_no_attention_weights, require_no_dropout
 from fulmen.modeling.mla.cache import MlaCache, MlaLayer
 from fulmen.modeling.mla.convert import MLA_DSA_TYPES
 from fulmen.modeling.selectors import IndexerSelector, SelectionInputs, Selector
@@ -168,6 +168,12 @@ class MlaSparseForward:
         _, value_up_HVL = mla_up_projections(self)
         return self.o_proj(torch.einsum("bthl,hvl->bthv", out_BTHL, value_up_HVL).flatten(2)), topk_BTK
 
+    def output_weight(self: Any) -> Tensor:
+        """out_weight_CN: from all heads' outputs in the latent space, as `sparse_attention` gives them."""
+        _, value_up_HVL = mla_up_projections(self)
+        weight_CHV = self.o_proj.weight.unflatten(1, value_up_HVL.shape[:2])
+        return torch.einsum("chv,hvl->chl", weight_CHV, value_up_HVL).flatten(1)
+
     def select(
         self: Any,
         index: MlaIndexInputs,
@@ -275,11 +281,6 @@ def restore_mla(model: PreTrainedModel) -> None:
         hook.remove()
 
 
-def own_attention(model: PreTrainedModel) -> AbstractContextManager:
-    """fulmen's attention for the `with` block: swapped into a stock MLA model; a GQA model has it already."""
-    return fulmen_attention(model) if model.config.model_type in MLA_DSA_TYPES else nullcontext()
-
-
 @contextmanager
 def fulmen_attention(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """`accelerate_mla(model)` within the block; nothing changes if the model is accelerated already."""
@@ -299,10 +300,7 @@ def _mask_to_intervals(
     """Before the stock model builds its T x S mask: hand it the visible intervals in the mask's place."""
     names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
     given = dict.fromkeys(names) | dict(zip(names, args, strict=False)) | kwargs
-    if model.training and model.config.attention_dropout:
-        raise ConfigError(
-            f"attention_dropout={model.config.attention_dropout} is not supported in training; set it to 0"
-        )
+    require_no_dropout(model.config.attention_dropout, training=model.training)
     require_no_attention_weights(given.get("output_attentions"), model.config.output_attentions)
     if given["use_cache"] is None:
         given["use_cache"] = bool(model.config.use_cache) and not model.training

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from fulmen.modeling.gqa.cache import CacheBytes, DsaCache, InPlaceIndexedLayer, TokenBuffer
+from fulmen.modeling.cache import CacheBytes, InPlaceIndexedLayer, TokenBuffer
 
 
 class MlaLayer(InPlaceIndexedLayer):
@@ -66,8 +66,3 @@ class MlaCache(Cache):
         """Bytes of the stored tokens: latents with rotary keys, and index keys."""
         joint, index = zip(*(layer.buffers() for layer in self.layers), strict=True)
         return CacheBytes(sum(buffer.nbytes for buffer in joint), sum(buffer.nbytes for buffer in index))
-
-
-def cache_with_index_keys(config: PreTrainedConfig, max_length: int | None = None) -> Any:
-    """An empty cache for a DSA model of either kind: a DsaCache or an MlaCache; arguments as theirs."""
-    return DsaCache(config, max_length) if getattr(config, "dsa", None) else MlaCache(config, max_length)

@@ -15,7 +15,7 @@ from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, PretrainedCo
 
 from fulmen.config import require_positive_int
 from fulmen.errors import AlreadyConvertedError, ConfigError, UnsupportedModelError
-from fulmen.modeling.families.base import has_own_head
+from fulmen.modeling.family import has_own_head
 
 MLA_SOURCE_TYPES = ("deepseek_v2", "deepseek_v3")
 MLA_DSA_TYPES = ("deepseek_v32", "glm_moe_dsa")

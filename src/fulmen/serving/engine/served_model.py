@@ -10,9 +10,9 @@ from transformers import PreTrainedConfig
 
 from fulmen.config import DsaConfig
 from fulmen.errors import CheckpointError, UnsupportedModelError
-from fulmen.modeling.cost import attention_shape, layer_windows, token_bytes
-from fulmen.modeling.gqa.cache import CacheBytes
-from fulmen.modeling.index_shape import dsa_of
+from fulmen.modeling.cache import CacheBytes
+from fulmen.modeling.cost import attention_cost, layer_windows, token_bytes
+from fulmen.modeling.families import dsa_of
 from fulmen.modeling.weight_files import PICKLES, require_sound_files
 
 DEFAULT_CONTEXT = 8192
@@ -74,7 +74,7 @@ class ServedModel:
     @cached_property
     def layer_kv_bytes(self) -> int:
         """Keys and values of one token in one layer."""
-        return 2 * attention_shape(self.config).token_width
+        return 2 * attention_cost(self.config).token_width
 
     @cached_property
     def windows(self) -> list[int | None]:

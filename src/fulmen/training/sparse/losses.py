@@ -15,7 +15,6 @@ from fulmen.training.warmup.losses import (
     at_rows,
     batch_mean_attention,
     held_mass,
-    output_weight,
     sampled_rows,
 )
 
@@ -108,7 +107,7 @@ class SparseLossSelector(Selector):
         own = (some.q_BTHD.detach(), some.k_BSGD.detach(), some.v_BSGV.detach())
         temperature = TEMPERATURE * float(some.index_w_BTJ.detach().abs().mean())
         # Anew at each step: the trunk is trained too.
-        out_weight = output_weight(self.attentions[some.layer_idx]).detach()
+        out_weight = self.attentions[some.layer_idx].output_weight().detach()
         ends = (some.start_BT, some.stop_BT)
         return selection_loss(*index, *own, out_weight, *ends, topk, some.scale, temperature)
 

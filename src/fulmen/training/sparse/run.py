@@ -24,7 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from fulmen.data import WindowStream
 from fulmen.errors import ConfigError, OutputError
 from fulmen.files import atomic_write
-from fulmen.modeling.index_shape import dsa_of
+from fulmen.modeling.families import dsa_of
 from fulmen.modeling.selectors import dsa_attentions
 from fulmen.training.checkpoints import (
     WHOLE_FILE,

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fulmen.errors import ConfigError
-from fulmen.modeling.index_shape import dsa_of
+from fulmen.modeling.families import dsa_of
 from fulmen.modeling.selectors import DenseSelector, IndexerSelector, Selector, dsa_attentions
 from fulmen.training.rows import NO_LABEL, next_tokens
 from fulmen.training.sparse.distill import NextTokenLosses, TeacherTargets, next_token_losses, no_targets
@@ -72,14 +72,6 @@ class SparseSettings:
                 raise ConfigError(f"{name}={value!r} is not known; choose from {', '.join(known)}")
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"alpha={self.alpha} cannot be; use a share from 0 (no teacher) to 1")
-
-
-def require_trainable(config: PreTrainedConfig) -> None:
-    """Raise ConfigError for a model that the stage cannot train, which its config tells."""
-    if dropout := getattr(config, "attention_dropout", 0):
-        raise ConfigError(
-            f"attention_dropout={dropout} is not supported in training; set it to 0 in the config"
-        )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fulmen.modeling.mla.attention import mla_up_projections
 from fulmen.modeling.selectors import SelectionInputs, Selector
 from fulmen.ops.common.index_keys import index_key_numbers
 from fulmen.ops.common.mean_attention import mean_attention
@@ -48,7 +47,7 @@ class IndexerLossSelector(Selector):
     gradient on sinks and neighbours, which are kept anyway: it falls fourfold and the selection gets worse.
 
     Attributes:
-        out_weights: per layer, the projection of all heads' outputs (`output_weight`).
+        out_weights: per layer, the projection of all heads' outputs (`attention.output_weight()`).
         n_rows: query rows drawn per text and layer; all that see more than k keys if there are fewer.
         n_measured: how many of the rows are also measured for captured mass.
     """
@@ -125,16 +124,6 @@ class _GradientInHand(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.saved_tensors
         return (None, *(None for _ in gradients), *(dloss * gradient for gradient in gradients))
-
-
-def output_weight(attention: Any) -> Tensor:
-    """out_weight_CN of a layer: from all heads' outputs, as `sparse_attention` gives them, to its output."""
-    weight_CN = attention.o_proj.weight
-    if not hasattr(attention, "kv_b_proj"):
-        return weight_CN
-    _, value_up_HVL = mla_up_projections(attention)
-    weight_CHV = weight_CN.unflatten(1, value_up_HVL.shape[:2])
-    return torch.einsum("chv,hvl->chl", weight_CHV, value_up_HVL).flatten(1)
 
 
 def at_rows(inputs: SelectionInputs, rows: Tensor) -> SelectionInputs:

@@ -41,7 +41,7 @@ from fulmen.training.parts import OnPart
 from fulmen.training.precision import are_half, in_float32
 from fulmen.training.processes import broadcast_from_main, is_main_process, main_process_first
 from fulmen.training.rows import NO_LABEL, Text, next_tokens, text_row, text_rows
-from fulmen.training.warmup.losses import IndexerLossSelector, LayerLoss, output_weight
+from fulmen.training.warmup.losses import IndexerLossSelector, LayerLoss
 
 # Evaluations after the first; fewer where they would take more than this share of a time budget.
 EVALUATIONS, EVALUATION_SHARE = 3, 0.2
@@ -92,7 +92,7 @@ class IndexerStack(nn.Module):
             {str(attention.layer_idx): attention.indexer for attention in attentions}
         )
         self.n_rows = n_rows
-        self.out_weights = {layer.layer_idx: output_weight(layer).detach() for layer in attentions}
+        self.out_weights = {layer.layer_idx: layer.output_weight().detach() for layer in attentions}
         self.last: dict[int, LayerLoss] = {}
         self._trunk = (model,)  # in a tuple: not a submodule
 

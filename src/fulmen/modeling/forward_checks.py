@@ -1,0 +1,18 @@
+"""What a forward pass of a DSA model cannot do, said before it begins."""
+
+from fulmen.errors import ConfigError
+
+
+def require_no_attention_weights(*wanted: bool | None) -> None:
+    """Raise ConfigError if `output_attentions` is true in one of its places."""
+    if any(wanted):
+        raise ConfigError(
+            "output_attentions=True cannot be given: weights of all keys are never made; "
+            "leave it out, or ask the dense model (fulmen.modeling.checkpoint.dense_view)"
+        )
+
+
+def require_no_dropout(dropout: float, *, training: bool) -> None:
+    """Raise ConfigError for attention dropout in training: no op has it."""
+    if training and dropout:
+        raise ConfigError(f"attention_dropout={dropout} is not supported in training; set it to 0")

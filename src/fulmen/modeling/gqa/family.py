@@ -1,0 +1,191 @@
+"""Families with grouped heads (GQA), whose DSA classes are fulmen's own."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from fulmen.config import DsaConfig
+from fulmen.errors import ConfigError
+from fulmen.modeling.family import (
+    AttentionLayout,
+    Family,
+    IndexerCost,
+    IndexHeads,
+    even_width,
+    has_own_head,
+)
+from fulmen.modeling.gqa.budget import share_budget
+from fulmen.modeling.gqa.cache import DsaCache
+from fulmen.modeling.gqa.indexer import model_head_width
+from fulmen.modeling.gqa.inherit import InheritedGqaLayer, inherit_gqa
+from fulmen.modeling.gqa.model import set_topk_shares
+from fulmen.ops.common.index_keys import SCALE_BYTES
+
+
+@dataclass(frozen=True)
+class GqaFamily(Family):
+    """A family whose DSA classes stand in its file; `gqa_family` makes it from the last of them.
+
+    Attributes:
+        project: `(attention, x_BTC) -> q_BTHD, k_BTGD, v_BTGD` after bias or norm and before RoPE; takes the
+            dense and the DSA attention module.
+        config_class, model_class, causal_lm_class: the DSA classes.
+        source_class: the stock language model.
+    """
+
+    project: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    config_class: type[PreTrainedConfig]
+    model_class: type[PreTrainedModel]
+    causal_lm_class: type[PreTrainedModel]
+    source_class: type[PreTrainedModel]
+
+    shares_topk: ClassVar[bool] = True
+    packs_index_keys: ClassVar[bool] = True
+
+    def has_layout(self, config: PreTrainedConfig) -> bool:
+        return getattr(config, "kv_lora_rank", None) is None
+
+    def attention_layout(self, config: PreTrainedConfig) -> AttentionLayout:
+        width = model_head_width(config)
+        return AttentionLayout(
+            config.num_attention_heads, config.num_key_value_heads, width, width, False, width**-0.5
+        )
+
+    def attention_weights(self, config: PreTrainedConfig) -> int:
+        heads = config.num_attention_heads + config.num_key_value_heads
+        return 2 * config.hidden_size * heads * model_head_width(config)
+
+    def heads_in_words(self, config: PreTrainedConfig) -> str:
+        return (
+            f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value, "
+            f"width {model_head_width(config)}"
+        )
+
+    def indexer_cost(self, config: PreTrainedConfig, dsa: DsaConfig) -> IndexerCost:
+        head, queries = model_head_width(config), dsa.index_n_heads * dsa.index_head_dim
+        keys = dsa.index_n_kv_heads * dsa.index_head_dim
+        query_weights = config.num_attention_heads * head * queries
+        query_weights += 2 * config.hidden_size * dsa.index_n_heads
+        pair_flops = 2 * dsa.index_n_heads * (dsa.index_head_dim + 1)
+        return IndexerCost(pair_flops, config.num_key_value_heads * head * keys, query_weights)
+
+    def index_key_bytes(self, dsa: DsaConfig, dtype_bytes: int) -> int:
+        """Eight bits a number and a scale, whatever the model's dtype."""
+        return dsa.index_n_kv_heads * (dsa.index_head_dim + SCALE_BYTES)
+
+    def default_index(self, config: PreTrainedConfig, key_share: float) -> IndexHeads:
+        """One index head per attention head, one index key head per key/value head."""
+        heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+        kv_bytes = 2 * self.attention_layout(config).token_width
+        return IndexHeads(
+            heads, key_heads, even_width(int(key_share * kv_bytes / key_heads) - SCALE_BYTES, 2)
+        )
+
+    def require_inheritable(self, config: PreTrainedConfig, dsa: DsaConfig) -> None:
+        """Index heads are made of whole attention heads, and index dims of the model's rotary pairs."""
+        heads, width = config.num_attention_heads, model_head_width(config)
+        if dsa.index_head_dim > width:
+            raise ConfigError(
+                f"index_head_dim={dsa.index_head_dim} is more than the model's head width {width}, "
+                f"from which it takes its rotary pairs; use {width} or less"
+            )
+        if heads % dsa.index_n_heads:
+            raise ConfigError(
+                f"index_n_heads={dsa.index_n_heads} does not divide the model's {heads} attention heads, "
+                f"each of which is to be in one; use {heads} or a divisor of it"
+            )
+
+    def require_convertible(self, config: PreTrainedConfig, dsa: DsaConfig) -> None:
+        """Whatever `DsaConfig` allows has room in a config of fulmen's own."""
+
+    def from_dense(self, dense: PreTrainedModel, dsa: DsaConfig) -> PreTrainedModel:
+        """As `Family.from_dense`; the weights are shared, not copied."""
+        tied = dense.config.tie_word_embeddings and not has_own_head(dense)
+        values = {**plain_config(dense.config), "dsa": dsa.to_dict(), "tie_word_embeddings": tied}
+        config = self.config_class.from_dict(values)
+        with torch.device("meta"):
+            model = self.causal_lm_class(config)
+        unmatched = model.load_state_dict(dense.state_dict(), assign=True, strict=False)
+        assert all(".indexer." in key for key in unmatched.missing_keys), unmatched
+        assert not unmatched.unexpected_keys, unmatched
+        model.tie_weights()
+        model.model.rotary_emb = copy.deepcopy(dense.model.rotary_emb)
+        for layer in dsa.layers:
+            attention = model.model.layers[layer].self_attn
+            weight = attention.q_proj.weight
+            attention.indexer.to_empty(device=weight.device).to(weight.dtype).apply(model._init_weights)
+        model.generation_config = copy.deepcopy(dense.generation_config)
+        return model.train(dense.training)
+
+    def dense_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The stock config inside that of a converted model."""
+        values = plain_config(config)
+        del values["dsa"]
+        stock: Any = self.source_class
+        return stock.config_class.from_dict(values)
+
+    def dsa_of(self, config: PreTrainedConfig) -> DsaConfig:
+        return DsaConfig.from_dict(config.dsa)
+
+    def set_topk(self, model: PreTrainedModel, topk: int) -> None:
+        """Where layers share the budget unevenly (`DsaConfig.topk_shares`), `topk` is their mean."""
+        model.config.dsa = {**model.config.dsa, "topk": topk}
+
+    def share_topk(
+        self, model: PreTrainedModel, input_ids_BT: Tensor, on_layer: Callable[[int], None] = lambda _: None
+    ) -> None:
+        set_topk_shares(model, share_budget(model, input_ids_BT, self.dsa_of(model.config).topk, on_layer))
+
+    def restore_topk(self, model: PreTrainedModel, layers: Sequence[Mapping[str, Any]]) -> None:
+        set_topk_shares(model, [layer["topk_share"] for layer in layers])
+
+    def inherit(
+        self,
+        model: PreTrainedModel,
+        input_ids_BT: Tensor,
+        on_layer: Callable[[InheritedGqaLayer], None] = lambda _: None,
+    ) -> list[InheritedGqaLayer]:
+        """`inherit_gqa`. Raises as that does."""
+        return inherit_gqa(model, input_ids_BT, self.dsa_of(model.config).topk, on_layer)
+
+    def accelerate(self, model: PreTrainedModel) -> None:
+        """Its attention is fulmen's own already."""
+
+    def accelerated(self, model: PreTrainedModel) -> AbstractContextManager:
+        return nullcontext()
+
+    def empty_cache(self, config: PreTrainedConfig, max_length: int | None = None) -> DsaCache:
+        return DsaCache(config, max_length)
+
+
+def gqa_family(
+    causal_lm_class: Any, full_attention_layers: Callable[[PreTrainedConfig], list[int]]
+) -> GqaFamily:
+    """The family of a DSA language model: its class leads to the three others and to the stock one."""
+    model_class, source_class = causal_lm_class.model_class, causal_lm_class.__bases__[-1]
+    return GqaFamily(
+        source_types=(source_class.config_class.model_type,),
+        dsa_types=(causal_lm_class.config_class.model_type,),
+        serving_classes=(causal_lm_class.__name__,),
+        full_attention_layers=full_attention_layers,
+        project=model_class.attention_class.project,
+        config_class=causal_lm_class.config_class,
+        model_class=model_class,
+        causal_lm_class=causal_lm_class,
+        source_class=source_class,
+    )
+
+
+def plain_config(config: PreTrainedConfig) -> dict:
+    """The config's values without what describes one checkpoint of one class."""
+    values = config.to_dict()
+    # Attention weights are never made: a source that returns them by default still converts.
+    for key in ("model_type", "architectures", "auto_map", "quantization_config", "output_attentions"):
+        values.pop(key, None)
+    return values

@@ -1,0 +1,40 @@
+"""Numbers of tokens: how long a model's texts are, how many a query keeps, how many are read at once."""
+
+import sys
+
+from transformers import PreTrainedConfig
+
+# V3.2's own k at 64K and more; below that one token in 32, and never so few that the local text fills it.
+SMALLEST_TOPK, LARGEST_TOPK, CONTEXT_OVER_TOPK = 256, 2048, 32
+# Of a sequence that teaches an indexer: three of four queries then have more to choose from than they keep.
+LENGTH_OVER_TOPK, USUAL_LENGTH = 4, 2048
+# Of a long prompt, read at once.
+PREFILL_CHUNK = 2048
+
+
+def context_of(config: PreTrainedConfig) -> int | None:
+    """Tokens that the model was made for; None if its config does not say."""
+    return getattr(config, "max_position_embeddings", None)
+
+
+def default_topk(config: PreTrainedConfig) -> int:
+    """A 32nd of the model's context, within 256 and 2048 tokens, and half of it at most."""
+    context = context_of(config)
+    if context is None:
+        return SMALLEST_TOPK
+    within = max(SMALLEST_TOPK, min(LARGEST_TOPK, context // CONTEXT_OVER_TOPK))
+    return max(1, min(within, context // 2))
+
+
+def default_length(config: PreTrainedConfig, topk: int) -> int:
+    """Tokens of a sequence to calibrate on, to train on or to judge with, where nobody says how many.
+
+    Four times k, as a sequence that is not well above k leaves nothing to select; at least 2,048, and within
+    the model's context.
+    """
+    return usual_length(topk, context_of(config))
+
+
+def usual_length(topk: int, context: int | None) -> int:
+    """`default_length`, where the context is known; None: it is not."""
+    return min(max(USUAL_LENGTH, LENGTH_OVER_TOPK * topk), context or sys.maxsize)
