@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from fulmen.data import load_corpus, window_stream
 from fulmen.evaluation.parity.losses import second_half_loss
-from fulmen.evaluation.parity.variants import Bench, Text
+from fulmen.evaluation.variants import Text, VariantRunner
 from fulmen.pipeline.chat import load_converted
 from fulmen.pipeline.texts import kinds_of
 
@@ -42,10 +42,10 @@ def main(
     out = out or model_dir / f"long-{length}-{topk}.jsonl"
     done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     model, tokenizer = load_converted(model_dir)
-    bench = Bench(model, load_file(model_dir / "stages/inherit.safetensors"))
-    benches = dict.fromkeys(variants.split(","), bench)
+    runner = VariantRunner(model, load_file(model_dir / "stages/inherit.safetensors"))
+    runners = dict.fromkeys(variants.split(","), runner)
     if before is not None:
-        benches["dense"] = Bench(load_converted(before)[0], None)
+        runners["dense"] = VariantRunner(load_converted(before)[0], None)
     heldout = load_corpus().heldout
     for kind in kinds_of(heldout):
         for number, window in zip(
@@ -54,7 +54,7 @@ def main(
             if any((row["kind"], row["number"]) == (kind, number) for row in done):
                 continue
             row = {"kind": kind, "number": number, "name": window.name, "loss": {}, "seconds": {}}
-            for variant, one in benches.items():
+            for variant, one in runners.items():
                 clock = time.perf_counter()
                 text = Text.of(window)
                 hidden_TC = one.hidden(variant, text, topk, window.name)

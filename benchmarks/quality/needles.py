@@ -17,7 +17,7 @@ import typer
 from fulmen.data import load_corpus
 from fulmen.evaluation.parity.needles import needle_samples, sample_groups, score_samples
 from fulmen.evaluation.parity.tables import needle_tables
-from fulmen.evaluation.parity.variants import Bench, current_topk
+from fulmen.evaluation.variants import VariantRunner, current_topk
 from fulmen.modeling.families import accelerated
 from fulmen.pipeline.chat import load_converted
 
@@ -38,7 +38,10 @@ def main(
     model, tokenizer = load_converted(model_dir)
     topk = topk or current_topk(model)
     first = model if before is None else load_converted(before)[0]
-    benches, heldout = {"dense": Bench(first, None), "dsa": Bench(model, None)}, load_corpus().heldout
+    runners, heldout = (
+        {"dense": VariantRunner(first, None), "dsa": VariantRunner(model, None)},
+        load_corpus().heldout,
+    )
     samples = [
         sample
         for length in lengths.split(",")
@@ -49,8 +52,8 @@ def main(
     with accelerated(model), accelerated(first):
         for group in sample_groups(samples):
             for name, right in answers.items():
-                with benches[name].running(name, topk, 0, "needles"):
-                    right += score_samples(benches[name].model, group)
+                with runners[name].running(name, topk, 0, "needles"):
+                    right += score_samples(runners[name].model, group)
     table = needle_tables(samples, answers)
     seconds = round(time.perf_counter() - clock)
     for row in [*table["differences"], {"task": "all", "n": len(samples), "pairs": table["pairs"]}]:

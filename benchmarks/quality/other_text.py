@@ -15,7 +15,7 @@ import typer
 
 from fulmen.data import load_corpus, window_stream
 from fulmen.evaluation.parity.losses import second_half_loss
-from fulmen.evaluation.parity.variants import Bench, Text
+from fulmen.evaluation.variants import Text, VariantRunner
 from fulmen.modeling.checkpoint import load_dense
 from fulmen.modeling.families import family_for
 from fulmen.modeling.gqa.budget import share_budget
@@ -35,7 +35,7 @@ def main(
     """Measure and print."""
     dense, tokenizer = load_dense(source, torch.float32)
     model = family_for(dense.config).from_dense(dense, default_dsa(dense.config, topk)).eval()
-    corpus, bench = load_corpus(), Bench(model, None)
+    corpus, runner = load_corpus(), VariantRunner(model, None)
     kinds = kinds_of(corpus.heldout)
 
     def losses(variant: str) -> dict[str, float]:
@@ -44,7 +44,7 @@ def main(
             texts = islice(window_stream(corpus.heldout, tokenizer, length, kind=kind), windows)
             found = [
                 second_half_loss(
-                    bench.hidden(variant, Text.of(text), topk, text.name),
+                    runner.hidden(variant, Text.of(text), topk, text.name),
                     model.get_output_embeddings(),
                     text.input_ids,
                 )

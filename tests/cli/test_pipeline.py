@@ -75,9 +75,9 @@ def test_convert_and_eval_every_gqa_family(name, tmp_path, corpus_dir):
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, dense(ids).logits, atol=2e-5, rtol=1e-4)
     report = evaluate(EvalSettings(out, dense=str(source), data=(str(corpus_dir),), length=64, quick=True))
-    over = {variant: row["over_dense"]["estimate"] for variant, row in report["variants"].items()}
+    over = {variant: row["over_dense"]["estimate"] for variant, row in report.variants.items()}
     assert set(over) == {"dense", "oracle", "dsa", "inherited", "window", "random"}
-    assert report["source"]["max_token_difference"] < 1e-3
+    assert report.source["max_token_difference"] < 1e-3
     assert not list(tmp_path.glob(".out*"))
 
 
@@ -308,7 +308,7 @@ def test_real_model(tmp_path, monkeypatch):
         ConvertSettings("smollm2-135m", tmp_path / "smol", topk=64, steps=2, window=512, dtype="float32")
     )
     report = evaluate(EvalSettings(out, length=512, windows=1, quick=True, needles=False))
-    over = {name: row["over_dense"]["estimate"] for name, row in report["variants"].items()}
+    over = {name: row["over_dense"]["estimate"] for name, row in report.variants.items()}
     assert over["dense"] == 0
     assert over["dsa"] < 0.06
     assert over["dsa"] < over["window"] < over["random"]

@@ -49,7 +49,7 @@ def test_lengths():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--suite", "rulers"], "suite='rulers' is not known; choose from parity, ruler, keyloss"),
+        (["--suite", "rulers"], "suite='rulers' is not known; choose from parity, generate, keyloss"),
         (["--suite", "ruler", "--tasks", "qa,needle"], "task='needle' is not known; choose from niah_single"),
         (["--suite", "ruler", "--samples", "0"], "samples=0 cannot be"),
         (["--suite", "ruler", "--lengths", "long"], "length='long' cannot be read"),

@@ -7,8 +7,8 @@ from typing import Any
 
 from benchmarks.quality.ablation.cells import read_rows
 from benchmarks.quality.ablation.measuring import mean
-from fulmen.evaluation.parity.plots import legend_above, new_figure
-from fulmen.evaluation.parity.tables import percent
+from fulmen.evaluation.style import legend_above, new_figure
+from fulmen.evaluation.wording import percent, signed_percent
 
 Row = dict[str, Any]
 PAGE, PLOT = "ablations.md", "ablations.svg"
@@ -59,7 +59,7 @@ def _kinds(row: Row) -> list[str]:
 
 
 def _over(row: Row) -> list[str]:
-    return [percent(row["over_dense"][kind]) for kind in _kinds(row)]
+    return [signed_percent(row["over_dense"][kind]) for kind in _kinds(row)]
 
 
 def _recall(row: Row) -> str:
@@ -144,7 +144,7 @@ def _over_unshared(row: Row, rows: Sequence[Row]) -> str:
     if alone is None or alone is row:
         return "–"
     over, error = paired(row, alone)
-    return f"{percent(over)} ± {100 * error:.2f} %"
+    return f"{signed_percent(over)} ± {percent(error)}"
 
 
 def _reach(rows: Sequence[Row]) -> str:
@@ -159,7 +159,7 @@ def _reach(rows: Sequence[Row]) -> str:
             "Over unshared: loss over that of the model with an index per layer and the same warm-up, mean",
             "and standard error over all texts. Layers with a k of their own share scores, not the",
             "selection; here each computed them again. Two layers to an index cost",
-            f"{percent(least)} at least; the aim of {percent(SHARING_REACH)} is {verdict}.",
+            f"{signed_percent(least)} at least; the aim of {signed_percent(SHARING_REACH)} is {verdict}.",
         )
     )
 

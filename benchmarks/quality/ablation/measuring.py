@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from benchmarks.quality.ablation.cells import Cells
 from fulmen.data import Corpus, Window, window_stream
-from fulmen.evaluation.parity.controls import MassSelector
+from fulmen.evaluation.controls import AttentionRecallSelector
 from fulmen.evaluation.parity.losses import second_half_loss
-from fulmen.evaluation.parity.variants import Text, last_hidden_states, use_topk
+from fulmen.evaluation.variants import Text, last_hidden_states, use_topk
 from fulmen.modeling.cost import token_bytes
 from fulmen.modeling.families import dsa_of
 from fulmen.modeling.selectors import DenseSelector, IndexerSelector, SelectionInputs, Selector, use_selector
@@ -21,7 +21,7 @@ from fulmen.pipeline.texts import kinds_of
 from fulmen.pipeline.train import weights_fingerprint
 
 # Every 64th query is asked for its attention mass: a few hundred rows a cell.
-MASS_STRIDE = 64
+RECALL_STRIDE = 64
 Losses = dict[str, list[float]]
 
 
@@ -87,7 +87,7 @@ class HeldOut:
             select_s, seconds: of selection and of everything, per window.
         """
         timed = TimedSelector(IndexerSelector() if selector is None else selector)
-        mass = MassSelector(timed, MASS_STRIDE)
+        mass = AttentionRecallSelector(timed, RECALL_STRIDE)
         began = time.perf_counter()
         with use_topk(model, topk), use_selector(model, mass):
             losses = self._losses(model)

@@ -28,7 +28,7 @@ from benchmarks.quality.ablation.drawing import write_table
 from benchmarks.quality.ablation.lab import Lab, ends, quarters
 from benchmarks.quality.ablation.measuring import fingerprint
 from benchmarks.quality.ablation.sharing import SharedLossSelector, SharedSelector, group_means, leaders
-from fulmen.evaluation.parity.variants import indexer_state
+from fulmen.evaluation.variants import indexer_state
 from fulmen.modeling.checkpoint import load_dense
 from fulmen.modeling.cost import index_key_bytes, indexer_cost
 from fulmen.modeling.families import dsa_of, family_for

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fulmen.data import Window
-from fulmen.evaluation.parity.variants import indexer_state
+from fulmen.evaluation.variants import indexer_state
 from fulmen.files import atomic_write
 from fulmen.modeling.gqa.model import set_topk_shares
 from fulmen.modeling.selectors import dsa_attentions, use_selector

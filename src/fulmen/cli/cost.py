@@ -138,8 +138,8 @@ def _measured(settings: CostSettings, shape: "ModelShape") -> "Speed":
 
 
 def _report(run: PriceRun) -> dict[str, Any]:
-    from fulmen.evaluation.parity.report import about_run
     from fulmen.evaluation.price.plot import price_dict
+    from fulmen.evaluation.provenance import about_run
 
     shape = run.pricing.shape
     return {
@@ -156,8 +156,8 @@ def _report(run: PriceRun) -> dict[str, Any]:
 
 
 def _write(run: PriceRun, report: dict[str, Any]) -> list[Path]:
-    from fulmen.evaluation.parity.report import write_json
     from fulmen.evaluation.price.plot import png_bytes, price_csv, price_plot
+    from fulmen.evaluation.report_files import write_json
     from fulmen.files import write_file
 
     plot = price_plot(run.rows, run.crossovers, run.speed.last_position if run.speed else None)

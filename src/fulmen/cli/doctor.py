@@ -102,7 +102,7 @@ def _choice(device: str, operation: str, dtype: Any) -> Choice:
 def _facts() -> dict[str, str]:
     import torch
 
-    from fulmen.evaluation.parity.report import processor_name
+    from fulmen.evaluation.provenance import processor_name
     from fulmen.ops.cpp.library import cpp_reason, cpp_simd
 
     reason = cpp_reason()

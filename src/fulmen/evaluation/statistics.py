@@ -3,7 +3,7 @@
 import math
 from collections.abc import Hashable, Sequence
 from statistics import NormalDist, fmean
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from fulmen.errors import ConfigError
 
@@ -16,6 +16,21 @@ class Interval(NamedTuple):
     estimate: float
     low: float
     high: float
+
+
+class IntervalRow(TypedDict):
+    """An `Interval` as JSON, which has no infinity: a limit that does not exist is null."""
+
+    estimate: float
+    low: float | None
+    high: float | None
+
+
+def interval_row(interval: Interval) -> IntervalRow:
+    """The interval as JSON."""
+    estimate, *limits = interval
+    low, high = (limit if math.isfinite(limit) else None for limit in limits)
+    return {"estimate": estimate, "low": low, "high": high}
 
 
 def wilson_interval(successes: int, n: int, confidence: float = CONFIDENCE) -> Interval:

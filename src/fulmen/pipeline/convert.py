@@ -13,7 +13,7 @@ from fulmen import __version__
 from fulmen.config import DsaConfig
 from fulmen.data import Corpus, load_corpus, stream_of
 from fulmen.errors import ConfigError
-from fulmen.evaluation.parity.variants import indexer_state
+from fulmen.evaluation.variants import indexer_state
 from fulmen.modeling.checkpoint import (
     ModelSource,
     load_dense,

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,15 +17,10 @@ from fulmen.data import Corpus, Document, Window, load_corpus, windows
 from fulmen.errors import ConfigError, CorpusError, OutputError
 from fulmen.evaluation.parity.measure import measure_parity
 from fulmen.evaluation.parity.needles import NeedleSample, needle_samples
-from fulmen.evaluation.parity.report import (
-    about_run,
-    make_report,
-    markdown_table,
-    write_html,
-    write_json,
-    write_markdown,
-)
-from fulmen.evaluation.parity.tables import needle_verdict, short_summary, verdict
+from fulmen.evaluation.parity.report import ParityReport
+from fulmen.evaluation.provenance import about_run
+from fulmen.evaluation.report_files import save_report
+from fulmen.evaluation.wording import markdown_table
 from fulmen.modeling.checkpoint import load_dense
 from fulmen.modeling.cost import cost_rows
 from fulmen.modeling.families import dsa_of
@@ -61,7 +57,7 @@ class EvalSize(NamedTuple):
 FULL, QUICK = EvalSize(windows=8, needle_texts=8), EvalSize(windows=2, needle_texts=2)
 
 
-def evaluate(settings: EvalSettings) -> dict[str, Any]:
+def evaluate(settings: EvalSettings) -> ParityReport:
     """Run an evaluation as `fulmen eval` does and return the report. Raises what its parts raise."""
     lengths = plan_evaluation(settings)
     with stage("Read data"):
@@ -73,7 +69,7 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
         model = load_converted_model(settings.model_dir)
         dense = None if settings.dense is None else load_dense(settings.dense, model.dtype)[0]
     with stage("Evaluate", counted=False) as advance:
-        result = measure_parity(
+        report = measure_parity(
             model,
             texts,
             topk=settings.topk,
@@ -85,7 +81,7 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
         )
     with stage("Write"):
         about = {**about_run(str(settings.model_dir)), **_provenance(settings.model_dir)}
-        report = make_report(result, about, _cost_curve(model))
+        report = replace(report, about=about, cost=_cost_curve(model))
         _write_reports(settings, report)
     _print(report)
     return report
@@ -168,24 +164,24 @@ def _cost_curve(model: PreTrainedModel) -> list[dict[str, float]]:
     return [{"position": row.position, **row.decode._asdict()} for row in rows]
 
 
-def _write_reports(settings: EvalSettings, report: dict[str, Any]) -> None:
+def _write_reports(settings: EvalSettings, report: ParityReport) -> None:
     """To the places asked for, or beside the model; the card gets the table too."""
     folder = settings.model_dir
-    written = [
-        write_json(report, settings.json or folder / "parity.json"),
-        write_markdown(report, settings.markdown or folder / "parity.md"),
-        write_html(report, settings.html or folder / "parity.html"),
-    ]
-    fill_parity(folder, f"{verdict(report)}\n\n{markdown_table(short_summary(report))}")
+    written = save_report(
+        report,
+        json=settings.json or folder / "parity.json",
+        markdown=settings.markdown or folder / "parity.md",
+        html=settings.html or folder / "parity.html",
+    )
+    fill_parity(folder, f"{report.verdict()}\n\n{markdown_table(report.summary())}")
     say("Wrote " + ", ".join(str(path) for path in written))
 
 
-def _print(report: dict[str, Any]) -> None:
-    header, *rows = short_summary(report)
+def _print(report: ParityReport) -> None:
+    header, *rows = report.summary()
     table = Table(*header)
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    say(verdict(report))
-    if retrieval := needle_verdict(report):
-        say(retrieval)
+    for finding in report.findings():
+        say(finding)

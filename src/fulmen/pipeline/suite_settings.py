@@ -7,9 +7,10 @@ from pathlib import Path
 
 from fulmen.config import require_positive_int
 from fulmen.errors import ConfigError
+from fulmen.evaluation.suites.catalog import suite_names
 
 PARITY, ALL = "parity", "all"
-SUITE_NAMES = (PARITY, "ruler", "keyloss", "short", "generate", ALL)
+SUITE_NAMES = (PARITY, *suite_names(), ALL)
 DEFAULT_SAMPLES = 20
 MAX_LENGTH = "max"
 SHORTEST_POWER = 1024

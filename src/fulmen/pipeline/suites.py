@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,19 @@ from transformers import PreTrainedConfig
 from fulmen import __version__
 from fulmen.data import Corpus, load_corpus
 from fulmen.errors import CheckpointError, ConfigError, first_line
-from fulmen.evaluation.parity.report import about_run, write_json
-from fulmen.evaluation.suites.endpoint import EndpointSubject
+from fulmen.evaluation.provenance import about_run
+from fulmen.evaluation.report_files import save_report
+from fulmen.evaluation.suites.catalog import all_suites, find_suite, require_known_tasks
+from fulmen.evaluation.suites.endpoint import EndpointResponder
 from fulmen.evaluation.suites.journal import Journal
-from fulmen.evaluation.suites.page import write_suite_page
-from fulmen.evaluation.suites.report import suite_sections, write_suite_markdown
-from fulmen.evaluation.suites.ruler_tasks import find_tasks
+from fulmen.evaluation.suites.report import SuiteReport
+from fulmen.evaluation.suites.responders import LocalResponder, Responder
 from fulmen.evaluation.suites.run import (
-    NEEDS_DSA,
-    NEEDS_WEIGHTS,
-    SUITES,
     SuitePlan,
     require_fit,
     require_within,
     run_suites,
 )
-from fulmen.evaluation.suites.subjects import LocalSubject, Subject
 from fulmen.modeling.checkpoint import (
     ModelSource,
     find_source,
@@ -54,7 +52,7 @@ def suites_of(settings: SuiteSettings) -> tuple[str, ...]:
         ConfigError: parity of a model without DSA; an unknown task.
         CheckpointError: there is no such model.
     """
-    find_tasks(settings.tasks)
+    require_known_tasks(settings.tasks)
     converted = settings.url is None and _has_dsa(_config_values(find_source(settings.source)))
     if ALL not in settings.suites:
         if PARITY in settings.suites and not converted:
@@ -63,12 +61,16 @@ def suites_of(settings: SuiteSettings) -> tuple[str, ...]:
             )
         return settings.suites
     if converted:
-        return (PARITY, *SUITES)
-    lacking = NEEDS_DSA + (NEEDS_WEIGHTS if settings.url else ())
-    return tuple(name for name in SUITES if name not in lacking)
+        return (PARITY, *(suite.name for suite in all_suites()))
+    without_weights = settings.url is not None
+    return tuple(
+        suite.name
+        for suite in all_suites()
+        if not suite.needs_dsa and not (suite.needs_weights and without_weights)
+    )
 
 
-def evaluate_suites(settings: SuiteSettings, suites: tuple[str, ...]) -> dict[str, Any]:
+def evaluate_suites(settings: SuiteSettings, suites: tuple[str, ...]) -> SuiteReport:
     """Run suites as `fulmen eval --suite` does and return the report. Raises what its parts raise."""
     require_runnable(settings, suites)
     with stage("Read data"):
@@ -87,12 +89,12 @@ def evaluate_suites(settings: SuiteSettings, suites: tuple[str, ...]) -> dict[st
     require_fit(subject, plan)
     journal = Journal(settings.folder / SAMPLES_FILE, _identity(settings, corpus, subject))
     with stage("Evaluate", counted=False) as advance:
-        tables = run_suites(subject, tokenizer, corpus.heldout, plan, journal, lambda *done: advance(*done))
+        report = run_suites(subject, tokenizer, corpus.heldout, plan, journal, lambda *done: advance(*done))
     sparse = f", k = {subject.topk}" if subject.topk else ""
     dense = f", dense: {settings.dense}" if settings.dense else ""
     sizes = f"{plan.samples} samples of each task and length, seed {plan.seed}{sparse}{dense}"
     about = {**about_run(settings.model or settings.source), "sizes": sizes}
-    report = {"suites": tables, "about": about}
+    report = replace(report, about=about)
     with stage("Write"):
         _write(settings.folder, report)
     _print(report)
@@ -111,7 +113,7 @@ def require_runnable(settings: SuiteSettings, suites: tuple[str, ...]) -> None:
     if settings.dense is not None and not has_dsa:
         raise ConfigError(f"--dense is what a converted model is compared with; {settings.source} has no DSA")
     for name in suites:
-        if name in NEEDS_DSA and not has_dsa:
+        if find_suite(name).needs_dsa and not has_dsa:
             raise ConfigError(
                 f"suite={name!r} compares DSA with dense, and {settings.source} has no DSA; convert it first"
             )
@@ -141,7 +143,7 @@ def load_subject_tokenizer(settings: SuiteSettings) -> Any:
     return tokenizer
 
 
-def load_subject(settings: SuiteSettings, tokenizer: Any) -> Subject:
+def load_subject(settings: SuiteSettings, tokenizer: Any) -> Responder:
     """Who is asked.
 
     Raises:
@@ -152,7 +154,7 @@ def load_subject(settings: SuiteSettings, tokenizer: Any) -> Subject:
     found = find_source(settings.source)
     if settings.url is not None:
         assert settings.model is not None
-        return EndpointSubject(settings.url, settings.model, tokenizer)
+        return EndpointResponder(settings.url, settings.model, tokenizer)
     dense = None
     if _has_dsa(_config_values(found)):
         model = load_converted_model(settings.source)
@@ -163,7 +165,7 @@ def load_subject(settings: SuiteSettings, tokenizer: Any) -> Subject:
     else:
         # Any model of Transformers, known to a family or not: nothing of it is changed.
         model = load_directory_model(found.place)
-    return LocalSubject(model.eval(), tokenizer, settings.topk, dense)
+    return LocalResponder(model.eval(), tokenizer, settings.topk, dense)
 
 
 def _config_values(found: ModelSource) -> dict[str, Any]:
@@ -187,7 +189,7 @@ def _loaded(found: ModelSource, load: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _identity(settings: SuiteSettings, corpus: Corpus, subject: Subject) -> dict[str, Any]:
+def _identity(settings: SuiteSettings, corpus: Corpus, subject: Responder) -> dict[str, Any]:
     """What results on disk must have in common with this run; how many there are is not part of it."""
     return {
         "model": settings.model or settings.source,
@@ -209,17 +211,18 @@ def _weights_mark(found: ModelSource) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16] if facts else found.place
 
 
-def _write(folder: Path, report: dict[str, Any]) -> None:
-    written = [
-        write_json(report, folder / "suites.json"),
-        write_suite_markdown(report, folder / "suites.md"),
-        write_suite_page(report, folder / "suites.html"),
-    ]
+def _write(folder: Path, report: SuiteReport) -> None:
+    written = save_report(
+        report,
+        json=folder / "suites.json",
+        markdown=folder / "suites.md",
+        html=folder / "suites.html",
+    )
     say("Wrote " + ", ".join(str(path) for path in written))
 
 
-def _print(report: dict[str, Any]) -> None:
-    for title, notes, (header, *rows) in suite_sections(report):
+def _print(report: SuiteReport) -> None:
+    for title, notes, (header, *rows) in report.sections():
         table = Table(*header, title=title)
         for row in rows:
             table.add_row(*row)

@@ -8,17 +8,13 @@ import torch
 
 from fulmen import CheckpointError, ConfigError, set_topk
 from fulmen.data import Window
+from fulmen.evaluation.parity.findings import needle_verdict, short_summary, source_verdict, verdict
 from fulmen.evaluation.parity.losses import scored_positions, summarize_scores, text_scores
 from fulmen.evaluation.parity.measure import measure_parity
 from fulmen.evaluation.parity.needles import NeedleSample, score_by_forward
-from fulmen.evaluation.parity.tables import (
-    needle_tables,
-    needle_verdict,
-    short_summary,
-    source_verdict,
-    verdict,
-)
-from fulmen.evaluation.parity.variants import Text, indexer_state, last_hidden_states, swapped_indexers
+from fulmen.evaluation.parity.results import ParityResults
+from fulmen.evaluation.parity.tables import needle_tables
+from fulmen.evaluation.variants import Text, indexer_state, last_hidden_states, swapped_indexers
 from fulmen.modeling.mla.attention import fulmen_attention
 from fulmen.modeling.selectors import dsa_attentions
 from tests.evaluation.parity.tiny_parity import (
@@ -75,24 +71,22 @@ def measured(dense):
 
 def test_result_is_plain_json(measured):
     result, _ = measured
-    assert json.loads(json.dumps(result, allow_nan=False)) == result
-    assert (result["length"], result["topk"]) == (LENGTH, TOPK)
-    assert list(result["variants"]) == VARIANTS
+    assert json.loads(json.dumps(result.to_dict(), allow_nan=False)) == result.to_dict()
+    assert (result.length, result.topk) == (LENGTH, TOPK)
+    assert list(result.variants) == VARIANTS
 
 
 def test_dense_variant_has_the_stock_models_losses(dense, measured):
     result, _ = measured
-    for window, record in zip(tiny_windows(), result["windows"], strict=True):
+    for window, record in zip(tiny_windows(), result.windows, strict=True):
         losses = stock_losses(dense, window.input_ids)
         scores = record["scores"]["dense"]
         assert scores["second_half"] == pytest.approx(losses[LENGTH // 2 :].mean().item(), abs=1e-5)
         assert scores["by_position"][-1] == pytest.approx(losses[LENGTH * 7 // 8 :].mean().item(), abs=1e-5)
         assert (scores["kl"], scores["agreement"]) == (pytest.approx(0, abs=1e-6), 1)
-    assert result["source"]["max_window_difference"] < 1e-5
-    assert result["source"]["max_token_difference"] < 1e-4
-    assert result["source"]["dsa_over_source"] == pytest.approx(
-        result["variants"]["dsa"]["over_dense"], abs=1e-6
-    )
+    assert result.source["max_window_difference"] < 1e-5
+    assert result.source["max_token_difference"] < 1e-4
+    assert result.source["dsa_over_source"] == pytest.approx(result.variants["dsa"]["over_dense"], abs=1e-6)
 
 
 def test_dsa_variant_has_the_models_own_losses(dense, measured):
@@ -100,9 +94,9 @@ def test_dsa_variant_has_the_models_own_losses(dense, measured):
     losses = [
         stock_losses(tiny_dsa(dense), window.input_ids)[LENGTH // 2 :].mean() for window in tiny_windows()
     ]
-    row = result["variants"]["dsa"]
+    row = result.variants["dsa"]
     assert row["second_half"] == pytest.approx(torch.stack(losses).mean().item(), abs=1e-5)
-    ratio = row["second_half"] / result["variants"]["dense"]["second_half"] - 1
+    ratio = row["second_half"] / result.variants["dense"]["second_half"] - 1
     assert row["over_dense"]["estimate"] == pytest.approx(ratio)
     assert row["over_dense"]["low"] < ratio < row["over_dense"]["high"]
     assert {kind: found["n"] for kind, found in row["by_kind"].items()} == {"code": 2, "prose": 2}
@@ -114,20 +108,20 @@ def test_the_inherited_variant_is_the_model_with_those_indexers(dense, measured)
     result, _ = measured
     model = tiny_dsa(dense)
     model.load_state_dict(shaken(indexer_state(model)), strict=False)
-    window, record = tiny_windows()[1], measured[0]["windows"][1]
+    window, record = tiny_windows()[1], measured[0].windows[1]
     losses = stock_losses(model, window.input_ids)[LENGTH // 2 :]
     assert record["scores"]["inherited"]["second_half"] == pytest.approx(losses.mean().item(), abs=1e-5)
-    assert result["variants"]["inherited"]["second_half"] != result["variants"]["dsa"]["second_half"]
+    assert result.variants["inherited"]["second_half"] != result.variants["dsa"]["second_half"]
 
 
 def test_sweep_mass_and_split(measured):
     result, _ = measured
-    assert {point["k"] for point in result["sweep"]} == {TOPK // 4, TOPK // 2, TOPK, 2 * TOPK}
-    assert list(result["mass"]) == ["dsa", "inherited", "window"]
-    for rows in result["mass"].values():
+    assert {point["k"] for point in result.sweep} == {TOPK // 4, TOPK // 2, TOPK, 2 * TOPK}
+    assert list(result.attention_recall) == ["dsa", "inherited", "window"]
+    for rows in result.attention_recall.values():
         assert [row["layer"] for row in rows] == list(range(LAYERS))
         assert all(row["captured"] <= row["oracle"] + 1e-6 for row in rows)
-    split, variants = result["error_split"], result["variants"]
+    split, variants = result.error_split, result.variants
     gap = variants["dsa"]["second_half"] - variants["dense"]["second_half"]
     assert split["budget"] + split["indexer"] == pytest.approx(gap)
     assert abs(split["kernel"]) < 1e-5
@@ -140,18 +134,18 @@ def test_sweep_reads_the_first_window_of_each_kind(dense, measured):
     losses = [
         stock_losses(model, window.input_ids)[LENGTH // 2 :].mean().item() for window in tiny_windows()[:2]
     ]
-    (point,) = (p for p in result["sweep"] if (p["variant"], p["k"]) == ("dsa", TOPK // 4))
+    (point,) = (p for p in result.sweep if (p["variant"], p["k"]) == ("dsa", TOPK // 4))
     assert point["loss"] == pytest.approx(sum(losses) / 2, abs=1e-5)
 
 
 def test_needles_are_counted_by_task_length_and_depth(measured):
     result, _ = measured
-    cells = result["needles"]["cells"]
+    cells = result.needles["cells"]
     assert len(cells) == 2 * 2 * 2 * 3
     assert {cell["task"] for cell in cells} == {"needle", "3 needles"}
     assert {cell["depth"] for cell in cells} == {0.0, 0.6}
     assert all(cell["n"] == 2 for cell in cells)
-    assert set(result["needles"]["overall"]) == {"dense", "dsa", "window"}
+    assert set(result.needles["overall"]) == {"dense", "dsa", "window"}
 
 
 def test_needle_difference_is_paired_and_in_points():
@@ -182,8 +176,8 @@ def test_needle_answers_are_those_of_whole_forwards(dense, measured):
     result, _ = measured
     model = tiny_dsa(dense)
     right = [score_by_forward(model, sample) for sample in tiny_needles()]
-    assert result["needles"]["overall"]["dsa"]["right"] == sum(right)
-    assert [row["texts"] for row in result["needles"]["differences"]] == [2, 2, 4, 4]
+    assert result.needles["overall"]["dsa"]["right"] == sum(right)
+    assert [row["texts"] for row in result.needles["differences"]] == [2, 2, 4, 4]
 
 
 def test_progress_counts_every_token_once(measured):
@@ -216,10 +210,10 @@ def test_indexers_come_back_after_an_error(dense):
 def test_k_above_the_length_makes_every_variant_dense(dense):
     model = tiny_dsa(dense)
     result = measure_parity(model, tiny_windows(2), topk=LENGTH, ks=[LENGTH])
-    losses = [row["second_half"] for row in result["variants"].values()]
+    losses = [row["second_half"] for row in result.variants.values()]
     assert losses == [losses[0]] * len(losses)
-    assert all(row["over_dense"]["estimate"] == 0 for row in result["variants"].values())
-    assert all(rows == [] for rows in result["mass"].values())
+    assert all(row["over_dense"]["estimate"] == 0 for row in result.variants.values())
+    assert all(rows == [] for rows in result.attention_recall.values())
     assert verdict(result).startswith("Nothing was tested")
 
 
@@ -233,11 +227,11 @@ def test_stock_mla_models_are_measured_and_stay_stock():
     assert model.config.index_topk == TOPK
     with fulmen_attention(model):
         dsa = stock_losses(model, window.input_ids)[LENGTH // 2 :].mean().item()
-    assert result["windows"][0]["scores"]["dsa"]["second_half"] == pytest.approx(dsa, abs=1e-4)
+    assert result.windows[0]["scores"]["dsa"]["second_half"] == pytest.approx(dsa, abs=1e-4)
     set_topk(model, LENGTH)
     dense = stock_losses(model, window.input_ids)[LENGTH // 2 :].mean().item()
-    assert result["windows"][0]["scores"]["dense"]["second_half"] == pytest.approx(dense, abs=1e-4)
-    assert result["mass"]["dsa"]
+    assert result.windows[0]["scores"]["dense"]["second_half"] == pytest.approx(dense, abs=1e-4)
+    assert result.attention_recall["dsa"]
 
 
 def test_packed_documents_do_not_see_each_other(dense):
@@ -250,7 +244,7 @@ def test_packed_documents_do_not_see_each_other(dense):
 
 
 def test_scores_of_known_logits(monkeypatch):
-    monkeypatch.setattr("fulmen.evaluation.parity.losses.CHUNK_LOGITS", 7 * VOCAB)
+    monkeypatch.setattr("fulmen.evaluation.logits.CHUNK_LOGITS", 7 * VOCAB)
     draw = torch.Generator().manual_seed(0)
     ids_T, lm_head = random_ids(96), torch.nn.Linear(8, VOCAB, bias=False)
     hidden = {name: torch.randn(96, 8, generator=draw) for name in ("dense", "other")}
@@ -311,14 +305,14 @@ def test_nan_weights_are_named():
         (-0.01, 0.008, 0.02, "Not shown: "),
         (0.02, 0.03, 0.04, "No parity: "),
         (None, 0.001, None, "Not shown: "),
-        (-0.03, -0.02, -0.01, "2.00% below dense"),
+        (-0.03, -0.02, -0.01, "2.00 % below dense"),
     ],
 )
 def test_verdict_follows_the_interval_of_the_worse_kind(low, estimate, high, words):
     over = {"estimate": estimate, "low": low, "high": high}
     fine = {"estimate": -0.5, "low": -0.6, "high": -0.4}
     row = {"worse_kind": "code", "by_kind": {"code": {"over_dense": over}, "prose": {"over_dense": fine}}}
-    text = verdict({"variants": {"dsa": row}, "length": 100, "topk": 10})
+    text = verdict(ParityResults(100, 10, [], {"dsa": row}, {}, [], {}, {}, None))
     assert words in text
     assert "code text, the worse kind" in text
 
@@ -327,6 +321,6 @@ def test_summary_has_one_row_per_variant(measured):
     result, _ = measured
     header, *rows = short_summary(result)
     assert [len(row) for row in rows] == [len(header)] * len(VARIANTS)
-    assert rows[0][:3] == ("dense", f"{result['variants']['dense']['second_half']:.4f}", "")
+    assert rows[0][:3] == ("dense", f"{result.variants['dense']['second_half']:.4f}", "")
     assert "of 16 questions about 12 texts" in needle_verdict(result)
     assert "before conversion" in source_verdict(result)

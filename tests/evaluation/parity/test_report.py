@@ -2,27 +2,21 @@
 
 import json
 import re
+from dataclasses import FrozenInstanceError, replace
 from html.parser import HTMLParser
 
 import pytest
 
-from fulmen import OutputError
 from fulmen.evaluation.parity.measure import measure_parity
-from fulmen.evaluation.parity.page import parity_page
-from fulmen.evaluation.parity.plots import VARIANT_COLORS, crossover, parity_plots
-from fulmen.evaluation.parity.report import (
-    about_run,
-    make_report,
-    markdown_table,
-    markdown_text,
-    write_html,
-    write_json,
-    write_markdown,
-)
+from fulmen.evaluation.parity.plots import crossover, parity_plots
+from fulmen.evaluation.parity.report import ParityReport
+from fulmen.evaluation.provenance import about_run
+from fulmen.evaluation.report_files import write_json
+from fulmen.evaluation.style import VARIANT_COLORS
+from fulmen.evaluation.wording import markdown_table, percent, signed_percent
 from tests.evaluation.parity.tiny_parity import TOPK, tiny_dense, tiny_dsa, tiny_needles, tiny_windows
 
-FIGURES = ["position", "sweep", "split", "mass", "needles", "cost"]
-WRITERS = [write_json, write_markdown, write_html]
+FIGURES = ["position", "sweep", "split", "recall", "needles", "cost"]
 COST = [
     {
         "position": p,
@@ -59,28 +53,49 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def result():
+def report():
     model = tiny_dsa(tiny_dense())
-    return measure_parity(model, tiny_windows(), needles=tiny_needles(), ks=[TOPK, 24])
-
-
-@pytest.fixture(scope="module")
-def report(result):
-    return make_report(result, about_run("tiny <model>", ["/usr/bin/fulmen", "parity", "out"]), COST)
+    measured = measure_parity(model, tiny_windows(), needles=tiny_needles(), ks=[TOPK, 24])
+    about = about_run("tiny <model>", ["/usr/bin/fulmen", "parity", "out"])
+    return replace(measured, about=about, cost=COST)
 
 
 @pytest.fixture(scope="module")
 def html(report):
-    return parity_page(report)
+    return report.to_html()
 
 
 def test_json_round_trips(report, tmp_path):
-    path = write_json(report, tmp_path / "new" / "parity.json")
-    assert json.loads(path.read_text()) == report
+    path = write_json(report.to_dict(), tmp_path / "new" / "parity.json")
+    read = json.loads(path.read_text())
+    assert read == report.to_dict()
+    assert ParityReport.from_dict(read) == report
 
 
 def test_page_from_json_is_the_same_page(report, html):
-    assert parity_page(json.loads(json.dumps(report))) == html
+    assert ParityReport.from_dict(json.loads(json.dumps(report.to_dict()))).to_html() == html
+
+
+def test_a_report_of_an_older_version_is_read(report):
+    older = {**report.to_dict(), "something": "else"}
+    older["mass"] = older.pop("attention_recall")
+    del older["about"], older["cost"]
+    assert ParityReport.from_dict(older) == replace(report, about={}, cost=[])
+
+
+def test_a_report_is_silent_and_does_not_change(report, capsys):
+    before = json.dumps(report.to_dict())
+    report.to_dict()["variants"]["dsa"]["kl"] = -1.0
+    report.to_markdown()
+    assert json.dumps(report.to_dict()) == before
+    with pytest.raises(FrozenInstanceError):
+        report.topk = 1
+    assert capsys.readouterr() == ("", "")
+
+
+def test_percentages():
+    assert (percent(0.0057), percent(0.5, 0), percent(-0.12345, 1)) == ("0.57 %", "50 %", "-12.3 %")
+    assert (signed_percent(0.0057), signed_percent(-1.5)) == ("+0.57 %", "-150.00 %")
 
 
 def test_page_is_well_formed_and_has_every_figure_once(html):
@@ -123,7 +138,7 @@ def test_page_follows_the_readers_colours(html):
 
 def test_page_says_what_was_found_and_how(report, html):
     text = " ".join(Page(html).text)
-    dsa = report["variants"]["dsa"]
+    dsa = report.variants["dsa"]
     assert f"with {TOPK} of 80 tokens kept" in text
     assert f"{dsa['second_half']:.4f}" in text
     assert "of 16 questions about 12 texts" in text
@@ -145,13 +160,13 @@ def test_every_figure_has_axis_labels_and_a_caption(report):
 
 def test_figures_without_data_are_left_out():
     model = tiny_dsa(tiny_dense())
-    whole = make_report(measure_parity(model, tiny_windows(1), topk=400), {})
-    assert [plot.name for plot in parity_plots(whole)] == ["position", "split"]
-    assert "budget k:" not in markdown_text(whole)
+    dense = measure_parity(model, tiny_windows(1), topk=400)
+    assert [plot.name for plot in parity_plots(dense)] == ["position", "split"]
+    assert "budget k:" not in dense.to_markdown()
 
 
-def test_markdown_has_the_verdict_and_the_tables(report, tmp_path):
-    text = write_markdown(report, tmp_path / "parity.md").read_text()
+def test_markdown_has_the_verdict_and_the_tables(report):
+    text = report.to_markdown()
     assert f"with {TOPK} of 80 tokens kept" in text
     for line in (
         "| DSA |",
@@ -170,27 +185,6 @@ def test_markdown_has_the_verdict_and_the_tables(report, tmp_path):
 
 def test_markdown_table():
     assert markdown_table([("a", "b"), ("1", "2")]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
-
-
-@pytest.mark.parametrize("write", WRITERS)
-def test_files_are_replaced_whole(write, report, tmp_path):
-    path = tmp_path / "parity"
-    path.write_text("old")
-    assert write(report, path) == path
-    assert path.read_text() != "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("write", [write_json, write_markdown])
-def test_a_place_that_cannot_be_written_is_one_line(write, report, tmp_path):
-    (tmp_path / "file").write_text("kept")
-    with pytest.raises(OutputError, match="cannot be written") as caught:
-        write(report, tmp_path / "file" / "parity")
-    assert "\n" not in str(caught.value)
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OutputError, match="cannot be written"):
-        write(report, tmp_path / "folder")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
 def test_crossover_lies_where_the_lines_meet():

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fulmen.config import DsaConfig
 from fulmen.evaluation import greedy
 from fulmen.evaluation.parity.needles import NeedleSample, score_by_forward, score_samples
-from fulmen.evaluation.suites.subjects import LocalSubject
+from fulmen.evaluation.suites.responders import LocalResponder
 from fulmen.modeling.families import family_for_type
 from tests.evaluation.parity.tiny_parity import random_ids
 
@@ -50,13 +50,13 @@ def test_continuations_are_those_of_a_fresh_dense_model(rope, monkeypatch):
     monkeypatch.setattr(greedy, "PREFILL_CHUNK", 16)
     model, dense = make_models(rope)
     for source in (None, dense()):
-        subject = LocalSubject(model, None, source=source)
+        responder = LocalResponder(model, None, source=source)
         # The longest first: what it leaves in the tables must not reach the next.
         for length in (110, 80, ORIGINAL - 4, 20):
             prompt_ids = random_ids(length, seed=length)
             expected = greedy_answer(dense, prompt_ids, 8).tolist()
-            assert subject.continue_text(prompt_ids, 8, "dense") == expected
-            assert subject.continue_text(prompt_ids, 8, "dsa") == expected
+            assert responder.continue_text(prompt_ids, 8, "dense") == expected
+            assert responder.continue_text(prompt_ids, 8, "dsa") == expected
 
 
 @pytest.mark.parametrize("rope", ROPES)
@@ -76,10 +76,10 @@ def test_needles_are_scored_as_greedy_decoding_writes(rope, shared):
 @pytest.mark.parametrize("rope", ROPES)
 def test_losses_do_not_go_by_what_was_read_before(rope):
     model, dense = make_models(rope)
-    subject = LocalSubject(model, None)
+    responder = LocalResponder(model, None)
     ids = {length: random_ids(length) for length in (100, 70)}
     for length, ids_T in ids.items():
-        fresh = LocalSubject(dense(), None).losses(ids_T, "dense")
+        fresh = LocalResponder(dense(), None).losses(ids_T, "dense")
         torch.testing.assert_close(
-            subject.losses(ids_T, "dense"), fresh, rtol=1e-4, atol=1e-4, msg=str(length)
+            responder.losses(ids_T, "dense"), fresh, rtol=1e-4, atol=1e-4, msg=str(length)
         )

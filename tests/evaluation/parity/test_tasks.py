@@ -19,7 +19,7 @@ from fulmen.evaluation.parity.needles import (
     score_samples,
     tokens_to_read,
 )
-from fulmen.evaluation.parity.variants import VARIANTS
+from fulmen.evaluation.variants import VARIANTS
 from fulmen.modeling.checkpoint import find_source, load_tokenizer
 from fulmen.modeling.families import accelerated
 from fulmen.modeling.selectors import use_selector

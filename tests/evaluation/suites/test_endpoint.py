@@ -11,16 +11,17 @@ import pytest
 
 from fulmen.data import Document, windows
 from fulmen.errors import ConfigError, EndpointError
-from fulmen.evaluation.suites.endpoint import EndpointSubject
+from fulmen.evaluation.suites.endpoint import EndpointResponder
 from fulmen.evaluation.suites.journal import Journal
-from fulmen.evaluation.suites.report import suite_sections
+from fulmen.evaluation.suites.responders import LocalResponder
 from fulmen.evaluation.suites.run import SuitePlan, run_suites
-from fulmen.evaluation.suites.subjects import LocalSubject
 from tests.data.byte_tokenizer import byte_tokenizer
 from tests.evaluation.suites.tiny_suites import tiny_llama
 
 HELD_OUT = [Document(name, "prose", text) for name, text in topics.items() if len(text) > 12_000]
-PLAN = SuitePlan(("ruler", "generate"), (448,), 2, tasks=("niah_single", "niah_multivalue"))
+PLAN = SuitePlan(
+    suites=("ruler", "generate"), lengths=(448,), samples=2, tasks=("niah_single", "niah_multivalue")
+)
 
 
 class Completions(BaseHTTPRequestHandler):
@@ -81,32 +82,35 @@ def ascii_window(tokenizer):
 def test_it_writes_what_the_model_writes_here(url):
     tokenizer = byte_tokenizer()
     prompt_ids = ascii_window(tokenizer).input_ids
-    here = LocalSubject(Completions.model, tokenizer).continue_text(prompt_ids, 12, "dense")
-    there = EndpointSubject(url, "tiny", tokenizer).continue_text(prompt_ids, 12, "dense")
+    here = LocalResponder(Completions.model, tokenizer).continue_text(prompt_ids, 12, "dense")
+    there = EndpointResponder(url, "tiny", tokenizer).continue_text(prompt_ids, 12, "dense")
     assert tokenizer.decode(there) == tokenizer.decode(here)
 
 
 def test_suites_run_through_it(url, tmp_path):
     tokenizer = byte_tokenizer()
-    subject = EndpointSubject(f"{url}/", "tiny", tokenizer)
-    tables = run_suites(subject, tokenizer, HELD_OUT, PLAN, Journal(tmp_path / "samples.jsonl", {}))
-    assert {cell["variant"] for cell in tables["ruler"]["cells"]} == {"dense"}
-    assert tables["ruler"]["differences"] == []
-    assert [row["texts"] for row in tables["generate"]["rows"]] == [2]
-    assert len(suite_sections({"suites": tables})) == 2
+    responder = EndpointResponder(f"{url}/", "tiny", tokenizer)
+    report = run_suites(responder, tokenizer, HELD_OUT, PLAN, Journal(tmp_path / "samples.jsonl", {}))
+    assert {cell["variant"] for cell in report.suites["ruler"]["cells"]} == {"dense"}
+    assert report.suites["ruler"]["differences"] == []
+    assert [row["texts"] for row in report.suites["generate"]["rows"]] == [2]
+    assert len(report.sections()) == 2
 
 
 @pytest.mark.parametrize("suite", ["keyloss", "short"])
 def test_suites_that_need_logits_are_refused(url, suite, tmp_path):
-    subject = EndpointSubject(url, "tiny", byte_tokenizer())
-    plan, journal = SuitePlan((suite,), (64,), 1), Journal(tmp_path / "samples.jsonl", {})
+    responder = EndpointResponder(url, "tiny", byte_tokenizer())
+    plan, journal = (
+        SuitePlan(suites=(suite,), lengths=(64,), samples=1),
+        Journal(tmp_path / "samples.jsonl", {}),
+    )
     with pytest.raises(ConfigError, match=f"suite='{suite}' needs the model's logits, which an endpoint"):
-        run_suites(subject, subject.tokenizer, HELD_OUT, plan, journal)
+        run_suites(responder, responder.tokenizer, HELD_OUT, plan, journal)
 
 
 def refusal(url, model="tiny"):
     with pytest.raises(EndpointError) as caught:
-        EndpointSubject(url, model, byte_tokenizer()).continue_text(
+        EndpointResponder(url, model, byte_tokenizer()).continue_text(
             ascii_window(byte_tokenizer()).input_ids, 2, "dense"
         )
     assert "\n" not in str(caught.value)

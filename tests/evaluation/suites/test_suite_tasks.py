@@ -10,7 +10,7 @@ import torch
 
 from fulmen.data import Document, windows
 from fulmen.errors import ConfigError
-from fulmen.evaluation.parity.needles import NAMES
+from fulmen.evaluation.needle_text import NAMES
 from fulmen.evaluation.suites.ruler_tasks import TASKS, find_tasks
 from fulmen.evaluation.suites.samples import make_sample
 from fulmen.evaluation.suites.word_lists import REPEATS, vocabulary, zeta_counts

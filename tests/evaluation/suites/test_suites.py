@@ -13,26 +13,27 @@ from fulmen.config import DsaConfig
 from fulmen.data import Document, windows
 from fulmen.errors import ConfigError, OutputError, ResumeError, UnsupportedModelError
 from fulmen.evaluation.greedy import answer_by_forward, common_start
-from fulmen.evaluation.parity.report import about_run, markdown_table
-from fulmen.evaluation.suites.generation import generation_tables, generation_units, repeated_share
-from fulmen.evaluation.suites.journal import Journal, Unit
-from fulmen.evaluation.suites.keyloss import (
+from fulmen.evaluation.provenance import about_run
+from fulmen.evaluation.suites.catalog import all_suites, find_suite, suite_names
+from fulmen.evaluation.suites.catalog.generate import generation_tables, generation_units, repeated_share
+from fulmen.evaluation.suites.catalog.keyloss import (
     key_tokens,
     keyloss_tables,
     keyloss_units,
     short_context,
     short_context_losses,
 )
+from fulmen.evaluation.suites.catalog.ruler import ruler_tables, ruler_verdict
+from fulmen.evaluation.suites.catalog.short import short_lengths
+from fulmen.evaluation.suites.journal import Journal, Unit
 from fulmen.evaluation.suites.lm_eval_bridge import evaluate_with_lm_eval
 from fulmen.evaluation.suites.losses import require_plain_head, token_losses
-from fulmen.evaluation.suites.page import suite_page, suite_plots, write_suite_page
-from fulmen.evaluation.suites.report import ruler_verdict, suite_sections, write_suite_markdown
-from fulmen.evaluation.suites.ruler import ruler_tables
+from fulmen.evaluation.suites.report import SuiteReport
+from fulmen.evaluation.suites.responders import LocalResponder
 from fulmen.evaluation.suites.ruler_tasks import TASKS
 from fulmen.evaluation.suites.run import SuitePlan, run_suites
 from fulmen.evaluation.suites.samples import make_sample
-from fulmen.evaluation.suites.short import short_lengths
-from fulmen.evaluation.suites.subjects import LocalSubject
+from fulmen.evaluation.wording import markdown_table
 from fulmen.modeling.families import family_for_type
 from fulmen.modeling.selectors import dsa_attentions
 from tests.data.byte_tokenizer import byte_tokenizer
@@ -42,8 +43,16 @@ from tests.evaluation.suites.tiny_suites import VOCAB, tiny_llama
 HELD_OUT = [Document(name, "prose", text) for name, text in topics.items() if len(text) > 12_000]
 TOPK, LENGTH = 48, 448
 PLAN = SuitePlan(
-    ("ruler", "keyloss", "short", "generate"), (LENGTH,), 2, tasks=("niah_single", "niah_multivalue"), seed=3
+    suites=("ruler", "keyloss", "short", "generate"),
+    lengths=(LENGTH,),
+    samples=2,
+    tasks=("niah_single", "niah_multivalue"),
+    seed=3,
 )
+
+
+def small_plan(*suites, lengths=(64,), samples=1, tasks=()):
+    return SuitePlan(suites=suites, lengths=lengths, samples=samples, tasks=tasks)
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +66,10 @@ def dense():
 
 
 @pytest.fixture(scope="module")
-def subject(dense, tokenizer):
+def responder(dense, tokenizer):
     torch.manual_seed(1)
     model = family_for_type("llama").from_dense(dense, DsaConfig(TOPK, 4, 2, 4, (0, 1)))
-    return LocalSubject(model.eval(), tokenizer)
+    return LocalResponder(model.eval(), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +78,14 @@ def texts(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def tables(subject, tokenizer, tmp_path_factory):
+def tables(responder, tokenizer, tmp_path_factory):
     journal = Journal(tmp_path_factory.mktemp("whole") / "samples.jsonl", {"model": "tiny"})
-    return run_suites(subject, tokenizer, HELD_OUT, PLAN, journal)
+    return run_suites(responder, tokenizer, HELD_OUT, PLAN, journal).suites
 
 
 @pytest.fixture(scope="module")
 def report(tables):
-    return {"suites": tables, "about": about_run("tiny <model>", ["/usr/bin/fulmen", "eval", "tiny"])}
+    return SuiteReport(tables, about_run("tiny <model>", ["/usr/bin/fulmen", "eval", "tiny"]))
 
 
 def stock_losses(model, ids_T):
@@ -86,71 +95,71 @@ def stock_losses(model, ids_T):
 
 
 class TestSubjects:
-    def test_variants_are_the_dense_model_and_the_converted_one(self, subject, dense, texts):
+    def test_variants_are_the_dense_model_and_the_converted_one(self, responder, dense, texts):
         prompt = texts[0].input_ids[:150]
-        for variant, model in (("dense", dense), ("dsa", subject.model)):
+        for variant, model in (("dense", dense), ("dsa", responder.model)):
             expected = model.generate(prompt[None], max_new_tokens=12, do_sample=False, eos_token_id=None)
-            assert subject.continue_text(prompt, 12, variant) == expected[0, 150:].tolist()
-        assert subject.variants == ("dense", "dsa", "window")
-        assert LocalSubject(dense, subject.tokenizer).variants == ("dense",)
+            assert responder.continue_text(prompt, 12, variant) == expected[0, 150:].tolist()
+        assert responder.variants == ("dense", "dsa", "window")
+        assert LocalResponder(dense, responder.tokenizer).variants == ("dense",)
 
-    def test_a_source_answers_as_dense_and_the_model_itself_sparsely(self, subject, dense, texts):
+    def test_a_source_answers_as_dense_and_the_model_itself_sparsely(self, responder, dense, texts):
         torch.manual_seed(2)
         source, ids_T = tiny_llama(), texts[0].input_ids[:90]
         with torch.no_grad():
             source.lm_head.weight.mul_(-1)
-        asked = LocalSubject(subject.model, subject.tokenizer, source=source)
-        assert asked.variants == subject.variants
-        expected = {"dense": stock_losses(source, ids_T), "dsa": subject.losses(ids_T, "dsa")}
+        asked = LocalResponder(responder.model, responder.tokenizer, source=source)
+        assert asked.variants == responder.variants
+        expected = {"dense": stock_losses(source, ids_T), "dsa": responder.losses(ids_T, "dsa")}
         for variant, loss_P in expected.items():
             torch.testing.assert_close(asked.losses(ids_T, variant), loss_P)
-            written = (LocalSubject(source, None) if variant == "dense" else subject).continue_text(
+            written = (LocalResponder(source, None) if variant == "dense" else responder).continue_text(
                 ids_T, 8, variant
             )
             assert asked.continue_text(ids_T, 8, variant) == written
-        assert asked.continue_text(ids_T, 8, "dense") != subject.continue_text(ids_T, 8, "dense")
+        assert asked.continue_text(ids_T, 8, "dense") != responder.continue_text(ids_T, 8, "dense")
 
-    def test_selectors_are_as_before_afterwards(self, subject, texts):
-        before = [attention.selector for attention in dsa_attentions(subject.model)]
-        subject.hidden(texts[0].input_ids, "window")
-        assert [attention.selector for attention in dsa_attentions(subject.model)] == before
+    def test_selectors_are_as_before_afterwards(self, responder, texts):
+        before = [attention.selector for attention in dsa_attentions(responder.model)]
+        responder.hidden(texts[0].input_ids, "window")
+        assert [attention.selector for attention in dsa_attentions(responder.model)] == before
 
-    def test_one_forward_writes_what_greedy_decoding_writes(self, subject, dense, texts):
+    def test_one_forward_writes_what_greedy_decoding_writes(self, responder, dense, texts):
         prompt = texts[0].input_ids[:100]
-        greedy = torch.tensor(LocalSubject(dense, None).continue_text(prompt, 6, "dense"))
+        greedy = torch.tensor(LocalResponder(dense, None).continue_text(prompt, 6, "dense"))
         assert answer_by_forward(dense, prompt, greedy) == greedy.tolist()
         for place in range(6):
             wrong = greedy.clone()
             wrong[place] = (wrong[place] + 1) % VOCAB
             assert answer_by_forward(dense, prompt, wrong) == greedy[: place + 1].tolist()
 
-    def test_an_answer_ends_with_its_line_and_when_all_is_found(self, subject, tokenizer, texts):
+    def test_an_answer_ends_with_its_line_and_when_all_is_found(self, responder, tokenizer, texts):
         ids = texts[0].input_ids.tolist()
         sample = make_sample(TASKS["niah_multivalue"], ids, tokenizer, LENGTH)
-        whole = tokenizer.decode(subject.continue_text(sample.prompt_ids, sample.answer_tokens, "dense"))
-        answer = subject.answer(sample, "dense")
+        whole = tokenizer.decode(responder.continue_text(sample.prompt_ids, sample.answer_tokens, "dense"))
+        answer = responder.answer(sample, "dense")
         assert whole.startswith(answer)
         word = re.search(r"\w+", whole)[0]
         found = replace(sample, expected=(word,), stop="\0")
-        assert subject.answer(found, "dense").rstrip().endswith(word)
-        assert found.share_found(subject.answer(found, "dense")) == 1
+        assert responder.answer(found, "dense").rstrip().endswith(word)
+        assert found.share_found(responder.answer(found, "dense")) == 1
 
     def test_a_stock_mla_model_has_the_same_variants(self):
         stock, ids_T = tiny_v32(), random_ids(80)
-        subject = LocalSubject(stock, None)
-        for variant in subject.variants:
-            (written,) = subject.continue_text(ids_T, 1, variant)
-            last_C = subject.hidden(ids_T, variant)[-1]
+        responder = LocalResponder(stock, None)
+        for variant in responder.variants:
+            (written,) = responder.continue_text(ids_T, 1, variant)
+            last_C = responder.hidden(ids_T, variant)[-1]
             assert written == stock.get_output_embeddings()(last_C).argmax()
         with torch.no_grad():
-            assert subject.continue_text(ids_T, 1, "dsa") == [stock(ids_T[None]).logits[0, -1].argmax()]
-        gap = subject.hidden(ids_T, "dense") - subject.hidden(ids_T, "dsa")
+            assert responder.continue_text(ids_T, 1, "dsa") == [stock(ids_T[None]).logits[0, -1].argmax()]
+        gap = responder.hidden(ids_T, "dense") - responder.hidden(ids_T, "dsa")
         assert gap[:12].abs().max() < 1e-5 < gap[12:].abs().max()
-        assert len(subject.continue_text(ids_T, 5, "dsa")) == 5
+        assert len(responder.continue_text(ids_T, 5, "dsa")) == 5
 
     def test_a_topk_needs_dsa(self, dense, tokenizer):
         with pytest.raises(ConfigError, match="has no DSA"):
-            LocalSubject(dense, tokenizer, topk=5)
+            LocalResponder(dense, tokenizer, topk=5)
 
     def test_common_start(self):
         assert common_start([1, 2, 3], [1, 2, 4]) == 2
@@ -222,7 +231,7 @@ class TestRun:
         assert json.loads(json.dumps(tables, allow_nan=False)) == tables
         assert list(tables) == list(PLAN.suites)
 
-    def test_interrupted_and_resumed_gives_the_same(self, subject, tokenizer, tables, tmp_path):
+    def test_interrupted_and_resumed_gives_the_same(self, responder, tokenizer, tables, tmp_path):
         path, read = tmp_path / "samples.jsonl", []
 
         def stop_half_way(done, total, what):
@@ -231,21 +240,21 @@ class TestRun:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            run_suites(subject, tokenizer, HELD_OUT, PLAN, Journal(path, {}), stop_half_way)
+            run_suites(responder, tokenizer, HELD_OUT, PLAN, Journal(path, {}), stop_half_way)
         first = len(read)
         resumed = run_suites(
-            subject, tokenizer, HELD_OUT, PLAN, Journal(path, {}), lambda *done: read.append(done[2])
+            responder, tokenizer, HELD_OUT, PLAN, Journal(path, {}), lambda *done: read.append(done[2])
         )
-        assert resumed == tables
+        assert resumed.suites == tables
         assert 0 < first < len(read) == len(set(read))
 
-    def test_more_samples_keep_the_first_ones(self, subject, tokenizer, tmp_path):
+    def test_more_samples_keep_the_first_ones(self, responder, tokenizer, tmp_path):
         path, read = tmp_path / "samples.jsonl", []
-        plan = SuitePlan(("ruler",), (LENGTH,), 1, tasks=("niah_single",))
+        plan = small_plan("ruler", lengths=(LENGTH,), tasks=("niah_single",))
         for samples in (1, 3):
             more = replace(plan, samples=samples)
             journal = Journal(path, {})
-            run_suites(subject, tokenizer, HELD_OUT, more, journal, lambda *done: read.append(done[2]))
+            run_suites(responder, tokenizer, HELD_OUT, more, journal, lambda *done: read.append(done[2]))
         assert [what[-1] for what in read] == ["1", "2", "3"]
 
     def test_ruler_asks_every_variant_the_same(self, tables):
@@ -254,27 +263,37 @@ class TestRun:
         assert all(cell["n"] == 2 for cell in cells)
 
     def test_what_a_model_cannot_run_is_said(self, dense, tokenizer, tmp_path):
-        plain, journal = LocalSubject(dense, tokenizer), Journal(tmp_path / "samples.jsonl", {})
+        plain, journal = LocalResponder(dense, tokenizer), Journal(tmp_path / "samples.jsonl", {})
         with pytest.raises(ConfigError, match="suite='short' compares DSA with dense, and this model has no"):
-            run_suites(plain, tokenizer, HELD_OUT, SuitePlan(("short",), (64,), 1), journal)
+            run_suites(
+                plain, tokenizer, HELD_OUT, SuitePlan(suites=("short",), lengths=(64,), samples=1), journal
+            )
         with pytest.raises(ConfigError, match="length=4096 is beyond the model's context of 1024 tokens"):
-            run_suites(plain, tokenizer, HELD_OUT, SuitePlan(("ruler",), (4096,), 1), journal)
+            run_suites(
+                plain, tokenizer, HELD_OUT, SuitePlan(suites=("ruler",), lengths=(4096,), samples=1), journal
+            )
+
+    def test_every_suite_is_found_by_its_modules_name(self):
+        assert [suite.name for suite in all_suites()] == ["ruler", "keyloss", "short", "generate"]
+        assert suite_names() == sorted(suite.name for suite in all_suites())
+        assert len({suite.order for suite in all_suites()}) == len(all_suites())
 
     def test_plans_that_cannot_be(self):
         with pytest.raises(ConfigError, match="suite='rule' is not known; choose from ruler, keyloss"):
-            SuitePlan(("rule",), (64,), 1)
+            small_plan("rule")
         with pytest.raises(ConfigError, match="samples=0 cannot be"):
-            SuitePlan(("ruler",), (64,), 0)
+            small_plan("ruler", samples=0)
         with pytest.raises(ConfigError, match="task='x' is not known"):
-            SuitePlan(("ruler",), (64,), 1, tasks=("x",))
+            small_plan("ruler", tasks=("x",))
 
     def test_a_plain_model_runs_the_suites_that_need_no_dsa(self, dense, tokenizer, tmp_path):
-        plan = SuitePlan(("ruler", "keyloss", "generate"), (LENGTH,), 1, tasks=("niah_single",))
+        plan = SuitePlan(
+            suites=("ruler", "keyloss", "generate"), lengths=(LENGTH,), samples=1, tasks=("niah_single",)
+        )
         journal = Journal(tmp_path / "samples.jsonl", {})
-        tables = run_suites(LocalSubject(dense, tokenizer), tokenizer, HELD_OUT, plan, journal)
-        assert tables["ruler"]["differences"] == []
-        sections = suite_sections({"suites": tables})
-        assert all(len(set(map(len, rows))) == 1 for _, _, rows in sections)
+        report = run_suites(LocalResponder(dense, tokenizer), tokenizer, HELD_OUT, plan, journal)
+        assert report.suites["ruler"]["differences"] == []
+        assert all(len(set(map(len, rows))) == 1 for _, _, rows in report.sections())
 
 
 class TestRulerTables:
@@ -310,26 +329,26 @@ class TestRulerTables:
         assert (tables["pooled"]["n"], tables["pooled"]["estimate"]) == (2, -50)
         assert [row["dense_can"] for row in tables["differences"]] == [True, False, True]
         assert [row["is_sparse"] for row in tables["differences"]] == [True, True, False]
-        notes = [row[-1] for row in suite_sections({"suites": {"ruler": tables}})[0].rows]
+        notes = [row[-1] for row in find_suite("ruler").section(tables).rows]
         assert notes == ["note", "", "dense cannot", "k covers it"]
         assert ruler_verdict(ruler_tables(records[2:], topk=50)).startswith("Nothing was tested")
 
 
 class TestKeyLoss:
-    def test_short_context_losses_are_those_of_cut_texts(self, subject, dense, texts):
+    def test_short_context_losses_are_those_of_cut_texts(self, responder, dense, texts):
         ids_T, short = texts[0].input_ids, 32
-        losses = short_context_losses(subject, ids_T, short)
+        losses = short_context_losses(responder, ids_T, short)
         assert losses.shape == (LENGTH - 1,)
         for place in (5, 40, 63, 64, 150, LENGTH - 2):
             start = max(place // short * short - short, 0)
             cut = stock_losses(dense, ids_T[start : place + 2])
             assert losses[place] == pytest.approx(cut[-1].item(), abs=1e-4)
 
-    def test_token_losses_are_the_stock_models(self, subject, dense, texts):
+    def test_token_losses_are_the_stock_models(self, responder, dense, texts):
         ids_T = texts[1].input_ids
-        head = subject.model.get_output_embeddings()
+        head = responder.model.get_output_embeddings()
         torch.testing.assert_close(
-            token_losses(subject.hidden(ids_T, "dense"), head, ids_T), stock_losses(dense, ids_T)
+            token_losses(responder.hidden(ids_T, "dense"), head, ids_T), stock_losses(dense, ids_T)
         )
 
     def test_key_tokens_gain_and_are_foretold(self):
@@ -337,14 +356,14 @@ class TestKeyLoss:
         short = torch.tensor([3.0, 2.0, 9.0, 4.0])
         assert key_tokens(long, short).tolist() == [True, False, False, True]
 
-    def test_sums_are_over_the_second_half(self, subject, dense, texts, tmp_path):
-        (record,) = Journal(tmp_path / "j", {}).run(keyloss_units(subject, texts[:1]))
+    def test_sums_are_over_the_second_half(self, responder, dense, texts, tmp_path):
+        (record,) = Journal(tmp_path / "j", {}).run(keyloss_units(responder, texts[:1]))
         losses = stock_losses(dense, texts[0].input_ids)
         assert record["tokens"]["plain"] == LENGTH // 2 - 1
         assert record["losses"]["dense"]["plain"] == pytest.approx(
             losses[LENGTH // 2 :].sum().item(), abs=1e-3
         )
-        short = short_context_losses(subject, texts[0].input_ids, short_context(LENGTH))
+        short = short_context_losses(responder, texts[0].input_ids, short_context(LENGTH))
         key_P = key_tokens(losses, short)[LENGTH // 2 :]
         assert record["tokens"]["key"] == int(key_P.sum())
         expected = losses[LENGTH // 2 :][key_P].sum().item()
@@ -371,7 +390,7 @@ class TestKeyLoss:
         record["losses"] = {"dense": {"plain": 8.0, "key": 0.0}, "dsa": {"plain": 8.4, "key": 0.0}}
         tables = keyloss_tables([record])
         assert tables["rows"][1]["losses"] == {}
-        assert "none" in markdown_table(suite_sections({"suites": {"keyloss": tables}})[0].rows)
+        assert "none" in markdown_table(find_suite("keyloss").section(tables).rows)
 
     def test_a_model_that_scales_its_logits_is_refused(self, dense):
         class Scaled(LlamaForCausalLM):
@@ -406,12 +425,12 @@ class TestShortAndGeneration:
         assert repeated_share([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
         assert repeated_share([1, 2]) == 0
 
-    def test_agreement_is_counted_by_hand(self, subject, texts, tmp_path):
-        units = generation_units(subject, texts[:2], LENGTH, new_tokens=10)
+    def test_agreement_is_counted_by_hand(self, responder, texts, tmp_path):
+        units = generation_units(responder, texts[:2], LENGTH, new_tokens=10)
         records = Journal(tmp_path / "j", {}).run(units)
         for record, window in zip(records, texts, strict=False):
             prompt = window.input_ids[: LENGTH - 10]
-            dense, dsa = (subject.continue_text(prompt, 10, name) for name in ("dense", "dsa"))
+            dense, dsa = (responder.continue_text(prompt, 10, name) for name in ("dense", "dsa"))
             same = 0
             while same < 10 and dense[same] == dsa[same]:
                 same += 1
@@ -423,8 +442,8 @@ class TestShortAndGeneration:
 
 
 class TestFiles:
-    def test_markdown_has_every_suite(self, report, tmp_path):
-        text = write_suite_markdown(report, tmp_path / "suites.md").read_text()
+    def test_markdown_has_every_suite(self, report):
+        text = report.to_markdown()
         for words in (
             "RULER's tasks",
             "Loss on key tokens",
@@ -437,10 +456,10 @@ class TestFiles:
         assert "dense cannot" in text
         assert "- machine: " in text
 
-    def test_page_has_tables_and_figures(self, report, tmp_path):
-        html = write_suite_page(report, tmp_path / "suites.html").read_text()
-        assert html == suite_page(json.loads(json.dumps(report)))
-        names = [plot.name for plot in suite_plots(report)]
+    def test_page_has_tables_and_figures(self, report):
+        html = report.to_html()
+        assert html == SuiteReport.from_dict(json.loads(json.dumps(report.to_dict()))).to_html()
+        names = [plot.name for plot in report.plots()]
         assert names == ["ruler-448", "ruler-differences"]
         assert all(f'<figure id="{name}">' in html for name in names)
         assert html.count("<table>") == 4
@@ -448,9 +467,9 @@ class TestFiles:
         assert "http" not in html.replace("http://www.w3.org", "")
 
     def test_an_accidental_difference_below_k_is_a_regression(self, report):
-        tables = json.loads(json.dumps(report["suites"]["short"]))
+        tables = json.loads(json.dumps(report.suites["short"]))
         tables["rows"][0].update(unequal=1, max_difference=0.1)
-        (note,) = suite_sections({"suites": {"short": tables}})[0].notes
+        (note,) = find_suite("short").section(tables).notes
         assert note.startswith("Regression: DSA differs from dense at 24 tokens")
 
 

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from fulmen.errors import ConfigError
+from fulmen.evaluation.logits import rows_of_chunk
+from fulmen.evaluation.parity.results import TextRow
 
 # Of the first half every fourth prediction is scored: it is not the headline.
 FIRST_HALF_STRIDE = 4
 POSITION_BUCKETS = 8
 SHORTEST_WINDOW = 2 * FIRST_HALF_STRIDE * POSITION_BUCKETS
-CHUNK_LOGITS = 2**23
 
 
 class TextScores(NamedTuple):
@@ -68,14 +69,8 @@ def second_half_loss(hidden_TC: Tensor, lm_head: Any, ids_T: Tensor) -> float:
     return summarize_scores(scores, len(ids_T))["second_half"]
 
 
-def summarize_scores(scores: TextScores, length: int) -> dict:
-    """Means of one text under one variant.
-
-    Returns:
-        second_half, whole: loss, nats per token (of the whole: estimated from the scored positions).
-        by_position: loss of each eighth of the text.
-        kl, agreement: over the second half; nats per token, and a share.
-    """
+def summarize_scores(scores: TextScores, length: int) -> TextRow:
+    """Means of one text under one variant; of the whole text estimated from the scored positions."""
     late_P = scores.position_P >= length // 2
     early_mean, late_mean = scores.loss_P[~late_P].mean(), scores.loss_P[late_P].mean()
     n_early, n_late = length // 2, int(late_P.sum())
@@ -93,7 +88,7 @@ def _log_probs(
     hidden: Mapping[str, Tensor], lm_head: Any, position_P: Tensor
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """(log-probabilities logp_RV by variant, their positions) chunk by chunk."""
-    for rows_R in position_P.split(max(CHUNK_LOGITS // lm_head.weight.shape[0], 1)):
+    for rows_R in position_P.split(rows_of_chunk(lm_head)):
         on_device_R = rows_R.to(lm_head.weight.device)
         logp = {name: lm_head(x_TC[on_device_R]).float().log_softmax(-1) for name, x_TC in hidden.items()}
         yield logp, rows_R

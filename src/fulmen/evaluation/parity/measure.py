@@ -1,6 +1,6 @@
 """Is the converted model as good as the dense one? Measured on the same texts, with the same budget k.
 
-The converted model itself gives every variant (`fulmen.evaluation.parity.variants`), so they differ in the
+The converted model itself gives every variant (`fulmen.evaluation.variants`), so they differ in the
 selected keys alone. Each text is read once per variant.
 """
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from fulmen.config import require_positive_int
 from fulmen.data import Window
 from fulmen.errors import CheckpointError, ConfigError
+from fulmen.evaluation.controls import AttentionRecallSelector
 from fulmen.evaluation.parity.losses import (
     scored_positions,
     second_half_loss,
@@ -22,6 +23,8 @@ from fulmen.evaluation.parity.losses import (
     text_scores,
 )
 from fulmen.evaluation.parity.needles import sample_groups, score_samples, tokens_to_read
+from fulmen.evaluation.parity.report import ParityReport
+from fulmen.evaluation.parity.results import RecallRow, SweepRow, WindowRow
 from fulmen.evaluation.parity.tables import (
     error_split,
     needle_tables,
@@ -29,7 +32,7 @@ from fulmen.evaluation.parity.tables import (
     sweep_point,
     variant_table,
 )
-from fulmen.evaluation.parity.variants import Bench, Text, current_topk, last_hidden_states
+from fulmen.evaluation.variants import Text, VariantRunner, current_topk, last_hidden_states
 from fulmen.modeling.families import accelerated
 from fulmen.ops.dispatch import pin_backend
 
@@ -52,7 +55,7 @@ def measure_parity(
     ks: Sequence[int] | None = None,
     dense_model: PreTrainedModel | None = None,
     progress: Progress = lambda done, total, what: None,
-) -> dict[str, Any]:
+) -> ParityReport:
     """Compare DSA with dense attention, and with better and worse selections of the same k keys.
 
     Args:
@@ -67,9 +70,7 @@ def measure_parity(
         progress: called at first, and after each forward pass, with (tokens read, tokens in all, what).
 
     Returns:
-        Plain JSON types: `length`, `topk`, `windows` (every score), `variants` (means, ratios to dense with
-        95 % intervals, by kind), `mass` (by variant and layer), `sweep`, `error_split`, `needles`, `source`.
-        Losses are nats per token; `over_dense` is loss / dense loss - 1.
+        A report without `about` and `cost`, which the caller may add (`dataclasses.replace`).
 
     Raises:
         ConfigError: no windows, or of different or too small lengths; k or ks not positive; a model without
@@ -81,25 +82,29 @@ def measure_parity(
     if ks is None:
         ks = [k for k in (topk // 4, topk // 2, topk, 2 * topk) if 0 < k < length]
     plan = _Plan(windows, topk, sorted({require_positive_int("ks", k) for k in ks}), needles, dense_model)
-    bench = Bench(model, inherited)
-    bench.on_tokens = _token_counter(progress, plan.tokens(bench))
+    runner = VariantRunner(model, inherited)
+    runner.on_tokens = _token_counter(progress, plan.tokens(runner))
     with accelerated(model):
-        records = [_score_window(bench, plan, window) for window in windows]
-        sweep = [_sweep_point(bench, plan, records, k, name) for k in plan.ks for name in SWEEP_VARIANTS]
-        kernel = _kernel_gap(bench, plan)
-        answers = {name: _needle_answers(bench, plan, name) for name in NEEDLE_VARIANTS}
+        records = [_score_window(runner, plan, window) for window in windows]
+        sweep = [_sweep_point(runner, plan, records, k, name) for k in plan.ks for name in SWEEP_VARIANTS]
+        kernel = _kernel_gap(runner, plan)
+        answers = {name: _needle_answers(runner, plan, name) for name in NEEDLE_VARIANTS}
     variants = variant_table(records)
-    return {
-        "length": length,
-        "topk": topk,
-        "windows": records,
-        "variants": variants,
-        "mass": {name: [mass._asdict() for mass in seen.result()] for name, seen in bench.masses.items()},
-        "sweep": sweep,
-        "error_split": error_split(variants, kernel),
-        "needles": needle_tables(needles, answers),
-        "source": source_table(records),
-    }
+    return ParityReport(
+        length=length,
+        topk=topk,
+        windows=records,
+        variants=variants,
+        attention_recall={name: _recall_rows(seen) for name, seen in runner.recalls.items()},
+        sweep=sweep,
+        error_split=error_split(variants, kernel),
+        needles=needle_tables(needles, answers),
+        source=source_table(records),
+    )
+
+
+def _recall_rows(recall: AttentionRecallSelector) -> list[RecallRow]:
+    return [{"layer": n, "captured": captured, "oracle": oracle} for n, captured, oracle in recall.result()]
 
 
 def _common_length(windows: Sequence[Window]) -> int:
@@ -125,9 +130,9 @@ class _Plan:
         kinds = [window.kind for window in self.windows]
         return sorted({kinds.index(kind) for kind in kinds})
 
-    def tokens(self, bench: Bench) -> int:
+    def tokens(self, runner: VariantRunner) -> int:
         """Tokens in all, for the progress bar."""
-        readings = len(self.windows) * (len(bench.variants) + (self.dense_model is not None))
+        readings = len(self.windows) * (len(runner.variants) + (self.dense_model is not None))
         readings += len(self.swept()) * len(SWEEP_VARIANTS) * sum(k != self.topk for k in self.ks)
         needle_tokens = sum(map(tokens_to_read, sample_groups(self.needles))) * len(NEEDLE_VARIANTS)
         return readings * len(self.windows[0].input_ids) + 2 * len(self.kernel_text().ids_T) + needle_tokens
@@ -149,23 +154,25 @@ def _token_counter(progress: Progress, total: int) -> Callable[[int, str], None]
     return count
 
 
-def _score_window(bench: Bench, plan: _Plan, window: Window) -> dict[str, Any]:
+def _score_window(runner: VariantRunner, plan: _Plan, window: Window) -> WindowRow:
     """Every variant's scores on one text."""
     text = Text.of(window)
     ids_T, length = text.ids_T, len(text.ids_T)
-    hidden = {name: bench.hidden(name, text, plan.topk, window.name, mass=True) for name in bench.variants}
-    scores = text_scores(hidden, bench.model.get_output_embeddings(), ids_T)
+    hidden = {
+        name: runner.hidden(name, text, plan.topk, window.name, recall=True) for name in runner.variants
+    }
+    scores = text_scores(hidden, runner.model.get_output_embeddings(), ids_T)
     means = {name: summarize_scores(found, length) for name, found in scores.items()}
     for name, found in means.items():
         if not math.isfinite(found["whole"]):
             raise CheckpointError(
                 f"loss of {name} on {window.name} is {found['whole']}; the weights are damaged, get them anew"
             )
-    record = {"name": window.name, "kind": window.kind, "scores": means}
+    record: WindowRow = {"name": window.name, "kind": window.kind, "scores": means}
     if plan.dense_model is not None:
         own = {"source": last_hidden_states(plan.dense_model, text)}
         source = text_scores(own, plan.dense_model.get_output_embeddings(), ids_T)["source"]
-        bench.on_tokens(length, window.name)
+        runner.on_tokens(length, window.name)
         record["source"] = {
             **summarize_scores(source, length),
             "max_token_difference": (source.loss_P - scores["dense"].loss_P).abs().max().item(),
@@ -173,35 +180,37 @@ def _score_window(bench: Bench, plan: _Plan, window: Window) -> dict[str, Any]:
     return record
 
 
-def _sweep_point(bench: Bench, plan: _Plan, records: list[dict], k: int, variant: str) -> dict[str, Any]:
+def _sweep_point(
+    runner: VariantRunner, plan: _Plan, records: Sequence[WindowRow], k: int, variant: str
+) -> SweepRow:
     """One variant at one k; the main k is measured already."""
 
     def loss(place: int) -> float:
         if k == plan.topk:
             return records[place]["scores"][variant]["second_half"]
         text = Text.of(plan.windows[place])
-        hidden_TC = bench.hidden(variant, text, k, f"{plan.windows[place].name}, k = {k}")
-        return second_half_loss(hidden_TC, bench.model.get_output_embeddings(), text.ids_T)
+        hidden_TC = runner.hidden(variant, text, k, f"{plan.windows[place].name}, k = {k}")
+        return second_half_loss(hidden_TC, runner.model.get_output_embeddings(), text.ids_T)
 
     dense = [records[place]["scores"]["dense"]["second_half"] for place in plan.swept()]
     return sweep_point(variant, k, [loss(place) for place in plan.swept()], dense)
 
 
-def _kernel_gap(bench: Bench, plan: _Plan) -> dict[str, Any]:
+def _kernel_gap(runner: VariantRunner, plan: _Plan) -> dict[str, Any]:
     """DSA by the fast backend and by the reference on a short text, with a k that leaves most keys out."""
     text = plan.kernel_text()
     topk = min(plan.topk, max(len(text.ids_T) // KERNEL_KEYS_PER_TOPK, 1))
-    lm_head = bench.model.get_output_embeddings()
-    fast = second_half_loss(bench.hidden("dsa", text, topk, "kernel check"), lm_head, text.ids_T)
+    lm_head = runner.model.get_output_embeddings()
+    fast = second_half_loss(runner.hidden("dsa", text, topk, "kernel check"), lm_head, text.ids_T)
     with pin_backend("reference"):
-        exact = second_half_loss(bench.hidden("dsa", text, topk, "kernel check"), lm_head, text.ids_T)
+        exact = second_half_loss(runner.hidden("dsa", text, topk, "kernel check"), lm_head, text.ids_T)
     return {"fast": fast, "reference": exact, "length": len(text.ids_T), "topk": topk}
 
 
-def _needle_answers(bench: Bench, plan: _Plan, variant: str) -> list[bool]:
+def _needle_answers(runner: VariantRunner, plan: _Plan, variant: str) -> list[bool]:
     """Which samples one variant answers rightly."""
     answers: list[bool] = []
     for group in sample_groups(plan.needles):
-        with bench.running(variant, plan.topk, tokens_to_read(group), f"needle, {variant}"):
-            answers += score_samples(bench.model, group)
+        with runner.running(variant, plan.topk, tokens_to_read(group), f"needle, {variant}"):
+            answers += score_samples(runner.model, group)
     return answers

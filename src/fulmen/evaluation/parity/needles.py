@@ -23,20 +23,11 @@ from fulmen.config import require_positive_int
 from fulmen.data import Document, opening_ids, token_ids, windows
 from fulmen.errors import ConfigError
 from fulmen.evaluation.greedy import answer_by_forward
+from fulmen.evaluation.needle_text import NAMES, NEEDLE, QUESTION, split_answer
 from fulmen.modeling.families import empty_cache
 from fulmen.modeling.rope_tables import are_rotated_alike, restored_rope, rope_for_length
 
-NEEDLE = "\n\nThe secret number of {name}: {number}\n\n"
-QUESTION = (
-    "\n\nQuestion: which number is next to {name} in the text above?\nAnswer: The secret number of {name}:"
-)
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-NAMES = (
-    *("Alder", "Bramble", "Corin", "Dorset", "Elwood", "Fennick", "Garrow", "Hollis", "Iverna", "Jessop"),
-    *("Kestrel", "Lorimer", "Marlow", "Nettle", "Orwen", "Petra", "Quill", "Ravenna", "Sorrel", "Tindall"),
-    *("Umber", "Velda", "Wexford", "Yarrow", "Zephyr", "Ashdown", "Birkett", "Calder", "Dunmore", "Ennis"),
-    *("Farrow", "Goswin", "Harker", "Ingram", "Jarrow", "Kelso", "Lydgate", "Merrin", "Norwood", "Osric"),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +174,7 @@ def _samples_of_text(
     numbers = [str(number) for number in generator.sample(range(10_000, 100_000), n_keys)]
     pairs = list(zip(names, numbers, strict=True))
     needles = [token_ids(tokenizer, NEEDLE.format(name=name, number=number)) for name, number in pairs]
-    asked = [_question_and_answer(tokenizer, *pair) for pair in pairs]
+    asked = [split_answer(tokenizer, QUESTION.format(name=name), number) for name, number in pairs]
     opening, length = opening_ids(tokenizer), len(haystack)
     room = length - len(opening) - max(len(question) for question, _ in asked) - sum(map(len, needles))
     if room < n_keys:
@@ -204,13 +195,3 @@ def _samples_of_text(
         )
         samples.append(NeedleSample(prompt_ids, answer_ids, digits, depth, length, n_keys, number))
     return samples
-
-
-def _question_and_answer(tokenizer: Any, name: str, number: str) -> tuple[list[int], list[int]]:
-    """The tokens of both. A token across their border, which some tokenizers make, belongs to the answer."""
-    question = token_ids(tokenizer, QUESTION.format(name=name))
-    whole = token_ids(tokenizer, f"{QUESTION.format(name=name)} {number}")
-    border = len(question)
-    while question[:border] != whole[:border]:
-        border -= 1
-    return whole[:border], whole[border:]

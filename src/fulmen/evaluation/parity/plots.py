@@ -2,43 +2,35 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from fulmen.evaluation.parity.tables import DEPTH_BUCKETS, VARIANT_LABELS, percent
+from fulmen.evaluation.parity.results import NeedleCell, ParityResults
+from fulmen.evaluation.parity.tables import DEPTH_BUCKETS
+from fulmen.evaluation.style import (
+    GRID,
+    INK,
+    VARIANT_COLORS,
+    VARIANT_LABELS,
+    VARIANT_MARKERS,
+    Plot,
+    legend_above,
+    new_figure,
+    plain_ticks,
+    short_count,
+)
+from fulmen.evaluation.wording import signed_percent
 
-INK, GRID = "#1b1c20", "#c9cbd2"
-# Okabe and Ito's colours, told apart by colour-blind readers; each variant has its own marker as well.
-VARIANT_COLORS = {
-    "dense": "#6b6e78",
-    "oracle": "#009e73",
-    "dsa": "#0072b2",
-    "inherited": "#cc79a7",
-    "window": "#d55e00",
-    "random": "#8c8c8c",
-}
-VARIANT_MARKERS = {"dense": "D", "oracle": "^", "dsa": "o", "inherited": "s", "window": "v", "random": "x"}
-# Narrow, so that the letters stay readable on a phone.
-WIDTH_INCHES = 5.0
 PERCENT_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 LINEAR_PERCENT = 1.0
 
 
-class Plot(NamedTuple):
-    """One figure: its file-safe name, title, one-sentence caption, and the Matplotlib figure."""
-
-    name: str
-    title: str
-    caption: str
-    figure: Any
-
-
-def parity_plots(report: Mapping[str, Any]) -> list[Plot]:
+def parity_plots(report: ParityResults) -> list[Plot]:
     """All figures that the report has data for, in reading order."""
-    drawers: list[Callable[[Mapping[str, Any]], Plot | None]] = [
+    drawers: list[Callable[[ParityResults], Plot | None]] = [
         _plot_by_position,
         _plot_sweep,
         _plot_error_split,
-        _plot_mass,
+        _plot_attention_recall,
         _plot_needles,
         _plot_cost,
     ]
@@ -64,16 +56,16 @@ def crossover(rows: Sequence[Mapping[str, float]], unit: str) -> float | None:
     return math.exp(low + share * (high - low))
 
 
-def _plot_by_position(report: Mapping[str, Any]) -> Plot:
+def _plot_by_position(report: ParityResults) -> Plot:
     figure, axes = new_figure(3.4)
-    variants, length = report["variants"], report["length"]
+    variants, length = report.variants, report.length
     for name in ("oracle", "dsa", "inherited", "window"):
         if name in variants:
             shares = variants[name]["over_dense_by_position"]
             centres = [(n + 0.5) * length / len(shares) for n in range(len(shares))]
             _draw_line(axes, name, centres, [100 * share for share in shares])
     _percent_axis(axes)
-    if (topk := report["topk"]) < length:
+    if (topk := report.topk) < length:
         axes.axvline(topk, color=INK, linewidth=0.8, linestyle=":")
         axes.annotate(f" k = {topk}", (topk, 0.02), xycoords=("data", "axes fraction"), color=INK)
     axes.set(xlabel="position in the text (tokens)", ylabel="loss over dense (%)", xlim=(0, length))
@@ -82,34 +74,33 @@ def _plot_by_position(report: Mapping[str, Any]) -> Plot:
     return Plot("position", "Loss by position", caption, figure)
 
 
-def _plot_sweep(report: Mapping[str, Any]) -> Plot | None:
-    if not report["sweep"]:
+def _plot_sweep(report: ParityResults) -> Plot | None:
+    if not report.sweep:
         return None
     figure, axes = new_figure(3.4)
     for name in ("oracle", "dsa", "window"):
-        points = [point for point in report["sweep"] if point["variant"] == name]
+        points = [point for point in report.sweep if point["variant"] == name]
         _draw_line(axes, name, [p["k"] for p in points], [100 * p["over_dense"] for p in points])
     _percent_axis(axes)
     axes.set_xscale("log", base=2)
-    plain_ticks(axes.xaxis, sorted({point["k"] for point in report["sweep"]}))
+    plain_ticks(axes.xaxis, sorted({point["k"] for point in report.sweep}))
     axes.set(xlabel="keys kept per query, k (tokens)", ylabel="loss over dense (%)")
     legend_above(axes)
     caption = "Loss over dense attention for smaller and larger budgets k, on the first text of each kind."
     return Plot("sweep", "Loss against budget", caption, figure)
 
 
-def _plot_error_split(report: Mapping[str, Any]) -> Plot:
+def _plot_error_split(report: ParityResults) -> Plot:
     figure, axes = new_figure(2.3)
-    split, dense = report["error_split"], report["variants"]["dense"]["second_half"]
-    names = ("kernel", "indexer", "budget")
+    split, dense = report.error_split, report.variants["dense"]["second_half"]
     labels = ("kernel: fast − reference", "indexer: DSA − oracle", "budget: oracle − dense")
-    values = [split[name] for name in names]
+    values = [split["kernel"], split["indexer"], split["budget"]]
     colors = [VARIANT_COLORS[name] for name in ("random", "dsa", "oracle")]
     axes.barh(labels, values, color=colors, height=0.6)
     reach = max((abs(value) for value in values), default=0) or 1e-6
     for place, value in enumerate(values):
         # A kernel's error is far below the digits that the other two need.
-        text = f"{value:+.4f} ({percent(value / dense)})" if abs(value) >= 5e-5 else f"{value:.0e}"
+        text = f"{value:+.4f} ({signed_percent(value / dense)})" if abs(value) >= 5e-5 else f"{value:.0e}"
         axes.text(max(value, 0) + 0.03 * reach, place, text, va="center", color=INK, fontsize=9)
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set(
@@ -120,27 +111,27 @@ def _plot_error_split(report: Mapping[str, Any]) -> Plot:
     return Plot("split", "Where the loss comes from", caption, figure)
 
 
-def _plot_mass(report: Mapping[str, Any]) -> Plot | None:
-    masses = {name: rows for name, rows in report["mass"].items() if rows}
-    if not masses:
+def _plot_attention_recall(report: ParityResults) -> Plot | None:
+    recalls = {name: rows for name, rows in report.attention_recall.items() if rows}
+    if not recalls:
         return None
     figure, axes = new_figure(3.4)
-    best = masses.get("dsa") or next(iter(masses.values()))
+    best = recalls.get("dsa") or next(iter(recalls.values()))
     _draw_line(axes, "oracle", [row["layer"] for row in best], [100 * row["oracle"] for row in best])
-    for name, rows in masses.items():
+    for name, rows in recalls.items():
         _draw_line(axes, name, [row["layer"] for row in rows], [100 * row["captured"] for row in rows])
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel="layer", ylabel="attention mass captured (%)")
+    axes.set(xlabel="layer", ylabel="attention recall (%)")
     legend_above(axes)
     caption = (
-        "Attention mass, averaged over heads, on the selected keys: local keys dominate it, so a small "
+        "Attention that falls on the selected keys, averaged over heads: local keys dominate it, so a small "
         "difference here can be a large one in retrieval."
     )
-    return Plot("mass", "Attention mass by layer", caption, figure)
+    return Plot("recall", "Attention recall by layer", caption, figure)
 
 
-def _plot_needles(report: Mapping[str, Any]) -> Plot | None:
-    cells = report["needles"]["cells"]
+def _plot_needles(report: ParityResults) -> Plot | None:
+    cells = report.needles["cells"]
     if not cells:
         return None
     tasks = sorted({cell["task"] for cell in cells})
@@ -160,8 +151,8 @@ def _plot_needles(report: Mapping[str, Any]) -> Plot | None:
     return Plot("needles", "Retrieval: dense and DSA", caption, figure)
 
 
-def _plot_cost(report: Mapping[str, Any]) -> Plot | None:
-    rows = report["cost"]
+def _plot_cost(report: ParityResults) -> Plot | None:
+    rows = report.cost
     if not rows:
         return None
     figure, panels = new_figure(5.6, rows=2, columns=1)
@@ -181,32 +172,6 @@ def _plot_cost(report: Mapping[str, Any]) -> Plot | None:
     legend_above(panels[0][0])
     caption = "What one generated token costs in attention and indexer at a position; dotted: the crossover."
     return Plot("cost", "Cost against position", caption, figure)
-
-
-def new_figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
-    """A figure without a window, and its axes: one, or rows of columns."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    style: Any = {
-        "font.size": 10,
-        "axes.grid": True,
-        "grid.color": GRID,
-        "grid.linewidth": 0.6,
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        **dict.fromkeys(
-            ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
-        ),
-    }
-    with rc_context(style):
-        figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False)
-    figure.patch.set_alpha(0)
-    for axes in grid.flat:
-        axes.patch.set_alpha(0)
-    return figure, grid[0][0] if rows == columns == 1 else grid
 
 
 def _draw_line(axes: Any, variant: str, x: Sequence[float], y: Sequence[float]) -> None:
@@ -231,36 +196,7 @@ def _percent_axis(axes: Any) -> None:
     axes.axhline(0, color=INK, linewidth=0.8)
 
 
-def plain_ticks(axis: Any, places: Sequence[float]) -> None:
-    """Ticks at these places and nowhere else, as short counts."""
-    axis.set_ticks(places, labels=[short_count(place) for place in places])
-    axis.set_ticks([], minor=True)
-
-
-def short_count(value: float) -> str:
-    """ "1M", "32K", "512" or "0.5"."""
-    if value >= 2**20:
-        return f"{value / 2**20:.0f}M"
-    if value >= 10_000:
-        return f"{value / 2**10:.0f}K"
-    return f"{value:.0f}" if value >= 10 else f"{value:g}"
-
-
-def legend_above(axes: Any) -> None:
-    """A legend outside, above the axes' left corner."""
-    # The colour is named here: the style holds for what the axes drew themselves only.
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=2,
-        frameon=False,
-        fontsize=9,
-        borderaxespad=0.2,
-        labelcolor=INK,
-    )
-
-
-def _draw_heat_map(axes: Any, cells: Sequence[Mapping[str, Any]], depths: Sequence[float]) -> None:
+def _draw_heat_map(axes: Any, cells: Sequence[NeedleCell], depths: Sequence[float]) -> None:
     lengths = sorted({cell["length"] for cell in cells})
     shares = [[math.nan] * len(lengths) for _ in depths]
     axes.grid(visible=False)

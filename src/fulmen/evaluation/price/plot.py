@@ -5,14 +5,14 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fulmen.evaluation.parity.plots import (
+from fulmen.evaluation.price.prices import KINDS, PriceRow
+from fulmen.evaluation.style import (
     INK,
     VARIANT_COLORS,
     Plot,
     new_figure,
     plain_ticks,
 )
-from fulmen.evaluation.price.prices import KINDS, PriceRow
 
 SIDES = ("dense", "dsa")
 LABELS = {"dense": "dense attention", "dsa": "DSA"}

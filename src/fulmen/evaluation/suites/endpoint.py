@@ -20,7 +20,7 @@ from fulmen.evaluation.suites.samples import Sample
 TIMEOUT_S = 600.0
 
 
-class EndpointSubject:
+class EndpointResponder:
     """Asks an endpoint; it is one variant, "dense" (whatever attention it runs).
 
     Args:
@@ -45,11 +45,11 @@ class EndpointSubject:
             raise EndpointError(f"{self.url} has no model {model!r}; it has {', '.join(known[:8])}")
 
     def answer(self, sample: Sample, variant: str) -> str:
-        """As `Subject.answer`."""
+        """As `Responder.answer`."""
         return self._complete(sample.prompt_ids, sample.answer_tokens)
 
     def continue_text(self, prompt_ids: Tensor, n_tokens: int, variant: str) -> list[int]:
-        """As `Subject.continue_text`, but the end of text may stop it; tokens of what came back as text."""
+        """As `Responder.continue_text`, but the end of text may stop it; tokens of what came back as text."""
         return token_ids(self.tokenizer, self._complete(prompt_ids, n_tokens))
 
     def _complete(self, prompt_ids: Tensor, n_tokens: int) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fulmen.errors import CheckpointError, UnsupportedModelError
-from fulmen.evaluation.parity.losses import CHUNK_LOGITS
+from fulmen.evaluation.logits import rows_of_chunk
 
 PROBE_TOKENS = 16
 
@@ -18,7 +18,7 @@ def token_losses(hidden_TC: Tensor, lm_head: Any, ids_T: Tensor) -> Tensor:
 
     Raises CheckpointError if one is NaN or infinite.
     """
-    rows = max(CHUNK_LOGITS // lm_head.weight.shape[0], 1)
+    rows = rows_of_chunk(lm_head)
     losses = []
     for x_RC, target_R in zip(hidden_TC[:-1].split(rows), ids_T[1:].split(rows), strict=True):
         logits_RV = lm_head(x_RC).float()
@@ -34,7 +34,7 @@ def token_losses(hidden_TC: Tensor, lm_head: Any, ids_T: Tensor) -> Tensor:
 @torch.no_grad()
 def largest_logit_gap(one_TC: Tensor, other_TC: Tensor, lm_head: Any) -> float:
     """The largest |difference| of a logit between two readings of one text; logits in chunks."""
-    rows = max(CHUNK_LOGITS // lm_head.weight.shape[0], 1)
+    rows = rows_of_chunk(lm_head)
     chunks = zip(one_TC.split(rows), other_TC.split(rows), strict=True)
     return max((lm_head(x_RC) - lm_head(y_RC)).float().abs().max().item() for x_RC, y_RC in chunks)
 

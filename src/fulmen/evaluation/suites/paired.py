@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fulmen.errors import ConfigError
-from fulmen.evaluation.statistics import CONFIDENCE, Interval, paired_difference_interval
+from fulmen.evaluation.statistics import CONFIDENCE, Interval, interval_row, paired_difference_interval
 
 RESAMPLES = 2_000
 
@@ -62,7 +62,7 @@ def paired_points(dsa: Sequence[bool], dense: Sequence[bool]) -> dict[str, Any]:
     interval = Interval(*(100 * value for value in paired_difference_interval(dsa, dense)))
     pairs = list(zip(dsa, dense, strict=True))
     return {
-        **as_json(interval),
+        **interval_row(interval),
         "p": mcnemar_exact(dsa, dense),
         "only_dsa": sum(bool(a) and not b for a, b in pairs),
         "only_dense": sum(bool(b) and not a for a, b in pairs),
@@ -80,8 +80,3 @@ def points_in_words(points: Mapping[str, Any]) -> str:
     if low > 0 or high < 0:
         return f"a difference: DSA − dense {limits}"
     return f"no difference within ±{max(-low, high):.1f} points: DSA − dense {limits}"
-
-
-def as_json(interval: Interval) -> dict[str, float | None]:
-    """JSON has no infinity: a limit that does not exist is null."""
-    return {key: value if math.isfinite(value) else None for key, value in interval._asdict().items()}

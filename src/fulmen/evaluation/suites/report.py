@@ -1,162 +1,61 @@
-"""A run of suites in words and tables, the same for Markdown, page and console."""
+"""A run of suites as a report: JSON, Markdown, one HTML page. Nothing is printed or written here."""
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from html import escape
+from typing import Any, Self
 
-from fulmen.evaluation.parity.report import markdown_table
-from fulmen.evaluation.suites.paired import points_in_words
-from fulmen.evaluation.suites.ruler import DENSE_CAN, dense_can
-from fulmen.files import write_file
-
-LABELS = {"dense": "dense", "dsa": "DSA", "window": "window + sinks"}
-Rows = list[tuple[str, ...]]
-
-
-class Section(NamedTuple):
-    """One suite. notes: sentences above the table. rows: its table, the header first."""
-
-    title: str
-    notes: tuple[str, ...]
-    rows: Rows
+from fulmen.evaluation.html import html_facts, html_figure, html_page, html_table
+from fulmen.evaluation.style import Plot
+from fulmen.evaluation.suites.catalog import find_suite
+from fulmen.evaluation.suites.suite import Section, Tables
+from fulmen.evaluation.wording import markdown_facts, markdown_table
 
 
-def suite_sections(report: Mapping[str, Any]) -> list[Section]:
-    """The suites of a report, in their order."""
-    makers: dict[str, Callable[[Mapping[str, Any]], Section]] = {
-        "ruler": _ruler_section,
-        "keyloss": _keyloss_section,
-        "short": _short_section,
-        "generate": _generation_section,
-    }
-    return [makers[name](tables) for name, tables in report["suites"].items()]
+@dataclass(frozen=True)
+class SuiteReport:
+    """What suites found.
 
+    Attributes:
+        suites: tables of each, by its name, of plain JSON types; `Suite.tables` of each says what they hold.
+        about: what a reader needs to repeat the run, by name.
+    """
 
-def write_suite_markdown(report: Mapping[str, Any], path: str | Path) -> Path:
-    """Write notes and tables. Raises OutputError if `path` cannot be written."""
-    parts = ["# Evaluation"]
-    for title, notes, rows in suite_sections(report):
-        parts += [f"## {title}", *notes, markdown_table(rows)]
-    parts.append("\n".join(f"- {name}: {value}" for name, value in report["about"].items()))
-    return write_file(path, "\n\n".join(parts) + "\n")
+    suites: dict[str, Tables]
+    about: dict[str, str] = field(default_factory=dict)
 
+    def sections(self) -> list[Section]:
+        """Each suite's findings and table, in their order."""
+        return [find_suite(name).section(tables) for name, tables in self.suites.items()]
 
-def ruler_verdict(tables: Mapping[str, Any]) -> str:
-    """What the tasks say of DSA, in one sentence; empty for a model without DSA."""
-    if not tables["differences"]:
-        return ""
-    if tables["pooled"] is None:
-        return (
-            "Nothing was tested: on no task and length did the dense model answer half of the questions "
-            "while k left tokens out."
-        )
-    return f"Over the tasks that the dense model can do: {points_in_words(tables['pooled'])}."
+    def plots(self) -> list[Plot]:
+        """Each suite's drawings, in their order."""
+        return [plot for name, tables in self.suites.items() for plot in find_suite(name).plots(tables)]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Every number, of plain JSON types."""
+        return asdict(self)
 
-def _ruler_section(tables: Mapping[str, Any]) -> Section:
-    shares = {(cell["task"], cell["length"], cell["variant"]): cell for cell in tables["cells"]}
-    gaps = {(row["task"], row["length"]): row for row in tables["differences"]}
-    names = list(dict.fromkeys(cell["variant"] for cell in tables["cells"]))
-    header = ["task", "length", *(LABELS[name] for name in names), "strings found"]
-    header += ["DSA − dense, points (95 % interval)", "p"] if gaps else []
-    rows: Rows = [(*header, "note")]
-    for task, length in dict.fromkeys((cell["task"], cell["length"]) for cell in tables["cells"]):
-        found = [shares[task, length, name] for name in names]
-        gap = gaps.get((task, length))
-        cells = [task, str(length), *map(_share_text, found)]
-        cells.append(" / ".join(f"{cell['found']:.0%}" for cell in found))
-        if gap:
-            cells += [f"{gap['estimate']:+.1f} ({gap['low']:+.1f} to {gap['high']:+.1f})", f"{gap['p']:.2g}"]
-        rows.append((*cells, _ruler_note(found[0], gap)))
-    notes = (
-        ruler_verdict(tables),
-        "Right: all expected strings are in the answer, with Wilson's 95 % interval. Found: the mean share "
-        "of them, in the columns' order.",
-        f"“dense cannot”: dense is right less than {DENSE_CAN:.0%} of the time, which says nothing of DSA.",
-    )
-    return Section("RULER's tasks", tuple(note for note in notes if note), rows)
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """What `to_dict` wrote."""
+        return cls(suites=dict(values["suites"]), about=dict(values.get("about", {})))
 
+    def to_markdown(self) -> str:
+        """Findings and tables."""
+        parts = ["# Evaluation"]
+        for title, notes, rows in self.sections():
+            parts += [f"## {title}", *notes, markdown_table(rows)]
+        return "\n\n".join([*parts, markdown_facts(self.about)]) + "\n"
 
-def _ruler_note(dense: Mapping[str, Any], gap: Mapping[str, Any] | None) -> str:
-    if not dense_can(dense):
-        return "dense cannot"
-    return "k covers it" if gap and not gap["is_sparse"] else ""
-
-
-def _share_text(cell: Mapping[str, Any]) -> str:
-    share = cell["share"]
-    return f"{cell['right']} of {cell['n']} ({100 * share['low']:.0f}–{share['high']:.0%})"
-
-
-def _keyloss_section(tables: Mapping[str, Any]) -> Section:
-    names = list(next((row["losses"] for row in tables["rows"] if row["losses"]), {"dense": {}}))
-    others = [name for name in names if name != "dense"]
-    rows: Rows = [
-        ("length", "tokens", "texts", "number", "dense", *(f"{LABELS[name]}, over dense" for name in others))
-    ]
-    for row in tables["rows"]:
-        losses = row["losses"]
-        dense = f"{losses['dense']['loss']:.4f}" if losses.get("dense") else "none"
-        over = [_over_text(losses[name]) if losses.get(name) else "" for name in others]
-        rows.append((str(row["length"]), row["kind"], str(row["texts"]), str(row["tokens"]), dense, *over))
-    note = (
-        f"Loss in nats over the second half of each text. Key tokens gain more than {tables['gain']:g} nats "
-        f"from the long context and are above {tables['long_log_prob']:g} with it, as the dense model "
-        "judges. Intervals are bootstrapped over texts."
-    )
-    return Section("Loss on key tokens", (note,), rows)
-
-
-def _over_text(loss: Mapping[str, Any]) -> str:
-    over = loss["over_dense"]
-    limits = "" if over["low"] is None else f" ({over['low']:+.2%} to {over['high']:+.2%})"
-    return f"{over['estimate']:+.2%}{limits}"
-
-
-def _short_section(tables: Mapping[str, Any]) -> Section:
-    rows: Rows = [("length", "must equal dense", "unequal texts", "largest logit gap", "loss − dense, nats")]
-    for row in tables["rows"]:
-        rows.append(
-            (
-                str(row["length"]),
-                "yes" if row["must_be_equal"] else "no",
-                f"{row['unequal']} of {row['texts']}",
-                f"{row['max_difference']:.2g}",
-                _interval_text(row["loss_difference"], "+.4f"),
-            )
-        )
-    broken = [row for row in tables["rows"] if row["must_be_equal"] and row["unequal"]]
-    verdict = (
-        f"Regression: DSA differs from dense at {broken[0]['length']} tokens, where k = {tables['topk']} "
-        "leaves nothing out."
-        if broken
-        else f"Up to k = {tables['topk']} tokens DSA is the dense model, logit by logit."
-    )
-    return Section("Short texts", (verdict,), rows)
-
-
-def _generation_section(tables: Mapping[str, Any]) -> Section:
-    rows: Rows = [
-        ("length", "variant", "same tokens as dense (median)", "all the same", "repeated 4-grams", "− dense")
-    ]
-    for row in tables["rows"]:
-        is_dense = row["variant"] == "dense"
-        rows.append(
-            (
-                str(row["length"]),
-                LABELS[row["variant"]],
-                "" if is_dense else f"{row['agreed_median']:g}",
-                "" if is_dense else f"{row['agreed_to_the_end']} of {row['texts']}",
-                f"{row['repeated']:.1%}",
-                "" if is_dense else _interval_text(row["repeated_minus_dense"], "+.1%"),
-            )
-        )
-    note = f"Greedy continuations of {tables['new_tokens']} tokens; one difference changes the rest."
-    return Section("Generation", (note,), rows)
-
-
-def _interval_text(interval: Mapping[str, Any], spec: str) -> str:
-    estimate = format(interval["estimate"], spec)
-    if interval["low"] is None:
-        return estimate
-    return f"{estimate} ({format(interval['low'], spec)} to {format(interval['high'], spec)})"
+    def to_html(self) -> str:
+        """One page with plots, that needs no other file."""
+        title = f"Evaluation of {self.about.get('model', 'a model')}"
+        body = [f"<h1>{escape(title)}</h1>"]
+        for heading, notes, rows in self.sections():
+            body.append(f"<h2>{escape(heading)}</h2>")
+            body += [f"<p>{escape(note)}</p>" for note in notes]
+            body.append(f'<div class="scroll">{html_table(rows, ["row"] * (len(rows) - 1))}</div>')
+        body.append(f'<div class="figures">{"".join(map(html_figure, self.plots()))}</div>')
+        body.append(f"<footer>{html_facts(self.about)}</footer>")
+        return html_page(title, body)

@@ -1,6 +1,6 @@
 """A sample: a prompt of a given length, and the strings that a right answer has.
 
-A task says what to ask (`Draft`); `make_sample` lays that into text, to the token.
+A task says what to ask (`PromptSpec`); `make_sample` lays that into text, to the token.
 """
 
 import random
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fulmen.data import opening_ids, token_ids
 from fulmen.errors import ConfigError
+from fulmen.evaluation.needle_text import split_answer
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +55,7 @@ class Sample:
         return sum(hit is not None for hit in hits) / len(self.expected)
 
 
-class Draft(NamedTuple):
+class PromptSpec(NamedTuple):
     """What one sample asks, in words.
 
     inserts: pieces to hide in the haystack, in this order. question: the end of the prompt, with the answer's
@@ -69,7 +70,7 @@ class Draft(NamedTuple):
     body: Callable[[int], list[list[int]]] | None = None
 
 
-class Desk(NamedTuple):
+class TaskContext(NamedTuple):
     """What a task works with. words: a vocabulary, the most frequent first. random: the sample's own."""
 
     tokenizer: Any
@@ -87,13 +88,13 @@ class Task:
 
     Attributes:
         name: as in `--tasks`.
-        draft: makes the question of one sample.
+        make_spec: says what one sample asks.
         answer_tokens: tokens that an answer may have.
         fixed: whether there is one short right answer, which follows the prompt immediately.
     """
 
     name: str
-    draft: Callable[[Desk], Draft]
+    make_spec: Callable[[TaskContext], PromptSpec]
     answer_tokens: int
     fixed: bool = False
 
@@ -116,51 +117,44 @@ def make_sample(
 
     Raises ConfigError if `length` has no room for the question.
     """
-    desk = Desk(tokenizer, words, random.Random(f"{seed}/{task.name}/{length}/{number}"))
-    draft = task.draft(desk)
-    question, answer = desk.ids(draft.question), None
+    context = TaskContext(tokenizer, words, random.Random(f"{seed}/{task.name}/{length}/{number}"))
+    spec = task.make_spec(context)
+    question, answer = context.ids(spec.question), None
     if task.fixed:
-        question, answer = _question_and_answer(desk, draft.question, draft.expected[0])
-        assert len(answer) <= task.answer_tokens, (task.name, draft.expected)
+        question, answer = split_answer(tokenizer, spec.question, spec.expected[0])
+        assert len(answer) <= task.answer_tokens, (task.name, spec.expected)
     room = length - task.answer_tokens - len(question)
-    prompt = _before_question(draft, desk, room, haystack_ids, f"length={length} of {task.name}") + question
+    prompt = _before_question(spec, context, room, haystack_ids, f"length={length} of {task.name}") + question
     assert len(prompt) == length - task.answer_tokens, (task.name, len(prompt))
     return Sample(
         task=task.name,
         length=length,
         number=number,
         prompt_ids=torch.tensor(prompt, dtype=torch.int64),
-        expected=draft.expected,
+        expected=spec.expected,
         answer_ids=None if answer is None else torch.tensor(answer, dtype=torch.int64),
         answer_tokens=task.answer_tokens,
     )
 
 
-def _before_question(draft: Draft, desk: Desk, room: int, haystack: Sequence[int], what: str) -> list[int]:
+def _before_question(
+    spec: PromptSpec, context: TaskContext, room: int, haystack: Sequence[int], what: str
+) -> list[int]:
     """`room` tokens: what goes before, and the haystack with its inserts, or the pieces that replace it.
 
     Pieces rarely fill the room to the token; what is left is haystack, at the very beginning.
     """
-    opening, before = opening_ids(desk.tokenizer), desk.ids(draft.before)
+    opening, before = opening_ids(context.tokenizer), context.ids(spec.before)
     room -= len(opening) + len(before)
-    pieces = draft.body(room) if draft.body else [desk.ids(text) for text in draft.inserts]
+    pieces = spec.body(room) if spec.body else [context.ids(text) for text in spec.inserts]
     rest = room - sum(map(len, pieces))
     if rest < 0:
         raise ConfigError(f"{what} has no room for what is asked; use {-rest} tokens more")
     assert len(haystack) >= rest, (len(haystack), rest)
-    if draft.body:
+    if spec.body:
         return [*opening, *haystack[:rest], *before, *chain.from_iterable(pieces)]
-    cuts = sorted(desk.random.randint(0, rest) for _ in pieces)
+    cuts = sorted(context.random.randint(0, rest) for _ in pieces)
     text = [*opening, *before, *haystack[: cuts[0]]]
     for piece, (start, stop) in zip(pieces, pairwise([*cuts, rest]), strict=True):
         text += [*piece, *haystack[start:stop]]
     return text
-
-
-def _question_and_answer(desk: Desk, question: str, answer: str) -> tuple[list[int], list[int]]:
-    """The tokens of both. A token across their border, which some tokenizers make, belongs to the answer."""
-    head, whole = desk.ids(question), desk.ids(f"{question} {answer}")
-    border = len(head)
-    while head[:border] != whole[:border]:
-        border -= 1
-    return whole[:border], whole[border:]

@@ -7,7 +7,7 @@ from itertools import chain
 
 from fulmen.data import Document
 from fulmen.errors import ConfigError
-from fulmen.evaluation.suites.samples import Desk, Draft
+from fulmen.evaluation.suites.samples import PromptSpec, TaskContext
 
 COMMON = 10
 # How often a common and another word occur: RULER's 30 and 3 where there is room, else the same 10 : 1.
@@ -24,23 +24,23 @@ def vocabulary(documents: Iterable[Document]) -> tuple[str, ...]:
     return tuple(ordered[:VOCABULARY])
 
 
-def common_words(desk: Desk) -> Draft:
+def common_words(context: TaskContext) -> PromptSpec:
     """The ten words that occur ten times as often as every other one."""
-    shuffled = desk.random.sample(desk.words, len(desk.words))
-    others = chain(shuffled, _made_up(desk, set(shuffled)))
+    shuffled = context.random.sample(context.words, len(context.words))
+    others = chain(shuffled, _made_up(context, set(shuffled)))
     common = tuple(next(others) for _ in range(COMMON))
 
     def words(room: int) -> list[list[int]]:
-        often, seldom = _repeats(desk, common, room)
-        pieces = [desk.ids(f" {word}") for word in common for _ in range(often)]
+        often, seldom = _repeats(context, common, room)
+        pieces = [context.ids(f" {word}") for word in common for _ in range(often)]
         left = room - sum(map(len, pieces))
         for word in others:
-            piece = desk.ids(f" {word}")
+            piece = context.ids(f" {word}")
             left -= seldom * len(piece)
             if left < 0:
                 break
             pieces += [piece] * seldom
-        desk.random.shuffle(pieces)
+        context.random.shuffle(pieces)
         return pieces
 
     before = (
@@ -48,23 +48,23 @@ def common_words(desk: Desk) -> Draft:
         "Question: which two words occur most often in the list above?\nAnswer: apple, river\n\nList:"
     )
     question = "\n\nQuestion: which ten words occur most often in the list above?\nAnswer:"
-    return Draft((), question, common, before, words)
+    return PromptSpec((), question, common, before, words)
 
 
-def frequent_words(desk: Desk) -> Draft:
+def frequent_words(context: TaskContext) -> PromptSpec:
     """The three most frequent of made-up words whose counts fall as Zeta(2): word r occurs ~ 1 / r² times."""
-    made_up = _made_up(desk, set())
+    made_up = _made_up(context, set())
     ranked = [next(made_up) for _ in range(RANKS)]
 
     def words(room: int) -> list[list[int]]:
-        pieces = [desk.ids(f" {word}") for word in ranked]
+        pieces = [context.ids(f" {word}") for word in ranked]
         costs = [len(piece) for piece in pieces]
         total = _most(lambda n: sum(c * k for c, k in zip(costs, zeta_counts(n), strict=True)) <= room, room)
         counts = zeta_counts(total)
         if len(set(counts[: FREQUENT + 1])) <= FREQUENT:
             raise ConfigError(f"{room} tokens are too few for frequent words; use a longer length")
         listed = [piece for piece, count in zip(pieces, counts, strict=True) for _ in range(count)]
-        desk.random.shuffle(listed)
+        context.random.shuffle(listed)
         return listed
 
     before = (
@@ -73,7 +73,7 @@ def frequent_words(desk: Desk) -> Draft:
         "Answer: ximewo, quyaju\n\nCoded text:"
     )
     question = "\n\nQuestion: which three coded words occur most often in the text above?\nAnswer:"
-    return Draft((), question, tuple(ranked[:FREQUENT]), before, words)
+    return PromptSpec((), question, tuple(ranked[:FREQUENT]), before, words)
 
 
 def zeta_counts(total: int) -> list[int]:
@@ -82,9 +82,9 @@ def zeta_counts(total: int) -> list[int]:
     return [int(total * weight / sum(weights)) for weight in weights]
 
 
-def _repeats(desk: Desk, common: Sequence[str], room: int) -> tuple[int, int]:
+def _repeats(context: TaskContext, common: Sequence[str], room: int) -> tuple[int, int]:
     """The most occurrences that leave half of the room to other words."""
-    cost = sum(len(desk.ids(f" {word}")) for word in common)
+    cost = sum(len(context.ids(f" {word}")) for word in common)
     for often, seldom in REPEATS:
         if often * cost <= room // 2:
             return often, seldom
@@ -100,10 +100,10 @@ def _most(fits: Callable[[int], bool], limit: int) -> int:
     return low
 
 
-def _made_up(desk: Desk, taken: set[str]) -> Iterator[str]:
+def _made_up(context: TaskContext, taken: set[str]) -> Iterator[str]:
     """Words of three syllables that are none; no word twice."""
     while True:
-        word = "".join(desk.random.sample(SYLLABLES, 3))
+        word = "".join(context.random.sample(SYLLABLES, 3))
         if word not in taken:
             taken.add(word)
             yield word

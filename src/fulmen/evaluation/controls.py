@@ -16,7 +16,7 @@ from fulmen.ops.topk import select_topk
 # Numbers of one block of attention probabilities (heads x rows x keys), 32 MB.
 BLOCK_PROBS = 2**23
 SINKS = 4
-MASS_STRIDE = 16
+RECALL_STRIDE = 16
 
 
 class OracleSelector(Selector):
@@ -73,26 +73,26 @@ class RandomSelector(Selector):
                 start_R, stop_R = inputs.start_BT[b, rows], inputs.stop_BT[b, rows]
                 key_RS = torch.arange(n_keys, device=start_R.device) - start_R[:, None]
                 query_R1 = (stop_R - start_R)[:, None]
-                luck_RS = _hashed_luck((self.seed, inputs.layer_idx), query_R1, key_RS)[None]
-                chosen_BTK[b, rows] = select_topk(luck_RS, start_R[None], stop_R[None], topk)[0]
+                noise_RS = _hash_noise((self.seed, inputs.layer_idx), query_R1, key_RS)[None]
+                chosen_BTK[b, rows] = select_topk(noise_RS, start_R[None], stop_R[None], topk)[0]
         return chosen_BTK
 
 
-class LayerMass(NamedTuple):
-    """Attention mass that a selection captured in one layer, and the most that k keys can; shares of 1."""
+class LayerRecall(NamedTuple):
+    """Attention on the keys that a selection keeps in one layer, and on the best k keys; shares of 1."""
 
     layer: int
     captured: float
     oracle: float
 
 
-class MassSelector(Selector):
-    """Selects as `inner` does, and adds up the attention mass that this captures, beside the oracle's.
+class AttentionRecallSelector(Selector):
+    """Selects as `inner` does, and adds up the attention that this recalls, beside the oracle's.
 
     Of every `stride`-th query row, those that see more than k keys count; the others lose nothing.
     """
 
-    def __init__(self, inner: Selector, stride: int = MASS_STRIDE) -> None:
+    def __init__(self, inner: Selector, stride: int = RECALL_STRIDE) -> None:
         self.inner, self.stride = inner, stride
         self._sums: dict[int, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
 
@@ -113,9 +113,11 @@ class MassSelector(Selector):
                 self._add(inputs.layer_idx, captured_R, oracle_R)
         return chosen_BTK
 
-    def result(self) -> list[LayerMass]:
+    def result(self) -> list[LayerRecall]:
         """The means so far, in layer order; empty if no query had to leave a key out."""
-        return [LayerMass(layer, *(x / n for x in sums)) for layer, (n, *sums) in sorted(self._sums.items())]
+        return [
+            LayerRecall(layer, *(x / n for x in sums)) for layer, (n, *sums) in sorted(self._sums.items())
+        ]
 
     def _sampled_rows(self, inputs: SelectionInputs, b: int, topk: int) -> Iterator[Tensor]:
         chooses_T = inputs.stop_BT[b] - inputs.start_BT[b] > topk
@@ -149,7 +151,7 @@ def _rows_of_a_block(inputs: SelectionInputs) -> int:
     return max(BLOCK_PROBS // (inputs.q_BTHD.shape[2] * inputs.k_BSGD.shape[1]), 1)
 
 
-def _hashed_luck(seeds: tuple[int, int], query_R1: Tensor, key_RS: Tensor) -> Tensor:
+def _hash_noise(seeds: tuple[int, int], query_R1: Tensor, key_RS: Tensor) -> Tensor:
     """Numbers in 0 .. 2**24 - 1, exact in float32, that depend on all of the arguments and look random."""
     mixed = torch.zeros_like(query_R1)
     for value in (*seeds, query_R1, key_RS):

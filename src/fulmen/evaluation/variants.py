@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from fulmen.data import Window
 from fulmen.errors import ConfigError
-from fulmen.evaluation.parity.controls import MassSelector, OracleSelector, RandomSelector, WindowSelector
+from fulmen.evaluation.controls import AttentionRecallSelector, OracleSelector, RandomSelector, WindowSelector
 from fulmen.modeling.families import dsa_of, has_dsa, set_topk
 from fulmen.modeling.rope_tables import restored_rope
 from fulmen.modeling.selectors import DenseSelector, IndexerSelector, Selector, use_selector
@@ -24,7 +24,7 @@ VARIANTS: dict[str, Selector] = {
     "window": WindowSelector(),
     "random": RandomSelector(),
 }
-MASS_VARIANTS = ("dsa", "inherited", "window")
+RECALL_VARIANTS = ("dsa", "inherited", "window")
 
 
 class Text(NamedTuple):
@@ -45,20 +45,20 @@ class Text(NamedTuple):
 
 
 @dataclass
-class Bench:
-    """A converted model that runs as any variant, counts its tokens and records attention mass.
+class VariantRunner:
+    """A converted model that runs as any variant, counts its tokens and records attention recall.
 
     Attributes:
         model: GQA DSA, or a stock DSA model under `fulmen_attention`.
         inherited: the indexers' tensors as they were before training; None: no such variant.
         on_tokens: called after each forward with the tokens and the name of what was read.
-        masses: per variant that is asked to, the attention mass captured so far.
+        recalls: per variant that is asked to, the attention recall so far.
     """
 
     model: PreTrainedModel
     inherited: Mapping[str, Tensor] | None
     on_tokens: Callable[[int, str], None] = lambda tokens, what: None
-    masses: dict[str, MassSelector] = field(default_factory=dict)
+    recalls: dict[str, AttentionRecallSelector] = field(default_factory=dict)
 
     @property
     def variants(self) -> list[str]:
@@ -66,11 +66,13 @@ class Bench:
         return [name for name in VARIANTS if name != "inherited" or self.inherited is not None]
 
     @contextmanager
-    def running(self, variant: str, topk: int, tokens: int, what: str, mass: bool = False) -> Iterator[None]:
+    def running(
+        self, variant: str, topk: int, tokens: int, what: str, recall: bool = False
+    ) -> Iterator[None]:
         """Let the model be `variant` with `topk` keys in the `with` block, in which it reads `tokens`."""
         selector = VARIANTS[variant]
-        if mass and variant in MASS_VARIANTS:
-            selector = self.masses.setdefault(variant, MassSelector(selector))
+        if recall and variant in RECALL_VARIANTS:
+            selector = self.recalls.setdefault(variant, AttentionRecallSelector(selector))
         weights = self.inherited if variant == "inherited" else None
         with (
             swapped_indexers(self.model, weights or {}),
@@ -81,9 +83,9 @@ class Bench:
             yield
         self.on_tokens(tokens, what)
 
-    def hidden(self, variant: str, text: Text, topk: int, what: str, mass: bool = False) -> Tensor:
+    def hidden(self, variant: str, text: Text, topk: int, what: str, recall: bool = False) -> Tensor:
         """The last hidden states hidden_TC of one text."""
-        with self.running(variant, topk, len(text.ids_T), what, mass):
+        with self.running(variant, topk, len(text.ids_T), what, recall):
             return last_hidden_states(self.model, text)
 
 

@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fulmen.data import Window
+from fulmen.data import Document, Window, windows
+from fulmen.evaluation.statistics import interval_row
+from fulmen.evaluation.style import VARIANT_LABELS
 from fulmen.evaluation.suites.journal import Unit
 from fulmen.evaluation.suites.losses import require_plain_head
-from fulmen.evaluation.suites.paired import as_json, bootstrap_ratio_interval
-from fulmen.evaluation.suites.subjects import LocalSubject
+from fulmen.evaluation.suites.paired import bootstrap_ratio_interval
+from fulmen.evaluation.suites.responders import LocalResponder
+from fulmen.evaluation.suites.suite import Record, Rows, Section, Suite, SuiteSizes, Tables
+from fulmen.evaluation.wording import interval_text
 
 # The paper's thresholds: the log-probability gains more than 2 nats, and is above -2 with the long context.
 GAIN, LONG_LOG_PROB = 2.0, -2.0
@@ -25,13 +29,13 @@ SHORTEST_CONTEXT = 32
 KINDS = ("plain", "key")
 
 
-def keyloss_units(subject: LocalSubject, windows: Sequence[Window]) -> list[Unit]:
+def keyloss_units(responder: LocalResponder, windows: Sequence[Window]) -> list[Unit]:
     """One unit per text.
 
     Raises UnsupportedModelError for a model whose logits are not its last layer's.
     """
-    require_plain_head(subject.model)
-    return [_unit(subject, window, number) for number, window in enumerate(windows)]
+    require_plain_head(responder.model)
+    return [_unit(responder, window, number) for number, window in enumerate(windows)]
 
 
 def key_tokens(long_loss_P: Tensor, short_loss_P: Tensor) -> Tensor:
@@ -39,7 +43,7 @@ def key_tokens(long_loss_P: Tensor, short_loss_P: Tensor) -> Tensor:
     return (short_loss_P - long_loss_P > GAIN) & (-long_loss_P > LONG_LOG_PROB)
 
 
-def short_context_losses(subject: LocalSubject, ids_T: Tensor, short: int) -> Tensor:
+def short_context_losses(responder: LocalResponder, ids_T: Tensor, short: int) -> Tensor:
     """loss_P of the dense model that sees between `short` and `2 * short` tokens; the first ones see all.
 
     The text is read in pieces of `2 * short` that overlap by half; each piece scores its second half.
@@ -47,7 +51,7 @@ def short_context_losses(subject: LocalSubject, ids_T: Tensor, short: int) -> Te
     losses = []
     for start in range(0, len(ids_T) - 1, short):
         piece_T = ids_T[max(start - short, 0) : start + short + 1]
-        loss_P = subject.losses(piece_T, "dense")
+        loss_P = responder.losses(piece_T, "dense")
         losses.append(loss_P[min(start, short) :])
     return torch.cat(losses)
 
@@ -81,17 +85,17 @@ def _loss(records: Sequence[Mapping[str, Any]], variant: str, kind: str, seed: i
         return {}
     ratio = bootstrap_ratio_interval(own, dense, seed=seed)
     over = type(ratio)(*(value - 1 for value in ratio))
-    return {"loss": sum(own) / tokens, "over_dense": as_json(over)}
+    return {"loss": sum(own) / tokens, "over_dense": interval_row(over)}
 
 
-def _unit(subject: LocalSubject, window: Window, number: int) -> Unit:
+def _unit(responder: LocalResponder, window: Window, number: int) -> Unit:
     ids_T = window.input_ids
     length = len(ids_T)
     short = short_context(length)
 
     def run() -> dict[str, Any]:
-        losses = {name: subject.losses(ids_T, name) for name in subject.variants}
-        key_P = key_tokens(losses["dense"], short_context_losses(subject, ids_T, short))
+        losses = {name: responder.losses(ids_T, name) for name in responder.variants}
+        key_P = key_tokens(losses["dense"], short_context_losses(responder, ids_T, short))
         # The first tokens have no long context, so they are in neither kind.
         late_P = torch.arange(length - 1) >= length // 2
         chosen = {"plain": late_P, "key": late_P & key_P}
@@ -105,4 +109,54 @@ def _unit(subject: LocalSubject, window: Window, number: int) -> Unit:
             },
         }
 
-    return Unit(("keyloss", window.kind, length, number), length * (len(subject.variants) + 2), run)
+    return Unit(("keyloss", window.kind, length, number), length * (len(responder.variants) + 2), run)
+
+
+def _section(tables: Mapping[str, Any]) -> Section:
+    names = list(next((row["losses"] for row in tables["rows"] if row["losses"]), {"dense": {}}))
+    others = [name for name in names if name != "dense"]
+    rows: Rows = [
+        (
+            "length",
+            "tokens",
+            "texts",
+            "number",
+            "dense",
+            *(f"{VARIANT_LABELS[name]}, over dense" for name in others),
+        )
+    ]
+    for row in tables["rows"]:
+        losses = row["losses"]
+        dense = f"{losses['dense']['loss']:.4f}" if losses.get("dense") else "none"
+        over = [interval_text(losses[name]["over_dense"]) if losses.get(name) else "" for name in others]
+        rows.append((str(row["length"]), row["kind"], str(row["texts"]), str(row["tokens"]), dense, *over))
+    note = (
+        f"Loss in nats over the second half of each text. Key tokens gain more than {tables['gain']:g} nats "
+        f"from the long context and are above {tables['long_log_prob']:g} with it, as the dense model "
+        "judges. Intervals are bootstrapped over texts."
+    )
+    return Section("Loss on key tokens", (note,), rows)
+
+
+class KeyLoss(Suite):
+    """Loss on key tokens."""
+
+    name, order = "keyloss", 1
+    needs_weights = True
+
+    def units(
+        self, responder: Any, tokenizer: Any, documents: Sequence[Document], sizes: SuiteSizes
+    ) -> list[Unit]:
+        texts = (
+            windows(documents, tokenizer, length, sizes.samples, seed=sizes.seed) for length in sizes.lengths
+        )
+        return [unit for drawn in texts for unit in keyloss_units(responder, drawn)]
+
+    def tables(self, records: Sequence[Record], *, topk: int | None, seed: int) -> Tables:
+        return keyloss_tables(records, seed)
+
+    def section(self, tables: Tables) -> Section:
+        return _section(tables)
+
+
+SUITE = KeyLoss()

@@ -1,6 +1,6 @@
 """Who is asked: a converted model in three variants, any dense model, or an endpoint.
 
-A subject has `variants`, writes answers, and (where the weights are here) reads texts and continues them.
+A responder has `variants`, writes answers, and (where the weights are here) reads texts and continues them.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fulmen.evaluation.greedy import answer_by_forward, continue_greedily
-from fulmen.evaluation.parity.variants import Bench, Text, current_topk, last_hidden_states
 from fulmen.evaluation.suites.losses import token_losses
 from fulmen.evaluation.suites.samples import Sample
+from fulmen.evaluation.variants import Text, VariantRunner, current_topk, last_hidden_states
 from fulmen.modeling.families import accelerated, has_dsa
 from fulmen.modeling.rope_tables import restored_rope
 
@@ -21,7 +21,7 @@ from fulmen.modeling.rope_tables import restored_rope
 CONVERTED_VARIANTS = ("dense", "dsa", "window")
 
 
-class Subject(Protocol):
+class Responder(Protocol):
     """What the suites ask.
 
     variants: who answers, each the same questions; "dense" is the first. topk: keys that a query of the
@@ -44,7 +44,7 @@ class Subject(Protocol):
         ...
 
 
-class LocalSubject:
+class LocalResponder:
     """A model on this machine.
 
     Attributes:
@@ -67,8 +67,8 @@ class LocalSubject:
         if topk is not None or is_converted(model):
             self.topk = current_topk(model) if topk is None else topk
             current_topk(model)
-        self._bench = None if self.topk is None else Bench(model, inherited=None)
-        self.variants: tuple[str, ...] = CONVERTED_VARIANTS if self._bench else ("dense",)
+        self._runner = None if self.topk is None else VariantRunner(model, inherited=None)
+        self.variants: tuple[str, ...] = CONVERTED_VARIANTS if self._runner else ("dense",)
 
     @property
     def context(self) -> int | None:
@@ -90,15 +90,15 @@ class LocalSubject:
         """Let the model itself be `variant` in the block."""
         assert variant in self.variants, variant
         running: AbstractContextManager = nullcontext()
-        if self._bench is not None:
+        if self._runner is not None:
             assert self.topk is not None
-            running = self._bench.running(variant, self.topk, 0, "")
+            running = self._runner.running(variant, self.topk, 0, "")
         # However long the text that another variant has read before: each begins with the same tables.
         with accelerated(self.model), restored_rope(self.model), running:
             yield
 
     def answer(self, sample: Sample, variant: str) -> str:
-        """As `Subject.answer`; a fixed answer takes one forward pass and is cut where it goes wrong."""
+        """As `Responder.answer`; a fixed answer takes one forward pass and is cut where it goes wrong."""
         if sample.answer_ids is not None:
             with self.asked(variant) as model:
                 return self._text(answer_by_forward(model, sample.prompt_ids, sample.answer_ids))
@@ -116,7 +116,7 @@ class LocalSubject:
         variant: str,
         is_done: Callable[[list[int]], bool] = lambda written: False,
     ) -> list[int]:
-        """As `Subject.continue_text`; ends early once `is_done`, asked after each token."""
+        """As `Responder.continue_text`; ends early once `is_done`, asked after each token."""
         with self.asked(variant) as model:
             return continue_greedily(model, prompt_ids, n_tokens, is_done)
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fulmen.evaluation.parity.controls import (
-    MassSelector,
+from fulmen.evaluation.controls import (
+    AttentionRecallSelector,
     OracleSelector,
     RandomSelector,
     WindowSelector,
@@ -43,7 +43,7 @@ def some_inputs(queries=30, keys=30, padding=(0, 5), groups=2, layer=0):
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("queries", [1, 7, 30])
 def test_oracle_keeps_the_most_attended_keys(groups, queries, monkeypatch):
-    monkeypatch.setattr("fulmen.evaluation.parity.controls.BLOCK_PROBS", 4 * 30 * 3)
+    monkeypatch.setattr("fulmen.evaluation.controls.BLOCK_PROBS", 4 * 30 * 3)
     inputs = some_inputs(queries, groups=groups)
     visible_BTS = interval_mask(inputs.start_BT, inputs.stop_BT, 30)
     attention = attention_reference(inputs.q_BTHD, inputs.k_BSGD, inputs.v_BSGV, visible_BTS, inputs.scale)
@@ -117,13 +117,13 @@ def test_chunks_with_a_cache_give_the_same_logits(control):
 @pytest.mark.parametrize("inner", [IndexerSelector(), *CONTROLS], ids=lambda inner: type(inner).__name__)
 @pytest.mark.parametrize("make", [lambda: tiny_dsa(tiny_dense()), tiny_v32], ids=["gqa", "mla"])
 def test_oracle_captures_the_most_mass(make, inner):
-    model, masses = make(), MassSelector(inner, stride=2)
+    model, recalls = make(), AttentionRecallSelector(inner, stride=2)
     mla = fulmen_attention(model) if model.config.model_type == "deepseek_v32" else use_selector(model, inner)
     with mla, torch.no_grad():
         expected = _logits(model, inner)
-        assert torch.equal(_logits(model, masses), expected)
-    assert [mass.layer for mass in masses.result()] == list(range(LAYERS))
-    for _, captured, oracle in masses.result():
+        assert torch.equal(_logits(model, recalls), expected)
+    assert [mass.layer for mass in recalls.result()] == list(range(LAYERS))
+    for _, captured, oracle in recalls.result():
         assert 0 < captured <= oracle + 1e-6
         assert oracle < 1
         if isinstance(inner, OracleSelector):
@@ -131,11 +131,11 @@ def test_oracle_captures_the_most_mass(make, inner):
 
 
 def test_mass_counts_only_queries_that_must_choose():
-    inputs, masses = some_inputs(padding=(0, 0)), MassSelector(WindowSelector(), stride=1)
-    masses.select(inputs, 30)
-    assert masses.result() == []
-    masses.select(inputs, 29)
-    ((layer, captured, oracle),) = masses.result()
+    inputs, recalls = some_inputs(padding=(0, 0)), AttentionRecallSelector(WindowSelector(), stride=1)
+    recalls.select(inputs, 30)
+    assert recalls.result() == []
+    recalls.select(inputs, 29)
+    ((layer, captured, oracle),) = recalls.result()
     dropped = (
         attention_of_rows(inputs, 0, slice(29, 30))[0, 4],
         attention_of_rows(inputs, 1, slice(29, 30))[0, 4],
@@ -146,7 +146,7 @@ def test_mass_counts_only_queries_that_must_choose():
 
 
 def test_mass_leaves_the_dense_control_dense():
-    assert not MassSelector(DenseSelector()).is_needed(LENGTH, TOPK)
+    assert not AttentionRecallSelector(DenseSelector()).is_needed(LENGTH, TOPK)
 
 
 def test_mass_of_everything_is_one():
@@ -154,9 +154,9 @@ def test_mass_of_everything_is_one():
         def select(self, inputs, topk):
             return None
 
-    masses = MassSelector(Everything())
-    assert masses.select(some_inputs(), 6) is None
-    assert masses.result()[0].captured == pytest.approx(1, abs=1e-6)
+    recalls = AttentionRecallSelector(Everything())
+    assert recalls.select(some_inputs(), 6) is None
+    assert recalls.result()[0].captured == pytest.approx(1, abs=1e-6)
 
 
 def _logits(model, selector):

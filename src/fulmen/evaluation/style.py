@@ -1,0 +1,98 @@
+"""What all reports look alike by: names, colours and markers of the variants, and their figures."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+VARIANT_LABELS = {
+    "dense": "dense",
+    "oracle": "oracle (true top-k)",
+    "dsa": "DSA",
+    "inherited": "DSA, inherited only",
+    "window": "window + sinks",
+    "random": "random keys",
+}
+INK, GRID = "#1b1c20", "#c9cbd2"
+# Okabe and Ito's colours, told apart by colour-blind readers; each variant has its own marker as well.
+VARIANT_COLORS = {
+    "dense": "#6b6e78",
+    "oracle": "#009e73",
+    "dsa": "#0072b2",
+    "inherited": "#cc79a7",
+    "window": "#d55e00",
+    "random": "#8c8c8c",
+}
+VARIANT_MARKERS = {"dense": "D", "oracle": "^", "dsa": "o", "inherited": "s", "window": "v", "random": "x"}
+DARK_COLORS = {
+    "dense": "#b4b7c2",
+    "oracle": "#2fcf9f",
+    "dsa": "#56b4e9",
+    "inherited": "#e8a9cf",
+    "window": "#ff9a52",
+    "random": "#a8a8a8",
+}
+# Narrow, so that the letters stay readable on a phone.
+WIDTH_INCHES = 5.0
+
+
+class Plot(NamedTuple):
+    """One figure: its file-safe name, title, one-sentence caption, and the Matplotlib figure."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Any
+
+
+def new_figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """A figure without a window, and its axes: one, or rows of columns."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    style: Any = {
+        "font.size": 10,
+        "axes.grid": True,
+        "grid.color": GRID,
+        "grid.linewidth": 0.6,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        **dict.fromkeys(
+            ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
+        ),
+    }
+    with rc_context(style):
+        figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False)
+    figure.patch.set_alpha(0)
+    for axes in grid.flat:
+        axes.patch.set_alpha(0)
+    return figure, grid[0][0] if rows == columns == 1 else grid
+
+
+def plain_ticks(axis: Any, places: Sequence[float]) -> None:
+    """Ticks at these places and nowhere else, as short counts."""
+    axis.set_ticks(places, labels=[short_count(place) for place in places])
+    axis.set_ticks([], minor=True)
+
+
+def short_count(value: float) -> str:
+    """ "1M", "32K", "512" or "0.5"."""
+    if value >= 2**20:
+        return f"{value / 2**20:.0f}M"
+    if value >= 10_000:
+        return f"{value / 2**10:.0f}K"
+    return f"{value:.0f}" if value >= 10 else f"{value:g}"
+
+
+def legend_above(axes: Any) -> None:
+    """A legend outside, above the axes' left corner."""
+    # The colour is named here: the style holds for what the axes drew themselves only.
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=2,
+        frameon=False,
+        fontsize=9,
+        borderaxespad=0.2,
+        labelcolor=INK,
+    )
