@@ -19,7 +19,7 @@ import typer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fulmen.data import load_corpus, windows
+from fulmen.data import draw_sequences, load_corpus
 from fulmen.modeling.families import set_topk
 from fulmen.pipeline.chat import load_converted
 from fulmen.training.sparse.run import prepare_stage
@@ -69,7 +69,7 @@ def _measure(
 ) -> None:
     model, tokenizer = load_converted(model_dir)
     set_topk(model, topk)
-    text = windows(load_corpus().training, tokenizer, length, 1)[0]
+    text = draw_sequences(load_corpus().training, tokenizer, length, 1)[0]
     run = steps_of(model, text.input_ids[None])
     losses, seconds = [], []
     for _ in range(steps):

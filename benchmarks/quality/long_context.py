@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 from safetensors.torch import load_file
 
-from fulmen.data import load_corpus, window_stream
+from fulmen.data import iter_sequences, load_corpus
 from fulmen.evaluation.parity.losses import second_half_loss
 from fulmen.evaluation.variants import Text, VariantRunner
 from fulmen.pipeline.chat import load_converted
@@ -49,7 +49,7 @@ def main(
     heldout = load_corpus().heldout
     for kind in kinds_of(heldout):
         for number, window in zip(
-            range(windows), window_stream(heldout, tokenizer, length, kind=kind), strict=False
+            range(windows), iter_sequences(heldout, tokenizer, length, kind=kind), strict=False
         ):
             if any((row["kind"], row["number"]) == (kind, number) for row in done):
                 continue

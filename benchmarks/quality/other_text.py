@@ -13,14 +13,14 @@ from typing import Annotated
 import torch
 import typer
 
-from fulmen.data import load_corpus, window_stream
+from fulmen.data import iter_sequences, load_corpus
 from fulmen.evaluation.parity.losses import second_half_loss
 from fulmen.evaluation.variants import Text, VariantRunner
 from fulmen.modeling.checkpoint import load_dense
 from fulmen.modeling.families import family_for
-from fulmen.modeling.gqa.budget import share_budget
 from fulmen.modeling.gqa.inherit import inherit_gqa
-from fulmen.modeling.gqa.model import set_topk_shares
+from fulmen.modeling.gqa.model import set_topk_ratios
+from fulmen.modeling.gqa.topk_ratios import fit_topk_ratios
 from fulmen.modeling.index_shape import default_dsa
 from fulmen.pipeline.texts import kinds_of
 
@@ -41,7 +41,7 @@ def main(
     def losses(variant: str) -> dict[str, float]:
         mean = {}
         for kind in kinds:
-            texts = islice(window_stream(corpus.heldout, tokenizer, length, kind=kind), windows)
+            texts = islice(iter_sequences(corpus.heldout, tokenizer, length, kind=kind), windows)
             found = [
                 second_half_loss(
                     runner.hidden(variant, Text.of(text), topk, text.name),
@@ -55,9 +55,9 @@ def main(
 
     reference = losses("dense")
     for kind in kinds:
-        texts = islice(window_stream(corpus.calibration, tokenizer, 2 * length, kind=kind), calibration)
+        texts = islice(iter_sequences(corpus.calibration, tokenizer, 2 * length, kind=kind), calibration)
         ids_BT = torch.stack([text.input_ids for text in texts])
-        set_topk_shares(model, share_budget(model, ids_BT[:2], topk))
+        set_topk_ratios(model, fit_topk_ratios(model, ids_BT[:2], topk))
         inherit_gqa(model, ids_BT, topk)
         over = {name: loss / reference[name] - 1 for name, loss in losses("dsa").items()}
         print(json.dumps({"calibrated_on": kind, "over_dense": over}), flush=True)

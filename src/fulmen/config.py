@@ -66,10 +66,10 @@ class DsaConfig:
 
     def layer_topk(self, layer: int) -> int:
         """Tokens that a query keeps in a converted layer."""
-        return share_of_topk(self.topk, self.topk_shares, self.layers.index(layer))
+        return scaled_topk(self.topk, self.topk_shares, self.layers.index(layer))
 
 
-def share_of_topk(topk: int, shares: Sequence[float] | None, place: int) -> int:
+def scaled_topk(topk: int, shares: Sequence[float] | None, place: int) -> int:
     """Tokens that a query keeps in the converted layer number `place`."""
     return max(1, round(topk * shares[place])) if shares else topk
 

@@ -176,7 +176,7 @@ class TestBeforeTheLoad:
         tokenizer_dir = config_dir(tmp_path / "m", self.LLAMA)
         load_tokenizer(find_source(long_dir)).save_pretrained(tokenizer_dir)
         asked = ["--out", tmp_path / "out", "--data", corpus_dir, "--topk", "64", "--window", "4096"]
-        assert "tokens, a window needs 4096" in refused("convert", tokenizer_dir, *asked)
+        assert "tokens, a sequence needs 4096" in refused("convert", tokenizer_dir, *asked)
 
     def test_a_converted_model(self, tmp_path, long_dir):
         dsa = DsaConfig(2048, 4, 2, 8, (0, 1)).to_dict()

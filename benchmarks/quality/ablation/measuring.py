@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.quality.ablation.cells import Cells
-from fulmen.data import Corpus, Window, window_stream
+from fulmen.data import Corpus, TokenSequence, iter_sequences
 from fulmen.evaluation.controls import AttentionRecallSelector
 from fulmen.evaluation.parity.losses import second_half_loss
 from fulmen.evaluation.variants import Text, last_hidden_states, use_topk
@@ -52,8 +52,8 @@ class HeldOut:
         self, corpus: Corpus, tokenizer: Any, length: int, count: int, seed: int, folder: Path
     ) -> None:
         documents = corpus.heldout
-        self.texts: dict[str, list[Window]] = {
-            kind: list(islice(window_stream(documents, tokenizer, length, kind=kind, seed=seed), count))
+        self.texts: dict[str, list[TokenSequence]] = {
+            kind: list(islice(iter_sequences(documents, tokenizer, length, kind=kind, seed=seed), count))
             for kind in kinds_of(documents)
         }
         self.setting = {"corpus": corpus.fingerprint[:16], "length": length, "windows": count, "seed": seed}

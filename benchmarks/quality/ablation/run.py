@@ -34,7 +34,7 @@ from fulmen.modeling.cost import index_key_bytes, indexer_cost
 from fulmen.modeling.families import dsa_of, family_for
 from fulmen.modeling.gqa import attention
 from fulmen.modeling.gqa.indexer import model_head_width
-from fulmen.modeling.gqa.model import set_topk_shares
+from fulmen.modeling.gqa.model import set_topk_ratios
 from fulmen.modeling.index_shape import default_dsa
 from fulmen.modeling.selectors import DenseSelector
 from fulmen.pipeline.chat import load_converted
@@ -196,7 +196,7 @@ def sharing(
 
 def _reset(model: PreTrainedModel, indexers: dict[str, Tensor], shares: Sequence[float]) -> None:
     model.load_state_dict(indexers, strict=False)
-    set_topk_shares(model, shares)
+    set_topk_ratios(model, shares)
 
 
 def _measure_shared(lab: Lab, model: PreTrainedModel, leader_of: dict[int, int]) -> dict[str, Any]:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fulmen.data import Window
+from fulmen.data import TokenSequence
 from fulmen.evaluation.variants import indexer_state
 from fulmen.files import atomic_write
-from fulmen.modeling.gqa.model import set_topk_shares
+from fulmen.modeling.gqa.model import set_topk_ratios
 from fulmen.modeling.selectors import dsa_attentions, use_selector
 from fulmen.training.warmup.losses import IndexerLossSelector
 from fulmen.training.warmup.trainer import MEASURED_ROWS, WarmupSettings
@@ -29,7 +29,7 @@ Taps = Callable[[dict[int, Tensor], int, int], IndexerLossSelector]
 def warmed_up(
     model: PreTrainedModel,
     start: Callable[[], Any],
-    texts: Sequence[Window],
+    texts: Sequence[TokenSequence],
     marks: Sequence[int],
     folder: Path,
     learning_rate: float,
@@ -68,7 +68,7 @@ def warmed_up(
 
 def _step(
     model: PreTrainedModel,
-    text: Window,
+    text: TokenSequence,
     optimizer: torch.optim.Optimizer,
     rate: float,
     seed: int,
@@ -99,5 +99,5 @@ def _save(file: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) 
 def _load(file: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     state = torch.load(file)
     model.load_state_dict(state["indexers"], strict=False)
-    set_topk_shares(model, state["shares"])
+    set_topk_ratios(model, state["shares"])
     optimizer.load_state_dict(state["optimizer"])

@@ -9,7 +9,7 @@ from fulmen.data.documents import SHARES, Document
 from fulmen.errors import CorpusError
 
 # The longest novels have 3 to 4 million characters: what is longer is no document, but a dump of many, which
-# would fill hundreds of windows in a row.
+# would fill hundreds of sequences in a row.
 HUGE_CHARACTERS = 5_000_000
 EMPTY, NO_TEXT, HUGE = "empty", "not text", f"over {HUGE_CHARACTERS:,} characters"
 

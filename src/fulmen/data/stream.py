@@ -1,4 +1,4 @@
-"""Windows from data sets that are too large to hold: packed on the fly, from a position that can be saved."""
+"""Sequences from data sets too large to hold: packed on the fly, from a position that can be saved."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -7,11 +7,11 @@ from typing import Any
 from fulmen.data.data_sets import DataSet, DataSets
 from fulmen.data.documents import Document
 from fulmen.data.rows import part_of, row_document
-from fulmen.data.windows import Packer, Window, text_room, token_ids
+from fulmen.data.sequences import Packer, TokenSequence, text_capacity, token_ids
 
 
-class WindowStream:
-    """The windows of one part of the data sets, in the order of their rows; every iteration is a pass.
+class SequenceStream:
+    """The sequences of one part of the data sets, in the order of their rows; every iteration is a pass.
 
     A pass goes on from the position where the last one stopped, or from a loaded one. Data sets that are
     behind it are not opened again; within one, `datasets` passes over the rows and nothing is tokenized.
@@ -23,14 +23,14 @@ class WindowStream:
     def __init__(self, data_sets: DataSets, tokenizer: Any, length: int, part: str = "training") -> None:
         """Raises ConfigError for a length that cannot be."""
         self.data_sets, self.tokenizer, self.length, self.part = data_sets, tokenizer, length, part
-        self.packer = Packer(tokenizer, text_room(tokenizer, length))
+        self.packer = Packer(tokenizer, text_capacity(tokenizer, length))
         self.skipped: Counter[str] = Counter()
         self.passes = self.texts = self.member = self.row = 0
         self.field: str | None = None
         self.rows: dict[str, Any] | None = None
 
-    def __iter__(self) -> Iterator[Window]:
-        """The windows of one pass; what does not fill the last one begins the next pass's first.
+    def __iter__(self) -> Iterator[TokenSequence]:
+        """The sequences of one pass; what does not fill the last one begins the next pass's first.
 
         Raises:
             CorpusError: a data set cannot be read, or a whole pass met no text.
@@ -41,7 +41,7 @@ class WindowStream:
             yield from self.packer.full("rows")
 
     def state_dict(self) -> dict[str, Any]:
-        """The position behind the last window: what JSON can hold."""
+        """The position behind the last sequence: what JSON can hold."""
         return {
             "passes": self.passes,
             "texts": self.texts,

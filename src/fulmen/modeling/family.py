@@ -70,7 +70,7 @@ class Family(ABC):
         serving_classes: names of the DSA models' classes, in Transformers and in vLLM, one for each type.
         full_attention_layers: indices of the layers whose attention sees all of the past.
         is_stock: a converted model is a class of Transformers' and vLLM's own, and runs without fulmen.
-        shares_topk: layers may keep different numbers of tokens, `topk` on average.
+        varies_topk: layers may keep different numbers of tokens, `topk` on average.
         packs_index_keys: a cache keeps index keys in 8 bits (`fulmen.ops.common.index_keys`).
     """
 
@@ -80,7 +80,7 @@ class Family(ABC):
     full_attention_layers: Callable[[PreTrainedConfig], list[int]]
 
     is_stock: ClassVar[bool] = False
-    shares_topk: ClassVar[bool] = False
+    varies_topk: ClassVar[bool] = False
     packs_index_keys: ClassVar[bool] = False
 
     @abstractmethod
@@ -143,17 +143,17 @@ class Family(ABC):
         """Let every query of a converted model keep `topk` tokens (a positive integer)."""
 
     @abstractmethod
-    def share_topk(
+    def fit_topk(
         self, model: PreTrainedModel, input_ids_BT: Tensor, on_layer: Callable[[int], None] = lambda _: None
     ) -> None:
-        """Set each layer's k from a dense pass over calibration text; nothing unless `shares_topk`.
+        """Set each layer's k from a dense pass over calibration text; nothing unless `varies_topk`.
 
         on_layer: called with the number of layers measured, for progress.
         """
 
     @abstractmethod
     def restore_topk(self, model: PreTrainedModel, layers: Sequence[Mapping[str, Any]]) -> None:
-        """Put back what `share_topk` had set. layers: what `inherit` returned, as dicts."""
+        """Put back what `fit_topk` had set. layers: what `inherit` returned, as dicts."""
 
     @abstractmethod
     def inherit(

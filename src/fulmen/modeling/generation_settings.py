@@ -65,18 +65,16 @@ def read_generation_config(place: str, vocab_size: int) -> GenerationConfig | No
         raise _refused(place, f"no JSON: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise _refused(place, "no JSON object")
-    return mended_generation_config(values, place, vocab_size)
+    return fixed_generation_config(values, place, vocab_size)
 
 
-def mend_generation_config(model: PreTrainedModel, name: str) -> None:
+def fix_generation_config(model: PreTrainedModel, name: str) -> None:
     """The same for a model whose settings come from its config.json or from a header."""
     values = model.generation_config.to_diff_dict()
-    model.generation_config = mended_generation_config(
-        values, name, model.config.get_text_config().vocab_size
-    )
+    model.generation_config = fixed_generation_config(values, name, model.config.get_text_config().vocab_size)
 
 
-def mended_generation_config(values: Mapping[str, Any], name: str, vocab_size: int) -> GenerationConfig:
+def fixed_generation_config(values: Mapping[str, Any], name: str, vocab_size: int) -> GenerationConfig:
     """Settings without those that cannot be used; logs a line of those. Raises CheckpointError as above."""
     for key in NUMBERS:
         if not isinstance(values.get(key), Real | None):

@@ -31,7 +31,7 @@ class _Faults(NamedTuple):
     mismatched: list[tuple[str, Any, Any]]
 
 
-def load_whole(
+def load_all_weights(
     place: str, model_class: Any = AutoModelForCausalLM, *, left_out: str = r"(?!)", **options: Any
 ) -> PreTrainedModel:
     """Load a model all of whose weights come from the file, and all of the file's weights are in it.

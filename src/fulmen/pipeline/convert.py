@@ -156,7 +156,7 @@ def _inherit(model: PreTrainedModel, texts: ConversionTexts, run: RunDir) -> lis
         family.restore_topk(model, done[1])
         return done[1]
     ids_BT = torch.stack([text.input_ids for text in texts.calibration]).to(model.device)
-    if family.shares_topk:
+    if family.varies_topk:
         _share_k(model, ids_BT[:BUDGET_WINDOWS])
     n_layers = len(dsa_of(model.config).layers)
     with stage("Inherit") as advance:
@@ -178,7 +178,7 @@ def _share_k(model: PreTrainedModel, ids_BT: torch.Tensor) -> None:
     n_layers = len(dsa_of(model.config).layers)
     with stage("Share k") as advance:
         advance(0, n_layers)
-        dsa_family_for(model.config).share_topk(model, ids_BT, lambda done: advance(done, n_layers))
+        dsa_family_for(model.config).fit_topk(model, ids_BT, lambda done: advance(done, n_layers))
 
 
 def _warm_up(

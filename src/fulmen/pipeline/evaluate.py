@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fulmen.data import Corpus, Document, Window, load_corpus, windows
+from fulmen.data import Corpus, Document, TokenSequence, draw_sequences, load_corpus
 from fulmen.errors import ConfigError, CorpusError, OutputError
 from fulmen.evaluation.parity.measure import measure_parity
 from fulmen.evaluation.parity.needles import NeedleSample, needle_samples
@@ -111,13 +111,15 @@ def plan_evaluation(settings: EvalSettings) -> list[int]:
 
 def _texts(
     length: int, settings: EvalSettings, corpus: Corpus, tokenizer: Any
-) -> tuple[list[Window], list[NeedleSample]]:
+) -> tuple[list[TokenSequence], list[NeedleSample]]:
     """Held-out windows of each kind, or of the kinds asked for, and needles. Raises CorpusError."""
     size = (QUICK if settings.quick else FULL).of_length(length)
     count = settings.windows or size.windows
     kinds = settings.kinds or kinds_of(corpus.heldout)
     drawn = [
-        window for kind in kinds for window in windows(corpus.heldout, tokenizer, length, count, kind=kind)
+        window
+        for kind in kinds
+        for window in draw_sequences(corpus.heldout, tokenizer, length, count, kind=kind)
     ]
     return drawn, _needles(corpus.heldout, tokenizer, length, size) if settings.needles else []
 

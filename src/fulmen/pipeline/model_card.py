@@ -22,7 +22,7 @@ tags:
 # {record["source"]} with DeepSeek Sparse Attention
 
 Made by fulmen {record["made_with"]["fulmen"]} from `{record["source"]}`. {_indexer_sentence(record["dsa"])}
-{_trunk_sentence(record["stages"])} Stages: {", ".join(record["stages"])};
+{_backbone_sentence(record["stages"])} Stages: {", ".join(record["stages"])};
 seed {record["seed"]}.
 
 ```python
@@ -43,7 +43,7 @@ Not measured yet: `fulmen eval` on this directory writes the table here.
 """
 
 
-def _trunk_sentence(stages: list[str]) -> str:
+def _backbone_sentence(stages: list[str]) -> str:
     if "sparse" in stages:
         return "All weights were trained under sparse attention, with the dense model as teacher."
     return "All other weights are the dense model's own, under their own names."

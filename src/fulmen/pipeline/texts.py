@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from transformers import PreTrainedConfig
 
-from fulmen.data import Corpus, Document, Window, window_stream, windows
+from fulmen.data import Corpus, Document, TokenSequence, draw_sequences, iter_sequences
 from fulmen.errors import ConfigError, CorpusError
 from fulmen.modeling.lengths import context_of, default_length
 from fulmen.pipeline.reporter import say
@@ -26,9 +26,9 @@ class ConversionTexts(NamedTuple):
     """What a conversion reads. length: tokens of a text to train on; those to calibrate on may be longer."""
 
     length: int
-    calibration: list[Window]
-    training: list[Window]
-    validation: list[Window]
+    calibration: list[TokenSequence]
+    training: list[TokenSequence]
+    validation: list[TokenSequence]
 
 
 def kinds_of(documents: Sequence[Document]) -> list[str]:
@@ -91,22 +91,26 @@ def conversion_texts(
 
 def calibration_texts(
     documents: Sequence[Document], tokenizer: Any, length: int, context: int | None, seed: int
-) -> list[Window]:
+) -> list[TokenSequence]:
     """Twice as long as the training texts where the text allows: thresholds must hold far out too."""
     longer = min(2 * length, context or length)
     # All of them are in memory at once, layer by layer.
     count = max(FEWEST_WINDOWS, min(CALIBRATION_WINDOWS, CALIBRATION_TOKENS // longer))
-    drawn = list(islice(window_stream(documents, tokenizer, longer, seed=seed), count))
+    drawn = list(islice(iter_sequences(documents, tokenizer, longer, seed=seed), count))
     return drawn if len(drawn) == count else up_to(documents, tokenizer, length, count, seed)
 
 
-def up_to(documents: Sequence[Document], tokenizer: Any, length: int, count: int, seed: int) -> list[Window]:
+def up_to(
+    documents: Sequence[Document], tokenizer: Any, length: int, count: int, seed: int
+) -> list[TokenSequence]:
     """`count` windows, or fewer where the text ends. Raises CorpusError if there is not even one."""
-    drawn = list(islice(window_stream(documents, tokenizer, length, seed=seed), count))
-    return drawn or windows(documents, tokenizer, length, 1, seed=seed)
+    drawn = list(islice(iter_sequences(documents, tokenizer, length, seed=seed), count))
+    return drawn or draw_sequences(documents, tokenizer, length, 1, seed=seed)
 
 
-def split_off(drawn: Sequence[Window], n_held_out: int, stage: str) -> tuple[list[Window], list[Window]]:
+def split_off(
+    drawn: Sequence[TokenSequence], n_held_out: int, stage: str
+) -> tuple[list[TokenSequence], list[TokenSequence]]:
     """What a stage trains on, and the first windows, held out: `n_held_out`, or half of a few.
 
     Raises ConfigError if there is but one.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fulmen.data import Corpus, DataSets, Window, WindowStream, described, load_corpus, stream_of
+from fulmen.data import Corpus, DataSets, SequenceStream, TokenSequence, described, load_corpus, stream_of
 from fulmen.errors import CheckpointError, ConfigError
 from fulmen.modeling.checkpoint import (
     find_source,
@@ -32,7 +32,7 @@ from fulmen.pipeline.texts import count_of_length, draw_longest, lengths_to_try,
 from fulmen.pipeline.train_settings import TrainSettings
 from fulmen.training.processes import main_process_first, processes
 from fulmen.training.sharding import prepare_sharding
-from fulmen.training.sparse.run import SparseResult, require_place_for_answers, train_sparse
+from fulmen.training.sparse.run import SparseResult, require_teacher_place, train_sparse
 from fulmen.training.sparse.settings import SparseSettings
 from fulmen.training.sparse.teacher import require_same_tokens
 from fulmen.training.sparse.trainer import TENSORBOARD_DIR
@@ -49,8 +49,8 @@ class SparseTexts(NamedTuple):
     """What the stage reads, `length` tokens each. skipped: rows and files that were left out, by reason."""
 
     length: int
-    train: list[Window] | WindowStream
-    validation: list[Window]
+    train: list[TokenSequence] | SequenceStream
+    validation: list[TokenSequence]
     skipped: Mapping[str, int]
 
 
@@ -71,7 +71,7 @@ def sparse_texts(
         train, held_out = _windows(texts, tokenizer, length, n_windows, settings)
         return SparseTexts(length, train, held_out, texts.skipped)
     stream, held_out = _stream(texts, tokenizer, length)
-    require_place_for_answers(settings, is_streamed=n_windows is None)
+    require_teacher_place(settings, is_streamed=n_windows is None)
     # So few are held, and may come more than once.
     some = stream if n_windows is None else list(islice(stream, n_windows))
     return SparseTexts(length, some, held_out, stream.skipped)
@@ -90,7 +90,7 @@ def sparse_stage(
         drawn = (texts.train, texts.validation)
         result = train_sparse(model, *drawn, run_dir, settings, teacher, view.step, view.part)
     # A stream leaves out more as it is read.
-    skipped = texts.train.skipped if isinstance(texts.train, WindowStream) else texts.skipped
+    skipped = texts.train.skipped if isinstance(texts.train, SequenceStream) else texts.skipped
     result = replace(result, skipped=dict(skipped))
     if processes().is_main_process:
         say(
@@ -103,21 +103,21 @@ def sparse_stage(
     return result
 
 
-def _stream(data_sets: DataSets, tokenizer: Any, length: int) -> tuple[WindowStream, list[Window]]:
+def _stream(data_sets: DataSets, tokenizer: Any, length: int) -> tuple[SequenceStream, list[TokenSequence]]:
     """What is trained on, and the first windows of a part that neither training nor `fulmen eval` reads."""
     count = count_of_length(VALIDATION_WINDOWS, length)
-    held_out = list(islice(WindowStream(data_sets, tokenizer, length, part="calibration"), count))
+    held_out = list(islice(SequenceStream(data_sets, tokenizer, length, part="calibration"), count))
     if not held_out:
         raise ConfigError(
             f"the rows kept for validation, one in ten, fill no window of {length} tokens; "
             "add text, or use a smaller --length"
         )
-    return WindowStream(data_sets, tokenizer, length), held_out
+    return SequenceStream(data_sets, tokenizer, length), held_out
 
 
 def _windows(
     corpus: Corpus, tokenizer: Any, length: int, n_windows: int | None, settings: SparseSettings
-) -> tuple[list[Window], list[Window]]:
+) -> tuple[list[TokenSequence], list[TokenSequence]]:
     """What is trained on and what is held out, from texts in memory."""
     if n_windows is None:
         uses = (settings.steps or SPARSE_WINDOWS) * settings.accumulate * processes().num_processes

@@ -14,7 +14,7 @@ from fulmen.files import atomic_write
 from fulmen.modeling.weight_files import follow_umask
 
 # Written last; a checkpoint without it was interrupted.
-WHOLE_FILE = "whole"
+COMPLETE_FILE = "whole"
 CHECKPOINTS = f"{PREFIX_CHECKPOINT_DIR}-*"
 
 
@@ -32,16 +32,16 @@ def write_log(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     atomic_write(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def last_whole_checkpoint(run_dir: Path) -> str | None:
+def last_complete_checkpoint(run_dir: Path) -> str | None:
     """The latest finished checkpoint in `run_dir`."""
-    folders = [folder for folder in run_dir.glob(CHECKPOINTS) if (folder / WHOLE_FILE).exists()]
+    folders = [folder for folder in run_dir.glob(CHECKPOINTS) if (folder / COMPLETE_FILE).exists()]
     return str(max(folders, key=checkpoint_step)) if folders else None
 
 
 def drop_unfinished_checkpoints(run_dir: Path) -> None:
     """Delete what an interrupted run left half-written. For one process, while none is saving."""
     for folder in run_dir.glob(CHECKPOINTS):
-        if not (folder / WHOLE_FILE).exists():
+        if not (folder / COMPLETE_FILE).exists():
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -62,8 +62,8 @@ class SafeCheckpoints:
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
             if self.args.should_save:
-                (folder / WHOLE_FILE).touch()
-                follow_umask(folder.glob("*.safetensors"), folder / WHOLE_FILE)
+                (folder / COMPLETE_FILE).touch()
+                follow_umask(folder.glob("*.safetensors"), folder / COMPLETE_FILE)
         # torch.save turns a full disk into a RuntimeError.
         except (OSError, RuntimeError, SafetensorError) as error:
             if self.args.should_save:

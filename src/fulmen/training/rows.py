@@ -5,25 +5,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fulmen.data import Window
+from fulmen.data import TokenSequence
 
 # What torch's and Transformers' losses leave out.
 NO_LABEL = -100
 
-# A text: token ids of one document [T] int64, or a window, which knows where its documents begin.
-Text = Tensor | Window
+# A text: token ids of one document [T] int64, or a sequence, which knows where its documents begin.
+TokenIds = Tensor | TokenSequence
 
 
-def text_row(text: Text) -> dict[str, Tensor]:
+def sequence_row(text: TokenIds) -> dict[str, Tensor]:
     """input_ids and position_ids, int64 [T]."""
     if isinstance(text, Tensor):
         return {"input_ids": text, "position_ids": torch.arange(len(text))}
     return {"input_ids": text.input_ids, "position_ids": text.position_ids}
 
 
-def text_rows(texts: Sequence[Text]) -> list[dict[str, Tensor]]:
-    """`text_row` of each."""
-    return [text_row(text) for text in texts]
+def sequence_rows(texts: Sequence[TokenIds]) -> list[dict[str, Tensor]]:
+    """`sequence_row` of each."""
+    return [sequence_row(text) for text in texts]
 
 
 def next_tokens(input_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def load_in_all_processes() -> None:
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
-def load_whole(module: nn.Module, state: dict[str, Any]) -> list[str]:
+def load_full_weights(module: nn.Module, state: dict[str, Any]) -> list[str]:
     """Put whole weights (tensors by name) into a module, sharded or not; return the names that `state` lacks.
 
     Every process must have all of `state`. Raises RuntimeError for a name that the module lacks.

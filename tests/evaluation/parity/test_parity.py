@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fulmen import CheckpointError, ConfigError, set_topk
-from fulmen.data import Window
+from fulmen.data import TokenSequence
 from fulmen.evaluation.parity.findings import needle_verdict, short_summary, source_verdict, verdict
 from fulmen.evaluation.parity.losses import scored_positions, summarize_scores, text_scores
 from fulmen.evaluation.parity.measure import measure_parity
@@ -236,7 +236,7 @@ def test_stock_mla_models_are_measured_and_stay_stock():
 
 def test_packed_documents_do_not_see_each_other(dense):
     ids_T = random_ids(LENGTH)
-    packed = Text.of(Window(("a", "b"), "code", ids_T, (0, 30)))
+    packed = Text.of(TokenSequence(("a", "b"), "code", ids_T, (0, 30)))
     assert packed.position_T.tolist() == [*range(30), *range(50)]
     hidden_TC = last_hidden_states(tiny_dsa(dense, LENGTH), packed)
     alone_TC = last_hidden_states(dense, Text(ids_T[30:], None))

@@ -4,7 +4,7 @@ import torch
 from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fulmen.config import DsaConfig
-from fulmen.data import Window
+from fulmen.data import TokenSequence
 from fulmen.evaluation.parity.needles import NeedleSample
 from fulmen.modeling.families import family_for_type
 
@@ -62,7 +62,7 @@ def random_ids(length, seed=0):
 def tiny_windows(count=4, length=LENGTH):
     """Code and prose in turns."""
     kinds = ("code", "prose")
-    return [Window((f"text {n}",), kinds[n % 2], random_ids(length, n), (0,)) for n in range(count)]
+    return [TokenSequence((f"text {n}",), kinds[n % 2], random_ids(length, n), (0,)) for n in range(count)]
 
 
 def tiny_needles():

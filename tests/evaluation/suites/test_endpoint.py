@@ -9,7 +9,7 @@ from threading import Thread
 
 import pytest
 
-from fulmen.data import Document, windows
+from fulmen.data import Document, draw_sequences
 from fulmen.errors import ConfigError, EndpointError
 from fulmen.evaluation.suites.endpoint import EndpointResponder
 from fulmen.evaluation.suites.journal import Journal
@@ -75,7 +75,9 @@ def url():
 def ascii_window(tokenizer):
     """A text of one byte a letter: it comes back from its tokens as it was."""
     return next(
-        one for one in windows(HELD_OUT, tokenizer, 300, 4) if tokenizer.decode(one.input_ids).isascii()
+        one
+        for one in draw_sequences(HELD_OUT, tokenizer, 300, 4)
+        if tokenizer.decode(one.input_ids).isascii()
     )
 
 

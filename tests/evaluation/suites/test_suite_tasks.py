@@ -8,7 +8,7 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 
-from fulmen.data import Document, windows
+from fulmen.data import Document, draw_sequences
 from fulmen.errors import ConfigError
 from fulmen.evaluation.needle_text import NAMES
 from fulmen.evaluation.suites.ruler_tasks import TASKS, find_tasks
@@ -30,7 +30,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def text_ids(tokenizer):
-    return windows(HAYSTACK, tokenizer, 4096, 1)[0].input_ids.tolist()
+    return draw_sequences(HAYSTACK, tokenizer, 4096, 1)[0].input_ids.tolist()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from fulmen.config import DsaConfig
-from fulmen.data import Document, windows
+from fulmen.data import Document, draw_sequences
 from fulmen.errors import ConfigError, OutputError, ResumeError, UnsupportedModelError
 from fulmen.evaluation.greedy import answer_by_forward, common_start
 from fulmen.evaluation.provenance import about_run
@@ -74,7 +74,7 @@ def responder(dense, tokenizer):
 
 @pytest.fixture(scope="module")
 def texts(tokenizer):
-    return windows(HELD_OUT, tokenizer, LENGTH, 3)
+    return draw_sequences(HELD_OUT, tokenizer, LENGTH, 3)
 
 
 @pytest.fixture(scope="module")

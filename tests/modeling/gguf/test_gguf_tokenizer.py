@@ -5,8 +5,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 from fulmen import CheckpointError, UnsupportedModelError
-from fulmen.data import Document, window_stream
-from fulmen.data.windows import opening_ids
+from fulmen.data import Document, iter_sequences
+from fulmen.data.sequences import opening_ids
 from fulmen.modeling.checkpoint import load_dense, save_converted
 from fulmen.modeling.gguf.file import GgufModel
 from fulmen.modeling.gguf.tokenizer import gguf_tokenizer
@@ -183,7 +183,7 @@ class TestBos:
         assert again(text).input_ids == expected
         assert (again.chat_template, len(again)) == (TEMPLATE, len(TOKENS))
         for made in (tokenizer, again):
-            window = next(window_stream([Document("d", "prose", text)], made, 16))
+            window = next(iter_sequences([Document("d", "prose", text)], made, 16))
             assert (window.input_ids[0].item() == 1) is adds
 
 

@@ -7,10 +7,10 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from fulmen.errors import CacheError, ConfigError, UnsupportedModelError
+from fulmen.modeling.intervals import visible_intervals
 from fulmen.modeling.mla.attention import accelerate_mla, fulmen_attention, mla_loss_inputs, restore_mla
 from fulmen.modeling.mla.cache import MlaCache
 from fulmen.modeling.selectors import DenseSelector, use_selector
-from fulmen.modeling.visible import visible_intervals
 from fulmen.ops.losses.indexer import indexer_loss
 from tests.modeling.mla.tiny_mla import make_mla, mla_ids
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fulmen.errors import ConfigError, UnsupportedModelError
+from fulmen.modeling.intervals import visible_intervals
 from fulmen.modeling.mla.attention import fulmen_attention, mla_loss_inputs
 from fulmen.modeling.mla.convert import convert_mla
 from fulmen.modeling.mla.fit import (
@@ -14,7 +15,6 @@ from fulmen.modeling.mla.fit import (
 )
 from fulmen.modeling.mla.inherit import inherit_mla
 from fulmen.modeling.selectors import DenseSelector, use_selector
-from fulmen.modeling.visible import visible_intervals
 from fulmen.ops.losses.indexer import indexer_loss
 from fulmen.ops.scores import index_scores
 from tests.modeling.mla.tiny_mla import make_mla, mla_ids

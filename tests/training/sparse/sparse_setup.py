@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from fulmen.data import Window
+from fulmen.data import TokenSequence
 from fulmen.modeling.gqa.inherit import inherit_gqa
 from fulmen.training.sparse.run import train_sparse
 from fulmen.training.sparse.settings import SparseSettings
@@ -46,8 +46,8 @@ def log_rows(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "sparse.jsonl").read_text().splitlines()]
 
 
-def packed_window(*lengths: int) -> Window:
+def packed_window(*lengths: int) -> TokenSequence:
     """Random documents of these lengths in one window."""
     ids = random_ids(1, sum(lengths), seed=sum(lengths))[0]
     starts = [sum(lengths[:n]) for n in range(len(lengths))]
-    return Window(tuple(map(str, starts)), "prose", ids, tuple(starts))
+    return TokenSequence(tuple(map(str, starts)), "prose", ids, tuple(starts))

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from fulmen.errors import ConfigError, OutputError, TrainingDivergedError
-from fulmen.training.checkpoints import last_whole_checkpoint
-from fulmen.training.rows import text_rows
+from fulmen.training.checkpoints import last_complete_checkpoint
+from fulmen.training.rows import sequence_rows
 from fulmen.training.sparse import trainer
 from fulmen.training.sparse.run import prepare_stage, train_sparse
 from fulmen.training.sparse.trainer import held_out_loss
@@ -40,7 +40,7 @@ def test_distillation_wins_the_dense_loss_back(tmp_path):
     assert result.loss_after < result.loss_before - 0.3 * (result.loss_before - result.dense_before)
     assert result.best_step > 0
     stage = prepare_stage(model, settings())
-    assert held_out_loss(stage, text_rows(TRAIN), "cpu") == pytest.approx(result.loss_after, abs=1e-6)
+    assert held_out_loss(stage, sequence_rows(TRAIN), "cpu") == pytest.approx(result.loss_after, abs=1e-6)
     rows = log_rows(tmp_path)
     assert [row["step"] for row in rows] == list(range(1, 61))
     assert [row["tokens"] for row in rows] == [LENGTH * step for step in range(1, 61)]
@@ -199,7 +199,7 @@ def test_nan_stops_before_the_weights_change(tmp_path):
     spoil(model, 5, torch.nan)
     with pytest.raises(TrainingDivergedError, match=r"is not finite at step 5.*last good checkpoint is kept"):
         run(tmp_path, model, save_every=2)
-    assert last_whole_checkpoint(tmp_path).endswith("checkpoint-4")
+    assert last_complete_checkpoint(tmp_path).endswith("checkpoint-4")
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
 
 
@@ -225,7 +225,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match=r"checkpoint-6 cannot be written .*No space left"):
         run(tmp_path, evaluations=3)
     monkeypatch.undo()
-    last = Path(last_whole_checkpoint(tmp_path))
+    last = Path(last_complete_checkpoint(tmp_path))
     assert last.name == "checkpoint-4"
     assert load_file(last / "model.safetensors")
     _, result = run(tmp_path, evaluations=3)

@@ -6,7 +6,7 @@ import torch
 from fulmen.config import DsaConfig
 from fulmen.errors import ConfigError
 from fulmen.modeling.families import accelerated, family_for
-from fulmen.training.rows import NO_LABEL, next_tokens, text_row
+from fulmen.training.rows import NO_LABEL, next_tokens, sequence_row
 from fulmen.training.sparse.run import prepare_stage
 from fulmen.training.sparse.schedule import TopkSchedule
 from fulmen.training.sparse.settings import SparseSettings
@@ -17,7 +17,7 @@ from tests.training.sparse.sparse_setup import LENGTH, TOPK, TRAIN, fresh_model,
 
 
 def batch_of(model, *texts, top_n=16):
-    rows = [text_row(text) for text in texts]
+    rows = [sequence_row(text) for text in texts]
     targets = [Teacher(model, top_n).targets(row) for row in rows]
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     return batch | {
@@ -45,9 +45,9 @@ def test_no_gradient_crosses(kind, monkeypatch):
     both = gradients(stage, batch)
     assert {of_indexer(name) for name in both} == {True, False}
     # The trunk's loss off: every weight outside the indexers is without gradient.
-    trunk_losses = stage._trunk_losses
+    trunk_losses = stage._backbone_losses
     monkeypatch.setattr(
-        stage, "_trunk_losses", lambda *given: trunk_losses(*given)._replace(loss=torch.zeros(()))
+        stage, "_backbone_losses", lambda *given: trunk_losses(*given)._replace(loss=torch.zeros(()))
     )
     indexer_only = gradients(stage, batch)
     assert all(of_indexer(name) for name in indexer_only)
@@ -122,14 +122,14 @@ def test_packed_documents_are_as_alone():
     stage = prepare_stage(model, settings(n_rows=1000)).eval()
     documents = window.input_ids.split((40, 24))
     with torch.no_grad():
-        together = stage(**{name: part[None] for name, part in text_row(window).items()})
-        alone = [stage(**{n: part[None] for n, part in text_row(ids).items()}) for ids in documents]
+        together = stage(**{name: part[None] for name, part in sequence_row(window).items()})
+        alone = [stage(**{n: part[None] for n, part in sequence_row(ids).items()}) for ids in documents]
     expected = (39 * alone[0]["lm"] + 23 * alone[1]["lm"]) / 62
     torch.testing.assert_close(together["lm"], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_labels_end_with_the_document():
-    row = text_row(packed_window(3, 2))
+    row = sequence_row(packed_window(3, 2))
     labels = next_tokens(row["input_ids"][None], row["position_ids"][None])[0].tolist()
     ids = row["input_ids"].tolist()
     assert labels == [ids[1], ids[2], NO_LABEL, ids[4], NO_LABEL]

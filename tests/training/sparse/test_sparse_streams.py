@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fulmen.data import WindowStream, stream_of
+from fulmen.data import SequenceStream, stream_of
 from fulmen.errors import ConfigError
 from fulmen.training.sparse.streamed import StreamedRows
 from fulmen.training.sparse.trainer import POSITION_FILE
@@ -45,8 +45,8 @@ def write_words(folder: Path) -> Path:
     return folder
 
 
-def stream(folder: Path, part: str = "training") -> WindowStream:
-    return WindowStream(stream_of(folder), word_tokenizer(), LENGTH, part)
+def stream(folder: Path, part: str = "training") -> SequenceStream:
+    return SequenceStream(stream_of(folder), word_tokenizer(), LENGTH, part)
 
 
 def run_streamed(out: Path, data: Path, on_step=lambda *_: None, **changes):

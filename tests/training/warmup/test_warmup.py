@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fulmen.data import Window
+from fulmen.data import TokenSequence
 from fulmen.errors import TrainingDivergedError
 from fulmen.modeling.gqa.inherit import inherit_gqa
 from fulmen.training.warmup.losses import with_gradient_in_hand
@@ -186,7 +186,7 @@ def test_packed_documents_are_not_mixed():
     """A window of two documents has the sparse loss of the two, each token weighing the same."""
     model = make_dsa(make_dense(), topk=8)
     ids = torch.cat((TRAIN[0][:32], TRAIN[1]))
-    window = Window(("a", "b"), "prose", ids[:64], (0, 32))
+    window = TokenSequence(("a", "b"), "prose", ids[:64], (0, 32))
     assert window.position_ids.tolist() == [*range(32), *range(32)]
     assert sparse_loss(model, [window]) == pytest.approx(sparse_losses_of_all(model, TRAIN[1][:32]), abs=1e-5)
     rows = {"input_ids": window.input_ids[None], "position_ids": window.position_ids[None]}

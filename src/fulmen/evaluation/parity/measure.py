@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fulmen.config import require_positive_int
-from fulmen.data import Window
+from fulmen.data import TokenSequence
 from fulmen.errors import CheckpointError, ConfigError
 from fulmen.evaluation.controls import AttentionRecallSelector
 from fulmen.evaluation.parity.losses import (
@@ -47,7 +47,7 @@ Progress = Callable[[int, int, str], None]
 
 def measure_parity(
     model: PreTrainedModel,
-    windows: Sequence[Window],
+    windows: Sequence[TokenSequence],
     *,
     topk: int | None = None,
     inherited: Mapping[str, Tensor] | None = None,
@@ -107,7 +107,7 @@ def _recall_rows(recall: AttentionRecallSelector) -> list[RecallRow]:
     return [{"layer": n, "captured": captured, "oracle": oracle} for n, captured, oracle in recall.result()]
 
 
-def _common_length(windows: Sequence[Window]) -> int:
+def _common_length(windows: Sequence[TokenSequence]) -> int:
     lengths = sorted({len(window.input_ids) for window in windows})
     if len(lengths) != 1:
         raise ConfigError(f"windows have the lengths {lengths}; use at least one, and all of one length")
@@ -119,7 +119,7 @@ def _common_length(windows: Sequence[Window]) -> int:
 class _Plan:
     """What is to be read."""
 
-    windows: Sequence[Window]
+    windows: Sequence[TokenSequence]
     topk: int
     ks: Sequence[int]
     needles: Sequence[Any]
@@ -154,7 +154,7 @@ def _token_counter(progress: Progress, total: int) -> Callable[[int, str], None]
     return count
 
 
-def _score_window(runner: VariantRunner, plan: _Plan, window: Window) -> WindowRow:
+def _score_window(runner: VariantRunner, plan: _Plan, window: TokenSequence) -> WindowRow:
     """Every variant's scores on one text."""
     text = Text.of(window)
     ids_T, length = text.ids_T, len(text.ids_T)

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fulmen.config import require_positive_int
-from fulmen.data import Document, opening_ids, token_ids, windows
+from fulmen.data import Document, draw_sequences, opening_ids, token_ids
 from fulmen.errors import ConfigError
 from fulmen.evaluation.greedy import answer_by_forward
 from fulmen.evaluation.needle_text import NAMES, NEEDLE, QUESTION, split_answer
@@ -77,7 +77,7 @@ def needle_samples(
     """
     if require_positive_int("n_keys", n_keys) > len(NAMES):
         raise ConfigError(f"n_keys={n_keys} is more than the {len(NAMES)} names there are; use fewer")
-    haystacks = windows(documents, tokenizer, length, count, seed=seed)
+    haystacks = draw_sequences(documents, tokenizer, length, count, seed=seed)
     generator = random.Random(f"{seed}/{length}/{n_keys}")
     texts = [
         _samples_of_text(number, haystack.input_ids.tolist(), tokenizer, depth, n_keys, generator)

@@ -1,7 +1,7 @@
 """Sparse attention inside a Transformers attention module; dense attention for the layers that stay dense.
 
 All layers of a DSA model run under the attention name "fulmen". It has no mask function on purpose:
-Transformers then builds no mask, and the layers get intervals (`fulmen.modeling.visible`) instead.
+Transformers then builds no mask, and the layers get intervals (`fulmen.modeling.intervals`) instead.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from transformers import AttentionInterface, PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from fulmen.config import DsaConfig, share_of_topk
+from fulmen.config import DsaConfig, scaled_topk
 from fulmen.modeling.gqa.indexer import GqaIndexer
+from fulmen.modeling.intervals import KeyIntervals, narrowed_intervals
 from fulmen.modeling.selectors import IndexerSelector, SelectionInputs, Selector, keep_short_pasts
-from fulmen.modeling.visible import Visible, narrowed_visible
 from fulmen.ops.attention.dense import dense_attention
 from fulmen.ops.attention.sparse import sparse_attention
 from fulmen.ops.common.index_keys import is_packed, pack_index_keys, round_index_keys
@@ -67,7 +67,7 @@ class DsaAttentionMixin:
     @property
     def layer_topk(self) -> int:
         """Keys that a query keeps of a longer past in this layer."""
-        return share_of_topk(self.topk, self.config.dsa.get("topk_shares"), self._place)
+        return scaled_topk(self.topk, self.config.dsa.get("topk_shares"), self._place)
 
     def forward(
         self,
@@ -75,7 +75,7 @@ class DsaAttentionMixin:
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        visible: Visible | None = None,
+        visible: KeyIntervals | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
         """As the stock attention; `visible` takes the place of `attention_mask`."""
@@ -130,7 +130,7 @@ class DsaAttentionMixin:
 
 
 def attend_to_visible(
-    attention: Any, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, visible: Visible, scale: float
+    attention: Any, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, visible: KeyIntervals, scale: float
 ) -> Tensor:
     """out_BTHV over every visible key, by the dense model's own SDPA where that can express the intervals."""
     n_queries, n_keys = q_BTHD.shape[1], k_BSGD.shape[1]
@@ -150,12 +150,12 @@ def fulmen_attention_forward(
     attention_mask: Tensor | None,
     scaling: float,
     sliding_window: int | None = None,
-    visible: Visible | None = None,
+    visible: KeyIntervals | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface for the layers of a DSA model that are not converted."""
     assert visible is not None, "a DSA model passes the intervals to all of its layers"
-    seen = narrowed_visible(visible, sliding_window, key.shape[2])
+    seen = narrowed_intervals(visible, sliding_window, key.shape[2])
     q_BTHD, k_BSGD, v_BSGV = (heads.transpose(1, 2) for heads in (query, key, value))
     return attend_to_visible(module, q_BTHD, k_BSGD, v_BSGV, seen, scaling), None
 

@@ -20,11 +20,11 @@ from fulmen.modeling.family import (
     even_width,
     has_own_head,
 )
-from fulmen.modeling.gqa.budget import share_budget
 from fulmen.modeling.gqa.cache import DsaCache
 from fulmen.modeling.gqa.indexer import model_head_width
 from fulmen.modeling.gqa.inherit import InheritedGqaLayer, inherit_gqa
-from fulmen.modeling.gqa.model import set_topk_shares
+from fulmen.modeling.gqa.model import set_topk_ratios
+from fulmen.modeling.gqa.topk_ratios import fit_topk_ratios
 from fulmen.ops.common.index_keys import SCALE_BYTES
 
 
@@ -45,7 +45,7 @@ class GqaFamily(Family):
     causal_lm_class: type[PreTrainedModel]
     source_class: type[PreTrainedModel]
 
-    shares_topk: ClassVar[bool] = True
+    varies_topk: ClassVar[bool] = True
     packs_index_keys: ClassVar[bool] = True
 
     def has_layout(self, config: PreTrainedConfig) -> bool:
@@ -137,13 +137,13 @@ class GqaFamily(Family):
         """Where layers share the budget unevenly (`DsaConfig.topk_shares`), `topk` is their mean."""
         model.config.dsa = {**model.config.dsa, "topk": topk}
 
-    def share_topk(
+    def fit_topk(
         self, model: PreTrainedModel, input_ids_BT: Tensor, on_layer: Callable[[int], None] = lambda _: None
     ) -> None:
-        set_topk_shares(model, share_budget(model, input_ids_BT, self.dsa_of(model.config).topk, on_layer))
+        set_topk_ratios(model, fit_topk_ratios(model, input_ids_BT, self.dsa_of(model.config).topk, on_layer))
 
     def restore_topk(self, model: PreTrainedModel, layers: Sequence[Mapping[str, Any]]) -> None:
-        set_topk_shares(model, [layer["topk_share"] for layer in layers])
+        set_topk_ratios(model, [layer["topk_share"] for layer in layers])
 
     def inherit(
         self,

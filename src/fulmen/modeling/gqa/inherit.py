@@ -59,7 +59,7 @@ class InheritedGqaLayer(NamedTuple):
     kl: float
 
 
-class _Window(NamedTuple):
+class _Observation(NamedTuple):
     """One calibration text as one layer sees it; q and k are after RoPE, R sampled queries `rows_R`."""
 
     x_TC: Tensor
@@ -112,19 +112,19 @@ def inherit_gqa(
 
 
 def _fit_layer(attention: Any, kwargs: dict, topk: int) -> InheritedGqaLayer:
-    windows = _observe(attention, kwargs, topk)
-    cov_HFF = sum((_pair_covariance(w, attention.scaling) for w in windows), start=torch.zeros(()))
+    observations = _observe(attention, kwargs, topk)
+    cov_HFF = sum((_pair_covariance(w, attention.scaling) for w in observations), start=torch.zeros(()))
     picked_GP, coef_HP2, key_fit = pick_pairs(
-        cov_HFF, attention.indexer.head_dim // 2, len(windows[0].k_TGD[0])
+        cov_HFF, attention.indexer.head_dim // 2, len(observations[0].k_TGD[0])
     )
     rotary = kwargs["position_embeddings"]
     _set_directions(attention, picked_GP, coef_HP2, rotary[0].shape[-1])
-    targets = [_boundary_targets(attention, window, rotary) for window in windows]
-    x_NC = torch.cat([window.x_TC[window.rows_R] for window in windows])
+    targets = [_boundary_targets(attention, observation, rotary) for observation in observations]
+    x_NC = torch.cat([observation.x_TC[observation.rows_R] for observation in observations])
     weight_CJ, bias_J, fit = ridge(x_NC, torch.cat(targets))
     _write(attention.indexer.shift_proj.weight, -weight_CJ.T)
     _write(attention.indexer.shift_proj.bias, -bias_J)
-    kl = _set_scale(attention, windows, rotary)
+    kl = _set_scale(attention, observations, rotary)
     if not math.isfinite(kl):
         raise TrainingDivergedError(
             f"layer {attention.layer_idx} gives KL={kl} on the calibration text; check the model in float32"
@@ -132,7 +132,7 @@ def _fit_layer(attention: Any, kwargs: dict, topk: int) -> InheritedGqaLayer:
     return InheritedGqaLayer(attention.layer_idx, 1.0, key_fit, fit, kl)
 
 
-def _observe(attention: Any, kwargs: dict, topk: int) -> list[_Window]:
+def _observe(attention: Any, kwargs: dict, topk: int) -> list[_Observation]:
     """What the layer would compute, with the threshold of every sampled query."""
     x_BTC, (cos_BTR, sin_BTR) = kwargs["hidden_states"], kwargs["position_embeddings"]
     q_BTHD, k_BTGD, _ = attention.project(x_BTC)
@@ -140,14 +140,14 @@ def _observe(attention: Any, kwargs: dict, topk: int) -> list[_Window]:
     q_BTHD = apply_rope(q_BTHD, cos_BTR, sin_BTR)[..., order_D].float()
     k_BTGD = apply_rope(k_BTGD, cos_BTR, sin_BTR)[..., order_D].float()
     rows_R = sampled_queries(topk, x_BTC.shape[1]).to(x_BTC.device)
-    windows = []
+    observations = []
     for x_TC, q_THD, k_TGD in zip(x_BTC.float(), q_BTHD, k_BTGD, strict=True):
         blocks = [
             _thresholds(own_logits(q_THD, k_TGD, rows, attention.scaling), topk)
             for rows in rows_R.split(ROWS_PER_BLOCK)
         ]
-        windows.append(_Window(x_TC, q_THD, k_TGD, rows_R, torch.cat(blocks)))
-    return windows
+        observations.append(_Observation(x_TC, q_THD, k_TGD, rows_R, torch.cat(blocks)))
+    return observations
 
 
 def sampled_queries(first: int, stop: int) -> Tensor:
@@ -188,18 +188,18 @@ def _thresholds(logits_HRS: Tensor, topk: int) -> Tensor:
     return (norm_HR + tau_R.log()).T
 
 
-def _pair_covariance(window: _Window, scale: float) -> Tensor:
+def _pair_covariance(observation: _Observation, scale: float) -> Tensor:
     """cov_HFF of the contributions of all D/2 pairs to a head's logits, F = D: first their real, then their
     imaginary parts; over keys, centred per query, weighted by min(1, exp((l - theta) / 2))."""
-    rows_R, theta_RH = window.rows_R[::PAIR_EVERY], window.theta_RH[::PAIR_EVERY]
-    logits_HRS = own_logits(window.q_THD, window.k_TGD, rows_R, scale)
+    rows_R, theta_RH = observation.rows_R[::PAIR_EVERY], observation.theta_RH[::PAIR_EVERY]
+    logits_HRS = own_logits(observation.q_THD, observation.k_TGD, rows_R, scale)
     weight_HRS = ((logits_HRS - theta_RH.T[..., None]) / 2).clamp_max_(0).exp_()
     weight_HRS /= weight_HRS.sum(-1, keepdim=True)
-    shared = window.q_THD.shape[1] // window.k_TGD.shape[1]
-    k_SGD = window.k_TGD[: weight_HRS.shape[-1]]
+    shared = observation.q_THD.shape[1] // observation.k_TGD.shape[1]
+    k_SGD = observation.k_TGD[: weight_HRS.shape[-1]]
     return torch.stack(
         [
-            _weighted_covariance(window.q_THD[rows_R, head] * scale, k_SGD[:, head // shared], weight_RS)
+            _weighted_covariance(observation.q_THD[rows_R, head] * scale, k_SGD[:, head // shared], weight_RS)
             for head, weight_RS in enumerate(weight_HRS)
         ]
     )
@@ -311,14 +311,14 @@ def _set_directions(attention: Any, picked_GP: Tensor, coef_HP2: Tensor, rotary:
     indexer.rope_pairs.copy_(picked_GP.clamp(max=rotary // 2))
 
 
-def _boundary_targets(attention: Any, window: _Window, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def _boundary_targets(attention: Any, observation: _Observation, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Thresholds in units of the index logits, target_RJ: theta less what the dropped pairs add near it."""
-    q_TJE, k_SIE = _index_heads(attention, window, rotary)
+    q_TJE, k_SIE = _index_heads(attention, observation, rotary)
     targets = []
     for rows, theta_RH in zip(
-        window.rows_R.split(ROWS_PER_BLOCK), window.theta_RH.split(ROWS_PER_BLOCK), strict=True
+        observation.rows_R.split(ROWS_PER_BLOCK), observation.theta_RH.split(ROWS_PER_BLOCK), strict=True
     ):
-        own_HRS = own_logits(window.q_THD, window.k_TGD, rows, attention.scaling)
+        own_HRS = own_logits(observation.q_THD, observation.k_TGD, rows, attention.scaling)
         index_JRS = own_logits(q_TJE, k_SIE, rows, q_TJE.shape[-1] ** -0.5)
         pooled = len(own_HRS) // len(index_JRS)
         own_JRS, theta_RJ = (
@@ -331,14 +331,16 @@ def _boundary_targets(attention: Any, window: _Window, rotary: tuple[Tensor, Ten
     return torch.cat(targets)
 
 
-def _index_heads(attention: Any, window: _Window, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _index_heads(
+    attention: Any, observation: _Observation, rotary: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
     """q_TJE and k_TIE as the indexer makes them now."""
-    index = _index_inputs(attention, window, rotary)
+    index = _index_inputs(attention, observation, rotary)
     return index.q_BTJE[0], index.k_BTIE[0]
 
 
-def _index_inputs(attention: Any, window: _Window, rotary: tuple[Tensor, Tensor]) -> Any:
-    x_1TC = window.x_TC[None].to(attention.indexer.wq.weight.dtype)
+def _index_inputs(attention: Any, observation: _Observation, rotary: tuple[Tensor, Tensor]) -> Any:
+    x_1TC = observation.x_TC[None].to(attention.indexer.wq.weight.dtype)
     q_1THD, k_1TGD, _ = attention.project(x_1TC)
     cos_1TR, sin_1TR = (table[:1] for table in rotary)
     index = attention.indexer(x_1TC, q_1THD, k_1TGD, cos_1TR, sin_1TR)
@@ -358,24 +360,26 @@ def ridge(x_NC: Tensor, y_NJ: Tensor) -> tuple[Tensor, Tensor, float]:
     return weight_CJ.float(), (y_mean_J - x_mean_C @ weight_CJ).float(), float(1 - left)
 
 
-def _set_scale(attention: Any, windows: list[_Window], rotary: tuple[Tensor, Tensor]) -> float:
+def _set_scale(attention: Any, observations: list[_Observation], rotary: tuple[Tensor, Tensor]) -> float:
     """Make all head weights the number with the least KL, which is returned (nats)."""
     indexer = attention.indexer
     _write(indexer.weights_proj.weight, torch.zeros(()))
     _write(indexer.weights_proj.bias, torch.ones(()))
-    kl_Z = sum((_kl_per_scale(attention, window, rotary) for window in windows), start=torch.zeros(()))
+    kl_Z = sum(
+        (_kl_per_scale(attention, observation, rotary) for observation in observations), start=torch.zeros(())
+    )
     best = int(kl_Z.argmin())
     _write(indexer.weights_proj.bias, LOG_SCALES[best].exp())
-    return float(kl_Z[best]) / len(windows)
+    return float(kl_Z[best]) / len(observations)
 
 
-def _kl_per_scale(attention: Any, window: _Window, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    rows_R = window.rows_R[::PAIR_EVERY]
-    index = _index_inputs(attention, window, rotary)
+def _kl_per_scale(attention: Any, observation: _Observation, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    rows_R = observation.rows_R[::PAIR_EVERY]
+    index = _index_inputs(attention, observation, rotary)
     q, w, b = (tensor[:, rows_R] for tensor in (index.q_BTJE, index.w_BTJ, index.b_BTJ))
     k = index.k_BTIE[:, : int(rows_R[-1]) + 1]
     scores_RS = index_scores(q, k, w, b, torch.zeros_like(rows_R)[None], rows_R[None] + 1)[0]
-    logits_HRS = own_logits(window.q_THD, window.k_TGD, rows_R, attention.scaling)
+    logits_HRS = own_logits(observation.q_THD, observation.k_TGD, rows_R, attention.scaling)
     p_RS = logits_HRS.softmax(-1).mean(0)
     entropy = torch.special.entr(p_RS).sum(-1).mean()
     cross = partial(_cross_entropy, p_RS, scores_RS, _later(rows_R))

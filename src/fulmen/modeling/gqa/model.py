@@ -15,9 +15,9 @@ from fulmen.modeling.forward_checks import require_no_attention_weights, require
 from fulmen.modeling.gqa.attention import ATTENTION_NAME
 from fulmen.modeling.gqa.cache import DsaCache, require_index_room
 from fulmen.modeling.gqa.indexer import GqaIndexer, IndexProjection
+from fulmen.modeling.intervals import visible_intervals
 from fulmen.modeling.lengths import PREFILL_CHUNK
 from fulmen.modeling.rope_tables import rope_for_length
-from fulmen.modeling.visible import visible_intervals
 
 
 class DsaPreTrainedMixin:
@@ -176,7 +176,7 @@ def require_dsa(config: PreTrainedConfig) -> DsaConfig:
     return dsa
 
 
-def set_topk_shares(model: PreTrainedModel, shares: Sequence[float]) -> None:
+def set_topk_ratios(model: PreTrainedModel, shares: Sequence[float]) -> None:
     """Let the converted layers of a GQA DSA model share the budget so (`DsaConfig.topk_shares`).
 
     Raises ConfigError if the shares cannot be.

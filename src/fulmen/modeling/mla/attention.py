@@ -21,10 +21,10 @@ from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaAttent
 
 from fulmen.errors import CacheError, ConfigError, UnsupportedModelError
 from fulmen.modeling.forward_checks import require_no_attention_weights, require_no_dropout
+from fulmen.modeling.intervals import KeyIntervals, visible_intervals
 from fulmen.modeling.mla.cache import MlaCache, MlaLayer
 from fulmen.modeling.mla.convert import MLA_DSA_TYPES
 from fulmen.modeling.selectors import IndexerSelector, SelectionInputs, Selector
-from fulmen.modeling.visible import Visible, visible_intervals
 from fulmen.ops.attention.dense import dense_attention
 from fulmen.ops.attention.sparse import sparse_attention
 from fulmen.ops.common.rope import apply_rope
@@ -143,7 +143,7 @@ class MlaSparseForward:
         self: Any,
         x_BTC: Tensor,
         rotary: Rotary,
-        visible: Visible,
+        visible: KeyIntervals,
         cache: Cache | None,
         shared_BTK: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -180,7 +180,7 @@ class MlaSparseForward:
         q_BTHD: Tensor,
         k_BSGD: Tensor,
         v_BSGV: Tensor,
-        visible: Visible,
+        visible: KeyIntervals,
         cache: Cache | None,
     ) -> Tensor | None:
         """Store the new index keys, then let the selector choose."""
@@ -218,7 +218,7 @@ class FulmenV32Attention(MlaSparseForward, DeepseekV32Attention):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """As the stock forward, but `attention_mask` is a Visible, and there are no attention weights."""
+        """As the stock forward, but `attention_mask` is KeyIntervals, and there are no attention weights."""
         return self.attend(hidden_states, position_embeddings, attention_mask, past_key_values, None)[0], None
 
 
@@ -235,7 +235,7 @@ class FulmenGlmAttention(MlaSparseForward, GlmMoeDsaAttention):
         prev_topk_indices: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None, Tensor | None]:
-        """As the stock forward, but `attention_mask` is a Visible, and there are no attention weights."""
+        """As the stock forward, but `attention_mask` is KeyIntervals, and there are no attention weights."""
         out_BTC, topk_BTK = self.attend(
             hidden_states, position_embeddings, attention_mask, past_key_values, prev_topk_indices
         )
@@ -310,7 +310,7 @@ def _mask_to_intervals(
     return (), given
 
 
-def _visible_to_model(given: dict[str, Any]) -> Visible:
+def _visible_to_model(given: dict[str, Any]) -> KeyIntervals:
     mask, cache = given["attention_mask"], given["past_key_values"]
     if isinstance(mask, dict):
         mask = mask["indexed_attention"]
@@ -323,7 +323,7 @@ def _visible_to_model(given: dict[str, Any]) -> Visible:
     return visible_intervals(mask, packing, tokens.shape[0], tokens.shape[1], n_past, tokens.device)
 
 
-def _intervals_of_mask(mask_B1TS: Tensor) -> Visible:
+def _intervals_of_mask(mask_B1TS: Tensor) -> KeyIntervals:
     """Intervals from a mask (bool, or 0 and a large negative number) that `generate` has built already."""
     seen_BTS = mask_B1TS[:, 0] if mask_B1TS.dtype == torch.bool else mask_B1TS[:, 0] == 0
     n_keys = seen_BTS.shape[-1]
@@ -334,7 +334,7 @@ def _intervals_of_mask(mask_B1TS: Tensor) -> Visible:
         raise ConfigError(
             "attention_mask hides keys between visible ones; pass a [B, S] mask, padded on the left"
         )
-    return Visible(start_BT, start_BT + count_BT, n_keys, plain=False)
+    return KeyIntervals(start_BT, start_BT + count_BT, n_keys, plain=False)
 
 
 def _all_mla_keys(cache: Cache | None, layer: int, states: MlaStates) -> Tensor:

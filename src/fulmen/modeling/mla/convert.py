@@ -84,7 +84,7 @@ def convert_mla(
     config = require_mla_config(model.config, topk, index_n_heads, index_head_dim)
     _require_plain_weights(model)
     config.tie_word_embeddings = model.config.tie_word_embeddings and not has_own_head(model)
-    state = _v32_trunk(model)
+    state = _v32_backbone(model)
     dtype = state["model.embed_tokens.weight"].dtype
     device = state["model.embed_tokens.weight"].device
     with torch.device("meta"):
@@ -171,7 +171,7 @@ def _v32_config(
     )
 
 
-def _v32_trunk(model: PreTrainedModel) -> dict[str, Tensor]:
+def _v32_backbone(model: PreTrainedModel) -> dict[str, Tensor]:
     """Every weight of the source under its V3.2 name."""
     state = dict(model.state_dict())
     for layer in range(model.config.num_hidden_layers):

@@ -14,7 +14,7 @@ from fulmen.modeling.family import AttentionLayout, Family, IndexerCost, IndexHe
 from fulmen.modeling.mla.attention import accelerate_mla, fulmen_attention
 from fulmen.modeling.mla.cache import MlaCache
 from fulmen.modeling.mla.convert import convert_mla, require_mla_config
-from fulmen.modeling.mla.inherit import InheritedLayer, inherit_mla
+from fulmen.modeling.mla.inherit import InheritedMlaLayer, inherit_mla
 
 MAX_INDEX_HEADS = 64
 
@@ -104,20 +104,20 @@ class MlaFamily(Family):
             if isinstance(getattr(module, "index_topk", None), int):
                 setattr(module, "index_topk", topk)  # noqa: B010
 
-    def share_topk(
+    def fit_topk(
         self, model: PreTrainedModel, input_ids_BT: Tensor, on_layer: Callable[[int], None] = lambda _: None
     ) -> None:
         """All layers keep `index_topk`: the stock format has one."""
 
     def restore_topk(self, model: PreTrainedModel, layers: Sequence[Mapping[str, Any]]) -> None:
-        """As `share_topk`."""
+        """As `fit_topk`."""
 
     def inherit(
         self,
         model: PreTrainedModel,
         input_ids_BT: Tensor,
-        on_layer: Callable[[InheritedLayer], None] = lambda _: None,
-    ) -> list[InheritedLayer]:
+        on_layer: Callable[[InheritedMlaLayer], None] = lambda _: None,
+    ) -> list[InheritedMlaLayer]:
         """`inherit_mla`. Raises as that does."""
         return inherit_mla(model, [input_ids_BT], on_layer)
 

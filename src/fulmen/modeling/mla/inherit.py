@@ -23,6 +23,7 @@ from transformers import DeepseekV32ForCausalLM, PreTrainedModel
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Attention
 
 from fulmen.errors import ConfigError, UnsupportedModelError
+from fulmen.modeling.intervals import KeyIntervals, visible_intervals
 from fulmen.modeling.mla.attention import (
     Rotary,
     fulmen_attention,
@@ -39,7 +40,6 @@ from fulmen.modeling.mla.fit import (
     steadying_factor,
 )
 from fulmen.modeling.selectors import DenseSelector, use_selector
-from fulmen.modeling.visible import Visible, visible_intervals
 from fulmen.ops.losses.indexer import indexer_loss
 
 _RIDGE = 1e-3
@@ -48,7 +48,7 @@ _SCALE_STEPS = 10
 _LOG2_SCALES = (-10.0, 6.0)
 
 
-class InheritedLayer(NamedTuple):
+class InheritedMlaLayer(NamedTuple):
     """How well one layer's indexer fits its attention on the calibration text.
 
     key_fit: share of the latent logits' variance that the index keys carry, 0 to 1.
@@ -66,8 +66,8 @@ class InheritedLayer(NamedTuple):
 def inherit_mla(
     model: PreTrainedModel,
     batches: Iterable[Tensor],
-    on_layer: Callable[[InheritedLayer], None] = lambda _: None,
-) -> list[InheritedLayer]:
+    on_layer: Callable[[InheritedMlaLayer], None] = lambda _: None,
+) -> list[InheritedMlaLayer]:
     """Set every indexer of `model` from its attention and calibration text; nothing else changes.
 
     Args:
@@ -76,7 +76,7 @@ def inherit_mla(
         on_layer: called after each layer, for progress.
 
     Returns:
-        One InheritedLayer per layer.
+        One InheritedMlaLayer per layer.
 
     Raises:
         UnsupportedModelError: another architecture.
@@ -139,8 +139,8 @@ class _IndexQueries(NamedTuple):
 
 
 def _inherit_layer(
-    attention: DeepseekV32Attention, inputs: list[Tensor], rotary: list[Rotary], visible: list[Visible]
-) -> InheritedLayer:
+    attention: DeepseekV32Attention, inputs: list[Tensor], rotary: list[Rotary], visible: list[KeyIntervals]
+) -> InheritedMlaLayer:
     table = _token_table(attention, inputs)
     queries = _index_queries(attention, table)
     one_C = ridge_regression(table.x_NC, torch.ones_like(table.x_NC[:, :1]), _RIDGE)[:, 0]
@@ -150,7 +150,7 @@ def _inherit_layer(
     _set_thresholds(attention, inputs, rotary, queries.level_J)
     kl = _set_head_weights(attention, one_C, inputs[0], rotary[0], visible[0])
     gate_positive = float((table.x_NC @ one_C > 0).double().mean())
-    return InheritedLayer(key_fit, gate_positive, kl)
+    return InheritedMlaLayer(key_fit, gate_positive, kl)
 
 
 def _token_table(attention: DeepseekV32Attention, inputs: list[Tensor]) -> _TokenTable:
@@ -286,7 +286,7 @@ def _logit_thresholds(q_TJE: Tensor, k_SE: Tensor, level_J: Tensor) -> Tensor:
 
 
 def _set_head_weights(
-    attention: DeepseekV32Attention, one_C: Tensor, x_BTC: Tensor, rotary: Rotary, visible: Visible
+    attention: DeepseekV32Attention, one_C: Tensor, x_BTC: Tensor, rotary: Rotary, visible: KeyIntervals
 ) -> float:
     """Every head weighs 1, as near as a map without bias comes to it, times the scale of least KL."""
     indexer = attention.indexer

@@ -13,8 +13,8 @@ from fulmen.ops.losses.selection import selection_loss
 from fulmen.training.warmup.losses import (
     TEMPERATURE,
     at_rows,
+    attention_recall,
     batch_mean_attention,
-    held_mass,
     sampled_rows,
 )
 
@@ -117,7 +117,7 @@ class SparseLossSelector(Selector):
             return None
         rows = torch.arange(0, some.q_BTHD.shape[1], max(1, some.q_BTHD.shape[1] // self.n_measured))
         few_BTK = chosen_BTK[:, rows.to(chosen_BTK.device)]
-        return held_mass(batch_mean_attention(at_rows(some, rows)), few_BTK)
+        return attention_recall(batch_mean_attention(at_rows(some, rows)), few_BTK)
 
 
 def _mean(loss_BT: Tensor, counts_BT: Tensor) -> Tensor:

@@ -21,21 +21,21 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from fulmen.data import WindowStream
+from fulmen.data import SequenceStream
 from fulmen.errors import ConfigError, OutputError
 from fulmen.files import atomic_write
 from fulmen.modeling.families import dsa_of
 from fulmen.modeling.selectors import dsa_attentions
 from fulmen.training.checkpoints import (
-    WHOLE_FILE,
+    COMPLETE_FILE,
     checkpoint_step,
     drop_unfinished_checkpoints,
-    last_whole_checkpoint,
+    last_complete_checkpoint,
 )
 from fulmen.training.parts import OnPart
 from fulmen.training.precision import are_half, in_float32
 from fulmen.training.processes import processes
-from fulmen.training.rows import Text, text_row, text_rows
+from fulmen.training.rows import TokenIds, sequence_row, sequence_rows
 from fulmen.training.sharding import is_sharded
 from fulmen.training.sparse.lora import add_lora, merge_lora
 from fulmen.training.sparse.schedule import TopkSchedule
@@ -77,8 +77,8 @@ class SparseResult:
 
 def train_sparse(
     model: PreTrainedModel,
-    train: Sequence[Text] | WindowStream,
-    validation: Sequence[Text],
+    train: Sequence[TokenIds] | SequenceStream,
+    validation: Sequence[TokenIds],
     run_dir: Path,
     settings: SparseSettings,
     teacher: PreTrainedModel | None = None,
@@ -106,12 +106,12 @@ def train_sparse(
     """
     began = time.monotonic()
     run_dir.mkdir(parents=True, exist_ok=True)
-    held_out = text_rows(validation)
-    length = train.length if isinstance(train, WindowStream) else len(text_row(train[0])["input_ids"])
+    held_out = sequence_rows(validation)
+    length = train.length if isinstance(train, SequenceStream) else len(sequence_row(train[0])["input_ids"])
     topk = dsa_of(model.config).topk
     if topk >= length:
         raise ConfigError(f"topk={topk} is not below the texts' {length} tokens; use longer texts")
-    require_place_for_answers(settings, is_streamed=isinstance(train, WindowStream))
+    require_teacher_place(settings, is_streamed=isinstance(train, SequenceStream))
     state = processes()
     if state.is_main_process:
         drop_unfinished_checkpoints(run_dir)
@@ -122,7 +122,7 @@ def train_sparse(
     asked = _teacher(stage, teacher, settings)
     plan = _plan(stage, asked, held_out, run_dir, settings, state, on_part)
     n_uses = plan["steps"] * settings.accumulate * state.num_processes
-    checkpoint = last_whole_checkpoint(run_dir)
+    checkpoint = last_complete_checkpoint(run_dir)
     rows = _rows(train, n_uses, checkpoint, settings, state)
     stage.schedule = TopkSchedule(
         settings.k_schedule, length, topk, tuple(sorted(stage.attentions)), plan["steps"]
@@ -147,7 +147,7 @@ def train_sparse(
     return SparseResult(*before, after, best_step, trainer.state.global_step, watch.tokens, seconds)
 
 
-def require_place_for_answers(settings: SparseSettings, *, is_streamed: bool) -> None:
+def require_teacher_place(settings: SparseSettings, *, is_streamed: bool) -> None:
     """Raise ConfigError if the teacher's answers about texts that come once only are to be kept."""
     if is_streamed and settings.teacher_place == "disk":
         raise ConfigError(
@@ -174,19 +174,19 @@ def restore_best(
 ) -> tuple[int, float]:
     """Load the best weights seen; return their step (0: the first ones) and held-out loss."""
     state = trainer.state
-    if not _is_whole(state.best_model_checkpoint) and (last := last_whole_checkpoint(run_dir)):
+    if not _is_complete(state.best_model_checkpoint) and (last := last_complete_checkpoint(run_dir)):
         # The best one was being written when the run was stopped.
         state = TrainerState.load_from_json(str(Path(last, TRAINER_STATE_NAME)))
     best, metric = state.best_model_checkpoint, state.best_metric
-    if not _is_whole(best) or metric is None or not metric < loss_before:
+    if not _is_complete(best) or metric is None or not metric < loss_before:
         load_trained(stage, run_dir / INITIAL_FILE)
         return 0, loss_before
     load_trained(stage, Path(best, WEIGHTS_FILE))
     return checkpoint_step(best), metric
 
 
-def _is_whole(checkpoint: str | None) -> bool:
-    return checkpoint is not None and Path(checkpoint, WHOLE_FILE).exists()
+def _is_complete(checkpoint: str | None) -> bool:
+    return checkpoint is not None and Path(checkpoint, COMPLETE_FILE).exists()
 
 
 def _keep_first_weights(stage: SparseStage, run_dir: Path, state: PartialState) -> None:
@@ -202,15 +202,15 @@ def _keep_first_weights(stage: SparseStage, run_dir: Path, state: PartialState) 
 
 
 def _rows(
-    texts: Sequence[Text] | WindowStream,
+    texts: Sequence[TokenIds] | SequenceStream,
     n_uses: int,
     checkpoint: str | None,
     settings: SparseSettings,
     state: PartialState,
 ) -> Sequence[Row] | StreamedRows:
     """What is trained on; a stream goes on where the checkpoint left it."""
-    if not isinstance(texts, WindowStream):
-        return text_rows(texts)
+    if not isinstance(texts, SequenceStream):
+        return sequence_rows(texts)
     # Trainer draws a step's texts at once, Accelerate's loader one more in each process.
     rows = StreamedRows(texts, n_uses, ahead=(settings.accumulate + 2) * state.num_processes)
     if checkpoint is not None:

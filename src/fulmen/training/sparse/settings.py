@@ -132,7 +132,7 @@ class SparseStage(nn.Module):
         labels_BT = next_tokens(input_ids, position_ids)
         labels_BT[:, :first] = NO_LABEL
         given = (teacher_ids, teacher_logp, teacher_rest)
-        trunk = self._trunk_losses(hidden_BTC, labels_BT, None if teacher_ids is None else given)
+        trunk = self._backbone_losses(hidden_BTC, labels_BT, None if teacher_ids is None else given)
         loss, indexer = trunk.loss, torch.zeros(())
         if taken := list(self.taps.layers.values()):
             indexer = torch.stack([layer.loss for layer in taken]).mean()
@@ -147,7 +147,7 @@ class SparseStage(nn.Module):
         self.taps.begin()
         self.last = None
 
-    def _trunk_losses(self, hidden_BTC: Tensor, labels_BT: Tensor, given: Any) -> NextTokenLosses:
+    def _backbone_losses(self, hidden_BTC: Tensor, labels_BT: Tensor, given: Any) -> NextTokenLosses:
         counts_BT = labels_BT != NO_LABEL
         share_BT = counts_BT / (counts_BT.sum(-1, keepdim=True).clamp(min=1) * len(counts_BT))
         labels_N, hidden_NC = labels_BT[counts_BT], hidden_BTC[counts_BT]
@@ -176,9 +176,9 @@ class SparseStage(nn.Module):
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The weights that training changes, tied ones once."""
-        return [*self.trunk_parameters(), *self.indexer_parameters()]
+        return [*self.backbone_parameters(), *self.indexer_parameters()]
 
-    def trunk_parameters(self) -> list[nn.Parameter]:
+    def backbone_parameters(self) -> list[nn.Parameter]:
         """Trained weights outside the indexers."""
         return [p for name, p in self.named_parameters() if p.requires_grad and ".indexer." not in name]
 

@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
-from fulmen.data import Window, WindowStream
-from fulmen.training.rows import text_row
+from fulmen.data import SequenceStream, TokenSequence
+from fulmen.training.rows import sequence_row
 
 
 class StreamedRows:
-    """The first `count` windows of an endless stream as rows; to be asked for in order.
+    """The first `count` sequences of an endless stream as rows; to be asked for in order.
 
     Every process reads the whole stream and takes the rows of its own numbers, so that many processes see
     the rows that one would see.
@@ -19,9 +19,9 @@ class StreamedRows:
         ahead: rows that may be read before the one whose position is asked for.
     """
 
-    def __init__(self, stream: WindowStream, count: int, ahead: int) -> None:
+    def __init__(self, stream: SequenceStream, count: int, ahead: int) -> None:
         self.stream, self.count, self.ahead = stream, count, ahead
-        self.windows = self._endless()
+        self.sequences = self._endless()
         self.positions = {0: stream.state_dict()}
         self.n_read = 0
         self.row: dict[str, Tensor] = {}
@@ -43,17 +43,17 @@ class StreamedRows:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the row that a position lies before."""
         self.stream.load_state_dict(state["stream"])
-        self.windows = self._endless()
+        self.sequences = self._endless()
         self.n_read = state["number"]
         self.positions = {self.n_read: state["stream"]}
 
     def _read_before(self, number: int) -> None:
         while self.n_read < number:
-            self.row = text_row(next(self.windows))
+            self.row = sequence_row(next(self.sequences))
             self.n_read += 1
             self.positions[self.n_read] = self.stream.state_dict()
             self.positions.pop(self.n_read - self.ahead - 1, None)
 
-    def _endless(self) -> Iterator[Window]:
+    def _endless(self) -> Iterator[TokenSequence]:
         while True:
             yield from self.stream

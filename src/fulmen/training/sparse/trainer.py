@@ -19,7 +19,7 @@ from fulmen.files import atomic_write
 from fulmen.training.checkpoints import SafeCheckpoints, log_up_to, write_log
 from fulmen.training.parts import OnPart
 from fulmen.training.processes import broadcast_from_main
-from fulmen.training.sharding import Sharded, load_whole
+from fulmen.training.sharding import Sharded, load_full_weights
 from fulmen.training.sparse.settings import SparseSettings, SparseStage, StepLosses
 from fulmen.training.sparse.streamed import StreamedRows
 from fulmen.training.sparse.teacher import DistilledRows
@@ -54,7 +54,7 @@ class SparseTrainer(SafeCheckpoints, Sharded, Trainer):
         """AdamW with a learning rate for the trunk and one for the indexers."""
         stage = self.stage if model is None else model
         groups = [
-            {"params": stage.trunk_parameters(), "lr": self.settings.learning_rate},
+            {"params": stage.backbone_parameters(), "lr": self.settings.learning_rate},
             {"params": stage.indexer_parameters(), "lr": self.settings.indexer_learning_rate},
         ]
         self.optimizer = torch.optim.AdamW(
@@ -80,7 +80,7 @@ class SparseTrainer(SafeCheckpoints, Sharded, Trainer):
         """Each loss's gradient by itself: a large one of the indexer must not shrink the trunk's."""
         norms = [
             self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
-            for parameters in (self.stage.trunk_parameters(), self.stage.indexer_parameters())
+            for parameters in (self.stage.backbone_parameters(), self.stage.indexer_parameters())
             if parameters
         ]
         return norms[0]
@@ -144,7 +144,7 @@ def only_trained(stage: SparseStage, state: dict[str, Tensor]) -> dict[str, Tens
 
 def load_trained(stage: SparseStage, file: Path) -> None:
     """Put weights that `trained_state` gave back."""
-    missing = load_whole(stage, load_file(file))
+    missing = load_full_weights(stage, load_file(file))
     assert not {name for name, p in stage.named_parameters() if p.requires_grad} & set(missing)
 
 

@@ -89,7 +89,7 @@ class IndexerLossSelector(Selector):
         p_BTS = batch_mean_attention(some)
         index = (some.index_q_BTJE, some.index_k_BSIE, some.index_w_BTJ, some.index_b_BTJ)
         chosen_BTK = index_topk(*index, *ends, topk)
-        return held_mass(p_BTS, chosen_BTK), held_mass(p_BTS, select_topk(p_BTS, *ends, topk))
+        return attention_recall(p_BTS, chosen_BTK), attention_recall(p_BTS, select_topk(p_BTS, *ends, topk))
 
 
 def _leaf(x: Tensor | None) -> Any:
@@ -154,7 +154,7 @@ def batch_mean_attention(some: SelectionInputs) -> Tensor:
     return torch.stack([mean_attention(*text, some.scale) for text in texts])
 
 
-def held_mass(p_BTS: Tensor, topk_BTK: Tensor) -> float:
+def attention_recall(p_BTS: Tensor, topk_BTK: Tensor) -> float:
     """Share of p that the selected keys hold, mean over rows."""
     mass_BTK = p_BTS.gather(-1, topk_BTK.clamp_min(0).long()).masked_fill(topk_BTK < 0, 0)
     return float(mass_BTK.sum(-1).mean())

@@ -33,14 +33,14 @@ from fulmen.training.checkpoints import (
     SafeCheckpoints,
     checkpoint_step,
     drop_unfinished_checkpoints,
-    last_whole_checkpoint,
+    last_complete_checkpoint,
     log_up_to,
     write_log,
 )
 from fulmen.training.parts import OnPart
 from fulmen.training.precision import are_half, in_float32
 from fulmen.training.processes import broadcast_from_main, is_main_process, main_process_first
-from fulmen.training.rows import NO_LABEL, Text, next_tokens, text_row, text_rows
+from fulmen.training.rows import NO_LABEL, TokenIds, next_tokens, sequence_row, sequence_rows
 from fulmen.training.warmup.losses import IndexerLossSelector, LayerLoss
 
 # Evaluations after the first; fewer where they would take more than this share of a time budget.
@@ -94,12 +94,12 @@ class IndexerStack(nn.Module):
         self.n_rows = n_rows
         self.out_weights = {layer.layer_idx: layer.output_weight().detach() for layer in attentions}
         self.last: dict[int, LayerLoss] = {}
-        self._trunk = (model,)  # in a tuple: not a submodule
+        self._backbone = (model,)  # in a tuple: not a submodule
 
     @property
     def model(self) -> PreTrainedModel:
         """The whole model, trunk included."""
-        return self._trunk[0]
+        return self._backbone[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "IndexerStack":
         self.model._apply(fn)  # moves the indexers too: they are the model's own
@@ -116,8 +116,8 @@ class IndexerStack(nn.Module):
 
 def warm_up(
     model: PreTrainedModel,
-    train: Sequence[Text],
-    validation: Sequence[Text],
+    train: Sequence[TokenIds],
+    validation: Sequence[TokenIds],
     run_dir: Path,
     settings: WarmupSettings,
     on_step: Callable[[int, int, dict[str, float]], None] = lambda *_: None,
@@ -128,7 +128,7 @@ def warm_up(
     Interrupted, a call with the same arguments resumes from `run_dir` and ends with the same weights.
 
     Args:
-        train, validation: texts, all train texts of one length; no loss crosses a window's documents.
+        train, validation: texts, all train texts of one length; no loss crosses the documents packed in one.
         run_dir: checkpoints, `layers.jsonl` (per layer: KL, entropy, captured and oracle mass) and the plan.
         on_step: called with (step, steps, logs) for progress, at first with step 0 (resumed: the last one).
         on_part: called with (done, total, what) for what is not a step.
@@ -148,8 +148,8 @@ def warm_up(
 
 def _warm_up(
     model: PreTrainedModel,
-    train: Sequence[Text],
-    validation: Sequence[Text],
+    train: Sequence[TokenIds],
+    validation: Sequence[TokenIds],
     run_dir: Path,
     settings: WarmupSettings,
     on_step: Callable[[int, int, dict[str, float]], None],
@@ -170,8 +170,8 @@ def _warm_up(
     trainer = _WarmupTrainer(
         model=stack,
         args=_arguments(run_dir, settings, plan["steps"], plan["evaluations"]),
-        train_dataset=text_rows(train),
-        eval_dataset=text_rows(validation),
+        train_dataset=sequence_rows(train),
+        eval_dataset=sequence_rows(validation),
         callbacks=[
             EarlyStoppingCallback(settings.patience),
             _Watch(stack, run_dir, on_step, settings.budget_s, began),
@@ -193,9 +193,9 @@ def _warm_up(
 
 
 @torch.no_grad()
-def sparse_loss(model: PreTrainedModel, texts: Sequence[Text]) -> float:
+def sparse_loss(model: PreTrainedModel, texts: Sequence[TokenIds]) -> float:
     """Next-token loss (nats) of the sparse model over the second half of each text."""
-    return _sparse_loss(model, text_rows(texts), lambda *_: None)
+    return _sparse_loss(model, sequence_rows(texts), lambda *_: None)
 
 
 def _sparse_loss(model: PreTrainedModel, rows: Sequence[dict[str, Tensor]], on_part: OnPart) -> float:
@@ -293,8 +293,8 @@ def _initial(stack: IndexerStack, run_dir: Path) -> dict[str, Tensor]:
 
 def _plan(
     stack: IndexerStack,
-    train: Sequence[Text],
-    validation: Sequence[Text],
+    train: Sequence[TokenIds],
+    validation: Sequence[TokenIds],
     run_dir: Path,
     settings: Any,
     on_part: OnPart,
@@ -305,7 +305,7 @@ def _plan(
         return json.loads(file.read_text(encoding="utf-8"))
     clock = time.monotonic()
     with torch.no_grad():
-        before = _sparse_loss(stack.model, text_rows(validation), on_part)
+        before = _sparse_loss(stack.model, sequence_rows(validation), on_part)
     evaluation_s = time.monotonic() - clock
     steps, evaluations = settings.steps, EVALUATIONS
     if steps is None:
@@ -314,7 +314,7 @@ def _plan(
         on_part(0, 1, "timing a step")
         clock = time.monotonic()
         stack.train()
-        row = {name: part[None].to(stack.model.device) for name, part in text_row(train[0]).items()}
+        row = {name: part[None].to(stack.model.device) for name, part in sequence_row(train[0]).items()}
         stack(**row)["loss"].backward()
         stack.zero_grad(set_to_none=True)
         step_s = time.monotonic() - clock
@@ -382,7 +382,7 @@ def _restore_best(
 def _forget_what_is_not_whole(run_dir: Path) -> int:
     """Remove what an interruption cut short or went beyond; return the last checkpoint's step, 0 for none."""
     drop_unfinished_checkpoints(run_dir)
-    last = last_whole_checkpoint(run_dir)
+    last = last_complete_checkpoint(run_dir)
     last_step = checkpoint_step(last) if last else 0
     log = run_dir / LOG_FILE
     if log.exists():

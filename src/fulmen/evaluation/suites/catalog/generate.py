@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from fulmen.data import Document, Window, windows
+from fulmen.data import Document, TokenSequence, draw_sequences
 from fulmen.evaluation.greedy import common_start
 from fulmen.evaluation.statistics import interval_row, mean_interval
 from fulmen.evaluation.style import VARIANT_LABELS
@@ -18,7 +18,7 @@ GRAM = 4
 
 
 def generation_units(
-    responder: Responder, windows: Sequence[Window], length: int, new_tokens: int = NEW_TOKENS
+    responder: Responder, windows: Sequence[TokenSequence], length: int, new_tokens: int = NEW_TOKENS
 ) -> list[Unit]:
     """One unit per text: its first `length - new_tokens` tokens are the prompt."""
     return [_unit(responder, window, length, new_tokens, number) for number, window in enumerate(windows)]
@@ -53,7 +53,7 @@ def generation_tables(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"new_tokens": NEW_TOKENS, "rows": rows}
 
 
-def _unit(responder: Responder, window: Window, length: int, new_tokens: int, number: int) -> Unit:
+def _unit(responder: Responder, window: TokenSequence, length: int, new_tokens: int, number: int) -> Unit:
     prompt_ids = window.input_ids[: length - new_tokens]
     variants = [name for name in responder.variants if name in ("dense", "dsa")]
 
@@ -103,7 +103,9 @@ class Generate(Suite):
             unit
             for length in sizes.lengths
             for unit in generation_units(
-                responder, windows(documents, tokenizer, length, sizes.samples, seed=sizes.seed), length
+                responder,
+                draw_sequences(documents, tokenizer, length, sizes.samples, seed=sizes.seed),
+                length,
             )
         ]
 

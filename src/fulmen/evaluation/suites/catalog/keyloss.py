@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fulmen.data import Document, Window, windows
+from fulmen.data import Document, TokenSequence, draw_sequences
 from fulmen.evaluation.statistics import interval_row
 from fulmen.evaluation.style import VARIANT_LABELS
 from fulmen.evaluation.suites.journal import Unit
@@ -29,7 +29,7 @@ SHORTEST_CONTEXT = 32
 KINDS = ("plain", "key")
 
 
-def keyloss_units(responder: LocalResponder, windows: Sequence[Window]) -> list[Unit]:
+def keyloss_units(responder: LocalResponder, windows: Sequence[TokenSequence]) -> list[Unit]:
     """One unit per text.
 
     Raises UnsupportedModelError for a model whose logits are not its last layer's.
@@ -88,7 +88,7 @@ def _loss(records: Sequence[Mapping[str, Any]], variant: str, kind: str, seed: i
     return {"loss": sum(own) / tokens, "over_dense": interval_row(over)}
 
 
-def _unit(responder: LocalResponder, window: Window, number: int) -> Unit:
+def _unit(responder: LocalResponder, window: TokenSequence, number: int) -> Unit:
     ids_T = window.input_ids
     length = len(ids_T)
     short = short_context(length)
@@ -148,7 +148,8 @@ class KeyLoss(Suite):
         self, responder: Any, tokenizer: Any, documents: Sequence[Document], sizes: SuiteSizes
     ) -> list[Unit]:
         texts = (
-            windows(documents, tokenizer, length, sizes.samples, seed=sizes.seed) for length in sizes.lengths
+            draw_sequences(documents, tokenizer, length, sizes.samples, seed=sizes.seed)
+            for length in sizes.lengths
         )
         return [unit for drawn in texts for unit in keyloss_units(responder, drawn)]
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from fulmen.data import Document, opening_ids, windows
+from fulmen.data import Document, draw_sequences, opening_ids
 from fulmen.evaluation.statistics import interval_row, mean_interval, wilson_interval
 from fulmen.evaluation.style import (
     INK,
@@ -54,7 +54,7 @@ def ruler_units(
     for length in lengths:
         texts = [
             window.input_ids.tolist()[opening:]
-            for window in windows(documents, tokenizer, length + opening, count, seed=seed)
+            for window in draw_sequences(documents, tokenizer, length + opening, count, seed=seed)
         ]
         for task in tasks:
             for number, text in enumerate(texts):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fulmen.data import Document, Window, windows
+from fulmen.data import Document, TokenSequence, draw_sequences
 from fulmen.evaluation.statistics import interval_row, mean_interval
 from fulmen.evaluation.suites.journal import Unit
 from fulmen.evaluation.suites.losses import largest_logit_gap, token_losses
@@ -20,7 +20,9 @@ def short_lengths(topk: int, context: int | None) -> list[int]:
     return sorted(length for length in wanted if length > 1 and (context is None or length <= context))
 
 
-def short_units(responder: LocalResponder, windows: Sequence[Window], lengths: Sequence[int]) -> list[Unit]:
+def short_units(
+    responder: LocalResponder, windows: Sequence[TokenSequence], lengths: Sequence[int]
+) -> list[Unit]:
     """One unit per text and length: the beginnings of `windows`, which are as long as the longest length."""
     return [
         _unit(responder, window, length, number)
@@ -49,7 +51,7 @@ def short_tables(records: Sequence[Mapping[str, Any]], topk: int) -> dict[str, A
     return {"topk": topk, "rows": rows}
 
 
-def _unit(responder: LocalResponder, window: Window, length: int, number: int) -> Unit:
+def _unit(responder: LocalResponder, window: TokenSequence, length: int, number: int) -> Unit:
     ids_T, head = window.input_ids[:length], responder.model.get_output_embeddings()
 
     def run() -> dict[str, Any]:
@@ -97,7 +99,7 @@ class Short(Suite):
         self, responder: Any, tokenizer: Any, documents: Sequence[Document], sizes: SuiteSizes
     ) -> list[Unit]:
         lengths = short_lengths(responder.topk, responder.context)
-        drawn = windows(documents, tokenizer, lengths[-1], sizes.samples, seed=sizes.seed)
+        drawn = draw_sequences(documents, tokenizer, lengths[-1], sizes.samples, seed=sizes.seed)
         return short_units(responder, drawn, lengths)
 
     def tables(self, records: Sequence[Record], *, topk: int | None, seed: int) -> Tables:

@@ -1,4 +1,4 @@
-"""Windows of tokens from documents: deterministic, apart from one another, spread over many files.
+"""Sequences of tokens from documents: deterministic, apart from one another, spread over many files.
 
 Tokenizing 30 MB takes minutes, so files are chosen first and only as many are tokenized as are needed.
 """
@@ -22,14 +22,14 @@ CHARACTERS_PER_TOKEN = 16
 
 
 @dataclass(frozen=True, eq=False)
-class Window:
+class TokenSequence:
     """Tokens of one document, or of several short ones of one kind in a row.
 
     Attributes:
         names: the documents in it, in order; one unless it is packed.
         kind: of the documents.
         input_ids: [length] int64; begins with the tokenizer's BOS if that tokenizer writes one. In a packed
-            window each document ends with EOS.
+            sequence each document ends with EOS.
         starts: position of each document's first token; the first is 0.
     """
 
@@ -51,22 +51,22 @@ class Window:
         return place_T - starts_N[torch.searchsorted(starts_N, place_T, right=True) - 1]
 
 
-def windows(
+def draw_sequences(
     documents: Iterable[Document],
     tokenizer: Any,
     length: int,
     count: int,
     kind: str | None = None,
     seed: int = 0,
-) -> list[Window]:
-    """Draw `count` windows of exactly `length` tokens, no token in two of them.
+) -> list[TokenSequence]:
+    """Draw `count` sequences of exactly `length` tokens, no token in two of them.
 
-    They are the first of `window_stream`.
+    They are the first of `iter_sequences`.
 
     Raises:
-        ConfigError: `count` is not positive, or `length` as in `window_stream`.
-        DocumentTooShortError: the documents do not fill even one window.
-        CorpusError: they fill fewer than `count`, or as in `window_stream`.
+        ConfigError: `count` is not positive, or `length` as in `iter_sequences`.
+        DocumentTooShortError: the documents do not fill even one sequence.
+        CorpusError: they fill fewer than `count`, or as in `iter_sequences`.
     """
     require_positive_int("count", count)
     drawers = _drawers(documents, tokenizer, length, kind, seed)
@@ -77,15 +77,15 @@ def windows(
     return drawn
 
 
-def window_stream(
+def iter_sequences(
     documents: Iterable[Document], tokenizer: Any, length: int, kind: str | None = None, seed: int = 0
-) -> Iterator[Window]:
-    """All the windows that the documents fill, one by one; what is not asked for is not tokenized.
+) -> Iterator[TokenSequence]:
+    """All the sequences that the documents fill, one by one; what is not asked for is not tokenized.
 
-    Files are visited in a random order, each for one window before any is asked for a second one. Documents
-    too short for a window are packed with others of their kind; what is left of the last one begins the next
-    window. With `kind` None the kinds take turns until one is used up. The same documents (in any order),
-    tokenizer and arguments give the same windows in the same order.
+    Files are visited in a random order, each for one sequence before any is asked for a second. Documents
+    too short for one are packed with others of their kind; what is left of the last one begins the next
+    sequence. With `kind` None the kinds take turns until one is used up. The same documents (in any order),
+    tokenizer and arguments give the same sequences in the same order.
 
     Raises:
         ConfigError: `length` is not positive, or has room for BOS alone.
@@ -105,19 +105,19 @@ def opening_ids(tokenizer: Any) -> list[int]:
     return begins if begins == [tokenizer.bos_token_id] else []
 
 
-def text_room(tokenizer: Any, length: int) -> int:
-    """Tokens of text in a window of `length`. Raises ConfigError if there is none."""
+def text_capacity(tokenizer: Any, length: int) -> int:
+    """Tokens of text in a sequence of `length`. Raises ConfigError if there is none."""
     room = require_positive_int("length", length) - len(opening_ids(tokenizer))
     if room < 1:
-        raise ConfigError(f"length={length} holds BOS and no text; use a longer window")
+        raise ConfigError(f"length={length} holds BOS and no text; use a longer sequence")
     return room
 
 
 class Packer:
-    """Documents end to end, each closed by EOS, and cut: what is left of one begins the next window.
+    """Documents end to end, each closed by EOS, and cut: what is left of one begins the next sequence.
 
     Attributes:
-        held: (name, tokens, how many of them are used up) of the documents that wait for a full window.
+        held: (name, tokens, how many of them are used up) of the documents that wait for a full sequence.
     """
 
     def __init__(self, tokenizer: Any, room: int) -> None:
@@ -131,24 +131,24 @@ class Packer:
             return
         if self.tokenizer.eos_token_id is None:
             raise CorpusError(
-                f"{name} is shorter than a window and the tokenizer has no EOS to pack documents with; "
-                "set tokenizer.eos_token or use a shorter window"
+                f"{name} is shorter than a sequence and the tokenizer has no EOS to pack documents with; "
+                "set tokenizer.eos_token or use a shorter sequence"
             )
         self.held.append((name, [*ids, self.tokenizer.eos_token_id], 0))
 
-    def full(self, kind: str) -> Iterator[Window]:
-        """The windows that are full; a document that is cut begins anew in the next one."""
+    def full(self, kind: str) -> Iterator[TokenSequence]:
+        """The sequences that are full; a document that is cut begins anew in the next one."""
         while sum(len(ids) - used for _, ids, used in self.held) >= self.room:
-            yield self.window(kind, self._take())
+            yield self.sequence(kind, self._take())
 
-    def window(self, kind: str, parts: list[tuple[str, list[int]]]) -> Window:
+    def sequence(self, kind: str, parts: list[tuple[str, list[int]]]) -> TokenSequence:
         """Parts that fill the room, behind BOS if this tokenizer writes one."""
         ids = self.opening + [token for _, part in parts for token in part]
         starts = [0]
         for _, part in parts[:-1]:
             starts.append(len(part) + (starts[-1] or len(self.opening)))
         names = tuple(name for name, _ in parts)
-        return Window(names, kind, torch.tensor(ids, dtype=torch.int64), tuple(starts))
+        return TokenSequence(names, kind, torch.tensor(ids, dtype=torch.int64), tuple(starts))
 
     def _take(self) -> list[tuple[str, list[int]]]:
         parts, missing = [], self.room
@@ -166,9 +166,9 @@ class Packer:
 
 def _drawers(
     documents: Iterable[Document], tokenizer: Any, length: int, kind: str | None, seed: int
-) -> list["_WindowDrawer"]:
+) -> list["_SequenceDrawer"]:
     """One per kind asked for."""
-    room = text_room(tokenizer, length)
+    room = text_capacity(tokenizer, length)
     kinds: dict[str, list[Document]] = {}
     for document in sorted(documents):
         kinds.setdefault(document.kind, []).append(document)
@@ -176,11 +176,11 @@ def _drawers(
     if not kinds or not kinds.keys() >= set(chosen):
         have = f"has {' and '.join(sorted(kinds))}" if kinds else "is empty"
         raise CorpusError(f"no documents of {kind or 'any'} kind: this part of the corpus {have}; add text")
-    return [_WindowDrawer(name, kinds[name], tokenizer, room, seed) for name in chosen]
+    return [_SequenceDrawer(name, kinds[name], tokenizer, room, seed) for name in chosen]
 
 
-class _WindowDrawer:
-    """Draws windows from the documents of one kind and counts the tokens it has met."""
+class _SequenceDrawer:
+    """Draws sequences from the documents of one kind and counts the tokens it has met."""
 
     def __init__(self, kind: str, documents: list[Document], tokenizer: Any, room: int, seed: int) -> None:
         self.kind = kind
@@ -191,7 +191,7 @@ class _WindowDrawer:
         self.packer = Packer(tokenizer, room)
         self.tokens = 0
 
-    def draw(self) -> Iterator[Window]:
+    def draw(self) -> Iterator[TokenSequence]:
         spare: list[tuple[str, list[int]]] = []
         for name, text in self._pieces():
             ids = token_ids(self.tokenizer, text)
@@ -202,9 +202,9 @@ class _WindowDrawer:
                 continue
             first, *others = self._cut(ids)
             spare += [(name, other) for other in others]
-            yield self.packer.window(self.kind, [(name, first)])
+            yield self.packer.sequence(self.kind, [(name, first)])
         self.random.shuffle(spare)
-        yield from (self.packer.window(self.kind, [one]) for one in spare)
+        yield from (self.packer.sequence(self.kind, [one]) for one in spare)
 
     def _pieces(self) -> Iterator[tuple[str, str]]:
         """(name, text), in rounds: one piece of every document, then a second one of those that have it."""
@@ -214,7 +214,7 @@ class _WindowDrawer:
         return (piece for piece in rounds if piece is not None)
 
     def _pieces_of(self, document: Document) -> list[tuple[str, str]]:
-        """A document's equal pieces, each long enough for a window, in random order."""
+        """A document's equal pieces, each long enough for a sequence, in random order."""
         name, _, text = document
         count = -(-len(text) // max(PIECE_CHARACTERS, 2 * CHARACTERS_PER_TOKEN * self.room))
         ends = [len(text) * k // count for k in range(count + 1)]
@@ -223,28 +223,28 @@ class _WindowDrawer:
         return pieces
 
     def _cut(self, ids: list[int]) -> list[list[int]]:
-        """As many windows as fit, at a random offset, in random order."""
+        """As many sequences as fit, at a random offset, in random order."""
         offset = self.random.randrange(len(ids) % self.room + 1)
         starts = range(offset, len(ids) - self.room + 1, self.room)
         return [ids[start : start + self.room] for start in self.random.sample(starts, len(starts))]
 
 
-def _in_turns(drawers: Iterable[_WindowDrawer]) -> Iterator[Window]:
+def _in_turns(drawers: Iterable[_SequenceDrawer]) -> Iterator[TokenSequence]:
     waiting = [drawer.draw() for drawer in drawers]
     while waiting:
         for stream in list(waiting):
-            window = next(stream, None)
-            if window is None:
+            sequence = next(stream, None)
+            if sequence is None:
                 waiting.remove(stream)
             else:
-                yield window
+                yield sequence
 
 
 def _raise_too_few(kinds: Sequence[str], tokens: int, drawn: int, length: int, count: int) -> None:
     have = f"the {' and '.join(kinds)} documents have {tokens} tokens"
     if not drawn:
-        raise DocumentTooShortError(f"{have}, a window needs {length}; add text or use a shorter window")
+        raise DocumentTooShortError(f"{have}, a sequence needs {length}; add text or use a shorter sequence")
     raise CorpusError(
-        f"{have}, which fill {drawn} windows of {length}; {count} are needed ({count * length} tokens): "
-        "add text, or use fewer or shorter windows"
+        f"{have}, which fill {drawn} sequences of {length}; {count} are needed ({count * length} tokens): "
+        "add text, or use fewer or shorter sequences"
     )

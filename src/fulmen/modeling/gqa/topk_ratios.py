@@ -27,15 +27,15 @@ from fulmen.ops.common.intervals import selection_mask
 from fulmen.ops.common.rope import apply_rope
 
 # Budgets tried, in units of k, and the least that a layer gets.
-TRIED_SHARES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-LEAST_SHARE = 0.5
-STEP_SHARE = 0.125
+TRIED_RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+LEAST_RATIO = 0.5
+STEP_RATIO = 0.125
 # Queries of a text, all from its second half.
 MEASURED_QUERIES = 24
 
 
 @torch.no_grad()
-def share_budget(
+def fit_topk_ratios(
     model: PreTrainedModel,
     input_ids_BT: Tensor,
     topk: int,
@@ -48,7 +48,7 @@ def share_budget(
         on_layer: called with the number of layers measured after each, for progress.
     """
     half = input_ids_BT.shape[1] // 2
-    tried = [share for share in TRIED_SHARES if share * topk <= half and round(share * topk) > 0]
+    tried = [share for share in TRIED_RATIOS if share * topk <= half and round(share * topk) > 0]
     layers = dsa_attentions(model)
     if max(tried, default=0) < 2:
         return (1.0,) * len(layers)
@@ -65,10 +65,10 @@ def share_budget(
         finally:
             for hook in hooks:
                 hook.remove()
-    return least_error_shares(np.array(errors), np.array(tried))
+    return least_error_ratios(np.array(errors), np.array(tried))
 
 
-def least_error_shares(errors_LK: np.ndarray, tried_K: np.ndarray) -> tuple[float, ...]:
+def least_error_ratios(errors_LK: np.ndarray, tried_K: np.ndarray) -> tuple[float, ...]:
     """Shares of mean 1 with the least sum of errors, step by step to the layer that gains most.
 
     Args:
@@ -80,15 +80,15 @@ def least_error_shares(errors_LK: np.ndarray, tried_K: np.ndarray) -> tuple[floa
         return float(np.exp(np.interp(np.log(share), np.log(tried_K), log_errors_LK[layer])))
 
     def gain(layer: int) -> float:
-        more = shares[layer] + STEP_SHARE
+        more = shares[layer] + STEP_RATIO
         return error(layer, shares[layer]) - error(layer, more) if more <= tried_K[-1] else -1.0
 
     n_layers = len(errors_LK)
-    shares = [LEAST_SHARE] * n_layers
+    shares = [LEAST_RATIO] * n_layers
     gains = [gain(layer) for layer in range(n_layers)]
-    for _ in range(round(n_layers * (1 - LEAST_SHARE) / STEP_SHARE)):
+    for _ in range(round(n_layers * (1 - LEAST_RATIO) / STEP_RATIO)):
         best = int(np.argmax(gains))
-        shares[best] += STEP_SHARE
+        shares[best] += STEP_RATIO
         gains[best] = gain(best)
     return tuple(shares)
 

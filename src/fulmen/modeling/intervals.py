@@ -9,7 +9,7 @@ from fulmen.errors import ConfigError
 from fulmen.ops.common.opaque import opaque
 
 
-class Visible(NamedTuple):
+class KeyIntervals(NamedTuple):
     """Query t of batch row b sees the keys s of `n_keys` with start_BT[b, t] <= s < stop_BT[b, t] (int64).
 
     `plain` says that nothing is hidden but the future: every interval is 0 .. past + t + 1.
@@ -28,7 +28,7 @@ def visible_intervals(
     n_queries: int,
     n_past: int,
     device: torch.device,
-) -> Visible:
+) -> KeyIntervals:
     """Intervals of causal attention under padding, or under packed documents.
 
     Left padding starts the intervals of its row; a padding query, left or right, sees nothing. Without a
@@ -47,11 +47,11 @@ def visible_intervals(
     elif position_ids is not None:
         start_BT = _document_starts(position_ids).expand(batch, -1)
         if torch.compiler.is_compiling() or start_BT.any():
-            return Visible(start_BT, stop_BT, n_keys, plain=False)
-    return Visible(torch.zeros_like(stop_BT), stop_BT, n_keys, plain=True)
+            return KeyIntervals(start_BT, stop_BT, n_keys, plain=False)
+    return KeyIntervals(torch.zeros_like(stop_BT), stop_BT, n_keys, plain=True)
 
 
-def narrowed_visible(visible: Visible, window: int | None, n_keys: int) -> Visible:
+def narrowed_intervals(visible: KeyIntervals, window: int | None, n_keys: int) -> KeyIntervals:
     """The intervals for a layer whose queries see only their last `window` keys, themselves included.
 
     `n_keys` counts the keys at hand: a cache that has dropped the oldest ones shifts the coordinates.
@@ -62,7 +62,7 @@ def narrowed_visible(visible: Visible, window: int | None, n_keys: int) -> Visib
         if dropped == 0:
             return visible
     start_BT = torch.maximum(visible.start_BT, visible.stop_BT - window)
-    return Visible((start_BT - dropped).clamp(min=0), visible.stop_BT - dropped, n_keys, plain=False)
+    return KeyIntervals((start_BT - dropped).clamp(min=0), visible.stop_BT - dropped, n_keys, plain=False)
 
 
 def _checked_mask(attention_mask: Tensor, batch: int, n_keys: int) -> Tensor:
@@ -74,9 +74,9 @@ def _checked_mask(attention_mask: Tensor, batch: int, n_keys: int) -> Tensor:
     return attention_mask != 0
 
 
-def _padded_intervals(mask_BS: Tensor, stop_BT: Tensor) -> Visible:
+def _padded_intervals(mask_BS: Tensor, stop_BT: Tensor) -> KeyIntervals:
     start_BT, stop_BT = _intervals_of_rows(mask_BS, stop_BT)
-    return Visible(start_BT, stop_BT, mask_BS.shape[1], plain=False)
+    return KeyIntervals(start_BT, stop_BT, mask_BS.shape[1], plain=False)
 
 
 def _fake_intervals(mask_BS: Tensor, stop_BT: Tensor) -> tuple[Tensor, Tensor]:

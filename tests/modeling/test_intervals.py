@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fulmen.errors import ConfigError
-from fulmen.modeling.visible import narrowed_visible, visible_intervals
+from fulmen.modeling.intervals import narrowed_intervals, visible_intervals
 
 CPU = torch.device("cpu")
 
@@ -55,7 +55,7 @@ def test_window_keeps_the_last_keys_in_shifted_coordinates(window, dropped, n_qu
     visible = visible_intervals(None, None, 1, n_queries, n_past, CPU)
     if window > n_past + 1 - dropped:  # a cache drops no key that a query may still see
         dropped = 0
-    narrow = narrowed_visible(visible, window, visible.n_keys - dropped)
+    narrow = narrowed_intervals(visible, window, visible.n_keys - dropped)
     for t in range(n_queries):
         own = n_past + t
         seen = set(range(int(narrow.start_BT[0, t]), int(narrow.stop_BT[0, t])))
@@ -64,8 +64,8 @@ def test_window_keeps_the_last_keys_in_shifted_coordinates(window, dropped, n_qu
 
 def test_wide_window_changes_nothing():
     visible = visible_intervals(None, None, 1, 4, 0, CPU)
-    assert narrowed_visible(visible, 4, 4) is visible
-    assert narrowed_visible(visible, None, 4) is visible
+    assert narrowed_intervals(visible, 4, 4) is visible
+    assert narrowed_intervals(visible, None, 4) is visible
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from fulmen import set_topk
 from fulmen.config import DsaConfig
 from fulmen.errors import ConfigError
 from fulmen.modeling.cost import decode_cost, token_bytes
-from fulmen.modeling.gqa.budget import LEAST_SHARE, TRIED_SHARES, least_error_shares, share_budget
 from fulmen.modeling.gqa.cache import DsaCache
-from fulmen.modeling.gqa.model import set_topk_shares
+from fulmen.modeling.gqa.model import set_topk_ratios
+from fulmen.modeling.gqa.topk_ratios import LEAST_RATIO, TRIED_RATIOS, fit_topk_ratios, least_error_ratios
 from fulmen.modeling.selectors import IndexerSelector, keep_short_pasts, use_selector
 from tests.modeling.gqa.tiny_gqa import FAMILIES, make_dense, make_dsa, random_ids
 
@@ -21,7 +21,7 @@ UNEVEN = (2.0, 0.5, 0.5)
 @pytest.fixture
 def model():
     model = make_dsa(make_dense("qwen3"), TOPK)
-    set_topk_shares(model, UNEVEN)
+    set_topk_ratios(model, UNEVEN)
     return model
 
 
@@ -83,17 +83,17 @@ def test_short_pasts_are_kept_whole_and_nothing_else_changes():
 
 
 def test_the_split_gives_more_to_whom_more_helps_at_the_same_mean():
-    tried = np.array(TRIED_SHARES)
+    tried = np.array(TRIED_RATIOS)
     errors = np.stack([10 / tried, 1 / tried, 0.1 / tried])
-    shares = least_error_shares(errors, tried)
+    shares = least_error_ratios(errors, tried)
     assert sum(shares) / 3 == pytest.approx(1)
-    assert shares[0] > shares[1] > shares[2] >= LEAST_SHARE
-    assert least_error_shares(errors[[1, 1, 1]], tried) == (1.0, 1.0, 1.0)
+    assert shares[0] > shares[1] > shares[2] >= LEAST_RATIO
+    assert least_error_ratios(errors[[1, 1, 1]], tried) == (1.0, 1.0, 1.0)
 
 
 def test_the_split_is_the_best_of_its_grid():
     rng = np.random.default_rng(0)
-    tried = np.array(TRIED_SHARES)
+    tried = np.array(TRIED_RATIOS)
     errors = rng.uniform(0.1, 3, (2, 1)) * tried ** -rng.uniform(0.5, 2, (2, 1))
 
     def total(share):
@@ -103,30 +103,30 @@ def test_the_split_is_the_best_of_its_grid():
         return sum(powers)
 
     every = [(x, 2 - x) for x in np.arange(0.5, 1.51, 0.125)]
-    assert total(least_error_shares(errors, tried)) == pytest.approx(min(map(total, every)))
+    assert total(least_error_ratios(errors, tried)) == pytest.approx(min(map(total, every)))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_measured_shares_fit_the_model(name):
     model = make_dsa(make_dense(name), TOPK)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    shares = share_budget(model, random_ids(2, 64), TOPK)
+    shares = fit_topk_ratios(model, random_ids(2, 64), TOPK)
     assert len(shares) == len(model.config.dsa["layers"])
     assert sum(shares) / len(shares) == pytest.approx(1)
-    set_topk_shares(model, shares)
+    set_topk_ratios(model, shares)
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_text_without_room_for_twice_k_gives_even_shares():
     model = make_dsa(make_dense(), TOPK)
-    assert set(share_budget(model, random_ids(1, 2 * TOPK), TOPK)) == {1.0}
+    assert set(fit_topk_ratios(model, random_ids(1, 2 * TOPK), TOPK)) == {1.0}
 
 
 @pytest.mark.parametrize("shares", [(1.0, 1.0), (2.0, 2.0, 2.0), (3.0, 0.0, 0.0), (4.0, -0.5, -0.5)])
 def test_shares_that_cannot_be(model, shares):
     with pytest.raises(ConfigError, match="topk_shares="):
-        set_topk_shares(model, shares)
+        set_topk_ratios(model, shares)
 
 
 def test_saved_and_loaded(model, tmp_path):

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from fulmen.data import Document, opening_ids, token_ids, window_stream, windows
+from fulmen.data import Document, draw_sequences, iter_sequences, opening_ids, token_ids
 from fulmen.errors import ConfigError, CorpusError, DocumentTooShortError
 from tests.data.byte_tokenizer import byte_tokenizer
 
@@ -28,7 +28,7 @@ CODE = [numbered(f"code{n}", 300, "code", first=50_000 + 1000 * n) for n in rang
 @pytest.mark.parametrize("length", [60, 700, 1500, 5000])
 def test_exact_length_and_no_overlap(length, bos):
     tokenizer = byte_tokenizer(bos)
-    drawn = windows(FILES, tokenizer, length, 6)
+    drawn = draw_sequences(FILES, tokenizer, length, 6)
     seen = set()
     for window in drawn:
         assert window.input_ids.shape == (length,)
@@ -41,40 +41,42 @@ def test_exact_length_and_no_overlap(length, bos):
 
 def test_same_every_time_and_a_larger_count_goes_on():
     tokenizer = byte_tokenizer()
-    few = windows(FILES, tokenizer, 300, 5, seed=3)
-    many = windows(reversed(FILES), tokenizer, 300, 40, seed=3)
+    few = draw_sequences(FILES, tokenizer, 300, 5, seed=3)
+    many = draw_sequences(reversed(FILES), tokenizer, 300, 40, seed=3)
     assert all(torch.equal(one.input_ids, other.input_ids) for one, other in zip(few, many, strict=False))
-    other_seed = windows(FILES, tokenizer, 300, 5, seed=4)
+    other_seed = draw_sequences(FILES, tokenizer, 300, 5, seed=4)
     assert [window.name for window in few] != [window.name for window in other_seed]
 
 
 def test_every_file_before_any_twice():
-    drawn = windows(FILES, byte_tokenizer(), 300, len(FILES))
+    drawn = draw_sequences(FILES, byte_tokenizer(), 300, len(FILES))
     assert {window.names for window in drawn} == {(file.name,) for file in FILES}
 
 
 def test_kinds_take_turns_until_one_is_used_up():
-    drawn = windows([*FILES, *CODE], byte_tokenizer(), 1500, 10)
+    drawn = draw_sequences([*FILES, *CODE], byte_tokenizer(), 1500, 10)
     assert [window.kind for window in drawn] == ["code", "prose"] * 5
-    drawn = windows([*FILES, numbered("script", 300, "code", 90_000)], byte_tokenizer(), 1500, 6)
+    drawn = draw_sequences([*FILES, numbered("script", 300, "code", 90_000)], byte_tokenizer(), 1500, 6)
     assert [window.kind for window in drawn] == ["code"] + ["prose"] * 5
 
 
 def test_one_kind_only():
-    assert {w.kind for w in windows([*FILES, *CODE], byte_tokenizer(), 200, 9, kind="code")} == {"code"}
+    assert {w.kind for w in draw_sequences([*FILES, *CODE], byte_tokenizer(), 200, 9, kind="code")} == {
+        "code"
+    }
     with pytest.raises(
         CorpusError, match="no documents of chat kind: this part of the corpus has code and prose"
     ):
-        windows([*FILES, *CODE], byte_tokenizer(), 200, 1, kind="chat")
+        draw_sequences([*FILES, *CODE], byte_tokenizer(), 200, 1, kind="chat")
     with pytest.raises(CorpusError, match="no documents of any kind: this part of the corpus is empty"):
-        windows([], byte_tokenizer(), 200, 1)
+        draw_sequences([], byte_tokenizer(), 200, 1)
 
 
 @pytest.mark.parametrize("bos", [None, "<bos>"])
 def test_short_documents_are_packed_between_eos(bos):
     tokenizer = byte_tokenizer(bos)
     short = [numbered(f"note{n}", 20, first=100 * n) for n in range(30)]
-    for window in windows(short, tokenizer, 500, 5):
+    for window in draw_sequences(short, tokenizer, 500, 5):
         ends = (window.input_ids == tokenizer.eos_token_id).nonzero().flatten()
         assert list(window.starts[1:]) == [end + 1 for end in ends.tolist() if end + 1 < 500]
         assert len(window.names) == len(window.starts) > 3
@@ -87,46 +89,46 @@ def test_short_documents_are_packed_between_eos(bos):
 def test_packing_needs_eos():
     short = [numbered(f"note{n}", 20, first=100 * n) for n in range(30)]
     with pytest.raises(CorpusError, match=r"no EOS to pack documents with; set tokenizer\.eos_token"):
-        windows(short, byte_tokenizer(eos=None), 500, 1)
-    assert len(windows(short, byte_tokenizer(eos=None), 100, 5)) == 5
+        draw_sequences(short, byte_tokenizer(eos=None), 500, 1)
+    assert len(draw_sequences(short, byte_tokenizer(eos=None), 100, 5)) == 5
 
 
 def test_too_few_tokens_are_counted():
     tokenizer = byte_tokenizer()
     with pytest.raises(
-        DocumentTooShortError, match="the prose documents have 600 tokens, a window needs 2000"
+        DocumentTooShortError, match="the prose documents have 600 tokens, a sequence needs 2000"
     ):
-        windows([numbered("a", 50), numbered("b", 50, first=50)], tokenizer, 2000, 1)
+        draw_sequences([numbered("a", 50), numbered("b", 50, first=50)], tokenizer, 2000, 1)
     with pytest.raises(
-        CorpusError, match=r"have 600 tokens, which fill 2 windows of 250; 3 are needed \(750"
+        CorpusError, match=r"have 600 tokens, which fill 2 sequences of 250; 3 are needed \(750"
     ) as it:
-        windows([numbered("a", 50), numbered("b", 50, first=50)], tokenizer, 250, 3)
+        draw_sequences([numbered("a", 50), numbered("b", 50, first=50)], tokenizer, 250, 3)
     assert not isinstance(it.value, DocumentTooShortError)
 
 
 def test_all_of_a_corpus_can_be_used():
     total = sum(len(document.text) for document in FILES)
-    drawn = windows(FILES, byte_tokenizer(), 6, total // 6)
+    drawn = draw_sequences(FILES, byte_tokenizer(), 6, total // 6)
     assert len({tuple(window.input_ids.tolist()) for window in drawn}) == total // 6
-    assert len(list(window_stream(FILES, byte_tokenizer(), 6))) == total // 6
+    assert len(list(iter_sequences(FILES, byte_tokenizer(), 6))) == total // 6
 
 
 @pytest.mark.parametrize("arguments", [(0, 1), (8, 0), (-3, 1), (1.5, 2)])
 def test_sizes_must_be_positive(arguments):
     with pytest.raises(ConfigError, match="use an integer of at least 1"):
-        windows(FILES, byte_tokenizer(), *arguments)
+        draw_sequences(FILES, byte_tokenizer(), *arguments)
 
 
 def test_a_window_needs_room_beside_bos():
     with pytest.raises(ConfigError, match="length=1 holds BOS and no text"):
-        windows(FILES, byte_tokenizer("<bos>"), 1, 1)
+        draw_sequences(FILES, byte_tokenizer("<bos>"), 1, 1)
 
 
 def test_bos_is_written_only_by_tokenizers_that_write_it():
     with_bos = byte_tokenizer("<bos>")
     assert opening_ids(with_bos) == [with_bos.bos_token_id]
     assert opening_ids(byte_tokenizer()) == []
-    assert all(w.input_ids[0] == with_bos.bos_token_id for w in windows(FILES, with_bos, 100, 20))
+    assert all(w.input_ids[0] == with_bos.bos_token_id for w in draw_sequences(FILES, with_bos, 100, 20))
 
 
 def test_long_texts_are_silent(caplog, capsys):
@@ -145,5 +147,5 @@ def test_a_huge_document_is_tokenized_in_part_only():
 
     counting.eos_token_id = counting.bos_token_id = tokenizer.eos_token_id
     huge = Document("huge", "prose", "word " * 400_000)
-    assert len(windows([huge], counting, 64, 3)) == 3
+    assert len(draw_sequences([huge], counting, 64, 3)) == 3
     assert sum(given) < len(huge.text) / 4
