@@ -9,6 +9,7 @@ import pytest
 
 import fulmen
 from fulmen import errors
+from fulmen.modeling.families import all_families
 
 ROOT = Path(__file__).parents[1]
 UNASKED = ["datasets", "matplotlib", "vllm", "typer"]
@@ -70,7 +71,7 @@ print(*set({UNASKED}) & set(sys.modules))
 """
     assert run(code) == [
         "False",
-        *("llama_dsa", "mistral_dsa", "qwen2_dsa", "qwen3_dsa"),
+        *sorted(f"{family.source_types[0]}_dsa" for family in all_families() if not family.is_stock),
         *("LlamaDsaConfig", "LlamaDsaForCausalLM"),
         # Waits for PEFT, which nobody has imported; the other has gone.
         "peft.utils.constants",

@@ -1,5 +1,7 @@
 """Families: who is known, what may be converted, what the errors say."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import (
@@ -11,6 +13,7 @@ from transformers import (
 )
 
 from fulmen import AlreadyConvertedError, ConfigError, DsaConfig, UnsupportedModelError, set_topk
+from fulmen.modeling import families
 from fulmen.modeling.families import (
     all_families,
     dsa_family_for,
@@ -26,8 +29,24 @@ GQA = [family for family in all_families() if isinstance(family, GqaFamily)]
 INDEX = {"topk": 4, "index_n_heads": 2, "index_n_kv_heads": 1, "index_head_dim": 8}
 
 
-def test_all_four_gqa_families_are_found():
-    assert {family.source_types for family in GQA} == {("llama",), ("qwen2",), ("qwen3",), ("mistral",)}
+def test_every_module_of_the_folder_is_a_family():
+    modules = {path.stem for path in Path(families.__file__).parent.glob("[!_]*.py")}
+    assert modules >= {"llama", "qwen2", "qwen3", "mistral", "deepseek"}
+    assert len(all_families()) == len(modules)
+    assert {family.source_types[0] for family in GQA} <= modules
+
+
+def test_every_gqa_family_has_a_tiny_model():
+    assert {(config().model_type,) for config in CONFIGS.values()} == {family.source_types for family in GQA}
+
+
+@pytest.mark.parametrize("family", all_families(), ids=lambda family: family.source_types[0])
+def test_serving_classes_are_those_of_the_models(family):
+    made = [
+        AutoModelForCausalLM._model_mapping[AutoConfig.for_model(name).__class__] for name in family.dsa_types
+    ]
+    assert [model.__name__ for model in made] == list(family.serving_classes)
+    assert all(model.__module__.startswith("transformers.") == family.is_stock for model in made)
 
 
 @pytest.mark.parametrize("family", GQA, ids=lambda family: family.source_types[0])

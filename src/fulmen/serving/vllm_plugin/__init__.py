@@ -1,12 +1,19 @@
-"""Converted Llama, Mistral, Qwen2 and Qwen3 models in vLLM, with an index-key cache beside keys and values.
+"""Converted models in vLLM, with an index-key cache beside keys and values.
 
 vLLM finds `register` by the entry-point group `vllm.general_plugins` and calls it in each of its processes.
-What is registered are names; nothing is imported until a converted model is loaded.
+What is registered are the names of the families' serving classes; those of vLLM's own need no plugin. No vLLM
+model is imported until a converted one is loaded.
 """
 
+from fulmen.modeling.families import all_families
 from fulmen.serving.vllm_plugin.lifeline import end_with_parent
 
-ARCHITECTURES = ("LlamaDsaForCausalLM", "MistralDsaForCausalLM", "Qwen2DsaForCausalLM", "Qwen3DsaForCausalLM")
+MODELS = "fulmen.serving.vllm_plugin.models"
+
+
+def served_classes() -> list[str]:
+    """Names of the classes in `MODELS`, one for each family whose DSA model is not stock."""
+    return [name for family in all_families() if not family.is_stock for name in family.serving_classes]
 
 
 def register() -> None:
@@ -16,6 +23,6 @@ def register() -> None:
     from vllm import ModelRegistry
 
     known = ModelRegistry.get_supported_archs()
-    for architecture in ARCHITECTURES:
+    for architecture in served_classes():
         if architecture not in known:
-            ModelRegistry.register_model(architecture, f"fulmen.serving.vllm_plugin.models:{architecture}")
+            ModelRegistry.register_model(architecture, f"{MODELS}:{architecture}")
