@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fulmen
 from fulmen.modeling.checkpoint import find_source, load_tokenizer
 from fulmen.serving.billing.accounts import Accounts
-from fulmen.serving.billing.store import open_books
+from fulmen.serving.billing.store import open_billing
 
 ALICE, BOB, EVE = (f"sk-{name}-0123456789abcdef" for name in ("alice", "bob", "eve"))
 # SmolLM2's tokens, and room for those to fill in the middle, which it lacks.
@@ -79,7 +79,7 @@ def start(model, state):
 def serving(model, state):
     """A server with four accounts: address, books, folders and process; in the end it stops in good order."""
     one = Accounts(state).issue("one", 1)
-    books = open_books(state)
+    books = open_billing(state)
     books.ledger.deposit("alice", DEPOSIT, "test")
     books.ledger.deposit("eve", Decimal(0), "test")
     process, lines = start(model, state)

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from fulmen.cli.main import app
 from fulmen.errors import AccountError
-from fulmen.serving.billing.ledger import Reading
+from fulmen.serving.billing.ledger import AttentionReads
 from fulmen.serving.billing.prices import Tokens
-from fulmen.serving.billing.store import open_books, running
+from fulmen.serving.billing.store import open_billing, running
 
 PLAIN = "a-key-of-the-environment-0123456789"
 
@@ -54,7 +54,7 @@ def test_add_prints_the_key_once_and_alone(state):
     result = call("keys", "add", "alice", "--balance", "10", "--concurrency", "4")
     (key,) = result.stdout.splitlines()
     assert key not in result.stderr
-    books = open_books(state)
+    books = open_billing(state)
     assert books.accounts.find(key).concurrency == 4
     assert books.ledger.balance("alice") == 10
     assert key not in done("keys", "list")
@@ -84,7 +84,7 @@ def test_topup_adds_and_a_new_key_keeps_the_balance(state):
     assert "alice: 3.5 CNY" in call("keys", "topup", "alice", "2.5").stderr
     done("keys", "revoke", "alice")
     new = done("keys", "add", "alice").strip()
-    books = open_books(state)
+    books = open_billing(state)
     assert books.accounts.find(old) is None
     assert books.accounts.find(new).id == "alice"
     assert books.ledger.balance("alice") == Decimal("3.5")
@@ -134,11 +134,11 @@ def test_the_folders_price_table_counts_and_a_bad_one_is_named(state):
 
 def use(state):
     """Two settled requests and an open one; their charges."""
-    ledger = open_books(state).ledger
+    ledger = open_billing(state).ledger
     charges = []
     for name, account in [("r1", "alice"), ("r2", "bob"), ("r3", "alice")]:
         ledger.begin(name, account, "tiny", "/v1/chat/completions")
-    charges.append(ledger.settle("r1", Tokens(1000, 200, 30), "stop", Reading(4000, 1000, 2 * 10**9)))
+    charges.append(ledger.settle("r1", Tokens(1000, 200, 30), "stop", AttentionReads(4000, 1000, 2 * 10**9)))
     charges.append(ledger.settle("r2", Tokens(0, 1, 0), "length"))
     return charges
 

@@ -9,7 +9,7 @@ import typer
 from fulmen.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fulmen.serving.billing.store import Books
+    from fulmen.serving.billing.store import BillingStore
 
 DEFAULT_STATE = Path("~/.local/share/fulmen")
 
@@ -35,14 +35,14 @@ LedgerUrl = Annotated[
 ]
 
 
-def books_at(state: Path, ledger_url: str | None) -> "Books":
+def books_at(state: Path, ledger_url: str | None) -> "BillingStore":
     """Open the state folder, with the keys of the environment. Raises ConfigError if the extra is missing."""
     try:
         from fulmen.serving.billing.accounts import VARIABLE
-        from fulmen.serving.billing.store import open_books
+        from fulmen.serving.billing.store import open_billing
     except ModuleNotFoundError as error:
         raise missing_extra(error) from error
-    return open_books(state.expanduser(), ledger_url, os.environ.get(VARIABLE, ""))
+    return open_billing(state.expanduser(), ledger_url, os.environ.get(VARIABLE, ""))
 
 
 def missing_extra(error: ModuleNotFoundError) -> ConfigError:

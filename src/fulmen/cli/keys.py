@@ -12,7 +12,7 @@ from fulmen.errors import ConfigError
 
 if TYPE_CHECKING:
     from fulmen.serving.billing.key_file import KeyRecord
-    from fulmen.serving.billing.store import Books
+    from fulmen.serving.billing.store import BillingStore
 
 keys_app = typer.Typer(
     no_args_is_help=True,
@@ -115,7 +115,7 @@ def parse_amount(text: str) -> Decimal:
     return amount
 
 
-def _balance(books: "Books", name: str) -> str:
+def _balance(books: "BillingStore", name: str) -> str:
     from fulmen.serving.billing.prices import money_text
 
     balance = books.ledger.balance(name)

@@ -12,7 +12,7 @@ from fulmen.pipeline.reporter import STARTING, stage
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from fulmen.serving.billing.store import Books
+    from fulmen.serving.billing.store import BillingStore
     from fulmen.serving.engine.settings import EngineSettings
 
 EXTRA_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": False}
@@ -55,7 +55,7 @@ def serve_command(
     raise typer.Exit(serve(settings, books, state.expanduser(), host, port, typer.echo, stage))
 
 
-def describe(settings: "EngineSettings", books: "Books") -> list[str]:
+def describe(settings: "EngineSettings", books: "BillingStore") -> list[str]:
     """Model, context, price list and who may ask."""
     model, prices, keys = settings.model, books.prices, len(books.accounts)
     kept = f"DSA, k = {model.dsa.topk:,}" if model.dsa else "dense attention"

@@ -13,11 +13,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from fulmen.errors import ConfigError
-from fulmen.serving.billing.store import Books, running
+from fulmen.serving.billing.store import BillingStore, running
 from fulmen.serving.engine.process import Engine
 from fulmen.serving.engine.settings import EngineSettings
-from fulmen.serving.gateway.app import Gateway, create_app
-from fulmen.serving.gateway.connection import Connection, allow_files
+from fulmen.serving.gateway.admission.connection import Connection, allow_files
+from fulmen.serving.gateway.app import create_app
+from fulmen.serving.gateway.gateway import Gateway
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 ENGINE_LOG = "engine.log"
@@ -32,14 +33,14 @@ Stage = Callable[[str], contextlib.AbstractContextManager[object]]
 
 def serve(
     settings: EngineSettings,
-    books: Books,
+    billing: BillingStore,
     state: Path,
     host: str,
     port: int,
-    say: Callable[[str], None],
+    echo: Callable[[str], None],
     stage: Stage = contextlib.nullcontext,
 ) -> int:
-    """Serve until a signal; `say` gets lines for whoever started it, `stage` surrounds the engine's start.
+    """Serve until a signal; `echo` gets lines for whoever started it, `stage` surrounds the engine's start.
 
     Returns an exit code: 0 after an end in good order; 128 and the signal's number where that ended the start
     or, as the second one, open requests.
@@ -49,23 +50,25 @@ def serve(
         EngineError: the engine does not start.
         AccountError: another server uses the state folder.
     """
-    if host not in LOOPBACK and not len(books.accounts):
+    if host not in LOOPBACK and not len(billing.accounts):
         raise ConfigError(f"host={host} lets others in, and there is no key; make one: fulmen keys add NAME")
     allow_files()
     with running(state), contextlib.closing(listen(host, port)) as listener:
-        if left := books.ledger.recover():
-            say(f"{left} requests that the last run left open were charged for what they had got")
+        if left := billing.ledger.recover():
+            echo(f"{left} requests that the last run left open were charged for what they had got")
         # uvicorn's choice: uvloop where there is one.
         with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
-            return runner.run(_serve(Engine(settings, state / ENGINE_LOG, say), books, listener, say, stage))
+            return runner.run(
+                _serve(Engine(settings, state / ENGINE_LOG, echo), billing, listener, echo, stage)
+            )
 
 
 async def _serve(
-    engine: Engine, books: Books, listener: socket.socket, say: Callable[[str], None], stage: Stage
+    engine: Engine, billing: BillingStore, listener: socket.socket, echo: Callable[[str], None], stage: Stage
 ) -> int:
-    gateway = Gateway(engine.settings.model, engine, books)
-    server = Server(create_app(gateway), gateway, say)
-    say(f"starting vLLM for {engine.settings.model.place} (its log: {engine.log.path})")
+    gateway = Gateway(engine.settings.model, engine, billing)
+    server = Server(create_app(gateway), gateway, echo)
+    echo(f"starting vLLM for {engine.settings.model.place} (its log: {engine.log.path})")
     with server.signals():
         # Before the engine is ready, so that clients who come too early are told.
         serving = asyncio.create_task(server.serve([listener]))
@@ -74,14 +77,14 @@ async def _serve(
                 ready = await _is_started(engine, serving)
             if ready:
                 host, port = listener.getsockname()[:2]
-                say(f"ready at http://{f'[{host}]' if ':' in host else host}:{port}")
+                echo(f"ready at http://{f'[{host}]' if ':' in host else host}:{port}")
                 await serving
         finally:
             server.should_exit = True
             await serving
             await engine.stop()
             await gateway.close()
-    say("stopped" if ready else "stopped before it was ready")
+    echo("stopped" if ready else "stopped before it was ready")
     return 128 + server.signal if server.forced or not ready else 0
 
 
@@ -105,7 +108,7 @@ class Server(uvicorn.Server):
         forced: whether it was not the first.
     """
 
-    def __init__(self, app: FastAPI, gateway: Gateway, say: Callable[[str], None]) -> None:
+    def __init__(self, app: FastAPI, gateway: Gateway, echo: Callable[[str], None]) -> None:
         config = uvicorn.Config(
             app,
             http=Connection,
@@ -117,7 +120,7 @@ class Server(uvicorn.Server):
             timeout_keep_alive=75,
         )
         super().__init__(config)
-        self._gateway, self._say = gateway, say
+        self._gateway, self._echo = gateway, echo
         self.signal, self.forced = 0, False
         self.should_exit: bool = False
 
@@ -144,8 +147,8 @@ class Server(uvicorn.Server):
         self.signal = sig
         if not self.should_exit:
             self.should_exit = True
-            if count := len(self._gateway.slots):
-                self._say(f"waiting for {count} open requests; Ctrl-C again ends them")
+            if count := len(self._gateway.limiter):
+                self._echo(f"waiting for {count} open requests; Ctrl-C again ends them")
             return
         self.forced = True
         self._gateway.engine.kill()

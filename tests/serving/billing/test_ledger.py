@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from sqlalchemy import create_engine, make_url, text
 
 from fulmen.errors import ConfigError, InsufficientBalance, LedgerError
-from fulmen.serving.billing.ledger import Ledger, Reading
+from fulmen.serving.billing.ledger import AttentionReads, Ledger
 from fulmen.serving.billing.prices import DEFAULT_PRICES, PriceTable, Rates, Tokens
 from tests.serving.billing import ledger_worker
 
@@ -79,7 +79,7 @@ def test_a_request_is_charged_by_the_rates_and_the_balance_falls_by_it(ledger, p
     ledger.deposit("alice", Decimal(1), "first")
     ledger.begin("r", "alice", *CHAT)
     ledger.progress("r", Tokens(5, 10, 1))
-    charge = ledger.settle("r", Tokens(1000, 500, 20), "stop", Reading(30_000, 9_000, 123))
+    charge = ledger.settle("r", Tokens(1000, 500, 20), "stop", AttentionReads(30_000, 9_000, 123))
     assert charge == (1000 * Decimal("0.2") + 500 * 2 + 20 * 3) / 10**6
     assert ledger.balance("alice") == 1 - charge
     (row,) = ledger.rows()
@@ -101,7 +101,7 @@ def test_a_second_settle_changes_nothing_and_returns_the_first_charge(ledger, pl
     ledger.begin("r", "alice", *CHAT)
     charge = ledger.settle("r", Tokens(0, 100, 1), "stop")
     before = list(ledger.rows())
-    assert ledger.settle("r", Tokens(9, 900, 9), "error", Reading(1, 1, 1)) == charge
+    assert ledger.settle("r", Tokens(9, 900, 9), "error", AttentionReads(1, 1, 1)) == charge
     ledger.progress("r", Tokens(9, 900, 9))
     assert ledger.recover() == 0
     assert list(ledger.rows()) == before

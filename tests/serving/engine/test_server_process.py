@@ -17,7 +17,7 @@ import httpx
 import psutil
 from transformers import LlamaConfig
 
-from fulmen.serving.billing.store import open_books
+from fulmen.serving.billing.store import open_billing
 from fulmen.serving.engine.served_model import ServedModel
 from fulmen.serving.server import serve
 
@@ -67,7 +67,7 @@ def run(state):
         (state / "stage").write_text(f"{title}: ended")
 
     say = partial(print, flush=True)
-    return serve(settings, open_books(state), state, "127.0.0.1", 0, say, stage)
+    return serve(settings, open_billing(state), state, "127.0.0.1", 0, say, stage)
 
 
 @contextmanager
@@ -122,5 +122,5 @@ def test_a_second_signal_ends_open_requests_and_charges_for_what_they_got(tmp_pa
         rest, _ = process.communicate(timeout=WAIT_S)
         assert (process.returncode, rest) == (128 + signal.SIGINT, "stopped\n")
         assert not any(one.is_running() for one in family)
-    (entry,) = open_books(tmp_path).ledger.rows()
+    (entry,) = open_billing(tmp_path).ledger.rows()
     assert (entry.state, entry.outcome, entry.output) == ("settled", "engine lost", 1)

@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra serve: pip install 'fulmen[serve]'")
 
-from fulmen.serving.gateway.call_marks import CleanChat, CleanMessages, Unmarked
-from fulmen.serving.gateway.dialects import Event
-from fulmen.serving.gateway.whole_message import WholeMessage
+from fulmen.serving.gateway.dialects.assembled_message import AssembledMessage
+from fulmen.serving.gateway.dialects.base import Event
+from fulmen.serving.gateway.dialects.tool_call_text import CleanChat, CleanMessages, Unmarked
 
 MARKS = ("<tool_call>", "<function=")
 BILL = {"cost": "1"}
@@ -62,7 +62,7 @@ def test_a_call_that_ended_is_said_to_be_one(finish, stop, shown):
     assert json.loads(cleaned.data)["choices"][0]["finish_reason"] == shown
     message = {"content": "a<tool_call>", "tool_calls": [{}]}
     answer = {"choices": [{"index": 0, "message": message, "finish_reason": finish, "stop_reason": stop}]}
-    CleanChat(MARKS).whole(answer)
+    CleanChat(MARKS).answer(answer)
     assert answer["choices"][0]["finish_reason"] == shown
     assert message["content"] == "a"
 
@@ -81,7 +81,7 @@ def test_a_messages_text_is_cleaned_and_what_waited_comes_before_its_end():
     assert clean.event(end) == [text("<tool"), end]
     assert CleanMessages(MARKS).event(text("<tool_call>x")) == []
     answer = {"content": [{"type": "text", "text": "a<tool_call>"}, {"type": "tool_use", "input": {}}]}
-    CleanMessages(MARKS).whole(answer)
+    CleanMessages(MARKS).answer(answer)
     assert answer["content"][0]["text"] == "a"
 
 
@@ -90,7 +90,7 @@ def test_a_messages_text_is_cleaned_and_what_waited_comes_before_its_end():
     [('{"a": 1}', {"a": 1}), ('"Paris"', {}), ("[1]", {}), ('{"a": ', {}), ("", {})],
 )
 def test_a_whole_message_is_put_together_whatever_its_calls_were_made_with(arguments, read):
-    whole = WholeMessage()
+    whole = AssembledMessage()
     call = {"type": "tool_use", "id": "1", "name": "f", "input": {}}
     usage = {"input_tokens": 4, "output_tokens": 7}
     events = [
@@ -122,7 +122,7 @@ def test_a_whole_message_is_put_together_whatever_its_calls_were_made_with(argum
 
 
 def test_a_message_without_a_word_has_an_empty_one():
-    whole = WholeMessage()
+    whole = AssembledMessage()
     whole.feed(named("message_start", message={"id": "m", "usage": {"input_tokens": 4}}))
     whole.feed(named("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 1}))
     assert json.loads(whole.tail(BILL))["content"] == [{"type": "text", "text": ""}]

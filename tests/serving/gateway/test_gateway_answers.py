@@ -13,12 +13,14 @@ from transformers import LlamaConfig, Qwen2Config
 
 from fulmen.config import DsaConfig
 from fulmen.modeling.cost import token_bytes
-from fulmen.serving.billing.ledger import Reading
+from fulmen.serving.billing.ledger import AttentionReads
 from fulmen.serving.billing.prices import DEFAULT_PRICES, Tokens
 from fulmen.serving.engine.served_model import ServedModel
-from fulmen.serving.gateway.dialects import AnthropicDialect, Event, OpenAiDialect, events_of
+from fulmen.serving.gateway.dialects.anthropic import AnthropicDialect
+from fulmen.serving.gateway.dialects.base import Event, events_of
+from fulmen.serving.gateway.dialects.openai import OpenAiDialect
 from fulmen.serving.gateway.errors import ApiError
-from fulmen.serving.gateway.reading import reading_of
+from fulmen.serving.gateway.jobs.attention_reads import count_attention_reads
 from fulmen.serving.gateway.usage import shown_bill
 
 BILL = {"cost": "1"}
@@ -160,7 +162,7 @@ def count_by_hand(config, dsa, tokens, windows):
                 reads = kept if selects else position
                 saved -= position * index_bytes * selects
             dense, sparse, saved = dense + seen, sparse + reads, saved + (seen - reads) * kv
-    return Reading(dense // len(windows), sparse // len(windows), saved)
+    return AttentionReads(dense // len(windows), sparse // len(windows), saved)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +171,8 @@ def count_by_hand(config, dsa, tokens, windows):
 def test_reading_is_what_a_count_by_hand_gives(tokens):
     config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3)
     dsa = DsaConfig(40, 4, 2, 4, (0, 1, 2), (1.8, 0.7, 0.5))
-    assert reading_of(served(config, dsa), tokens) == count_by_hand(config, dsa, tokens, [None] * 3)
+    found = count_attention_reads(served(config, dsa), tokens)
+    assert found == count_by_hand(config, dsa, tokens, [None] * 3)
 
 
 def test_reading_knows_windows_and_layers_that_stay_dense():
@@ -178,15 +181,20 @@ def test_reading_knows_windows_and_layers_that_stay_dense():
         hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3, **windows
     )
     dsa, tokens = DsaConfig(16, 4, 2, 4, (0,)), Tokens(10, 60, 5)
-    assert reading_of(served(config, dsa), tokens) == count_by_hand(config, dsa, tokens, [None, None, 20])
-    dense = reading_of(served(config, None), tokens)
-    assert dense.context_tokens == dense.tokens_read == reading_of(served(config, dsa), tokens).context_tokens
+    found = count_attention_reads(served(config, dsa), tokens)
+    assert found == count_by_hand(config, dsa, tokens, [None, None, 20])
+    dense = count_attention_reads(served(config, None), tokens)
+    assert (
+        dense.context_tokens
+        == dense.tokens_read
+        == count_attention_reads(served(config, dsa), tokens).context_tokens
+    )
     assert dense.bytes_saved == 0
 
 
 def test_the_bill_shows_cost_and_what_dense_would_have_cost():
     tokens = Tokens(1_000_000, 500_000, 10)
-    bill = shown_bill(DEFAULT_PRICES, tokens, Decimal("1.20003"), Reading(7, 5, 3))
+    bill = shown_bill(DEFAULT_PRICES, tokens, Decimal("1.20003"), AttentionReads(7, 5, 3))
     assert bill == {
         "cost": "1.20003",
         "dense_cost": "2.50012",

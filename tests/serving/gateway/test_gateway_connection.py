@@ -13,8 +13,8 @@ pytest.importorskip("fastapi", reason="needs the extra serve: pip install 'fulme
 import uvicorn
 
 from fulmen.serving.billing.accounts import Accounts
-from fulmen.serving.gateway.connection import Connection
-from fulmen.serving.gateway.limits import Door, Keys
+from fulmen.serving.gateway.admission.auth import AuthMiddleware, Keys
+from fulmen.serving.gateway.admission.connection import Connection
 
 KEY = "sk-0123456789abcdef"
 WAIT_S = 20
@@ -50,7 +50,7 @@ async def application(scope, receive, send):
 def running(keys, protocol=Connection):
     """The port of a server in a thread."""
     config = uvicorn.Config(
-        Door(application, keys, most=1000),
+        AuthMiddleware(application, keys, most=1000),
         port=0,
         http=protocol,
         ws="none",

@@ -15,13 +15,13 @@ import httpx
 from transformers import LlamaConfig
 
 from fulmen.serving.billing.accounts import Account
-from fulmen.serving.billing.store import open_books
+from fulmen.serving.billing.store import open_billing
 from fulmen.serving.engine.served_model import ServedModel
-from fulmen.serving.gateway.app import Gateway
-from fulmen.serving.gateway.dialects import OpenAiDialect
+from fulmen.serving.gateway.dialects.openai import OpenAiDialect
 from fulmen.serving.gateway.errors import ApiError
-from fulmen.serving.gateway.job import Call, Job
-from fulmen.serving.gateway.relay import Relay
+from fulmen.serving.gateway.gateway import Gateway
+from fulmen.serving.gateway.jobs.engine_job import EngineJob, EngineRequest
+from fulmen.serving.gateway.jobs.streaming_reply import StreamingReply
 
 WAIT_S = 30
 ALICE = Account("alice", None, "salt")
@@ -52,20 +52,26 @@ def gateway(tmp_path):
     engine = SimpleNamespace(
         url="http://engine", ready=True, settings=settings, transport=lambda limits: upstream
     )
-    gateway = Gateway(model, engine, open_books(tmp_path))
+    gateway = Gateway(model, engine, open_billing(tmp_path))
     gateway.upstream = upstream
     return gateway
 
 
+def a_stream():
+    return EngineRequest("/v1/chat/completions", {"stream": True}, ALICE, OpenAiDialect(False))
+
+
 async def answer_of(gateway):
     """All that the client gets of one request."""
-    job = Job(gateway, Call("/v1/chat/completions", {"stream": True}, ALICE, OpenAiDialect(False)))
+    job = EngineJob(
+        gateway, EngineRequest("/v1/chat/completions", {"stream": True}, ALICE, OpenAiDialect(False))
+    )
     await asyncio.wait_for(job.task, WAIT_S)
     return [job.pieces.get_nowait() for _ in range(job.pieces.qsize())]
 
 
 def test_the_engine_is_asked_while_the_ledger_writes_but_nothing_leaves_before(gateway):
-    ledger, written = gateway.books.ledger, threading.Event()
+    ledger, written = gateway.billing.ledger, threading.Event()
     begin = ledger.begin
 
     def slow(*request):
@@ -75,7 +81,9 @@ def test_the_engine_is_asked_while_the_ledger_writes_but_nothing_leaves_before(g
     async def live():
         await answer_of(gateway)
         ledger.begin = slow
-        job = Job(gateway, Call("/v1/chat/completions", {"stream": True}, ALICE, OpenAiDialect(False)))
+        job = EngineJob(
+            gateway, EngineRequest("/v1/chat/completions", {"stream": True}, ALICE, OpenAiDialect(False))
+        )
         while not job.first_at:
             await asyncio.sleep(0.01)
         for _ in range(10):
@@ -90,7 +98,7 @@ def test_the_engine_is_asked_while_the_ledger_writes_but_nothing_leaves_before(g
 
 
 def test_an_account_without_money_reaches_the_engine_no_more(gateway):
-    gateway.books.ledger.deposit("alice", Decimal(1), "test")
+    gateway.billing.ledger.deposit("alice", Decimal(1), "test")
 
     async def live():
         # The first takes all that there is; the second was let in for its money, and gets nothing.
@@ -102,7 +110,7 @@ def test_an_account_without_money_reaches_the_engine_no_more(gateway):
 
     asyncio.run(live())
     assert gateway.upstream.asked == 2
-    assert [row.outcome for row in gateway.books.ledger.rows()] == ["done"]
+    assert [row.outcome for row in gateway.billing.ledger.rows()] == ["done"]
 
 
 class FailingEngine(httpx.AsyncBaseTransport):
@@ -123,9 +131,9 @@ async def sent_by(gateway, body):
     async def send(message):
         sent.append(message)
 
-    call = Call("/v1/chat/completions", body, ALICE, OpenAiDialect(False))
+    call = EngineRequest("/v1/chat/completions", body, ALICE, OpenAiDialect(False))
     scope = {"type": "http", "path": "/chat/completions"}
-    await asyncio.wait_for(Relay(gateway, call)(scope, receive, send), WAIT_S)
+    await asyncio.wait_for(StreamingReply(gateway, call)(scope, receive, send), WAIT_S)
     return sent
 
 
@@ -153,4 +161,4 @@ def test_while_its_schema_is_checked_a_request_can_still_be_refused(gateway, str
     assert start["status"] == 422
     assert json.loads(body["body"])["error"]["param"] == "response_format.json_schema.schema"
     assert gateway.upstream.asked == 0
-    assert list(gateway.books.ledger.rows()) == []
+    assert list(gateway.billing.ledger.rows()) == []

@@ -11,9 +11,9 @@ import httpx
 from fastapi import APIRouter, FastAPI
 
 from fulmen.serving.gateway import errors
+from fulmen.serving.gateway.admission.json_body import MOST_PARTS, JsonRoute, read_json
+from fulmen.serving.gateway.dialects.requests import ChatRequest
 from fulmen.serving.gateway.errors import ApiError
-from fulmen.serving.gateway.json_body import MOST_PARTS, JsonRoute, read_json
-from fulmen.serving.gateway.requests import ChatRequest
 
 JSON = {"content-type": "application/json"}
 HALF = "\\ud83d"

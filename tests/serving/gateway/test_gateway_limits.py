@@ -8,8 +8,9 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra serve: pip install 'fulmen[serve]'")
 
 from fulmen.serving.billing.accounts import Account, Accounts
+from fulmen.serving.gateway.admission.auth import AuthMiddleware, Keys
+from fulmen.serving.gateway.admission.concurrency import ConcurrencyLimiter
 from fulmen.serving.gateway.errors import ApiError
-from fulmen.serving.gateway.limits import Door, Keys, Slots
 
 KEY = "sk-0123456789abcdef"
 
@@ -37,7 +38,7 @@ def ask(keys, pieces=(b"",), headers=(), method="POST", path="/v1/models", pause
         sent.append(message)
 
     scope = {"type": "http", "method": method, "path": path, "headers": list(headers)}
-    asyncio.run(Door(application, keys, **limits)(scope, receive, send))
+    asyncio.run(AuthMiddleware(application, keys, **limits)(scope, receive, send))
     return (sent[0]["status"], json.loads(sent[1]["body"])) if sent else None
 
 
@@ -100,16 +101,16 @@ def test_errors_speak_the_dialect_of_the_path(keys):
 
 
 def test_slots_are_counted_by_account_and_in_all():
-    slots, one, free = Slots(2), Account("one", 1, ""), Account("free", None, "")
-    with slots.hold(one):
-        with pytest.raises(ApiError) as caught, slots.hold(one):
+    limiter, one, free = ConcurrencyLimiter(2), Account("one", 1, ""), Account("free", None, "")
+    with limiter.hold(one):
+        with pytest.raises(ApiError) as caught, limiter.hold(one):
             pass
         assert caught.value.status == 429
-        with slots.hold(free):
-            assert len(slots) == 2
-            with pytest.raises(ApiError) as caught, slots.hold(free):
+        with limiter.hold(free):
+            assert len(limiter) == 2
+            with pytest.raises(ApiError) as caught, limiter.hold(free):
                 pass
             assert caught.value.status == 503
-    assert len(slots) == 0
-    with slots.hold(one):
-        assert len(slots) == 1
+    assert len(limiter) == 0
+    with limiter.hold(one):
+        assert len(limiter) == 1

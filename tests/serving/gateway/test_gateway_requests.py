@@ -11,9 +11,9 @@ from transformers import LlamaConfig
 
 from fulmen.config import DsaConfig
 from fulmen.serving.engine.served_model import FillInTheMiddle, ServedModel
-from fulmen.serving.gateway.deepseek import chat_body, completion_body
+from fulmen.serving.gateway.dialects.deepseek import chat_body, completion_body
+from fulmen.serving.gateway.dialects.requests import ChatRequest, CompletionRequest
 from fulmen.serving.gateway.errors import ApiError, engine_error, validation_error
-from fulmen.serving.gateway.requests import ChatRequest, CompletionRequest
 
 FIM = frozenset({"<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"})
 USER = {"role": "user", "content": "Hello"}

@@ -13,10 +13,10 @@ pytest.importorskip("openai", reason="needs the extra serve-cpu: pip install 'fu
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter, ValidationError
 
-from fulmen.serving.gateway.dialects import Event
+from fulmen.serving.gateway.dialects.base import Event
+from fulmen.serving.gateway.dialects.responses import ResponsesRequest, chat_of, in_our_words
+from fulmen.serving.gateway.dialects.responses_stream import ResponsesDialect
 from fulmen.serving.gateway.errors import ApiError, validation_error
-from fulmen.serving.gateway.responses import ResponsesRequest, chat_of, in_our_words
-from fulmen.serving.gateway.responses_dialect import ResponsesDialect
 
 EVENT = TypeAdapter(ResponseStreamEvent)
 BILL = {"cost": "1"}

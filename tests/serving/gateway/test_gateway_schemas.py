@@ -9,12 +9,12 @@ from pathlib import Path
 from transformers import LlamaConfig
 
 from fulmen.serving.engine.served_model import ServedModel
-from fulmen.serving.gateway import schemas
-from fulmen.serving.gateway.anthropic import messages_body
-from fulmen.serving.gateway.deepseek import chat_body
+from fulmen.serving.gateway.dialects.anthropic import messages_body
+from fulmen.serving.gateway.dialects.deepseek import chat_body
+from fulmen.serving.gateway.dialects.requests import ChatRequest, MessagesRequest
 from fulmen.serving.gateway.errors import ApiError
-from fulmen.serving.gateway.forced_calls import NO_PARAMETERS, held
-from fulmen.serving.gateway.requests import ChatRequest, MessagesRequest
+from fulmen.serving.gateway.schemas import json_schema
+from fulmen.serving.gateway.schemas.forced_calls import NO_PARAMETERS, held
 
 MODEL = ServedModel(Path("m"), "smol", LlamaConfig(num_hidden_layers=2), None, 2048, "", frozenset())
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -61,15 +61,15 @@ def nested(levels):
 @pytest.mark.parametrize(
     ("schema", "limit"),
     [
-        (nested(schemas.MAX_DEPTH), "50 levels"),
+        (nested(json_schema.MAX_DEPTH), "50 levels"),
         (nested(100_000), "50 levels"),
-        ({"enum": [[0] * schemas.MAX_VALUES]}, "100,000 values"),
-        ({"description": "x" * schemas.MAX_CHARACTERS}, "2,000,000 characters"),
-        ({"properties": {f"p{i}": {} for i in range(schemas.MAX_PROPERTIES + 1)}}, "1,000 properties"),
+        ({"enum": [[0] * json_schema.MAX_VALUES]}, "100,000 values"),
+        ({"description": "x" * json_schema.MAX_CHARACTERS}, "2,000,000 characters"),
+        ({"properties": {f"p{i}": {} for i in range(json_schema.MAX_PROPERTIES + 1)}}, "1,000 properties"),
         ({"properties": {f"p{i}": {} for i in range(40_000)}}, "1,000 properties"),
-        ({"enum": list(range(schemas.MAX_ENUM + 1))}, "1,000 enum values"),
-        ({"enum": ["x" * (schemas.MAX_ENUM_CHARACTERS + 1)]}, "120,000 characters"),
-        ({"type": "string", "pattern": "a" * (schemas.MAX_PATTERN + 1)}, "2,000 characters in a pattern"),
+        ({"enum": list(range(json_schema.MAX_ENUM + 1))}, "1,000 enum values"),
+        ({"enum": ["x" * (json_schema.MAX_ENUM_CHARACTERS + 1)]}, "120,000 characters"),
+        ({"type": "string", "pattern": "a" * (json_schema.MAX_PATTERN + 1)}, "2,000 characters in a pattern"),
     ],
 )
 def test_a_schema_beyond_a_limit_is_refused_and_the_limit_named(schema, limit):
@@ -79,13 +79,13 @@ def test_a_schema_beyond_a_limit_is_refused_and_the_limit_named(schema, limit):
 
 
 def test_schemas_up_to_the_limits_are_taken():
-    assert chat(response_format=answer(nested(schemas.MAX_DEPTH - 1)))
-    properties = {f"p{i}": {"type": "integer"} for i in range(schemas.MAX_PROPERTIES)}
+    assert chat(response_format=answer(nested(json_schema.MAX_DEPTH - 1)))
+    properties = {f"p{i}": {"type": "integer"} for i in range(json_schema.MAX_PROPERTIES)}
     assert chat(response_format=answer({"type": "object", "properties": properties}))
 
 
 def test_the_limits_on_size_are_those_of_all_tools_together():
-    some = {"enum": [list(range(schemas.MAX_VALUES // 2))]}
+    some = {"enum": [list(range(json_schema.MAX_VALUES // 2))]}
     assert chat(tools=[tool(parameters=some)])
     tools = [tool(parameters=some), tool("b", parameters=some)]
     assert refusal(chat, tools=tools)[0] == "tools[1].function.parameters"

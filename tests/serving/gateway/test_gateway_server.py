@@ -29,9 +29,10 @@ from typer.testing import CliRunner
 from fulmen.cli.main import app
 from fulmen.pipeline.model_config import read_config
 from fulmen.serving.billing.prices import DEFAULT_PRICES, Tokens
-from fulmen.serving.billing.store import open_books
+from fulmen.serving.billing.store import open_billing
 from fulmen.serving.engine.served_model import served_model
-from fulmen.serving.gateway.app import Gateway, create_app
+from fulmen.serving.gateway.app import create_app
+from fulmen.serving.gateway.gateway import Gateway
 from fulmen.serving.page import FILES
 from tests.serving.served import (
     ALICE,
@@ -303,7 +304,7 @@ def impatient(server, tmp_path):
         transport=lambda limits: httpx.AsyncHTTPTransport(uds=socket, limits=limits),
     )
     model = served_model(server.model, read_config(server.model)[1])
-    gateway = Gateway(model, engine, open_books(tmp_path / "other"), keep_alive_s=0.02)
+    gateway = Gateway(model, engine, open_billing(tmp_path / "other"), keep_alive_s=0.02)
     return gateway, create_app(gateway)
 
 

@@ -18,9 +18,9 @@ from transformers import LlamaConfig
 
 from fulmen.serving.engine.served_model import ServedModel
 from fulmen.serving.gateway.errors import ApiError
-from fulmen.serving.gateway.forced_calls import hold_chat
-from fulmen.serving.gateway.grammar_check import GrammarCheck
-from fulmen.serving.gateway.schemas import Held
+from fulmen.serving.gateway.schemas.forced_calls import hold_chat
+from fulmen.serving.gateway.schemas.grammar_check import GrammarCheck
+from fulmen.serving.gateway.schemas.json_schema import Held
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 VOCABULARY = {token: place for place, token in enumerate([*BYTES, "</s>"])}

@@ -42,7 +42,7 @@ from fulmen.serving.billing.prices import PriceTable, Rates, Tokens, from_units,
 ROWS_AT_ONCE = 1000
 
 
-class Reading(NamedTuple):
+class AttentionReads(NamedTuple):
     """What attention read for one request: tokens if dense, with DSA (mean over layers), bytes saved."""
 
     context_tokens: int
@@ -120,14 +120,14 @@ class Ledger:
             connection.execute(_update_open(request_id).values(**tokens._asdict()))
 
     def settle(
-        self, request_id: str, tokens: Tokens, outcome: str, reading: Reading | None = None
+        self, request_id: str, tokens: Tokens, outcome: str, reads: AttentionReads | None = None
     ) -> Decimal:
         """Charge a request and return the charge; of a settled one, change nothing and return its charge.
 
         Raises LedgerError for a request that never began.
         """
         with self._writing() as connection:
-            return self._settle(connection, request_id, tokens, outcome, reading)
+            return self._settle(connection, request_id, tokens, outcome, reads)
 
     def recover(self) -> int:
         """Charge what this server left open by its last known usage, outcome "crashed"; return how many.
@@ -181,13 +181,18 @@ class Ledger:
         self._engine.dispose()
 
     def _settle(
-        self, connection: Connection, request_id: str, tokens: Tokens, outcome: str, reading: Reading | None
+        self,
+        connection: Connection,
+        request_id: str,
+        tokens: Tokens,
+        outcome: str,
+        reads: AttentionReads | None,
     ) -> Decimal:
         row = connection.execute(select(requests).where(requests.c.id == request_id)).one_or_none()
         if row is None:
             raise LedgerError(f"request {request_id} is not in the ledger; begin it first")
         charge = Rates(*map(Decimal, (row.rate_hit, row.rate_miss, row.rate_output))).cost(tokens)
-        settled = tokens._asdict() | ({} if reading is None else reading._asdict())
+        settled = tokens._asdict() | ({} if reads is None else reads._asdict())
         settled |= {"state": "settled", "settled_ms": _now_ms(), "outcome": outcome}
         settled["charge"] = to_units(charge)
         # The condition makes the charge unique: of two that try, the database lets one find the row open.

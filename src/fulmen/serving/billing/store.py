@@ -22,7 +22,7 @@ from fulmen.serving.billing.prices import DEFAULT_PRICES, PriceTable, read_price
 PRICES, LEDGER, RUNNING = "prices.toml", "ledger.db", ".running"
 
 
-class Books(NamedTuple):
+class BillingStore(NamedTuple):
     """Prices, keys and money of one server."""
 
     prices: PriceTable
@@ -30,7 +30,7 @@ class Books(NamedTuple):
     ledger: Ledger
 
 
-def open_books(folder: Path, ledger_url: str | None = None, api_keys: str = "") -> Books:
+def open_billing(folder: Path, ledger_url: str | None = None, api_keys: str = "") -> BillingStore:
     """Open what is in the folder, and make what is not.
 
     Args:
@@ -44,7 +44,7 @@ def open_books(folder: Path, ledger_url: str | None = None, api_keys: str = "") 
     file = folder / PRICES
     prices = read_prices(file) if file.exists() else DEFAULT_PRICES
     accounts = Accounts(folder, api_keys)
-    return Books(prices, accounts, Ledger(ledger_url or folder / LEDGER, prices, accounts.server))
+    return BillingStore(prices, accounts, Ledger(ledger_url or folder / LEDGER, prices, accounts.server))
 
 
 @contextmanager

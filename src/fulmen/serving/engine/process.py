@@ -38,14 +38,14 @@ class Engine:
     Args:
         settings: what is started.
         log: file for what the engine prints; those before it are kept.
-        say: gets a line when the engine is lost and when it is back.
+        echo: gets a line when the engine is lost and when it is back.
     """
 
     url = "http://engine"
 
-    def __init__(self, settings: EngineSettings, log: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, settings: EngineSettings, log: Path, echo: Callable[[str], None]) -> None:
         self.settings, self.restarts = settings, 0
-        self.log, self._say = EngineLog(log), say
+        self.log, self._echo = EngineLog(log), echo
         self._home = tempfile.TemporaryDirectory(
             prefix="fulmen-", dir=_short_folder(), ignore_cleanup_errors=True
         )
@@ -150,17 +150,17 @@ class Engine:
             if time.monotonic() - started > SOUND_S:
                 backoff = FIRST_BACKOFF_S
             said = f"its last words: {self.log.last_words()}; see {self.log.path}"
-            self._say(f"the engine is lost, {said}; starting it again in {backoff:.0f} s")
+            self._echo(f"the engine is lost, {said}; starting it again in {backoff:.0f} s")
             await asyncio.sleep(backoff)
             backoff = min(2 * backoff, LONGEST_BACKOFF_S)
             try:
                 self._spawn()
                 await self._until_ready()
             except EngineError as error:
-                self._say(str(error))
+                self._echo(str(error))
                 continue
             self.restarts += 1
-            self._say("the engine is back")
+            self._echo("the engine is back")
 
     async def _until_lost(self) -> None:
         """Return when the process has ended, or has not answered for long."""

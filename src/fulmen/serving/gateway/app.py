@@ -1,108 +1,54 @@
 """The gateway's routes: DeepSeek's API in front of one engine."""
 
 import asyncio
-import logging
 import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Annotated, Any
 
-import httpx
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request
 from fastapi.responses import FileResponse, Response
 
 from fulmen import __version__
 from fulmen.serving.billing.accounts import Account
 from fulmen.serving.billing.prices import Rates, money_text, rounded_text
-from fulmen.serving.billing.store import Books
-from fulmen.serving.engine.process import Engine
 from fulmen.serving.engine.served_model import ServedModel
 from fulmen.serving.engine.settings import call_marks
 from fulmen.serving.gateway import errors
-from fulmen.serving.gateway.anthropic import count_body, messages_body, model_info, model_list, require_known
-from fulmen.serving.gateway.call_marks import CleanChat, Cleaner, CleanMessages
-from fulmen.serving.gateway.deepseek import chat_body, completion_body
-from fulmen.serving.gateway.dialects import AnthropicDialect, OpenAiDialect
-from fulmen.serving.gateway.documents import ANSWERS, ERRORS
-from fulmen.serving.gateway.errors import ApiError
-from fulmen.serving.gateway.grammar_check import GrammarCheck
-from fulmen.serving.gateway.job import Call
-from fulmen.serving.gateway.json_body import JsonRoute
-from fulmen.serving.gateway.limits import MAX_BODY_BYTES, Door, Keys, Slots
-from fulmen.serving.gateway.metrics import Metrics
-from fulmen.serving.gateway.relay import Relay
-from fulmen.serving.gateway.requests import (
+from fulmen.serving.gateway.admission.auth import MAX_BODY_BYTES, AuthMiddleware
+from fulmen.serving.gateway.admission.json_body import JsonRoute
+from fulmen.serving.gateway.dialects.anthropic import (
+    AnthropicDialect,
+    count_body,
+    messages_body,
+    model_info,
+    model_list,
+    require_known,
+)
+from fulmen.serving.gateway.dialects.assembled_message import AssembledMessage
+from fulmen.serving.gateway.dialects.deepseek import chat_body, completion_body
+from fulmen.serving.gateway.dialects.openai import OpenAiDialect
+from fulmen.serving.gateway.dialects.requests import (
     ChatRequest,
     CompletionRequest,
     CountTokensRequest,
     MessagesRequest,
     Sampling,
 )
-from fulmen.serving.gateway.responses import ResponsesRequest, chat_of, in_our_words
-from fulmen.serving.gateway.responses_dialect import ResponsesDialect
-from fulmen.serving.gateway.whole_message import WholeMessage
+from fulmen.serving.gateway.dialects.responses import ResponsesRequest, chat_of, in_our_words
+from fulmen.serving.gateway.dialects.responses_stream import ResponsesDialect
+from fulmen.serving.gateway.dialects.tool_call_text import CleanChat, Cleaner, CleanMessages
+from fulmen.serving.gateway.errors import ApiError
+from fulmen.serving.gateway.gateway import Gateway
+from fulmen.serving.gateway.jobs.engine_job import EngineRequest
+from fulmen.serving.gateway.jobs.streaming_reply import StreamingReply
+from fulmen.serving.gateway.openapi import ANSWERS, ERRORS
 from fulmen.serving.page import FILES, HEADERS
 
 CHAT = "/v1/chat/completions"
 # DeepSeek's base URLs: plain, as OpenAI's clients write it, and for prefix completion and FIM.
 PREFIXES = ("", "/v1", "/beta")
-LAST_JOBS_S = 30.0
-
-
-@dataclass
-class Gateway:
-    """What the routes share.
-
-    Attributes:
-        keep_alive_s: seconds of silence after which a waiting client gets a sign of life.
-        solvent: accounts that had money when they last asked.
-    """
-
-    model: ServedModel
-    engine: Engine
-    books: Books
-    keep_alive_s: float = 10.0
-    log: logging.Logger = field(default_factory=lambda: logging.getLogger("fulmen.gateway"))
-    slots: Slots = field(default_factory=Slots)
-    metrics: Metrics = field(default_factory=Metrics)
-    solvent: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self.keys = Keys(self.books.accounts)
-        # No limit on connections: `slots` is one. None on reading: an answer may be long in coming.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        timeout = httpx.Timeout(None, connect=5.0)
-        transport = self.engine.transport(limits)
-        self.client = httpx.AsyncClient(transport=transport, timeout=timeout, trust_env=False)
-        self.grammars = GrammarCheck(self.model)
-        self._kept: set[asyncio.Future[Any]] = set()
-
-    async def ask(self, endpoint: str, body: dict[str, Any]) -> Any:
-        """The engine's answer to what generates nothing and costs nothing. Raises ApiError."""
-        if not self.engine.ready:
-            raise ApiError(503, "the engine is starting; try again shortly")
-        headers = {"authorization": f"Bearer {self.engine.settings.key}"}
-        try:
-            answer = await self.client.post(self.engine.url + endpoint, json=body, headers=headers)
-        except httpx.HTTPError as error:
-            raise ApiError(503, "the engine was lost while it answered; try again shortly") from error
-        if answer.status_code != httpx.codes.OK:
-            raise errors.engine_error(answer.status_code, errors.read_json_object(answer.content), body)
-        return answer.json()
-
-    def keep(self, work: Coroutine[Any, Any, None] | asyncio.Task[None]) -> None:
-        """Let work end although nobody waits for it."""
-        task = asyncio.ensure_future(work)
-        self._kept.add(task)
-        task.add_done_callback(self._kept.discard)
-
-    async def close(self) -> None:
-        """Wait for what is under way, then close."""
-        if self._kept:
-            await asyncio.wait(self._kept, timeout=LAST_JOBS_S)
-        await self.grammars.close()
-        await self.client.aclose()
 
 
 def create_app(gateway: Gateway) -> FastAPI:
@@ -115,7 +61,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         await gateway.close()
 
     app = FastAPI(title="fulmen", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Door, keys=gateway.keys)
+    app.add_middleware(AuthMiddleware, keys=gateway.keys)
     errors.install(app)
     for prefix in PREFIXES:
         app.include_router(_model_routes(gateway), prefix=prefix, include_in_schema=prefix == "")
@@ -126,7 +72,7 @@ def create_app(gateway: Gateway) -> FastAPI:
 
 
 async def account_of(request: Request) -> Account:
-    """Who asks, as the door found out. A coroutine, as FastAPI would run a plain function in a thread."""
+    """Who asks, as the middleware found. A coroutine: FastAPI would run a plain function in a thread."""
     account = getattr(request.state, "account", None)
     if account is None:
         raise ApiError(401, "no API key; send it as the header Authorization: Bearer KEY")
@@ -146,14 +92,16 @@ def _model_routes(gateway: Gateway) -> APIRouter:
         """An answer to a conversation."""
         body = chat_body(request, model, account.salt)
         cleaner = _cleaner(CleanChat, body, model)
-        return Relay(gateway, Call(CHAT, body, account, _openai(request), cleaner=cleaner))
+        return StreamingReply(gateway, EngineRequest(CHAT, body, account, _openai(request), cleaner=cleaner))
 
     @routes.post("/completions", response_model=None, responses=ANSWERS)
     async def complete(request: CompletionRequest, account: Asking) -> Response:
         """A text that goes on; with `suffix`, what stands between."""
         body = completion_body(request, model, account.salt)
         suffixes = tuple(f"-{place}" for place in range(request.texts))
-        return Relay(gateway, Call("/v1/completions", body, account, _openai(request), "cmpl-", suffixes))
+        return StreamingReply(
+            gateway, EngineRequest("/v1/completions", body, account, _openai(request), "cmpl-", suffixes)
+        )
 
     @routes.post("/responses", response_model=None, responses=ANSWERS)
     async def respond(request: ResponsesRequest, account: Asking) -> Response:
@@ -164,8 +112,8 @@ def _model_routes(gateway: Gateway) -> APIRouter:
         except ApiError as error:
             raise in_our_words(error) from error
         dialect = ResponsesDialect(request, model.name, identity)
-        call = Call(CHAT, body, account, dialect, id=identity, explain=in_our_words)
-        return Relay(gateway, replace(call, cleaner=_cleaner(CleanChat, body, model)))
+        asked = EngineRequest(CHAT, body, account, dialect, id=identity, explain=in_our_words)
+        return StreamingReply(gateway, replace(asked, cleaner=_cleaner(CleanChat, body, model)))
 
     @routes.get("/models", responses=ERRORS)
     async def models(account: Asking, anthropic_version: AnthropicVersion = None) -> dict[str, Any]:
@@ -206,15 +154,19 @@ def _anthropic_routes(gateway: Gateway) -> APIRouter:
     async def messages(request: MessagesRequest, account: Asking) -> Response:
         """Anthropic's messages, as vLLM answers them."""
         body = messages_body(request, model, account.salt)
-        whole = "tools" in body and not request.stream
-        dialect = WholeMessage() if whole else AnthropicDialect()
-        call = Call("/v1/messages", body | {"stream": whole or bool(request.stream)}, account, dialect)
-        return Relay(gateway, replace(call, whole=whole, cleaner=_cleaner(CleanMessages, body, model)))
+        assembled = "tools" in body and not request.stream
+        dialect = AssembledMessage() if assembled else AnthropicDialect()
+        asked = EngineRequest(
+            "/v1/messages", body | {"stream": assembled or bool(request.stream)}, account, dialect
+        )
+        return StreamingReply(
+            gateway, replace(asked, assembled=assembled, cleaner=_cleaner(CleanMessages, body, model))
+        )
 
     @routes.post("/messages/count_tokens", responses=ERRORS)
     async def count(request: CountTokensRequest, account: Asking) -> dict[str, int]:
         """Tokens of a prompt, as the model's template writes it; free of charge."""
-        with gateway.slots.hold(account):
+        with gateway.limiter.hold(account):
             counted = await gateway.ask("/v1/messages/count_tokens", count_body(request, model))
         return {"input_tokens": counted["input_tokens"]}
 
@@ -233,16 +185,16 @@ def _anthropic_routes(gateway: Gateway) -> APIRouter:
 
 
 def _account_routes(gateway: Gateway) -> APIRouter:
-    routes, books = APIRouter(), gateway.books
+    routes, billing = APIRouter(), gateway.billing
 
     @routes.get("/user/balance", responses=ERRORS)
     async def balance(account: Asking) -> dict[str, Any]:
         """What is left of the deposits; no entry for an account without a limit."""
-        left = await asyncio.to_thread(books.ledger.balance, account.id)
+        left = await asyncio.to_thread(billing.ledger.balance, account.id)
         if left is None:
             return {"is_available": True, "balance_infos": []}
         total = rounded_text(left)
-        info = {"currency": books.prices.currency, "total_balance": total}
+        info = {"currency": billing.prices.currency, "total_balance": total}
         info |= {"granted_balance": "0.00", "topped_up_balance": total}
         return {"is_available": left > 0, "balance_infos": [info]}
 
@@ -250,7 +202,7 @@ def _account_routes(gateway: Gateway) -> APIRouter:
 
 
 def _open_routes(gateway: Gateway) -> APIRouter:
-    routes, model, prices = APIRouter(), gateway.model, gateway.books.prices
+    routes, model, prices = APIRouter(), gateway.model, gateway.billing.prices
 
     @routes.get("/fulmen/info")
     async def info() -> dict[str, Any]:
@@ -282,7 +234,7 @@ def _open_routes(gateway: Gateway) -> APIRouter:
     @routes.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """For Prometheus."""
-        gateway.metrics.open.set(len(gateway.slots))
+        gateway.metrics.open.set(len(gateway.limiter))
         gateway.metrics.engine_restarts.set(gateway.engine.restarts)
         text, kind = gateway.metrics.text()
         return Response(text, media_type=kind)

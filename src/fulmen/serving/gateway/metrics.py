@@ -3,7 +3,7 @@
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from fulmen.serving.billing.ledger import Reading
+from fulmen.serving.billing.ledger import AttentionReads
 from fulmen.serving.billing.prices import Tokens
 
 _SHORT_S = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128)
@@ -48,14 +48,14 @@ class Metrics:
         """One request has ended, whichever way."""
         self.requests.labels(endpoint, outcome).inc()
 
-    def billed(self, tokens: Tokens, charge: float, currency: str, reading: Reading) -> None:
+    def billed(self, tokens: Tokens, charge: float, currency: str, reads: AttentionReads) -> None:
         """One request was charged for."""
         for kind, count in tokens._asdict().items():
             self.tokens.labels(kind).inc(count)
         self.charges.labels(currency).inc(charge)
-        self.context.inc(reading.context_tokens)
-        self.read.inc(reading.tokens_read)
-        self.saved.inc(max(0, reading.bytes_saved))
+        self.context.inc(reads.context_tokens)
+        self.read.inc(reads.tokens_read)
+        self.saved.inc(max(0, reads.bytes_saved))
 
     def text(self) -> tuple[bytes, str]:
         """The page that Prometheus reads, and its media type."""

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fulmen.serving.billing.ledger import Reading
+from fulmen.serving.billing.ledger import AttentionReads
 from fulmen.serving.billing.prices import PriceTable, Tokens, money_text
 
 
@@ -65,12 +65,12 @@ def shown_usage(seen: UsageSeen, bill: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def shown_bill(prices: PriceTable, tokens: Tokens, charge: Any, reading: Reading) -> dict[str, Any]:
+def shown_bill(prices: PriceTable, tokens: Tokens, charge: Any, reads: AttentionReads) -> dict[str, Any]:
     """What a request cost, what it would have cost dense, and what attention read for it."""
     dense = prices.dense_cost(tokens)
     return {
         "cost": money_text(charge),
         "dense_cost": None if dense is None else money_text(dense),
         "currency": prices.currency,
-        **reading._asdict(),
+        **reads._asdict(),
     }

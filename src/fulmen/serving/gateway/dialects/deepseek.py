@@ -3,9 +3,9 @@
 from typing import Any
 
 from fulmen.serving.engine.served_model import ServedModel
+from fulmen.serving.gateway.dialects.requests import ChatRequest, CompletionRequest, Message
 from fulmen.serving.gateway.errors import ApiError
-from fulmen.serving.gateway.forced_calls import hold_chat
-from fulmen.serving.gateway.requests import ChatRequest, CompletionRequest, Message
+from fulmen.serving.gateway.schemas.forced_calls import hold_chat
 
 # DeepSeek's two names, for the examples in its documentation: the same model, without and with thinking.
 ALIASES = {"deepseek-chat": False, "deepseek-reasoner": True}

@@ -1,13 +1,16 @@
-"""Anthropic's API in the engine's words: messages, the count of their tokens, and what a model is called."""
+"""Anthropic's API: messages in the engine's words, its answers in Anthropic's, and what a model is called."""
 
+import json
 from typing import Any
 
 from fulmen.serving.engine.served_model import ServedModel
 from fulmen.serving.engine.settings import thinks
-from fulmen.serving.gateway.deepseek import ALIASES
-from fulmen.serving.gateway.errors import ApiError
-from fulmen.serving.gateway.forced_calls import hold_messages
-from fulmen.serving.gateway.requests import CountTokensRequest, MessagesRequest
+from fulmen.serving.gateway.dialects.base import Event, event_bytes
+from fulmen.serving.gateway.dialects.deepseek import ALIASES
+from fulmen.serving.gateway.dialects.requests import CountTokensRequest, MessagesRequest
+from fulmen.serving.gateway.errors import ApiError, engine_error
+from fulmen.serving.gateway.schemas.forced_calls import hold_messages
+from fulmen.serving.gateway.usage import UsageSeen
 
 # Clients made for Anthropic's models have such names built in, some for small tasks beside the one chosen.
 CLAUDE = "claude-"
@@ -64,6 +67,49 @@ def model_list(model: ServedModel, context: int) -> dict[str, Any]:
         "first_id": model.name,
         "last_id": model.name,
     }
+
+
+class AnthropicDialect:
+    """Messages."""
+
+    def __init__(self) -> None:
+        self.usage = UsageSeen()
+        self._held: list[Event] = []
+
+    def feed(self, event: Event) -> bytes:
+        """As `Dialect`; a delta counts as one token until the end says how many there were."""
+        if event.data == "[DONE]":
+            return b""
+        said = json.loads(event.data)
+        if event.name == "error":
+            raise engine_error(500, said)
+        if event.name == "message_start":
+            self.usage.note(0, {"prompt_tokens": said["message"]["usage"]["input_tokens"]})
+        elif event.name == "content_block_delta":
+            seen = {"prompt_tokens": self.usage.prompt, "completion_tokens": self.usage.output + 1}
+            self.usage.note(0, seen)
+        elif event.name == "message_delta":
+            self.usage.finish_anthropic(said.get("usage") or {})
+        if self._held or event.name == "message_delta":
+            self._held.append(event)
+            return b""
+        return event_bytes(event)
+
+    def tail(self, bill: dict[str, Any]) -> bytes:
+        """As `Dialect`."""
+        return b"".join(map(event_bytes, self._held))
+
+    def read_plain(self, answer: dict[str, Any]) -> None:
+        """As `Dialect`."""
+        self.usage.finish_anthropic(answer.get("usage") or {})
+
+    def plain(self, answer: dict[str, Any], bill: dict[str, Any]) -> dict[str, Any]:
+        """As `Dialect`."""
+        return answer
+
+    def broken(self, error: ApiError) -> bytes:
+        """As `Dialect`."""
+        return event_bytes(Event("error", json.dumps(error.anthropic_body)))
 
 
 def _engine_thinking(kind: str, budget: int | None, model: ServedModel) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""An Anthropic message put together from the engine's stream, for clients that want it whole.
+"""An Anthropic message put together from the engine's stream, for clients that do not stream.
 
 vLLM fails on a whole message with a call whose arguments are no object, and blames the request. In its stream
 they come as the model wrote them.
@@ -7,13 +7,14 @@ they come as the model wrote them.
 import json
 from typing import Any
 
-from fulmen.serving.gateway.dialects import AnthropicDialect, Event
+from fulmen.serving.gateway.dialects.anthropic import AnthropicDialect
+from fulmen.serving.gateway.dialects.base import Event
 
 # A piece of a block: the field of the delta that has it, and the block's own.
 _PIECES = {"text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature"}
 
 
-class WholeMessage(AnthropicDialect):
+class AssembledMessage(AnthropicDialect):
     """Reads a stream of messages; all that goes to the client is the message at the end."""
 
     def __init__(self) -> None:

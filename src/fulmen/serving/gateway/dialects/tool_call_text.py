@@ -7,7 +7,7 @@ import json
 from collections import defaultdict
 from typing import Any
 
-from fulmen.serving.gateway.dialects import Event
+from fulmen.serving.gateway.dialects.base import Event
 
 
 class Unmarked:
@@ -62,7 +62,7 @@ class CleanChat:
             self._clean(choice, choice.get("delta") or {}, choice["index"])
         return [Event(event.name, json.dumps(chunk))]
 
-    def whole(self, answer: dict[str, Any]) -> None:
+    def answer(self, answer: dict[str, Any]) -> None:
         """Rewrite an answer that does not stream."""
         for choice in answer.get("choices") or []:
             self._clean(choice, choice.get("message") or {}, choice["index"])
@@ -100,7 +100,7 @@ class CleanMessages:
         more["delta"] = {"type": "text_delta", "text": rest}
         return [Event("content_block_delta", json.dumps(more)), event]
 
-    def whole(self, answer: dict[str, Any]) -> None:
+    def answer(self, answer: dict[str, Any]) -> None:
         """Rewrite an answer that does not stream."""
         for block in answer.get("content") or []:
             if block.get("type") == "text":

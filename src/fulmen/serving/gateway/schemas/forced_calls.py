@@ -7,7 +7,7 @@ the call; so a tool that has to be called becomes strict on its way to the engin
 from typing import Any
 
 from fulmen.serving.gateway.errors import ApiError
-from fulmen.serving.gateway.schemas import (
+from fulmen.serving.gateway.schemas.json_schema import (
     ALTERNATIVES,
     Held,
     check_schema,

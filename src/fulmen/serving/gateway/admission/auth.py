@@ -1,18 +1,14 @@
-"""Who may ask, and how much at once: requests per account and in all, bytes and seconds of a body."""
+"""Who may ask: accounts by their keys, known before the body is read; bytes and seconds of a body."""
 
 import asyncio
 import secrets
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fulmen.serving.billing.accounts import Account, Accounts
+from fulmen.serving.gateway.admission.origin import require_local
 from fulmen.serving.gateway.errors import ApiError, respond
-from fulmen.serving.gateway.origin import require_local
 
-MAX_OPEN = 1024
 MAX_BODY_BYTES = 16 * 2**20
 BODY_S = 60.0
 # What belongs to an account although it only reads.
@@ -48,32 +44,7 @@ class Keys:
         return account
 
 
-class Slots:
-    """Requests under way."""
-
-    def __init__(self, most: int = MAX_OPEN) -> None:
-        self._most = most
-        self._open: Counter[str] = Counter()
-
-    def __len__(self) -> int:
-        return self._open.total()
-
-    @contextmanager
-    def hold(self, account: Account) -> Iterator[None]:
-        """One more for the account until the end of the block. Raises ApiError 429, or 503 if all is full."""
-        if account.concurrency is not None and self._open[account.id] >= account.concurrency:
-            most = f"{account.concurrency} requests of this key are under way, its limit"
-            raise ApiError(429, f"{most}; wait for one to end")
-        if len(self) >= self._most:
-            raise ApiError(503, f"{self._most} requests are under way, the server's limit; try again shortly")
-        self._open[account.id] += 1
-        try:
-            yield
-        finally:
-            self._open[account.id] -= 1
-
-
-class Door:
+class AuthMiddleware:
     """Middleware: who asks is known before the body is read; a body too big or too slow ends the request.
 
     Without keys, requests must name this machine, or a page of another site could use the server.

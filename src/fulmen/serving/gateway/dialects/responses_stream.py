@@ -4,9 +4,10 @@ import json
 import time
 from typing import Any
 
-from fulmen.serving.gateway.dialects import Event, chat_chunk
+from fulmen.serving.gateway.dialects.base import Event
+from fulmen.serving.gateway.dialects.openai import chat_chunk
+from fulmen.serving.gateway.dialects.responses import ResponsesRequest
 from fulmen.serving.gateway.errors import ApiError
-from fulmen.serving.gateway.responses import ResponsesRequest
 from fulmen.serving.gateway.usage import UsageSeen
 
 

@@ -12,22 +12,20 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 
 from fulmen.errors import FulmenError, InsufficientBalance
 from fulmen.serving.billing.accounts import Account
 from fulmen.serving.billing.prices import Tokens
-from fulmen.serving.gateway.call_marks import Cleaner
-from fulmen.serving.gateway.dialects import Dialect, Event, events_of
+from fulmen.serving.gateway.dialects.base import Dialect, Event, events_of
+from fulmen.serving.gateway.dialects.tool_call_text import Cleaner
 from fulmen.serving.gateway.errors import ApiError, engine_error, read_json_object
-from fulmen.serving.gateway.forced_calls import held
-from fulmen.serving.gateway.reading import reading_of
+from fulmen.serving.gateway.gateway import Gateway
+from fulmen.serving.gateway.jobs.attention_reads import count_attention_reads
+from fulmen.serving.gateway.schemas.forced_calls import held
 from fulmen.serving.gateway.usage import shown_bill
-
-if TYPE_CHECKING:
-    from fulmen.serving.gateway.app import Gateway
 
 # How often a stream's usage is written down, for a crash of the gateway itself; all streams together write
 # no more than so many notes a second, each of which waits for the disk.
@@ -36,18 +34,18 @@ ABORT_RETRY_S, ABORT_TRIES = 0.5, 20
 
 
 @dataclass(frozen=True)
-class Call:
-    """What to ask the engine.
+class EngineRequest:
+    """What to ask the engine, and how its answer is read.
 
     Attributes:
         endpoint: its path there.
         body: of the request.
         account: who pays.
-        dialect: how the answer is read; new for each call.
+        dialect: how the answer is read; new for each request.
         id_prefix, id_suffixes: around our id, the engine's own names of the request.
         explain: puts what the engine refuses into the words of the API that was asked.
         cleaner: rewrites the engine's answer before the dialect reads it.
-        whole: the client gets one piece, which the dialect makes of the engine's stream.
+        assembled: the client gets one piece, which the dialect makes of the engine's stream.
     """
 
     endpoint: str
@@ -59,7 +57,7 @@ class Call:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     explain: Callable[[ApiError], ApiError] = lambda error: error
     cleaner: Cleaner | None = None
-    whole: bool = False
+    assembled: bool = False
 
     @property
     def engine_streams(self) -> bool:
@@ -69,21 +67,21 @@ class Call:
     @property
     def streams(self) -> bool:
         """Whether the client's answer comes in pieces."""
-        return self.engine_streams and not self.whole
+        return self.engine_streams and not self.assembled
 
 
-class Job:
-    """Runs a call; `pieces` brings bytes for the client, or an ApiError, and None at the end.
+class EngineJob:
+    """Runs a request; `pieces` brings bytes for the client, or an ApiError, and None at the end.
 
     Attributes:
         admitted: whether nothing of the request itself speaks against asking the engine.
         asked_at, first_at: when the engine was asked, and when it began to answer.
     """
 
-    def __init__(self, gateway: "Gateway", call: Call) -> None:
+    def __init__(self, gateway: Gateway, request: EngineRequest) -> None:
         self.pieces: asyncio.Queue[bytes | ApiError | None] = asyncio.Queue()
         self.admitted, self.asked_at, self.first_at = False, 0.0, 0.0
-        self._gateway, self._call, self._dialect = gateway, call, call.dialect
+        self._gateway, self._request, self._dialect = gateway, request, request.dialect
         self._begun = self._dropped = self._settled = False
         self._noted_at = 0.0
         self._written: asyncio.Task[None]
@@ -113,25 +111,25 @@ class Job:
             if isinstance(error, asyncio.CancelledError) and not self._dropped:
                 raise
         except Exception:
-            self._gateway.log.exception("request %s failed", self._call.id)
+            self._gateway.log.exception("request %s failed", self._request.id)
             await self._fail(ApiError(500, "the server failed on this request; its log says why"), outcome)
         finally:
-            self._gateway.metrics.ended(self._call.endpoint, outcome)
+            self._gateway.metrics.ended(self._request.endpoint, outcome)
             self.pieces.put_nowait(None)
 
     async def _ask(self) -> str:
         """Write the request down, ask the engine, hand on its answer; return how it ended."""
         if not self._gateway.engine.ready:
             raise ApiError(503, "the engine is starting; try again shortly")
-        if schemas := held(self._call.body):
+        if schemas := held(self._request.body):
             try:
-                await self._gateway.grammars.check(self._call.account.id, schemas)
+                await self._gateway.grammars.check(self._request.account.id, schemas)
             except ApiError as error:
-                raise self._call.explain(error) from error
+                raise self._request.explain(error) from error
         self.admitted = True
         self._written = asyncio.create_task(self._begin())
         try:
-            if self._call.account.id not in self._gateway.solvent:
+            if self._request.account.id not in self._gateway.solvent:
                 await asyncio.shield(self._written)
             await self._answer()
         finally:
@@ -140,32 +138,34 @@ class Job:
         return "dropped" if self._dropped else "done"
 
     async def _answer(self) -> None:
-        call, gateway = self._call, self._gateway
-        request = gateway.client.build_request(
+        request, gateway = self._request, self._gateway
+        http_request = gateway.client.build_request(
             "POST",
-            gateway.engine.url + call.endpoint,
-            json=call.body,
-            headers={"x-request-id": call.id, "authorization": f"Bearer {gateway.engine.settings.key}"},
+            gateway.engine.url + request.endpoint,
+            json=request.body,
+            headers={"x-request-id": request.id, "authorization": f"Bearer {gateway.engine.settings.key}"},
         )
         self.asked_at = time.perf_counter()
-        answer = await gateway.client.send(request, stream=True)
+        answer = await gateway.client.send(http_request, stream=True)
         try:
             if answer.status_code != httpx.codes.OK:
                 said = read_json_object(await answer.aread())
-                raise call.explain(engine_error(answer.status_code, said, call.body))
-            await (self._stream(answer) if call.engine_streams else self._plain(answer))
+                raise request.explain(engine_error(answer.status_code, said, request.body))
+            await (self._stream(answer) if request.engine_streams else self._plain(answer))
         finally:
             await answer.aclose()
 
     async def _begin(self) -> None:
-        call, gateway = self._call, self._gateway
+        request, gateway = self._request, self._gateway
         try:
-            begin = gateway.books.ledger.begin
-            await asyncio.to_thread(begin, call.id, call.account.id, gateway.model.name, call.endpoint)
+            begin = gateway.billing.ledger.begin
+            await asyncio.to_thread(
+                begin, request.id, request.account.id, gateway.model.name, request.endpoint
+            )
         except InsufficientBalance as error:
-            gateway.solvent.discard(call.account.id)
+            gateway.solvent.discard(request.account.id)
             raise ApiError(402, str(error)) from error
-        gateway.solvent.add(call.account.id)
+        gateway.solvent.add(request.account.id)
         self._begun, self._noted_at = True, time.monotonic()
 
     async def _stream(self, answer: httpx.Response) -> None:
@@ -185,14 +185,14 @@ class Job:
     async def _plain(self, answer: httpx.Response) -> None:
         body = read_json_object(await answer.aread())
         await self._came()
-        if self._call.cleaner:
-            self._call.cleaner.whole(body)
+        if self._request.cleaner:
+            self._request.cleaner.answer(body)
         self._dialect.read_plain(body)
         bill = await self._settle("dropped" if self._dropped else "done")
         self.pieces.put_nowait(_dump(self._dialect.plain(body, bill)))
 
     def _cleaned(self, event: Event) -> list[Event]:
-        return self._call.cleaner.event(event) if self._call.cleaner else [event]
+        return self._request.cleaner.event(event) if self._request.cleaner else [event]
 
     async def _came(self) -> None:
         """The engine has begun to answer: go on when the request is written down."""
@@ -200,12 +200,12 @@ class Job:
         await asyncio.shield(self._written)
 
     def _note_is_due(self) -> bool:
-        every = max(PROGRESS_S, len(self._gateway.slots) / NOTES_PER_S)
+        every = max(PROGRESS_S, len(self._gateway.limiter) / NOTES_PER_S)
         return time.monotonic() - self._noted_at > every
 
     async def _note(self) -> None:
-        ledger, tokens = self._gateway.books.ledger, self._dialect.usage.tokens
-        await asyncio.to_thread(ledger.progress, self._call.id, tokens)
+        ledger, tokens = self._gateway.billing.ledger, self._dialect.usage.tokens
+        await asyncio.to_thread(ledger.progress, self._request.id, tokens)
         self._noted_at = time.monotonic()
 
     async def _settle(self, outcome: str) -> dict[str, Any]:
@@ -213,11 +213,13 @@ class Job:
         gateway, tokens = self._gateway, self._dialect.usage.tokens
         if not tokens.output and outcome != "done":
             tokens = Tokens(0, 0, 0)
-        reading = reading_of(gateway.model, tokens)
-        charge = await asyncio.to_thread(gateway.books.ledger.settle, self._call.id, tokens, outcome, reading)
+        reads = count_attention_reads(gateway.model, tokens)
+        charge = await asyncio.to_thread(
+            gateway.billing.ledger.settle, self._request.id, tokens, outcome, reads
+        )
         self._settled = True
-        gateway.metrics.billed(tokens, float(charge), gateway.books.prices.currency, reading)
-        return shown_bill(gateway.books.prices, tokens, charge, reading)
+        gateway.metrics.billed(tokens, float(charge), gateway.billing.prices.currency, reads)
+        return shown_bill(gateway.billing.prices, tokens, charge, reads)
 
     async def _fail(self, error: ApiError, outcome: str) -> None:
         """Charge for what the client got, and tell it what went wrong."""
@@ -226,13 +228,13 @@ class Job:
                 await self._settle(outcome)
             except FulmenError:
                 # Left open in the ledger: `recover` charges for it.
-                self._gateway.log.exception("request %s could not be settled", self._call.id)
+                self._gateway.log.exception("request %s could not be settled", self._request.id)
         self.pieces.put_nowait(error)
 
     async def _abort(self) -> None:
         """End the request at the engine; it may not have got there yet."""
-        call, gateway = self._call, self._gateway
-        names = [f"{call.id_prefix}{call.id}{suffix}" for suffix in call.id_suffixes]
+        request, gateway = self._request, self._gateway
+        names = [f"{request.id_prefix}{request.id}{suffix}" for suffix in request.id_suffixes]
         for _ in range(ABORT_TRIES):
             try:
                 await gateway.client.post(
@@ -242,7 +244,7 @@ class Job:
                     timeout=ABORT_RETRY_S * 4,
                 )
             except httpx.HTTPError as error:
-                gateway.log.info("request %s: no answer to its end (%s)", call.id, error)
+                gateway.log.info("request %s: no answer to its end (%s)", request.id, error)
             if await asyncio.wait([self.task], timeout=ABORT_RETRY_S) and self.task.done():
                 return
         self.task.cancel()

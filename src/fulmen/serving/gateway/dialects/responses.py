@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from fulmen.serving.gateway.dialects.requests import ChatRequest, Count, Model, ResponseFormat, Role, ToolName
 from fulmen.serving.gateway.errors import ApiError
-from fulmen.serving.gateway.requests import ChatRequest, Count, Model, ResponseFormat, Role, ToolName
 
 # Fields that ask for what is not kept here, or not done.
 _REFUSED = {

@@ -6,12 +6,12 @@ lay in the cache had their queries in an earlier request; the last generated tok
 answers to one request (`n`) are counted as if one followed the other.
 """
 
-from fulmen.serving.billing.ledger import Reading
+from fulmen.serving.billing.ledger import AttentionReads
 from fulmen.serving.billing.prices import Tokens
 from fulmen.serving.engine.served_model import ServedModel
 
 
-def reading_of(model: ServedModel, tokens: Tokens) -> Reading:
+def count_attention_reads(model: ServedModel, tokens: Tokens) -> AttentionReads:
     """Tokens that dense attention would have read, those read, and the bytes between them.
 
     `context_tokens` and `tokens_read` are means over layers, summed over the request's queries. `bytes_saved`
@@ -33,7 +33,7 @@ def reading_of(model: ServedModel, tokens: Tokens) -> Reading:
     index_bytes = index_tokens * model.token_bytes.index_keys // index_layers
     saved = (dense - sparse) * model.layer_kv_bytes - index_bytes
     layers = len(model.windows)
-    return Reading(dense // layers, sparse // layers, saved)
+    return AttentionReads(dense // layers, sparse // layers, saved)
 
 
 def _read_up_to(n: int, kept: int, all_up_to: int) -> int:

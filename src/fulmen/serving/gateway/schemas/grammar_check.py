@@ -17,7 +17,7 @@ from typing import Any
 
 from fulmen.serving.engine.served_model import ServedModel
 from fulmen.serving.gateway.errors import ApiError
-from fulmen.serving.gateway.schemas import Held
+from fulmen.serving.gateway.schemas.json_schema import Held
 
 # Seconds that a check may wait for its turn and take on a busy machine: beyond that nobody is to blame.
 PATIENCE_S = 60.0
@@ -130,7 +130,7 @@ class GrammarCheck:
     async def _started(self) -> asyncio.subprocess.Process:
         """The process; started anew if it is lost."""
         if self._process is None or self._process.returncode is not None:
-            command = [sys.executable, "-m", "fulmen.serving.gateway.grammar_worker"]
+            command = [sys.executable, "-m", "fulmen.serving.gateway.schemas.grammar_worker"]
             self._process = await asyncio.create_subprocess_exec(
                 *(*command, str(self._place), str(self._tokens), str(self._seconds)),
                 stdin=subprocess.PIPE,
