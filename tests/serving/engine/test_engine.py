@@ -19,7 +19,7 @@ import psutil
 from transformers import DeepseekV3Config, LlamaConfig
 
 from fulmen.errors import ConfigError, EngineError
-from fulmen.serving import engine as engine_module
+from fulmen.serving.engine import process as engine_module
 from fulmen.serving.engine.process import Engine
 from fulmen.serving.engine.served_model import ServedModel
 from fulmen.serving.engine.settings import GIB, EngineSettings, kv_gib, parser_flags

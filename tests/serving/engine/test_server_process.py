@@ -73,8 +73,8 @@ def run(state):
 @contextmanager
 def server(state):
     """Its process, its address, and all processes that belong to it."""
-    code = f"import sys; sys.path[:0] = {sys.path!r}; import pathlib, test_server_process as this"
-    command = [sys.executable, "-c", f"{code}; sys.exit(this.run(pathlib.Path({str(state)!r})))"]
+    code = f"import pathlib, sys; sys.path[:0] = {sys.path!r}; from {__name__} import run"
+    command = [sys.executable, "-c", f"{code}; sys.exit(run(pathlib.Path({str(state)!r})))"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         assert "starting vLLM" in process.stdout.readline()
