@@ -10,7 +10,15 @@ import torch
 from fulmen.errors import BackendError
 from fulmen.ops import dispatch
 from fulmen.ops.common.notices import notice_once
-from fulmen.ops.dispatch import pin_backend, resolve
+from fulmen.ops.dispatch import (
+    IMPLEMENTATIONS,
+    KERNEL_DTYPES,
+    implementation,
+    implements,
+    operations,
+    pin_backend,
+    resolve,
+)
 from fulmen.ops.topk import select_topk
 
 CPU = torch.device("cpu")
@@ -105,7 +113,7 @@ def test_cpp_is_the_default_where_it_has_a_kernel():
 @pytest.mark.usefixtures("_cpp_is_built")
 def test_pinned_cpp_raises_where_it_has_no_kernel():
     for name, device, dtype, reason in [
-        ("indexer_loss", CPU, torch.float32, "it has kernels for index_scores, .* alone"),
+        ("indexer_loss", CPU, torch.float32, "it has kernels for .*index_scores, .* alone"),
         ("index_topk", "cuda", torch.float32, "its kernels run on the CPU, not on device 'cuda'"),
         ("index_topk", CPU, torch.float64, r"compute in float32, dtype torch\.float64 needs more"),
     ]:
@@ -117,3 +125,29 @@ def test_pinned_cpp_that_was_not_built_raises_with_the_reason():
     reason = "cannot run index_topk: its library was not built"
     with pytest.raises(BackendError, match=reason), pin_backend("cpp"):
         resolve("index_topk", CPU, torch.float32)
+
+
+def test_every_operation_has_a_specification_and_plain_torch():
+    assert len(operations()) == 14
+    assert operations("reference") == operations("torch") == operations()
+    assert set(operations("triton")) < set(operations("cpp")) < set(operations())
+
+
+@pytest.mark.usefixtures("_cpp_is_built")
+def test_a_backend_registers_its_implementation_with_its_dtypes(monkeypatch):
+    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", {**IMPLEMENTATIONS})
+
+    @implements("double", "reference", "torch")
+    def double_plainly(x):
+        return x + x
+
+    @implements("double", "cpp", dtypes=KERNEL_DTYPES[:1])
+    def double_fast(x):
+        return 2 * x
+
+    assert implementation("double", CPU, torch.float32).run is double_fast
+    assert implementation("double", CPU, torch.bfloat16).run is double_plainly
+    with pytest.raises(BackendError, match=r"takes float32, not dtype torch\.bfloat16"), pin_backend("cpp"):
+        implementation("double", CPU, torch.bfloat16)
+    with pytest.raises(BackendError, match="it has kernels for .* alone"), pin_backend("triton"):
+        implementation("double", CPU, torch.float32)

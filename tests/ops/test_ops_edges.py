@@ -7,7 +7,7 @@ import torch
 
 from fulmen.ops.attention.dense import dense_attention
 from fulmen.ops.attention.sparse import sparse_attention
-from fulmen.ops.dispatch import BACKENDS, KERNEL_OPERATIONS, pin_backend, reason_against_backend
+from fulmen.ops.dispatch import BACKENDS, operations, pin_backend, reason_against_backend
 from fulmen.ops.scores import index_scores
 from fulmen.ops.topk import index_topk, select_topk
 from tests.ops.cpp_levels import EACH_LEVEL, cpp_level
@@ -19,7 +19,7 @@ PAIRS = [
     (operation, backend)
     for operation in op_inputs()
     for backend in (*(name for name in BACKENDS if name != "cpp"), *EACH_LEVEL)
-    if operation.__name__ in KERNEL_OPERATIONS.get(backend.partition("-")[0], (operation.__name__,))
+    if operation.__name__ in operations(backend.partition("-")[0])
 ]
 
 

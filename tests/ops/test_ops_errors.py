@@ -87,8 +87,9 @@ def test_more_keys_than_int32_can_number_are_refused_before_any_work(operation):
         operation(**inputs)
 
 
-def test_tensors_without_values_raise():
-    inputs = op_inputs()[dense_attention]
+@pytest.mark.parametrize("operation", op_inputs(), ids=lambda operation: operation.__name__)
+def test_tensors_without_values_raise(operation):
+    inputs = op_inputs()[operation]
     hollow = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
     with pytest.raises(BackendError, match="hold no values"):
-        dense_attention(**hollow)
+        operation(**hollow)

@@ -68,8 +68,8 @@ def diagnose() -> Diagnosis:
         BACKEND_DTYPES,
         BACKEND_VARIABLE,
         BACKENDS,
-        OPERATIONS,
         current_backend_name,
+        operations,
     )
 
     pin = current_backend_name(os.environ.get(BACKEND_VARIABLE, "")) or None
@@ -81,7 +81,7 @@ def diagnose() -> Diagnosis:
     choices = [
         _choice(device, operation, dtype)
         for device in devices
-        for operation in OPERATIONS
+        for operation in operations()
         for dtype in BACKEND_DTYPES
     ]
     return Diagnosis(_facts(), pin, choices)

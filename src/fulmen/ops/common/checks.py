@@ -22,12 +22,12 @@ def check_axes(**tensors: Tensor | None) -> dict[str, int]:
     heads or widths is empty, there are more keys than can be numbered, or a tensor is a sparse one.
     """
     sizes: dict[str, int] = {}
-    for name, tensor in tensors.items():
+    for name_and_axes, tensor in tensors.items():
         if tensor is None:
             continue
+        name, axes = shown_name(name_and_axes), axes_named(name_and_axes)
         if tensor.layout != torch.strided:
             raise ConfigError(f"{name} has layout {tensor.layout}; pass x.to_dense()")
-        axes = name.rpartition("_")[2]
         if tensor.ndim != len(axes):
             raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; it needs the {len(axes)} axes {axes}")
         for axis, size in zip(axes, tensor.shape, strict=True):
@@ -40,6 +40,16 @@ def check_axes(**tensors: Tensor | None) -> dict[str, int]:
     if sizes.get("S", 0) > MOST_KEYS:
         raise ConfigError(f"S={sizes['S']} keys cannot be numbered; use at most {MOST_KEYS}")
     return sizes
+
+
+def shown_name(name: str) -> str:
+    """What an error calls a tensor: its name, or of "q BTHD" the first word."""
+    return name.partition(" ")[0]
+
+
+def axes_named(name: str) -> str:
+    """The axes that a name announces: "BTHD" of "q_BTHD" and of "q BTHD"."""
+    return name.replace(" ", "_").rpartition("_")[2]
 
 
 def check_multiple(sizes: dict[str, int], many: str, few: str) -> None:
@@ -64,7 +74,9 @@ def check_integer(**tensors: Tensor) -> None:
     """Raise ConfigError unless all are int32 or int64: narrower ones cannot even be clipped to 0..S."""
     for name, tensor in tensors.items():
         if tensor.dtype not in INTEGER_DTYPES:
-            raise ConfigError(f"{name} has dtype {tensor.dtype}; it must be torch.int32 or torch.int64")
+            raise ConfigError(
+                f"{shown_name(name)} has dtype {tensor.dtype}; it must be torch.int32 or torch.int64"
+            )
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
@@ -74,14 +86,14 @@ def check_same_device(**tensors: Tensor | None) -> None:
     for name, tensor in present.items():
         if tensor.device != first.device:
             raise ConfigError(
-                f"{name} is on {tensor.device}, the first input on {first.device}; move it there"
+                f"{shown_name(name)} is on {tensor.device}, the first input on {first.device}; move it there"
             )
 
 
 def check_topk_below(topk_BTK: Tensor, n_keys: int) -> None:
     """Raise ConfigError if an index points beyond the keys."""
     if topk_BTK.numel() and (largest := int(topk_BTK.max())) >= n_keys:
-        raise ConfigError(f"topk_BTK holds the index {largest}; there are only S={n_keys} keys")
+        raise ConfigError(f"the selection holds the index {largest}; there are only S={n_keys} keys")
 
 
 def check_floating(**tensors: Tensor | None) -> None:

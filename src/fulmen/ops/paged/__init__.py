@@ -15,7 +15,7 @@ from fulmen.ops.attention.sparse import sparse_attention
 from fulmen.ops.common.checks import check_attention_inputs, check_axes, check_floating, check_integer
 from fulmen.ops.common.index_keys import SCALE_BYTES, is_packed, pack_index_keys
 from fulmen.ops.cpp.library import call_cpp
-from fulmen.ops.dispatch import resolve
+from fulmen.ops.dispatch import KERNEL_DTYPES, implementation, implements
 from fulmen.ops.topk import index_topk
 from fulmen.ops.topk.cpp import index_topk_cpp
 
@@ -34,12 +34,21 @@ def store_index_keys(k_TIE: Tensor, packed_RX: Tensor, rows_T: Tensor) -> None:
     check_floating(k_TIE=k_TIE)
     _check_packed(packed_RX)
     check_integer(rows_T=rows_T)
-    if resolve("store_index_keys", k_TIE.device, k_TIE.dtype) == "cpp":
-        sizes = (*k_TIE.shape, packed_RX.stride(0))
-        keys = k_TIE.float().contiguous()
-        call_cpp("fulmen_store_index_keys", keys, rows_T.long().contiguous(), packed_RX, *sizes)
-    else:
-        packed_RX[rows_T.long()] = pack_index_keys(k_TIE).flatten(1)
+    implementation("store_index_keys", k_TIE.device, k_TIE.dtype).run(k_TIE, packed_RX, rows_T)
+
+
+@implements("store_index_keys", "reference", "torch")
+def store_index_keys_composed(k_TIE: Tensor, packed_RX: Tensor, rows_T: Tensor) -> None:
+    """The specification, on any device."""
+    packed_RX[rows_T.long()] = pack_index_keys(k_TIE).flatten(1)
+
+
+@implements("store_index_keys", "cpp", dtypes=KERNEL_DTYPES)
+def store_index_keys_cpp(k_TIE: Tensor, packed_RX: Tensor, rows_T: Tensor) -> None:
+    """By the C++ kernel."""
+    sizes = (*k_TIE.shape, packed_RX.stride(0))
+    keys = k_TIE.float().contiguous()
+    call_cpp("fulmen_store_index_keys", keys, rows_T.long().contiguous(), packed_RX, *sizes)
 
 
 @torch.no_grad()
@@ -74,14 +83,30 @@ def paged_index_topk(
     check_integer(rows_BS=rows_BS, stop_BT=stop_BT)
     packed_BSIX = _gather(packed_RX, rows_BS).unflatten(-1, (-1, q_BTJE.shape[-1] + SCALE_BYTES))
     inputs = (q_BTJE, packed_BSIX, w_BTJ, b_BTJ, torch.zeros_like(stop_BT), stop_BT)
-    if resolve("index_topk", q_BTJE.device, q_BTJE.dtype) == "cpp":
-        return index_topk_cpp(*inputs, topk, dense_up_to)
-    best_BTK = index_topk(*inputs, topk)
-    n_columns = min(rows_BS.shape[1], max(topk, dense_up_to))
+    return implementation("paged_index_topk", q_BTJE.device, q_BTJE.dtype).run(*inputs, topk, dense_up_to)
+
+
+@implements("paged_index_topk", "reference", "torch", "triton")
+def index_topk_composed(
+    q_BTJE: Tensor,
+    packed_BSIX: Tensor,
+    w_BTJ: Tensor,
+    b_BTJ: Tensor | None,
+    start_BT: Tensor,
+    stop_BT: Tensor,
+    topk: int,
+    dense_up_to: int,
+) -> Tensor:
+    """Selection by `index_topk`, and all keys of queries that see few, one after the other."""
+    best_BTK = index_topk(q_BTJE, packed_BSIX, w_BTJ, b_BTJ, start_BT, stop_BT, topk)
+    n_columns = min(packed_BSIX.shape[1], max(topk, dense_up_to))
     chosen_BTK = torch.nn.functional.pad(best_BTK, (0, n_columns - best_BTK.shape[-1]), value=-1)
     position_K = torch.arange(n_columns, dtype=torch.int32, device=q_BTJE.device)
     all_BTK = torch.where(position_K < stop_BT[..., None], position_K, -1)
     return torch.where(stop_BT[..., None] <= dense_up_to, all_BTK, chosen_BTK)
+
+
+implements("paged_index_topk", "cpp", dtypes=KERNEL_DTYPES)(index_topk_cpp)
 
 
 @torch.no_grad()

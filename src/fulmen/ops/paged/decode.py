@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fulmen.errors import ConfigError
 from fulmen.ops.cpp.library import call_cpp_by_numbers
-from fulmen.ops.dispatch import resolve
+from fulmen.ops.dispatch import CACHE_DTYPES, implementation, implements
 from fulmen.ops.paged import paged_attention
 from fulmen.ops.paged.layer import NewTokens, PagedLayer
 from fulmen.ops.paged.project import Projections, check_projected, check_rows, project_and_store
@@ -42,9 +42,22 @@ def paged_decode(
         BackendError: a pinned backend that cannot run here.
     """
     _check_inputs(layer, projections, tokens, key_rows, qkv_TX, all_qk_TX, x_TC, out_TX)
-    if resolve("paged_decode", *layer.device_and_dtype) != "cpp":
-        _decode_composed(layer, projections, tokens, key_rows, qkv_TX, all_qk_TX, x_TC, out_TX)
-        return
+    backend = implementation("paged_decode", *layer.device_and_dtype)
+    backend.run(layer, projections, tokens, key_rows, qkv_TX, all_qk_TX, x_TC, out_TX)
+
+
+@implements("paged_decode", "cpp", dtypes=CACHE_DTYPES)
+def paged_decode_cpp(
+    layer: PagedLayer,
+    projections: Projections,
+    tokens: NewTokens,
+    key_rows: KeyRows,
+    qkv_TX: Tensor,
+    all_qk_TX: Tensor,
+    x_TC: Tensor,
+    out_TX: Tensor,
+) -> None:
+    """By the C++ kernel."""
     assert out_TX.is_contiguous()
     call_cpp_by_numbers(
         "fulmen_paged_decode",
@@ -75,8 +88,9 @@ def _check_inputs(
     check_rows("out_TX", out_TX, count, layer.out_width, dtype)
 
 
+@implements("paged_decode", "reference", "torch")
 @torch.no_grad()
-def _decode_composed(
+def paged_decode_composed(
     layer: PagedLayer,
     projections: Projections,
     tokens: NewTokens,

@@ -23,7 +23,7 @@ from fulmen.ops.common.index_keys import SCALE_BYTES, is_packed
 from fulmen.ops.common.rope import apply_rope, rotate_half_split
 from fulmen.ops.cpp.abi import HeadsStruct, NewTokensStruct, PagedLayerStruct
 from fulmen.ops.cpp.library import call_cpp, has_tiles
-from fulmen.ops.dispatch import resolve
+from fulmen.ops.dispatch import CACHE_DTYPES, implementation, implements
 from fulmen.ops.paged import store_index_keys
 
 
@@ -168,8 +168,22 @@ def store_tokens(
     """
     heads = {"q": q_THD, "k": k_TGD, "v": v_TGD, "index_q": index_q_TJE, "index_k": index_k_TIE}
     _check_heads(layer, tokens, heads)
-    if resolve("store_tokens", *layer.device_and_dtype) != "cpp":
-        return _store_composed(layer, tokens, q_THD, k_TGD, v_TGD, index_q_TJE, index_k_TIE)
+    backend = implementation("store_tokens", *layer.device_and_dtype)
+    return backend.run(layer, tokens, q_THD, k_TGD, v_TGD, index_q_TJE, index_k_TIE)
+
+
+@implements("store_tokens", "cpp", dtypes=CACHE_DTYPES)
+def store_tokens_cpp(
+    layer: PagedLayer,
+    tokens: NewTokens,
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    index_q_TJE: Tensor | None,
+    index_k_TIE: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """By the C++ kernel."""
+    heads = {"q": q_THD, "k": k_TGD, "v": v_TGD, "index_q": index_q_TJE, "index_k": index_k_TIE}
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
     index_out_TJE = None if index_q_TJE is None else torch.empty(index_q_TJE.shape, dtype=q_THD.dtype)
     rows, held = _head_rows(heads)
@@ -178,7 +192,8 @@ def store_tokens(
     return out_THD, index_out_TJE
 
 
-def _store_composed(
+@implements("store_tokens", "reference", "torch")
+def store_tokens_composed(
     layer: PagedLayer,
     tokens: NewTokens,
     q_THD: Tensor,

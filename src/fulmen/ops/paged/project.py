@@ -15,7 +15,7 @@ from fulmen.errors import ConfigError
 from fulmen.ops.common.checks import check_axes, check_same_device, check_same_dtype
 from fulmen.ops.cpp.abi import ProjectionsStruct
 from fulmen.ops.cpp.library import call_cpp_by_numbers, has_tiles
-from fulmen.ops.dispatch import resolve
+from fulmen.ops.dispatch import CACHE_DTYPES, implementation, implements
 from fulmen.ops.paged.layer import NewTokens, PagedLayer, check_pairs, store_tokens
 
 
@@ -88,11 +88,25 @@ def project_and_store(
         ConfigError: axes or dtypes that do not fit together.
         BackendError: a pinned backend that cannot run here.
     """
+    check_projected(layer, projections, tokens, qkv_TX, all_qk_TX, x_TC)
+    backend = implementation("project_and_store", *layer.device_and_dtype)
+    return backend.run(layer, projections, tokens, qkv_TX, all_qk_TX, x_TC, selects)
+
+
+@implements("project_and_store", "cpp", dtypes=CACHE_DTYPES)
+def project_and_store_cpp(
+    layer: PagedLayer,
+    projections: Projections,
+    tokens: NewTokens,
+    qkv_TX: Tensor,
+    all_qk_TX: Tensor,
+    x_TC: Tensor,
+    selects: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+    """By matrix tiles, where the CPU has them and numbers are bfloat16; else torch multiplies."""
     inputs = (qkv_TX, all_qk_TX, x_TC)
-    check_projected(layer, projections, tokens, *inputs)
-    by_tiles = has_tiles() and layer.kv_RGC.dtype == torch.bfloat16
-    if resolve("project_and_store", *layer.device_and_dtype) != "cpp" or not by_tiles:
-        return _project_composed(layer, projections, tokens, *inputs, selects)
+    if not has_tiles() or layer.kv_RGC.dtype != torch.bfloat16:
+        return project_and_store_composed(layer, projections, tokens, *inputs, selects)
     count, heads, new = tokens.count, layer.n_index_heads, qkv_TX.new_empty
     q_THD = new(count, *layer.shapes["q"])
     index = None
@@ -107,7 +121,8 @@ def project_and_store(
     return q_THD, index
 
 
-def _project_composed(
+@implements("project_and_store", "reference", "torch")
+def project_and_store_composed(
     layer: PagedLayer,
     projections: Projections,
     tokens: NewTokens,

@@ -13,7 +13,7 @@ from torch import Tensor
 from fulmen.errors import ConfigError
 from fulmen.ops.cpp.abi import KeyRowsStruct, PagedQueriesStruct
 from fulmen.ops.cpp.library import call_cpp_by_numbers
-from fulmen.ops.dispatch import resolve
+from fulmen.ops.dispatch import CACHE_DTYPES, implementation, implements
 from fulmen.ops.paged import paged_attention, paged_index_topk
 from fulmen.ops.paged.layer import PagedLayer, check_fields
 
@@ -74,15 +74,40 @@ def paged_sparse_attention(
     """
     floats = {"q_BTHD": q_BTHD, "index_q_BTJE": index_q_BTJE, "w_BTJ": w_BTJ, "b_BTJ": b_BTJ}
     _check_inputs(layer, floats | {"out_BTHD": out_BTHD}, key_rows)
-    if resolve("paged_sparse_attention", *layer.device_and_dtype) != "cpp":
-        index = (index_q_BTJE, layer.packed_RX, key_rows.index_rows_BS, w_BTJ, b_BTJ, key_rows.stop_BT)
-        topk_BTK = paged_index_topk(*index, layer.topk, layer.dense_up_to)
-        out_BTHD.copy_(
-            paged_attention(q_BTHD, layer.kv_RGC, key_rows.rows_BS, key_rows.stop_BT, topk_BTK, layer.scale)
-        )
-        return
+    backend = implementation("paged_sparse_attention", *layer.device_and_dtype)
+    backend.run(layer, q_BTHD, index_q_BTJE, w_BTJ, b_BTJ, key_rows, out_BTHD)
+
+
+@implements("paged_sparse_attention", "reference", "torch")
+def paged_sparse_attention_composed(
+    layer: PagedLayer,
+    q_BTHD: Tensor,
+    index_q_BTJE: Tensor,
+    w_BTJ: Tensor,
+    b_BTJ: Tensor,
+    key_rows: KeyRows,
+    out_BTHD: Tensor,
+) -> None:
+    """The specification, on any device."""
+    index = (index_q_BTJE, layer.packed_RX, key_rows.index_rows_BS, w_BTJ, b_BTJ, key_rows.stop_BT)
+    topk_BTK = paged_index_topk(*index, layer.topk, layer.dense_up_to)
+    inputs = (layer.kv_RGC, key_rows.rows_BS, key_rows.stop_BT, topk_BTK, layer.scale)
+    out_BTHD.copy_(paged_attention(q_BTHD, *inputs))
+
+
+@implements("paged_sparse_attention", "cpp", dtypes=CACHE_DTYPES)
+def paged_sparse_attention_cpp(
+    layer: PagedLayer,
+    q_BTHD: Tensor,
+    index_q_BTJE: Tensor,
+    w_BTJ: Tensor,
+    b_BTJ: Tensor,
+    key_rows: KeyRows,
+    out_BTHD: Tensor,
+) -> None:
+    """By the C++ kernel."""
     assert out_BTHD.is_contiguous()
-    held = [x.contiguous() for x in floats.values()]
+    held = [x.contiguous() for x in (q_BTHD, index_q_BTJE, w_BTJ, b_BTJ)]
     sizes = (*q_BTHD.shape[:2], torch.get_num_threads())
     queries = PagedQueriesStruct(*sizes, *(x.data_ptr() for x in held))
     structures = map(ctypes.addressof, (layer.struct, queries, key_rows.struct))

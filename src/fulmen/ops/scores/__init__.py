@@ -8,11 +8,12 @@ from torch import Tensor
 from fulmen.ops.common.checks import check_index_inputs
 from fulmen.ops.common.opaque import opaque
 from fulmen.ops.common.precision import cast_as_autocast, math_dtype, outside_autocast
-from fulmen.ops.dispatch import resolve
+from fulmen.ops.dispatch import implementation, implements_by_name
 from fulmen.ops.scores.cpp import index_scores_cpp
 from fulmen.ops.scores.reference import index_scores_reference
 from fulmen.ops.scores.torch_blocked import index_scores_blocked
-from fulmen.ops.triton_support import triton_kernels
+
+implements_by_name("index_scores", "triton", "fulmen.ops.scores.triton:index_scores_triton")
 
 
 @torch.no_grad()
@@ -61,13 +62,6 @@ def _score_keys(
     stop_BT: Tensor,
 ) -> Tensor:
     check_index_inputs(q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT=start_BT, stop_BT=stop_BT)
-    arguments = (q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT)
-    backend = resolve("index_scores", q_BTJE.device, q_BTJE.dtype)
+    backend = implementation("index_scores", q_BTJE.device, q_BTJE.dtype)
     with outside_autocast(q_BTJE.device):
-        if backend == "cpp":
-            return index_scores_cpp(*arguments)
-        if backend == "triton":
-            return triton_kernels("scores").index_scores_triton(*arguments)
-        if backend == "torch":
-            return index_scores_blocked(*arguments)
-        return index_scores_reference(*arguments).scores_BTS
+        return backend.run(q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT)

@@ -6,11 +6,13 @@ from torch import Tensor
 from fulmen.ops.common.index_keys import is_packed
 from fulmen.ops.cpp.abi import IndexShape
 from fulmen.ops.cpp.library import call_cpp, has_tiles, kernel_floats, row_major
+from fulmen.ops.dispatch import KERNEL_DTYPES, implements
 
 # `KeyKind` of `cpp/src/index_inputs.h`
 KEY_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
+@implements("index_scores", "cpp", dtypes=KERNEL_DTYPES)
 def index_scores_cpp(
     q_BTJE: Tensor,
     k_BSIE: Tensor,

@@ -1,6 +1,6 @@
 """Index scores, the specification."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 from fulmen.ops.common.index_keys import index_key_numbers
 from fulmen.ops.common.intervals import interval_mask
 from fulmen.ops.common.precision import math_dtype, nan_for_infinity
+from fulmen.ops.dispatch import implements
 
 
 class IndexScoresReference(NamedTuple):
@@ -41,3 +42,9 @@ def index_scores_reference(
     return IndexScoresReference(
         visible_BTS, logits_BTJS, relu_BTJS, scores_BTS.masked_fill(~visible_BTS, -torch.inf)
     )
+
+
+@implements("index_scores", "reference")
+def reference_scores(*inputs: Any) -> Tensor:
+    """The result alone."""
+    return index_scores_reference(*inputs).scores_BTS

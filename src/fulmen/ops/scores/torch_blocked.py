@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from fulmen.ops.common.index_keys import is_packed, unpack_index_keys
 from fulmen.ops.common.precision import math_dtype, nan_for_infinity
 from fulmen.ops.common.tiles import TILE_NUMBERS, interval_blocks, take_keys
+from fulmen.ops.dispatch import implements
 
 PRODUCT_ROWS = 4
 PRODUCT_COLUMNS = 16
@@ -23,6 +24,7 @@ INDEX_TILE_LOGITS = 500_000
 NARROWEST_TILE = 16
 
 
+@implements("index_scores", "torch")
 def index_scores_blocked(
     q_BTJE: Tensor,
     k_BSIE: Tensor,

@@ -15,12 +15,13 @@ from fulmen.ops.common.checks import (
 )
 from fulmen.ops.common.opaque import opaque
 from fulmen.ops.common.precision import cast_as_autocast, outside_autocast
-from fulmen.ops.dispatch import resolve
-from fulmen.ops.scores.reference import index_scores_reference
+from fulmen.ops.dispatch import implementation, implements_by_name
 from fulmen.ops.topk.cpp import index_topk_cpp, select_topk_cpp
-from fulmen.ops.topk.reference import select_topk_reference
+from fulmen.ops.topk.reference import index_topk_reference, select_topk_reference
 from fulmen.ops.topk.torch_blocked import index_topk_blocked, select_topk_blocked
-from fulmen.ops.triton_support import triton_kernels
+
+implements_by_name("select_topk", "triton", "fulmen.ops.topk.triton:select_topk_triton")
+implements_by_name("index_topk", "triton", "fulmen.ops.topk.triton:index_topk_triton")
 
 
 @torch.no_grad()
@@ -57,14 +58,8 @@ def _select_from_scores(scores_BTS: Tensor, start_BT: Tensor, stop_BT: Tensor, t
     check_floating(scores_BTS=scores_BTS)
     check_integer(start_BT=start_BT, stop_BT=stop_BT)
     check_same_device(scores_BTS=scores_BTS, start_BT=start_BT, stop_BT=stop_BT)
-    backend = resolve("select_topk", scores_BTS.device, scores_BTS.dtype)
-    if backend == "cpp":
-        return select_topk_cpp(scores_BTS, start_BT, stop_BT, topk)
-    if backend == "triton":
-        return triton_kernels("topk").select_topk_triton(scores_BTS, start_BT, stop_BT, topk)
-    if backend == "torch":
-        return select_topk_blocked(scores_BTS, start_BT, stop_BT, topk)
-    return select_topk_reference(scores_BTS, start_BT, stop_BT, topk)
+    backend = implementation("select_topk", scores_BTS.device, scores_BTS.dtype)
+    return backend.run(scores_BTS, start_BT, stop_BT, topk)
 
 
 @torch.no_grad()
@@ -105,14 +100,6 @@ def _select_from_index(
     topk: int,
 ) -> Tensor:
     check_index_inputs(q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT=start_BT, stop_BT=stop_BT)
-    inputs = (q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT)
-    backend = resolve("index_topk", q_BTJE.device, q_BTJE.dtype)
+    backend = implementation("index_topk", q_BTJE.device, q_BTJE.dtype)
     with outside_autocast(q_BTJE.device):
-        if backend == "cpp":
-            return index_topk_cpp(*inputs, topk)
-        if backend == "triton":
-            return triton_kernels("topk").index_topk_triton(*inputs, topk)
-        if backend == "torch":
-            return index_topk_blocked(*inputs, topk)
-        scores_BTS = index_scores_reference(*inputs).scores_BTS
-        return select_topk_reference(scores_BTS, start_BT, stop_BT, topk)
+        return backend.run(q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT, topk)

@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from fulmen.ops.cpp.library import call_cpp
+from fulmen.ops.dispatch import KERNEL_DTYPES, implements
 from fulmen.ops.scores.cpp import call_index_kernel
 
 
+@implements("select_topk", "cpp", dtypes=KERNEL_DTYPES)
 def select_topk_cpp(scores_BTS: Tensor, start_BT: Tensor, stop_BT: Tensor, topk: int) -> Tensor:
     """See `fulmen.ops.topk.select_topk`."""
     batch, queries, n_keys = scores_BTS.shape
@@ -18,6 +20,7 @@ def select_topk_cpp(scores_BTS: Tensor, start_BT: Tensor, stop_BT: Tensor, topk:
     return topk_BTK
 
 
+@implements("index_topk", "cpp", dtypes=KERNEL_DTYPES)
 def index_topk_cpp(
     q_BTJE: Tensor,
     k_BSIE: Tensor,

@@ -5,7 +5,11 @@ import math
 import torch
 from torch import Tensor
 
+from fulmen.ops.dispatch import implements
+from fulmen.ops.scores.reference import index_scores_reference
 
+
+@implements("select_topk", "reference")
 def select_topk_reference(scores_BTS: Tensor, start_BT: Tensor, stop_BT: Tensor, topk: int) -> Tensor:
     """See `fulmen.ops.topk.select_topk`."""
     batch, queries, n_keys = scores_BTS.shape
@@ -30,3 +34,18 @@ def _select_topk_reference_row(row_S: list[float], start: int, stop: int, n_colu
 
 def _zero_if_nan(score: float) -> float:
     return 0.0 if math.isnan(score) else score
+
+
+@implements("index_topk", "reference")
+def index_topk_reference(
+    q_BTJE: Tensor,
+    k_BSIE: Tensor,
+    w_BTJ: Tensor,
+    b_BTJ: Tensor | None,
+    start_BT: Tensor,
+    stop_BT: Tensor,
+    topk: int,
+) -> Tensor:
+    """See `fulmen.ops.topk.index_topk`."""
+    scores_BTS = index_scores_reference(q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT).scores_BTS
+    return select_topk_reference(scores_BTS, start_BT, stop_BT, topk)

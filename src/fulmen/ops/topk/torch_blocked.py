@@ -6,6 +6,7 @@ from torch.nn.functional import pad
 
 from fulmen.ops.common.precision import math_dtype
 from fulmen.ops.common.tiles import IntervalBlock, interval_blocks
+from fulmen.ops.dispatch import implements
 from fulmen.ops.scores.torch_blocked import index_block_rows, score_keys
 
 # Scores of one block; their 64-bit keys take 8 MB.
@@ -15,6 +16,7 @@ NO_KEY = torch.iinfo(torch.int32).max
 HIDDEN_RANK = torch.iinfo(torch.int64).min
 
 
+@implements("select_topk", "torch")
 def select_topk_blocked(scores_BTS: Tensor, start_BT: Tensor, stop_BT: Tensor, topk: int) -> Tensor:
     """See `fulmen.ops.topk.select_topk`."""
     n_keys = scores_BTS.shape[-1]
@@ -29,6 +31,7 @@ def select_topk_blocked(scores_BTS: Tensor, start_BT: Tensor, stop_BT: Tensor, t
     return topk_BTK
 
 
+@implements("index_topk", "torch")
 def index_topk_blocked(
     q_BTJE: Tensor,
     k_BSIE: Tensor,

@@ -1,18 +1,15 @@
 """Attention over all keys of each query's interval."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from fulmen.ops.attention.blocked import BlockedAttention
 from fulmen.ops.attention.dense.cpp import dense_attention_cpp
 from fulmen.ops.attention.dense.reference import dense_attention_reference
-from fulmen.ops.attention.dense.torch_blocked import dense_attention_blocked, visible_blocks
+from fulmen.ops.attention.dense.torch_blocked import dense_attention_blocked
 from fulmen.ops.common.checks import check_attention_inputs
-from fulmen.ops.common.opaque import SavedTensors, opaque_attention
+from fulmen.ops.common.opaque import opaque_attention
 from fulmen.ops.common.precision import cast_as_autocast, outside_autocast
-from fulmen.ops.dispatch import resolve
+from fulmen.ops.dispatch import implementation
 
 
 def dense_attention(
@@ -52,19 +49,9 @@ def _interval_gradients(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq_BTHD, dk_BSGD and dv_BSGV by the backend that computed the outputs."""
-    if resolve("dense_attention", q_BTHD.device, q_BTHD.dtype) == "reference":
-
-        def attend(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor) -> tuple[Tensor, Tensor]:
-            result = dense_attention_reference(q_BTHD, k_BSGD, v_BSGV, start_BT, stop_BT, scale)
-            return result.out_BTHV, result.lse_BTH
-
-        return torch.func.vjp(attend, q_BTHD, k_BSGD, v_BSGV)[1]((dout_BTHV, dlse_BTH))
-    # As in CppDenseAttention, whose lse a bad value does not spoil.
-    marked_BTH = lse_BTH.masked_fill(out_BTHV.isnan().any(-1), torch.nan)
-    blocks = visible_blocks(q_BTHD, k_BSGD, start_BT, stop_BT)
-    saved = SavedTensors(q_BTHD, k_BSGD, v_BSGV, out_BTHV, marked_BTH, scale=scale, blocks=blocks)
-    backward: Any = BlockedAttention.backward
-    return backward(saved, dout_BTHV, dlse_BTH)[:3]
+    gradients = implementation("dense_attention", q_BTHD.device, q_BTHD.dtype).gradients
+    assert gradients is not None
+    return gradients(dout_BTHV, dlse_BTH, q_BTHD, k_BSGD, v_BSGV, start_BT, stop_BT, out_BTHV, lse_BTH, scale)
 
 
 @opaque_attention(_interval_gradients)
@@ -74,12 +61,6 @@ def _attend_to_intervals(
     check_attention_inputs(
         {"q_BTHD": q_BTHD, "k_BSGD": k_BSGD, "v_BSGV": v_BSGV}, start_BT=start_BT, stop_BT=stop_BT
     )
-    arguments = (q_BTHD, k_BSGD, v_BSGV, start_BT, stop_BT, scale)
-    backend = resolve("dense_attention", q_BTHD.device, q_BTHD.dtype)
+    backend = implementation("dense_attention", q_BTHD.device, q_BTHD.dtype)
     with outside_autocast(q_BTHD.device):
-        if backend == "cpp":
-            return dense_attention_cpp(*arguments)
-        if backend == "torch":
-            return dense_attention_blocked(*arguments)
-        result = dense_attention_reference(*arguments)
-        return result.out_BTHV, result.lse_BTH
+        return backend.run(q_BTHD, k_BSGD, v_BSGV, start_BT, stop_BT, scale)

@@ -14,9 +14,11 @@ from torch.autograd.function import once_differentiable
 from fulmen.ops.attention.blocked import BlockedAttention
 from fulmen.ops.attention.cpp import attend_by_cpp
 from fulmen.ops.attention.dense.causal import dense_attention_causal, fits_causal
-from fulmen.ops.attention.dense.torch_blocked import visible_blocks
+from fulmen.ops.attention.dense.torch_blocked import dense_gradients_blocked, visible_blocks
+from fulmen.ops.dispatch import KERNEL_DTYPES, implements
 
 
+@implements("dense_attention", "cpp", dtypes=KERNEL_DTYPES, gradients=dense_gradients_blocked)
 def dense_attention_cpp(
     q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, start_BT: Tensor, stop_BT: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,39 @@
 """Dense attention in blocks of queries and tiles of keys; plain torch, any device."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from fulmen.ops.attention.blocked import AttentionBlocks, BlockedAttention, attention_block_size
+from fulmen.ops.common.opaque import SavedTensors
 from fulmen.ops.common.tiles import KeyTile, interval_blocks
+from fulmen.ops.dispatch import implements
 
 
+def dense_gradients_blocked(
+    dout_BTHV: Tensor,
+    dlse_BTH: Tensor,
+    q_BTHD: Tensor,
+    k_BSGD: Tensor,
+    v_BSGV: Tensor,
+    start_BT: Tensor,
+    stop_BT: Tensor,
+    out_BTHV: Tensor,
+    lse_BTH: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq_BTHD, dk_BSGD and dv_BSGV."""
+    # As in CppDenseAttention, whose lse a bad value does not spoil.
+    marked_BTH = lse_BTH.masked_fill(out_BTHV.isnan().any(-1), torch.nan)
+    blocks = visible_blocks(q_BTHD, k_BSGD, start_BT, stop_BT)
+    saved = SavedTensors(q_BTHD, k_BSGD, v_BSGV, out_BTHV, marked_BTH, scale=scale, blocks=blocks)
+    backward: Any = BlockedAttention.backward
+    return backward(saved, dout_BTHV, dlse_BTH)[:3]
+
+
+@implements("dense_attention", "torch", gradients=dense_gradients_blocked)
 def dense_attention_blocked(
     q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, start_BT: Tensor, stop_BT: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:

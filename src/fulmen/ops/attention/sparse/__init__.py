@@ -1,19 +1,22 @@
 """Attention over the selected keys only."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from fulmen.ops.attention.blocked import BlockedAttention
-from fulmen.ops.attention.sparse.cpp import CppSparseAttention, sparse_attention_cpp
+from fulmen.ops.attention.sparse.cpp import sparse_attention_cpp
 from fulmen.ops.attention.sparse.reference import sparse_attention_reference
-from fulmen.ops.attention.sparse.torch_blocked import selected_blocks, sparse_attention_blocked
+from fulmen.ops.attention.sparse.torch_blocked import sparse_attention_blocked
 from fulmen.ops.common.checks import check_attention_inputs, check_topk_below
-from fulmen.ops.common.opaque import SavedTensors, opaque_attention
+from fulmen.ops.common.opaque import opaque_attention
 from fulmen.ops.common.precision import cast_as_autocast, outside_autocast
-from fulmen.ops.dispatch import resolve
-from fulmen.ops.triton_support import triton_kernels
+from fulmen.ops.dispatch import implementation, implements_by_name
+
+implements_by_name(
+    "sparse_attention",
+    "triton",
+    "fulmen.ops.attention.sparse.triton:sparse_attention_triton",
+    gradients="fulmen.ops.attention.sparse.triton:sparse_gradients_triton",
+)
 
 
 def sparse_attention(
@@ -53,23 +56,9 @@ def _selected_gradients(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq_BTHD, dk_BSGD and dv_BSGV by the backend that computed the outputs."""
-    backend = resolve("sparse_attention", q_BTHD.device, q_BTHD.dtype)
-    qkv, results = (q_BTHD, k_BSGD, v_BSGV), (out_BTHV, lse_BTH)
-    if backend == "reference":
-
-        def attend(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor) -> tuple[Tensor, Tensor]:
-            result = sparse_attention_reference(q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale)
-            return result.out_BTHV, result.lse_BTH
-
-        return torch.func.vjp(attend, *qkv)[1]((dout_BTHV, dlse_BTH))
-    function: Any = CppSparseAttention
-    saved = SavedTensors(*qkv, topk_BTK, *results, scale=scale)
-    if backend == "torch":
-        function = BlockedAttention
-        saved = SavedTensors(*qkv, *results, scale=scale, blocks=selected_blocks(q_BTHD, k_BSGD, topk_BTK))
-    elif backend == "triton":
-        function = triton_kernels("attention.sparse").TritonSparseAttention
-    return function.backward(saved, dout_BTHV, dlse_BTH)[:3]
+    gradients = implementation("sparse_attention", q_BTHD.device, q_BTHD.dtype).gradients
+    assert gradients is not None
+    return gradients(dout_BTHV, dlse_BTH, q_BTHD, k_BSGD, v_BSGV, topk_BTK, out_BTHV, lse_BTH, scale)
 
 
 @opaque_attention(_selected_gradients)
@@ -77,15 +66,7 @@ def _attend_to_selected(
     q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, topk_BTK: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     sizes = check_attention_inputs({"q_BTHD": q_BTHD, "k_BSGD": k_BSGD, "v_BSGV": v_BSGV}, topk_BTK=topk_BTK)
+    backend = implementation("sparse_attention", q_BTHD.device, q_BTHD.dtype)
     check_topk_below(topk_BTK, sizes["S"])
-    arguments = (q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale)
-    backend = resolve("sparse_attention", q_BTHD.device, q_BTHD.dtype)
     with outside_autocast(q_BTHD.device):
-        if backend == "cpp":
-            return sparse_attention_cpp(*arguments)
-        if backend == "triton":
-            return triton_kernels("attention.sparse").sparse_attention_triton(*arguments)
-        if backend == "torch":
-            return sparse_attention_blocked(*arguments)
-        result = sparse_attention_reference(*arguments)
-        return result.out_BTHV, result.lse_BTH
+        return backend.run(q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale)

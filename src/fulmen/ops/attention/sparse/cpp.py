@@ -9,10 +9,30 @@ from torch.nn.functional import pad
 
 from fulmen.ops.attention.cpp import attend_by_cpp, attention_shape
 from fulmen.ops.common.intervals import kernel_positions
+from fulmen.ops.common.opaque import SavedTensors
 from fulmen.ops.cpp.abi import ROW_MULTIPLE
 from fulmen.ops.cpp.library import call_cpp, kernel_floats
+from fulmen.ops.dispatch import KERNEL_DTYPES, implements
 
 
+def sparse_gradients_cpp(
+    dout_BTHV: Tensor,
+    dlse_BTH: Tensor,
+    q_BTHD: Tensor,
+    k_BSGD: Tensor,
+    v_BSGV: Tensor,
+    topk_BTK: Tensor,
+    out_BTHV: Tensor,
+    lse_BTH: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq_BTHD, dk_BSGD and dv_BSGV."""
+    saved = SavedTensors(q_BTHD, k_BSGD, v_BSGV, topk_BTK, out_BTHV, lse_BTH, scale=scale)
+    backward: Any = CppSparseAttention.backward
+    return backward(saved, dout_BTHV, dlse_BTH)[:3]
+
+
+@implements("sparse_attention", "cpp", dtypes=KERNEL_DTYPES, gradients=sparse_gradients_cpp)
 def sparse_attention_cpp(
     q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, topk_BTK: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -8,13 +8,35 @@ gains further as queries select alike. A single query is its own union.
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import Tensor
 
 from fulmen.ops.attention.blocked import AttentionBlocks, BlockedAttention, attention_block_size
+from fulmen.ops.common.opaque import SavedTensors
 from fulmen.ops.common.tiles import KeyTile, selected_tiles
+from fulmen.ops.dispatch import implements
 
 
+def sparse_gradients_blocked(
+    dout_BTHV: Tensor,
+    dlse_BTH: Tensor,
+    q_BTHD: Tensor,
+    k_BSGD: Tensor,
+    v_BSGV: Tensor,
+    topk_BTK: Tensor,
+    out_BTHV: Tensor,
+    lse_BTH: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq_BTHD, dk_BSGD and dv_BSGV."""
+    blocks = selected_blocks(q_BTHD, k_BSGD, topk_BTK)
+    saved = SavedTensors(q_BTHD, k_BSGD, v_BSGV, out_BTHV, lse_BTH, scale=scale, blocks=blocks)
+    backward: Any = BlockedAttention.backward
+    return backward(saved, dout_BTHV, dlse_BTH)[:3]
+
+
+@implements("sparse_attention", "torch", gradients=sparse_gradients_blocked)
 def sparse_attention_blocked(
     q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, topk_BTK: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:

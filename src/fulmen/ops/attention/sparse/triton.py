@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from fulmen.ops.attention.sparse.triton_backward import sparse_attention_gradients
 from fulmen.ops.common.intervals import kernel_positions
+from fulmen.ops.common.opaque import SavedTensors
 from fulmen.ops.cpp.library import row_major
 from fulmen.ops.triton_kit import (
     LOG2_E,
@@ -34,6 +35,23 @@ DECODE_QUERIES = 8
 # Keys of a part, at least, and how many parts there are at most.
 PART_KEYS = 256
 MOST_PARTS = 64
+
+
+def sparse_gradients_triton(
+    dout_BTHV: Tensor,
+    dlse_BTH: Tensor,
+    q_BTHD: Tensor,
+    k_BSGD: Tensor,
+    v_BSGV: Tensor,
+    topk_BTK: Tensor,
+    out_BTHV: Tensor,
+    lse_BTH: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq_BTHD, dk_BSGD and dv_BSGV."""
+    saved = SavedTensors(q_BTHD, k_BSGD, v_BSGV, topk_BTK, out_BTHV, lse_BTH, scale=scale)
+    backward: Any = TritonSparseAttention.backward
+    return backward(saved, dout_BTHV, dlse_BTH)[:3]
 
 
 def sparse_attention_triton(

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from fulmen.ops.common.checks import check_loss_inputs, check_topk_below
 from fulmen.ops.common.precision import cast_as_autocast, outside_autocast
-from fulmen.ops.dispatch import resolve
+from fulmen.ops.dispatch import implementation
 from fulmen.ops.losses.indexer.reference import (
     IndexerLoss,
     indexer_loss_reference,
@@ -49,11 +49,9 @@ def indexer_loss(
     attention_inputs = {"attn_q_BTHD": attn_q_BTHD, "attn_k_BSGD": attn_k_BSGD}
     check_loss_inputs(index_inputs, attention_inputs, start_BT=start_BT, stop_BT=stop_BT)
     arguments = (q_BTJE, k_BSIE, w_BTJ, b_BTJ, attn_q_BTHD, attn_k_BSGD, start_BT, stop_BT, scale)
-    backend = resolve("indexer_loss", q_BTJE.device, q_BTJE.dtype)
+    backend = implementation("indexer_loss", q_BTJE.device, q_BTJE.dtype)
     with outside_autocast(q_BTJE.device):
-        if backend == "torch":
-            return indexer_loss_blocked(*arguments)
-        return indexer_loss_reference(*arguments).loss
+        return backend.run(*arguments)
 
 
 def indexer_loss_selected(
@@ -80,10 +78,8 @@ def indexer_loss_selected(
     index_inputs = {"q_BTJE": q_BTJE, "k_BSIE": k_BSIE, "w_BTJ": w_BTJ, "b_BTJ": b_BTJ}
     attention_inputs = {"attn_q_BTHD": attn_q_BTHD, "attn_k_BSGD": attn_k_BSGD}
     sizes = check_loss_inputs(index_inputs, attention_inputs, topk_BTK=topk_BTK)
+    backend = implementation("indexer_loss_selected", q_BTJE.device, q_BTJE.dtype)
     check_topk_below(topk_BTK, sizes["S"])
     arguments = (q_BTJE, k_BSIE, w_BTJ, b_BTJ, attn_q_BTHD, attn_k_BSGD, topk_BTK, scale)
-    backend = resolve("indexer_loss_selected", q_BTJE.device, q_BTJE.dtype)
     with outside_autocast(q_BTJE.device):
-        if backend == "torch":
-            return indexer_loss_selected_blocked(*arguments)
-        return indexer_loss_selected_reference(*arguments).loss
+        return backend.run(*arguments)

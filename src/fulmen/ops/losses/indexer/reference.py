@@ -1,12 +1,13 @@
 """The indexer's loss, the specification: KL(p || softmax(I)) with p the mean of all heads' attention."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fulmen.ops.attention.reference import attention_reference
 from fulmen.ops.common.intervals import interval_mask, selection_mask
+from fulmen.ops.dispatch import implements
 from fulmen.ops.scores.reference import index_scores_reference
 
 
@@ -88,3 +89,15 @@ def _indexer_loss_over(
     return IndexerLossReference(
         visible_BTS, target_BTS, scores_BTS, log_index_BTS, IndexerLoss(kl_BT, entropy_BT)
     )
+
+
+@implements("indexer_loss", "reference")
+def reference_indexer_loss(*inputs: Any) -> IndexerLoss:
+    """The result alone."""
+    return indexer_loss_reference(*inputs).loss
+
+
+@implements("indexer_loss_selected", "reference")
+def reference_indexer_loss_selected(*inputs: Any) -> IndexerLoss:
+    """The result alone."""
+    return indexer_loss_selected_reference(*inputs).loss

@@ -17,6 +17,7 @@ from fulmen.ops.common.tiles import (
     take_keys,
     zero_bad_keys,
 )
+from fulmen.ops.dispatch import implements
 from fulmen.ops.losses.indexer.reference import IndexerLoss
 from fulmen.ops.scores.torch_blocked import score_keys
 
@@ -29,6 +30,7 @@ LOSS_BLOCK_NUMBERS = 2**21
 LossBlocks = Callable[[int], Iterator[tuple[slice, Callable[[], KeyTile]]]]
 
 
+@implements("indexer_loss", "torch")
 def indexer_loss_blocked(
     q_BTJE: Tensor,
     k_BSIE: Tensor,
@@ -51,6 +53,7 @@ def indexer_loss_blocked(
     return _loss_over_blocks(blocks, q_BTJE, k_BSIE, w_BTJ, b_BTJ, attn_q_BTHD, attn_k_BSGD, scale)
 
 
+@implements("indexer_loss_selected", "torch")
 def indexer_loss_selected_blocked(
     q_BTJE: Tensor,
     k_BSIE: Tensor,

@@ -8,7 +8,7 @@ from fulmen.config import require_positive_int
 from fulmen.errors import ConfigError
 from fulmen.ops.common.checks import check_axes, check_floating, check_loss_inputs, check_same_device
 from fulmen.ops.common.precision import math_dtype, outside_autocast
-from fulmen.ops.dispatch import resolve
+from fulmen.ops.dispatch import implementation
 from fulmen.ops.losses.selection.reference import selection_loss_reference
 from fulmen.ops.losses.selection.torch_blocked import selection_loss_blocked
 
@@ -70,8 +70,6 @@ def selection_loss(
     attention = [x.detach().to(dtype) for x in (attn_q_BTHD, attn_k_BSGD, attn_v_BSGV, out_weight_CN)]
     ends = (start_BT.clamp(min=0), stop_BT.clamp(max=k_BSIE.shape[1]))
     arguments: Any = (*index, *attention, *ends, topk, scale, temperature)
-    backend = resolve("selection_loss", q_BTJE.device, q_BTJE.dtype)
+    backend = implementation("selection_loss", q_BTJE.device, q_BTJE.dtype)
     with outside_autocast(q_BTJE.device):
-        if backend == "torch":
-            return selection_loss_blocked(*arguments)
-        return selection_loss_reference(*arguments).loss_BT
+        return backend.run(*arguments)

@@ -1,11 +1,12 @@
 """Specification of the selection loss: what a soft top-k would change in the attention's output."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fulmen.ops.common.intervals import interval_mask
+from fulmen.ops.dispatch import implements
 from fulmen.ops.scores.reference import index_scores_reference
 
 
@@ -64,3 +65,9 @@ def _score_at_the_cut(scores_BTS: Tensor, visible_BTS: Tensor, topk: int) -> Ten
     near_BTS = (rank_S >= topk - topk // 2) & (rank_S < topk + topk // 2 + topk % 2) & (rank_S < seen_BT1)
     mean_BT = ranked_BTS.masked_fill(~near_BTS, 0).sum(-1) / near_BTS.sum(-1).clamp_min(1)
     return torch.where(seen_BT1[..., 0] > topk, mean_BT, mean_BT.new_tensor(-torch.inf))
+
+
+@implements("selection_loss", "reference")
+def reference_selection_loss(*inputs: Any) -> Tensor:
+    """The result alone."""
+    return selection_loss_reference(*inputs).loss_BT

@@ -6,12 +6,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fulmen.ops.common.tiles import LEAST_LOSS_ROWS
+from fulmen.ops.dispatch import implements
 from fulmen.ops.losses.selection.reference import selection_loss_reference
 
 # Numbers in a block's logits, all heads.
 SELECTION_BLOCK_LOGITS = 2**21
 
 
+@implements("selection_loss", "torch")
 def selection_loss_blocked(
     q_BTJE: Tensor,
     k_BSIE: Tensor,
