@@ -149,5 +149,5 @@ def test_a_backend_registers_its_implementation_with_its_dtypes(monkeypatch):
     assert implementation("double", CPU, torch.bfloat16).run is double_plainly
     with pytest.raises(BackendError, match=r"takes float32, not dtype torch\.bfloat16"), pin_backend("cpp"):
         implementation("double", CPU, torch.bfloat16)
-    with pytest.raises(BackendError, match="it has kernels for .* alone"), pin_backend("triton"):
+    with pytest.raises(BackendError, match=r"it has kernels for .* alone"), pin_backend("triton"):
         implementation("double", CPU, torch.float32)
