@@ -3,7 +3,7 @@
     python -m benchmarks.ops.cpu_ops --out out/cpu_ops.json
 
 One thread; times are CPU time, which other work on the machine disturbs less than the clock. A kernel whose
-check fails is not timed, nor is anything that calls it. All sides of a comparison alternate in one run, a
+check fails is not timed, nor is anything that calls it. All calls of a comparison alternate in one run, a
 plain read of memory among them: it gives the bandwidth of that moment, and so the floor. The operations are
 called as a model calls them, input checks included, with memory in pages of 2 MiB, as `fulmen serve` has it.
 A token is timed in the second of two layers, as most of a model's are: its keys are in no cache, the code is.
@@ -43,7 +43,7 @@ from fulmen.ops.topk import index_topk, select_topk
 from fulmen.serving.engine.settings import LARGE_PAGES
 
 READ_BYTES = 2**28
-# Read before each side: more than the last level of cache holds, which some servers' is 480 MiB of.
+# Read before each call: more than the last level of cache holds, which some servers' is 480 MiB of.
 FLUSH_BYTES = 2**30
 DTYPE = torch.bfloat16
 
@@ -62,15 +62,15 @@ SHAPES = {
 }
 
 
-Sides = dict[str, Callable[[], Any]]
+Calls = dict[str, Callable[[], Any]]
 
 
 class Case(NamedTuple):
-    """What is compared: "dsa" with the other sides; bytes that it must read at least, or 0."""
+    """What is compared: "dsa" with the other calls; bytes that it must read at least, or 0."""
 
     name: str
     needs: tuple[str, ...]
-    make_layer: Callable[[], Sides]
+    make_layer: Callable[[], Calls]
     rounds: int
     layers: int = 1  # of which the last is timed
     bytes: int = 0
@@ -208,7 +208,7 @@ def all_cases(shapes: str, decode: str, prefill: str, rounds: int) -> Iterator[C
             few = 1 if tokens > 8192 else 3
             needs = ("scores", "selection", "attention")
             yield Case(
-                f"{name}: prompt of {tokens}", needs, partial(prefill_sides, SHAPES[name], tokens), few
+                f"{name}: prefill of {tokens}", needs, partial(prefill_calls, SHAPES[name], tokens), few
             )
 
 
@@ -219,12 +219,12 @@ def decode_case(name: str, keys: int, rounds: int) -> Case:
     pair = 2 * G * D * DTYPE.itemsize
     floor = keys * index_keys * (E + 2) + min(shape.topk, keys) * pair
     needs = ("scores", "selection", "decode attention")
-    sides = partial(decode_sides, shape, keys)
-    name = f"{name}: token after {keys - 1}"
-    return Case(name, needs, sides, rounds, layers=2, bytes=floor, dense_bytes=keys * pair)
+    calls = partial(decode_calls, shape, keys)
+    name = f"{name}: decode at {keys}"
+    return Case(name, needs, calls, rounds, layers=2, bytes=floor, dense_bytes=keys * pair)
 
 
-def decode_sides(shape: Shape, keys: int) -> Sides:
+def decode_calls(shape: Shape, keys: int) -> Calls:
     index, qkv, interval = index_inputs(shape, 1, keys), attention_inputs(shape, 1, keys), causal(1, keys)
     scale = shape.heads[2] ** -0.5
     fixed = index_topk(*index, *interval, shape.topk)
@@ -238,7 +238,7 @@ def decode_sides(shape: Shape, keys: int) -> Sides:
     }
 
 
-def prefill_sides(shape: Shape, tokens: int) -> Sides:
+def prefill_calls(shape: Shape, tokens: int) -> Calls:
     index, qkv, interval = (
         index_inputs(shape, tokens, tokens),
         attention_inputs(shape, tokens, tokens),
@@ -280,10 +280,10 @@ def warmup_losses(length: int) -> list[dict[str, Any]]:
 # ---- timing
 
 
-def alternate(layers: list[Sides], rounds: int) -> dict[str, list[float]]:
-    """Seconds of CPU time of every side's last layer in every round; one round before is thrown away.
+def alternate(layers: list[Calls], rounds: int) -> dict[str, list[float]]:
+    """Seconds of CPU time of every call's last layer in every round; one round before is thrown away.
 
-    Before each, other memory is read, so that every side finds the caches as other layers leave them.
+    Before each, other memory is read, so that every call finds the caches as other layers leave them.
     """
     memory, others = torch.ones(READ_BYTES // 4), torch.ones(FLUSH_BYTES // 4)
     *before, last = layers
@@ -292,9 +292,9 @@ def alternate(layers: list[Sides], rounds: int) -> dict[str, list[float]]:
     for done in range(rounds + 1):
         for name in times:
             others.sum()
-            for sides in before:
-                if name in sides:
-                    sides[name]()
+            for calls in before:
+                if name in calls:
+                    calls[name]()
             begun = time.process_time()
             last[name]()
             if done or rounds == 1:

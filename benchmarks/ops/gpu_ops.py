@@ -2,7 +2,7 @@
 
     python -m benchmarks.ops.gpu_ops --out out/gpu_ops.json
 
-A kernel whose check fails is not timed, nor is anything that calls it. Both sides of a comparison alternate
+A kernel whose check fails is not timed, nor is anything that calls it. Both calls of a comparison alternate
 in one run; a figure is the median of the rounds, the level 2 cache flushed before each. The operations are
 called as a user calls them, input checks included. No figure of a GPU exists yet.
 """
@@ -54,21 +54,21 @@ class Case(NamedTuple):
     Attributes:
         name: for the table.
         needs: the checks that must have passed.
-        make_sides: makes what is timed side by side; "dsa" is fulmen's.
+        make_calls: makes what is timed in turn; "dsa" is fulmen's.
         bytes: that fulmen's must read at least, or 0.
         flops: that fulmen's must do, or 0.
     """
 
     name: str
     needs: tuple[str, ...]
-    make_sides: Callable[[], dict[str, Callable[[], Any]]]
+    make_calls: Callable[[], dict[str, Callable[[], Any]]]
     bytes: int = 0
     flops: float = 0.0
 
 
 def main(
     out: Annotated[Path, typer.Option(help="JSON file.")] = Path("out/gpu_ops.json"),
-    rounds: Annotated[int, typer.Option(help="Times that every side is run.")] = 20,
+    rounds: Annotated[int, typer.Option(help="Times that every call is run.")] = 20,
     tokens: Annotated[int, typer.Option(help="Longest context.")] = 131072,
 ) -> None:
     """Check, time, print a table and write everything to a JSON file."""
@@ -83,7 +83,7 @@ def main(
     decoding = (decode_case(shape, tokens) for shape in (GQA, V32))
     for case in (*decoding, *prefill_cases(tokens), *kernel_cases()):
         broken = [name for name in case.needs if failures[name]]
-        times = {} if broken else alternate(case.make_sides(), rounds)
+        times = {} if broken else alternate(case.make_calls(), rounds)
         results.append(record(case, broken, times, bandwidth))
         print(row(results[-1]), flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -210,14 +210,16 @@ def decode_case(shape: Shape, tokens: int) -> Case:
     value_width = 0 if G == 1 else V
     floor = 2 * (tokens * index_keys * E + TOPK * G * (D + value_width))
     needs = ("scores", "selection", "decode attention")
-    return Case(f"decode at {tokens}, {H}/{G} heads", needs, partial(both_sides, shape, 1, tokens), floor)
+    return Case(
+        f"decode at {tokens}, {H}/{G} heads", needs, partial(attention_calls, shape, 1, tokens), floor
+    )
 
 
 def prefill_cases(tokens: int) -> Iterator[Case]:
     """A whole text, one layer."""
     needs = ("scores", "selection", "attention")
     for length in (tokens // 2, tokens):
-        yield Case(f"prefill of {length}, 32/8 heads", needs, partial(both_sides, GQA, length, length))
+        yield Case(f"prefill of {length}, 32/8 heads", needs, partial(attention_calls, GQA, length, length))
 
 
 def kernel_cases() -> Iterator[Case]:
@@ -245,7 +247,7 @@ def random_selection(queries: int, keys: int) -> Tensor:
     return torch.stack(rows).sort(-1).values.int()[None]
 
 
-def both_sides(shape: Shape, queries: int, keys: int) -> dict[str, Callable[[], Any]]:
+def attention_calls(shape: Shape, queries: int, keys: int) -> dict[str, Callable[[], Any]]:
     index, qkv = index_inputs(shape, queries, keys), attention_inputs(shape, queries, keys)
     interval, scale = causal(queries, keys), shape.heads[2] ** -0.5
     fixed = index_topk(*index, None, *interval, TOPK)
@@ -257,11 +259,11 @@ def both_sides(shape: Shape, queries: int, keys: int) -> dict[str, Callable[[], 
         "dsa": dsa,
         "selection alone": lambda: index_topk(*index, None, *interval, TOPK),
         "sparse attention alone": lambda: sparse_attention(*qkv, fixed, scale),
-        **dense_sides(*(x.transpose(1, 2).contiguous() for x in qkv), scale),
+        **dense_calls(*(x.transpose(1, 2).contiguous() for x in qkv), scale),
     }
 
 
-def dense_sides(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSV: Tensor, scale: float) -> dict[str, Callable[[], Any]]:
+def dense_calls(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSV: Tensor, scale: float) -> dict[str, Callable[[], Any]]:
     """Dense peers that can be had here."""
     decoding = q_BHTD.shape[2] == 1
     if k_BGSD.shape[1] == 1:  # no library attends to 576-wide latents: two products
@@ -270,7 +272,7 @@ def dense_sides(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSV: Tensor, scale: float) ->
             return (q_BHTD[0, :, 0] @ k_BGSD[0, 0].T * scale).float().softmax(-1).to(DTYPE) @ v_BGSV[0, 0]
 
         return {"dense, two products": products}
-    sides: dict[str, Callable[[], Any]] = {
+    calls: dict[str, Callable[[], Any]] = {
         "dense, SDPA": lambda: scaled_dot_product_attention(
             q_BHTD, k_BGSD, v_BGSV, is_causal=not decoding, scale=scale, enable_gqa=True
         )
@@ -279,15 +281,15 @@ def dense_sides(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSV: Tensor, scale: float) ->
         from flash_attn import flash_attn_func
 
         qkv = [x.transpose(1, 2).contiguous() for x in (q_BHTD, k_BGSD, v_BGSV)]
-        sides["dense, FlashAttention"] = lambda: flash_attn_func(*qkv, softmax_scale=scale, causal=True)
+        calls["dense, FlashAttention"] = lambda: flash_attn_func(*qkv, softmax_scale=scale, causal=True)
     except ImportError:
         print("flash-attn is not installed: left out")
     if not decoding:
-        sides["dense, FlexAttention"] = flex_side(q_BHTD, k_BGSD, v_BGSV, scale)
-    return sides
+        calls["dense, FlexAttention"] = flex_call(q_BHTD, k_BGSD, v_BGSV, scale)
+    return calls
 
 
-def flex_side(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSV: Tensor, scale: float) -> Callable[[], Any]:
+def flex_call(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSV: Tensor, scale: float) -> Callable[[], Any]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     length = q_BHTD.shape[2]
@@ -299,12 +301,12 @@ def flex_side(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSV: Tensor, scale: float) -> C
 # ---- timing and results
 
 
-def alternate(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each round of each side, side after side; two rounds before that do not count."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
+def alternate(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each round of each call, call after call; two rounds before that do not count."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     for number in range(rounds + 2):
-        for name, run in sides.items():
+        for name, run in calls.items():
             flush.zero_()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from fulmen.data import iter_sequences, load_corpus
 from fulmen.evaluation.parity.losses import second_half_loss
 from fulmen.evaluation.variants import Text, VariantRunner
+from fulmen.evaluation.wording import signed_percent
 from fulmen.pipeline.chat import load_converted
 from fulmen.pipeline.texts import kinds_of
 
@@ -75,7 +76,9 @@ def print_table(rows: list[dict]) -> None:
         by_kind[row["kind"]].append(row["loss"])
     for kind, losses in by_kind.items():
         mean = {name: sum(loss[name] for loss in losses) / len(losses) for name in losses[0]}
-        over = {name: f"{value:.4f} ({value / mean['dense'] - 1:+.2%})" for name, value in mean.items()}
+        over = {
+            name: f"{value:.4f} ({signed_percent(value / mean['dense'] - 1)})" for name, value in mean.items()
+        }
         print(kind, f"{len(losses)} texts", over)
 
 

@@ -59,7 +59,7 @@ class WindowSelector(Selector):
 class RandomSelector(Selector):
     """Any visible keys, all equally likely: the floor.
 
-    A pure function of the seed, the layer, and the places of query and key in the row's text; so a text
+    A pure function of the seed, the layer, and the positions of query and key in the row's text; so a text
     gives the same keys whole, in chunks, token by token and padded.
     """
 

@@ -69,9 +69,9 @@ def new_figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any
     return figure, grid[0][0] if rows == columns == 1 else grid
 
 
-def plain_ticks(axis: Any, places: Sequence[float]) -> None:
-    """Ticks at these places and nowhere else, as short counts."""
-    axis.set_ticks(places, labels=[short_count(place) for place in places])
+def plain_ticks(axis: Any, positions: Sequence[float]) -> None:
+    """Ticks at these positions and nowhere else, as short counts."""
+    axis.set_ticks(positions, labels=[short_count(position) for position in positions])
     axis.set_ticks([], minor=True)
 
 

@@ -28,7 +28,7 @@ RECALL_VARIANTS = ("dsa", "inherited", "window")
 
 
 class Text(NamedTuple):
-    """One text to read. ids_T: int64; position_T: places within its documents, None if it is a single one."""
+    """One text to read. ids_T: int64; position_T: positions within its documents, None if it is one."""
 
     ids_T: Tensor
     position_T: Tensor | None
@@ -36,12 +36,12 @@ class Text(NamedTuple):
     @classmethod
     def of(cls, window: TokenSequence, length: int | None = None) -> "Text":
         """The first `length` tokens of a window."""
-        place_T = torch.arange(len(window.input_ids))
+        index_T = torch.arange(len(window.input_ids))
         if len(window.starts) == 1:
             return cls(window.input_ids[:length], None)
         starts_N = torch.tensor(window.starts)
-        document_T = torch.searchsorted(starts_N, place_T, right=True) - 1
-        return cls(window.input_ids[:length], (place_T - starts_N[document_T])[:length])
+        document_T = torch.searchsorted(starts_N, index_T, right=True) - 1
+        return cls(window.input_ids[:length], (index_T - starts_N[document_T])[:length])
 
 
 @dataclass
@@ -131,8 +131,9 @@ def swapped_indexers(model: PreTrainedModel, state: Mapping[str, Tensor]) -> Ite
     Raises ConfigError if names or shapes are not the model's.
     """
     own = indexer_state(model) if state else {}
-    if odd := sorted(set(own) ^ set(state)):
-        raise ConfigError(f"inherited indexer and model differ in {len(odd)} tensors, the first {odd[0]}")
+    if mismatched := sorted(set(own) ^ set(state)):
+        differ = f"differ in {len(mismatched)} tensors, the first {mismatched[0]}"
+        raise ConfigError(f"inherited indexer and model {differ}")
     for name, tensor in own.items():
         if tensor.shape != state[name].shape:
             raise ConfigError(

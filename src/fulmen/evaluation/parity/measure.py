@@ -126,7 +126,7 @@ class _Plan:
     dense_model: PreTrainedModel | None
 
     def swept(self) -> list[int]:
-        """Places of the windows that the sweep reads: the first of each kind."""
+        """Indices of the windows that the sweep reads: the first of each kind."""
         kinds = [window.kind for window in self.windows]
         return sorted({kinds.index(kind) for kind in kinds})
 

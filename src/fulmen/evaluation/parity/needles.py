@@ -176,20 +176,20 @@ def _samples_of_text(
     needles = [token_ids(tokenizer, NEEDLE.format(name=name, number=number)) for name, number in pairs]
     asked = [split_answer(tokenizer, QUESTION.format(name=name), number) for name, number in pairs]
     opening, length = opening_ids(tokenizer), len(haystack)
-    room = length - len(opening) - max(len(question) for question, _ in asked) - sum(map(len, needles))
-    if room < n_keys:
-        need = length - room + n_keys
+    available = length - len(opening) - max(len(question) for question, _ in asked) - sum(map(len, needles))
+    if available < n_keys:
+        need = length - available + n_keys
         raise ConfigError(f"length={length} cannot hold {n_keys} needles and a question; use {need} or more")
     text = haystack[len(opening) :]
     depths = [(key + offset) / n_keys for key in range(n_keys)]
-    cuts = [int(room * depth) for depth in depths]
+    cuts = [int(available * depth) for depth in depths]
     start = opening + text[: cuts[0]]
-    for needle, low, high in zip(needles, cuts, [*cuts[1:], room], strict=True):
+    for needle, low, high in zip(needles, cuts, [*cuts[1:], available], strict=True):
         start += needle + text[low:high]
     samples = []
     for depth, (question, answer), digits in zip(depths, asked, numbers, strict=True):
         # A shorter question leaves room for some more of the text.
-        more = text[room : room + length - len(start) - len(question)]
+        more = text[available : available + length - len(start) - len(question)]
         prompt_ids, answer_ids = (
             torch.tensor(ids, dtype=torch.int64) for ids in (start + more + question, answer)
         )

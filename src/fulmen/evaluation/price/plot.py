@@ -14,10 +14,10 @@ from fulmen.evaluation.style import (
     plain_ticks,
 )
 
-SIDES = ("dense", "dsa")
+ATTENTIONS = ("dense", "dsa")
 LABELS = {"dense": "dense attention", "dsa": "DSA"}
 STYLES = {"dense": "--", "dsa": "-"}
-CSV_FIELDS = ("position", *(f"{kind}_{side}" for kind in KINDS for side in SIDES))
+CSV_FIELDS = ("position", *(f"{kind}_{attention}" for kind in KINDS for attention in ATTENTIONS))
 DOTS_PER_INCH = 160
 
 
@@ -34,10 +34,10 @@ def price_plot(
     figure, panels = new_figure(6.0, rows=2, columns=1)
     positions = [row.position for row in rows]
     for (axes,), kind in zip(panels, KINDS, strict=True):
-        for side in SIDES:
-            prices = [getattr(getattr(row, kind), side) for row in rows]
-            style = {"color": VARIANT_COLORS[side], "linestyle": STYLES[side]}
-            axes.plot(positions, prices, linewidth=1.8, label=LABELS[side], **style)
+        for attention in ATTENTIONS:
+            prices = [getattr(getattr(row, kind), attention) for row in rows]
+            style = {"color": VARIANT_COLORS[attention], "linestyle": STYLES[attention]}
+            axes.plot(positions, prices, linewidth=1.8, label=LABELS[attention], **style)
         axes.set(xlim=(0, positions[-1]), ylabel="$ per million tokens")
         axes.set_ylim(bottom=0)
         plain_ticks(axes.xaxis, [positions[-1] * step // 4 for step in range(5)])

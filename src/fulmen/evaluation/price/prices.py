@@ -8,7 +8,7 @@ The seconds of a token are those of its weights and those of its attention, one 
     attention   by `Roofline` the same maximum, for attention and index scores apart; or by `Measured`, lines
                 fitted to times on a machine (`fulmen.evaluation.price.speed`)
 
-A roofline leaves out the same on both sides: launches, communication, caches on chip, several tokens a step.
+A roofline leaves out the same for both: launches, communication, caches on chip, several tokens a step.
 Bytes and FLOPs are those of `fulmen.modeling.cost`. Sources: arXiv 2512.02556, figure 3; Williams, Waterman
 and Patterson, "Roofline", 2009.
 """
@@ -34,7 +34,7 @@ from fulmen.modeling.cost import (
 KINDS = ("prefill", "decode")
 TOKENS_OF_PRICE = 1_000_000
 SECONDS_PER_HOUR = 3600
-# Places where the search for a crossover looks, per doubling of the position; between them it halves.
+# Positions where the search for a crossover looks, per doubling of the position; between them it halves.
 SEARCH_STEPS = 16
 # A curve's even steps, and the first power of two in it.
 CURVE_STEPS, FIRST_POWER = 64, 10
@@ -171,7 +171,7 @@ class Pricing:
     terms: Terms
 
     def seconds(self, kind: str, position: int) -> Pair:
-        """Machine seconds of one token that is really read or generated, of either side."""
+        """Machine seconds of one token that is really read or generated, dense or DSA."""
         parts = self.shape.parts(kind, position)
         attention = self.attention(self.shape, kind, position)
         return Pair(

@@ -1,7 +1,7 @@
 """Times of one layer's attention on this machine's CPU, in a model's shape, as lines against position.
 
 Timed are fulmen's own operations: dense attention; unpacking, scoring and selecting by index keys; attention
-to the selected. Decoding is one token after a cache, reading a prompt a block of PREFILL_BLOCK tokens after
+to the selected. Decoding is one token after a cache, prefill a block of PREFILL_BLOCK tokens after
 one; of either one sequence, of random numbers. The three are checked against the specification first, where
 more keys are visible than kept, then timed in turn, round after round; a figure is the median of the rounds.
 Lines are of least squares in relative distances: a short text's time counts as much as a long one's.

@@ -82,9 +82,9 @@ class Journal:
         self._results[key] = json.loads(line)["result"]
 
     def _require_same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        odd = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        if odd:
-            changes = ", ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in odd)
+        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        if changed:
+            changes = ", ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
             raise ResumeError(
                 f"{self.path} holds results of another run ({changes}); remove it or name another --out"
             )

@@ -46,12 +46,12 @@ def bootstrap_ratio_interval(
     estimate = sum(numerators) / sum(denominators)
     if len(numerators) < 2:
         return Interval(estimate, -math.inf, math.inf)
-    draw, places = random.Random(seed), range(len(numerators))
+    draw, indices = random.Random(seed), range(len(numerators))
     ratios = []
     for _ in range(resamples):
-        drawn = draw.choices(places, k=len(numerators))
-        if bottom := sum(denominators[place] for place in drawn):
-            ratios.append(sum(numerators[place] for place in drawn) / bottom)
+        drawn = draw.choices(indices, k=len(numerators))
+        if bottom := sum(denominators[index] for index in drawn):
+            ratios.append(sum(numerators[index] for index in drawn) / bottom)
     ratios.sort()
     cut = (1 - confidence) / 2 * (len(ratios) - 1)
     return Interval(estimate, ratios[math.floor(cut)], ratios[math.ceil(len(ratios) - 1 - cut)])

@@ -48,8 +48,8 @@ class LocalResponder:
     """A model on this machine.
 
     Attributes:
-        source: the model before its trunk was trained, which answers as "dense"; None: the model itself, read
-            densely.
+        source: the model before its backbone was trained, which answers as "dense"; None: the model itself,
+            read densely.
         variants: "dense", "dsa" and "window" of a converted model, "dense" alone of any other.
         topk: keys that a query of the sparse variants keeps; None for a model without DSA.
     """

@@ -40,9 +40,9 @@ def needle_lines(context: TaskContext) -> PromptSpec:
     def line(key: str, value: str) -> list[int]:
         return context.ids(NEEDLE.format(name=key, number=value).strip() + "\n")
 
-    def lines(room: int) -> list[list[int]]:
+    def lines(available: int) -> list[list[int]]:
         pieces, seen = [line(name, number)], {name}
-        left = room - len(pieces[0])
+        left = available - len(pieces[0])
         while True:
             other = _new_full_name(context, seen)
             piece = line(other, _numbers(context, 1)[0])

@@ -123,8 +123,10 @@ def make_sample(
     if task.fixed:
         question, answer = split_answer(tokenizer, spec.question, spec.expected[0])
         assert len(answer) <= task.answer_tokens, (task.name, spec.expected)
-    room = length - task.answer_tokens - len(question)
-    prompt = _before_question(spec, context, room, haystack_ids, f"length={length} of {task.name}") + question
+    available = length - task.answer_tokens - len(question)
+    prompt = (
+        _before_question(spec, context, available, haystack_ids, f"length={length} of {task.name}") + question
+    )
     assert len(prompt) == length - task.answer_tokens, (task.name, len(prompt))
     return Sample(
         task=task.name,
@@ -138,16 +140,16 @@ def make_sample(
 
 
 def _before_question(
-    spec: PromptSpec, context: TaskContext, room: int, haystack: Sequence[int], what: str
+    spec: PromptSpec, context: TaskContext, available: int, haystack: Sequence[int], what: str
 ) -> list[int]:
-    """`room` tokens: what goes before, and the haystack with its inserts, or the pieces that replace it.
+    """`available` tokens: what goes before, and the haystack with its inserts, or pieces in its place.
 
     Pieces rarely fill the room to the token; what is left is haystack, at the very beginning.
     """
     opening, before = opening_ids(context.tokenizer), context.ids(spec.before)
-    room -= len(opening) + len(before)
-    pieces = spec.body(room) if spec.body else [context.ids(text) for text in spec.inserts]
-    rest = room - sum(map(len, pieces))
+    available -= len(opening) + len(before)
+    pieces = spec.body(available) if spec.body else [context.ids(text) for text in spec.inserts]
+    rest = available - sum(map(len, pieces))
     if rest < 0:
         raise ConfigError(f"{what} has no room for what is asked; use {-rest} tokens more")
     assert len(haystack) >= rest, (len(haystack), rest)

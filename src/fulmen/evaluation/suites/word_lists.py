@@ -30,10 +30,10 @@ def common_words(context: TaskContext) -> PromptSpec:
     others = chain(shuffled, _made_up(context, set(shuffled)))
     common = tuple(next(others) for _ in range(COMMON))
 
-    def words(room: int) -> list[list[int]]:
-        often, seldom = _repeats(context, common, room)
+    def words(available: int) -> list[list[int]]:
+        often, seldom = _repeats(context, common, available)
         pieces = [context.ids(f" {word}") for word in common for _ in range(often)]
-        left = room - sum(map(len, pieces))
+        left = available - sum(map(len, pieces))
         for word in others:
             piece = context.ids(f" {word}")
             left -= seldom * len(piece)
@@ -56,13 +56,17 @@ def frequent_words(context: TaskContext) -> PromptSpec:
     made_up = _made_up(context, set())
     ranked = [next(made_up) for _ in range(RANKS)]
 
-    def words(room: int) -> list[list[int]]:
+    def words(available: int) -> list[list[int]]:
         pieces = [context.ids(f" {word}") for word in ranked]
         costs = [len(piece) for piece in pieces]
-        total = _most(lambda n: sum(c * k for c, k in zip(costs, zeta_counts(n), strict=True)) <= room, room)
+
+        def fits(n: int) -> bool:
+            return sum(c * k for c, k in zip(costs, zeta_counts(n), strict=True)) <= available
+
+        total = _most(fits, available)
         counts = zeta_counts(total)
         if len(set(counts[: FREQUENT + 1])) <= FREQUENT:
-            raise ConfigError(f"{room} tokens are too few for frequent words; use a longer length")
+            raise ConfigError(f"{available} tokens are too few for frequent words; use a longer length")
         listed = [piece for piece, count in zip(pieces, counts, strict=True) for _ in range(count)]
         context.random.shuffle(listed)
         return listed
@@ -82,13 +86,14 @@ def zeta_counts(total: int) -> list[int]:
     return [int(total * weight / sum(weights)) for weight in weights]
 
 
-def _repeats(context: TaskContext, common: Sequence[str], room: int) -> tuple[int, int]:
+def _repeats(context: TaskContext, common: Sequence[str], available: int) -> tuple[int, int]:
     """The most occurrences that leave half of the room to other words."""
     cost = sum(len(context.ids(f" {word}")) for word in common)
     for often, seldom in REPEATS:
-        if often * cost <= room // 2:
+        if often * cost <= available // 2:
             return often, seldom
-    raise ConfigError(f"{room} tokens are too few for common words; use {2 * REPEATS[-1][0] * cost} or more")
+    need = 2 * REPEATS[-1][0] * cost
+    raise ConfigError(f"{available} tokens are too few for common words; use {need} or more")
 
 
 def _most(fits: Callable[[int], bool], limit: int) -> int:

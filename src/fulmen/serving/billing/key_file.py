@@ -2,7 +2,7 @@
 
 `keys.json` holds SHA-256 hashes. A fast hash is enough here: a key is 32 random bytes, which nobody can
 guess at any speed; slow, salted hashes protect passwords that people think up. The file is not to be edited
-by hand: `fulmen keys` writes it, under a lock, aside and then renamed. Both files are their owner's alone.
+by hand: `fulmen keys` writes it, under a lock, atomically. Both files are their owner's alone.
 """
 
 import fcntl

@@ -88,7 +88,7 @@ def read_prices(path: Path) -> PriceTable:
             f"price table {path} cannot be read: {error.strerror}; name another file"
         ) from error
     except ValueError as error:  # no TOML, or no UTF-8
-        raise ConfigError(f"price table {path} is no TOML file: {error}; mend it") from error
+        raise ConfigError(f"price table {path} is no TOML file: {error}; fix it") from error
     if unknown := table.keys() - {"currency", "rates", "dense"}:
         raise ConfigError(f"price table {path}: {min(unknown)} is unknown; use currency, [rates] and [dense]")
     dense = _rates(path, table, "dense") if "dense" in table else None

@@ -36,12 +36,12 @@ class EngineLog:
         return file
 
     def bound(self) -> None:
-        """Set aside what is there if it is too much. The engine, which appends, goes on at the beginning."""
+        """Copy what is there to a second file if it is too much; the engine, which appends, begins anew."""
         with contextlib.suppress(OSError):
             if self.path.stat().st_size > MOST_BYTES:
-                aside = self.path.with_name(f"{self.path.name}.1")
-                shutil.copyfile(self.path, aside)
-                aside.chmod(0o600)
+                copy = self.path.with_name(f"{self.path.name}.1")
+                shutil.copyfile(self.path, copy)
+                copy.chmod(0o600)
                 os.truncate(self.path, 0)
                 self._begun_at = 0
 

@@ -98,7 +98,7 @@ def _model_routes(gateway: Gateway) -> APIRouter:
     async def complete(request: CompletionRequest, account: Asking) -> Response:
         """A text that goes on; with `suffix`, what stands between."""
         body = completion_body(request, model, account.salt)
-        suffixes = tuple(f"-{place}" for place in range(request.texts))
+        suffixes = tuple(f"-{index}" for index in range(request.texts))
         return StreamingReply(
             gateway, EngineRequest("/v1/completions", body, account, _openai(request), "cmpl-", suffixes)
         )

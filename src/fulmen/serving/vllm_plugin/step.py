@@ -99,8 +99,8 @@ class Step(AttentionMetadata):
 
     def _rows(self, rows_per_block: int) -> Rows:
         """The rows of a cache whose blocks lie `rows_per_block` rows apart."""
-        places = torch.arange(self.block_size, dtype=torch.int32, device=self._blocks_BN.device)
-        all_BNP = self._blocks_BN[:, :, None] * rows_per_block + places
+        row_P = torch.arange(self.block_size, dtype=torch.int32, device=self._blocks_BN.device)
+        all_BNP = self._blocks_BN[:, :, None] * rows_per_block + row_P
         block_T, place_T = self._slots_T // self.block_size, self._slots_T % self.block_size
         new_T = block_T * rows_per_block + place_T
         return Rows(all_BNP.flatten(1), new_T.long())

@@ -42,10 +42,10 @@ class IndexerWeights:
 
 def _join(parameters: list[Tensor], dtype: torch.dtype) -> Tensor:
     """One tensor of which each parameter becomes a part, with the numbers that it has."""
-    whole = torch.cat([parameter.detach().to(dtype) for parameter in parameters])
-    for parameter, part in zip(parameters, whole.chunk(len(parameters)), strict=True):
+    joined = torch.cat([parameter.detach().to(dtype) for parameter in parameters])
+    for parameter, part in zip(parameters, joined.chunk(len(parameters)), strict=True):
         parameter.data = part
-    return whole
+    return joined
 
 
 class HeadWatch:

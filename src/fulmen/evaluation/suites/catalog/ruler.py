@@ -189,10 +189,10 @@ def _plot_accuracy(cells: Sequence[Mapping[str, Any]], length: int) -> Plot:
     tasks = list(dict.fromkeys(cell["task"] for cell in chosen))
     names = list(dict.fromkeys(cell["variant"] for cell in chosen))
     figure, axes = new_figure(FRAME + ROW * len(tasks))
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         shares = [cell["share"] for cell in chosen if cell["variant"] == name]
         # Side by side, so that no interval hides another.
-        y = [row + 0.22 * (place - (len(names) - 1) / 2) for row in range(len(tasks))]
+        y = [row + 0.22 * (index - (len(names) - 1) / 2) for row in range(len(tasks))]
         _draw_intervals(axes, name, shares, y, scale=100)
     axes.axvline(100 * DENSE_CAN, color=INK, linewidth=0.8, linestyle=":")
     axes.set(xlabel="right answers (%)", xlim=(-3, 103))
@@ -209,14 +209,14 @@ def _plot_differences(rows: Sequence[Mapping[str, Any]]) -> Plot:
     figure, axes = new_figure(FRAME + 0.7 * ROW * len(rows))
     for name, telling in (("dsa", True), ("random", False)):
         chosen = [
-            (place, row)
-            for place, row in enumerate(rows)
+            (height, row)
+            for height, row in enumerate(rows)
             if (row["dense_can"] and row["is_sparse"]) == telling
         ]
         label = "dense can, k leaves tokens out" if telling else "says nothing about DSA"
         if chosen:
-            places, found = zip(*chosen, strict=True)
-            _draw_intervals(axes, name, found, places, label=label)
+            heights, found = zip(*chosen, strict=True)
+            _draw_intervals(axes, name, found, heights, label=label)
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set(xlabel="DSA − dense (points)")
     _name_rows(axes, [f"{row['task']}, {row['length']}" for row in rows])

@@ -78,20 +78,20 @@ class AuthMiddleware:
         """The whole body; None if the client left."""
         announced = dict(scope["headers"]).get(b"content-length", b"")
         too_big = announced.isdigit() and int(announced) > self._most
-        pieces, room, more = [], -1 if too_big else self._most, True
+        pieces, left, more = [], -1 if too_big else self._most, True
         try:
             async with asyncio.timeout(self._seconds):
-                while more and room >= 0:
+                while more and left >= 0:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
                     pieces.append(message.get("body", b""))
-                    room -= len(pieces[-1])
+                    left -= len(pieces[-1])
                     more = message.get("more_body", False)
         except TimeoutError:
             slow = f"the body did not come within {self._seconds:.0f} s; send it at once"
             raise ApiError(400, slow) from None
-        if room < 0:
+        if left < 0:
             raise ApiError(400, f"the body has more than {self._most:,} bytes; send less")
         return b"".join(pieces)
 

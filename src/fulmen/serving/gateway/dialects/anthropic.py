@@ -86,8 +86,8 @@ class AnthropicDialect:
         if event.name == "message_start":
             self.usage.note(0, {"prompt_tokens": said["message"]["usage"]["input_tokens"]})
         elif event.name == "content_block_delta":
-            seen = {"prompt_tokens": self.usage.prompt, "completion_tokens": self.usage.output + 1}
-            self.usage.note(0, seen)
+            counted = {"prompt_tokens": self.usage.prompt, "completion_tokens": self.usage.output + 1}
+            self.usage.note(0, counted)
         elif event.name == "message_delta":
             self.usage.finish_anthropic(said.get("usage") or {})
         if self._held or event.name == "message_delta":

@@ -39,8 +39,8 @@ async def events_of(pieces: AsyncIterator[bytes]) -> AsyncIterator[Event]:
     """The events of a stream, however its bytes are cut. Comments are left out."""
     rest = b""
     async for piece in pieces:
-        *whole, rest = (rest + piece).split(b"\n\n")
-        for block in whole:
+        *blocks, rest = (rest + piece).split(b"\n\n")
+        for block in blocks:
             if (event := _read_event(block.decode())) is not None:
                 yield event
 

@@ -20,10 +20,10 @@ def count_attention_reads(model: ServedModel, tokens: Tokens) -> AttentionReads:
     first, last = tokens.hit, tokens.hit + tokens.miss + max(0, tokens.output - 1)
     dense = sparse = index_tokens = 0
     for layer, window in enumerate(model.windows):
-        seen = _sum_up_to(last, window) - _sum_up_to(first, window)
-        dense += seen
+        visible = _sum_up_to(last, window) - _sum_up_to(first, window)
+        dense += visible
         if model.dsa is None or layer not in model.dsa.layers:
-            sparse += seen
+            sparse += visible
             continue
         kept = model.dsa.layer_topk(layer)
         all_up_to = max(model.dsa.topk, kept)

@@ -33,12 +33,12 @@ def hold_chat(body: dict[str, Any]) -> None:
     choice = body.get("tool_choice")
     named = choice["function"]["name"] if isinstance(choice, dict) else None
     forced = _forced(functions, named, choice == "required")
-    for place, function in enumerate(functions):
-        field, strict = _PARAMETERS.format(place), bool(function.get("strict"))
+    for index, function in enumerate(functions):
+        field, strict = _PARAMETERS.format(index), bool(function.get("strict"))
         check_schema(function.get("parameters", {}), field)
         if strict:
             check_strict(function.get("parameters", {}), field)
-        if place in forced or (strict and choice != "none"):
+        if index in forced or (strict and choice != "none"):
             _hold(function, "parameters", field)
     for field, schema in answer:
         check_schema(schema, field)
@@ -49,16 +49,16 @@ def hold_messages(body: dict[str, Any]) -> None:
     """The same for Anthropic's messages; what is no tool at all is left to the engine, which says so."""
     _refuse_tools_in_messages(body["messages"])
     tools = [tool if isinstance(tool, dict) else {} for tool in body.get("tools", [])]
-    check_size(Held(_INPUT.format(place), tool.get("input_schema")) for place, tool in enumerate(tools))
+    check_size(Held(_INPUT.format(index), tool.get("input_schema")) for index, tool in enumerate(tools))
     kind, named = (body.get("tool_choice", {}).get(key) for key in ("type", "name"))
     forced = _forced(tools, named if kind == "tool" else None, kind == "any")
-    for place, tool in enumerate(tools):
-        field = _INPUT.format(place)
+    for index, tool in enumerate(tools):
+        field = _INPUT.format(index)
         if not isinstance(strict := tool.get("strict", False), bool):
-            raise ApiError(422, f"tools[{place}].strict={strict!r:.80} is neither true nor false", field)
+            raise ApiError(422, f"tools[{index}].strict={strict!r:.80} is neither true nor false", field)
         if isinstance(tool.get("input_schema"), dict):
             check_schema(tool["input_schema"], field)
-            if place in forced or (strict and kind != "none"):
+            if index in forced or (strict and kind != "none"):
                 _hold(tool, "input_schema", field)
 
 
@@ -68,28 +68,28 @@ def held(body: dict[str, Any]) -> list[Held]:
     found = [Held(_ANSWER, schema) for schema in _answer_schemas(body)]
     if (choice.get("type") if isinstance(choice, dict) else choice) == "none":
         return found
-    for place, tool in enumerate(body.get("tools", [])):
+    for index, tool in enumerate(body.get("tools", [])):
         function = tool.get("function", tool) if isinstance(tool, dict) else {}
         if function.get("strict"):
             of_anthropic = "input_schema" in function
             field, key = (_INPUT, "input_schema") if of_anthropic else (_PARAMETERS, "parameters")
-            found.append(Held(field.format(place), function.get(key, {})))
+            found.append(Held(field.format(index), function.get(key, {})))
     return found
 
 
 def check_strict(parameters: dict[str, Any], field: str) -> None:
     """DeepSeek's rules for strict tools: an object requires all its properties and allows no other.
 
-    Raises ApiError 422 that names the place.
+    Raises ApiError 422 that names the field.
     """
-    for place, node in subschemas(parameters, field):
+    for index, node in subschemas(parameters, field):
         properties = node.get("properties", {})
         if missing := sorted(set(properties) - set(node.get("required", []))):
             raise ApiError(
-                422, f"{place}.required lacks {missing[:20]}; strict tools require every property", place
+                422, f"{index}.required lacks {missing[:20]}; strict tools require every property", index
             )
         if properties and node.get("additionalProperties") is not False:
-            raise ApiError(422, f"{place}.additionalProperties must be false for a strict tool", place)
+            raise ApiError(422, f"{index}.additionalProperties must be false for a strict tool", index)
 
 
 def _answer_schemas(body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -99,31 +99,31 @@ def _answer_schemas(body: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _parameters(functions: list[dict[str, Any]]) -> list[Held]:
     return [
-        Held(_PARAMETERS.format(place), function.get("parameters", {}))
-        for place, function in enumerate(functions)
+        Held(_PARAMETERS.format(index), function.get("parameters", {}))
+        for index, function in enumerate(functions)
     ]
 
 
 def _refuse_tools_in_messages(messages: list[dict[str, Any]]) -> None:
     """vLLM takes tools from inside messages too; Anthropic does not."""
-    for place, message in enumerate(messages):
+    for index, message in enumerate(messages):
         content = message.get("content")
         for part in content if isinstance(content, list) else []:
             if isinstance(part, dict) and part.get("type") in ("tool_addition", "tool_removal"):
-                field = f"messages[{place}].content"
+                field = f"messages[{index}].content"
                 raise ApiError(422, f"{field} has a {part['type']}; send all tools as tools", field)
 
 
 def _forced(functions: list[dict[str, Any]], named: Any, any_of_them: bool) -> set[int]:
-    """The places of the tools of which one has to be called."""
+    """The indices of the tools of which one has to be called."""
     if any_of_them and not functions:
         raise ApiError(422, "tool_choice asks for a call, and there are no tools; send tools", "tool_choice")
     if any_of_them:
         return set(range(len(functions)))
-    places = {place for place, function in enumerate(functions) if function.get("name") == named}
-    if named is not None and not places:
+    indices = {index for index, function in enumerate(functions) if function.get("name") == named}
+    if named is not None and not indices:
         raise ApiError(422, f"tool_choice names {named!r:.80}, which is none of the tools", "tool_choice")
-    return places if named is not None else set()
+    return indices if named is not None else set()
 
 
 def _hold(function: dict[str, Any], key: str, field: str) -> None:
