@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from fulmen.data import draw_sequences, load_corpus
 from fulmen.modeling.families import set_topk
-from fulmen.pipeline.chat import load_converted
+from fulmen.pipeline.load import load_converted
 from fulmen.training.sparse.run import prepare_stage
 from fulmen.training.sparse.settings import SparseSettings
 from fulmen.training.sparse.teacher import TARGET_KEYS, Teacher

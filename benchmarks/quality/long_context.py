@@ -21,7 +21,7 @@ from fulmen.data import iter_sequences, load_corpus
 from fulmen.evaluation.parity.losses import second_half_loss
 from fulmen.evaluation.variants import Text, VariantRunner
 from fulmen.evaluation.wording import signed_percent
-from fulmen.pipeline.chat import load_converted
+from fulmen.pipeline.load import load_converted
 from fulmen.pipeline.texts import kinds_of
 
 

@@ -19,7 +19,7 @@ from fulmen.evaluation.parity.needles import needle_samples, sample_groups, scor
 from fulmen.evaluation.parity.tables import needle_tables
 from fulmen.evaluation.variants import VariantRunner, current_topk
 from fulmen.modeling.families import accelerated
-from fulmen.pipeline.chat import load_converted
+from fulmen.pipeline.load import load_converted
 
 
 def main(

@@ -1,9 +1,15 @@
 """fulmen: DeepSeek Sparse Attention for language models with dense attention.
 
-Importing it makes Transformers' auto classes load converted models, and does nothing else.
+    conversion = fulmen.convert("smollm2-135m", out="out/smol")
+    print(fulmen.evaluate(conversion).to_markdown())
+    model, tokenizer = fulmen.load(conversion)
+
+Importing it makes Transformers' auto classes load converted models, and does nothing else: what is heavy is
+imported where it is used.
 """
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from fulmen.config import DsaConfig
 from fulmen.errors import (
@@ -27,6 +33,16 @@ from fulmen.errors import (
 )
 from fulmen.modeling.registration import register_model_types
 
+if TYPE_CHECKING:
+    from fulmen.evaluation.parity.report import ParityReport
+    from fulmen.evaluation.suites.report import SuiteReport
+    from fulmen.modeling.families import set_topk
+    from fulmen.pipeline.api import convert, inspect, load, train
+    from fulmen.pipeline.api_evaluate import evaluate
+    from fulmen.pipeline.conversion import Conversion
+    from fulmen.pipeline.description import ModelDescription
+    from fulmen.pipeline.reporter import LineReporter, Reporter, SilentReporter
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -36,6 +52,7 @@ __all__ = [
     "CacheError",
     "CheckpointError",
     "ConfigError",
+    "Conversion",
     "CorpusError",
     "DocumentTooShortError",
     "DsaConfig",
@@ -44,22 +61,51 @@ __all__ = [
     "FulmenError",
     "InsufficientBalance",
     "LedgerError",
+    "LineReporter",
+    "ModelDescription",
     "OutputError",
+    "ParityReport",
+    "Reporter",
     "ResumeError",
+    "SilentReporter",
+    "SuiteReport",
     "TrainingDivergedError",
     "UnsupportedModelError",
     "__version__",
+    "convert",
+    "evaluate",
+    "inspect",
+    "load",
     "set_topk",
+    "train",
 ]
+
+# Where each name is, which is imported when it is asked for.
+_PLACES = {
+    "Conversion": "fulmen.pipeline.conversion",
+    "LineReporter": "fulmen.pipeline.reporter",
+    "ModelDescription": "fulmen.pipeline.description",
+    "ParityReport": "fulmen.evaluation.parity.report",
+    "Reporter": "fulmen.pipeline.reporter",
+    "SilentReporter": "fulmen.pipeline.reporter",
+    "SuiteReport": "fulmen.evaluation.suites.report",
+    "convert": "fulmen.pipeline.api",
+    "evaluate": "fulmen.pipeline.api_evaluate",
+    "inspect": "fulmen.pipeline.api",
+    "load": "fulmen.pipeline.api",
+    "set_topk": "fulmen.modeling.families",
+    "train": "fulmen.pipeline.api",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # The model code behind it takes seconds to import.
-    if name == "set_topk":
-        from fulmen.modeling.families import set_topk
-
-        return set_topk
+    if name in _PLACES:
+        return getattr(import_module(_PLACES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 register_model_types()

@@ -21,9 +21,19 @@
 A message is one line and names the thing, its value and the remedy. Our own invariants are `assert`s.
 """
 
+import collections.abc
+
 
 class FulmenError(ValueError):
-    """Base of all errors that a user can cause and mend."""
+    """Base of all errors that a user can cause and mend.
+
+    Attributes:
+        arguments: names of Python arguments in the message, which the command line writes as its options.
+    """
+
+    def __init__(self, message: str = "", *, arguments: collections.abc.Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.arguments = tuple(arguments)
 
 
 class ConfigError(FulmenError):

@@ -118,7 +118,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            (["--windows", "0"], "windows=0"),
+            (["--sequences", "0"], "--sequences=0 cannot be"),
             (["--html", "no/such/x.html"], "is no directory"),
             (["--json", "."], "is a directory; name a file"),
             (["--length", "8"], "length=8 is too short for a text; use 64 or more"),

@@ -17,8 +17,8 @@ from fulmen.evaluation.variants import Text, last_hidden_states, use_topk
 from fulmen.modeling.cost import token_bytes
 from fulmen.modeling.families import dsa_of
 from fulmen.modeling.selectors import DenseSelector, IndexerSelector, SelectionInputs, Selector, use_selector
+from fulmen.pipeline.fingerprint import weights_fingerprint
 from fulmen.pipeline.texts import kinds_of
-from fulmen.pipeline.train import weights_fingerprint
 
 # Every 64th query is asked for its attention mass: a few hundred rows a cell.
 RECALL_STRIDE = 64

@@ -37,7 +37,7 @@ from fulmen.modeling.gqa.indexer import model_head_width
 from fulmen.modeling.gqa.model import set_topk_ratios
 from fulmen.modeling.index_shape import default_dsa
 from fulmen.modeling.selectors import DenseSelector
-from fulmen.pipeline.chat import load_converted
+from fulmen.pipeline.load import load_converted
 from fulmen.training.warmup.trainer import WarmupSettings
 
 # Shares of the model's rotary pairs that index heads keep.

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fulmen.cli.progress import STARTING, reporter
 from fulmen.config import require_positive_int
 from fulmen.errors import ConfigError, CorpusError
-from fulmen.pipeline.reporter import STARTING, stage
 
 if TYPE_CHECKING:
     from fulmen.pipeline.chat import Turn
@@ -76,17 +76,18 @@ def chat_command(
 
 
 def _model(model_dir: Path | None, topk: int | None, document: str, max_new_tokens: int) -> Ask:
-    with stage(STARTING):
+    told = reporter()
+    with told.stage(STARTING):
         from fulmen.pipeline.chat import ChatSession
     assert model_dir is not None
-    session = ChatSession(model_dir, topk, document)
+    session = ChatSession(model_dir, topk, document, told)
     return lambda question: _summary(session.ask(question, max_new_tokens, _print))
 
 
 def _server(url: str, document: str, max_new_tokens: int) -> Ask:
     from fulmen.pipeline.chat_remote import RemoteChat, summary
 
-    chat = RemoteChat(url, document)
+    chat = RemoteChat(url, document, reporter())
     return lambda question: summary(chat.ask(question, max_new_tokens, _print))
 
 

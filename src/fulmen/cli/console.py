@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -10,10 +11,12 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from fulmen.errors import FulmenError
+from fulmen.errors import ConfigError, FulmenError
 
 TRACEBACK_VARIABLE = "FULMEN_TRACEBACK"
 USER_ERROR, INTERRUPTED = 2, 130
+# What is part of a longer name, a path or a quoted value is no argument.
+NO_WORD_BEFORE, NO_WORD_AFTER = r"(?<![\w.'\"/=-])", r"(?![\w'\"/=-]|\.\w)"
 
 
 class FulmenGroup(TyperGroup):
@@ -27,12 +30,42 @@ class FulmenGroup(TyperGroup):
         except FulmenError as error:
             if os.environ.get(TRACEBACK_VARIABLE):
                 raise
-            typer.echo(f"error: {error}", err=True)
+            asked = self.get_command(ctx, str(ctx.invoked_subcommand))
+            typer.echo(f"error: {as_options(error, asked)}", err=True)
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:
             command = shlex.join(["fulmen", *sys.argv[1:]])
             typer.echo(f"\ninterrupted; to go on, run the same command again: {command}", err=True)
             raise typer.Exit(INTERRUPTED) from None
+
+
+def as_options(error: FulmenError, command: Any) -> str:
+    """A message with the command's options in place of the arguments that it names: `budget` is `--budget`.
+
+    Arguments are what the error says are some, and names before an equals sign.
+    """
+    text = str(error)
+    for parameter in getattr(command, "params", []):
+        option = next((name for name in parameter.opts if name.startswith("--")), None)
+        if option is None:
+            continue
+        text = re.sub(rf"{NO_WORD_BEFORE}{parameter.name}(?==)", option, text)
+        if parameter.name in error.arguments:
+            text = re.sub(rf"{NO_WORD_BEFORE}{parameter.name}{NO_WORD_AFTER}", option, text)
+    return text
+
+
+def renamed(old: str, old_value: Any, new: str, new_value: Any) -> Any:
+    """The value of an option that had another name, which goes on working with a notice.
+
+    Raises ConfigError if both names are used.
+    """
+    if old_value is None:
+        return new_value
+    if new_value is not None:
+        raise ConfigError(f"--{old} is the old name of --{new}; give one of them")
+    typer.echo(f"--{old} is called --{new} now; the old name will go", err=True)
+    return old_value
 
 
 def quiet_libraries() -> None:

@@ -1,21 +1,14 @@
-"""`fulmen convert`: options only; the work is in `fulmen.pipeline.convert`."""
+"""`fulmen convert`: options only; the work is `fulmen.convert`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fulmen.pipeline.reporter import STARTING, stage
-from fulmen.pipeline.settings import (
-    DEFAULT_BUDGET,
-    DEFAULT_SPARSE_BUDGET,
-    DEFAULT_STAGES,
-    DTYPES,
-    STAGES,
-    ConvertSettings,
-    parse_duration,
-    parse_stages,
-)
+from fulmen.cli.console import renamed
+from fulmen.cli.progress import reporter
+from fulmen.pipeline.api import convert
+from fulmen.pipeline.settings import DEFAULT_BUDGET, DEFAULT_SPARSE_BUDGET, DEFAULT_STAGES, DTYPES, STAGES
 
 Source = Annotated[
     str,
@@ -106,37 +99,37 @@ def convert_command(
             show_default=False,
         ),
     ] = None,
-    window: Annotated[
+    length: Annotated[
         int | None,
         typer.Option(
-            help="Tokens per training text; more than k. [dim]Default: 4 k, at least 2048, within the "
+            help="Tokens per training sequence; more than k. [dim]Default: 4 k, at least 2048, within the "
             "context; less if the text does not fill that.[/]",
             show_default=False,
         ),
     ] = None,
+    window: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Convert a dense model: build an indexer from its own heads, train it, write a model directory.
 
     Example: [bold]fulmen convert smollm2-135m --out out/smollm2-dsa --budget 8m[/]
     """
-    settings = ConvertSettings(
-        source=source,
+    told = reporter()
+    convert(
+        source,
         out=out,
         topk=topk,
-        stages=parse_stages(stages),
-        budget_s=None if budget is None else parse_duration(budget),
+        stages=stages,
+        budget=budget,
         steps=steps,
-        sparse_budget_s=None if sparse_budget is None else parse_duration(sparse_budget),
+        sparse_budget=sparse_budget,
         sparse_steps=sparse_steps,
-        data=tuple(data or ()),
+        data=data or (),
         overwrite=overwrite,
         dtype=dtype,
         seed=seed,
         index_heads=index_heads,
         index_head_dim=index_head_dim,
-        window=window,
+        length=renamed("window", window, "length", length),
+        reporter=told,
     )
-    with stage(STARTING):
-        from fulmen.pipeline.convert import convert
-
-    convert(settings)
+    told.note(f"Wrote {out}; next: fulmen eval {out} --html report.html")

@@ -1,20 +1,19 @@
 """`fulmen cost`: what a million tokens cost against position, dense and with DSA. Loads no weights."""
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from fulmen.errors import unwritable
+from fulmen.cli.progress import STARTING, reporter
 from fulmen.pipeline.cost_settings import DEFAULT_BATCH, DEFAULT_POSITIONS, DEFAULT_PRICE, CostSettings
-from fulmen.pipeline.reporter import STARTING, stage
 
 if TYPE_CHECKING:
-    from fulmen.evaluation.price.prices import ModelShape, Pair, PriceRow, Pricing
+    from fulmen.evaluation.price.prices import Pair, PriceRow
     from fulmen.evaluation.price.speed import Speed
+    from fulmen.pipeline.cost import PriceRun
 
 # The table begins here.
 FIRST_SHOWN = 1024
@@ -67,109 +66,28 @@ def cost_command(
 
     Example: [bold]fulmen cost smollm2-135m --flops 989e12 --bandwidth 3.35e12[/]
     """
-    price_model(
-        CostSettings(
-            source=source,
-            flops=flops,
-            bandwidth=bandwidth,
-            measure=measure,
-            price=price,
-            hit_rate=hit_rate,
-            batch=batch,
-            length=length,
-            out=out,
-        )
+    settings = CostSettings(
+        source=source,
+        flops=flops,
+        bandwidth=bandwidth,
+        measure=measure,
+        price=price,
+        hit_rate=hit_rate,
+        batch=batch,
+        length=length,
+        out=out,
     )
-
-
-class PriceRun(NamedTuple):
-    """A curve with all that it was made from; `speed` is None where nothing was measured."""
-
-    settings: CostSettings
-    pricing: "Pricing"
-    speed: "Speed | None"
-    rows: "list[PriceRow]"
-    crossovers: dict[str, int | None]
-
-
-def price_model(settings: CostSettings) -> dict[str, Any]:
-    """Price, write and print as `fulmen cost` does; return what cost.json holds.
-
-    Raises what its parts raise.
-    """
-    with stage(STARTING):
-        from fulmen.evaluation.price.prices import (
-            KINDS,
-            Machine,
-            Measured,
-            Pricing,
-            Roofline,
-            Terms,
-            curve_positions,
-        )
-        from fulmen.pipeline.describe import read_shape
-    _, _, shape = read_shape(settings.source)
-    speed = _measured(settings, shape) if settings.measure else None
-    machine = speed.machine if speed else Machine(*settings.given_speed())
-    attention = Measured(speed.lines) if speed else Roofline(machine)
-    pricing = Pricing(shape, machine, attention, Terms(settings.price, settings.hit_rate, settings.batch))
-    crossovers = {kind: pricing.cheaper_from(kind, settings.length) for kind in KINDS}
-    positions = curve_positions(shape.dsa, settings.length)
-    run = PriceRun(settings, pricing, speed, pricing.rows(positions), crossovers)
-    report = _report(run)
-    with stage("Write"):
-        written = _write(run, report)
+    told = reporter()
+    with told.stage(STARTING):
+        from fulmen.pipeline.cost import price_model
+    run = price_model(settings, told)
+    with told.stage("Write"):
+        written = run.write(settings.folder)
     _print(run, Console(highlight=False))
-    typer.echo("Wrote " + ", ".join(map(str, written)), err=True)
-    return report
+    told.note("Wrote " + ", ".join(map(str, written)))
 
 
-def _measured(settings: CostSettings, shape: "ModelShape") -> "Speed":
-    from fulmen.evaluation.price.speed import measure_speed, measured_positions
-
-    positions = measured_positions(shape.dsa.topk, settings.length)
-    try:
-        # Said before minutes of measuring, not after.
-        settings.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(settings.folder, error) from error
-    with stage("Measure") as advance:
-        return measure_speed(shape, positions, progress=advance)
-
-
-def _report(run: PriceRun) -> dict[str, Any]:
-    from fulmen.evaluation.price.plot import price_dict
-    from fulmen.evaluation.provenance import about_run
-
-    shape = run.pricing.shape
-    return {
-        "about": about_run(run.settings.source),
-        "dsa": shape.dsa.to_dict(),
-        "dtype": str(shape.dtype).removeprefix("torch."),
-        "machine": asdict(run.pricing.machine),
-        "terms": asdict(run.pricing.terms),
-        "unit": "dollars per million tokens",
-        "crossovers": run.crossovers,
-        "rows": [price_dict(row) for row in run.rows],
-        "measured": run.speed.to_dict() if run.speed else None,
-    }
-
-
-def _write(run: PriceRun, report: dict[str, Any]) -> list[Path]:
-    from fulmen.evaluation.price.plot import png_bytes, price_csv, price_plot
-    from fulmen.evaluation.report_files import write_json
-    from fulmen.files import write_file
-
-    plot = price_plot(run.rows, run.crossovers, run.speed.last_position if run.speed else None)
-    folder = run.settings.folder
-    return [
-        write_json(report, folder / "cost.json"),
-        write_file(folder / "cost.csv", price_csv(run.rows)),
-        write_file(folder / "cost.png", png_bytes(plot)),
-    ]
-
-
-def _print(run: PriceRun, console: Console) -> None:
+def _print(run: "PriceRun", console: Console) -> None:
     length, terms, machine = run.settings.length, run.pricing.terms, run.pricing.machine
     console.print(_table(run.rows, length))
     for kind, position in run.crossovers.items():

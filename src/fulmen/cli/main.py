@@ -14,6 +14,7 @@ from fulmen.cli.evaluate import evaluate_command
 from fulmen.cli.inspect import inspect_command
 from fulmen.cli.keys import keys_app
 from fulmen.cli.serve import EXTRA_FLAGS, serve_command
+from fulmen.cli.suite import suite_command
 from fulmen.cli.train import train_command
 from fulmen.cli.usage import usage_command
 
@@ -44,10 +45,10 @@ def fulmen(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop."),
     ] = False,
 ) -> None:
-    """Give a dense language model DeepSeek Sparse Attention, and show that nothing was lost.
+    """Give a dense language model DeepSeek Sparse Attention, and measure what that costs and saves.
 
     inspect a model, convert it, train it further, eval the result against the dense model, chat with it,
-    serve it. cost prices its tokens, doctor shows what computes on this machine.
+    serve it. suite runs tests on any model, cost prices its tokens, doctor shows what computes here.
     For a server: keys makes its API keys, usage shows what they used.
     """
 
@@ -56,6 +57,7 @@ app.command("inspect")(inspect_command)
 app.command("convert")(convert_command)
 app.command("train")(train_command)
 app.command("eval")(evaluate_command)
+app.command("suite")(suite_command)
 app.command("chat")(chat_command)
 app.command("cost")(cost_command)
 app.command("doctor")(doctor_command)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fulmen.cli.books import DEFAULT_STATE, LedgerUrl, State, books_at, missing_extra
-from fulmen.pipeline.reporter import STARTING, stage
+from fulmen.cli.progress import STARTING, reporter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -36,6 +36,7 @@ def serve_command(
 
     Example: [bold]fulmen serve out/smollm2-dsa[/]
     """
+    stage = reporter().stage
     with stage(STARTING):
         from fulmen.pipeline.model_config import read_config
 

@@ -1,13 +1,14 @@
-"""`fulmen train`: options only; the work is in `fulmen.pipeline.train`."""
+"""`fulmen train`: options only; the work is `fulmen.train`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fulmen.pipeline.reporter import STARTING, stage
-from fulmen.pipeline.settings import DEFAULT_SPARSE_BUDGET, parse_duration
-from fulmen.pipeline.train_settings import TrainSettings
+from fulmen.cli.console import renamed
+from fulmen.cli.progress import reporter
+from fulmen.pipeline.api import train
+from fulmen.pipeline.settings import DEFAULT_SPARSE_BUDGET
 
 
 def train_command(
@@ -43,15 +44,16 @@ def train_command(
     length: Annotated[
         int | None,
         typer.Option(
-            help="Tokens per text; more than k. Train at the lengths you will use. [dim]Default: 4 k, at "
+            help="Tokens per sequence; more than k. Train at the lengths you will use. [dim]Default: 4 k, at "
             "least 2048, within the context; less if the text does not fill that.[/]",
             show_default=False,
         ),
     ] = None,
-    windows: Annotated[
+    sequences: Annotated[
         int | None,
-        typer.Option(help="Different texts at most. [dim]Default: as many as the steps use.[/]"),
+        typer.Option(help="Different sequences at most. [dim]Default: as many as the steps use.[/]"),
     ] = None,
+    windows: Annotated[int | None, typer.Option(hidden=True)] = None,
     topk: Annotated[
         int | None,
         typer.Option(help="Tokens that each query keeps. [dim]Default: the model's own.[/]"),
@@ -59,7 +61,7 @@ def train_command(
     alpha: Annotated[
         float,
         typer.Option(
-            help="Share of the teacher in the trunk's loss: 1 restores the dense model's own function, 0 "
+            help="Share of the teacher in the loss: 1 restores the dense model's own function, 0 "
             "only continues its training on --data.",
         ),
     ] = 1.0,
@@ -75,14 +77,23 @@ def train_command(
         str,
         typer.Option(
             help="Where its answers come from: live (a copy in memory, asked in every step), disk (asked "
-            "once, 512 bytes a token), auto: disk where texts come more than once.",
+            "once, 512 bytes a token), auto: disk where sequences come more than once.",
         ),
     ] = "auto",
-    lr: Annotated[
+    learning_rate: Annotated[
         float,
-        typer.Option(help="Peak learning rate of the trunk. Take 10 times as much with --lora."),
+        typer.Option(
+            "--learning-rate",
+            "--lr",
+            help="Peak learning rate of all weights but the indexers'. Take 10 times as much with --lora.",
+        ),
     ] = 3e-5,
-    indexer_lr: Annotated[float, typer.Option(help="Peak learning rate of the indexers.")] = 3e-5,
+    indexer_learning_rate: Annotated[
+        float,
+        typer.Option(
+            "--indexer-learning-rate", "--indexer-lr", help="Peak learning rate of the indexers' weights."
+        ),
+    ] = 3e-5,
     indexer_loss: Annotated[
         str,
         typer.Option(
@@ -101,10 +112,10 @@ def train_command(
         int | None,
         typer.Option(
             metavar="RANK",
-            help="Train low-rank updates of the trunk, merged at the end, where memory is short. Needs peft.",
+            help="Train low-rank updates, merged at the end, where memory is short. Needs peft.",
         ),
     ] = None,
-    accumulate: Annotated[int, typer.Option(help="Texts per step (and process).")] = 1,
+    accumulate: Annotated[int, typer.Option(help="Sequences per step (and process).")] = 1,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Recompute layers: less memory, a third slower.")
     ] = False,
@@ -130,35 +141,31 @@ def train_command(
 
     Example: [bold]fulmen train out/smollm2-dsa --out out/smollm2-trained --budget 1h[/]
     """
-    options = {
-        "steps": steps,
-        "budget_s": None if budget is None else parse_duration(budget),
-        "learning_rate": lr,
-        "indexer_learning_rate": indexer_lr,
-        "alpha": alpha,
-        "teacher_place": teacher_place,
-        "indexer_loss": indexer_loss,
-        "k_schedule": k_schedule,
-        "lora": lora,
-        "accumulate": accumulate,
-        "checkpointing": checkpointing,
-        "bf16": bf16,
-        "save_every": save_every,
-        "report_to": report_to,
-        "seed": seed,
-    }
-    settings = TrainSettings(
-        model_dir=model_dir,
+    told = reporter()
+    train(
+        model_dir,
         out=out,
-        topk=topk,
-        data=tuple(data or ()),
-        teacher=teacher,
+        budget=budget,
+        steps=steps,
+        data=data or (),
         length=length,
-        windows=windows,
+        sequences=renamed("windows", windows, "sequences", sequences),
+        topk=topk,
+        teacher=teacher,
+        alpha=alpha,
+        teacher_place=teacher_place,
+        learning_rate=learning_rate,
+        indexer_learning_rate=indexer_learning_rate,
+        indexer_loss=indexer_loss,
+        k_schedule=k_schedule,
+        lora=lora,
+        accumulate=accumulate,
+        checkpointing=checkpointing,
+        bf16=bf16,
+        save_every=save_every,
+        report_to=report_to,
+        seed=seed,
         overwrite=overwrite,
-        options=options,
+        reporter=told,
     )
-    with stage(STARTING):
-        from fulmen.pipeline.train import train
-
-    train(settings)
+    told.note(f"Wrote {out}; next: fulmen eval {out} --dense SOURCE --html report.html")

@@ -4,7 +4,9 @@ The network is touched only for a source that says so: `hf:name`.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 
@@ -40,8 +42,8 @@ class Reading:
     skipped: Counter[str] = field(default_factory=Counter)
 
 
-def load_corpus(*sources: str | Path) -> Corpus:
-    """Read the sources, the demo corpus if there are none, and split their documents.
+def load_corpus(*sources: str | Path, texts: Sequence[str] = ()) -> Corpus:
+    """Read the sources, the demo corpus if there are none and no texts, and split their documents.
 
     Args:
         sources: each one of
@@ -53,11 +55,14 @@ def load_corpus(*sources: str | Path) -> Corpus:
             Of a data set (from the hub, a `.jsonl` or `.parquet` file, a directory of these alone) the first
             200 M characters are read. From 100 texts on, `part_of` says where each row belongs, which is
             also where it belongs when the data set is streamed; fewer are split as files are.
+        texts: prose in memory, split as the rows of a data set are.
 
     Raises:
         CorpusError: missing, empty, binary, damaged, without text, or too small to be split.
     """
-    readings = [_read(source) for source in sources or (DEMO,)]
+    readings = [_read(source) for source in sources or (() if texts else (DEMO,))]
+    if texts:
+        readings.append(_read_texts(texts))
     documents = chain.from_iterable(reading.documents for reading in readings)
     rows = ((row, part_of(row.text)) for reading in readings for row in reading.rows)
     return split_documents(documents, rows, sum((reading.skipped for reading in readings), Counter()))
@@ -76,6 +81,15 @@ def stream_of(*sources: str | Path) -> DataSets | None:
     if not found or not all(found) or any(DataSets(members).are_few() for members in found):
         return None
     return DataSets(tuple(chain.from_iterable(found)))
+
+
+def _read_texts(texts: Sequence[str]) -> Reading:
+    """Named by what they say, so that their order decides nothing."""
+    documents = tuple(
+        Document(f"text/{sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}", "prose", text)
+        for text in texts
+    )
+    return Reading(documents) if len(texts) < FEW_TEXTS else Reading(rows=documents)
 
 
 def _read(source: str | Path) -> Reading:

@@ -7,17 +7,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, TextStreamer
+from transformers import TextStreamer
 
 from fulmen.errors import ConfigError
 from fulmen.modeling.cache import CacheBytes
-from fulmen.modeling.checkpoint import load_directory_model, load_directory_tokenizer
 from fulmen.modeling.config_checks import require_sound_templates
 from fulmen.modeling.families import accelerate_model, dsa_of, empty_cache, set_topk
 from fulmen.modeling.lengths import PREFILL_CHUNK, context_of
 from fulmen.modeling.rope_tables import restored_rope, rope_angles, rope_for_length
+from fulmen.pipeline.load import load_converted_model, load_converted_tokenizer
 from fulmen.pipeline.model_config import read_config
-from fulmen.pipeline.reporter import SilentReporter, reporter, stage
+from fulmen.pipeline.reporter import Reporter, SilentReporter, reporter_of
 
 
 class Turn(NamedTuple):
@@ -44,6 +44,7 @@ class ChatSession:
         model_dir: a converted model's directory.
         topk: tokens that each query keeps; None: the model's own.
         document: text before the first question.
+        reporter: whom to tell of loading and reading; None: nobody.
 
     Raises:
         CheckpointError: no such model, or one that cannot be read.
@@ -51,7 +52,14 @@ class ChatSession:
         ConfigError: a topk that cannot be.
     """
 
-    def __init__(self, model_dir: str | Path, topk: int | None = None, document: str = "") -> None:
+    def __init__(
+        self,
+        model_dir: str | Path,
+        topk: int | None = None,
+        document: str = "",
+        reporter: Reporter | None = None,
+    ) -> None:
+        self._reporter = reporter_of(reporter)
         self.tokenizer: Any = load_converted_tokenizer(model_dir)
         require_sound_templates(self.tokenizer, str(model_dir))
         self._context = context_of(read_config(model_dir)[1])
@@ -59,7 +67,7 @@ class ChatSession:
         self._document = document
         if document:
             self._require_fit(len(self._encode([{"role": "user", "content": document}])), 1)
-        with stage("Load"):
+        with self._reporter.stage("Load"):
             self.model: Any = load_converted_model(model_dir)
         if topk is not None:
             set_topk(self.model, topk)
@@ -113,7 +121,8 @@ class ChatSession:
             raise ConfigError(
                 f"{n_tokens:,} tokens of document and conversation, and {max_new_tokens:,} for the answer, "
                 f"exceed the model's context of {self._context:,}; shorten the document or lower "
-                "--max-new-tokens"
+                "max_new_tokens",
+                arguments=["max_new_tokens"],
             )
 
     def _keep_common_start(self, ids_S: Tensor) -> int:
@@ -138,13 +147,14 @@ class ChatSession:
     def _read(self, new_ids_T: Tensor) -> None:
         """Fill the cache chunk by chunk; `generate` cannot do so behind a cache that is not empty."""
         is_long = len(new_ids_T) > PREFILL_CHUNK
-        with (reporter() if is_long else SilentReporter()).stage("Read", counted=False) as advance:
-            advance(0, len(new_ids_T))
+        reporter: Reporter = self._reporter if is_long else SilentReporter()
+        with reporter.stage("Read", counted=False):
+            reporter.advance(0, len(new_ids_T))
             for place, chunk_T in enumerate(new_ids_T.split(PREFILL_CHUNK) if len(new_ids_T) else ()):
                 self.model(chunk_T[None], past_key_values=self._cache, use_cache=True, logits_to_keep=1)
                 # Known even if the user interrupts here.
                 self._cached_ids = torch.cat((self._cached_ids, chunk_T))
-                advance(place * PREFILL_CHUNK + len(chunk_T), len(new_ids_T))
+                reporter.advance(place * PREFILL_CHUNK + len(chunk_T), len(new_ids_T))
 
     def _turn(self, reused: int, started: float, token_times: list[float]) -> Turn:
         context, n_new = self._cache.get_seq_length(), len(token_times)
@@ -178,30 +188,3 @@ class _TimedStreamer(TextStreamer):
         """Text that no later token can change."""
         if text:
             self._on_text(text)
-
-
-def load_converted(model_dir: str | Path) -> tuple[PreTrainedModel, Any]:
-    """A converted model, in eval mode, and its tokenizer.
-
-    Raises:
-        CheckpointError: no such model, or one that cannot be read.
-        UnsupportedModelError: the model has no DSA.
-    """
-    tokenizer = load_converted_tokenizer(model_dir)
-    return load_converted_model(model_dir), tokenizer
-
-
-def load_converted_tokenizer(model_dir: str | Path) -> Any:
-    """The tokenizer of `load_converted`. Raises as that does, but for what weights tell."""
-    return load_directory_tokenizer(_converted_place(model_dir))
-
-
-def load_converted_model(model_dir: str | Path) -> PreTrainedModel:
-    """The model of `load_converted`. Raises as that does, but for the tokenizer."""
-    return load_directory_model(_converted_place(model_dir)).eval()
-
-
-def _converted_place(model_dir: str | Path) -> str:
-    found, config = read_config(model_dir)
-    dsa_of(config)
-    return found.place

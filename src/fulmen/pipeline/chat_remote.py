@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from fulmen.errors import EndpointError
-from fulmen.pipeline.reporter import stage
+from fulmen.pipeline.reporter import Reporter, reporter_of
 
 KEY_VARIABLE = "FULMEN_API_KEY"
 TIMEOUT_S = 600.0
@@ -23,12 +23,14 @@ class RemoteChat:
     Args:
         url: as `http://127.0.0.1:8000` or with `/v1` behind it; the key is taken from FULMEN_API_KEY.
         document: text before the first question.
+        reporter: whom to tell of waiting; None: nobody.
 
     Raises:
         EndpointError: the address is none, cannot be reached, refuses, or serves no model.
     """
 
-    def __init__(self, url: str, document: str = "") -> None:
+    def __init__(self, url: str, document: str = "", reporter: Reporter | None = None) -> None:
+        self._reporter = reporter_of(reporter)
         self._url, self._document = url.rstrip("/"), document
         self._messages: list[dict[str, str]] = []
         if urlsplit(url).scheme not in ("http", "https"):
@@ -52,7 +54,7 @@ class RemoteChat:
         usage: dict[str, Any] = {}
         with ExitStack() as asking:
             waiting = asking.enter_context(ExitStack())
-            waiting.enter_context(stage("Wait"))
+            waiting.enter_context(self._reporter.stage("Wait"))
             answer = asking.enter_context(self._asked("/chat/completions", body))
             for chunk in _chunks(answer):
                 waiting.close()

@@ -41,11 +41,15 @@ class CostSettings:
     def __post_init__(self) -> None:
         given = [value for value in (self.flops, self.bandwidth) if value is not None]
         if self.measure and given:
-            raise ConfigError("--measure takes this machine's own speed; leave --flops and --bandwidth out")
+            raise ConfigError(
+                "measure takes this machine's own speed; leave flops and bandwidth out",
+                arguments=["measure", "flops", "bandwidth"],
+            )
         if not self.measure and len(given) < 2:
             raise ConfigError(
-                "--flops and --bandwidth go together: a machine's FLOPs and bytes a second, as 989e12 and "
-                "3.35e12 for an H100; or use --measure to time this machine"
+                "flops and bandwidth go together: a machine's FLOPs and bytes a second, as 989e12 and "
+                "3.35e12 for an H100; or use measure to time this machine",
+                arguments=["flops", "bandwidth", "measure"],
             )
         for name in ("flops", "bandwidth", "price"):
             value = getattr(self, name)
@@ -60,8 +64,8 @@ class CostSettings:
 
     def given_speed(self) -> tuple[float, float]:
         """FLOPs and bytes a second."""
-        assert self.flops, "without --measure both are given"
-        assert self.bandwidth, "without --measure both are given"
+        assert self.flops, "without measure both are given"
+        assert self.bandwidth, "without measure both are given"
         return self.flops, self.bandwidth
 
     @property

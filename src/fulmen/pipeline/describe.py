@@ -1,7 +1,5 @@
-"""What `fulmen inspect` knows about a model, from its config alone."""
+"""What can be said about a model from its config alone."""
 
-from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -9,10 +7,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from fulmen.config import DsaConfig
 from fulmen.evaluation.price.prices import ModelShape
-from fulmen.modeling.cache import CacheBytes
 from fulmen.modeling.checkpoint import ModelSource
 from fulmen.modeling.cost import (
-    CostRow,
     cost_rows,
     head_weights,
     index_key_share,
@@ -23,62 +19,10 @@ from fulmen.modeling.cost import (
 )
 from fulmen.modeling.families import dsa_of, family_like, has_dsa
 from fulmen.modeling.index_shape import default_dsa
+from fulmen.pipeline.description import ModelDescription, layer_ranges
 from fulmen.pipeline.model_config import quantized_types, read_config
 
 POSITIONS = (8 * 1024, 32 * 1024, 128 * 1024, 512 * 1024, 1024 * 1024)
-
-
-@dataclass(frozen=True)
-class ModelDescription:
-    """Facts about a model and what DSA does, or would do, to it.
-
-    Attributes:
-        converted: whether the model has DSA already; then `dsa` is its own, else the one we would use.
-        heads: "9 query, 3 key/value, width 64" or MLA's ranks.
-        dtype: of the weights after loading, which is that of the cache.
-        quantized: types of a GGUF file's weights, which are dequantized when loaded.
-        parameters: of the whole model, an indexer that it has included.
-        step_weights: bytes of weights that a decoding step reads, shared by its batch.
-        indexer_parameters: of all indexers, those that it has or would get.
-        dense_layers: layers that keep dense attention, with the reason.
-        index_key_share: index keys over keys and values in a converted layer.
-        token_bytes: cache per token.
-    """
-
-    source: str
-    converted: bool
-    model_type: str
-    architecture: str
-    parameters: int
-    indexer_parameters: int
-    step_weights: int
-    layers: int
-    hidden_size: int
-    vocab_size: int
-    heads: str
-    rope: str
-    context: int | None
-    dtype: str
-    quantized: list[str]
-    dsa: DsaConfig
-    dense_layers: dict[str, str]
-    index_key_share: float
-    token_bytes: CacheBytes
-    rows: list[CostRow]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        rows = [
-            {
-                "position": row.position,
-                "decode": row.decode._asdict(),
-                "prefill": row.prefill._asdict(),
-                "cache": row.cache._asdict(),
-            }
-            for row in self.rows
-        ]
-        changed = {"dsa": self.dsa.to_dict(), "token_bytes": self.token_bytes._asdict(), "rows": rows}
-        return {**vars(self), **changed}
 
 
 def read_shape(source: str) -> tuple[ModelSource, bool, ModelShape]:
@@ -123,15 +67,6 @@ def describe(source: str) -> ModelDescription:
         token_bytes=token_bytes(config, dsa, dtype.itemsize),
         rows=cost_rows(config, dsa, POSITIONS, dtype.itemsize),
     )
-
-
-def layer_ranges(layers: list[int] | tuple[int, ...]) -> str:
-    """ "0-2, 5" for [0, 1, 2, 5]."""
-    runs = [
-        [layer for _, layer in run]
-        for _, run in groupby(enumerate(layers), key=lambda place: place[1] - place[0])
-    ]
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _dense_layers(config: PreTrainedConfig, dsa: DsaConfig) -> dict[str, str]:

@@ -1,37 +1,32 @@
-"""An evaluation from model directory to reports: load, draw held-out texts and needles, measure, write."""
+"""Parity of a converted model with dense attention: load, draw held-out texts and needles, measure."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fulmen.data import Corpus, Document, TokenSequence, draw_sequences, load_corpus
-from fulmen.errors import ConfigError, CorpusError, OutputError
+from fulmen.data import Corpus, Document, TokenSequence, draw_sequences
+from fulmen.errors import ConfigError, CorpusError
 from fulmen.evaluation.parity.measure import measure_parity
 from fulmen.evaluation.parity.needles import NeedleSample, needle_samples
 from fulmen.evaluation.parity.report import ParityReport
 from fulmen.evaluation.provenance import about_run
-from fulmen.evaluation.report_files import save_report
-from fulmen.evaluation.wording import markdown_table
 from fulmen.modeling.checkpoint import load_dense
 from fulmen.modeling.cost import cost_rows
 from fulmen.modeling.families import dsa_of
 from fulmen.modeling.lengths import context_of
-from fulmen.pipeline.chat import load_converted_model, load_converted_tokenizer
-from fulmen.pipeline.convert import RECORD_FILE, STAGES_DIR
-from fulmen.pipeline.model_card import fill_parity
+from fulmen.pipeline.load import load_converted_model, load_converted_tokenizer
 from fulmen.pipeline.model_config import read_config
-from fulmen.pipeline.reporter import console, say, stage
+from fulmen.pipeline.reporter import Reporter
 from fulmen.pipeline.settings import EvalSettings
-from fulmen.pipeline.texts import draw_longest, kinds_of, lengths_to_try
+from fulmen.pipeline.texts import draw_longest, kinds_of, lengths_to_try, read_corpus
+from fulmen.pipeline.train import RECORD_FILE, STAGES_DIR
 
 # As many texts as in `EvalSize` are read of this length.
 UP_TO_LENGTH = 4096
@@ -39,36 +34,38 @@ COST_POSITIONS = tuple(2**power for power in range(8, 21))
 
 
 class EvalSize(NamedTuple):
-    """How much is read: texts per kind of text, and texts with needles per number of keys and length.
+    """How much is read: sequences per kind of text, and texts with needles per number of keys and length.
 
     Every needle of a text is asked for: in all, FULL asks 16 questions with one key and 128 with eight.
     """
 
-    windows: int
+    sequences: int
     needle_texts: int
     keys: tuple[int, ...] = (1, 8)
 
     def of_length(self, length: int) -> "EvalSize":
         """Fewer texts where they are longer than 4,096 tokens, half of them at least."""
         share = max(0.5, min(1.0, UP_TO_LENGTH / length))
-        return EvalSize(ceil(share * self.windows), ceil(share * self.needle_texts), self.keys)
+        return EvalSize(ceil(share * self.sequences), ceil(share * self.needle_texts), self.keys)
 
 
-FULL, QUICK = EvalSize(windows=8, needle_texts=8), EvalSize(windows=2, needle_texts=2)
+FULL, QUICK = EvalSize(sequences=8, needle_texts=8), EvalSize(sequences=2, needle_texts=2)
 
 
-def evaluate(settings: EvalSettings) -> ParityReport:
-    """Run an evaluation as `fulmen eval` does and return the report. Raises what its parts raise."""
-    lengths = plan_evaluation(settings)
-    with stage("Read data"):
-        corpus = load_corpus(*settings.data)
+def measure(settings: EvalSettings, reporter: Reporter) -> ParityReport:
+    """Compare a converted model with dense attention; writes nothing. Raises what its parts raise."""
+    lengths = plan_evaluation(settings, reporter)
+    with reporter.stage("Read data"):
+        corpus = read_corpus(settings.data, settings.texts)
         tokenizer = load_converted_tokenizer(settings.model_dir)
-        texts, needles = draw_longest(lengths, lambda length: _texts(length, settings, corpus, tokenizer))
-    say(f"Loading {settings.model_dir}")
-    with stage("Load"):
+        texts, needles = draw_longest(
+            lengths, lambda length: _texts(length, settings, corpus, tokenizer, reporter), reporter
+        )
+    reporter.note(f"Loading {settings.model_dir}")
+    with reporter.stage("Load"):
         model = load_converted_model(settings.model_dir)
         dense = None if settings.dense is None else load_dense(settings.dense, model.dtype)[0]
-    with stage("Evaluate", counted=False) as advance:
+    with reporter.stage("Evaluate", counted=False):
         report = measure_parity(
             model,
             texts,
@@ -77,54 +74,50 @@ def evaluate(settings: EvalSettings) -> ParityReport:
             needles=needles,
             ks=_budgets(settings.topk or dsa_of(model.config).topk, quick=settings.quick),
             dense_model=dense,
-            progress=lambda done, total, what: advance(done, total, what),
+            progress=reporter.advance,
         )
-    with stage("Write"):
-        about = {**about_run(str(settings.model_dir)), **_provenance(settings.model_dir)}
-        report = replace(report, about=about, cost=_cost_curve(model))
-        _write_reports(settings, report)
-    _print(report)
-    return report
+    about = {**about_run(str(settings.model_dir)), **_provenance(settings.model_dir)}
+    return replace(report, about=about, cost=_cost_curve(model))
 
 
-def plan_evaluation(settings: EvalSettings) -> list[int]:
-    """Lengths of text, to be tried in turn. Raises what configs and places have against these settings."""
+def plan_evaluation(settings: EvalSettings, reporter: Reporter) -> list[int]:
+    """Lengths to be tried in turn. Raises what the configs have against these settings."""
     _, config = read_config(settings.model_dir)
     topk, context = settings.topk or dsa_of(config).topk, context_of(config)
     if context and settings.length and settings.length > context:
         raise ConfigError(
-            f"length={settings.length} exceeds the model's context of {context} tokens; lower --length"
+            f"length={settings.length} exceeds the model's context of {context} tokens; use a lower length",
+            arguments=["length"],
         )
     if settings.dense is not None:
         read_config(settings.dense)
-    beside_model = None in (settings.json, settings.html, settings.markdown)
-    if beside_model and not os.access(settings.model_dir, os.W_OK):
-        raise OutputError(
-            f"{settings.model_dir} is not writable; name other places by --json, --html and --markdown"
-        )
     if settings.length is None:
         return lengths_to_try(None, config, topk)
     if topk >= settings.length:
-        say(f"k = {topk:,} leaves nothing out of {settings.length:,} tokens: there DSA is dense attention")
+        reporter.note(
+            f"k = {topk:,} leaves nothing out of {settings.length:,} tokens: there DSA is dense attention"
+        )
     return [settings.length]
 
 
 def _texts(
-    length: int, settings: EvalSettings, corpus: Corpus, tokenizer: Any
+    length: int, settings: EvalSettings, corpus: Corpus, tokenizer: Any, reporter: Reporter
 ) -> tuple[list[TokenSequence], list[NeedleSample]]:
-    """Held-out windows of each kind, or of the kinds asked for, and needles. Raises CorpusError."""
+    """Held-out sequences of each kind, or of the kinds asked for, and needles. Raises CorpusError."""
     size = (QUICK if settings.quick else FULL).of_length(length)
-    count = settings.windows or size.windows
+    count = settings.sequences or size.sequences
     kinds = settings.kinds or kinds_of(corpus.heldout)
     drawn = [
-        window
-        for kind in kinds
-        for window in draw_sequences(corpus.heldout, tokenizer, length, count, kind=kind)
+        one for kind in kinds for one in draw_sequences(corpus.heldout, tokenizer, length, count, kind=kind)
     ]
-    return drawn, _needles(corpus.heldout, tokenizer, length, size) if settings.needles else []
+    if not settings.needles:
+        return drawn, []
+    return drawn, _needles(corpus.heldout, tokenizer, length, size, reporter)
 
 
-def _needles(heldout: Sequence[Document], tokenizer: Any, length: int, size: EvalSize) -> list[NeedleSample]:
+def _needles(
+    heldout: Sequence[Document], tokenizer: Any, length: int, size: EvalSize, reporter: Reporter
+) -> list[NeedleSample]:
     """Single and multi-key needles, at half the length and the whole; none where the text is scarce."""
     samples: list[NeedleSample] = []
     for n_tokens in (length // 2, length):
@@ -132,7 +125,7 @@ def _needles(heldout: Sequence[Document], tokenizer: Any, length: int, size: Eva
             try:
                 samples += needle_samples(heldout, tokenizer, n_tokens, size.needle_texts, n_keys=n_keys)
             except (ConfigError, CorpusError) as error:
-                say(f"No needles of {n_tokens} tokens: {error}")
+                reporter.note(f"No needles of {n_tokens} tokens: {error}")
     return samples
 
 
@@ -164,26 +157,3 @@ def _provenance(model_dir: Path) -> dict[str, str]:
 def _cost_curve(model: PreTrainedModel) -> list[dict[str, float]]:
     rows = cost_rows(model.config, dsa_of(model.config), COST_POSITIONS, model.dtype.itemsize)
     return [{"position": row.position, **row.decode._asdict()} for row in rows]
-
-
-def _write_reports(settings: EvalSettings, report: ParityReport) -> None:
-    """To the places asked for, or beside the model; the card gets the table too."""
-    folder = settings.model_dir
-    written = save_report(
-        report,
-        json=settings.json or folder / "parity.json",
-        markdown=settings.markdown or folder / "parity.md",
-        html=settings.html or folder / "parity.html",
-    )
-    fill_parity(folder, f"{report.verdict()}\n\n{markdown_table(report.summary())}")
-    say("Wrote " + ", ".join(str(path) for path in written))
-
-
-def _print(report: ParityReport) -> None:
-    header, *rows = report.summary()
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    for finding in report.findings():
-        say(finding)

@@ -1,10 +1,10 @@
-"""What a run says of itself on stderr: bars on a terminal, plain lines anywhere else.
+"""Whom a run tells how far it is: nobody, or lines of text. `fulmen.cli.progress` has bars for terminals.
 
-    with stage("Inherit") as advance:
-        advance(3, 30, "KL 0.41")
+    with reporter.stage("Inherit"):
+        reporter.advance(3, 30, "KL 0.41")
 
-Whatever a stage is busy with, a line comes every few seconds where there is no terminal: a thread of its own
-writes it. Results go to stdout, which nothing here touches.
+Three methods are all that ties progress to the work; an object of any class that has them will do. What a
+run finds is returned, never printed.
 """
 
 import os
@@ -13,33 +13,26 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Protocol
+from typing import Protocol, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.text import Text
+from fulmen.errors import ConfigError
 
-# Of several processes (`accelerate launch`) the first one speaks.
-console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
 LINE_EVERY_S = 5.0
-# While torch and Transformers are imported.
-STARTING = "Start"
-
-
-class Advance(Protocol):
-    """Says how far a stage is: what is done of how much, and a note beside it.
-
-    Another total, or less than was done before, begins another part of the stage.
-    """
-
-    def __call__(self, done: float, total: float, note: str = "") -> None: ...
+METHODS = ("stage", "advance", "note")
 
 
 class Reporter(Protocol):
     """Whom a run tells how far it is."""
 
-    def stage(self, title: str, counted: bool = True) -> AbstractContextManager[Advance]:
-        """One piece of work, for the length of the block; `counted` shows "3/30", otherwise a percentage."""
+    def stage(self, name: str, counted: bool = True) -> AbstractContextManager[None]:
+        """One piece of work, for the length of the block; `counted`: its numbers count things, as layers."""
+        ...
+
+    def advance(self, done: float, total: float, detail: str = "") -> None:
+        """How much of the stage under way is done.
+
+        Another total, or less than was done before, begins another part of the stage.
+        """
         ...
 
     def note(self, text: str) -> None:
@@ -47,22 +40,20 @@ class Reporter(Protocol):
         ...
 
 
-def reporter() -> Reporter:
-    """The one that fits where stderr goes now, and this process."""
-    if console.quiet:
+def reporter_of(reporter: Reporter | None) -> Reporter:
+    """The one that was given, or silence: for None, and in every process of a run but the main one.
+
+    Raises ConfigError for an object without the three methods.
+    """
+    if reporter is None:
         return SilentReporter()
-    is_terminal = sys.stderr.isatty() and not console.is_dumb_terminal
-    return TerminalReporter() if is_terminal else LineReporter()
-
-
-def stage(title: str, counted: bool = True) -> AbstractContextManager[Advance]:
-    """`Reporter.stage` of the reporter at hand."""
-    return reporter().stage(title, counted)
-
-
-def say(text: str) -> None:
-    """`Reporter.note` of the reporter at hand."""
-    reporter().note(text)
+    if isinstance(reporter, type) or not all(callable(getattr(reporter, name, None)) for name in METHODS):
+        raise ConfigError(
+            f"reporter={reporter!r} cannot be; give an object with the methods {', '.join(METHODS)}, "
+            "as fulmen.LineReporter()",
+            arguments=["reporter"],
+        )
+    return reporter if os.environ.get("RANK", "0") == "0" else SilentReporter()
 
 
 class Pace:
@@ -71,17 +62,17 @@ class Pace:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self.began = clock()
-        self.done, self.total, self.note = 0.0, 0.0, ""
+        self.done, self.total, self.detail = 0.0, 0.0, ""
         self._first = self._last = (self.began, 0.0)
 
-    def __call__(self, done: float, total: float, note: str = "") -> None:
-        """As `Advance`."""
+    def advance(self, done: float, total: float, detail: str = "") -> None:
+        """As `Reporter.advance`."""
         now = self._clock()
         if total != self.total or done < self.done:
             self._first = self._last = (now, done)
         elif done > self.done:
             self._last = (now, done)
-        self.done, self.total, self.note = done, total, note
+        self.done, self.total, self.detail = done, total, detail
 
     def finish(self) -> None:
         """All that was to be done is done, if that is less than was planned, too."""
@@ -109,98 +100,76 @@ class Pace:
             parts.insert(0, share)
         if self.left is not None:
             parts.append(f"{in_minutes(self.left)} left")
-        return ", ".join([*parts, self.note] if self.note else parts)
+        return ", ".join([*parts, self.detail] if self.detail else parts)
 
 
 class SilentReporter:
-    """Of the processes that are not the first."""
+    """Nobody."""
 
     @contextmanager
-    def stage(self, title: str, counted: bool = True) -> Iterator[Advance]:
+    def stage(self, name: str, counted: bool = True) -> Iterator[None]:
         """As `Reporter.stage`."""
-        yield Pace()
+        yield
+
+    def advance(self, done: float, total: float, detail: str = "") -> None:
+        """As `Reporter.advance`."""
 
     def note(self, text: str) -> None:
         """As `Reporter.note`."""
 
 
 class LineReporter:
-    """Plain lines, for pipes, logs and notebooks: one every five seconds, whatever happens, and the last one.
+    """Plain lines, for pipes, logs and notebooks: one every few seconds, whatever happens, and a last one.
 
-    A stage of less than that, of which nobody knows how much there is to do, says nothing.
+    A stage of less than that, of which nobody knows how much there is to do, says nothing. A thread writes
+    the lines, so that one long step is not silent.
+
+    Args:
+        file: where to; None: stderr.
+        every_s: seconds between lines.
     """
 
-    def __init__(self, every_s: float = LINE_EVERY_S) -> None:
-        self._every_s = every_s
+    def __init__(self, file: TextIO | None = None, every_s: float = LINE_EVERY_S) -> None:
+        self._file, self._every_s = file, every_s
+        self._under_way: list[Pace] = []
 
     def note(self, text: str) -> None:
         """As `Reporter.note`."""
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        file = sys.stderr if self._file is None else self._file
+        # In one piece: another thread may write, too.
+        file.write(f"{text}\n")
+        file.flush()
+
+    def advance(self, done: float, total: float, detail: str = "") -> None:
+        """As `Reporter.advance`."""
+        if self._under_way:
+            self._under_way[-1].advance(done, total, detail)
 
     @contextmanager
-    def stage(self, title: str, counted: bool = True) -> Iterator[Advance]:
+    def stage(self, name: str, counted: bool = True) -> Iterator[None]:
         """As `Reporter.stage`."""
         pace, ended = Pace(), threading.Event()
-        beating = threading.Thread(target=self._beat, args=(title, pace, counted, ended), daemon=True)
+        self._under_way.append(pace)
+        beating = threading.Thread(target=self._beat, args=(name, pace, counted, ended), daemon=True)
         beating.start()
         outcome = "stopped at "
         try:
-            yield pace
+            yield
             pace.finish()
             outcome = ""
         finally:
             ended.set()
             beating.join()
+            self._under_way.remove(pace)
             if pace.total or pace.elapsed > self._every_s:
-                self.note(f"{title}: {outcome}{pace.words(counted)}")
+                self.note(f"{name}: {outcome}{pace.words(counted)}")
 
-    def _beat(self, title: str, pace: Pace, counted: bool, ended: threading.Event) -> None:
+    def _beat(self, name: str, pace: Pace, counted: bool, ended: threading.Event) -> None:
         # A closed pipe is found by what writes next in the main thread.
         with suppress(OSError, ValueError):
             while not ended.wait(self._every_s):
-                self.note(f"{title}: {pace.words(counted)}")
-
-
-class TerminalReporter:
-    """A bar that moves while it lasts, and stays as it ended; without a total it goes when it ends."""
-
-    def note(self, text: str) -> None:
-        """As `Reporter.note`."""
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    @contextmanager
-    def stage(self, title: str, counted: bool = True) -> Iterator[Advance]:
-        """As `Reporter.stage`."""
-        pace = Pace()
-        columns = (TextColumn("[bold]{task.description:<10}"), BarColumn(), _PaceColumn(pace, counted))
-        # What is printed to stdout meanwhile is a result, and stays there.
-        with Progress(*columns, console=console, redirect_stdout=False) as bars:
-            task = bars.add_task(title, total=None)
-
-            def advance(done: float, total: float, note: str = "") -> None:
-                pace(done, total, note)
-                bars.update(task, completed=done, total=total or None)
-
-            try:
-                yield advance
-                pace.finish()
-                bars.update(task, completed=pace.done, total=pace.total)
-            finally:
-                bars.live.transient = not pace.total
-
-
-class _PaceColumn(ProgressColumn):
-    """`Pace.words`, drawn anew each time."""
-
-    max_refresh = 0.5
-
-    def __init__(self, pace: Pace, counted: bool) -> None:
-        super().__init__()
-        self.pace, self.counted = pace, counted
-
-    def render(self, task: Task) -> Text:
-        """The words, cut where the terminal ends."""
-        return Text(self.pace.words(self.counted), no_wrap=True, overflow="ellipsis")
+                if pace is self._under_way[-1]:
+                    self.note(f"{name}: {pace.words(counted)}")
 
 
 def in_minutes(seconds: float) -> str:
@@ -211,23 +180,24 @@ def in_minutes(seconds: float) -> str:
 
 
 class TrainingView:
-    """A trainer's steps in a stage: their losses beside them; what comes between steps, as a note.
+    """A trainer's steps in a stage: their losses beside them; what comes between steps, as a detail.
 
-    Before the first step what is to be done has a bar of its own.
+    Before the first step what is to be done is counted by itself.
     """
 
-    def __init__(self, advance: Advance) -> None:
-        self._advance = advance
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
         self._at: tuple[int, int] | None = None
 
     def step(self, step: int, steps: int, logs: dict[str, float]) -> None:
         """A trainer's `on_step`."""
         self._at = (step, steps)
-        self._advance(step, steps, ", ".join(f"{name} {value:.4f}" for name, value in logs.items()))
+        losses = ", ".join(f"{name} {value:.4f}" for name, value in logs.items())
+        self._reporter.advance(step, steps, losses)
 
     def part(self, done: int, total: int, what: str) -> None:
         """A trainer's `on_part`."""
         if self._at is None:
-            self._advance(done, total, what)
+            self._reporter.advance(done, total, what)
         else:
-            self._advance(*self._at, f"{what} {done}/{total}")
+            self._reporter.advance(*self._at, f"{what} {done}/{total}")

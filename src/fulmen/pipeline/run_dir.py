@@ -31,16 +31,19 @@ class RunDir:
         file = self.path / SETTINGS_FILE
         if file.exists():
             before = json.loads(file.read_text(encoding="utf-8"))
-            odd = sorted(
+            mismatched = sorted(
                 key for key in settings.keys() | before.keys() if settings.get(key) != before.get(key)
             )
-            if not odd:
+            if not mismatched:
                 return True
             if not discard_other:
-                changes = ", ".join(f"{key} was {before.get(key)!r}, is {settings.get(key)!r}" for key in odd)
+                changes = ", ".join(
+                    f"{key} was {before.get(key)!r}, is {settings.get(key)!r}" for key in mismatched
+                )
                 raise ResumeError(
                     f"{self.path} holds an unfinished run with other settings ({changes}); "
-                    "use those settings again, remove the directory, or pass --overwrite"
+                    "use those settings again, remove the directory, or pass overwrite",
+                    arguments=["overwrite"],
                 )
         self.remove()
         try:

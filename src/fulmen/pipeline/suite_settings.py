@@ -1,4 +1,4 @@
-"""What `fulmen eval --suite` is asked to do, checked before anything is loaded."""
+"""What `fulmen suite` is asked to do, checked before anything is loaded."""
 
 import re
 from collections.abc import Sequence
@@ -8,6 +8,8 @@ from pathlib import Path
 from fulmen.config import require_positive_int
 from fulmen.errors import ConfigError
 from fulmen.evaluation.suites.catalog import suite_names
+from fulmen.pipeline.arguments import refused, require_existing
+from fulmen.pipeline.settings import require_positive, require_seed
 
 PARITY, ALL = "parity", "all"
 SUITE_NAMES = (PARITY, *suite_names(), ALL)
@@ -27,11 +29,11 @@ class SuiteSettings:
         samples: of each task and length, or texts of each length.
         tasks: names of RULER tasks; empty: all.
         seed: of every random choice.
-        data: as for `EvalSettings`.
+        data, texts: as for `EvalSettings`.
         topk: None: the model's own.
         dense: the dense model that a converted one is compared with; None: itself, read densely.
         url, model: an OpenAI-compatible endpoint and its name for the model; both or neither.
-        out: folder to write to; None: beside the model, or in the working directory.
+        out: folder for results, kept as they come; None: nothing is written.
     """
 
     source: str
@@ -41,6 +43,7 @@ class SuiteSettings:
     tasks: tuple[str, ...] = ()
     seed: int = 0
     data: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
     topk: int | None = None
     dense: str | None = None
     url: str | None = None
@@ -49,42 +52,62 @@ class SuiteSettings:
 
     def __post_init__(self) -> None:
         require_positive_int("samples", self.samples)
+        require_positive(self, "topk")
+        require_seed(self.seed)
+        object.__setattr__(self, "data", require_existing(self.data))
         if (self.url is None) != (self.model is None):
-            raise ConfigError("--url and --model go together: the address, and the model's name there")
+            raise ConfigError(
+                "url and model go together: the address, and the model's name there",
+                arguments=["url", "model"],
+            )
         if self.url and PARITY in self.suites:
             raise ConfigError("suite='parity' needs the model's weights, which an endpoint does not give")
-
-    @property
-    def folder(self) -> Path:
-        """Where results go."""
-        if self.out is not None:
-            return self.out.expanduser()
-        if self.url is None and Path(self.source).is_dir():
-            return Path(self.source) / "suites"
-        return Path("eval-" + re.sub(r"[^\w.-]+", "-", Path(self.model or self.source).name))
+        if self.out is not None and self.out.expanduser().exists() and not self.out.expanduser().is_dir():
+            raise ConfigError(f"out={str(self.out)!r} is a file; name a folder")
 
 
-def parse_names(text: str, what: str, known: Sequence[str]) -> tuple[str, ...]:
-    """The names of "a,b", each once. Raises ConfigError for one that is not among `known`."""
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+def default_folder(source: str, model: str | None) -> Path:
+    """Where the program puts results: beside the model, or of an endpoint's in the working directory."""
+    if model is None and Path(source).is_dir():
+        return Path(source) / "suites"
+    return Path("eval-" + re.sub(r"[^\w.-]+", "-", Path(model or source).name))
+
+
+def known_names(names: Sequence[str], what: str, known: Sequence[str]) -> tuple[str, ...]:
+    """The names, each once. Raises ConfigError for one that is not among `known`."""
     for name in names:
         if name not in known:
             raise ConfigError(f"{what}={name!r} is not known; choose from {', '.join(known)}")
-    return names
+    return tuple(dict.fromkeys(names))
 
 
-def parse_lengths(text: str) -> tuple[int, ...]:
-    """The tokens of "1k,2k,4096", ascending; none of "max". Raises ConfigError for anything else."""
-    if text.strip().lower() == MAX_LENGTH:
-        return ()
+def parse_lengths(lengths: object) -> tuple[int, ...] | None:
+    """The tokens of "1k,2k,4096" or of these numbers, ascending; none of "max"; None stays.
+
+    Raises ConfigError for anything else.
+    """
+    if lengths is None:
+        return None
+    if isinstance(lengths, str):
+        return () if lengths.strip().lower() == MAX_LENGTH else tuple(_lengths(lengths.split(",")))
+    given = [lengths] if isinstance(lengths, int) else lengths
+    if not isinstance(given, Sequence) or not given:
+        raise refused("lengths", lengths, "use tokens, as (1024, 2048), '1k,2k' or 'max'")
+    return tuple(_lengths([str(one) for one in given]))
+
+
+def _lengths(parts: Sequence[str]) -> list[int]:
     lengths = set()
-    for part in text.split(","):
+    for part in parts:
         found = re.fullmatch(r"\s*(\d+)\s*(k?)\s*", part, re.IGNORECASE)
         tokens = int(found[1]) * (SHORTEST_POWER if found[2] else 1) if found else 0
         if tokens < 1:
-            raise ConfigError(f"length={part.strip()!r} cannot be read; write tokens as in 1k,2k,4096 or max")
+            raise ConfigError(
+                f"lengths: length={part.strip()!r} cannot be read; write tokens as in 1k,2k,4096 or max",
+                arguments=["lengths"],
+            )
         lengths.add(tokens)
-    return tuple(sorted(lengths))
+    return sorted(lengths)
 
 
 def lengths_up_to(context: int) -> tuple[int, ...]:

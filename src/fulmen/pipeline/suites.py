@@ -1,19 +1,18 @@
-"""A run of suites from a model's name to its reports: load, ask, write; results are kept as they come."""
+"""A run of suites from a model's name to its report: load, ask; results are kept as they come."""
 
 import hashlib
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
 from transformers import PreTrainedConfig
 
 from fulmen import __version__
-from fulmen.data import Corpus, load_corpus
+from fulmen.data import Corpus
 from fulmen.errors import CheckpointError, ConfigError, first_line
 from fulmen.evaluation.provenance import about_run
-from fulmen.evaluation.report_files import save_report
 from fulmen.evaluation.suites.catalog import all_suites, find_suite, require_known_tasks
 from fulmen.evaluation.suites.endpoint import EndpointResponder
 from fulmen.evaluation.suites.journal import Journal
@@ -33,10 +32,11 @@ from fulmen.modeling.checkpoint import (
     load_tokenizer,
 )
 from fulmen.modeling.lengths import usual_length
-from fulmen.pipeline.chat import load_converted_model
+from fulmen.pipeline.load import load_converted_model
 from fulmen.pipeline.model_config import read_config
-from fulmen.pipeline.reporter import console, say, stage
+from fulmen.pipeline.reporter import Reporter
 from fulmen.pipeline.suite_settings import ALL, PARITY, SHORTEST_POWER, SuiteSettings, lengths_up_to
+from fulmen.pipeline.texts import read_corpus
 from fulmen.training.sparse.teacher import require_same_tokens
 
 SAMPLES_FILE = "samples.jsonl"
@@ -70,35 +70,33 @@ def suites_of(settings: SuiteSettings) -> tuple[str, ...]:
     )
 
 
-def evaluate_suites(settings: SuiteSettings, suites: tuple[str, ...]) -> SuiteReport:
-    """Run suites as `fulmen eval --suite` does and return the report. Raises what its parts raise."""
+def run_suite_settings(settings: SuiteSettings, suites: tuple[str, ...], reporter: Reporter) -> SuiteReport:
+    """Run suites; only samples are written, if there is a folder for them. Raises what its parts raise."""
     require_runnable(settings, suites)
-    with stage("Read data"):
-        corpus = load_corpus(*settings.data)
-        tokenizer = load_subject_tokenizer(settings)
-    say(f"Loading {settings.model or settings.source}")
-    with stage("Load"):
-        subject = load_subject(settings, tokenizer)
+    with reporter.stage("Read data"):
+        corpus = read_corpus(settings.data, settings.texts)
+        tokenizer = load_responder_tokenizer(settings)
+    reporter.note(f"Loading {settings.model or settings.source}")
+    with reporter.stage("Load"):
+        responder = load_responder(settings, tokenizer)
     plan = SuitePlan(
         suites=suites,
-        lengths=lengths_of(settings, subject.context, subject.topk),
+        lengths=lengths_of(settings, responder.context, responder.topk),
         samples=settings.samples,
         tasks=settings.tasks,
         seed=settings.seed,
     )
-    require_fit(subject, plan)
-    journal = Journal(settings.folder / SAMPLES_FILE, _identity(settings, corpus, subject))
-    with stage("Evaluate", counted=False) as advance:
-        report = run_suites(subject, tokenizer, corpus.heldout, plan, journal, lambda *done: advance(*done))
-    sparse = f", k = {subject.topk}" if subject.topk else ""
+    require_fit(responder, plan)
+    with tempfile.TemporaryDirectory() as unkept:
+        folder = Path(unkept) if settings.out is None else settings.out.expanduser()
+        journal = Journal(folder / SAMPLES_FILE, _identity(settings, corpus, responder))
+        with reporter.stage("Evaluate", counted=False):
+            report = run_suites(responder, tokenizer, corpus.heldout, plan, journal, reporter.advance)
+    sparse = f", k = {responder.topk}" if responder.topk else ""
     dense = f", dense: {settings.dense}" if settings.dense else ""
     sizes = f"{plan.samples} samples of each task and length, seed {plan.seed}{sparse}{dense}"
     about = {**about_run(settings.model or settings.source), "sizes": sizes}
-    report = replace(report, about=about)
-    with stage("Write"):
-        _write(settings.folder, report)
-    _print(report)
-    return report
+    return replace(report, about=about)
 
 
 def require_runnable(settings: SuiteSettings, suites: tuple[str, ...]) -> None:
@@ -111,7 +109,10 @@ def require_runnable(settings: SuiteSettings, suites: tuple[str, ...]) -> None:
     if settings.topk is not None and not has_dsa:
         raise ConfigError(f"topk={settings.topk} is for a converted model; {settings.source} has no DSA")
     if settings.dense is not None and not has_dsa:
-        raise ConfigError(f"--dense is what a converted model is compared with; {settings.source} has no DSA")
+        raise ConfigError(
+            f"dense is what a converted model is compared with; {settings.source} has no DSA",
+            arguments=["dense"],
+        )
     for name in suites:
         if find_suite(name).needs_dsa and not has_dsa:
             raise ConfigError(
@@ -130,7 +131,7 @@ def lengths_of(settings: SuiteSettings, context: int | None, topk: int | None) -
     return settings.lengths or lengths_up_to(context or ENDPOINT_CONTEXT)
 
 
-def load_subject_tokenizer(settings: SuiteSettings) -> Any:
+def load_responder_tokenizer(settings: SuiteSettings) -> Any:
     """The tokenizer that counts; that of a dense model to compare with must be the same.
 
     Raises:
@@ -143,7 +144,7 @@ def load_subject_tokenizer(settings: SuiteSettings) -> Any:
     return tokenizer
 
 
-def load_subject(settings: SuiteSettings, tokenizer: Any) -> Responder:
+def load_responder(settings: SuiteSettings, tokenizer: Any) -> Responder:
     """Who is asked.
 
     Raises:
@@ -189,14 +190,14 @@ def _loaded(found: ModelSource, load: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _identity(settings: SuiteSettings, corpus: Corpus, subject: Responder) -> dict[str, Any]:
+def _identity(settings: SuiteSettings, corpus: Corpus, responder: Responder) -> dict[str, Any]:
     """What results on disk must have in common with this run; how many there are is not part of it."""
     return {
         "model": settings.model or settings.source,
         "url": settings.url,
         "weights": None if settings.url else _weights_mark(find_source(settings.source)),
         "dense": settings.dense,
-        "topk": subject.topk,
+        "topk": responder.topk,
         "corpus": corpus.fingerprint,
         "seed": settings.seed,
         "fulmen": __version__,
@@ -209,23 +210,3 @@ def _weights_mark(found: ModelSource) -> str:
     files = sorted(file for file in folder.glob("*") if file.suffix in WEIGHT_SUFFIXES)
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16] if facts else found.place
-
-
-def _write(folder: Path, report: SuiteReport) -> None:
-    written = save_report(
-        report,
-        json=folder / "suites.json",
-        markdown=folder / "suites.md",
-        html=folder / "suites.html",
-    )
-    say("Wrote " + ", ".join(str(path) for path in written))
-
-
-def _print(report: SuiteReport) -> None:
-    for title, notes, (header, *rows) in report.sections():
-        table = Table(*header, title=title)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-        for note in notes:
-            say(note)

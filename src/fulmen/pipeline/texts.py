@@ -6,18 +6,27 @@ from typing import Any, NamedTuple, TypeVar
 
 from transformers import PreTrainedConfig
 
-from fulmen.data import Corpus, Document, TokenSequence, draw_sequences, iter_sequences
+from fulmen.data import (
+    Corpus,
+    DataSets,
+    Document,
+    TokenSequence,
+    draw_sequences,
+    iter_sequences,
+    load_corpus,
+    stream_of,
+)
 from fulmen.errors import ConfigError, CorpusError
 from fulmen.modeling.lengths import context_of, default_length
-from fulmen.pipeline.reporter import say
+from fulmen.pipeline.reporter import Reporter
 
-CALIBRATION_WINDOWS, CALIBRATION_TOKENS = 4, 32_768
-TRAINING_WINDOWS = 64
-VALIDATION_WINDOWS = 4
-# Numbers of windows are meant for this length; of longer ones fewer are read, so that it takes no more time.
+CALIBRATION_SEQUENCES, CALIBRATION_TOKENS = 4, 32_768
+TRAINING_SEQUENCES = 64
+VALIDATION_SEQUENCES = 4
+# Numbers of sequences are meant for this length; of longer ones fewer are read, so that it takes no more time.
 COUNTED_LENGTH = 2048
 # One for code and one for prose.
-FEWEST_WINDOWS = 2
+FEWEST_SEQUENCES = 2
 
 Drawn = TypeVar("Drawn")
 
@@ -31,14 +40,27 @@ class ConversionTexts(NamedTuple):
     validation: list[TokenSequence]
 
 
+def read_corpus(data: Sequence[str], texts: Sequence[str]) -> Corpus:
+    """The corpus of these places and texts in memory; without any, of the text that comes with Python.
+
+    Raises CorpusError as `load_corpus`.
+    """
+    return load_corpus(*data, texts=texts)
+
+
+def read_stream(data: Sequence[str], texts: Sequence[str]) -> DataSets | None:
+    """The places as data sets to stream; None if they, or texts in memory, are to be read whole."""
+    return None if texts else stream_of(*data)
+
+
 def kinds_of(documents: Sequence[Document]) -> list[str]:
     """Kinds of text among the documents, sorted."""
     return sorted({document.kind for document in documents})
 
 
 def count_of_length(count: int, length: int) -> int:
-    """`count`, or of windows longer than 2,048 as many as hold no more tokens than `count` of these."""
-    return max(min(FEWEST_WINDOWS, count), min(count, count * COUNTED_LENGTH // length))
+    """`count`, or of sequences longer than 2,048 as many as hold no more tokens than `count` of these."""
+    return max(min(FEWEST_SEQUENCES, count), min(count, count * COUNTED_LENGTH // length))
 
 
 def lengths_to_try(wanted: int | None, config: PreTrainedConfig, topk: int) -> list[int]:
@@ -51,10 +73,11 @@ def lengths_to_try(wanted: int | None, config: PreTrainedConfig, topk: int) -> l
     context = context_of(config)
     length = default_length(config, topk) if wanted is None else min(wanted, context or wanted)
     if topk >= length:
-        whose = "the model's context" if length == context else "the window"
-        more = "a smaller --topk" + (" or a longer --window" if length != context else "")
+        whose = "the model's context" if length == context else "the sequence"
+        more = "a smaller topk" + (" or a longer length" if length != context else "")
         raise ConfigError(
-            f"topk={topk} is not below {whose} of {length} tokens, so there is nothing to select; use {more}"
+            f"topk={topk} is not below {whose} of {length} tokens, so there is nothing to select; use {more}",
+            arguments=["topk", "length"],
         )
     lengths = [length]
     while wanted is None and lengths[-1] // 2 > topk:
@@ -62,13 +85,13 @@ def lengths_to_try(wanted: int | None, config: PreTrainedConfig, topk: int) -> l
     return lengths
 
 
-def draw_longest(lengths: Sequence[int], draw: Callable[[int], Drawn]) -> Drawn:
+def draw_longest(lengths: Sequence[int], draw: Callable[[int], Drawn], reporter: Reporter) -> Drawn:
     """What `draw` gives for the first length that the text fills. Raises what it does for the last one."""
     for length, shorter in pairwise(lengths):
         try:
             return draw(length)
         except (CorpusError, ConfigError):
-            say(f"There is too little text for windows of {length:,} tokens; trying {shorter:,}")
+            reporter.note(f"There is too little text for sequences of {length:,} tokens; trying {shorter:,}")
     return draw(lengths[-1])
 
 
@@ -84,8 +107,8 @@ def conversion_texts(
     calibration = calibration_texts(corpus.calibration, tokenizer, length, context, seed)
     if not trains:
         return ConversionTexts(length, calibration, [], [])
-    n_held_out = count_of_length(VALIDATION_WINDOWS, length)
-    drawn = up_to(corpus.training, tokenizer, length, TRAINING_WINDOWS + n_held_out, seed)
+    n_held_out = count_of_length(VALIDATION_SEQUENCES, length)
+    drawn = up_to(corpus.training, tokenizer, length, TRAINING_SEQUENCES + n_held_out, seed)
     return ConversionTexts(length, calibration, *split_off(drawn, n_held_out, "warm-up"))
 
 
@@ -95,7 +118,7 @@ def calibration_texts(
     """Twice as long as the training texts where the text allows: thresholds must hold far out too."""
     longer = min(2 * length, context or length)
     # All of them are in memory at once, layer by layer.
-    count = max(FEWEST_WINDOWS, min(CALIBRATION_WINDOWS, CALIBRATION_TOKENS // longer))
+    count = max(FEWEST_SEQUENCES, min(CALIBRATION_SEQUENCES, CALIBRATION_TOKENS // longer))
     drawn = list(islice(iter_sequences(documents, tokenizer, longer, seed=seed), count))
     return drawn if len(drawn) == count else up_to(documents, tokenizer, length, count, seed)
 
@@ -103,7 +126,7 @@ def calibration_texts(
 def up_to(
     documents: Sequence[Document], tokenizer: Any, length: int, count: int, seed: int
 ) -> list[TokenSequence]:
-    """`count` windows, or fewer where the text ends. Raises CorpusError if there is not even one."""
+    """`count` sequences, or fewer where the text ends. Raises CorpusError if there is not even one."""
     drawn = list(islice(iter_sequences(documents, tokenizer, length, seed=seed), count))
     return drawn or draw_sequences(documents, tokenizer, length, 1, seed=seed)
 
@@ -111,12 +134,14 @@ def up_to(
 def split_off(
     drawn: Sequence[TokenSequence], n_held_out: int, stage: str
 ) -> tuple[list[TokenSequence], list[TokenSequence]]:
-    """What a stage trains on, and the first windows, held out: `n_held_out`, or half of a few.
+    """What a stage trains on, and the first sequences, held out: `n_held_out`, or half of a few.
 
     Raises ConfigError if there is but one.
     """
     n_held_out = min(n_held_out, len(drawn) // 2)
     if not n_held_out:
         length = len(drawn[0].input_ids)
-        raise ConfigError(f"the training text fills one window of {length} tokens; {stage} needs 2: add text")
+        raise ConfigError(
+            f"the training text fills one sequence of {length} tokens; {stage} needs 2: add text"
+        )
     return list(drawn[n_held_out:]), list(drawn[:n_held_out])

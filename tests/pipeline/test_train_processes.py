@@ -10,13 +10,11 @@ import pytest
 import torch
 
 from fulmen.errors import ConfigError
-from fulmen.pipeline.convert import convert
 from fulmen.pipeline.run_dir import RunDir
-from fulmen.pipeline.train import train
 from fulmen.training.checkpoints import last_complete_checkpoint
-from tests.cli.test_pipeline import corpus_dir, save_tiny, settings  # noqa: F401
-from tests.cli.test_train import train_settings, weights
 from tests.modeling.gqa.tiny_gqa import make_dense
+from tests.pipeline.test_train import train_settings, weights
+from tests.pipeline.tiny_runs import convert, save_tiny, settings, train
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -45,7 +43,7 @@ def launch(*command: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def tied_dir(tmp_path_factory, corpus_dir) -> Path:  # noqa: F811
+def tied_dir(tmp_path_factory, corpus_dir) -> Path:
     """A converted model whose output embedding is its input embedding."""
     folder = tmp_path_factory.mktemp("tied")
     source = save_tiny(make_dense("llama3-rope"), folder / "dense")
@@ -57,7 +55,7 @@ def log_of(model_dir: Path) -> list[dict]:
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
-def test_fsdp2_killed_and_resumed_is_one_process_with_twice_the_texts(tmp_path, corpus_dir, tied_dir):  # noqa: F811
+def test_fsdp2_killed_and_resumed_is_one_process_with_twice_the_texts(tmp_path, corpus_dir, tied_dir):
     out = tmp_path / "two"
     arguments = ["train", str(tied_dir), "--out", str(out), "--data", str(corpus_dir), "--length", "64"]
     arguments += ["--steps", "4", "--lr", "1e-3", "--save-every", "1", "--checkpointing"]
@@ -89,7 +87,7 @@ def test_fsdp2_killed_and_resumed_is_one_process_with_twice_the_texts(tmp_path, 
         torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=2e-5)
 
 
-def test_what_cannot_be_sharded(tmp_path, corpus_dir, tied_dir, monkeypatch):  # noqa: F811
+def test_what_cannot_be_sharded(tmp_path, corpus_dir, tied_dir, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(ConfigError, match=r"fsdp_version=1 is not supported; launch with --fsdp_version 2"):

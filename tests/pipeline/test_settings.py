@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from fulmen.errors import ConfigError
-from fulmen.pipeline.settings import ConvertSettings, EvalSettings, parse_duration, parse_stages
+from fulmen.pipeline.arguments import parse_duration
+from fulmen.pipeline.report_files import ParityFiles
+from fulmen.pipeline.settings import ConvertSettings, EvalSettings, parse_stages
 
 OUT = Path("out")
 
@@ -66,12 +68,12 @@ def test_training_has_a_budget_unless_it_has_steps():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"budget_s": 60, "steps": 5}, "--budget and --steps exclude each other"),
+        ({"budget_s": 60, "steps": 5}, "budget and steps exclude each other"),
         ({"stages": ("inherit",), "steps": 5}, "trains nothing"),
         ({"topk": 0}, "topk=0 cannot be"),
         ({"steps": -1}, "steps=-1 cannot be"),
         ({"index_heads": 0}, "index_heads=0"),
-        ({"window": 0}, "window=0"),
+        ({"length": 0}, "length=0"),
         ({"dtype": "int8"}, "dtype='int8' is not known; choose from auto, float32"),
         ({"data": (Path("no/such/text"),)}, "data='no/such/text' does not exist"),
     ],
@@ -84,19 +86,20 @@ def test_conversions_that_cannot_be(settings, words):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"windows": 0}, "windows=0 cannot be"),
+        ({"sequences": 0}, "sequences=0 cannot be"),
         ({"length": -5}, "length=-5 cannot be"),
         ({"topk": 0}, "topk=0 cannot be"),
         ({"data": (Path("no/such/text"),)}, "does not exist"),
-        (
-            {"html": Path("no/such/report.html")},
-            "no/such/report.html cannot be written: no/such is no directory",
-        ),
     ],
 )
 def test_evaluations_that_cannot_be(settings, words):
     with pytest.raises(ConfigError, match=words):
         EvalSettings(OUT, **settings)
+
+
+def test_a_report_that_has_no_place():
+    with pytest.raises(ConfigError, match=r"no/such/report\.html cannot be written: no/such is no directory"):
+        ParityFiles(OUT, html=Path("no/such/report.html"))
 
 
 def test_a_hub_data_set_needs_no_file():

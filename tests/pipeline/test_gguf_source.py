@@ -7,11 +7,12 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fulmen.pipeline.convert import convert
+from fulmen.pipeline.reporter import LineReporter
 from fulmen.pipeline.settings import ConvertSettings
 from tests.cli.test_commands import call, refused
 from tests.modeling.gguf.tiny_gguf import write_gguf, write_split
 from tests.modeling.gqa.tiny_gqa import LLAMA3_ROPE, make_dense
+from tests.pipeline.tiny_runs import convert
 
 FACTORS = torch.tensor([1.0, 1.0, 1.0, 2.0, 4.0, 4.0, 4.0, 4.0])
 
@@ -49,7 +50,7 @@ class TestInspect:
 
     def test_type_after_loading(self, tmp_path):
         quantized = write_gguf(tmp_path / "q.gguf", make_dense(), matrices=Type.Q8_0)
-        assert "bfloat16, dequantized from Q8_0 (convert --dtype decides)" in facts(quantized)["parameters"]
+        assert "bfloat16, dequantized from Q8_0 (dtype decides)" in facts(quantized)["parameters"]
         values = json.loads(call("inspect", quantized, "--json").stdout)
         assert (values["dtype"], values["quantized"]) == ("bfloat16", ["Q8_0"])
         half = write_gguf(tmp_path / "h.gguf", make_dense(), matrices=Type.F16)
@@ -95,10 +96,10 @@ class TestConvert:
             topk=8,
             stages=("inherit",),
             data=(str(texts),),
-            window=64,
+            length=64,
             dtype=asked,
         )
-        out = convert(settings)
+        out = convert(settings, LineReporter())
         said = "(Q8_0) are dequantized to " + str(stored).removeprefix("torch.")
         assert (said in " ".join(capsys.readouterr().err.split())) is (type_ == Type.Q8_0)
         model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)

@@ -11,8 +11,9 @@ from fulmen.config import DsaConfig
 from fulmen.data import load_corpus
 from fulmen.modeling.checkpoint import find_source, load_tokenizer
 from fulmen.modeling.lengths import default_topk
-from fulmen.pipeline.convert import convert, plan_conversion
+from fulmen.pipeline.convert import plan_conversion
 from fulmen.pipeline.evaluate import EvalSize, plan_evaluation
+from fulmen.pipeline.reporter import LineReporter, SilentReporter
 from fulmen.pipeline.settings import ConvertSettings, EvalSettings
 from fulmen.pipeline.suite_settings import SuiteSettings
 from fulmen.pipeline.suites import lengths_of
@@ -20,9 +21,9 @@ from fulmen.pipeline.texts import conversion_texts, draw_longest
 from fulmen.pipeline.train import plan_training
 from fulmen.pipeline.train_settings import TrainSettings
 from tests.cli.test_commands import refused
-from tests.cli.test_pipeline import VOCAB, corpus_dir, save_tiny  # noqa: F401
 from tests.modeling.gqa.tiny_gqa import SHAPE, make_dense
 from tests.modeling.mla.tiny_mla import MLA_SHAPE
+from tests.pipeline.tiny_runs import VOCAB, convert, save_tiny
 
 K = 1024
 CONTEXTS = [2 * K, 4 * K, 8 * K, 16 * K, 32 * K, 40_960, 64 * K, 128 * K, 192 * K, 256 * K, 512 * K, K * K]
@@ -88,7 +89,7 @@ class TestDefaults:
         (model_dir / "conversion.json").write_text("{}")
         wanted = min(context, max(2048, 4 * topk))
         assert plan_training(TrainSettings(model_dir, tmp_path / "out"))[0] == wanted
-        assert plan_evaluation(EvalSettings(model_dir))[0] == wanted
+        assert plan_evaluation(EvalSettings(model_dir), SilentReporter())[0] == wanted
 
     @pytest.mark.parametrize(
         ("context", "topk", "lengths"),
@@ -111,16 +112,17 @@ class TestDefaults:
             *[(4, 4)] * 2,
         ]
 
-    def test_scarce_text_makes_shorter_windows(self, corpus_dir, long_dir, capsys):  # noqa: F811
+    def test_scarce_text_makes_shorter_windows(self, corpus_dir, long_dir, capsys):
         """One file of each kind calibrates, and has not 2,048 words."""
         corpus, tokenizer = load_corpus(corpus_dir), load_tokenizer(find_source(long_dir))
         texts = draw_longest(
             [2048, 1024, 512],
             lambda length: conversion_texts(corpus, tokenizer, length, None, 0, trains=True),
+            LineReporter(),
         )
         assert texts.length == 1024
         assert {len(text.input_ids) for text in (*texts.training, *texts.validation)} == {1024}
-        assert "too little text for windows of 2,048 tokens; trying 1,024" in capsys.readouterr().err
+        assert "too little text for sequences of 2,048 tokens; trying 1,024" in capsys.readouterr().err
 
     def test_a_conversion_of_a_long_context_with_defaults(self, tmp_path, long_dir):
         words = torch.randint(2, VOCAB, (400_000,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -128,7 +130,7 @@ class TestDefaults:
         data.write_text(" ".join(f"w{word}" for word in words))
         out = convert(ConvertSettings(str(long_dir), tmp_path / "out", data=(str(data),), steps=1))
         record = json.loads((out / "conversion.json").read_text())
-        assert (record["dsa"]["topk"], record["window"]) == (2048, 8192)
+        assert (record["dsa"]["topk"], record["length"]) == (2048, 8192)
         assert record["stages_done"]["warmup"]["last_step"] == 1
 
 
@@ -140,8 +142,8 @@ class TestBeforeTheLoad:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            (["--topk", "2048", "--window", "2048"], "topk=2048 is not below the window of 2048 tokens"),
-            (["--window", "512"], "topk=2048 is not below the window of 512 tokens"),
+            (["--topk", "2048", "--length", "2048"], "topk=2048 is not below the sequence of 2048 tokens"),
+            (["--length", "512"], "topk=2048 is not below the sequence of 512 tokens"),
             (["--topk", 128 * K], "topk=131072 is not below the model's context of 131072 tokens"),
             (["--index-heads", "6"], "index_n_heads=6 does not divide the model's 4 attention heads"),
             (["--index-heads", "8"], "index_n_heads=8 does not divide the model's 4 attention heads"),
@@ -172,10 +174,10 @@ class TestBeforeTheLoad:
         model_dir = config_dir(tmp_path / "m", config(**{**MLA_SHAPE, **changes}))
         assert words in refused("convert", model_dir, "--out", tmp_path / "out", *options)
 
-    def test_texts_that_are_too_short(self, corpus_dir, long_dir, tmp_path):  # noqa: F811
+    def test_texts_that_are_too_short(self, corpus_dir, long_dir, tmp_path):
         tokenizer_dir = config_dir(tmp_path / "m", self.LLAMA)
         load_tokenizer(find_source(long_dir)).save_pretrained(tokenizer_dir)
-        asked = ["--out", tmp_path / "out", "--data", corpus_dir, "--topk", "64", "--window", "4096"]
+        asked = ["--out", tmp_path / "out", "--data", corpus_dir, "--topk", "64", "--length", "4096"]
         assert "tokens, a sequence needs 4096" in refused("convert", tokenizer_dir, *asked)
 
     def test_a_converted_model(self, tmp_path, long_dir):
@@ -184,8 +186,8 @@ class TestBeforeTheLoad:
         train = ("train", model_dir, "--out", tmp_path / "out")
         assert "conversion.json cannot be read" in refused(*train)
         (model_dir / "conversion.json").write_text("{}")
-        assert "topk=2048 is not below the window of 2048" in refused(*train, "--length", "2048")
-        assert "topk=9000 is not below the window of 8192" in refused(
+        assert "topk=2048 is not below the sequence of 2048" in refused(*train, "--length", "2048")
+        assert "topk=9000 is not below the sequence of 8192" in refused(
             *train, "--length", "8192", "--topk", "9000"
         )
         suite = ("eval", model_dir, "--suite", "ruler")

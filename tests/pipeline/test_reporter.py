@@ -7,26 +7,17 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from io import StringIO
 
 import pytest
 
-from fulmen.pipeline import reporter
-from fulmen.pipeline.convert import convert
-from fulmen.pipeline.evaluate import evaluate
-from fulmen.pipeline.reporter import LineReporter, Pace, TrainingView, in_minutes
+from fulmen.cli import progress
+from fulmen.errors import ConfigError
+from fulmen.pipeline.reporter import LineReporter, Pace, TrainingView, in_minutes, reporter_of
 from fulmen.pipeline.settings import EvalSettings
-from tests.cli.test_pipeline import (  # noqa: F401
-    SIGNALLED_AT,
-    VOCAB,
-    WINDOW,
-    corpus_dir,
-    llama_dir,
-    run_convert,
-    save_tiny,
-    settings,
-)
 from tests.modeling.gqa.tiny_gqa import make_dense
 from tests.modeling.mla.tiny_mla import make_mla
+from tests.pipeline.tiny_runs import LENGTH, SIGNALLED_AT, VOCAB, convert, evaluate, save_tiny, settings
 
 STAGES = ["Read data", "Load", "Share k", "Inherit", "Warm-up", "Sparse", "Save"]
 
@@ -35,22 +26,18 @@ class Recorder:
     """A reporter that keeps what it is told: per stage the calls of `advance`."""
 
     def __init__(self):
-        self.stages, self.notes = {}, []
+        self.stages, self.notes, self.at = {}, [], None
 
     @contextmanager
-    def stage(self, title, counted=True):
-        calls = self.stages[title] = []
-        yield lambda done, total, note="": calls.append((done, total, note))
+    def stage(self, name, counted=True):
+        self.at = self.stages[name] = []
+        yield
+
+    def advance(self, done, total, detail=""):
+        self.at.append((done, total, detail))
 
     def note(self, text):
         self.notes.append(text)
-
-
-@pytest.fixture
-def recorder(monkeypatch):
-    found = Recorder()
-    monkeypatch.setattr(reporter, "reporter", lambda: found)
-    return found
 
 
 def lines(capsys) -> list[str]:
@@ -71,13 +58,13 @@ class TestPace:
         clock = Clock()
         pace = Pace(clock)
         clock.now = 100
-        pace(10, 30)
+        pace.advance(10, 30)
         assert pace.left is None
         clock.now = 104
-        pace(12, 30)
+        pace.advance(12, 30)
         assert pace.left == pytest.approx(36)
         clock.now = 105
-        pace(12, 30, "validation 1/4")
+        pace.advance(12, 30, "validation 1/4")
         assert pace.left == pytest.approx(35)
         assert pace.words(True) == "12/30, 1:45 elapsed, 0:35 left, validation 1/4"
 
@@ -86,21 +73,21 @@ class TestPace:
         pace = Pace(clock)
         for second in range(5):
             clock.now = second
-            pace(second, 8)
+            pace.advance(second, 8)
         clock.now = 50
-        pace(0, 100, "steps")
+        pace.advance(0, 100, "steps")
         assert pace.left is None
         clock.now = 60
-        pace(1, 100)
+        pace.advance(1, 100)
         assert pace.left == pytest.approx(990)
 
     def test_no_time_is_better_than_a_wrong_one(self):
         """The third step takes longer than two did."""
         clock = Clock()
         pace = Pace(clock)
-        pace(0, 3)
+        pace.advance(0, 3)
         clock.now = 2
-        pace(2, 3)
+        pace.advance(2, 3)
         assert pace.left == pytest.approx(1)
         clock.now = 9
         assert pace.left is None
@@ -125,20 +112,23 @@ class TestLines:
         assert "\x1b" not in said
 
     def test_the_last_line_is_whole(self, capsys):
-        with LineReporter().stage("Inherit") as advance:
-            advance(0, 3)
-            advance(3, 3, "KL 0.10")
+        reporter = LineReporter()
+        with reporter.stage("Inherit"):
+            reporter.advance(0, 3)
+            reporter.advance(3, 3, "KL 0.10")
         assert lines(capsys) == ["Inherit: 3/3, M:SS elapsed, KL 0.10"]
 
     def test_a_run_that_ends_early_by_its_own_choice_is_full_too(self, capsys):
-        with LineReporter().stage("Warm-up") as advance:
-            advance(11, 31)
+        reporter = LineReporter()
+        with reporter.stage("Warm-up"):
+            reporter.advance(11, 31)
         assert lines(capsys) == ["Warm-up: 11/11, M:SS elapsed"]
 
     def test_a_stop_is_said_with_its_place(self, capsys):
         def stopped():
-            with LineReporter().stage("Warm-up") as advance:
-                advance(11, 31)
+            reporter = LineReporter()
+            with reporter.stage("Warm-up"):
+                reporter.advance(11, 31)
                 raise KeyboardInterrupt
 
         threads = threading.active_count()
@@ -153,23 +143,46 @@ class TestLines:
         assert capsys.readouterr().err == ""
 
     def test_nothing_goes_to_stdout(self, capsys):
-        reporter.say("a note")
-        with reporter.stage("Read") as advance:
-            advance(1, 1)
+        reporter = progress.reporter()
+        reporter.note("a note")
+        with reporter.stage("Read"):
+            reporter.advance(1, 1)
         said = capsys.readouterr()
         assert (said.out, said.err.splitlines()[0]) == ("", "a note")
 
+    def test_a_file_of_its_own(self, capsys):
+        file = StringIO()
+        reporter = LineReporter(file)
+        reporter.note("a note")
+        with reporter.stage("Read"):
+            reporter.advance(1, 2, "x")
+        assert re.sub(r"\d+:\d\d", "M:SS", file.getvalue()) == "a note\nRead: 1/1, M:SS elapsed, x\n"
+        assert capsys.readouterr() == ("", "")
+
+    def test_what_is_said_outside_of_a_stage_is_lost(self, capsys):
+        LineReporter().advance(1, 2)
+        assert capsys.readouterr().err == ""
+
     def test_other_processes_are_quiet(self, capsys, monkeypatch):
-        monkeypatch.setattr(reporter.console, "quiet", True)
-        reporter.say("a note")
-        with reporter.stage("Read") as advance:
-            advance(1, 1)
+        monkeypatch.setattr(progress.console, "quiet", True)
+        monkeypatch.setenv("RANK", "1")
+        for reporter in (progress.reporter(), reporter_of(LineReporter())):
+            reporter.note("a note")
+            with reporter.stage("Read"):
+                reporter.advance(1, 1)
         assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("given", ["lines", print, object(), LineReporter, 3])
+def test_what_is_no_reporter(given):
+    with pytest.raises(ConfigError, match=r"^reporter=.* cannot be; give an object with the methods stage"):
+        reporter_of(given)
+
+
 def test_what_comes_before_the_steps_has_a_bar_and_between_them_a_note():
-    calls = []
-    view = TrainingView(lambda *call: calls.append(call))
+    recorder = Recorder()
+    calls = recorder.at = []
+    view = TrainingView(recorder)
     view.part(1, 8, "validation")
     view.step(0, 4, {})
     view.step(1, 4, {"kl": 0.25})
@@ -178,13 +191,14 @@ def test_what_comes_before_the_steps_has_a_bar_and_between_them_a_note():
 
 
 @pytest.mark.parametrize("name", ["qwen2-mixed", "mla"])
-def test_every_stage_is_reported_to_its_end(name, tmp_path, corpus_dir, recorder):  # noqa: F811
+def test_every_stage_is_reported_to_its_end(name, tmp_path, corpus_dir):
     """Two of three layers of the first model are converted: its bars end at 2/2."""
     dense = make_mla("v3", vocab_size=VOCAB) if name == "mla" else make_dense(name)
     source = save_tiny(dense, tmp_path / "dense")
+    recorder = Recorder()
     stages = ("inherit", "warmup", "sparse")
     budgets = {"steps": None, "budget_s": 1.0, "sparse_budget_s": 1.0}
-    out = convert(settings(source, tmp_path / "out", corpus_dir, stages=stages, **budgets))
+    out = convert(settings(source, tmp_path / "out", corpus_dir, stages=stages, **budgets), recorder)
     titles = [title for title in STAGES if title != "Share k" or name != "mla"]
     assert list(recorder.stages) == titles
     converted = 3 if name == "mla" else 2
@@ -199,17 +213,17 @@ def test_every_stage_is_reported_to_its_end(name, tmp_path, corpus_dir, recorder
         assert [done for done, _ in steps] == list(range(1, len(steps) + 1))
         assert any(note.startswith("validation 1/") for note in parts)
     recorder.stages.clear()
-    evaluate(EvalSettings(out, data=(str(corpus_dir),), length=64, quick=True))
-    assert list(recorder.stages) == ["Read data", "Load", "Evaluate", "Write"]
+    evaluate(EvalSettings(out, data=(str(corpus_dir),), length=64, quick=True), recorder)
+    assert list(recorder.stages) == ["Read data", "Load", "Evaluate"]
     first, *_, last = recorder.stages["Evaluate"]
     assert first[0] == 0 < last[0] == last[1] == first[1]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="opens a terminal as POSIX can")
-def test_on_a_terminal_bars_end_full_and_ctrl_c_leaves_it_clean(tmp_path, corpus_dir):  # noqa: F811
+def test_on_a_terminal_bars_end_full_and_ctrl_c_leaves_it_clean(tmp_path, corpus_dir):
     source = save_tiny(make_dense("qwen2-mixed"), tmp_path / "dense")
     moment = ("SIGINT", "transformers.trainer", "Trainer.training_step", "3")
-    asked = [source, "--out", tmp_path / "out", "--topk", 8, "--window", WINDOW, "--data", corpus_dir]
+    asked = [source, "--out", tmp_path / "out", "--topk", 8, "--length", LENGTH, "--data", corpus_dir]
     arguments = [*moment, "convert", *map(str, asked), "--steps", "6"]
     ours, theirs = pty.openpty()
     process = subprocess.Popen(

@@ -1,0 +1,287 @@
+"""convert, train, load and inspect, as `import fulmen` has them.
+
+What they are asked is checked here, then the work is imported. Silent unless a reporter is given. The command
+line calls the same functions.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fulmen.errors import ConfigError
+from fulmen.pipeline.arguments import (
+    Data,
+    Duration,
+    Place,
+    data_argument,
+    flag_argument,
+    path_argument,
+    place_argument,
+    refused,
+    seconds_argument,
+)
+from fulmen.pipeline.conversion import Conversion
+from fulmen.pipeline.reporter import Reporter, SilentReporter, reporter_of
+from fulmen.pipeline.settings import WITHOUT_TRUNK, ConvertSettings, ModelInMemory, parse_stages
+from fulmen.pipeline.train_settings import TrainSettings
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from fulmen.pipeline.description import ModelDescription
+
+
+def convert(
+    source: "Place | PreTrainedModel",
+    *,
+    out: Place,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    topk: int | None = None,
+    stages: Sequence[str] | str = WITHOUT_TRUNK,
+    data: Data = (),
+    texts: Sequence[str] | None = None,
+    budget: Duration | None = None,
+    steps: int | None = None,
+    sparse_budget: Duration | None = None,
+    sparse_steps: int | None = None,
+    length: int | None = None,
+    dtype: "str | torch.dtype" = "auto",
+    seed: int = 0,
+    index_heads: int | None = None,
+    index_head_dim: int | None = None,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> Conversion:
+    """Give a dense language model DeepSeek Sparse Attention, and write it as a model directory.
+
+    Interrupted, even killed, the same call goes on where it was.
+
+    Args:
+        source: a model directory, a name on the Hugging Face hub, a `.gguf` file or "smollm2-135m"; or a
+            model in memory, which stays as it is.
+        out: directory to write, whole or not at all.
+        tokenizer: of a model in memory.
+        topk: tokens that each query keeps; below it attention stays dense. None: context / 32, within 256
+            and 2048, context / 2 at most.
+        stages: "inherit" builds the indexer from the model's own heads, "warmup" trains it to match the
+            dense attention, "sparse" trains all weights under sparse attention, taught by the dense model.
+            Each needs the ones before it.
+        data: text to calibrate and train on: a file, a directory of them, hf:name, or several; a string with
+            a line break is itself a text. Without any: the documentation and sources that come with Python.
+        texts: texts in memory, instead of `data`.
+        budget: time for the warm-up, in seconds or as "90s", "8m", "1h30m"; None: 8 minutes.
+        steps: optimizer steps of the warm-up, instead of `budget`.
+        sparse_budget: time for the stage "sparse"; None: 30 minutes.
+        sparse_steps: optimizer steps of it, instead of `sparse_budget`.
+        length: tokens per training sequence, more than `topk`. None: 4 `topk`, at least 2048, within the
+            context; less if the text does not fill that.
+        dtype: of the weights: "float32", "bfloat16", "float16", or "auto": as in `source`.
+        seed: of every random choice.
+        index_heads: index heads per layer; None: one per attention head (MLA: at most 64).
+        index_head_dim: width of an index head, even; None: index keys take up to a fifth of the cache.
+        overwrite: replace a model directory at `out`.
+        reporter: whom to tell how far it is, as `fulmen.LineReporter()`; None: nobody.
+
+    Raises:
+        ConfigError: an argument that cannot be.
+        CheckpointError, UnsupportedModelError, AlreadyConvertedError: a source that cannot be converted.
+        CorpusError: text that is missing, empty, binary or too short.
+        OutputError: `out` exists, cannot be written, or has no room.
+        ResumeError: an unfinished run with other arguments lies beside `out`.
+        TrainingDivergedError: a loss became NaN or infinite.
+    """
+    places, in_memory = data_argument(data, texts)
+    settings = ConvertSettings(
+        source=_source(source, tokenizer),
+        out=path_argument("out", out),
+        topk=topk,
+        stages=parse_stages(stages),
+        budget_s=seconds_argument("budget", budget),
+        steps=steps,
+        sparse_budget_s=seconds_argument("sparse_budget", sparse_budget),
+        sparse_steps=sparse_steps,
+        data=places,
+        texts=in_memory,
+        overwrite=flag_argument("overwrite", overwrite),
+        dtype=str(dtype).removeprefix("torch."),
+        seed=seed,
+        index_heads=index_heads,
+        index_head_dim=index_head_dim,
+        length=length,
+    )
+    reporter = reporter_of(reporter)
+    with reporter.stage("Start"):
+        from fulmen.pipeline.convert import run_conversion
+        from fulmen.pipeline.quiet import quiet
+    with quiet(reporter):
+        return run_conversion(settings, reporter)
+
+
+def train(
+    source: Place,
+    *,
+    out: Place,
+    budget: Duration | None = None,
+    steps: int | None = None,
+    data: Data = (),
+    texts: Sequence[str] | None = None,
+    length: int | None = None,
+    sequences: int | None = None,
+    topk: int | None = None,
+    teacher: Place | None = None,
+    alpha: float = 1.0,
+    teacher_place: str = "auto",
+    learning_rate: float = 3e-5,
+    indexer_learning_rate: float = 3e-5,
+    indexer_loss: str = "both",
+    k_schedule: str = "none",
+    lora: int | None = None,
+    accumulate: int = 1,
+    checkpointing: bool = False,
+    bf16: bool = False,
+    save_every: int | None = None,
+    report_to: str = "none",
+    seed: int = 0,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> Conversion:
+    """Train all weights of a converted model under its sparse attention, taught by the dense model.
+
+    The best step by held-out loss is kept; if none is better, the weights stay as they were. Interrupted, the
+    same call goes on where it was.
+
+    Args:
+        source: what `convert` wrote.
+        out: directory to write, whole or not at all.
+        budget: time, in seconds or as "30m"; None: 30 minutes.
+        steps: optimizer steps, instead of `budget`.
+        data: as for `convert`. Data sets of 100 texts or more are streamed, in their order.
+        texts: texts in memory, instead of `data`.
+        length: tokens per sequence, more than `topk`: train at the lengths you will use. None: as `convert`.
+        sequences: different ones at most; None: as many as the steps use.
+        topk: tokens that each query keeps; None: the model's own.
+        teacher: a dense model to learn from, with the same tokenizer; None: `source` itself before training,
+            read densely.
+        alpha: share of the teacher in the loss: 1 restores the dense model's own function, 0 only continues
+            its training on `data`.
+        teacher_place: where its answers come from: "live" (a copy in memory), "disk" (asked once, 512 bytes
+            a token), "auto": disk where sequences come more than once.
+        learning_rate: peak of all weights but the indexers' (take 10 times as much with `lora`).
+        indexer_learning_rate: peak of the indexers'.
+        indexer_loss: "kl" over the selected keys, as DeepSeek; "output": what the selection changes in the
+            layer's output; "both".
+        k_schedule: "none": k from the first step on; "shrink": from the whole text down to k over half of
+            the steps; "layers": one layer after the other; "dense": never sparse, as a control.
+        lora: rank of updates that are merged at the end, where memory is short; needs peft.
+        accumulate: sequences per step (and process).
+        checkpointing: recompute layers: less memory, a third slower.
+        bf16: compute in bfloat16, as is done anyway where weights are.
+        save_every: steps between checkpoints; None: at the 3 evaluations.
+        report_to: "none", "tensorboard" or "wandb"; a log is written anyway.
+        seed: of every random choice.
+        overwrite: replace a model directory at `out`.
+        reporter: whom to tell how far it is, as `fulmen.LineReporter()`; None: nobody.
+
+    Raises:
+        ConfigError: an argument that cannot be.
+        CheckpointError, UnsupportedModelError: a source or teacher that cannot be read.
+        CorpusError, OutputError, ResumeError, TrainingDivergedError: as `convert`.
+    """
+    places, in_memory = data_argument(data, texts)
+    options = {
+        "steps": steps,
+        "budget_s": seconds_argument("budget", budget),
+        "learning_rate": learning_rate,
+        "indexer_learning_rate": indexer_learning_rate,
+        "alpha": alpha,
+        "teacher_place": teacher_place,
+        "indexer_loss": indexer_loss,
+        "k_schedule": k_schedule,
+        "lora": lora,
+        "accumulate": accumulate,
+        "checkpointing": checkpointing,
+        "bf16": bf16,
+        "save_every": save_every,
+        "report_to": report_to,
+        "seed": seed,
+    }
+    settings = TrainSettings(
+        model_dir=path_argument("source", source),
+        out=path_argument("out", out),
+        topk=topk,
+        data=places,
+        texts=in_memory,
+        teacher=None if teacher is None else place_argument("teacher", teacher),
+        length=length,
+        sequences=sequences,
+        overwrite=flag_argument("overwrite", overwrite),
+        options=options,
+    )
+    reporter = reporter_of(reporter)
+    with reporter.stage("Start"):
+        from fulmen.pipeline.quiet import quiet
+        from fulmen.pipeline.train import run_training
+    with quiet(reporter):
+        return run_training(settings, reporter)
+
+
+def load(
+    source: Place, *, dtype: "str | torch.dtype" = "auto", device: "str | torch.device | None" = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """A converted model, in eval mode and by fulmen's attention, and its tokenizer. GQA and MLA alike.
+
+    Args:
+        source: what `convert` or `train` wrote, or the name of such a model on the hub.
+        dtype: of the weights: "float32", "bfloat16", "float16", or "auto": as they were saved.
+        device: where to, as "cuda"; None: the CPU.
+
+    Raises:
+        ConfigError: a dtype or device that cannot be.
+        CheckpointError: no such model, or one that cannot be read.
+        UnsupportedModelError: the model has no DSA.
+    """
+    place = place_argument("source", source)
+    from fulmen.pipeline.load import device_of, dtype_of, load_accelerated
+    from fulmen.pipeline.quiet import quiet
+
+    chosen = dtype_of(dtype), device_of(device)
+    with quiet(SilentReporter()):
+        return load_accelerated(place, *chosen)
+
+
+def inspect(source: Place) -> "ModelDescription":
+    """What a model is, how it would be converted and what that saves. Reads headers only.
+
+    Args:
+        source: a model, dense or converted: a directory, a name on the hub, a `.gguf` file, "smollm2-135m".
+
+    Raises:
+        CheckpointError: there is no such model, or its config cannot be read.
+        UnsupportedModelError: no family knows its architecture.
+    """
+    place = place_argument("source", source)
+    from fulmen.pipeline.describe import describe
+    from fulmen.pipeline.quiet import quiet
+
+    with quiet(SilentReporter()):
+        return describe(place)
+
+
+def _source(source: object, tokenizer: Any) -> str | ModelInMemory:
+    """A place, or a model in memory with its tokenizer. Raises ConfigError."""
+    if isinstance(source, (str, os.PathLike)):
+        if tokenizer is not None:
+            raise ConfigError(
+                "tokenizer is for a model in memory; source has its own, leave it out",
+                arguments=["tokenizer", "source"],
+            )
+        return place_argument("source", source)
+    if not callable(getattr(source, "state_dict", None)):
+        raise refused("source", source, "give a model's directory or name, or a model of Transformers")
+    if tokenizer is None:
+        raise ConfigError(
+            "tokenizer=None cannot be with a model in memory; give the tokenizer it was loaded with",
+            arguments=["tokenizer"],
+        )
+    return ModelInMemory(source, tokenizer)  # type: ignore[arg-type]

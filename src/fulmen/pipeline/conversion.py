@@ -1,0 +1,34 @@
+"""What a conversion or a training run leaves: where the model is, and how it was made."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted model's directory. It goes wherever a path does: `fulmen.evaluate(conversion)`.
+
+    Attributes:
+        path: the directory, absolute.
+        record: how it was made, as in its conversion.json: plain JSON types.
+    """
+
+    path: Path
+    record: dict[str, Any] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "record", json.loads(json.dumps(self.record)))
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def load(self, *, dtype: Any = "auto", device: Any = None) -> "tuple[PreTrainedModel, Any]":
+        """The model and its tokenizer, ready to use. Arguments and errors as `fulmen.load`."""
+        from fulmen.pipeline.api import load
+
+        return load(self.path, dtype=dtype, device=device)

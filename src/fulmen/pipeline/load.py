@@ -1,0 +1,86 @@
+"""Converted models from their directories, ready to run: GQA and MLA alike, by fulmen's attention."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from fulmen.errors import ConfigError
+from fulmen.modeling.checkpoint import load_directory_model, load_directory_tokenizer
+from fulmen.modeling.families import accelerate_model, dsa_of
+from fulmen.pipeline.arguments import refused
+from fulmen.pipeline.model_config import read_config
+from fulmen.pipeline.settings import DTYPES
+
+
+def load_accelerated(
+    model_dir: str | Path, dtype: torch.dtype | str, device: torch.device | None
+) -> tuple[PreTrainedModel, Any]:
+    """As `load_converted`, of this dtype, on this device (None: the CPU), and by fulmen's attention."""
+    place = _converted_place(model_dir)
+    tokenizer = load_directory_tokenizer(place)
+    model = load_directory_model(place, dtype).eval()
+    accelerate_model(model)
+    return (model if device is None else move(model, device)), tokenizer
+
+
+def load_converted(model_dir: str | Path) -> tuple[PreTrainedModel, Any]:
+    """A converted model as Transformers loads it, in eval mode, and its tokenizer.
+
+    Raises:
+        CheckpointError: no such model, or one that cannot be read.
+        UnsupportedModelError: the model has no DSA.
+    """
+    tokenizer = load_converted_tokenizer(model_dir)
+    return load_converted_model(model_dir), tokenizer
+
+
+def load_converted_tokenizer(model_dir: str | Path) -> Any:
+    """The tokenizer of `load_converted`. Raises as that does, but for what weights tell."""
+    return load_directory_tokenizer(_converted_place(model_dir))
+
+
+def load_converted_model(model_dir: str | Path) -> PreTrainedModel:
+    """The model of `load_converted`. Raises as that does, but for the tokenizer."""
+    return load_directory_model(_converted_place(model_dir)).eval()
+
+
+def dtype_of(dtype: object) -> torch.dtype | str:
+    """ "auto", or the torch dtype of this name. Raises ConfigError for what weights cannot have."""
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    if name not in DTYPES:
+        raise refused("dtype", dtype, f"choose from {', '.join(DTYPES)}")
+    return name if name == "auto" else getattr(torch, str(name))
+
+
+def device_of(device: object) -> torch.device | None:
+    """A torch device that is here; None stays. Raises ConfigError."""
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)  # type: ignore[call-overload]
+        torch.empty(0, device=found)
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        raise refused("device", device, "name a device of this machine, as 'cpu' or 'cuda'") from error
+    if found.type == "meta":
+        raise refused("device", device, "name a device that holds weights, as 'cpu' or 'cuda'")
+    return found
+
+
+def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The model on a device. Raises ConfigError if it has no room."""
+    try:
+        return model.to(device)  # type: ignore[arg-type]
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"device={str(device)!r} has no room for {model.num_parameters():,} parameters; free some, "
+            "or use a smaller dtype",
+            arguments=["device"],
+        ) from error
+
+
+def _converted_place(model_dir: str | Path) -> str:
+    found, config = read_config(model_dir)
+    dsa_of(config)
+    return found.place

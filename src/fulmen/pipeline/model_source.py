@@ -1,0 +1,162 @@
+"""The dense model of a conversion: a place to read it from, or one in memory."""
+
+import copy
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from fulmen.errors import UnsupportedModelError
+from fulmen.modeling.checkpoint import ModelSource, load_dense, load_tokenizer, require_finite
+from fulmen.modeling.config_checks import require_sound_config, require_tokens_fit
+from fulmen.modeling.families import family_for
+from fulmen.pipeline.arguments import refused
+from fulmen.pipeline.fingerprint import weights_fingerprint
+from fulmen.pipeline.model_config import quantized_types, read_config
+from fulmen.pipeline.settings import ModelInMemory
+
+
+class DenseSource(Protocol):
+    """A dense model that is not loaded yet, or not looked at."""
+
+    @property
+    def name(self) -> str:
+        """For records, cards and messages."""
+        ...
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Its config."""
+        ...
+
+    @property
+    def quantized(self) -> list[str]:
+        """Types of weights that loading dequantizes."""
+        ...
+
+    def tokenizer(self) -> Any:
+        """Its tokenizer. Raises CheckpointError if there is none, or it does not fit."""
+        ...
+
+    def load(self, dtype: torch.dtype | str, *, to_change: bool) -> PreTrainedModel:
+        """The model; one whose weights are not written to unless it is `to_change`."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What tells it from others, of plain JSON types."""
+        ...
+
+
+def dense_source(source: str | ModelInMemory) -> DenseSource:
+    """What a conversion begins with.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: as `read_config`.
+        ConfigError: an object that is no model, or no tokenizer.
+    """
+    return (
+        LoadedSource(source)
+        if isinstance(source, ModelInMemory)
+        else PlaceSource(*read_config(source), source)
+    )
+
+
+@dataclass(frozen=True)
+class PlaceSource:
+    """A directory, a name on the hub, or a GGUF file."""
+
+    found: ModelSource
+    config: PreTrainedConfig
+    name: str
+
+    @property
+    def quantized(self) -> list[str]:
+        """As `DenseSource.quantized`."""
+        return quantized_types(self.found)
+
+    def tokenizer(self) -> Any:
+        """As `DenseSource.tokenizer`."""
+        return load_tokenizer(self.found, self.config.vocab_size)
+
+    def load(self, dtype: torch.dtype | str, *, to_change: bool) -> PreTrainedModel:
+        """As `DenseSource.load`. Raises as `load_dense`."""
+        return load_dense(self.name, dtype)[0]
+
+    def identity(self) -> dict[str, Any]:
+        """As `DenseSource.identity`."""
+        return {"source": self.name}
+
+
+class LoadedSource:
+    """A model in memory, which stays as it is: the result shares its weights where they stay the same."""
+
+    quantized: list[str] = []  # noqa: RUF012 (what cannot be is refused)
+
+    def __init__(self, source: ModelInMemory) -> None:
+        self._model, self._tokenizer = source.model, source.tokenizer
+        _require_model(self._model)
+        if not isinstance(self._tokenizer, PreTrainedTokenizerBase):
+            raise refused("tokenizer", self._tokenizer, "a model in memory needs its tokenizer beside it")
+        self.config: PreTrainedConfig = self._model.config
+        require_sound_config(self.config, self.name)
+
+    @property
+    def name(self) -> str:
+        """As `DenseSource.name`: where the model came from, or its class."""
+        return self._model.name_or_path or f"{type(self._model).__name__} in memory"
+
+    def tokenizer(self) -> Any:
+        """As `DenseSource.tokenizer`."""
+        require_tokens_fit(self._tokenizer, self.config.vocab_size, self.name)
+        return self._tokenizer
+
+    def load(self, dtype: torch.dtype | str, *, to_change: bool) -> PreTrainedModel:
+        """As `DenseSource.load`: the model itself, or a copy if weights are to change, or their dtype is.
+
+        Raises CheckpointError for weights that are not finite.
+        """
+        require_finite(self._model, self.name)
+        if dtype in ("auto", self._model.dtype) and not to_change:
+            return self._model
+        copied = copy.deepcopy(self._model)
+        return copied if dtype == "auto" else copied.to(dtype)  # type: ignore[arg-type]
+
+    def identity(self) -> dict[str, Any]:
+        """As `DenseSource.identity`."""
+        return {"source": self.name, "source_weights": self._fingerprint}
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return weights_fingerprint(self._model.state_dict())
+
+
+def _require_model(model: Any) -> None:
+    """Raise for what is no whole, unquantized language model of a known family."""
+    if not isinstance(model, PreTrainedModel):
+        merge = (
+            "; merge its adapter first: model.merge_and_unload()"
+            if hasattr(model, "merge_and_unload")
+            else ""
+        )
+        raise refused(
+            "source",
+            type(model).__name__,
+            f"give a model's directory or name, or a model of Transformers{merge}",
+        )
+    name = type(model).__name__
+    family_for(model.config)
+    known: Any = AutoModelForCausalLM._model_mapping.get(type(model.config), None)
+    if known is not None and not isinstance(model, known):
+        raise UnsupportedModelError(f"source is a {name}, no language model; give a {known.__name__}")
+    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None):
+        raise UnsupportedModelError(f"source, a {name}, is quantized; convert the unquantized weights")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModelError(f"source, a {name}, has adapters; merge them into its weights first")
+    places = {tensor.device for tensor in model.state_dict().values()}
+    if torch.device("meta") in places or len(places) > 1:
+        where = ", ".join(sorted(map(str, places)))
+        raise UnsupportedModelError(
+            f"source, a {name}, has its weights on {where}; load it whole on one device, without device_map"
+        )
