@@ -1,5 +1,7 @@
 """What `import fulmen` offers, and what it leaves alone."""
 
+import inspect
+import re
 import subprocess
 import sys
 import tomllib
@@ -26,10 +28,32 @@ def run(code):
     return done.stdout.split()
 
 
-def test_all_names_exist_and_are_the_errors_the_config_and_set_topk():
+FUNCTIONS = {"convert", "evaluate", "inspect", "load", "set_topk", "train"}
+CLASSES = {"Conversion", "DsaConfig", "ModelDescription", "ParityReport", "SuiteReport"}
+CLASSES |= {"LineReporter", "Reporter", "SilentReporter"}
+
+
+def test_all_names_exist_and_are_the_functions_with_what_they_take_and_give():
     every_error = {name for name, value in vars(errors).items() if isinstance(value, type)}
-    assert set(fulmen.__all__) == every_error | {"DsaConfig", "__version__", "set_topk"}
+    assert set(fulmen.__all__) == every_error | FUNCTIONS | CLASSES | {"__version__"}
     assert all(getattr(fulmen, name) is not None for name in fulmen.__all__)
+    assert set(fulmen.__all__) <= set(dir(fulmen))
+    assert (Path(fulmen.__file__).parent / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+def test_functions_say_what_they_take_and_raise(name):
+    function = getattr(fulmen, name)
+    words = function.__doc__
+    parameters = inspect.signature(function).parameters
+    assert "Raises" in words
+    if name != "set_topk":
+        documented = set(
+            re.findall(r"^        (\w+): ", words[words.index("Args:") : words.index("Raises:")], re.M)
+        )
+        assert documented == set(parameters)
+        later = list(parameters.values())[1:]
+        assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in later)
 
 
 def test_every_error_is_a_value_error():

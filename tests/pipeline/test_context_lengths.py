@@ -148,8 +148,8 @@ class TestBeforeTheLoad:
             (["--index-heads", "6"], "index_n_heads=6 does not divide the model's 4 attention heads"),
             (["--index-heads", "8"], "index_n_heads=8 does not divide the model's 4 attention heads"),
             (["--index-heads", "3"], "index_n_heads=3 is not a multiple of index_n_kv_heads=2"),
-            (["--index-head-dim", "7"], "index_head_dim=7 is odd"),
-            (["--index-head-dim", "18"], "index_head_dim=18 is more than the model's head width 16"),
+            (["--index-head-dim", "7"], "--index-head-dim=7 is odd"),
+            (["--index-head-dim", "18"], "--index-head-dim=18 is more than the model's head width 16"),
         ],
     )
     def test_conversions(self, options, words, tmp_path):
@@ -164,7 +164,7 @@ class TestBeforeTheLoad:
     @pytest.mark.parametrize(
         ("config", "changes", "options", "words"),
         [
-            (DeepseekV3Config, {}, ["--index-head-dim", "8"], "index_head_dim=8 leaves no room"),
+            (DeepseekV3Config, {}, ["--index-head-dim", "8"], "--index-head-dim=8 leaves no room"),
             (DeepseekV3Config, {"num_key_value_heads": 2}, [], "num_key_value_heads=2 cannot become"),
             (DeepseekV2Config, {}, [], "first_k_dense_replace=1 cannot become deepseek_v32"),
             (DeepseekV2Config, {"mlp_bias": True, "first_k_dense_replace": 3}, [], "mlp_bias=True cannot"),

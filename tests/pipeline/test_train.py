@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fulmen.errors import CheckpointError, ConfigError, ResumeError
+from fulmen.pipeline.reporter import LineReporter
 from fulmen.pipeline.run_dir import RunDir
 from fulmen.pipeline.train_settings import TrainSettings
 from fulmen.training.sparse import run
@@ -104,8 +105,7 @@ def test_a_streamed_data_set(tmp_path, converted, monkeypatch, capsys):
     other = write_rows(tmp_path / "other", text='\n{"text": "w7"}')
     with pytest.raises(ResumeError, match=r"corpus was .*, data was \['.*rows'\], is \['.*other'\]"):
         train(train_settings(converted, out, other))
-    capsys.readouterr()
-    train(train_settings(converted, out, data))
+    train(train_settings(converted, out, data), LineReporter())
     said = " ".join(capsys.readouterr().err.split())
     assert "Of the data's rows and files 3 skipped: 1 empty, 2 not text" in said
     done = json.loads((out / "conversion.json").read_text())["stages_done"]["sparse"]
