@@ -23,7 +23,7 @@ from fulmen.pipeline.reporter import Reporter
 CALIBRATION_SEQUENCES, CALIBRATION_TOKENS = 4, 32_768
 TRAINING_SEQUENCES = 64
 VALIDATION_SEQUENCES = 4
-# Numbers of sequences are meant for this length; of longer ones fewer are read, so that it takes no more time.
+# Numbers of sequences are meant for this length; of longer ones fewer are read: it takes no more time.
 COUNTED_LENGTH = 2048
 # One for code and one for prose.
 FEWEST_SEQUENCES = 2
