@@ -40,6 +40,7 @@ demo: $(OUT)/config.json ## Convert the small model, compare it with its dense s
 	$(BIN)/fulmen inspect $(OUT)
 	@test -f $(OUT)/parity.html || $(BIN)/fulmen eval $(OUT) --quick
 	$(BIN)/fulmen chat $(OUT) --document LICENSE --prompt "What is this document about?" --max-new-tokens 64
+	@echo 'The program is $(BIN)/fulmen, the model $(OUT); next: $(BIN)/fulmen chat $(OUT)'
 
 serve: $(OUT)/config.json ## Serve the small model, converted first if need be, at http://127.0.0.1:8000.
 	$(BIN)/fulmen serve $(OUT)

@@ -10,6 +10,7 @@ import os
 import sysconfig
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -30,8 +31,14 @@ LONG_DOCSTRING = 300
 
 def demo_documents() -> list[Document]:
     """The documents of this Python; none if its library is not there as files."""
+    return list(_documents())
+
+
+@cache
+def _documents() -> tuple[Document, ...]:
+    """Read once in a process: telling documentation from code takes seconds."""
     topics = getattr(_topics_module(), "topics", {})
-    return [*_topic_documents(topics), *_library_documents(Path(sysconfig.get_paths()["stdlib"]))]
+    return (*_topic_documents(topics), *_library_documents(Path(sysconfig.get_paths()["stdlib"])))
 
 
 def _topics_module() -> object:
