@@ -7,8 +7,9 @@ MODEL := smollm2-135m
 OUT := out/$(MODEL)-dsa
 # 2 test processes, each on one core.
 WORKERS ?= 2
-# Alone on the machine: they ask what happens while an answer is being made, and a starved engine hears of it late.
-SERVER_TESTS := tests/serving/gateway/test_gateway_server.py tests/serving/gateway/test_deepseek_docs.py
+# These share one server, and are alone on the machine: they ask what happens while an answer is being made, and a
+# starved engine hears of it late.
+SERVER_TESTS := $(patsubst %,tests/serving/gateway/test_%.py,gateway_server deepseek_docs gateway_clients forced_calls)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup native demo serve bench test lint docs clean
