@@ -1,4 +1,4 @@
-"""`fulmen eval --suite` as a user meets it: what is refused, what is written, what a second run does."""
+"""`fulmen suite`, once `fulmen eval --suite`: what is refused, what is written, what a second run does."""
 
 import json
 from pydoc_data.topics import topics
@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from fulmen.cli.main import app
 from fulmen.errors import ConfigError
+from fulmen.evaluation.suites import catalog
 from fulmen.pipeline.suite_settings import lengths_up_to, parse_lengths
 
 
@@ -95,6 +96,27 @@ def test_files_are_written_and_a_second_run_reads_the_samples(dsa_dir, data, tmp
     assert (tmp_path / "out" / "samples.jsonl").read_text() == samples
     assert json.loads((tmp_path / "out" / "suites.json").read_text())["suites"] == report["suites"]
     assert "topk was 16, is 8" in refused(*command, "--topk", "8")
+    renamed = ["suite", dsa_dir, "--suites", *command[3:]]
+    assert call(*renamed).exit_code == 0
+    assert (tmp_path / "out" / "samples.jsonl").read_text() == samples
+
+
+def test_suites_beside_the_model_and_all_that_it_can_run(dense_dir, tokenizer, data, tmp_path, monkeypatch):
+    """A dense model has no DSA to compare: short is left out."""
+    monkeypatch.setattr(catalog, "suite_names", lambda: ["keyloss", "short"])
+    model_dir = tmp_path / "model"
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=49152, **sizes)).save_pretrained(model_dir)
+    tokenizer.save_pretrained(model_dir)
+    result = call("suite", model_dir, "--lengths", "192", "--samples", "1", "--data", data)
+    assert result.exit_code == 0, result.output
+    report = json.loads((model_dir / "suites" / "suites.json").read_text())
+    assert list(report["suites"]) == ["keyloss"]
+    assert "Wrote " in result.stderr
+
+
+def test_parity_is_no_suite_of_the_command(dsa_dir):
+    assert "parity is what evaluate (fulmen eval) measures" in refused("suite", dsa_dir, "--suites", "parity")
 
 
 def test_a_dense_source_is_named_in_the_report_and_belongs_to_the_results(dsa_dir, tokenizer, data, tmp_path):

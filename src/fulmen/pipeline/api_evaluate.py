@@ -158,7 +158,7 @@ def evaluate(
     _require_default("to suites", for_parity | {"needles": needles if needles is not True else None})
     names = known_names(names_argument("suites", suites), "suite", SUITE_NAMES)
     if PARITY in names:
-        raise refused("suites", suites, "parity is what evaluate does without suites: leave it out")
+        raise refused("suites", suites, "parity is what evaluate (fulmen eval) measures by itself")
     suite_settings = SuiteSettings(
         source=place_argument("source", source),
         suites=names,

@@ -77,8 +77,8 @@ def run_conversion(settings: ConvertSettings, reporter: Reporter) -> Conversion:
     source = dense_source(settings.source)
     plan = plan_conversion(settings, source.config)
     with reporter.stage("Read data"):
-        corpus = read_corpus(settings.data, settings.texts)
         tokenizer = source.tokenizer()
+        corpus = read_corpus(settings.data, settings.texts)
         texts, sparse = _texts(plan, corpus, tokenizer, settings, reporter)
     model = _load(source, settings, plan, reporter)
     main_process_first(lambda: require_savable(model, tokenizer, out))

@@ -56,8 +56,8 @@ def measure(settings: EvalSettings, reporter: Reporter) -> ParityReport:
     """Compare a converted model with dense attention; writes nothing. Raises what its parts raise."""
     lengths = plan_evaluation(settings, reporter)
     with reporter.stage("Read data"):
-        corpus = read_corpus(settings.data, settings.texts)
         tokenizer = load_converted_tokenizer(settings.model_dir)
+        corpus = read_corpus(settings.data, settings.texts)
         texts, needles = draw_longest(
             lengths, lambda length: _texts(length, settings, corpus, tokenizer, reporter), reporter
         )

@@ -53,7 +53,8 @@ def dense_source(source: str | ModelInMemory) -> DenseSource:
     """What a conversion begins with.
 
     Raises:
-        CheckpointError, UnsupportedModelError: as `read_config`.
+        CheckpointError, UnsupportedModelError: as `read_config`; of a model in memory also weights that are
+            quantized, not finite, or not in one place.
         ConfigError: an object that is no model, or no tokenizer.
     """
     return (
@@ -101,6 +102,7 @@ class LoadedSource:
             raise refused("tokenizer", self._tokenizer, "a model in memory needs its tokenizer beside it")
         self.config: PreTrainedConfig = self._model.config
         require_sound_config(self.config, self.name)
+        require_finite(self._model, self.name)
 
     @property
     def name(self) -> str:
@@ -113,11 +115,7 @@ class LoadedSource:
         return self._tokenizer
 
     def load(self, dtype: torch.dtype | str, *, to_change: bool) -> PreTrainedModel:
-        """As `DenseSource.load`: the model itself, or a copy if weights are to change, or their dtype is.
-
-        Raises CheckpointError for weights that are not finite.
-        """
-        require_finite(self._model, self.name)
+        """As `DenseSource.load`: the model itself, or a copy if weights are to change, or their dtype is."""
         if dtype in ("auto", self._model.dtype) and not to_change:
             return self._model
         copied = copy.deepcopy(self._model)

@@ -141,10 +141,10 @@ def run_training(settings: TrainSettings, reporter: Reporter) -> Conversion:
     require_free_output(out, overwrite=settings.overwrite)
     lengths = plan_training(settings)
     with reporter.stage("Read data"):
-        source = read_stream(settings.data, settings.texts) or read_corpus(settings.data, settings.texts)
         tokenizer = load_converted_tokenizer(settings.model_dir)
         if settings.teacher is not None:
             require_same_tokens(tokenizer, load_tokenizer(find_source(settings.teacher)))
+        source = read_stream(settings.data, settings.texts) or read_corpus(settings.data, settings.texts)
         texts = draw_longest(
             lengths,
             lambda length: sparse_texts(source, tokenizer, length, settings.sequences, options),
