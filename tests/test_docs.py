@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import fulmen.ops
+
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
@@ -48,6 +50,20 @@ def test_files_that_are_named_are_there(page):
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_numbers_below_one_have_their_zero(page):
     assert re.findall(r"(?<![\w.)\]`/])\.\d+", page.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(("module", "page"), [(fulmen, "api.md"), (fulmen.ops, "ops.md")])
+def test_every_public_name_has_its_place_in_the_reference(module, page):
+    told = set(
+        re.findall(rf"^::: {module.__name__}\.(\w+)$", (ROOT / "docs" / page).read_text(), re.MULTILINE)
+    )
+    of_errors = {name for name in module.__all__ if hasattr(fulmen.errors, name)}
+    assert set(module.__all__) - of_errors - told <= {
+        "BACKENDS",
+        "IndexerLoss",
+        "SilentReporter",
+        "__version__",
+    }
 
 
 def history_lines():
