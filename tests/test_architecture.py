@@ -6,6 +6,7 @@ A room imports what lies below it, never a room of its own floor.
 
 import ast
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,9 @@ FLOORS = [
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 OPS_LIBRARIES = {"torch", "triton", "fulmen"}
 SOURCES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
+MODULES = {
+    ".".join(("fulmen", *path.with_suffix("").parts)).removesuffix(".__init__"): path for path in SOURCES
+}
 
 
 def room_of(path: Path) -> str:
@@ -45,6 +49,16 @@ def own_rooms_imported_by(path: Path) -> set[str]:
     return {module.split(".")[1] for _, module in imports_of(path) if module.startswith("fulmen.")}
 
 
+def modules_imported_by(path: Path) -> set[str]:
+    """Own modules, by their full names; of `from package import module` the module."""
+    found = set()
+    for node, module in imports_of(path):
+        if isinstance(node, ast.ImportFrom) and module.partition(".")[0] == "fulmen":
+            names = {f"{module}.{alias.name}" for alias in node.names} & MODULES.keys()
+            found |= names or {module}
+    return found
+
+
 def libraries_imported_by(path: Path) -> set[str]:
     return {module.partition(".")[0] for _, module in imports_of(path)} - set(sys.stdlib_module_names)
 
@@ -58,6 +72,12 @@ def test_arrows_point_downward(path):
     for imported in own_rooms_imported_by(path) - {room}:
         assert imported in FLOOR_OF, f"{path} imports the unknown room {imported}"
         assert FLOOR_OF[imported] < FLOOR_OF[room], f"{path} imports {imported}, which is not below {room}"
+
+
+def test_no_circles():
+    """Imports inside functions count too."""
+    needs = {name: modules_imported_by(path) - {name} for name, path in MODULES.items() if name != "fulmen"}
+    assert list(TopologicalSorter(needs).static_order())
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
@@ -79,6 +99,8 @@ def test_libraries_stay_in_their_rooms(path):
         assert libraries <= OPS_LIBRARIES
     if "triton" in libraries:
         assert path.name.startswith("triton")
+    if libraries & {"rich", "typer"}:
+        assert room_of(path) == "cli"
     if "sqlalchemy" in libraries:
         assert path.parts[0] == "serving"
         assert path.name.startswith("ledger")
