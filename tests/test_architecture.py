@@ -15,7 +15,7 @@ import fulmen
 
 ROOT = Path(fulmen.__file__).parent
 FLOORS = [
-    ("errors",),
+    ("errors", "version"),
     ("config", "files"),
     ("ops", "data"),
     ("modeling",),
@@ -74,10 +74,20 @@ def test_arrows_point_downward(path):
         assert FLOOR_OF[imported] < FLOOR_OF[room], f"{path} imports {imported}, which is not below {room}"
 
 
+def folder_of(name: str) -> str:
+    """Of a module in a folder of a room that folder; of any other the module itself."""
+    parts = MODULES[name].parts
+    return "/".join(parts[:2]) if len(parts) > 2 else name
+
+
 def test_no_circles():
-    """Imports inside functions count too."""
-    needs = {name: modules_imported_by(path) - {name} for name, path in MODULES.items() if name != "fulmen"}
+    """Neither of modules nor of folders. Imports inside functions count too."""
+    needs = {name: modules_imported_by(path) - {name} for name, path in MODULES.items()}
     assert list(TopologicalSorter(needs).static_order())
+    folders: dict[str, set[str]] = {}
+    for name, imported in needs.items():
+        folders.setdefault(folder_of(name), set()).update(map(folder_of, imported))
+    assert list(TopologicalSorter({name: own - {name} for name, own in folders.items()}).static_order())
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
@@ -93,7 +103,7 @@ def test_own_imports_are_absolute_and_plain(path):
 @pytest.mark.parametrize("path", SOURCES, ids=str)
 def test_libraries_stay_in_their_rooms(path):
     libraries = libraries_imported_by(path)
-    if room_of(path) in ("errors", "config", "files"):
+    if room_of(path) in ("errors", "version", "config", "files"):
         assert libraries <= {"fulmen"}
     if room_of(path) == "ops":
         assert libraries <= OPS_LIBRARIES

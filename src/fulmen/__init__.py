@@ -32,6 +32,7 @@ from fulmen.errors import (
     UnsupportedModelError,
 )
 from fulmen.modeling.registration import register_model_types
+from fulmen.version import __version__
 
 if TYPE_CHECKING:
     from fulmen.evaluation.parity.report import ParityReport
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
     from fulmen.pipeline.conversion import Conversion
     from fulmen.pipeline.description import ModelDescription
     from fulmen.pipeline.reporter import LineReporter, Reporter, SilentReporter
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AccountError",

@@ -4,7 +4,6 @@ from typing import Annotated
 
 import typer
 
-from fulmen import __version__
 from fulmen.cli.chat import chat_command
 from fulmen.cli.console import FulmenGroup
 from fulmen.cli.convert import convert_command
@@ -17,6 +16,7 @@ from fulmen.cli.serve import EXTRA_FLAGS, serve_command
 from fulmen.cli.suite import suite_command
 from fulmen.cli.train import train_command
 from fulmen.cli.usage import usage_command
+from fulmen.version import __version__
 
 app = typer.Typer(
     cls=FulmenGroup,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fulmen.modeling.selectors import SelectionInputs, Selector
+from fulmen.ops.attention.mean import mean_attention
 from fulmen.ops.common.intervals import selection_mask
-from fulmen.ops.common.mean_attention import mean_attention
 from fulmen.ops.topk import select_topk
 
 # Numbers of one block of attention probabilities (heads x rows x keys), 32 MB.

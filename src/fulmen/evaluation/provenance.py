@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from fulmen import __version__
+from fulmen.version import __version__
 
 
 def about_run(model: str, command: Sequence[str] = ()) -> dict[str, str]:

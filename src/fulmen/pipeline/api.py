@@ -242,12 +242,9 @@ def load(
         UnsupportedModelError: the model has no DSA.
     """
     place = place_argument("source", source)
-    from fulmen.pipeline.load import device_of, dtype_of, load_accelerated
-    from fulmen.pipeline.quiet import quiet
+    from fulmen.pipeline.load import load_accelerated
 
-    chosen = dtype_of(dtype), device_of(device)
-    with quiet(SilentReporter()):
-        return load_accelerated(place, *chosen)
+    return load_accelerated(place, dtype, device)
 
 
 def inspect(source: Place) -> "ModelDescription":

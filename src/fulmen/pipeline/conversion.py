@@ -29,6 +29,6 @@ class Conversion:
 
     def load(self, *, dtype: Any = "auto", device: Any = None) -> "tuple[PreTrainedModel, Any]":
         """The model and its tokenizer, ready to use. Arguments and errors as `fulmen.load`."""
-        from fulmen.pipeline.api import load
+        from fulmen.pipeline.load import load_accelerated
 
-        return load(self.path, dtype=dtype, device=device)
+        return load_accelerated(self.path, dtype, device)

@@ -9,7 +9,6 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fulmen import __version__
 from fulmen.config import DsaConfig
 from fulmen.data import Corpus
 from fulmen.errors import ConfigError
@@ -45,6 +44,7 @@ from fulmen.training.processes import is_main_process, main_process_first, wait_
 from fulmen.training.sharding import is_sharded
 from fulmen.training.sparse.settings import SparseSettings
 from fulmen.training.warmup.trainer import WarmupSettings, warm_up
+from fulmen.version import __version__
 
 BUDGET_SEQUENCES = 2
 

@@ -11,18 +11,23 @@ from fulmen.modeling.checkpoint import load_directory_model, load_directory_toke
 from fulmen.modeling.families import accelerate_model, dsa_of
 from fulmen.pipeline.arguments import refused
 from fulmen.pipeline.model_config import read_config
+from fulmen.pipeline.quiet import quiet
+from fulmen.pipeline.reporter import SilentReporter
 from fulmen.pipeline.settings import DTYPES
 
 
-def load_accelerated(
-    model_dir: str | Path, dtype: torch.dtype | str, device: torch.device | None
-) -> tuple[PreTrainedModel, Any]:
-    """As `load_converted`, of this dtype, on this device (None: the CPU), and by fulmen's attention."""
-    place = _converted_place(model_dir)
-    tokenizer = load_directory_tokenizer(place)
-    model = load_directory_model(place, dtype).eval()
-    accelerate_model(model)
-    return (model if device is None else move(model, device)), tokenizer
+def load_accelerated(model_dir: str | Path, dtype: object, device: object) -> tuple[PreTrainedModel, Any]:
+    """`load_converted` as `fulmen.load` does it: of this dtype, on this device, by fulmen's attention.
+
+    Raises ConfigError for a dtype or device that cannot be.
+    """
+    dtype, device = dtype_of(dtype), device_of(device)
+    with quiet(SilentReporter()):
+        place = _converted_place(model_dir)
+        tokenizer = load_directory_tokenizer(place)
+        model = load_directory_model(place, dtype).eval()
+        accelerate_model(model)
+        return (model if device is None else move(model, device)), tokenizer
 
 
 def load_converted(model_dir: str | Path) -> tuple[PreTrainedModel, Any]:

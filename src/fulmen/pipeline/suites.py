@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from fulmen import __version__
 from fulmen.data import Corpus
 from fulmen.errors import CheckpointError, ConfigError, first_line
 from fulmen.evaluation.provenance import about_run
@@ -38,6 +37,7 @@ from fulmen.pipeline.reporter import Reporter
 from fulmen.pipeline.suite_settings import ALL, PARITY, SHORTEST_POWER, SuiteSettings, lengths_up_to
 from fulmen.pipeline.texts import read_corpus
 from fulmen.training.sparse.teacher import require_same_tokens
+from fulmen.version import __version__
 
 SAMPLES_FILE = "samples.jsonl"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request
 from fastapi.responses import FileResponse, Response
 
-from fulmen import __version__
 from fulmen.serving.billing.accounts import Account
 from fulmen.serving.billing.prices import Rates, money_text, rounded_text
 from fulmen.serving.engine.served_model import ServedModel
@@ -45,6 +44,7 @@ from fulmen.serving.gateway.jobs.engine_job import EngineRequest
 from fulmen.serving.gateway.jobs.streaming_reply import StreamingReply
 from fulmen.serving.gateway.openapi import ANSWERS, ERRORS
 from fulmen.serving.page import FILES, HEADERS
+from fulmen.version import __version__
 
 CHAT = "/v1/chat/completions"
 # DeepSeek's base URLs: plain, as OpenAI's clients write it, and for prefix completion and FIM.

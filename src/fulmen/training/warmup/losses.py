@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fulmen.modeling.selectors import SelectionInputs, Selector
+from fulmen.ops.attention.mean import mean_attention
 from fulmen.ops.common.index_keys import index_key_numbers
-from fulmen.ops.common.mean_attention import mean_attention
 from fulmen.ops.losses.indexer import indexer_loss
 from fulmen.ops.losses.selection import selection_loss
 from fulmen.ops.topk import index_topk, select_topk

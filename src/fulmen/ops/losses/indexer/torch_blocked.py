@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fulmen.ops.common.mean_attention import tile_mean_attention
+from fulmen.ops.attention.mean import tile_mean_attention
 from fulmen.ops.common.precision import math_dtype
 from fulmen.ops.common.tiles import (
     LEAST_LOSS_ROWS,
