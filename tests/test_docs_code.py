@@ -68,13 +68,28 @@ def commands_of(page):
             yield shlex.split(re.split(r"\s[>;|]\s?", found)[0])[1:]
 
 
+def shown_options(words):
+    """What begins with two dashes, before what is handed on to another program."""
+    return {word.split("=")[0] for word in words[: [*words, "--"].index("--")] if word.startswith("--")}
+
+
 @pytest.mark.parametrize("page", COMMAND_PAGES)
 def test_commands_have_the_options_that_they_are_shown_with(page):
     for words in commands_of(page):
         command = get_command(app)
         while hasattr(command, "commands") and words and words[0] in command.commands:
             command, words = command.commands[words[0]], words[1:]
-        words = words[: words.index("--")] if "--" in words else words
-        known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
-        asked = {word.split("=")[0] for word in words if word.startswith("--")}
-        assert asked <= known, f"{page}: {command.name} has no {asked - known}"
+        # Hidden ones are names of earlier versions.
+        shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
+        known = {option for parameter in shown for option in parameter.opts} | {"--help"}
+        assert shown_options(words) <= known, f"{page}: {command.name} has no such option"
+
+
+@pytest.mark.parametrize("page", COMMAND_PAGES)
+def test_benchmarks_have_the_options_that_they_are_shown_with(page):
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    for module, arguments in re.findall(r"-m (benchmarks[\w.]+)([^`\n]*)", text):
+        source = (ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
+        for option in shown_options(shlex.split(arguments, comments=True)):
+            name = option.removeprefix("--").replace("-", "_")
+            assert re.search(rf"^ +{name}: ", source, re.MULTILINE), f"{page}: {module} has no {option}"
