@@ -25,7 +25,8 @@ from fulmen.pipeline.load import load_converted
 from fulmen.training.sparse.run import prepare_stage
 from fulmen.training.sparse.settings import SparseSettings
 from fulmen.training.sparse.teacher import TARGET_KEYS, Teacher
-from fulmen.training.warmup.trainer import IndexerStack, WarmupSettings
+from fulmen.training.warmup.settings import WarmupSettings
+from fulmen.training.warmup.stage import IndexerStack
 
 app = typer.Typer(add_completion=False)
 

@@ -38,7 +38,7 @@ from fulmen.modeling.gqa.model import set_topk_ratios
 from fulmen.modeling.index_shape import default_dsa
 from fulmen.modeling.selectors import DenseSelector
 from fulmen.pipeline.load import load_converted
-from fulmen.training.warmup.trainer import WarmupSettings
+from fulmen.training.warmup.settings import WarmupSettings
 
 # Shares of the model's rotary pairs that index heads keep.
 PAIR_SHARES = (0.25, 0.375, 0.5, 0.75, 1.0)

@@ -19,7 +19,8 @@ from fulmen.files import atomic_write
 from fulmen.modeling.gqa.model import set_topk_ratios
 from fulmen.modeling.selectors import dsa_attentions, use_selector
 from fulmen.training.warmup.losses import IndexerLossSelector
-from fulmen.training.warmup.trainer import MEASURED_ROWS, WarmupSettings
+from fulmen.training.warmup.settings import WarmupSettings
+from fulmen.training.warmup.stage import MEASURED_ROWS
 
 RISING_STEPS = 5
 LARGEST_NORM = 1.0

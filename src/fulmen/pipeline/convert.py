@@ -43,7 +43,8 @@ from fulmen.pipeline.train import (
 from fulmen.training.processes import is_main_process, main_process_first, wait_for_all
 from fulmen.training.sharding import is_sharded
 from fulmen.training.sparse.settings import SparseSettings
-from fulmen.training.warmup.trainer import WarmupSettings, warm_up
+from fulmen.training.warmup.run import warm_up
+from fulmen.training.warmup.settings import WarmupSettings
 from fulmen.version import __version__
 
 BUDGET_SEQUENCES = 2

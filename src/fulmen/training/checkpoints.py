@@ -1,4 +1,4 @@
-"""Files of a run, made safe: what is half-written is never taken for whole, and costs nothing old."""
+"""Files of a run, made safe: what is half-written is never taken for complete, and costs nothing old."""
 
 import json
 import shutil
@@ -32,16 +32,21 @@ def write_log(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     atomic_write(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def is_complete_checkpoint(folder: str | Path | None) -> bool:
+    """Whether a checkpoint was written to its end."""
+    return folder is not None and Path(folder, COMPLETE_FILE).exists()
+
+
 def last_complete_checkpoint(run_dir: Path) -> str | None:
     """The latest finished checkpoint in `run_dir`."""
-    folders = [folder for folder in run_dir.glob(CHECKPOINTS) if (folder / COMPLETE_FILE).exists()]
+    folders = [folder for folder in run_dir.glob(CHECKPOINTS) if is_complete_checkpoint(folder)]
     return str(max(folders, key=checkpoint_step)) if folders else None
 
 
 def drop_unfinished_checkpoints(run_dir: Path) -> None:
     """Delete what an interrupted run left half-written. For one process, while none is saving."""
     for folder in run_dir.glob(CHECKPOINTS):
-        if not (folder / COMPLETE_FILE).exists():
+        if not is_complete_checkpoint(folder):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -51,7 +56,7 @@ def checkpoint_step(folder: str | Path) -> int:
 
 
 class SafeCheckpoints:
-    """Goes before Trainer. Needs `save_total_limit` >= 2: the old one goes when the new is whole."""
+    """Goes before Trainer. Needs `save_total_limit` >= 2: the old one goes when the new is complete."""
 
     args: Any
     state: Any

@@ -1,4 +1,4 @@
-"""Texts as rows for Trainer: token ids, and positions that begin anew with each packed document."""
+"""Sequences as rows for Trainer: token ids, and positions that begin anew with each packed document."""
 
 from collections.abc import Sequence
 
@@ -10,20 +10,20 @@ from fulmen.data import TokenSequence
 # What torch's and Transformers' losses leave out.
 NO_LABEL = -100
 
-# A text: token ids of one document [T] int64, or a sequence, which knows where its documents begin.
+# Token ids of one document [T] int64, or a sequence that knows where its documents begin.
 TokenIds = Tensor | TokenSequence
 
 
-def sequence_row(text: TokenIds) -> dict[str, Tensor]:
+def sequence_row(sequence: TokenIds) -> dict[str, Tensor]:
     """input_ids and position_ids, int64 [T]."""
-    if isinstance(text, Tensor):
-        return {"input_ids": text, "position_ids": torch.arange(len(text))}
-    return {"input_ids": text.input_ids, "position_ids": text.position_ids}
+    if isinstance(sequence, Tensor):
+        return {"input_ids": sequence, "position_ids": torch.arange(len(sequence))}
+    return {"input_ids": sequence.input_ids, "position_ids": sequence.position_ids}
 
 
-def sequence_rows(texts: Sequence[TokenIds]) -> list[dict[str, Tensor]]:
+def sequence_rows(sequences: Sequence[TokenIds]) -> list[dict[str, Tensor]]:
     """`sequence_row` of each."""
-    return [sequence_row(text) for text in texts]
+    return [sequence_row(sequence) for sequence in sequences]
 
 
 def next_tokens(input_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ def test_budget_ends_it(tmp_path):
 
 
 def test_texts_must_be_longer_than_k(tmp_path):
-    with pytest.raises(ConfigError, match="topk=8 is not below the texts' 8 tokens"):
+    with pytest.raises(ConfigError, match="topk=8 is not below the sequences' 8 tokens"):
         run(tmp_path, train=[text[:TOPK] for text in TRAIN])
 
 

@@ -116,7 +116,9 @@ def test_rows_go_round(data):
 
 
 def test_answers_of_a_stream_are_not_kept(tmp_path, data):
-    with pytest.raises(ConfigError, match="teacher_place='disk' keeps answers about texts that come again"):
+    with pytest.raises(
+        ConfigError, match="teacher_place='disk' keeps answers about sequences that come again"
+    ):
         run_streamed(tmp_path, data, teacher_place="disk")
 
 

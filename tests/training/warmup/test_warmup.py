@@ -14,7 +14,10 @@ from fulmen.data import TokenSequence
 from fulmen.errors import TrainingDivergedError
 from fulmen.modeling.gqa.inherit import inherit_gqa
 from fulmen.training.warmup.losses import with_gradient_in_hand
-from fulmen.training.warmup.trainer import IndexerStack, WarmupSettings, sparse_loss, warm_up
+from fulmen.training.warmup.run import warm_up
+from fulmen.training.warmup.settings import WarmupSettings
+from fulmen.training.warmup.stage import IndexerStack
+from fulmen.training.warmup.trainer import sparse_loss
 from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa, random_ids
 
 

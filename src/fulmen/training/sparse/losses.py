@@ -10,7 +10,7 @@ from torch import Tensor
 from fulmen.modeling.selectors import IndexerSelector, SelectionInputs, Selector
 from fulmen.ops.losses.indexer import indexer_loss_selected
 from fulmen.ops.losses.selection import selection_loss
-from fulmen.training.warmup.losses import (
+from fulmen.training.query_rows import (
     TEMPERATURE,
     at_rows,
     attention_recall,
@@ -29,7 +29,7 @@ class SparseLayerLoss:
     """One layer's part of a step: `loss` with gradient to the indexer; the others are for the log.
 
     kl: over the selected set (DeepSeek-V3.2, equation 4), nats. changed: `selection_loss`. 0 if left out.
-    captured: attention mass on the selection, over a few rows; None where it was not measured.
+    captured: attention recall of the selection, over a few rows; None where it was not measured.
     """
 
     loss: Tensor
@@ -52,8 +52,8 @@ class SparseLossSelector(Selector):
         attentions: the converted layers, by index.
         topk_of: keys that a layer keeps at present, by index.
         kind: one of INDEXER_LOSSES.
-        n_rows: query rows drawn per text and layer.
-        measured: layers whose captured mass is measured, on `n_measured` of the rows.
+        n_rows: query rows drawn per sequence and layer.
+        measured: layers whose attention recall is measured, on `n_measured` of the rows.
         layers: the losses of this forward pass; cleared by `begin`.
     """
 
@@ -106,7 +106,7 @@ class SparseLossSelector(Selector):
         index = (some.index_q_BTJE, some.index_k_BSIE, some.index_w_BTJ, some.index_b_BTJ)
         own = (some.q_BTHD.detach(), some.k_BSGD.detach(), some.v_BSGV.detach())
         temperature = TEMPERATURE * float(some.index_w_BTJ.detach().abs().mean())
-        # Anew at each step: the trunk is trained too.
+        # Anew at each step: the backbone is trained too.
         out_weight = self.attentions[some.layer_idx].output_weight().detach()
         ends = (some.start_BT, some.stop_BT)
         return selection_loss(*index, *own, out_weight, *ends, topk, some.scale, temperature)

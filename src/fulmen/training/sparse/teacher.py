@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from fulmen.errors import ConfigError, OutputError
 from fulmen.files import atomic_write
 from fulmen.modeling.selectors import DenseSelector, Selector, use_selector
-from fulmen.training.parts import OnPart
+from fulmen.training.run import OnPart
 from fulmen.training.sparse.distill import TeacherTargets, teacher_targets
 from fulmen.training.sparse.streamed import StreamedRows
 

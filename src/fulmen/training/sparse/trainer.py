@@ -4,40 +4,38 @@ import json
 import math
 import os
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from fulmen.errors import TrainingDivergedError
 from fulmen.files import atomic_write
-from fulmen.training.checkpoints import SafeCheckpoints, log_up_to, write_log
-from fulmen.training.parts import OnPart
-from fulmen.training.processes import broadcast_from_main
+from fulmen.training.checkpoints import SafeCheckpoints
+from fulmen.training.run import OnPart, OnStep, RunWatch, training_arguments
 from fulmen.training.sharding import Sharded, load_full_weights
-from fulmen.training.sparse.settings import SparseSettings, SparseStage, StepLosses
+from fulmen.training.sparse.settings import SparseSettings
+from fulmen.training.sparse.stage import SparseStage, StepLosses
 from fulmen.training.sparse.streamed import StreamedRows
 from fulmen.training.sparse.teacher import DistilledRows
 
 WEIGHTS_FILE, LOG_FILE, POSITION_FILE = "model.safetensors", "sparse.jsonl", "position.json"
 TENSORBOARD_DIR = "tensorboard"
 # A step's KL this many times the median of the last ones and this many nats above it, or an LM loss so many
-# nats above, is a spike: texts differ by a factor of 3 in the KL, and by 2 nats in how hard they are.
+# nats above, is a spike: sequences differ by a factor of 3 in the KL, and by 2 nats in how hard they are.
 SPIKE_FACTOR, SPIKE_KL, SPIKE_LM = 8.0, 1.0, 4.0
 SPIKE_HISTORY, LEAST_HISTORY = 20, 5
 PARTS = ("loss", "lm", "kl", "indexer")
-OnStep = Callable[[int, int, dict[str, float]], None]
 
 
 class SparseTrainer(SafeCheckpoints, Sharded, Trainer):
     """Two parameter groups that never meet, the held-out sparse loss, the trained weights as checkpoint.
 
-    With them lies the position in a stream of texts.
+    With them lies the position in a stream of sequences.
     """
 
     train_dataset: DistilledRows
@@ -51,7 +49,7 @@ class SparseTrainer(SafeCheckpoints, Sharded, Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW with a learning rate for the trunk and one for the indexers."""
+        """AdamW with a learning rate for the backbone and one for the indexers."""
         stage = self.stage if model is None else model
         groups = [
             {"params": stage.backbone_parameters(), "lr": self.settings.learning_rate},
@@ -77,7 +75,7 @@ class SparseTrainer(SafeCheckpoints, Sharded, Trainer):
         return next(one for one in self.callback_handler.callbacks if isinstance(one, StepWatch))
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        """Each loss's gradient by itself: a large one of the indexer must not shrink the trunk's."""
+        """Each loss's gradient by itself: a large one of the indexer must not shrink the backbone's."""
         norms = [
             self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
             for parameters in (self.stage.backbone_parameters(), self.stage.indexer_parameters())
@@ -102,7 +100,7 @@ class SparseTrainer(SafeCheckpoints, Sharded, Trainer):
         super().log({**logs, **parts}, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The trained weights, whole, in one file: each process holds the best ones when the run ends."""
+        """All trained weights, gathered, in one file: each process holds the best ones when the run ends."""
         assert output_dir is not None
         state = self.accelerator.get_state_dict(self.model)
         if self.args.should_save:
@@ -124,7 +122,7 @@ class SparseTrainer(SafeCheckpoints, Sharded, Trainer):
 def held_out_loss(
     stage: nn.Module, rows: list[dict[str, Tensor]], device: Any, on_part: OnPart = lambda *_: None
 ) -> float:
-    """Next-token loss (nats) of the sparse model over the second half of each text; each weighs the same."""
+    """Next-token loss (nats) of the sparse model over the second halves of rows, which weigh the same."""
     was_training = stage.training
     stage.eval()
     losses = []
@@ -148,35 +146,31 @@ def load_trained(stage: SparseStage, file: Path) -> None:
     assert not {name for name, p in stage.named_parameters() if p.requires_grad} & set(missing)
 
 
-class StepWatch(TrainerCallback):
-    """Collects a step's losses over texts and processes; checks, logs and reports them; ends the budget."""
+class StepWatch(RunWatch):
+    """Collects a step's losses over sequences and processes; checks them before the weights change."""
+
+    loss_name = "held-out loss"
 
     def __init__(
         self, stage: SparseStage, run_dir: Path, on_step: OnStep, budget_s: float | None, began: float
     ) -> None:
-        self.stage, self.on_step, self.budget_s, self.began = stage, on_step, budget_s, began
-        self.log_file = run_dir / LOG_FILE
+        super().__init__(run_dir / LOG_FILE, on_step, budget_s, began)
+        self.stage = stage
         self.taken: list[tuple[float, StepLosses]] = []
         self.row: dict[str, Any] = {}
         self.history: list[dict[str, float]] = []
         self.tokens = 0
         self.reduce: Callable[[Tensor], Tensor] = lambda x: x
         self.processes = 1
-        self.writes = True
 
     def took(self, loss: float, losses: StepLosses | None) -> None:
-        """One text's losses."""
+        """One sequence's losses."""
         assert losses is not None
         self.taken.append((loss, losses))
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget the log of steps that are to be done again."""
-        rows = log_up_to(self.log_file, state.global_step)
-        self.history = rows[-SPIKE_HISTORY:]
+    def resume(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.history = list(rows[-SPIKE_HISTORY:])
         self.tokens = rows[-1]["tokens"] if rows else 0
-        if self.writes:
-            write_log(self.log_file, rows)
-        self.on_step(state.global_step, state.max_steps, {})
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.taken = []
@@ -193,20 +187,15 @@ class StepWatch(TrainerCallback):
         rates = [group["lr"] for group in kwargs["optimizer"].param_groups]
         self.row = {"step": step, **losses, "lr": rates[0], "tokens": self.tokens, **self._layer_means()}
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def step_rows(self, step: int) -> list[dict[str, Any]]:
         self.history = [*self.history, self.row][-SPIKE_HISTORY:]
-        if self.writes:
-            with open(self.log_file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(self.row) + "\n")
-        self.on_step(state.global_step, state.max_steps, {name: self.row[name] for name in PARTS[1:]})
-        if self.budget_s is not None and broadcast_from_main(time.monotonic() - self.began > self.budget_s):
-            control.should_training_stop = control.should_evaluate = control.should_save = True
+        return [self.row]
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        self.on_step(state.global_step, state.max_steps, {"held-out loss": metrics["eval_loss"]})
+    def step_figures(self) -> dict[str, float]:
+        return {name: self.row[name] for name in PARTS[1:]}
 
     def _layer_means(self) -> dict[str, Any]:
-        """Of the first text's layers: mean KL and output change, captured mass and k of the measured."""
+        """Of the first sequence's layers: mean KL and output change; of the measured: recall and k."""
         layers = self.taken[0][1].layers
         if not layers:
             return {}
@@ -241,38 +230,23 @@ class StepWatch(TrainerCallback):
                 )
 
 
-def training_arguments(
+def sparse_arguments(
     run_dir: Path, settings: SparseSettings, steps: int, every: int, order: str
 ) -> TrainingArguments:
     """Trainer's arguments; checkpoints at every evaluation, and in between where asked for."""
     if settings.report_to == "tensorboard":
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run_dir / TENSORBOARD_DIR))
-    return TrainingArguments(
-        output_dir=str(run_dir),
-        max_steps=steps,
-        per_device_train_batch_size=1,
+    return training_arguments(
+        run_dir,
+        steps,
+        every,
+        settings.seed,
+        bf16=settings.bf16,
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.learning_rate,
-        # Not cosine_with_min_lr, whose first step has a rate of 0.
-        lr_scheduler_type="cosine_warmup_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.1},
         warmup_steps=min(20, steps // 10),
-        seed=settings.seed,
         train_sampling_strategy=order,
-        bf16=settings.bf16,
-        use_cpu=not torch.cuda.is_available(),
-        eval_strategy="steps",
-        eval_steps=every,
-        save_strategy="steps",
         save_steps=min(settings.save_every or every, every),
-        save_total_limit=2,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
         restore_callback_states_from_checkpoint=True,
-        ddp_find_unused_parameters=False,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,
         report_to=[] if settings.report_to == "none" else [settings.report_to],
-        remove_unused_columns=False,
     )

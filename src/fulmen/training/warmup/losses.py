@@ -1,7 +1,7 @@
 """The warm-up's loss, taken where attention happens: a selector that selects nothing but measures."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,16 +9,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fulmen.modeling.selectors import SelectionInputs, Selector
-from fulmen.ops.attention.mean import mean_attention
-from fulmen.ops.common.index_keys import index_key_numbers
 from fulmen.ops.losses.indexer import indexer_loss
 from fulmen.ops.losses.selection import selection_loss
 from fulmen.ops.topk import index_topk, select_topk
+from fulmen.training.query_rows import (
+    TEMPERATURE,
+    at_rows,
+    attention_recall,
+    batch_mean_attention,
+    sampled_rows,
+)
 
-# Share of the KL in the loss, and width of the soft cut in units of the mean head weight (a head's logit
-# enters the score times that). Chosen on four layers of SmolLM2-135M: docs/log.md.
+# Share of the KL in the loss. Chosen on four layers of SmolLM2-135M: docs/log.md.
 KL_WEIGHT = 0.02
-TEMPERATURE = 0.5
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class LayerLoss:
 
     loss: carries the gradient. kl: the dense KL (DeepSeek-V3.2, equation 3), nats. changed: the relative
     squared change of the output, `selection_loss`. entropy: of the target, nats.
-    captured, oracle: mass that the indexer's k keys and the best k keys hold, on a few of the rows.
+    captured, oracle: attention recall of the indexer's k keys and of the best k keys, on a few of the rows.
     """
 
     loss: Tensor
@@ -48,8 +51,8 @@ class IndexerLossSelector(Selector):
 
     Attributes:
         out_weights: per layer, the projection of all heads' outputs (`attention.output_weight()`).
-        n_rows: query rows drawn per text and layer; all that see more than k keys if there are fewer.
-        n_measured: how many of the rows are also measured for captured mass.
+        n_rows: query rows drawn per sequence and layer; all that see more than k keys if there are fewer.
+        n_measured: how many of the rows are also measured for attention recall.
     """
 
     out_weights: Mapping[int, Tensor]
@@ -72,7 +75,7 @@ class IndexerLossSelector(Selector):
         temperature = TEMPERATURE * float(some.index_w_BTJ.detach().abs().mean())
         out_weight = self.out_weights[inputs.layer_idx]
         changed = selection_loss(*leaves, *own, out_weight, *ends, topk, some.scale, temperature)
-        captured, oracle = self._mass(inputs, rows, topk)
+        captured, oracle = self._recall(inputs, rows, topk)
         self.layers[inputs.layer_idx] = LayerLoss(
             with_gradient_in_hand(changed.mean() + KL_WEIGHT * kl.kl_BT.mean(), leaves, index),
             float(kl.kl_BT.detach().mean()),
@@ -83,7 +86,7 @@ class IndexerLossSelector(Selector):
         )
 
     @torch.no_grad()
-    def _mass(self, inputs: SelectionInputs, rows: Tensor, topk: int) -> tuple[float, float]:
+    def _recall(self, inputs: SelectionInputs, rows: Tensor, topk: int) -> tuple[float, float]:
         some = at_rows(inputs, rows[:: max(1, len(rows) // self.n_measured)])
         ends = (some.start_BT, some.stop_BT)
         p_BTS = batch_mean_attention(some)
@@ -124,37 +127,3 @@ class _GradientInHand(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.saved_tensors
         return (None, *(None for _ in gradients), *(dloss * gradient for gradient in gradients))
-
-
-def at_rows(inputs: SelectionInputs, rows: Tensor) -> SelectionInputs:
-    """The same layer with some of its queries; all keys stay."""
-    by_query = ("index_q_BTJE", "index_w_BTJ", "index_b_BTJ", "q_BTHD", "start_BT", "stop_BT")
-    taken = {name: value[:, rows] for name in by_query if (value := getattr(inputs, name)) is not None}
-    # Where no gradient is wanted the keys come packed; a loss takes numbers.
-    taken["index_k_BSIE"] = index_key_numbers(inputs.index_k_BSIE, inputs.index_q_BTJE.dtype)
-    return replace(inputs, **taken)
-
-
-def sampled_rows(inputs: SelectionInputs, topk: int, n_rows: int) -> Tensor:
-    """Ascending positions of at most `n_rows` queries, drawn from those that see more than `topk` keys.
-
-    From all if there are none. Uses torch's global generator, which Trainer's checkpoints restore.
-    """
-    seen_T = (inputs.stop_BT - inputs.start_BT).amin(0)
-    rows = (seen_T > topk).nonzero()[:, 0]
-    if len(rows) == 0:
-        rows = torch.arange(len(seen_T), device=seen_T.device)
-    drawn = torch.randperm(len(rows))[:n_rows].sort().values
-    return rows[drawn.to(rows.device)]
-
-
-def batch_mean_attention(some: SelectionInputs) -> Tensor:
-    """p_BTS of a few query rows, the mean over heads."""
-    texts = zip(some.q_BTHD, some.k_BSGD, some.start_BT, some.stop_BT, strict=True)
-    return torch.stack([mean_attention(*text, some.scale) for text in texts])
-
-
-def attention_recall(p_BTS: Tensor, topk_BTK: Tensor) -> float:
-    """Share of p that the selected keys hold, mean over rows."""
-    mass_BTK = p_BTS.gather(-1, topk_BTK.clamp_min(0).long()).masked_fill(topk_BTK < 0, 0)
-    return float(mass_BTK.sum(-1).mean())
