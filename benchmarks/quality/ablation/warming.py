@@ -1,6 +1,6 @@
 """Warm-up from mark to mark: the product's loss and optimizer, with the weights of every mark kept.
 
-`fulmen.training.warmup.trainer` keeps the best step and lets its learning rate fall to the end of the run.
+`fulmen.training.warmup.run` keeps the best step and lets its learning rate fall to the end of the run.
 Here the weights after n tokens shall not depend on how long the run is, so the rate stays constant after its
 first steps, and nothing is chosen by validation.
 """
