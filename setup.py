@@ -2,6 +2,7 @@
 
 import sysconfig
 from copy import copy
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -25,6 +26,7 @@ AMX = (*AVX512, "-mavx512bf16", "-mavx512fp16", "-mamx-tile", "-mamx-int8", "-ma
 X86_LEVELS = {"_kernels_avx2": AVX2, "_kernels_avx512": AVX512, "_kernels_amx": AMX}
 # Of the machine that is built for, which `_PYTHON_HOST_PLATFORM` names where it is another one.
 IS_X86 = sysconfig.get_platform().lower().endswith(("x86_64", "amd64"))
+LEVELS = {"_kernels": ()} | (X86_LEVELS if IS_X86 else {})
 
 
 class BuildLevels(build_ext):
@@ -47,6 +49,14 @@ class BuildLevels(build_ext):
 class AnyPythonWheel(bdist_wheel):
     """A wheel for one kind of machine and every Python 3."""
 
+    def run(self):
+        # A folder `build` from before has what was moved or deleted since; kernels alone are kept.
+        build = Path(self.get_finalized_command("build").build_lib)
+        for path in build.rglob("*"):
+            if path.is_file() and (path.suffix != ".so" or path.stem not in LEVELS):
+                path.unlink()
+        super().run()
+
     def get_tag(self):
         return "py3", "none", super().get_tag()[2]
 
@@ -65,5 +75,5 @@ def kernels(name, instructions):
 
 setup(
     cmdclass={"build_ext": BuildLevels, "bdist_wheel": AnyPythonWheel},
-    ext_modules=[kernels(*level) for level in ({"_kernels": ()} | (X86_LEVELS if IS_X86 else {})).items()],
+    ext_modules=[kernels(*level) for level in LEVELS.items()],
 )
