@@ -2,8 +2,9 @@
 
     python examples/ops_alone.py --length 2048 --topk 256
 
-The indexer's queries and keys are the attention's own here, so that an eighth of the keys hold most of the
-attention, where a window of as many holds little. The last lines check what holds whatever is selected.
+The indexer's queries and keys are the attention's own here, so that an eighth of the keys
+hold most of the attention, where a window of as many holds little. The last lines check what
+holds whatever is selected.
 """
 
 import argparse
@@ -25,10 +26,8 @@ def main(length: int, topk: int) -> None:
     indices = index_topk(q.detach(), k, weights, topk=topk)
     out = sparse_attention(q, k, v, indices)
     dense = dense_attention(q, k, v)
-    window = (
-        torch.arange(length)[:, None] - torch.arange(topk) + 0
-    )  # the topk most recent, none before the first
-    recent = sparse_attention(q, k, v, window.clamp(min=-1).sort().values.int()[None])
+    window = (torch.arange(length)[:, None] - torch.arange(topk)).clamp(min=-1)  # -1: nothing
+    recent = sparse_attention(q, k, v, window.int()[None])
     print(f"keys per query: {topk} of up to {length}")
     print(f"error against dense attention, by indexer: {error(out, dense):.3f}")
     print(f"error against dense attention, by window:  {error(recent, dense):.3f}")
