@@ -1,5 +1,8 @@
 """The doors of `fulmen.ops`: plain names, causal by default, errors that name the argument."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -265,3 +268,13 @@ def test_backends_by_name():
     assert torch.equal(found, index_scores_reference(*x.values(), zero.long(), end).scores_BTS)
     with pytest.raises(BackendError, match="'cuda' is not known"), ops.pin_backend("cuda"):
         pass
+
+
+def test_the_lines_of_the_readme_run():
+    text = Path(ops.__file__).with_name("README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names = {}
+    exec(code.replace("4096", "512"), names)
+    assert names["out"].shape == names["dense"].shape == (1, 512, 9, 64)
+    assert names["indices"].shape == (1, 512, 256)
+    assert names["scores"].shape == (1, 8, 512)
