@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from fulmen.data import iter_sequences, load_corpus
 from fulmen.evaluation.parity.losses import second_half_loss
-from fulmen.evaluation.variants import Text, VariantRunner
+from fulmen.evaluation.variants import ModelInput, VariantRunner
 from fulmen.evaluation.wording import signed_percent
 from fulmen.pipeline.load import load_converted
 from fulmen.pipeline.texts import kinds_of
@@ -57,7 +57,7 @@ def main(
             row = {"kind": kind, "number": number, "name": window.name, "loss": {}, "seconds": {}}
             for variant, one in runners.items():
                 clock = time.perf_counter()
-                text = Text.of(window)
+                text = ModelInput.of(window)
                 hidden_TC = one.hidden(variant, text, topk, window.name)
                 head = one.model.get_output_embeddings()
                 row["loss"][variant] = second_half_loss(hidden_TC, head, text.ids_T)

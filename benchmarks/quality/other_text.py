@@ -15,7 +15,7 @@ import typer
 
 from fulmen.data import iter_sequences, load_corpus
 from fulmen.evaluation.parity.losses import second_half_loss
-from fulmen.evaluation.variants import Text, VariantRunner
+from fulmen.evaluation.variants import ModelInput, VariantRunner
 from fulmen.modeling.checkpoint import load_dense
 from fulmen.modeling.families import family_for
 from fulmen.modeling.gqa.inherit import inherit_gqa
@@ -44,7 +44,7 @@ def main(
             texts = islice(iter_sequences(corpus.heldout, tokenizer, length, kind=kind), windows)
             found = [
                 second_half_loss(
-                    runner.hidden(variant, Text.of(text), topk, text.name),
+                    runner.hidden(variant, ModelInput.of(text), topk, text.name),
                     model.get_output_embeddings(),
                     text.input_ids,
                 )

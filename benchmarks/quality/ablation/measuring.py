@@ -13,7 +13,7 @@ from benchmarks.quality.ablation.cells import Cells
 from fulmen.data import Corpus, TokenSequence, iter_sequences
 from fulmen.evaluation.controls import AttentionRecallSelector
 from fulmen.evaluation.parity.losses import second_half_loss
-from fulmen.evaluation.variants import Text, last_hidden_states, use_topk
+from fulmen.evaluation.variants import ModelInput, last_hidden_states, use_topk
 from fulmen.modeling.cost import token_bytes
 from fulmen.modeling.families import dsa_of
 from fulmen.modeling.selectors import DenseSelector, IndexerSelector, SelectionInputs, Selector, use_selector
@@ -108,7 +108,7 @@ class HeldOut:
         head = model.get_output_embeddings()
         return {
             kind: [
-                second_half_loss(last_hidden_states(model, Text.of(text)), head, text.input_ids)
+                second_half_loss(last_hidden_states(model, ModelInput.of(text)), head, text.input_ids)
                 for text in texts
             ]
             for kind, texts in self.texts.items()

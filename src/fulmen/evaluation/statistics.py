@@ -120,7 +120,7 @@ def paired_ratio_interval(
 ) -> Interval:
     """Interval of sum(numerators) / sum(denominators), pair by pair: a model's loss over the dense one's.
 
-    Windows differ far more from one another than the two models do on one window, and the pairs take that
+    Sequences differ far more from one another than the two models do on one of them, and the pairs take that
     out: the spread is that of `numerator - ratio * denominator`.
     Source: W. G. Cochran, Sampling Techniques, 3rd ed. (1977), section 6.3, with Student's t.
     Raises ConfigError without values, or if the denominators sum to 0.
@@ -129,7 +129,7 @@ def paired_ratio_interval(
     _require_values("ratios", len(numerators))
     mean = fmean(denominators)
     if mean == 0:
-        raise ConfigError("the dense losses sum to 0, so no ratio to them exists; use other windows")
+        raise ConfigError("the dense losses sum to 0, so no ratio to them exists; use other sequences")
     ratio = fmean(numerators) / mean
     residuals = [top - ratio * bottom for top, bottom in zip(numerators, denominators, strict=True)]
     half = _half_width(residuals, confidence) / abs(mean)
@@ -186,4 +186,4 @@ def _student_within(t: float, freedom: int) -> float:
 
 def _require_values(what: str, n: int) -> None:
     if n < 1:
-        raise ConfigError(f"no values for an interval of {what}; use at least 1 window or sample")
+        raise ConfigError(f"no values for an interval of {what}; use at least 1 sequence or sample")

@@ -27,21 +27,21 @@ VARIANTS: dict[str, Selector] = {
 RECALL_VARIANTS = ("dsa", "inherited", "window")
 
 
-class Text(NamedTuple):
+class ModelInput(NamedTuple):
     """One text to read. ids_T: int64; position_T: positions within its documents, None if it is one."""
 
     ids_T: Tensor
     position_T: Tensor | None
 
     @classmethod
-    def of(cls, window: TokenSequence, length: int | None = None) -> "Text":
-        """The first `length` tokens of a window."""
-        index_T = torch.arange(len(window.input_ids))
-        if len(window.starts) == 1:
-            return cls(window.input_ids[:length], None)
-        starts_N = torch.tensor(window.starts)
+    def of(cls, sequence: TokenSequence, length: int | None = None) -> "ModelInput":
+        """The first `length` tokens of a sequence."""
+        index_T = torch.arange(len(sequence.input_ids))
+        if len(sequence.starts) == 1:
+            return cls(sequence.input_ids[:length], None)
+        starts_N = torch.tensor(sequence.starts)
         document_T = torch.searchsorted(starts_N, index_T, right=True) - 1
-        return cls(window.input_ids[:length], (index_T - starts_N[document_T])[:length])
+        return cls(sequence.input_ids[:length], (index_T - starts_N[document_T])[:length])
 
 
 @dataclass
@@ -83,14 +83,14 @@ class VariantRunner:
             yield
         self.on_tokens(tokens, what)
 
-    def hidden(self, variant: str, text: Text, topk: int, what: str, recall: bool = False) -> Tensor:
+    def hidden(self, variant: str, text: ModelInput, topk: int, what: str, recall: bool = False) -> Tensor:
         """The last hidden states hidden_TC of one text."""
         with self.running(variant, topk, len(text.ids_T), what, recall):
             return last_hidden_states(self.model, text)
 
 
 @torch.no_grad()
-def last_hidden_states(model: PreTrainedModel, text: Text) -> Tensor:
+def last_hidden_states(model: PreTrainedModel, text: ModelInput) -> Tensor:
     """hidden_TC of one text, after the final norm, without a cache."""
     ids_BT, position_BT = (None if x is None else x[None].to(model.device) for x in text)
     with restored_rope(model):

@@ -14,7 +14,7 @@ from fulmen.evaluation.parity.measure import measure_parity
 from fulmen.evaluation.parity.needles import NeedleSample, score_by_forward
 from fulmen.evaluation.parity.results import ParityResults
 from fulmen.evaluation.parity.tables import needle_tables
-from fulmen.evaluation.variants import Text, indexer_state, last_hidden_states, swapped_indexers
+from fulmen.evaluation.variants import ModelInput, indexer_state, last_hidden_states, swapped_indexers
 from fulmen.modeling.mla.attention import fulmen_attention
 from fulmen.modeling.selectors import dsa_attentions
 from tests.evaluation.parity.tiny_parity import (
@@ -236,10 +236,10 @@ def test_stock_mla_models_are_measured_and_stay_stock():
 
 def test_packed_documents_do_not_see_each_other(dense):
     ids_T = random_ids(LENGTH)
-    packed = Text.of(TokenSequence(("a", "b"), "code", ids_T, (0, 30)))
+    packed = ModelInput.of(TokenSequence(("a", "b"), "code", ids_T, (0, 30)))
     assert packed.position_T.tolist() == [*range(30), *range(50)]
     hidden_TC = last_hidden_states(tiny_dsa(dense, LENGTH), packed)
-    alone_TC = last_hidden_states(dense, Text(ids_T[30:], None))
+    alone_TC = last_hidden_states(dense, ModelInput(ids_T[30:], None))
     torch.testing.assert_close(hidden_TC[30:], alone_TC, rtol=1e-4, atol=1e-4)
 
 

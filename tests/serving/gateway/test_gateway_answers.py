@@ -21,7 +21,7 @@ from fulmen.serving.gateway.dialects.base import Event, events_of
 from fulmen.serving.gateway.dialects.openai import OpenAiDialect
 from fulmen.serving.gateway.errors import ApiError
 from fulmen.serving.gateway.jobs.attention_reads import count_attention_reads
-from fulmen.serving.gateway.usage import shown_bill
+from fulmen.serving.gateway.usage import bill_for_client
 
 BILL = {"cost": "1"}
 STREAM = (
@@ -194,7 +194,7 @@ def test_reading_knows_windows_and_layers_that_stay_dense():
 
 def test_the_bill_shows_cost_and_what_dense_would_have_cost():
     tokens = Tokens(1_000_000, 500_000, 10)
-    bill = shown_bill(DEFAULT_PRICES, tokens, Decimal("1.20003"), AttentionReads(7, 5, 3))
+    bill = bill_for_client(DEFAULT_PRICES, tokens, Decimal("1.20003"), AttentionReads(7, 5, 3))
     assert bill == {
         "cost": "1.20003",
         "dense_cost": "2.50012",

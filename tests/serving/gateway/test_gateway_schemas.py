@@ -14,7 +14,7 @@ from fulmen.serving.gateway.dialects.deepseek import chat_body
 from fulmen.serving.gateway.dialects.requests import ChatRequest, MessagesRequest
 from fulmen.serving.gateway.errors import ApiError
 from fulmen.serving.gateway.schemas import json_schema
-from fulmen.serving.gateway.schemas.forced_calls import NO_PARAMETERS, held
+from fulmen.serving.gateway.schemas.forced_calls import NO_PARAMETERS, enforced_schemas
 
 MODEL = ServedModel(Path("m"), "smol", LlamaConfig(num_hidden_layers=2), None, 2048, "", frozenset())
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -156,7 +156,7 @@ def test_a_forced_call_is_held_to_its_schema(choice, strict):
         forced.append(("tools[1].function.parameters", NO_PARAMETERS))
     else:
         assert clock == {"name": "clock"}
-    assert held(body) == forced
+    assert enforced_schemas(body) == forced
 
 
 @pytest.mark.parametrize("choice", [None, "auto", "none"])
@@ -164,13 +164,13 @@ def test_a_free_call_is_left_as_it_was_sent(choice):
     wild = {"type": "object", "properties": {"a": {"uniqueItems": True}}}
     body = chat(tools=[tool(parameters=wild)], **({"tool_choice": choice} if choice else {}))
     assert body["tools"] == [tool(parameters=wild)]
-    assert held(body) == []
+    assert enforced_schemas(body) == []
 
 
 def test_a_strict_tool_is_held_to_its_schema_unless_no_call_is_wanted():
     sound = {**CITY, "additionalProperties": False}
-    assert held(chat(tools=[tool(parameters=sound, strict=True)])) == [(PARAMETERS, sound)]
-    assert held(chat(tools=[tool(parameters=sound, strict=True)], tool_choice="none")) == []
+    assert enforced_schemas(chat(tools=[tool(parameters=sound, strict=True)])) == [(PARAMETERS, sound)]
+    assert enforced_schemas(chat(tools=[tool(parameters=sound, strict=True)], tool_choice="none")) == []
 
 
 @pytest.mark.parametrize(
@@ -203,10 +203,12 @@ def test_anthropics_forced_calls_are_held_too():
     tools = [{"name": "weather", "input_schema": CITY}, {"name": "clock", "input_schema": {}}]
     body = messages(tools=tools, tool_choice={"type": "any"})
     assert [tool["strict"] for tool in body["tools"]] == [True, True]
-    assert held(body) == [(INPUT, CITY), ("tools[1].input_schema", {"type": "object"})]
-    assert held(messages(tools=tools, tool_choice={"type": "tool", "name": "weather"})) == [(INPUT, CITY)]
+    assert enforced_schemas(body) == [(INPUT, CITY), ("tools[1].input_schema", {"type": "object"})]
+    assert enforced_schemas(messages(tools=tools, tool_choice={"type": "tool", "name": "weather"})) == [
+        (INPUT, CITY)
+    ]
     for free in ({}, {"tool_choice": {"type": "auto"}}, {"tool_choice": {"type": "none"}}):
-        assert held(messages(tools=tools, **free)) == []
+        assert enforced_schemas(messages(tools=tools, **free)) == []
     unique = [{"name": "weather", "input_schema": {"type": "object", "properties": {"a": {"not": {}}}}}]
     assert refusal(messages, tools=unique, tool_choice={"type": "any"})[0] == INPUT
     assert refusal(messages, tools=tools, tool_choice={"type": "tool", "name": "x"})[0] == "tool_choice"

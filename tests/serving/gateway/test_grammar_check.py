@@ -18,9 +18,9 @@ from transformers import LlamaConfig
 
 from fulmen.serving.engine.served_model import ServedModel
 from fulmen.serving.gateway.errors import ApiError
-from fulmen.serving.gateway.schemas.forced_calls import hold_chat
+from fulmen.serving.gateway.schemas.forced_calls import enforce_chat
 from fulmen.serving.gateway.schemas.grammar_check import GrammarCheck
-from fulmen.serving.gateway.schemas.json_schema import Held
+from fulmen.serving.gateway.schemas.json_schema import FieldSchema
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 VOCABULARY = {token: place for place, token in enumerate([*BYTES, "</s>"])}
@@ -54,7 +54,7 @@ def live(model):
 async def fault(check, *schemas, account="a"):
     """The field and the words of a refusal; None if the schemas are sound."""
     try:
-        await check.check(account, [Held(f"f{place}", schema) for place, schema in enumerate(schemas)])
+        await check.check(account, [FieldSchema(f"f{place}", schema) for place, schema in enumerate(schemas)])
     except ApiError as error:
         return (error.param, error.message) if error.status == 422 else error
     return None
@@ -169,7 +169,7 @@ def test_whatever_a_grammar_lets_through_meets_the_schema(schema):
     """Made-up arguments of a forced call, byte by byte, each judged by a validator."""
     function = {"name": "f"} if schema is None else {"name": "f", "parameters": schema}
     body = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
-    hold_chat(body)
+    enforce_chat(body)
     info = xgrammar.TokenizerInfo(
         [bytes([place]) for place in range(256)] + [b"</s>"],
         vocab_type=xgrammar.VocabType.RAW,

@@ -37,7 +37,7 @@ def verdict(result: ParityResults) -> str:
     kind = f"{row['worse_kind']} text" + (", the worse kind" if len(row["by_kind"]) > 1 else "")
     finding = f"{finding} on {kind} ({limits_text(worse)})"
     if worse["low"] is None or worse["high"] is None:
-        return f"Not shown: {finding}; measure more windows."
+        return f"Not shown: {finding}; measure more sequences."
     if worse["high"] <= PARITY_MARGIN:
         return f"Parity: {finding}, within the margin of {percent(PARITY_MARGIN, 0)}."
     if worse["low"] > PARITY_MARGIN:

@@ -13,7 +13,7 @@ from fulmen.evaluation.parity.results import TextRow
 # Of the first half every fourth prediction is scored: it is not the headline.
 FIRST_HALF_STRIDE = 4
 POSITION_BUCKETS = 8
-SHORTEST_WINDOW = 2 * FIRST_HALF_STRIDE * POSITION_BUCKETS
+SHORTEST_SEQUENCE = 2 * FIRST_HALF_STRIDE * POSITION_BUCKETS
 
 
 class TextScores(NamedTuple):
@@ -35,8 +35,8 @@ def scored_positions(length: int) -> Tensor:
 
     Raises ConfigError if the text is too short for every eighth of it to be scored.
     """
-    if length < SHORTEST_WINDOW:
-        raise ConfigError(f"windows of {length} tokens are too short; use at least {SHORTEST_WINDOW}")
+    if length < SHORTEST_SEQUENCE:
+        raise ConfigError(f"sequences of {length} tokens are too short; use at least {SHORTEST_SEQUENCE}")
     return torch.cat((torch.arange(0, length // 2, FIRST_HALF_STRIDE), torch.arange(length // 2, length - 1)))
 
 

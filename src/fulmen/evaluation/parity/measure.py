@@ -24,7 +24,7 @@ from fulmen.evaluation.parity.losses import (
 )
 from fulmen.evaluation.parity.needles import sample_groups, score_samples, tokens_to_read
 from fulmen.evaluation.parity.report import ParityReport
-from fulmen.evaluation.parity.results import RecallRow, SweepRow, WindowRow
+from fulmen.evaluation.parity.results import RecallRow, SequenceRow, SweepRow
 from fulmen.evaluation.parity.tables import (
     error_split,
     needle_tables,
@@ -32,7 +32,7 @@ from fulmen.evaluation.parity.tables import (
     sweep_point,
     variant_table,
 )
-from fulmen.evaluation.variants import Text, VariantRunner, current_topk, last_hidden_states
+from fulmen.evaluation.variants import ModelInput, VariantRunner, current_topk, last_hidden_states
 from fulmen.modeling.families import accelerated
 from fulmen.ops.dispatch import pin_backend
 
@@ -47,7 +47,7 @@ Progress = Callable[[int, int, str], None]
 
 def measure_parity(
     model: PreTrainedModel,
-    windows: Sequence[TokenSequence],
+    sequences: Sequence[TokenSequence],
     *,
     topk: int | None = None,
     inherited: Mapping[str, Tensor] | None = None,
@@ -60,11 +60,11 @@ def measure_parity(
 
     Args:
         model: a converted model, GQA or stock MLA. It is as before when this returns or raises.
-        windows: held-out texts, all of one length.
+        sequences: held-out texts, all of one length.
         topk: keys that a query keeps; by default the model's own.
         inherited: the indexers before training (`indexer_state`), for a variant with them.
         needles: samples of `fulmen.evaluation.parity.needles`; each variant reads a text that several ask
-        about once. ks: budgets of the sweep, which reads the first window of each kind; by default those of
+        about once. ks: budgets of the sweep, which reads the first sequence of each kind; by default those of
             k/4, k/2, k and 2k that are below the length.
         dense_model: the model before conversion; checks the dense variant, and DSA against the source.
         progress: called at first, and after each forward pass, with (tokens read, tokens in all, what).
@@ -73,19 +73,19 @@ def measure_parity(
         A report without `about` and `cost`, which the caller may add (`dataclasses.replace`).
 
     Raises:
-        ConfigError: no windows, or of different or too small lengths; k or ks not positive; a model without
+        ConfigError: no sequences, or of different or too small lengths; k or ks not positive; a model without
             DSA; inherited tensors that are not this model's.
         CheckpointError: a loss that is NaN or infinite.
     """
     topk = current_topk(model) if topk is None else require_positive_int("topk", topk)
-    length = _common_length(windows)
+    length = _common_length(sequences)
     if ks is None:
         ks = [k for k in (topk // 4, topk // 2, topk, 2 * topk) if 0 < k < length]
-    plan = _Plan(windows, topk, sorted({require_positive_int("ks", k) for k in ks}), needles, dense_model)
+    plan = _Plan(sequences, topk, sorted({require_positive_int("ks", k) for k in ks}), needles, dense_model)
     runner = VariantRunner(model, inherited)
     runner.on_tokens = _token_counter(progress, plan.tokens(runner))
     with accelerated(model):
-        records = [_score_window(runner, plan, window) for window in windows]
+        records = [_score_sequence(runner, plan, sequence) for sequence in sequences]
         sweep = [_sweep_point(runner, plan, records, k, name) for k in plan.ks for name in SWEEP_VARIANTS]
         kernel = _kernel_gap(runner, plan)
         answers = {name: _needle_answers(runner, plan, name) for name in NEEDLE_VARIANTS}
@@ -107,10 +107,10 @@ def _recall_rows(recall: AttentionRecallSelector) -> list[RecallRow]:
     return [{"layer": n, "captured": captured, "oracle": oracle} for n, captured, oracle in recall.result()]
 
 
-def _common_length(windows: Sequence[TokenSequence]) -> int:
-    lengths = sorted({len(window.input_ids) for window in windows})
+def _common_length(sequences: Sequence[TokenSequence]) -> int:
+    lengths = sorted({len(sequence.input_ids) for sequence in sequences})
     if len(lengths) != 1:
-        raise ConfigError(f"windows have the lengths {lengths}; use at least one, and all of one length")
+        raise ConfigError(f"sequences have the lengths {lengths}; use at least one, and all of one length")
     scored_positions(lengths[0])
     return lengths[0]
 
@@ -119,27 +119,27 @@ def _common_length(windows: Sequence[TokenSequence]) -> int:
 class _Plan:
     """What is to be read."""
 
-    windows: Sequence[TokenSequence]
+    sequences: Sequence[TokenSequence]
     topk: int
     ks: Sequence[int]
     needles: Sequence[Any]
     dense_model: PreTrainedModel | None
 
     def swept(self) -> list[int]:
-        """Indices of the windows that the sweep reads: the first of each kind."""
-        kinds = [window.kind for window in self.windows]
+        """Indices of the sequences that the sweep reads: the first of each kind."""
+        kinds = [sequence.kind for sequence in self.sequences]
         return sorted({kinds.index(kind) for kind in kinds})
 
     def tokens(self, runner: VariantRunner) -> int:
         """Tokens in all, for the progress bar."""
-        readings = len(self.windows) * (len(runner.variants) + (self.dense_model is not None))
+        readings = len(self.sequences) * (len(runner.variants) + (self.dense_model is not None))
         readings += len(self.swept()) * len(SWEEP_VARIANTS) * sum(k != self.topk for k in self.ks)
         needle_tokens = sum(map(tokens_to_read, sample_groups(self.needles))) * len(NEEDLE_VARIANTS)
-        return readings * len(self.windows[0].input_ids) + 2 * len(self.kernel_text().ids_T) + needle_tokens
+        return readings * len(self.sequences[0].input_ids) + 2 * len(self.kernel_text().ids_T) + needle_tokens
 
-    def kernel_text(self) -> Text:
+    def kernel_text(self) -> ModelInput:
         """A short text for the reference backend."""
-        return Text.of(self.windows[0], KERNEL_LENGTH)
+        return ModelInput.of(self.sequences[0], KERNEL_LENGTH)
 
 
 def _token_counter(progress: Progress, total: int) -> Callable[[int, str], None]:
@@ -154,25 +154,26 @@ def _token_counter(progress: Progress, total: int) -> Callable[[int, str], None]
     return count
 
 
-def _score_window(runner: VariantRunner, plan: _Plan, window: TokenSequence) -> WindowRow:
+def _score_sequence(runner: VariantRunner, plan: _Plan, sequence: TokenSequence) -> SequenceRow:
     """Every variant's scores on one text."""
-    text = Text.of(window)
+    text = ModelInput.of(sequence)
     ids_T, length = text.ids_T, len(text.ids_T)
     hidden = {
-        name: runner.hidden(name, text, plan.topk, window.name, recall=True) for name in runner.variants
+        name: runner.hidden(name, text, plan.topk, sequence.name, recall=True) for name in runner.variants
     }
     scores = text_scores(hidden, runner.model.get_output_embeddings(), ids_T)
     means = {name: summarize_scores(found, length) for name, found in scores.items()}
     for name, found in means.items():
         if not math.isfinite(found["whole"]):
             raise CheckpointError(
-                f"loss of {name} on {window.name} is {found['whole']}; the weights are damaged, get them anew"
+                f"loss of {name} on {sequence.name} is {found['whole']}; the weights are damaged, "
+                "get them anew"
             )
-    record: WindowRow = {"name": window.name, "kind": window.kind, "scores": means}
+    record: SequenceRow = {"name": sequence.name, "kind": sequence.kind, "scores": means}
     if plan.dense_model is not None:
         own = {"source": last_hidden_states(plan.dense_model, text)}
         source = text_scores(own, plan.dense_model.get_output_embeddings(), ids_T)["source"]
-        runner.on_tokens(length, window.name)
+        runner.on_tokens(length, sequence.name)
         record["source"] = {
             **summarize_scores(source, length),
             "max_token_difference": (source.loss_P - scores["dense"].loss_P).abs().max().item(),
@@ -181,15 +182,15 @@ def _score_window(runner: VariantRunner, plan: _Plan, window: TokenSequence) -> 
 
 
 def _sweep_point(
-    runner: VariantRunner, plan: _Plan, records: Sequence[WindowRow], k: int, variant: str
+    runner: VariantRunner, plan: _Plan, records: Sequence[SequenceRow], k: int, variant: str
 ) -> SweepRow:
     """One variant at one k; the main k is measured already."""
 
     def loss(place: int) -> float:
         if k == plan.topk:
             return records[place]["scores"][variant]["second_half"]
-        text = Text.of(plan.windows[place])
-        hidden_TC = runner.hidden(variant, text, k, f"{plan.windows[place].name}, k = {k}")
+        text = ModelInput.of(plan.sequences[place])
+        hidden_TC = runner.hidden(variant, text, k, f"{plan.sequences[place].name}, k = {k}")
         return second_half_loss(hidden_TC, runner.model.get_output_embeddings(), text.ids_T)
 
     dense = [records[place]["scores"]["dense"]["second_half"] for place in plan.swept()]

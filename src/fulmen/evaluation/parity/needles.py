@@ -73,7 +73,7 @@ def needle_samples(
 
     Raises:
         ConfigError: a count that is not positive, more keys than names, or a length without room for them.
-        CorpusError: the documents do not fill `count` windows of `length` tokens.
+        CorpusError: the documents do not fill `count` sequences of `length` tokens.
     """
     if require_positive_int("n_keys", n_keys) > len(NAMES):
         raise ConfigError(f"n_keys={n_keys} is more than the {len(NAMES)} names there are; use fewer")

@@ -33,7 +33,7 @@ class SourceTextRow(TextRow):
     max_token_difference: float
 
 
-class WindowRow(TypedDict):
+class SequenceRow(TypedDict):
     """One text under every variant."""
 
     name: str
@@ -160,7 +160,7 @@ class ParityResults:
 
     length: int
     topk: int
-    windows: list[WindowRow]
+    windows: list[SequenceRow]
     variants: dict[str, VariantRow]
     attention_recall: dict[str, list[RecallRow]]
     sweep: list[SweepRow]

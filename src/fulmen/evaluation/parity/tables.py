@@ -14,10 +14,10 @@ from fulmen.evaluation.parity.results import (
     NeedleDifference,
     NeedleTables,
     PairedAnswers,
+    SequenceRow,
     SourceTable,
     SweepRow,
     VariantRow,
-    WindowRow,
 )
 from fulmen.evaluation.statistics import (
     Interval,
@@ -38,8 +38,8 @@ PAIRS = {
 }
 
 
-def variant_table(records: Sequence[WindowRow]) -> dict[str, VariantRow]:
-    """Per variant: means over the windows, and the ratio to dense over all and by kind of text."""
+def variant_table(records: Sequence[SequenceRow]) -> dict[str, VariantRow]:
+    """Per variant: means over the sequences, and the ratio to dense over all and by kind of text."""
     return {name: _variant_row(records, name) for name in records[0]["scores"]}
 
 
@@ -100,7 +100,7 @@ def needle_tables(samples: Sequence[NeedleSample], answers: Mapping[str, Sequenc
     }
 
 
-def source_table(records: Sequence[WindowRow]) -> SourceTable | None:
+def source_table(records: Sequence[SequenceRow]) -> SourceTable | None:
     """The dense variant, and DSA, against the model before conversion; None if that was not run."""
     if "source" not in records[0]:
         return None
@@ -114,7 +114,7 @@ def source_table(records: Sequence[WindowRow]) -> SourceTable | None:
     }
 
 
-def _variant_row(records: Sequence[WindowRow], name: str) -> VariantRow:
+def _variant_row(records: Sequence[SequenceRow], name: str) -> VariantRow:
     scores = [record["scores"][name] for record in records]
     by_kind: dict[str, KindRow] = {}
     for kind in sorted({record["kind"] for record in records}):
@@ -138,7 +138,7 @@ def _variant_row(records: Sequence[WindowRow], name: str) -> VariantRow:
     }
 
 
-def _second_half(records: Sequence[WindowRow], name: str) -> list[float]:
+def _second_half(records: Sequence[SequenceRow], name: str) -> list[float]:
     return [record["scores"][name]["second_half"] for record in records]
 
 

@@ -43,7 +43,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 WEIGHT_BYTES, WEIGHT_TOKENS = 2**27, 256
 
 
-class Sample(NamedTuple):
+class Timing(NamedTuple):
     """Times of one part at one position: the mean number of keys that its queries see.
 
     `seconds`: of each round, per token.
@@ -69,7 +69,7 @@ class Speed:
 
     machine: Machine
     lines: dict[str, LayerLines]
-    samples: list[Sample]
+    samples: list[Timing]
     backends: dict[str, str]
     errors: dict[str, float]
 
@@ -153,7 +153,7 @@ def measure_speed(
     steps = [(kind, position) for kind in KINDS for position in positions]
     progress(0, len(steps) + 1, "checking against the specification")
     errors = check_operations(shape)
-    samples: list[Sample] = []
+    samples: list[Timing] = []
     for done, (kind, position) in enumerate(steps):
         progress(done, len(steps) + 1, f"{kind} at {position:,}")
         samples += time_layer(shape, kind, position, seconds)
@@ -191,7 +191,7 @@ def check_operations(shape: ModelShape) -> dict[str, float]:
     return errors
 
 
-def time_layer(shape: ModelShape, kind: str, position: int, seconds: float) -> list[Sample]:
+def time_layer(shape: ModelShape, kind: str, position: int, seconds: float) -> list[Timing]:
     """One layer's parts at a position, in turn."""
     queries = PREFILL_BLOCK if kind == "prefill" else 1
     case = layer_case(shape, kind, queries, position)
@@ -200,7 +200,7 @@ def time_layer(shape: ModelShape, kind: str, position: int, seconds: float) -> l
     parts = {"dense": case.attend_densely, "select": case.select, "sparse": lambda: case.attend(topk_BTK)}
     visible = float(case.stop_BT.float().mean())
     return [
-        Sample(kind, part, visible, [second / queries for second in times])
+        Timing(kind, part, visible, [second / queries for second in times])
         for part, times in alternate(parts, seconds).items()
     ]
 
@@ -230,7 +230,7 @@ def alternate(calls: Mapping[str, Callable[[], Tensor]], seconds: float) -> dict
     return times
 
 
-def fit_lines(samples: Sequence[Sample]) -> dict[str, LayerLines]:
+def fit_lines(samples: Sequence[Timing]) -> dict[str, LayerLines]:
     """A line for every part and kind, through the medians."""
 
     def line(kind: str, part: str) -> Line:

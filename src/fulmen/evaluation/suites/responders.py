@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from fulmen.evaluation.greedy import answer_by_forward, continue_greedily
 from fulmen.evaluation.suites.losses import token_losses
 from fulmen.evaluation.suites.samples import Sample
-from fulmen.evaluation.variants import Text, VariantRunner, current_topk, last_hidden_states
+from fulmen.evaluation.variants import ModelInput, VariantRunner, current_topk, last_hidden_states
 from fulmen.modeling.families import accelerated, has_dsa
 from fulmen.modeling.rope_tables import restored_rope
 
@@ -123,12 +123,12 @@ class LocalResponder:
     def hidden(self, ids_T: Tensor, variant: str) -> Tensor:
         """The last hidden states hidden_TC of one text; the model itself reads it, also as "dense"."""
         with self.running(variant):
-            return last_hidden_states(self.model, Text(ids_T, None))
+            return last_hidden_states(self.model, ModelInput(ids_T, None))
 
     def losses(self, ids_T: Tensor, variant: str) -> Tensor:
         """loss_P of the tokens of one text, as `token_losses`."""
         with self.asked(variant) as model:
-            hidden_TC = last_hidden_states(model, Text(ids_T, None))
+            hidden_TC = last_hidden_states(model, ModelInput(ids_T, None))
         return token_losses(hidden_TC, model.get_output_embeddings(), ids_T)
 
     def _text(self, ids: list[int]) -> str:

@@ -6,7 +6,7 @@ from fulmen.serving.billing.ledger import AttentionReads
 from fulmen.serving.billing.prices import PriceTable, Tokens, money_text
 
 
-class UsageSeen:
+class UsageCounter:
     """The engine's counts for one request, as far as they came.
 
     How much of the prompt lay in the cache is said at the end alone. Where there is no such end, because
@@ -50,7 +50,7 @@ class UsageSeen:
         self._outputs = {0: usage.get("output_tokens") or 0}
 
 
-def shown_usage(seen: UsageSeen, bill: dict[str, Any]) -> dict[str, Any]:
+def usage_for_client(seen: UsageCounter, bill: dict[str, Any]) -> dict[str, Any]:
     """`usage` as OpenAI's clients and DeepSeek's read it, and the bill under `fulmen`."""
     hit, miss, output = seen.tokens
     return {
@@ -65,7 +65,7 @@ def shown_usage(seen: UsageSeen, bill: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def shown_bill(prices: PriceTable, tokens: Tokens, charge: Any, reads: AttentionReads) -> dict[str, Any]:
+def bill_for_client(prices: PriceTable, tokens: Tokens, charge: Any, reads: AttentionReads) -> dict[str, Any]:
     """What a request cost, what it would have cost dense, and what attention read for it."""
     dense = prices.dense_cost(tokens)
     return {

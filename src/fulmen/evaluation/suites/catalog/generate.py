@@ -18,10 +18,12 @@ GRAM = 4
 
 
 def generation_units(
-    responder: Responder, windows: Sequence[TokenSequence], length: int, new_tokens: int = NEW_TOKENS
+    responder: Responder, sequences: Sequence[TokenSequence], length: int, new_tokens: int = NEW_TOKENS
 ) -> list[Unit]:
     """One unit per text: its first `length - new_tokens` tokens are the prompt."""
-    return [_unit(responder, window, length, new_tokens, number) for number, window in enumerate(windows)]
+    return [
+        _unit(responder, sequence, length, new_tokens, number) for number, sequence in enumerate(sequences)
+    ]
 
 
 def repeated_share(tokens: Sequence[int], gram: int = GRAM) -> float:
@@ -53,22 +55,22 @@ def generation_tables(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"new_tokens": NEW_TOKENS, "rows": rows}
 
 
-def _unit(responder: Responder, window: TokenSequence, length: int, new_tokens: int, number: int) -> Unit:
-    prompt_ids = window.input_ids[: length - new_tokens]
+def _unit(responder: Responder, sequence: TokenSequence, length: int, new_tokens: int, number: int) -> Unit:
+    prompt_ids = sequence.input_ids[: length - new_tokens]
     variants = [name for name in responder.variants if name in ("dense", "dsa")]
 
     def run() -> dict[str, Any]:
         tokens = {name: responder.continue_text(prompt_ids, new_tokens, name) for name in variants}
         agreed = {name: common_start(written, tokens["dense"]) for name, written in tokens.items()}
         return {
-            "name": window.name,
+            "name": sequence.name,
             "tokens": tokens,
             "agreed": agreed,
             "whole": {name: agreed[name] == len(tokens["dense"]) for name in tokens},
             "repeated": {name: repeated_share(written) for name, written in tokens.items()},
         }
 
-    return Unit(("generate", window.kind, length, number), length * len(variants), run)
+    return Unit(("generate", sequence.kind, length, number), length * len(variants), run)
 
 
 def _section(tables: Mapping[str, Any]) -> Section:

@@ -29,13 +29,13 @@ SHORTEST_CONTEXT = 32
 KINDS = ("plain", "key")
 
 
-def keyloss_units(responder: LocalResponder, windows: Sequence[TokenSequence]) -> list[Unit]:
+def keyloss_units(responder: LocalResponder, sequences: Sequence[TokenSequence]) -> list[Unit]:
     """One unit per text.
 
     Raises UnsupportedModelError for a model whose logits are not its last layer's.
     """
     require_plain_head(responder.model)
-    return [_unit(responder, window, number) for number, window in enumerate(windows)]
+    return [_unit(responder, sequence, number) for number, sequence in enumerate(sequences)]
 
 
 def key_tokens(long_loss_P: Tensor, short_loss_P: Tensor) -> Tensor:
@@ -88,8 +88,8 @@ def _loss(records: Sequence[Mapping[str, Any]], variant: str, kind: str, seed: i
     return {"loss": sum(own) / tokens, "over_dense": interval_row(over)}
 
 
-def _unit(responder: LocalResponder, window: TokenSequence, number: int) -> Unit:
-    ids_T = window.input_ids
+def _unit(responder: LocalResponder, sequence: TokenSequence, number: int) -> Unit:
+    ids_T = sequence.input_ids
     length = len(ids_T)
     short = short_context(length)
 
@@ -100,7 +100,7 @@ def _unit(responder: LocalResponder, window: TokenSequence, number: int) -> Unit
         late_P = torch.arange(length - 1) >= length // 2
         chosen = {"plain": late_P, "key": late_P & key_P}
         return {
-            "name": window.name,
+            "name": sequence.name,
             "short": short,
             "tokens": {kind: int(places_P.sum()) for kind, places_P in chosen.items()},
             "losses": {
@@ -109,7 +109,7 @@ def _unit(responder: LocalResponder, window: TokenSequence, number: int) -> Unit
             },
         }
 
-    return Unit(("keyloss", window.kind, length, number), length * (len(responder.variants) + 2), run)
+    return Unit(("keyloss", sequence.kind, length, number), length * (len(responder.variants) + 2), run)
 
 
 def _section(tables: Mapping[str, Any]) -> Section:

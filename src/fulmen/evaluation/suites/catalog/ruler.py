@@ -53,8 +53,8 @@ def ruler_units(
     units = []
     for length in lengths:
         texts = [
-            window.input_ids.tolist()[opening:]
-            for window in draw_sequences(documents, tokenizer, length + opening, count, seed=seed)
+            sequence.input_ids.tolist()[opening:]
+            for sequence in draw_sequences(documents, tokenizer, length + opening, count, seed=seed)
         ]
         for task in tasks:
             for number, text in enumerate(texts):

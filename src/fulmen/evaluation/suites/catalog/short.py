@@ -21,13 +21,13 @@ def short_lengths(topk: int, context: int | None) -> list[int]:
 
 
 def short_units(
-    responder: LocalResponder, windows: Sequence[TokenSequence], lengths: Sequence[int]
+    responder: LocalResponder, sequences: Sequence[TokenSequence], lengths: Sequence[int]
 ) -> list[Unit]:
-    """One unit per text and length: the beginnings of `windows`, which are as long as the longest length."""
+    """One unit per text and length: beginnings of `sequences`, which are as long as the longest length."""
     return [
-        _unit(responder, window, length, number)
+        _unit(responder, sequence, length, number)
         for length in lengths
-        for number, window in enumerate(windows)
+        for number, sequence in enumerate(sequences)
     ]
 
 
@@ -51,20 +51,20 @@ def short_tables(records: Sequence[Mapping[str, Any]], topk: int) -> dict[str, A
     return {"topk": topk, "rows": rows}
 
 
-def _unit(responder: LocalResponder, window: TokenSequence, length: int, number: int) -> Unit:
-    ids_T, head = window.input_ids[:length], responder.model.get_output_embeddings()
+def _unit(responder: LocalResponder, sequence: TokenSequence, length: int, number: int) -> Unit:
+    ids_T, head = sequence.input_ids[:length], responder.model.get_output_embeddings()
 
     def run() -> dict[str, Any]:
         hidden = {variant: responder.hidden(ids_T, variant) for variant in ("dense", "dsa")}
         loss = {name: token_losses(x_TC, head, ids_T).mean().item() for name, x_TC in hidden.items()}
         return {
-            "name": window.name,
+            "name": sequence.name,
             "max_difference": largest_logit_gap(hidden["dsa"], hidden["dense"], head),
             "dense_loss": loss["dense"],
             "dsa_minus_dense": loss["dsa"] - loss["dense"],
         }
 
-    return Unit(("short", window.kind, length, number), 2 * length, run)
+    return Unit(("short", sequence.kind, length, number), 2 * length, run)
 
 
 def _section(tables: Mapping[str, Any]) -> Section:

@@ -9,8 +9,8 @@ from fulmen.serving.gateway.dialects.base import Event, event_bytes
 from fulmen.serving.gateway.dialects.deepseek import ALIASES
 from fulmen.serving.gateway.dialects.requests import CountTokensRequest, MessagesRequest
 from fulmen.serving.gateway.errors import ApiError, engine_error
-from fulmen.serving.gateway.schemas.forced_calls import hold_messages
-from fulmen.serving.gateway.usage import UsageSeen
+from fulmen.serving.gateway.schemas.forced_calls import enforce_messages
+from fulmen.serving.gateway.usage import UsageCounter
 
 # Clients made for Anthropic's models have such names built in, some for small tasks beside the one chosen.
 CLAUDE = "claude-"
@@ -36,7 +36,7 @@ def count_body(request: CountTokensRequest, model: ServedModel) -> dict[str, Any
         if model.chat_template:
             wanted = thinking.type != "disabled"
             body["chat_template_kwargs"] = {"thinking": wanted, "enable_thinking": wanted}
-    hold_messages(body)
+    enforce_messages(body)
     return body
 
 
@@ -73,7 +73,7 @@ class AnthropicDialect:
     """Messages."""
 
     def __init__(self) -> None:
-        self.usage = UsageSeen()
+        self.usage = UsageCounter()
         self._held: list[Event] = []
 
     def feed(self, event: Event) -> bytes:

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from typing import Any, NamedTuple, Protocol
 
 from fulmen.serving.gateway.errors import ApiError
-from fulmen.serving.gateway.usage import UsageSeen
+from fulmen.serving.gateway.usage import UsageCounter
 
 
 class Event(NamedTuple):
@@ -22,7 +22,7 @@ class Dialect(Protocol):
     an answer that does not stream; `broken` is what a stream ends with that failed midway.
     """
 
-    usage: UsageSeen
+    usage: UsageCounter
 
     def feed(self, event: Event) -> bytes: ...
 

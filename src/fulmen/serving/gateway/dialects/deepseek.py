@@ -5,7 +5,7 @@ from typing import Any
 from fulmen.serving.engine.served_model import ServedModel
 from fulmen.serving.gateway.dialects.requests import ChatRequest, CompletionRequest, Message
 from fulmen.serving.gateway.errors import ApiError
-from fulmen.serving.gateway.schemas.forced_calls import hold_chat
+from fulmen.serving.gateway.schemas.forced_calls import enforce_chat
 
 # DeepSeek's two names, for the examples in its documentation: the same model, without and with thinking.
 ALIASES = {"deepseek-chat": False, "deepseek-reasoner": True}
@@ -28,7 +28,7 @@ def chat_body(request: ChatRequest, model: ServedModel, salt: str) -> dict[str, 
             why = "prefix: vLLM's encoding for DeepSeek-V3.2 cannot continue a message; leave it out"
             raise ApiError(400, why, f"messages[{len(request.messages) - 1}].prefix")
         body |= {"continue_final_message": True, "add_generation_prompt": False}
-    hold_chat(body)
+    enforce_chat(body)
     return body
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from fulmen.serving.gateway.dialects.base import Event
 from fulmen.serving.gateway.dialects.deepseek import rename_reasoning
 from fulmen.serving.gateway.errors import ApiError, engine_error
-from fulmen.serving.gateway.usage import UsageSeen, shown_usage
+from fulmen.serving.gateway.usage import UsageCounter, usage_for_client
 
 DONE = b"data: [DONE]\n\n"
 
@@ -20,7 +20,7 @@ class OpenAiDialect:
     """
 
     def __init__(self, asked_usage: bool) -> None:
-        self.usage = UsageSeen()
+        self.usage = UsageCounter()
         self._asked_usage = asked_usage
         self._held: list[dict[str, Any]] = []
 
@@ -45,7 +45,7 @@ class OpenAiDialect:
 
     def tail(self, bill: dict[str, Any]) -> bytes:
         """As `Dialect`."""
-        usage = shown_usage(self.usage, bill)
+        usage = usage_for_client(self.usage, bill)
         ends = [chunk | {"usage": None} for chunk in self._held if chunk["choices"]]
         if self._asked_usage or not ends:
             ends += [chunk | {"usage": usage} for chunk in self._held if not chunk["choices"]]
@@ -61,7 +61,7 @@ class OpenAiDialect:
         """As `Dialect`."""
         for choice in answer.get("choices", []):
             rename_reasoning(choice.get("message", {}))
-        return answer | {"usage": shown_usage(self.usage, bill)}
+        return answer | {"usage": usage_for_client(self.usage, bill)}
 
     def broken(self, error: ApiError) -> bytes:
         """As `Dialect`."""

@@ -8,7 +8,7 @@ from fulmen.serving.gateway.dialects.base import Event
 from fulmen.serving.gateway.dialects.openai import chat_chunk
 from fulmen.serving.gateway.dialects.responses import ResponsesRequest
 from fulmen.serving.gateway.errors import ApiError
-from fulmen.serving.gateway.usage import UsageSeen
+from fulmen.serving.gateway.usage import UsageCounter
 
 
 class Items:
@@ -90,7 +90,7 @@ class ResponsesDialect:
     """Reads a chat; see `Dialect`."""
 
     def __init__(self, request: ResponsesRequest, model: str, identity: str) -> None:
-        self.usage = UsageSeen()
+        self.usage = UsageCounter()
         self._items = Items(identity)
         self._finish: str | None = None
         self._said = 0

@@ -24,8 +24,8 @@ from fulmen.serving.gateway.dialects.tool_call_text import Cleaner
 from fulmen.serving.gateway.errors import ApiError, engine_error, read_json_object
 from fulmen.serving.gateway.gateway import Gateway
 from fulmen.serving.gateway.jobs.attention_reads import count_attention_reads
-from fulmen.serving.gateway.schemas.forced_calls import held
-from fulmen.serving.gateway.usage import shown_bill
+from fulmen.serving.gateway.schemas.forced_calls import enforced_schemas
+from fulmen.serving.gateway.usage import bill_for_client
 
 # How often a stream's usage is written down, for a crash of the gateway itself; all streams together write
 # no more than so many notes a second, each of which waits for the disk.
@@ -121,7 +121,7 @@ class EngineJob:
         """Write the request down, ask the engine, hand on its answer; return how it ended."""
         if not self._gateway.engine.ready:
             raise ApiError(503, "the engine is starting; try again shortly")
-        if schemas := held(self._request.body):
+        if schemas := enforced_schemas(self._request.body):
             try:
                 await self._gateway.grammars.check(self._request.account.id, schemas)
             except ApiError as error:
@@ -219,7 +219,7 @@ class EngineJob:
         )
         self._settled = True
         gateway.metrics.billed(tokens, float(charge), gateway.billing.prices.currency, reads)
-        return shown_bill(gateway.billing.prices, tokens, charge, reads)
+        return bill_for_client(gateway.billing.prices, tokens, charge, reads)
 
     async def _fail(self, error: ApiError, outcome: str) -> None:
         """Charge for what the client got, and tell it what went wrong."""

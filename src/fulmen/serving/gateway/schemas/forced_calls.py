@@ -9,7 +9,7 @@ from typing import Any
 from fulmen.serving.gateway.errors import ApiError
 from fulmen.serving.gateway.schemas.json_schema import (
     ALTERNATIVES,
-    Held,
+    FieldSchema,
     check_schema,
     check_size,
     enforceable,
@@ -22,13 +22,13 @@ _ANSWER = "response_format.json_schema.schema"
 _PARAMETERS, _INPUT = "tools[{}].function.parameters", "tools[{}].input_schema"
 
 
-def hold_chat(body: dict[str, Any]) -> None:
+def enforce_chat(body: dict[str, Any]) -> None:
     """Make the engine's body for a chat hold forced and strict calls, and its answer, to their schemas.
 
     Raises ApiError 422 for a schema that is none or cannot be enforced, and for a choice that no tool meets.
     """
     functions = [tool["function"] for tool in body.get("tools", [])]
-    answer = [Held(_ANSWER, schema) for schema in _answer_schemas(body)]
+    answer = [FieldSchema(_ANSWER, schema) for schema in _answer_schemas(body)]
     check_size([*_parameters(functions), *answer])
     choice = body.get("tool_choice")
     named = choice["function"]["name"] if isinstance(choice, dict) else None
@@ -45,11 +45,13 @@ def hold_chat(body: dict[str, Any]) -> None:
         enforceable(schema, field)
 
 
-def hold_messages(body: dict[str, Any]) -> None:
+def enforce_messages(body: dict[str, Any]) -> None:
     """The same for Anthropic's messages; what is no tool at all is left to the engine, which says so."""
     _refuse_tools_in_messages(body["messages"])
     tools = [tool if isinstance(tool, dict) else {} for tool in body.get("tools", [])]
-    check_size(Held(_INPUT.format(index), tool.get("input_schema")) for index, tool in enumerate(tools))
+    check_size(
+        FieldSchema(_INPUT.format(index), tool.get("input_schema")) for index, tool in enumerate(tools)
+    )
     kind, named = (body.get("tool_choice", {}).get(key) for key in ("type", "name"))
     forced = _forced(tools, named if kind == "tool" else None, kind == "any")
     for index, tool in enumerate(tools):
@@ -62,10 +64,10 @@ def hold_messages(body: dict[str, Any]) -> None:
                 _hold(tool, "input_schema", field)
 
 
-def held(body: dict[str, Any]) -> list[Held]:
+def enforced_schemas(body: dict[str, Any]) -> list[FieldSchema]:
     """The schemas that the engine will make grammars of, for an engine's body of either kind."""
     choice = body.get("tool_choice")
-    found = [Held(_ANSWER, schema) for schema in _answer_schemas(body)]
+    found = [FieldSchema(_ANSWER, schema) for schema in _answer_schemas(body)]
     if (choice.get("type") if isinstance(choice, dict) else choice) == "none":
         return found
     for index, tool in enumerate(body.get("tools", [])):
@@ -73,7 +75,7 @@ def held(body: dict[str, Any]) -> list[Held]:
         if function.get("strict"):
             of_anthropic = "input_schema" in function
             field, key = (_INPUT, "input_schema") if of_anthropic else (_PARAMETERS, "parameters")
-            found.append(Held(field.format(index), function.get(key, {})))
+            found.append(FieldSchema(field.format(index), function.get(key, {})))
     return found
 
 
@@ -97,9 +99,9 @@ def _answer_schemas(body: dict[str, Any]) -> list[dict[str, Any]]:
     return [asked["schema"]] if "schema" in asked else []
 
 
-def _parameters(functions: list[dict[str, Any]]) -> list[Held]:
+def _parameters(functions: list[dict[str, Any]]) -> list[FieldSchema]:
     return [
-        Held(_PARAMETERS.format(index), function.get("parameters", {}))
+        FieldSchema(_PARAMETERS.format(index), function.get("parameters", {}))
         for index, function in enumerate(functions)
     ]
 

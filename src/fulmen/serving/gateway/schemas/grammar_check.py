@@ -17,7 +17,7 @@ from typing import Any
 
 from fulmen.serving.engine.served_model import ServedModel
 from fulmen.serving.gateway.errors import ApiError
-from fulmen.serving.gateway.schemas.json_schema import Held
+from fulmen.serving.gateway.schemas.json_schema import FieldSchema
 
 # Seconds that a check may wait for its turn and take on a busy machine: beyond that nobody is to blame.
 PATIENCE_S = 60.0
@@ -45,7 +45,7 @@ class GrammarCheck:
         self._child: int | None = None
         self._left = False
 
-    async def check(self, account: str, schemas: list[Held]) -> None:
+    async def check(self, account: str, schemas: list[FieldSchema]) -> None:
         """Return when the engine may have the schemas.
 
         Raises ApiError 422 that names the field and the limit for one that cannot be compiled within bounds,

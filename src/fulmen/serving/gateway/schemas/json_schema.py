@@ -48,14 +48,14 @@ _FORMATS = (
 )
 
 
-class Held(NamedTuple):
+class FieldSchema(NamedTuple):
     """A schema that the engine holds an answer to, and the request's field that it stands in."""
 
     field: str
     schema: Any
 
 
-def check_size(schemas: Iterable[Held]) -> None:
+def check_size(schemas: Iterable[FieldSchema]) -> None:
     """Raise ApiError 422 for schemas that are deeper or have more in them than anything should walk."""
     values = characters = 0
     for field, schema in schemas:
