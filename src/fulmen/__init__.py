@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     from fulmen.evaluation.parity.report import ParityReport
     from fulmen.evaluation.suites.report import SuiteReport
     from fulmen.modeling.families import set_topk
-    from fulmen.pipeline.api import convert, inspect, load, train
+    from fulmen.pipeline.api import convert, train
     from fulmen.pipeline.api_evaluate import evaluate
+    from fulmen.pipeline.api_load import inspect, load
     from fulmen.pipeline.conversion import Conversion
     from fulmen.pipeline.description import ModelDescription
     from fulmen.pipeline.reporter import LineReporter, Reporter, SilentReporter
@@ -90,8 +91,8 @@ _PLACES = {
     "SuiteReport": "fulmen.evaluation.suites.report",
     "convert": "fulmen.pipeline.api",
     "evaluate": "fulmen.pipeline.api_evaluate",
-    "inspect": "fulmen.pipeline.api",
-    "load": "fulmen.pipeline.api",
+    "inspect": "fulmen.pipeline.api_load",
+    "load": "fulmen.pipeline.api_load",
     "set_topk": "fulmen.modeling.families",
     "train": "fulmen.pipeline.api",
 }

@@ -1,6 +1,9 @@
 """Messages name arguments; the program writes them as its options, and takes options by their old names."""
 
+import ast
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import typer
@@ -91,3 +94,30 @@ def test_an_error_in_the_program_is_that_of_the_function(tmp_path):
     assert call(*asked).stderr == "error: --budget and --steps exclude each other; give one of them\n"
     with pytest.raises(ConfigError, match=r"^budget and steps exclude each other; give one of them$"):
         fulmen.convert(tmp_path, out=tmp_path / "out", budget="8m", steps=5)
+
+
+SOURCES = {room: sorted((Path(fulmen.__file__).parent / room).glob("*.py")) for room in ("cli", "pipeline")}
+
+
+def names_called(tree: ast.AST) -> set[str]:
+    return {getattr(node.func, "id", "") for node in ast.walk(tree) if isinstance(node, ast.Call)}
+
+
+@pytest.mark.parametrize("path", SOURCES["pipeline"], ids=lambda path: path.name)
+def test_the_work_prints_nothing_and_draws_nothing(path):
+    tree = ast.parse(path.read_text())
+    imported = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    assert not {module.partition(".")[0] for module in imported} & {"rich", "typer", "tqdm"}
+    assert "print" not in names_called(tree)
+
+
+def test_the_program_is_options_in_and_tables_out():
+    """Its loops are over what it prints; it knows no layer, step or batch."""
+    lines = sum(len(path.read_text().splitlines()) for path in SOURCES["cli"])
+    assert lines <= 1900
+    for path in SOURCES["cli"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.For, ast.While)):
+                over = ast.unparse(node.iter if isinstance(node, ast.For) else node.test)
+                assert not re.search(r"layer|step|batch|epoch", over), f"{path.name}:{node.lineno}"

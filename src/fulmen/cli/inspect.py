@@ -31,7 +31,7 @@ def inspect_command(
     Example: [bold]fulmen inspect smollm2-135m[/]
     """
     with reporter().stage("Read"):
-        from fulmen.pipeline.api import inspect
+        from fulmen.pipeline.api_load import inspect
 
         description = inspect(source)
     if as_json:

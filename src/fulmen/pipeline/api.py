@@ -1,4 +1,4 @@
-"""convert, train, load and inspect, as `import fulmen` has them.
+"""convert and train, as `import fulmen` has them.
 
 What they are asked is checked here, then the work is imported. Silent unless a reporter is given. The command
 line calls the same functions.
@@ -21,15 +21,13 @@ from fulmen.pipeline.arguments import (
     seconds_argument,
 )
 from fulmen.pipeline.conversion import Conversion
-from fulmen.pipeline.reporter import Reporter, SilentReporter, reporter_of
+from fulmen.pipeline.reporter import Reporter, reporter_of
 from fulmen.pipeline.settings import WITHOUT_TRUNK, ConvertSettings, ModelInMemory, parse_stages
 from fulmen.pipeline.train_settings import TrainSettings
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from fulmen.pipeline.description import ModelDescription
 
 
 def convert(
@@ -224,45 +222,6 @@ def train(
         from fulmen.pipeline.train import run_training
     with quiet(reporter):
         return run_training(settings, reporter)
-
-
-def load(
-    source: Place, *, dtype: "str | torch.dtype" = "auto", device: "str | torch.device | None" = None
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """A converted model, in eval mode and by fulmen's attention, and its tokenizer. GQA and MLA alike.
-
-    Args:
-        source: what `convert` or `train` wrote, or the name of such a model on the hub.
-        dtype: of the weights: "float32", "bfloat16", "float16", or "auto": as they were saved.
-        device: where to, as "cuda"; None: the CPU.
-
-    Raises:
-        ConfigError: a dtype or device that cannot be.
-        CheckpointError: no such model, or one that cannot be read.
-        UnsupportedModelError: the model has no DSA.
-    """
-    place = place_argument("source", source)
-    from fulmen.pipeline.load import load_accelerated
-
-    return load_accelerated(place, dtype, device)
-
-
-def inspect(source: Place) -> "ModelDescription":
-    """What a model is, how it would be converted and what that saves. Reads headers only.
-
-    Args:
-        source: a model, dense or converted: a directory, a name on the hub, a `.gguf` file, "smollm2-135m".
-
-    Raises:
-        CheckpointError: there is no such model, or its config cannot be read.
-        UnsupportedModelError: no family knows its architecture.
-    """
-    place = place_argument("source", source)
-    from fulmen.pipeline.describe import describe
-    from fulmen.pipeline.quiet import quiet
-
-    with quiet(SilentReporter()):
-        return describe(place)
 
 
 def _source(source: object, tokenizer: Any) -> str | ModelInMemory:

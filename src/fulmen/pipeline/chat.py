@@ -114,7 +114,8 @@ class ChatSession:
         else:
             text = "\n\n".join(message["content"] for message in messages)
             encoded = self.tokenizer(text, return_tensors="pt")
-        return encoded["input_ids"][0]
+        ids_S: Tensor = encoded["input_ids"][0]
+        return ids_S
 
     def _require_fit(self, n_tokens: int, max_new_tokens: int) -> None:
         if self._context and n_tokens + max_new_tokens > self._context:
@@ -182,7 +183,7 @@ class _TimedStreamer(TextStreamer):
         """A token, or at first the prompt."""
         if not self.next_tokens_are_prompt:
             self.token_times.append(time.perf_counter())
-        super().put(value)
+        super().put(value)  # type: ignore[no-untyped-call]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Text that no later token can change."""

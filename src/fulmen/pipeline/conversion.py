@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class Conversion:
     def __fspath__(self) -> str:
         return str(self.path)
 
-    def load(self, *, dtype: Any = "auto", device: Any = None) -> "tuple[PreTrainedModel, Any]":
+    def load(
+        self, *, dtype: "str | torch.dtype" = "auto", device: "str | torch.device | None" = None
+    ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
         """The model and its tokenizer, ready to use. Arguments and errors as `fulmen.load`."""
         from fulmen.pipeline.load import load_accelerated
 

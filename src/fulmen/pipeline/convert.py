@@ -132,7 +132,7 @@ def _load(source: DenseSource, settings: ConvertSettings, plan: _Plan, reporter:
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     with reporter.stage("Load"):
         dense = source.load(dtype, to_change="sparse" in settings.stages)
-        model = family_for(dense.config).from_dense(dense, plan.dsa).eval()
+        model: PreTrainedModel = family_for(dense.config).from_dense(dense, plan.dsa).eval()
     if types := source.quantized:
         loaded = str(dense.dtype).removeprefix("torch.")
         reporter.note(f"Its weights ({', '.join(types)}) are dequantized to {loaded}; dtype decides")
@@ -168,9 +168,10 @@ def _run_stages(
 def _inherit(model: PreTrainedModel, texts: ConversionTexts, work: _Work) -> list[dict[str, Any]]:
     family = dsa_family_for(model.config)
     if (done := work.run.load_done("inherit")) is not None:
-        model.load_state_dict(done[0], strict=False)
-        family.restore_topk(model, done[1])
-        return done[1]
+        indexers, fits = done
+        model.load_state_dict(indexers, strict=False)
+        family.restore_topk(model, fits)
+        return list(fits)
     ids_BT = torch.stack([text.input_ids for text in texts.calibration]).to(model.device)
     if family.varies_topk:
         _share_k(model, ids_BT[:BUDGET_SEQUENCES], work.reporter)
@@ -202,22 +203,23 @@ def _share_k(model: PreTrainedModel, ids_BT: torch.Tensor, reporter: Reporter) -
 
 def _warm_up(model: PreTrainedModel, texts: ConversionTexts, work: _Work) -> dict[str, Any]:
     if (done := work.run.load_done("warmup")) is not None:
-        model.load_state_dict(done[0], strict=False)
-        return done[1]
+        indexers, result = done
+        model.load_state_dict(indexers, strict=False)
+        return dict(result)
     settings, reporter = work.settings, work.reporter
     warmup = WarmupSettings(steps=settings.steps, budget_s=settings.budget_s, seed=settings.seed)
     with reporter.stage("Warm-up"):
         view = TrainingView(reporter)
         drawn = (texts.training, texts.validation)
-        result = warm_up(model, *drawn, work.run.path / "warmup", warmup, view.step, view.part)
+        found = warm_up(model, *drawn, work.run.path / "warmup", warmup, view.step, view.part)
     reporter.note(
-        f"Warm-up: validation loss {result.loss_before:.4f} -> {result.loss_after:.4f} "
-        f"(step {result.best_step} of {result.last_step}, {result.seconds:.0f} s)"
+        f"Warm-up: validation loss {found.loss_before:.4f} -> {found.loss_after:.4f} "
+        f"(step {found.best_step} of {found.last_step}, {found.seconds:.0f} s)"
     )
     if is_main_process():
-        work.run.save_record("warmup", asdict(result))
+        work.run.save_record("warmup", asdict(found))
         work.run.save_stage("warmup", indexer_state(model))
-    return asdict(result)
+    return asdict(found)
 
 
 def _save(model: PreTrainedModel, tokenizer: Any, out: Path, record: dict[str, Any], work: _Work) -> None:

@@ -48,7 +48,8 @@ def load_converted_tokenizer(model_dir: str | Path) -> Any:
 
 def load_converted_model(model_dir: str | Path) -> PreTrainedModel:
     """The model of `load_converted`. Raises as that does, but for the tokenizer."""
-    return load_directory_model(_converted_place(model_dir)).eval()
+    model: PreTrainedModel = load_directory_model(_converted_place(model_dir)).eval()
+    return model
 
 
 def dtype_of(dtype: object) -> torch.dtype | str:
@@ -64,7 +65,7 @@ def device_of(device: object) -> torch.device | None:
     if device is None:
         return None
     try:
-        found = torch.device(device)  # type: ignore[call-overload]
+        found: torch.device = torch.device(device)  # type: ignore[call-overload]
         torch.empty(0, device=found)
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         raise refused("device", device, "name a device of this machine, as 'cpu' or 'cuda'") from error
@@ -76,13 +77,14 @@ def device_of(device: object) -> torch.device | None:
 def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """The model on a device. Raises ConfigError if it has no room."""
     try:
-        return model.to(device)  # type: ignore[arg-type]
+        moved: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"device={str(device)!r} has no room for {model.num_parameters():,} parameters; free some, "
             "or use a smaller dtype",
             arguments=["device"],
         ) from error
+    return moved
 
 
 def _converted_place(model_dir: str | Path) -> str:

@@ -187,7 +187,8 @@ def plan_training(settings: TrainSettings) -> list[int]:
 def _teacher(settings: TrainSettings, model: PreTrainedModel) -> PreTrainedModel | None:
     if settings.teacher is None:
         return None
-    return load_dense(settings.teacher, model.dtype)[0].eval().requires_grad_(False)
+    teacher: PreTrainedModel = load_dense(settings.teacher, model.dtype)[0].eval()
+    return teacher.requires_grad_(False)
 
 
 def _identity(
@@ -248,6 +249,7 @@ def record_of(model_dir: Path) -> dict[str, Any]:
     """How the model was made. Raises CheckpointError if the directory does not say."""
     file = model_dir / RECORD_FILE
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); name what fulmen convert wrote") from error
+    return record
