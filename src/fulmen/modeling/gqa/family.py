@@ -1,12 +1,10 @@
 """Families with grouped heads (GQA), whose DSA classes are fulmen's own."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -18,9 +16,9 @@ from fulmen.modeling.family import (
     IndexerCost,
     IndexHeads,
     even_width,
-    has_own_head,
 )
 from fulmen.modeling.gqa.cache import DsaCache
+from fulmen.modeling.gqa.convert import convert_gqa, plain_config
 from fulmen.modeling.gqa.indexer import model_head_width
 from fulmen.modeling.gqa.inherit import InheritedGqaLayer, inherit_gqa
 from fulmen.modeling.gqa.model import set_topk_ratios
@@ -105,23 +103,8 @@ class GqaFamily(Family):
         """Whatever `DsaConfig` allows has room in a config of fulmen's own."""
 
     def from_dense(self, dense: PreTrainedModel, dsa: DsaConfig) -> PreTrainedModel:
-        """As `Family.from_dense`; the weights are shared, not copied."""
-        tied = dense.config.tie_word_embeddings and not has_own_head(dense)
-        values = {**plain_config(dense.config), "dsa": dsa.to_dict(), "tie_word_embeddings": tied}
-        config = self.config_class.from_dict(values)
-        with torch.device("meta"):
-            model = self.causal_lm_class(config)
-        unmatched = model.load_state_dict(dense.state_dict(), assign=True, strict=False)
-        assert all(".indexer." in key for key in unmatched.missing_keys), unmatched
-        assert not unmatched.unexpected_keys, unmatched
-        model.tie_weights()
-        model.model.rotary_emb = copy.deepcopy(dense.model.rotary_emb)
-        for layer in dsa.layers:
-            attention = model.model.layers[layer].self_attn
-            weight = attention.q_proj.weight
-            attention.indexer.to_empty(device=weight.device).to(weight.dtype).apply(model._init_weights)
-        model.generation_config = copy.deepcopy(dense.generation_config)
-        return model.train(dense.training)
+        """`convert_gqa`: the weights are shared, not copied."""
+        return convert_gqa(dense, dsa, self.config_class, self.causal_lm_class)
 
     def dense_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The stock config inside that of a converted model."""
@@ -180,12 +163,3 @@ def gqa_family(
         causal_lm_class=causal_lm_class,
         source_class=source_class,
     )
-
-
-def plain_config(config: PreTrainedConfig) -> dict:
-    """The config's values without what describes one checkpoint of one class."""
-    values = config.to_dict()
-    # Attention weights are never made: a source that returns them by default still converts.
-    for key in ("model_type", "architectures", "auto_map", "quantization_config", "output_attentions"):
-        values.pop(key, None)
-    return values

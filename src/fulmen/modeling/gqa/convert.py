@@ -1,0 +1,45 @@
+"""Turn a dense GQA model into a DSA model of its family, with random indexers."""
+
+import copy
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from fulmen.config import DsaConfig
+from fulmen.modeling.family import has_own_head
+
+
+def convert_gqa(
+    dense: PreTrainedModel, dsa: DsaConfig, config_class: Any, causal_lm_class: Any
+) -> PreTrainedModel:
+    """A DSA model that shares the weights of `dense`, and has a random indexer in each layer of `dsa.layers`.
+
+    Args:
+        config_class, causal_lm_class: of the model's family.
+    """
+    tied = dense.config.tie_word_embeddings and not has_own_head(dense)
+    values = {**plain_config(dense.config), "dsa": dsa.to_dict(), "tie_word_embeddings": tied}
+    config = config_class.from_dict(values)
+    with torch.device("meta"):
+        model = causal_lm_class(config)
+    unmatched = model.load_state_dict(dense.state_dict(), assign=True, strict=False)
+    assert all(".indexer." in key for key in unmatched.missing_keys), unmatched
+    assert not unmatched.unexpected_keys, unmatched
+    model.tie_weights()
+    model.model.rotary_emb = copy.deepcopy(dense.model.rotary_emb)
+    for layer in dsa.layers:
+        attention = model.model.layers[layer].self_attn
+        weight = attention.q_proj.weight
+        attention.indexer.to_empty(device=weight.device).to(weight.dtype).apply(model._init_weights)
+    model.generation_config = copy.deepcopy(dense.generation_config)
+    return model.train(dense.training)
+
+
+def plain_config(config: PreTrainedConfig) -> dict:
+    """The config's values without what describes one checkpoint of one class."""
+    values = config.to_dict()
+    # Attention weights are never made: a source that returns them by default still converts.
+    for key in ("model_type", "architectures", "auto_map", "quantization_config", "output_attentions"):
+        values.pop(key, None)
+    return values
