@@ -1,6 +1,6 @@
 """A name at the top of a module means one thing in errors, config, ops and modeling.
 
-A checkpoint carries their source as one file (`fulmen.modeling.bundle`), and a reader finds each in one place.
+A checkpoint carries their source as one file (`fulmen.modeling.bundle`), and each is found in one place.
 """
 
 import ast

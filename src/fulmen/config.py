@@ -6,7 +6,7 @@ from typing import Any
 
 from fulmen.errors import ConfigError
 
-# Shares are written with a few digits.
+# Ratios are written with a few digits.
 MEAN_TOLERANCE = 0.01
 
 
@@ -18,9 +18,10 @@ class DsaConfig:
         topk: tokens that each query keeps (K).
         index_n_heads: index query heads (J).
         index_n_kv_heads: index key heads (I); V3.2 has one. Divides `index_n_heads`.
-        index_head_dim: width of an index head (E), even because RoPE turns pairs.
+        index_head_dim: width of an index head (E), even because RoPE rotates pairs.
         layers: indices of the converted layers, ascending.
-        topk_shares: what each of them keeps, in units of `topk`; their mean is 1. Empty: all keep `topk`.
+        topk_shares: per-layer k ratios: what each of them keeps over `topk`; their mean is 1. Empty: all keep
+            `topk`.
     """
 
     topk: int
@@ -56,8 +57,10 @@ class DsaConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "DsaConfig":
         """Read what `to_dict` wrote. Raises ConfigError on a missing or unknown key."""
         known = {field.name for field in fields(cls)}
-        if odd := sorted(known - {"topk_shares"} - set(values) | set(values) - known):
-            raise ConfigError(f"config key 'dsa' misses or does not know {odd}; it holds {sorted(known)}")
+        if mismatched := sorted(known - {"topk_shares"} - set(values) | set(values) - known):
+            raise ConfigError(
+                f"config key 'dsa' misses or does not know {mismatched}; it holds {sorted(known)}"
+            )
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,9 +72,9 @@ class DsaConfig:
         return scaled_topk(self.topk, self.topk_shares, self.layers.index(layer))
 
 
-def scaled_topk(topk: int, shares: Sequence[float] | None, place: int) -> int:
-    """Tokens that a query keeps in the converted layer number `place`."""
-    return max(1, round(topk * shares[place])) if shares else topk
+def scaled_topk(topk: int, ratios: Sequence[float] | None, index: int) -> int:
+    """Tokens that a query keeps in converted layer number `index`."""
+    return max(1, round(topk * ratios[index])) if ratios else topk
 
 
 def require_positive_int(name: str, value: object) -> int:

@@ -20,7 +20,7 @@ TABLE_SUFFIXES = (".jsonl", ".parquet")
 ABOUT_IT = ("readme", "license")
 # Rows looked at to find the field with the text.
 SAMPLE_ROWS = 100
-# A data set with fewer texts is read whole and split as files are: shares of so few would be luck.
+# A data set with fewer texts is read at once and split as files are: parts of so few would be noise.
 FEW_TEXTS = 100
 
 
@@ -94,7 +94,7 @@ class DataSets:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of names, sizes of files, and the first texts; the whole is too long to be read."""
+        """SHA-256 (hex) of names, sizes of files, and the first texts; all of it is too long to be read."""
         digest = hashlib.sha256()
         for member in self.members:
             digest.update(f"{member.name} {member.size}\n".encode())

@@ -16,7 +16,7 @@ from fulmen.config import require_positive_int
 from fulmen.data.documents import Document
 from fulmen.errors import ConfigError, CorpusError, DocumentTooShortError
 
-# A long document is tokenized piece by piece; 16 characters a token leave room for any tokenizer.
+# A long document is tokenized piece by piece; 16 characters a token are enough for any tokenizer.
 PIECE_CHARACTERS = 100_000
 CHARACTERS_PER_TOKEN = 16
 
@@ -88,7 +88,7 @@ def iter_sequences(
     tokenizer and arguments give the same sequences in the same order.
 
     Raises:
-        ConfigError: `length` is not positive, or has room for BOS alone.
+        ConfigError: `length` is not positive, or holds BOS alone.
         CorpusError: there is no document of that kind, or documents must be packed and there is no EOS.
     """
     return _in_turns(_drawers(documents, tokenizer, length, kind, seed))
@@ -107,10 +107,10 @@ def opening_ids(tokenizer: Any) -> list[int]:
 
 def text_capacity(tokenizer: Any, length: int) -> int:
     """Tokens of text in a sequence of `length`. Raises ConfigError if there is none."""
-    room = require_positive_int("length", length) - len(opening_ids(tokenizer))
-    if room < 1:
+    capacity = require_positive_int("length", length) - len(opening_ids(tokenizer))
+    if capacity < 1:
         raise ConfigError(f"length={length} holds BOS and no text; use a longer sequence")
-    return room
+    return capacity
 
 
 class Packer:
@@ -120,8 +120,8 @@ class Packer:
         held: (name, tokens, how many of them are used up) of the documents that wait for a full sequence.
     """
 
-    def __init__(self, tokenizer: Any, room: int) -> None:
-        self.tokenizer, self.room = tokenizer, room
+    def __init__(self, tokenizer: Any, capacity: int) -> None:
+        self.tokenizer, self.capacity = tokenizer, capacity
         self.opening = opening_ids(tokenizer)
         self.held: list[tuple[str, list[int], int]] = []
 
@@ -138,11 +138,11 @@ class Packer:
 
     def full(self, kind: str) -> Iterator[TokenSequence]:
         """The sequences that are full; a document that is cut begins anew in the next one."""
-        while sum(len(ids) - used for _, ids, used in self.held) >= self.room:
+        while sum(len(ids) - used for _, ids, used in self.held) >= self.capacity:
             yield self.sequence(kind, self._take())
 
     def sequence(self, kind: str, parts: list[tuple[str, list[int]]]) -> TokenSequence:
-        """Parts that fill the room, behind BOS if this tokenizer writes one."""
+        """Parts that fill a sequence, behind BOS if this tokenizer writes one."""
         ids = self.opening + [token for _, part in parts for token in part]
         starts = [0]
         for _, part in parts[:-1]:
@@ -151,7 +151,7 @@ class Packer:
         return TokenSequence(names, kind, torch.tensor(ids, dtype=torch.int64), tuple(starts))
 
     def _take(self) -> list[tuple[str, list[int]]]:
-        parts, missing = [], self.room
+        parts, missing = [], self.capacity
         while missing:
             name, ids, used = self.held.pop(0)
             part = ids[used : used + missing]
@@ -168,7 +168,7 @@ def _drawers(
     documents: Iterable[Document], tokenizer: Any, length: int, kind: str | None, seed: int
 ) -> list["_SequenceDrawer"]:
     """One per kind asked for."""
-    room = text_capacity(tokenizer, length)
+    capacity = text_capacity(tokenizer, length)
     kinds: dict[str, list[Document]] = {}
     for document in sorted(documents):
         kinds.setdefault(document.kind, []).append(document)
@@ -176,19 +176,21 @@ def _drawers(
     if not kinds or not kinds.keys() >= set(chosen):
         have = f"has {' and '.join(sorted(kinds))}" if kinds else "is empty"
         raise CorpusError(f"no documents of {kind or 'any'} kind: this part of the corpus {have}; add text")
-    return [_SequenceDrawer(name, kinds[name], tokenizer, room, seed) for name in chosen]
+    return [_SequenceDrawer(name, kinds[name], tokenizer, capacity, seed) for name in chosen]
 
 
 class _SequenceDrawer:
     """Draws sequences from the documents of one kind and counts the tokens it has met."""
 
-    def __init__(self, kind: str, documents: list[Document], tokenizer: Any, room: int, seed: int) -> None:
+    def __init__(
+        self, kind: str, documents: list[Document], tokenizer: Any, capacity: int, seed: int
+    ) -> None:
         self.kind = kind
         self.documents = documents
         self.tokenizer = tokenizer
-        self.room = room
+        self.capacity = capacity
         self.random = random.Random(f"{seed}/{kind}")
-        self.packer = Packer(tokenizer, room)
+        self.packer = Packer(tokenizer, capacity)
         self.tokens = 0
 
     def draw(self) -> Iterator[TokenSequence]:
@@ -196,7 +198,7 @@ class _SequenceDrawer:
         for name, text in self._pieces():
             ids = token_ids(self.tokenizer, text)
             self.tokens += len(ids)
-            if len(ids) < self.room:
+            if len(ids) < self.capacity:
                 self.packer.add(name, ids)
                 yield from self.packer.full(self.kind)
                 continue
@@ -216,7 +218,7 @@ class _SequenceDrawer:
     def _pieces_of(self, document: Document) -> list[tuple[str, str]]:
         """A document's equal pieces, each long enough for a sequence, in random order."""
         name, _, text = document
-        count = -(-len(text) // max(PIECE_CHARACTERS, 2 * CHARACTERS_PER_TOKEN * self.room))
+        count = -(-len(text) // max(PIECE_CHARACTERS, 2 * CHARACTERS_PER_TOKEN * self.capacity))
         ends = [len(text) * k // count for k in range(count + 1)]
         pieces = [(name, text[start:end]) for start, end in pairwise(ends)]
         self.random.shuffle(pieces)
@@ -224,9 +226,9 @@ class _SequenceDrawer:
 
     def _cut(self, ids: list[int]) -> list[list[int]]:
         """As many sequences as fit, at a random offset, in random order."""
-        offset = self.random.randrange(len(ids) % self.room + 1)
-        starts = range(offset, len(ids) - self.room + 1, self.room)
-        return [ids[start : start + self.room] for start in self.random.sample(starts, len(starts))]
+        offset = self.random.randrange(len(ids) % self.capacity + 1)
+        starts = range(offset, len(ids) - self.capacity + 1, self.capacity)
+        return [ids[start : start + self.capacity] for start in self.random.sample(starts, len(starts))]
 
 
 def _in_turns(drawers: Iterable[_SequenceDrawer]) -> Iterator[TokenSequence]:

@@ -33,7 +33,7 @@ class SequenceStream:
         """The sequences of one pass; what does not fill the last one begins the next pass's first.
 
         Raises:
-            CorpusError: a data set cannot be read, or a whole pass met no text.
+            CorpusError: a data set cannot be read, or a pass met no text.
         """
         yield from self.packer.full("rows")
         for document in self._documents():

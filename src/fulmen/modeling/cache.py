@@ -9,14 +9,14 @@ from transformers.cache_utils import CacheLayerMixin
 
 
 class CacheBytes(NamedTuple):
-    """Bytes that the stored tokens take, without spare room."""
+    """Bytes that the stored tokens take, without spare storage."""
 
     kv: int
     index_keys: int
 
 
 class TokenBuffer:
-    """One row per token, `[B, tokens, ...]`: appended in place, into room that doubles when it runs out.
+    """One row per token, `[B, tokens, ...]`: appended in place, into storage that doubles when it is full.
 
     Tokens lie one after the other, all heads of a token together: a selected token is one contiguous read.
     """
@@ -24,45 +24,47 @@ class TokenBuffer:
     def __init__(self, planned: int | None) -> None:
         self.planned = planned or 0
         self.length = 0
-        self._room: Tensor | None = None
+        self._storage: Tensor | None = None
 
     @property
     def rows(self) -> Tensor | None:
         """View of the stored tokens; None before the first."""
-        return None if self._room is None else self._room[:, : self.length]
+        return None if self._storage is None else self._storage[:, : self.length]
 
     def append(self, new: Tensor) -> Tensor:
         """Store `new` `[B, T, ...]`; return the view of all tokens."""
         start, self.length = self.length, self.length + new.shape[1]
         if torch.is_grad_enabled() and new.requires_grad:
             # Autograd must not see the keys it saved overwritten.
-            self._room = new if self._room is None else torch.cat((self._room[:, :start], new), dim=1)
-            return self._room
-        room = self._with_room_for(new, start)
-        room[:, start : self.length] = new
-        return room[:, : self.length]
+            self._storage = (
+                new if self._storage is None else torch.cat((self._storage[:, :start], new), dim=1)
+            )
+            return self._storage
+        storage = self._storage_for(new, start)
+        storage[:, start : self.length] = new
+        return storage[:, : self.length]
 
     def change_batch(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply `change` to the batch axis of the stored tokens, keeping the room."""
-        if self._room is not None:
-            changed = change(self._room[:, : self.length])
-            self._room = changed.new_empty(changed.shape[0], *self._room.shape[1:])
-            self._room[:, : self.length] = changed
+        """Apply `change` to the batch axis of the stored tokens, keeping the storage."""
+        if self._storage is not None:
+            changed = change(self._storage[:, : self.length])
+            self._storage = changed.new_empty(changed.shape[0], *self._storage.shape[1:])
+            self._storage[:, : self.length] = changed
 
     @property
     def nbytes(self) -> int:
         """Bytes of the stored tokens."""
         return 0 if self.rows is None else self.rows.numel() * self.rows.element_size()
 
-    def _with_room_for(self, new: Tensor, start: int) -> Tensor:
-        old = self._room
+    def _storage_for(self, new: Tensor, start: int) -> Tensor:
+        old = self._storage
         if old is not None and self.length <= old.shape[1]:
             return old
         tokens = max(self.length, self.planned, 0 if old is None else 2 * old.shape[1])
-        self._room = new.new_empty(new.shape[0], tokens, *new.shape[2:])
+        self._storage = new.new_empty(new.shape[0], tokens, *new.shape[2:])
         if old is not None:
-            self._room[:, :start] = old[:, :start]
-        return self._room
+            self._storage[:, :start] = old[:, :start]
+        return self._storage
 
 
 class InPlaceLayer(CacheLayerMixin):

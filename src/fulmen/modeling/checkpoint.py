@@ -157,7 +157,7 @@ def save_converted(
     overwrite: bool = False,
     extras: Mapping[str, Path] = MappingProxyType({}),
 ) -> Path:
-    """Write a DSA model as a Hugging Face directory, whole or not at all.
+    """Write a DSA model as a Hugging Face directory, complete or not at all.
 
     Config, safetensors, tokenizer with chat template, generation config and `card` as README.md; for fulmen's
     own types also a modeling file and `auto_map`: `trust_remote_code=True` then loads it without fulmen.
@@ -168,20 +168,20 @@ def save_converted(
     target = Path(out_dir).expanduser().absolute()
     require_free_output(target, overwrite=overwrite)
     # Always the same name: what a killed process left is removed by the next one.
-    aside = target.with_name(f".{target.name}.part")
+    temporary = target.with_name(f".{target.name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        _write_model(model, tokenizer, aside, card)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        _write_model(model, tokenizer, temporary, card)
         for name, file in extras.items():
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, aside / name)
-        _move_into_place(aside, target)
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, temporary / name)
+        _move_into_place(temporary, target)
     except (OSError, SafetensorError) as error:
         raise unwritable(target, error) from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 
@@ -212,16 +212,16 @@ def require_savable(model: PreTrainedModel, tokenizer: Any, out_dir: str | Path)
         OutputError: `out_dir` cannot be written, or the disk has no room for the weights.
     """
     target = Path(out_dir).expanduser().absolute()
-    aside = target.with_name(f".{target.name}.part")
+    temporary = target.with_name(f".{target.name}.part")
     try:
-        aside.mkdir(parents=True, exist_ok=True)
-        _require_room(sum(tensor.nbytes for tensor in model.parameters()), aside, target)
-        _write_settings(model, tokenizer, aside)
-        _require_same_when_read(model, tokenizer, aside)
+        temporary.mkdir(parents=True, exist_ok=True)
+        _require_disk_space(sum(tensor.nbytes for tensor in model.parameters()), temporary, target)
+        _write_settings(model, tokenizer, temporary)
+        _require_same_when_read(model, tokenizer, temporary)
     except OSError as error:
         raise unwritable(target, error) from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def dense_view(model_dir: str | Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
@@ -287,7 +287,7 @@ def _read_tokenizer(source: ModelSource) -> Any:
         ) from error
 
 
-def _require_room(nbytes: int, folder: Path, target: Path) -> None:
+def _require_disk_space(nbytes: int, folder: Path, target: Path) -> None:
     if (free := shutil.disk_usage(folder).free) < nbytes:
         raise OutputError(
             f"{target} cannot be written: its weights take {nbytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
@@ -309,7 +309,7 @@ def _require_same_when_read(model: PreTrainedModel, tokenizer: Any, folder: Path
 
 
 def _unsavable(reason: str) -> CheckpointError:
-    return CheckpointError(f"the model could not be saved ({reason}); mend its config and tokenizer files")
+    return CheckpointError(f"the model could not be saved ({reason}); fix its config and tokenizer files")
 
 
 def _write_model(model: PreTrainedModel, tokenizer: Any, folder: Path, card: str) -> None:
@@ -337,13 +337,13 @@ def _write_settings(model: PreTrainedModel, tokenizer: Any, folder: Path) -> Non
         raise _unsavable(one_line(error)) from error
 
 
-def _move_into_place(aside: Path, target: Path) -> None:
+def _move_into_place(temporary: Path, target: Path) -> None:
     old = target.with_name(f".{target.name}.old")
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
     try:
-        aside.rename(target)
+        temporary.rename(target)
     except OSError:
         if old.exists():
             old.rename(target)

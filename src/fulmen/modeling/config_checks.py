@@ -27,7 +27,7 @@ def read_own_config(place: str) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(
-            f"{place} has no readable config.json ({one_line(error)}); mend it, or get it anew"
+            f"{place} has no readable config.json ({one_line(error)}); fix it, or get it anew"
         ) from error
     require_sound_config(config, place)
     return config
@@ -41,19 +41,18 @@ def require_sound_config(config: PreTrainedConfig, name: str) -> None:
     if heads is not None and (not groups or heads % groups):
         raise CheckpointError(
             f"{name}: num_attention_heads={heads} is no multiple of num_key_value_heads={groups}; "
-            "mend config.json"
+            "fix config.json"
         )
     if getattr(text, "num_hidden_layers", 1) < 1:
         raise CheckpointError(
-            f"{name}: num_hidden_layers={text.num_hidden_layers} cannot be; mend config.json"
+            f"{name}: num_hidden_layers={text.num_hidden_layers} cannot be; fix config.json"
         )
     for key in SPECIAL_IDS:
         value = getattr(text, key, None)
         for token_id in value if isinstance(value, list) else [value]:
             if token_id is not None and token_id >= text.vocab_size:
                 raise CheckpointError(
-                    f"{name}: {key}={token_id} is not in the vocabulary of {text.vocab_size}; "
-                    "mend config.json"
+                    f"{name}: {key}={token_id} is not in the vocabulary of {text.vocab_size}; fix config.json"
                 )
 
 
@@ -84,7 +83,7 @@ def require_sound_templates(tokenizer: Any, name: str) -> None:
         except TemplateSyntaxError as error:
             raise CheckpointError(
                 f"{name}: line {error.lineno} of its chat template is no Jinja ({one_line(error)}); "
-                "mend or remove it"
+                "fix or remove it"
             ) from error
 
 

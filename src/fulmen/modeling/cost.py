@@ -20,9 +20,9 @@ share one read of the keys; selected keys are gathered for each query by itself.
 expands each latent once, by weights that count among the others, and pays less per pair than absorbed; a
 selection, another one for each query, is read absorbed. Up to K tokens nothing is scored: DSA reads what
 dense attention reads and only stores an index key. A sliding layer sees its window; layers that are not
-converted cost the same on both sides. The other weights add 2 FLOPs each (of a mixture of experts: those of
-the experts that a token visits; the output head in decoding only, where every token needs it). Norms,
-softmax, biases and the read of the weights, which a batch shares (`read_weights`), are left out.
+converted cost the same with and without DSA. The other weights add 2 FLOPs each (of a mixture of experts:
+those of the experts that a token visits; the output head in decoding only, where every token needs it).
+Norms, softmax, biases and the read of the weights, which a batch shares (`read_weights`), are left out.
 """
 
 from collections.abc import Iterable
@@ -80,7 +80,7 @@ class StepParts(NamedTuple):
     index_scores: Work
 
     def cost(self) -> StepCost:
-        """The sums of both sides."""
+        """The sums, with and without DSA."""
         dense, dsa, index = self.dense_attention, self.dsa_attention, self.index_scores
         linear = 2 * self.weights
         return StepCost(

@@ -171,7 +171,7 @@ class Family(ABC):
 
     @abstractmethod
     def empty_cache(self, config: PreTrainedConfig, max_length: int | None = None) -> Any:
-        """An empty cache with room for index keys. max_length: tokens to make room for at once."""
+        """An empty cache with room for index keys. max_length: tokens to allocate at once."""
 
     @abstractmethod
     def accelerate(self, model: PreTrainedModel) -> None:

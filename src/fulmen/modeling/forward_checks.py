@@ -4,7 +4,7 @@ from fulmen.errors import ConfigError
 
 
 def require_no_attention_weights(*wanted: bool | None) -> None:
-    """Raise ConfigError if `output_attentions` is true in one of its places."""
+    """Raise ConfigError if `output_attentions` is true anywhere that it can be given."""
     if any(wanted):
         raise ConfigError(
             "output_attentions=True cannot be given: weights of all keys are never made; "

@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 
 
 def read_generation_config(place: str, vocab_size: int) -> GenerationConfig | None:
-    """The mended generation config of a directory or hub model; None if it has no file of it.
+    """The fixed generation config of a directory or hub model; None if it has no file of it.
 
     Raises CheckpointError: no JSON, or values that Transformers refuses to load.
     """
@@ -146,4 +146,4 @@ def _made(values: Mapping[str, Any], name: str) -> GenerationConfig:
 
 
 def _refused(name: str, reason: str) -> CheckpointError:
-    return CheckpointError(f"{name} has an unusable {GENERATION_FILE} ({reason}); mend or remove it")
+    return CheckpointError(f"{name} has an unusable {GENERATION_FILE} ({reason}); fix or remove it")

@@ -101,8 +101,8 @@ def _intervals_of_rows(mask_BS: Tensor, stop_BT: Tensor) -> tuple[Tensor, Tensor
 
 
 def _document_starts(position_ids: Tensor) -> Tensor:
-    """Place in the row where the document of each token starts."""
+    """Position in the row where the document of each token starts."""
     jumps = position_ids[:, 1:] - position_ids[:, :-1] != 1
-    places = torch.arange(1, position_ids.shape[1], device=position_ids.device)
-    starts = torch.where(jumps, places, 0).cummax(-1).values
+    positions = torch.arange(1, position_ids.shape[1], device=position_ids.device)
+    starts = torch.where(jumps, positions, 0).cummax(-1).values
     return torch.nn.functional.pad(starts, (1, 0))

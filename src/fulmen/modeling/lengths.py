@@ -1,4 +1,4 @@
-"""Numbers of tokens: how long a model's texts are, how many a query keeps, how many are read at once."""
+"""Numbers of tokens: how long sequences are, how many a query keeps, how many are read at once."""
 
 import sys
 

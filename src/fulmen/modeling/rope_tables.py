@@ -1,4 +1,4 @@
-"""One rotary table for a whole prompt, in however many pieces it is read.
+"""One rotary table for all of a prompt, in however many pieces it is read.
 
 Dynamic NTK and LongRoPE choose their angles by the length of the text. Transformers goes by the last
 position of a forward pass: a prompt in pieces would be rotated by one table at first and by another at last.
@@ -18,7 +18,7 @@ def rope_for_length(model: nn.Module, length: int) -> Iterator[None]:
     """Within the block, a forward pass is rotated as part of a text of at least `length` tokens.
 
     Takes any Transformers language model that makes its tables in `rotary_emb`. What the model
-    remembers of a length (dynamic NTK keeps the longest) is what one pass over the whole text leaves.
+    remembers of a length (dynamic NTK keeps the longest) is what one pass over the full text leaves.
     """
     rotary = _rotary(model)
     if rotary is None:
@@ -66,7 +66,7 @@ def restored_rope(model: nn.Module) -> Iterator[None]:
 def rope_angles(model: nn.Module, length: int) -> Tensor | None:
     """The rotary table's row for position 1 in a text of `length` tokens; None for a model without tables.
 
-    Two lengths with the same angles are rotated alike; caches of such texts can be told by them. Asking
+    Two lengths with the same angles are rotated alike; caches of such sequences can be told by them. Asking
     leaves the model's own tables as they are.
     """
     rotary = _rotary(model)
@@ -82,7 +82,7 @@ def rope_angles(model: nn.Module, length: int) -> Tensor | None:
 
 
 def are_rotated_alike(model: nn.Module, length: int, other: int) -> bool:
-    """Whether tokens that two texts of these lengths share have the same rotation in both."""
+    """Whether tokens that two sequences of these lengths share have the same rotation in both."""
     first, second = rope_angles(model, length), rope_angles(model, other)
     return first is second or (first is not None and second is not None and torch.equal(first, second))
 

@@ -35,7 +35,7 @@ class SelectionInputs:
 
 
 class Selector:
-    """Override `select`; override `is_needed` too if the strategy must see short texts or never be asked."""
+    """Override `select`; override `is_needed` too for a strategy that must see short sequences, or none."""
 
     def is_needed(self, n_keys: int, topk: int) -> bool:
         """Whether to ask at all. If not, every visible key is attended to and no index query is computed."""
@@ -68,22 +68,22 @@ class DenseSelector(Selector):
         return False
 
 
-def keep_short_pasts(topk_BTK: Tensor, start_BT: Tensor, stop_BT: Tensor, whole: int) -> Tensor:
-    """A selection in which queries that see at most `whole` keys keep all of them.
+def keep_short_pasts(topk_BTK: Tensor, start_BT: Tensor, stop_BT: Tensor, dense_up_to: int) -> Tensor:
+    """A selection in which queries that see at most `dense_up_to` keys keep all of them.
 
     A layer may select fewer than the model's k; up to k the model is dense all the same, and whether a text
-    comes whole, in chunks or token by token must not matter.
+    comes at once, in chunks or token by token must not matter.
     """
-    if topk_BTK.shape[-1] >= whole:
+    if topk_BTK.shape[-1] >= dense_up_to:
         return topk_BTK
-    start_BT, seen_BT = start_BT.clamp(min=0), stop_BT - start_BT
-    short_BT = (seen_BT > topk_BTK.shape[-1]) & (seen_BT <= whole)
+    start_BT, visible_BT = start_BT.clamp(min=0), stop_BT - start_BT
+    short_BT = (visible_BT > topk_BTK.shape[-1]) & (visible_BT <= dense_up_to)
     if torch.compiler.is_compiling():  # where nothing may go by what tensors hold
-        width = whole
+        width = dense_up_to
     elif not short_BT.any():
         return topk_BTK
     else:
-        width = int(seen_BT[short_BT].max())
+        width = int(visible_BT[short_BT].max())
     past_BTK = start_BT[..., None] + torch.arange(width, device=start_BT.device)
     past_BTK = torch.where(past_BTK < stop_BT[..., None], past_BTK, -1).to(topk_BTK.dtype)
     padded_BTK = pad(topk_BTK, (0, width - topk_BTK.shape[-1]), value=-1)

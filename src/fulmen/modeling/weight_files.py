@@ -1,4 +1,4 @@
-"""The files of a model directory, looked at before anything is loaded: there, readable, whole, no pickles."""
+"""The files of a model directory, looked at before any is loaded: there, readable, complete, no pickles."""
 
 import json
 from collections.abc import Iterable
@@ -65,9 +65,9 @@ def not_readable(error: OSError) -> CheckpointError:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that a directory's model is loaded from. Raises CheckpointError."""
-    whole, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
-    if whole.is_file():
-        return [whole]
+    single, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
+    if single.is_file():
+        return [single]
     if not index.is_file():
         raise _no_weights(folder)
     try:

@@ -1,4 +1,4 @@
-"""The weights of a model: loaded whole, or refused with the names of those that do not fit its config."""
+"""The weights of a model: loaded in full, or refused with the names of those that do not fit its config."""
 
 import logging
 import re
@@ -159,5 +159,5 @@ def _require_fit(name: str, faults: _Faults) -> None:
         said.append(f"lacks {len(faults.missing)} weights, the first {faults.missing[0]}")
     remedy = "get it anew"
     if faults.mismatched or faults.unexpected:
-        remedy = "mend config.json to say what the weights are, or get the model anew"
+        remedy = "fix config.json to say what the weights are, or get the model anew"
     raise CheckpointError(f"{name} {' and '.join(said)}; {remedy}")

@@ -30,13 +30,13 @@ def prepare_sharding() -> None:
 
 
 def load_in_all_processes() -> None:
-    """Every process loads and asks the whole model: the launcher's default keeps the first's weights alone,
+    """Every process loads and asks all of the model: the launcher's default keeps the first's weights alone,
     wherever the processes are connected before the model is loaded, and parts tied weights."""
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
 def load_full_weights(module: nn.Module, state: dict[str, Any]) -> list[str]:
-    """Put whole weights (tensors by name) into a module, sharded or not; return the names that `state` lacks.
+    """Put full weights (tensors by name) into a module, sharded or not; return the names that `state` lacks.
 
     Every process must have all of `state`. Raises RuntimeError for a name that the module lacks.
     """
@@ -55,7 +55,7 @@ class Sharded:
     accelerator: Any
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As Trainer's, which turns the launcher's variables into a plugin."""
+        """As Trainer's, which makes the launcher's variables into a plugin."""
         if is_sharded():
             state = processes()
             load_in_all_processes()

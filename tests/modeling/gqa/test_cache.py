@@ -6,7 +6,7 @@ from transformers.cache_utils import DynamicCache
 
 from fulmen.errors import CacheError
 from fulmen.modeling.cache import TokenBuffer
-from fulmen.modeling.gqa.cache import DsaCache, require_index_room
+from fulmen.modeling.gqa.cache import DsaCache, require_index_key_layers
 from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa, random_ids
 
 
@@ -111,7 +111,7 @@ def test_nbytes_counts_stored_tokens_of_both_kinds(model):
 
 
 def test_only_converted_layers_have_room_for_index_keys(model):
-    require_index_room(DsaCache(model.config), model.config)
+    require_index_key_layers(DsaCache(model.config), model.config)
     with pytest.raises(ValueError, match="update_indexer"):
         DsaCache(model.config).update_indexer(torch.zeros(1, 1, 4), 1)
 

@@ -75,11 +75,11 @@ def test_short_pasts_are_kept_whole_and_nothing_else_changes():
     start = torch.tensor([[0, 0, 2, 0, -3]])
     stop = torch.tensor([[2, 4, 7, 6, 1]])
     selected = torch.tensor([[[0, 1], [1, 3], [3, 6], [2, 5], [0, -1]]], dtype=torch.int32)
-    kept = keep_short_pasts(selected, start, stop, whole=5)
+    kept = keep_short_pasts(selected, start, stop, dense_up_to=5)
     assert kept.dtype == torch.int32
     expected = [[0, 1], [0, 1, 2, 3], [2, 3, 4, 5, 6], [2, 5], [0]]
     assert [[key for key in row if key >= 0] for row in kept[0].tolist()] == expected
-    assert keep_short_pasts(selected, start, stop, whole=2) is selected
+    assert keep_short_pasts(selected, start, stop, dense_up_to=2) is selected
 
 
 def test_the_split_gives_more_to_whom_more_helps_at_the_same_mean():

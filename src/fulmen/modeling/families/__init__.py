@@ -130,7 +130,7 @@ def dsa_of(config: "PreTrainedConfig") -> DsaConfig:
 def empty_cache(config: "PreTrainedConfig", max_length: int | None = None) -> Any:
     """An empty cache with room for the index keys of a converted model.
 
-    max_length: tokens to make room for at once; without it the room doubles as it fills.
+    max_length: tokens to allocate at once; without it the storage doubles as it fills.
 
     Raises UnsupportedModelError if the model has no DSA.
     """

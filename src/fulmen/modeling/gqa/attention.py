@@ -57,17 +57,17 @@ class DsaAttentionMixin:
         super().__init__(config, layer_idx)  # type: ignore[call-arg]
         dsa = DsaConfig.from_dict(config.dsa)
         self.indexer = GqaIndexer(config, dsa)
-        self._place = dsa.layers.index(layer_idx)
+        self._layer_number = dsa.layers.index(layer_idx)
 
     @property
     def topk(self) -> int:
-        """The model's k: pasts up to it are kept whole. Read from its config at each forward pass."""
+        """The model's k: up to it attention is dense. Read from its config at each forward pass."""
         return self.config.dsa["topk"]
 
     @property
     def layer_topk(self) -> int:
         """Keys that a query keeps of a longer past in this layer."""
-        return scaled_topk(self.topk, self.config.dsa.get("topk_shares"), self._place)
+        return scaled_topk(self.topk, self.config.dsa.get("topk_shares"), self._layer_number)
 
     def forward(
         self,
@@ -155,9 +155,9 @@ def fulmen_attention_forward(
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface for the layers of a DSA model that are not converted."""
     assert visible is not None, "a DSA model passes the intervals to all of its layers"
-    seen = narrowed_intervals(visible, sliding_window, key.shape[2])
+    intervals = narrowed_intervals(visible, sliding_window, key.shape[2])
     q_BTHD, k_BSGD, v_BSGV = (heads.transpose(1, 2) for heads in (query, key, value))
-    return attend_to_visible(module, q_BTHD, k_BSGD, v_BSGV, seen, scaling), None
+    return attend_to_visible(module, q_BTHD, k_BSGD, v_BSGV, intervals, scaling), None
 
 
 AttentionInterface.register(ATTENTION_NAME, fulmen_attention_forward)

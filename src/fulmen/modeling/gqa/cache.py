@@ -14,7 +14,7 @@ class DsaCache(Cache):
 
     Args:
         config: the model's config; its converted layers get room for index keys.
-        max_length: tokens to make room for at once; without it the room doubles as it fills.
+        max_length: tokens to allocate at once; without it the storage doubles as it fills.
     """
 
     layers: list[Any]
@@ -41,7 +41,7 @@ def converted_layers(config: PreTrainedConfig) -> list[int]:
     return list(config.dsa["layers"])
 
 
-def require_index_room(cache: Cache, config: PreTrainedConfig) -> None:
+def require_index_key_layers(cache: Cache, config: PreTrainedConfig) -> None:
     """Raise CacheError unless every converted layer of `cache` can hold index keys."""
     layers = getattr(cache, "layers", [])
     for layer in converted_layers(config):

@@ -86,7 +86,7 @@ class GqaFamily(Family):
         )
 
     def require_inheritable(self, config: PreTrainedConfig, dsa: DsaConfig) -> None:
-        """Index heads are made of whole attention heads, and index dims of the model's rotary pairs."""
+        """Index heads are made of attention heads, and index dims of the model's rotary pairs."""
         heads, width = config.num_attention_heads, model_head_width(config)
         if dsa.index_head_dim > width:
             raise ConfigError(

@@ -21,7 +21,7 @@ class IndexInputs(NamedTuple):
 
 
 class IndexRotation(NamedTuple):
-    """Cosine and sine of every index pair, per index key head; 1 and 0 where a pair does not turn."""
+    """Cosine and sine of every index pair, per index key head; 1 and 0 where a pair is not rotated."""
 
     cos_BTIP: Tensor
     sin_BTIP: Tensor
@@ -60,7 +60,7 @@ class GqaIndexer(nn.Module):
     an inherited indexer is a choice among directions that the model has learned already.
 
     `rope_pairs` [I, E/2] names, for each index pair (dims p and p + E/2), the rotary pair of the model's own
-    table that turns it; the number of rotary pairs means "does not turn".
+    table that rotates it; the number of rotary pairs means "not rotated".
     """
 
     rope_pairs: Tensor
@@ -109,7 +109,7 @@ class GqaIndexer(nn.Module):
         return rotate_half_split(k_BTIE, rotation.cos_BTIP, rotation.sin_BTIP)
 
     def reset_rope_pairs(self) -> None:
-        """Let index pair p turn with rotary pair p; used where no checkpoint says otherwise."""
+        """Let index pair p rotate with rotary pair p; used where no checkpoint says otherwise."""
         transformers_init.copy_(self.rope_pairs, self._first_rope_pairs())
 
     def _first_rope_pairs(self) -> Tensor:

@@ -30,7 +30,7 @@ from fulmen.ops.common.index_keys import round_index_keys
 from fulmen.ops.common.rope import apply_rope
 from fulmen.ops.scores import index_scores
 
-# Queries of a text that the thresholds are fitted on (hidden sizes want many), spread evenly over log t so
+# Queries of a sequence that the thresholds are fitted on (hidden sizes want many), evenly over log t so
 # that short pasts count too; every eighth of them where all pairs of dims are formed.
 THRESHOLD_ROWS = 384
 PAIR_EVERY = 8
@@ -39,7 +39,7 @@ ROWS_PER_BLOCK = 32
 PAIR_BLOCK = 8
 RIDGE = 1e-2
 LOG_SCALES = torch.arange(-6.0, 3.0, 0.25)
-SHORTEST_TEXT = 16
+SHORTEST_SEQUENCE = 16
 
 
 class InheritedGqaLayer(NamedTuple):
@@ -60,7 +60,7 @@ class InheritedGqaLayer(NamedTuple):
 
 
 class _Observation(NamedTuple):
-    """One calibration text as one layer sees it; q and k are after RoPE, R sampled queries `rows_R`."""
+    """One calibration sequence as one layer sees it; q and k are after RoPE, R sampled queries `rows_R`."""
 
     x_TC: Tensor
     q_THD: Tensor
@@ -80,23 +80,25 @@ def inherit_gqa(
 
     Args:
         model: as `Family.from_dense` makes it.
-        input_ids_BT: int64 token ids, B texts of T tokens, no padding.
+        input_ids_BT: int64 token ids, B sequences of T tokens, no padding.
         topk: the k the thresholds are made for, times each layer's share; at most T / 4 is used.
         on_layer: called after each layer, for progress.
 
     Raises:
-        ConfigError: a text too short to sample, or index heads that do not divide the attention heads.
+        ConfigError: a sequence too short to sample, or index heads that do not divide the attention heads.
         TrainingDivergedError: NaN in the model's activations.
     """
     length = input_ids_BT.shape[1]
-    if length < SHORTEST_TEXT:
-        raise ConfigError(f"calibration length {length} is too short; use at least {SHORTEST_TEXT} tokens")
+    if length < SHORTEST_SEQUENCE:
+        raise ConfigError(
+            f"calibration length {length} is too short; use at least {SHORTEST_SEQUENCE} tokens"
+        )
     dsa = DsaConfig.from_dict(model.config.dsa)
     report: list[InheritedGqaLayer] = []
 
     def fit(attention: Any, _: Any, kwargs: dict) -> None:
         share = dsa.layer_topk(attention.layer_idx) / dsa.topk
-        # A shorter text has no boundary at k to learn: that of a smaller k is learned instead.
+        # A shorter sequence has no boundary at k to learn: that of a smaller k is learned instead.
         layer_topk = min(max(1, round(topk * share)), length // LENGTH_OVER_TOPK)
         report.append(_fit_layer(attention, kwargs, layer_topk)._replace(topk_share=share))
         on_layer(report[-1])
@@ -152,17 +154,17 @@ def _observe(attention: Any, kwargs: dict, topk: int) -> list[_Observation]:
 
 def sampled_queries(first: int, stop: int) -> Tensor:
     """At most `THRESHOLD_ROWS` ascending positions first <= t < stop, evenly spread over log t."""
-    places_R = (torch.arange(THRESHOLD_ROWS) + 0.5) / THRESHOLD_ROWS
-    rows_R = (first * (stop / first) ** places_R.double()).long()
+    points_R = (torch.arange(THRESHOLD_ROWS) + 0.5) / THRESHOLD_ROWS
+    rows_R = (first * (stop / first) ** points_R.double()).long()
     return rows_R.clamp(first, stop - 1).unique()
 
 
 def pair_order(head_dim: int, rotary: int) -> Tensor:
-    """Dims of a head so that p and p + D/2 form a pair: rotary pairs first, then those that do not turn."""
+    """Dims of a head so that p and p + D/2 form a pair: rotary pairs first, the others then."""
     dims_D = torch.arange(head_dim)
     half, rest = rotary // 2, (head_dim - rotary) // 2
-    turning, still = dims_D[:rotary], dims_D[rotary:]
-    return torch.cat((turning[:half], still[:rest], turning[half:], still[rest:]))
+    rotated, still = dims_D[:rotary], dims_D[rotary:]
+    return torch.cat((rotated[:half], still[:rest], rotated[half:], still[rest:]))
 
 
 def own_logits(q_THD: Tensor, k_SGD: Tensor, rows_R: Tensor, scale: float) -> Tensor:

@@ -13,7 +13,7 @@ from fulmen.config import DsaConfig
 from fulmen.errors import CacheError, ConfigError
 from fulmen.modeling.forward_checks import require_no_attention_weights, require_no_dropout
 from fulmen.modeling.gqa.attention import ATTENTION_NAME
-from fulmen.modeling.gqa.cache import DsaCache, require_index_room
+from fulmen.modeling.gqa.cache import DsaCache, require_index_key_layers
 from fulmen.modeling.gqa.indexer import GqaIndexer, IndexProjection
 from fulmen.modeling.intervals import visible_intervals
 from fulmen.modeling.lengths import PREFILL_CHUNK
@@ -77,7 +77,7 @@ class DsaModelMixin(DsaPreTrainedMixin):
         if use_cache and past_key_values is None:
             past_key_values = DsaCache(self.config)
         if past_key_values is not None:
-            require_index_room(past_key_values, self.config)
+            require_index_key_layers(past_key_values, self.config)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         assert tokens is not None, "input_ids or inputs_embeds"
         visible = visible_intervals(
@@ -127,7 +127,7 @@ class DsaGenerationMixin(DsaPreTrainedMixin):
     ) -> Any:
         """As Transformers' `generate`, with a DsaCache of the right size and a long prompt read in chunks.
 
-        However it is read, a prompt has one rotary table: that of its whole length.
+        However it is read, a prompt has one rotary table: that of its full length.
 
         Raises CacheError if `cache_implementation` asks for another cache, ConfigError for attention weights.
         """
@@ -144,7 +144,7 @@ class DsaGenerationMixin(DsaPreTrainedMixin):
             prompt_length = _prompt_length(inputs, kwargs)
             max_new_tokens, max_length = setting("max_new_tokens"), setting("max_length")
             planned = prompt_length + max_new_tokens if max_new_tokens is not None else max_length
-            kwargs["past_key_values"] = DsaCache(self.config, _room_for(planned, self.config))
+            kwargs["past_key_values"] = DsaCache(self.config, _tokens_at_once(planned, self.config))
             is_long = prompt_length > PREFILL_CHUNK and kwargs.get("inputs_embeds") is None
             if is_long and setting("prefill_chunk_size") is None:
                 generation_config = _with_prefill_chunk(generation_config, kwargs)
@@ -153,11 +153,11 @@ class DsaGenerationMixin(DsaPreTrainedMixin):
     def _prefill(
         self, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict, **kwargs: Any
     ) -> Any:
-        """Transformers' own step of `generate` that reads the prompt, whole or in chunks."""
+        """Transformers' own step of `generate` that reads the prompt, at once or in chunks."""
         read: Callable[..., Any] = super()._prefill  # type: ignore[misc]
         if generation_config.prefill_chunk_size is None:
             return read(input_ids, generation_config, model_kwargs, **kwargs)
-        with rope_for_length(self, _text_length(input_ids, model_kwargs)):  # type: ignore[arg-type]
+        with rope_for_length(self, _longest_row(input_ids, model_kwargs)):  # type: ignore[arg-type]
             return read(input_ids, generation_config, model_kwargs, **kwargs)
 
 
@@ -176,17 +176,17 @@ def require_dsa(config: PreTrainedConfig) -> DsaConfig:
     return dsa
 
 
-def set_topk_ratios(model: PreTrainedModel, shares: Sequence[float]) -> None:
+def set_topk_ratios(model: PreTrainedModel, ratios: Sequence[float]) -> None:
     """Let the converted layers of a GQA DSA model share the budget so (`DsaConfig.topk_shares`).
 
-    Raises ConfigError if the shares cannot be.
+    Raises ConfigError if the ratios cannot be.
     """
-    dsa = DsaConfig.from_dict({**model.config.dsa, "topk_shares": tuple(shares)})
+    dsa = DsaConfig.from_dict({**model.config.dsa, "topk_shares": tuple(ratios)})
     model.config.dsa = dsa.to_dict()
 
 
 def _set_own_attention(config: PreTrainedConfig) -> None:
-    # A config turns to "eager" by itself when it is asked for the weights.
+    # A config changes to "eager" by itself when it is asked for the weights.
     require_no_attention_weights(config.output_attentions)
     _require_own_attention(config._attn_implementation or ATTENTION_NAME)
     config._attn_implementation = ATTENTION_NAME
@@ -204,7 +204,7 @@ def _slides(config: PreTrainedConfig, layer: int) -> bool:
     return kinds[layer] != "full_attention" if kinds else getattr(config, "sliding_window", None) is not None
 
 
-def _room_for(planned: float | None, config: PreTrainedConfig) -> int | None:
+def _tokens_at_once(planned: float | None, config: PreTrainedConfig) -> int | None:
     """Tokens to make room for at once: some files allow any length, which no memory holds; a cache grows."""
     context = getattr(config, "max_position_embeddings", None) or PREFILL_CHUNK
     return None if planned is None else int(min(planned, context))
@@ -215,7 +215,7 @@ def _prompt_length(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
     return max((prompt.shape[1] for prompt in prompts if prompt is not None), default=1)
 
 
-def _text_length(input_ids: Tensor, model_kwargs: dict[str, Any]) -> int:
+def _longest_row(input_ids: Tensor, model_kwargs: dict[str, Any]) -> int:
     """Tokens of the longest row, padding not counted: its last position, and one."""
     if (position_ids := model_kwargs.get("position_ids")) is not None:
         return int(position_ids.max()) + 1

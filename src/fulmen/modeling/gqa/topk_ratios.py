@@ -1,4 +1,4 @@
-"""How the layers of a GQA model share the budget of k keys.
+"""How the layers of a GQA model ratio the k of k keys.
 
 Layers differ by two orders of magnitude in what the best k keys miss: in SmolLM2's first layer attention is
 spread thin, in most others a fraction of k would do. With the mean of the layers' k held fixed, the cost is
@@ -8,7 +8,7 @@ that of an even split, and the loss over dense is a fifth to a quarter smaller (
 
 with o_i the attention's output, o_i(k) the same over the k keys of most mean attention, r_i the residual
 stream it is added to: an error counts by its size in the output and by what the output is to the stream. The
-shares minimise the sum of e_i(k_i).
+ratios minimise the sum of e_i(k_i).
 """
 
 from collections.abc import Callable, Iterator
@@ -41,14 +41,14 @@ def fit_topk_ratios(
     topk: int,
     on_layer: Callable[[int], None] = lambda _: None,
 ) -> tuple[float, ...]:
-    """Each converted layer's k in units of `topk`, mean 1, from one dense pass over some texts.
+    """Each converted layer's k in units of `topk`, mean 1, from one dense pass over some sequences.
 
     Args:
-        input_ids_BT: int64 token ids of B texts; 1.0 for all layers if T is below 4 `topk`.
+        input_ids_BT: int64 token ids of B sequences; 1.0 for all layers if T is below 4 `topk`.
         on_layer: called with the number of layers measured after each, for progress.
     """
     half = input_ids_BT.shape[1] // 2
-    tried = [share for share in TRIED_RATIOS if share * topk <= half and round(share * topk) > 0]
+    tried = [ratio for ratio in TRIED_RATIOS if ratio * topk <= half and round(ratio * topk) > 0]
     layers = dsa_attentions(model)
     if max(tried, default=0) < 2:
         return (1.0,) * len(layers)
@@ -72,25 +72,25 @@ def least_error_ratios(errors_LK: np.ndarray, tried_K: np.ndarray) -> tuple[floa
     """Shares of mean 1 with the least sum of errors, step by step to the layer that gains most.
 
     Args:
-        errors_LK: error of each layer at each share of `tried_K` (ascending); power laws in between.
+        errors_LK: error of each layer at each ratio of `tried_K` (ascending); power laws in between.
     """
     log_errors_LK = np.log(np.maximum(np.minimum.accumulate(errors_LK, axis=1), 1e-12))
 
-    def error(layer: int, share: float) -> float:
-        return float(np.exp(np.interp(np.log(share), np.log(tried_K), log_errors_LK[layer])))
+    def error(layer: int, ratio: float) -> float:
+        return float(np.exp(np.interp(np.log(ratio), np.log(tried_K), log_errors_LK[layer])))
 
     def gain(layer: int) -> float:
-        more = shares[layer] + STEP_RATIO
-        return error(layer, shares[layer]) - error(layer, more) if more <= tried_K[-1] else -1.0
+        more = ratios[layer] + STEP_RATIO
+        return error(layer, ratios[layer]) - error(layer, more) if more <= tried_K[-1] else -1.0
 
     n_layers = len(errors_LK)
-    shares = [LEAST_RATIO] * n_layers
+    ratios = [LEAST_RATIO] * n_layers
     gains = [gain(layer) for layer in range(n_layers)]
     for _ in range(round(n_layers * (1 - LEAST_RATIO) / STEP_RATIO)):
         best = int(np.argmax(gains))
-        shares[best] += STEP_RATIO
+        ratios[best] += STEP_RATIO
         gains[best] = gain(best)
-    return tuple(shares)
+    return tuple(ratios)
 
 
 @contextmanager
@@ -110,30 +110,30 @@ def _streams(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             hook.remove()
 
 
-def _errors(attention: Any, kwargs: dict, stream_BTC: Tensor, budgets: list[int]) -> list[float]:
-    """e(k) of one layer for each budget, the mean over texts and queries."""
+def _errors(attention: Any, kwargs: dict, stream_BTC: Tensor, ks: list[int]) -> list[float]:
+    """e(k) of one layer for each k, the mean over sequences and queries."""
     x_BTC, rotary = kwargs["hidden_states"], kwargs["position_embeddings"]
     q_BTHD, k_BTGD, v_BTGD = attention.project(x_BTC)
     q_BTHD, k_BTGD = (apply_rope(heads, *rotary).float() for heads in (q_BTHD, k_BTGD))
     length = x_BTC.shape[1]
     rows_R = torch.linspace(length // 2, length - 1, MEASURED_QUERIES, device=x_BTC.device).long().unique()
     found = [
-        _text_errors(attention, own_logits(q, k, rows_R, attention.scaling), v.float(), r[rows_R], budgets)
+        _sequence_errors(attention, own_logits(q, k, rows_R, attention.scaling), v.float(), r[rows_R], ks)
         for q, k, v, r in zip(q_BTHD, k_BTGD, v_BTGD, stream_BTC.float(), strict=True)
     ]
     return torch.stack(found).mean(0).tolist()
 
 
-def _text_errors(
-    attention: Any, logits_HRS: Tensor, v_TGV: Tensor, stream_RC: Tensor, budgets: list[int]
+def _sequence_errors(
+    attention: Any, logits_HRS: Tensor, v_TGV: Tensor, stream_RC: Tensor, ks: list[int]
 ) -> Tensor:
     output = partial(_output, attention, v_SGV=v_TGV[: logits_HRS.shape[-1]])
     dense_RC = output(logits_HRS)
-    best_RK = logits_HRS.softmax(-1).mean(0).topk(max(budgets), dim=-1).indices
+    best_RK = logits_HRS.softmax(-1).mean(0).topk(max(ks), dim=-1).indices
     size = dense_RC.norm() * stream_RC.norm()
     errors = []
-    for budget in budgets:
-        left_out_RS = ~selection_mask(best_RK[:, :budget], logits_HRS.shape[-1])
+    for k in ks:
+        left_out_RS = ~selection_mask(best_RK[:, :k], logits_HRS.shape[-1])
         sparse_RC = output(logits_HRS.masked_fill(left_out_RS, -torch.inf))
         errors.append((sparse_RC - dense_RC).square().sum() / size.clamp_min(1e-30))
     return torch.stack(errors)

@@ -106,8 +106,8 @@ def mla_index_inputs(
 ) -> MlaIndexInputs:
     """Index queries, keys and head weights of a stock indexer, with gradient.
 
-    The rotary dims come first. V3.2 turns them half-split although its attention turns neighbours; GLM-5
-    turns neighbours in both.
+    The rotary dims come first. V3.2 rotates them half-split although its attention rotates neighbours; GLM-5
+    rotates neighbours in both.
     """
     q_BTJE = indexer.wq_b(q_resid_BTC).unflatten(-1, (indexer.n_heads, -1))
     k_BTIE = indexer.k_norm(indexer.wk(x_BTC))[:, :, None]

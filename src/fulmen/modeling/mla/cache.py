@@ -53,7 +53,7 @@ class MlaCache(Cache):
 
     Args:
         config: the model's config.
-        max_length: tokens to make room for at once; without it the room doubles as it fills.
+        max_length: tokens to allocate at once; without it the storage doubles as it fills.
     """
 
     layers: list[Any]

@@ -1,6 +1,6 @@
 """Turn a DeepSeek-V2 or V3 model (MLA, dense attention) into a stock `deepseek_v32` model with an indexer.
 
-The result holds the source's trunk, weight for weight, under Transformers' own class and names: it saves,
+The result holds the source's backbone, weight for weight, under Transformers' own class and names: it saves,
 loads and runs without fulmen (of tokens with equal scores it then keeps any, where fulmen keeps the most
 recent). With `topk` at least as long as the text its logits are the source's. The indexer is random;
 `fulmen.modeling.mla.inherit` builds it from the attention's own heads.
@@ -63,7 +63,7 @@ _SMALLEST_NORM_WEIGHT = 1e-6
 def convert_mla(
     model: PreTrainedModel, *, topk: int, index_n_heads: int, index_head_dim: int
 ) -> DeepseekV32ForCausalLM:
-    """A stock DeepSeek-V3.2 model (arXiv 2512.02556, section 2): the trunk of `model`, with a random indexer.
+    """A stock DeepSeek-V3.2 model (arXiv 2512.02556, section 2): the backbone of `model`, a random indexer.
 
     Args:
         model: a DeepseekV2ForCausalLM (all MLPs dense) or DeepseekV3ForCausalLM. It is left as it is; the

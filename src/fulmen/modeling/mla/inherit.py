@@ -109,8 +109,8 @@ def inherit_mla(
             reports.append(_inherit_layer(layer.self_attn, inputs, rotary, visible))
             on_layer(reports[-1])
             hidden = [
-                layer(states, attention_mask=seen, position_embeddings=turn)
-                for states, seen, turn in zip(hidden, visible, rotary, strict=True)
+                layer(states, attention_mask=keys, position_embeddings=angles)
+                for states, keys, angles in zip(hidden, visible, rotary, strict=True)
             ]
     return reports
 
@@ -260,12 +260,12 @@ def _set_thresholds(
     n_inputs, n_heads = indexer.wq_b.in_features, indexer.n_heads
     gram_CC = torch.zeros(n_inputs, n_inputs, dtype=torch.float64, device=level_J.device)
     cross_CJ = torch.zeros(n_inputs, n_heads, dtype=torch.float64, device=level_J.device)
-    for x_BTC, turn in zip(inputs, rotary, strict=True):
+    for x_BTC, angles in zip(inputs, rotary, strict=True):
         # The first queries see too few keys for a standard deviation.
         first = x_BTC.shape[1] // 8
         for x_TC in x_BTC:
             q_resid_1TC = attention.q_a_layernorm(attention.q_a_proj(x_TC[None]))
-            index = mla_index_inputs(indexer, x_TC[None], q_resid_1TC, turn)
+            index = mla_index_inputs(indexer, x_TC[None], q_resid_1TC, angles)
             threshold_TJ = _logit_thresholds(index.q_BTJE[0].float(), index.k_BTIE[0, :, 0].float(), level_J)
             q_resid_TC = q_resid_1TC[0, first:].double()
             gram_CC += q_resid_TC.T @ q_resid_TC

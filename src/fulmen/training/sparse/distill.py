@@ -1,4 +1,4 @@
-"""Next-token loss and distillation from hidden states, in chunks: logits of the whole text never exist.
+"""Next-token loss and distillation from hidden states, in chunks: logits of a full sequence never exist.
 
 A teacher's distribution is kept as its n likeliest tokens and one bucket for all others. With p the teacher
 and q the student, X the n tokens:

@@ -1,4 +1,4 @@
-"""LoRA for the trunk (peft, an option): low-rank updates that are merged into the weights at the end."""
+"""LoRA for the backbone (peft, an option): low-rank updates that are merged into the weights at the end."""
 
 import importlib.util
 from typing import Any
@@ -9,12 +9,12 @@ from transformers import PreTrainedModel
 from fulmen.errors import ConfigError
 from fulmen.modeling.selectors import dsa_attentions
 
-# The linear maps of attention and MLP; the indexers are trained whole, embeddings and norms not at all.
+# The linear maps of attention and MLP; the indexers are trained in full, embeddings and norms not at all.
 TARGETS = r"(?!.*\.indexer\.).*\.(self_attn|mlp)\..*_proj(_with_mqa)?"
 
 
 def add_lora(model: PreTrainedModel, rank: int, seed: int) -> None:
-    """Freeze the trunk and put adapters of `rank` beside its linear maps, in place.
+    """Freeze the backbone and put adapters of `rank` beside its linear maps, in place.
 
     Raises ConfigError if peft is not installed.
     """

@@ -11,11 +11,11 @@ SCHEDULE_SHARE = 0.5
 class TopkSchedule:
     """k by step and layer.
 
-    kind: "none": the target from the first step on. "shrink": from the texts' length down to the target, by
-    a constant factor a step. "layers": one layer after the other becomes sparse, the last one first, since
+    kind: "none": the target from the first step on. "shrink": from the sequences' length down to the target,
+    by a constant factor a step. "layers": one layer after the other becomes sparse, the last one first, since
     its error passes through no other. "dense": never sparse, which makes the control of a run: the same
     tokens, the same loss, dense attention.
-    length: tokens of a text. topk: the target. layers: indices of the converted layers. steps: of the run.
+    length: tokens of a sequence. topk: the target. layers: the converted ones. steps: of the run.
     """
 
     kind: str

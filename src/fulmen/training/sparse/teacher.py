@@ -102,12 +102,12 @@ def require_same_tokens(tokenizer: object, teachers: object) -> None:
     ours, theirs = (_vocabulary(one) for one in (tokenizer, teachers))
     if ours == theirs and _probe(tokenizer) == _probe(teachers):
         return
-    odd = next(
+    mismatched = next(
         (word for word in sorted(ours.keys() | theirs.keys()) if ours.get(word) != theirs.get(word)), None
     )
     which = (
-        f"token {odd!r} is {ours.get(odd)} here and {theirs.get(odd)} there"
-        if odd
+        f"token {mismatched!r} is {ours.get(mismatched)} here and {theirs.get(mismatched)} there"
+        if mismatched
         else "they cut differently"
     )
     raise ConfigError(

@@ -104,7 +104,7 @@ def with_gradient_in_hand(
 ) -> Tensor:
     """The scalar `loss` of `leaves` as one of `inputs`, whose values they copy; its gradient is taken now.
 
-    So a layer's queries, keys and values need not wait in memory for the backward pass of the whole step.
+    So a layer's queries, keys and values need not wait in memory for the backward pass of the step.
     """
     if not loss.requires_grad:
         return loss

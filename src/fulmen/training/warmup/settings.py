@@ -9,7 +9,7 @@ class WarmupSettings:
 
     steps: optimizer steps; None lets `budget_s` decide.
     budget_s: wall-clock seconds for all of the warm-up, evaluations included.
-    learning_rate: peak of a cosine schedule (Adam). n_rows: query rows per text and layer in a step.
+    learning_rate: peak of a cosine schedule (Adam). n_rows: query rows per sequence and layer in a step.
     patience: evaluations without improvement before it stops. seed: of the data order and the drawn rows.
     bf16: autocast to bfloat16; 16-bit indexers are trained so anyway, and kept in float32 meanwhile.
     """
