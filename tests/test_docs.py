@@ -11,13 +11,16 @@ import pytest
 import fulmen.ops
 
 ROOT = Path(__file__).parents[1]
+HISTORY = ROOT / "benchmarks" / "history"
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
     *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "src" / "fulmen" / "ops" / "README.md",
+    HISTORY / "README.md",
+    *sorted((ROOT / ".github").rglob("*.yml")),
 ]
-HISTORY = ROOT / "benchmarks" / "history"
 # Names in these are those of their day.
 RECORDS = {"log.md", "CHANGELOG.md"}
 FOLDERS = r"(?:src/fulmen|tests|benchmarks|examples|docs)"

@@ -20,7 +20,7 @@ PAGES = ["README.md", "docs/python.md", "docs/ops.md"]
 ELSEWHERE = ["docs/serving.md", "docs/evaluation.md"]
 # Commands of the log are those of their day.
 COMMAND_PAGES = [
-    *("README.md", "CONTRIBUTING.md"),
+    *("README.md", "CONTRIBUTING.md", "src/fulmen/ops/README.md"),
     *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "log.md"),
 ]
 MODELS = ("smollm2-135m", "Qwen/Qwen3-0.6B")
