@@ -49,7 +49,7 @@ def test_a_converted_model(dsa_dir, tmp_path):
     assert (out / "cost.png").read_bytes().startswith(b"\x89PNG")
     assert "8,192" in result.stdout
     assert f"decode: DSA is cheaper from position {report['crossovers']['decode']} on" in result.stdout
-    assert "50% of the prompts' tokens cached; k = 16" in result.stdout
+    assert "50 % of the prompts' tokens cached; k = 16" in result.stdout
 
 
 def test_prices_are_those_of_the_config(dsa_dir, tmp_path):

@@ -91,7 +91,7 @@ class TestPace:
         assert pace.left == pytest.approx(1)
         clock.now = 9
         assert pace.left is None
-        assert pace.words(False) == "67%, 0:09 elapsed"
+        assert pace.words(False) == "67 %, 0:09 elapsed"
 
     def test_clock(self):
         assert [in_minutes(seconds) for seconds in (0, 59.6, 3599, 3961)] == [

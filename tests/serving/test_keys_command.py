@@ -173,7 +173,7 @@ def test_usage_is_cut_by_account_and_time(state):
 def test_usage_shows_totals_by_account(state):
     use(state)
     _, alice, bob = words_of(done("usage"))
-    assert alice == ["alice", "2", "1,000", "200", "30", "0.00069", "25.0%", "2.0"]
+    assert alice == ["alice", "2", "1,000", "200", "30", "0.00069", "25.0", "%", "2.0"]
     assert bob == ["bob", "1", "0", "1", "0", "0.000002", "0.0"]
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fulmen.cli.progress import STARTING, reporter
+from fulmen.evaluation.wording import percent
 from fulmen.pipeline.cost_settings import DEFAULT_BATCH, DEFAULT_POSITIONS, DEFAULT_PRICE, CostSettings
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def _print(run: "PriceRun", console: Console) -> None:
     topk = run.pricing.shape.dsa.topk
     console.print(
         f"{how}: {machine.flops:.3g} FLOP/s, {machine.bandwidth:.3g} B/s, ${terms.per_hour:g} an hour; batch "
-        f"{terms.batch}, {terms.hit_rate:.0%} of the prompts' tokens cached; k = {topk:,}"
+        f"{terms.batch}, {percent(terms.hit_rate, 0)} of the prompts' tokens cached; k = {topk:,}"
     )
     if run.speed:
         _print_fit(run.speed, console)
@@ -130,7 +131,7 @@ def _print_fit(speed: "Speed", console: Console) -> None:
     worst = 0.0
     for kind, lines in speed.lines.items():
         parts = [
-            f"{part} {fixed * 1e6:.3g} us + {per_token * 1e9:.3g} ns a token, within {error:.0%}"
+            f"{part} {fixed * 1e6:.3g} us + {per_token * 1e9:.3g} ns a token, within {percent(error, 0)}"
             for part, (fixed, per_token, error) in lines._asdict().items()
         ]
         worst = max(worst, *(line.error for line in lines))
@@ -141,5 +142,5 @@ def _print_fit(speed: "Speed", console: Console) -> None:
     )
     if worst > POOR_FIT:
         console.print(
-            f"The lines miss measured times by up to {worst:.0%}: the machine was busy, measure again"
+            f"The lines miss measured times by up to {percent(worst, 0)}: the machine was busy, measure again"
         )

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fulmen.cli.books import DEFAULT_STATE, LedgerUrl, State, books_at
+from fulmen.evaluation.wording import percent
 
 if TYPE_CHECKING:
     from fulmen.serving.billing.usage_export import Total
@@ -58,7 +59,7 @@ def _print_totals(by_account: "dict[str, Total]", currency: str) -> None:
     for name in ("requests", "prompt, hit", "prompt, miss", "output", currency, "read by DSA", "GB saved"):
         table.add_column(name, justify="right", no_wrap=True)
     for account, total in by_account.items():
-        share = f"{total.tokens_read / total.context_tokens:.1%}" if total.context_tokens else ""
+        share = percent(total.tokens_read / total.context_tokens, 1) if total.context_tokens else ""
         counts = (total.requests, total.prompt_hit, total.prompt_miss, total.output)
         saved = f"{total.bytes_saved / 1e9:,.1f}"
         table.add_row(account, *(f"{n:,}" for n in counts), money_text(total.charge), share, saved)

@@ -17,7 +17,7 @@ def signed_percent(share: float, digits: int = 2) -> str:
 def limits_text(interval: Mapping[str, Any]) -> str:
     """The limits of an interval of shares."""
     if interval["low"] is None:
-        return "no interval from one window"
+        return "no interval from one sequence"
     return f"95 % interval {signed_percent(interval['low'])} to {signed_percent(interval['high'])}"
 
 

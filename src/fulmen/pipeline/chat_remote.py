@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from fulmen.errors import EndpointError
+from fulmen.evaluation.wording import percent
 from fulmen.pipeline.reporter import Reporter, reporter_of
 
 KEY_VARIABLE = "FULMEN_API_KEY"
@@ -98,7 +99,7 @@ def summary(usage: dict[str, Any]) -> str:
     line = f"{prompt:,} prompt tokens, {hit:,} of them in the cache; {output:,} output"
     if bill := usage.get("fulmen"):
         context = bill["context_tokens"]
-        share = f"{bill['tokens_read'] / context:.0%}" if context else "nothing"
+        share = percent(bill["tokens_read"] / context, 0) if context else "nothing"
         dense = f", {bill['dense_cost']} with dense attention" if bill.get("dense_cost") else ""
         line += f"; attention read {share} of its context; {bill['cost']} {bill['currency']}{dense}"
     return f"[{line}]"

@@ -5,6 +5,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from fulmen.config import DsaConfig
+from fulmen.evaluation.wording import percent
 
 if TYPE_CHECKING:
     from fulmen.modeling.cache import CacheBytes
@@ -134,7 +135,7 @@ def _facts(model: ModelDescription) -> list[tuple[str, str]]:
     )
     share = (
         f"{_bytes(model.token_bytes.kv)} a token, index keys {_bytes(model.token_bytes.index_keys)} more "
-        f"({model.index_key_share:.1%} of a converted layer)"
+        f"({percent(model.index_key_share, 1)} of a converted layer)"
     )
     return [*facts, ("indexer", shape), ("cache", share)]
 

@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Protocol, TextIO
 
 from fulmen.errors import ConfigError
+from fulmen.evaluation.wording import percent
 
 LINE_EVERY_S = 5.0
 METHODS = ("stage", "advance", "note")
@@ -96,7 +97,7 @@ class Pace:
         """ "3/30, 0:41 elapsed, 6:10 left, KL 0.41"."""
         parts = [f"{in_minutes(self.elapsed)} elapsed"]
         if self.total:
-            share = f"{self.done:g}/{self.total:g}" if counted else f"{self.done / self.total:.0%}"
+            share = f"{self.done:g}/{self.total:g}" if counted else percent(self.done / self.total, 0)
             parts.insert(0, share)
         if self.left is not None:
             parts.append(f"{in_minutes(self.left)} left")
