@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fulmen.cli.console import renamed
-from fulmen.cli.evaluation_options import Dense, HeldOutData, ModelDir, Topk
+from fulmen.cli.evaluation_options import ConvertedDir, Dense, HeldOutData, Topk
 from fulmen.cli.progress import STARTING, console, reporter
 from fulmen.cli.suite import print_table, suite_command
 from fulmen.pipeline.api_evaluate import evaluate
@@ -28,7 +28,7 @@ OLD = typer.Option(hidden=True)
 
 
 def evaluate_command(
-    model_dir: ModelDir,
+    model_dir: ConvertedDir,
     dense: Dense = None,
     data: HeldOutData = None,
     json: Annotated[

@@ -5,12 +5,16 @@ from typing import Annotated
 
 import typer
 
-ModelDir = Annotated[
+ConvertedDir = Annotated[
+    Path,
+    typer.Argument(metavar="DIR", help="What fulmen convert or train wrote.", show_default=False),
+]
+AnyDir = Annotated[
     Path,
     typer.Argument(
         metavar="DIR",
-        help="A model directory that fulmen convert wrote; for suites that need no DSA any model's, "
-        "and with --url only the tokenizer is read.",
+        help="What fulmen convert or train wrote; for suites that need no DSA any model's directory. With "
+        "--url only its tokenizer is read.",
         show_default=False,
     ),
 ]
@@ -18,8 +22,8 @@ Dense = Annotated[
     str | None,
     typer.Option(
         metavar="SOURCE",
-        help="The dense model to compare with, after fulmen train above all; in suites it is the one "
-        "that answers as dense. [dim]Default: only DIR itself, read densely.[/]",
+        help="The dense model to compare with, after fulmen train above all. [dim]Default: DIR itself, "
+        "read densely.[/]",
         show_default=False,
     ),
 ]
@@ -39,23 +43,25 @@ Topk = Annotated[
 Lengths = Annotated[
     str | None,
     typer.Option(
-        help="Suites: tokens of a prompt, as 1k,2k,4k, or max. [dim]Default: 1k,2k; with a k above 512: "
+        help="Tokens of a prompt, as 1k,2k,4k, or max. [dim]Default: 1k,2k; with a k above 512: "
         "2 k and 4 k; within the context.[/]",
         show_default=False,
     ),
 ]
-Samples = Annotated[int, typer.Option(help="Suites: questions per task and length, or texts per length.")]
+Samples = Annotated[int, typer.Option(help="Questions per task and length, or texts per length.")]
 Tasks = Annotated[
     str | None,
     typer.Option(
-        metavar="NAMES", help="Suite ruler: some of its tasks. [dim]Default: all.[/]", show_default=False
+        metavar="NAMES",
+        help="Of the suite ruler, some of its tasks. [dim]Default: all.[/]",
+        show_default=False,
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Suites: another seed asks other questions.")]
+Seed = Annotated[int, typer.Option(help="Another seed asks other questions.")]
 Url = Annotated[
     str | None,
     typer.Option(
-        help="Suites ruler and generate: ask an OpenAI-compatible endpoint, as http://host:8000/v1.",
+        help="For the suites ruler and generate: ask an OpenAI-compatible endpoint, as http://host:8000/v1.",
         show_default=False,
     ),
 ]
@@ -67,7 +73,7 @@ Out = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="Suites: folder for results. [dim]Default: suites in DIR, or eval-NAME.[/]",
+        help="Folder for results. [dim]Default: suites in DIR, or eval-NAME.[/]",
         show_default=False,
     ),
 ]

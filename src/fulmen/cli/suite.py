@@ -7,11 +7,11 @@ import typer
 from rich.table import Table
 
 from fulmen.cli.evaluation_options import (
+    AnyDir,
     Dense,
     HeldOutData,
     Lengths,
     Model,
-    ModelDir,
     Out,
     Samples,
     Seed,
@@ -30,7 +30,7 @@ NAMES = [name for name in SUITE_NAMES if name != PARITY]
 
 
 def suite_command(
-    model_dir: ModelDir,
+    model_dir: AnyDir,
     suites: Annotated[
         str, typer.Option(metavar="NAMES", help=f"What to measure: {', '.join(NAMES)}; some by commas.")
     ] = ALL,

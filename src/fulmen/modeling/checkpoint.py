@@ -199,7 +199,10 @@ def require_free_output(out_dir: str | Path, *, overwrite: bool = False) -> None
     if not target.exists() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise OutputError(f"{target} exists and is not empty; name another directory or allow overwriting")
+        raise OutputError(
+            f"{target} exists and is not empty; name another directory, or set overwrite",
+            arguments=["overwrite"],
+        )
     if not (target / "config.json").is_file():
         raise OutputError(f"{target} is not a model directory, so it is not overwritten; name another")
 

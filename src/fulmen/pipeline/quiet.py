@@ -19,6 +19,7 @@ def quiet(reporter: Reporter) -> Iterator[None]:
             warnings.simplefilter("ignore")
         silent.enter_context(_quiet_transformers())
         silent.enter_context(_quiet_datasets())
+        silent.enter_context(_quiet_hub())
         yield
 
 
@@ -75,3 +76,15 @@ def _quiet_datasets() -> Iterator[None]:
         yield
     finally:
         library.enable_progress_bars()
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Of a hub that cannot be reached each attempt would be told; the last one is an error anyway."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(max(logger.getEffectiveLevel(), logging.ERROR))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -80,9 +80,10 @@ def dsa_family_for_type(model_type: str) -> "Family":
     raise UnsupportedModelError(f"model_type {model_type!r} is not a DSA model; convert it with fulmen first")
 
 
-def has_dsa(config: "PreTrainedConfig") -> bool:
+def has_dsa(config: "PreTrainedConfig | None") -> bool:
     """Whether this is the config of a converted model."""
-    return any(config.model_type in family.dsa_types for family in all_families())
+    model_type = getattr(config, "model_type", None)
+    return any(model_type in family.dsa_types for family in all_families())
 
 
 def family_like(config: "PreTrainedConfig") -> "Family":
@@ -115,7 +116,7 @@ def set_topk(model: "PreTrainedModel", topk: int) -> None:
     Raises ConfigError if `topk` is no positive integer, or the model has no DSA.
     """
     require_positive_int("topk", topk)
-    if not has_dsa(model.config):
+    if not has_dsa(getattr(model, "config", None)):
         raise ConfigError(
             f"{type(model).__name__} has no DSA to set topk={topk} on; convert it with fulmen first"
         )
