@@ -89,10 +89,10 @@ def make_model(name: str):
 
 
 class Watch(IndexerSelector):
-    """The product's selection, written down: `chosen[layer][row][query]`, in places of the row itself.
+    """The product's selection, written down: `chosen[layer][row][query]`, in positions of the row itself.
 
-    Places count from the row's first visible token, so that padding and chunks do not show. Queries that keep
-    everything are left out.
+    Positions count from the row's first visible token, so that padding and chunks do not show. Queries that
+    keep everything are left out.
     """
 
     def __init__(self) -> None:

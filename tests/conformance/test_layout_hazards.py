@@ -37,8 +37,8 @@ def all_causal(batch):
 
 
 @pytest.mark.parametrize("name", ["llama", "llama3-rope", "qwen2", "qwen3", "mistral"])
-def test_hazard_1_a_copied_head_is_turned_as_the_model_turns_it(name):
-    """Index heads that are the model's own select where its queries and keys, turned by Transformers' own
+def test_hazard_1_a_copied_head_is_rotated_as_the_model_rotates_it(name):
+    """Index heads that are the model's own select where its queries and keys, rotated by Transformers' own
     function, have the largest sum of ReLU(q . k).
 
     Mutation: pairs of neighbours, `x[..., ::2], x[..., 1::2]`, in rotate_half_split (ops/common/rope.py).
@@ -76,7 +76,7 @@ def test_hazard_1_a_copied_head_is_turned_as_the_model_turns_it(name):
 @pytest.mark.parametrize("name", ["v32", "glm-shared"])
 @pytest.mark.parametrize("cached", [False, True])
 def test_hazard_1_mla_selects_what_transformers_own_indexer_selects(name, cached):
-    """V3.2's indexer turns halves although its attention turns neighbours; GLM-5's turns neighbours in both.
+    """V3.2's indexer rotates halves, though its attention rotates neighbours; GLM-5's does neighbours in both.
 
     Mutation: half_split_pairs for both kinds, or for neither: `if True` or `if False` for the isinstance of
     mla_index_inputs (modeling/mla/attention.py).

@@ -93,7 +93,7 @@ def test_hazards_5_and_9_a_padded_row_is_the_row_alone(model):
 
 @pytest.mark.parametrize("sizes", [[1, 3, 60, 1, 35], [7] * 14 + [2]], ids=str)
 def test_hazard_6_index_keys_keep_their_own_scale_in_every_layer_and_block(sizes):
-    """Sizes of keys from 1e-6 to 1e6, token by token, head by head, layer by layer; room that grows.
+    """Sizes of keys from 1e-6 to 1e6, token by token, head by head, layer by layer; caches that grow.
 
     Mutations: `scale_bytes[:, :1]` in unpack_index_keys, `amax((1, -1), keepdim=True)` in pack_index_keys
     (ops/common/index_keys.py): the first token's scale, or one for a whole block.
@@ -111,7 +111,7 @@ def test_hazard_6_index_keys_keep_their_own_scale_in_every_layer_and_block(sizes
         q, w = normal(2, 1, 4, 8, seed=20), normal(2, 1, 4, seed=21).abs()
         ends = torch.zeros(2, 1, dtype=torch.int64), torch.full((2, 1), LENGTH)
         exact, stored_set = (index_topk(q, k, w, None, *ends, 3 * TOPK) for k in (keys, found))
-        # Neighbours at the cut may change places, no more.
+        # Neighbours at the cut may swap, no more.
         common = sum(
             len(set(a) & set(b)) for a, b in zip(exact[:, 0].tolist(), stored_set[:, 0].tolist(), strict=True)
         )

@@ -1,5 +1,7 @@
 """Hazards of the selection itself, by every backend: ties, lost winners, batches, padding, replays."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -14,7 +16,13 @@ from tests.ops.ops_cases import normal
 
 def case_for(backend, dtype, tied):
     """Small where Triton is interpreted; several tiles of keys and blocks of queries elsewhere."""
-    inputs = index_case(dtype, tied, *((2, 150) if backend == "triton" else (26, 700)))
+    inputs = checked_case(dtype, tied, *((2, 150) if backend == "triton" else (26, 700)))
+    return tuple(x.clone() for x in inputs)
+
+
+@cache  # for all backends and hazards
+def checked_case(dtype, tied, queries, keys):
+    inputs = index_case(dtype, tied, queries, keys)
     with pin_backend("reference"):
         check_scores(index_scores(*inputs), *inputs[4:], TOPK, tied)
     return inputs
@@ -25,9 +33,9 @@ def cases_for(backend, dtype):
 
 
 def test_hazard_3_ties_have_one_winner_in_every_replay(backend, dtype):
-    """Mutations, each for its backend, all in ops/select_topk but the last: `-s` for `s` in the sort key of
-    reference.py; zeros for positions_S in _rank_scores of cpu.py; `tl.cumsum(equal_C, 0) - equal_C` for
-    equal_later_C in triton.py; the oldest ties taken in take_best of cpp/src/index_topk.cpp.
+    """Mutations, each for its backend, all in ops/topk but the last: `-s` for `s` in the sort key of
+    reference.py; zeros for positions_S in _rank_scores of torch_blocked.py; `tl.cumsum(equal_C, 0) - equal_C`
+    for equal_later_C in triton.py; the oldest ties taken in take_best of cpp/src/index_topk.cpp.
     """
     inputs = case_for(backend, dtype, tied=True)
     expected = best_by_hand(index_scores(*inputs), *inputs[4:], TOPK)
@@ -56,9 +64,9 @@ def hard_rows(S):
 
 @pytest.mark.parametrize("topk", [1, 64, 500])
 def test_hazard_4_no_winner_is_lost(backend, topk, monkeypatch):
-    """Mutations: `scores_TS.bfloat16()` in _rank_scores of select_topk/cpu.py; `bits &= ~0xffff` in
+    """Mutations: `scores_TS.bfloat16()` in _rank_scores of topk/torch_blocked.py; `bits &= ~0xffff` in
     rank_scores of cpp/src/index_topk.cpp; `& 0xFFFFFF00` on the ranks in _load_ranks of
-    select_topk/triton.py.
+    topk/triton.py.
     """
     # Several blocks of any backend.
     S = 5000
@@ -163,7 +171,7 @@ def test_hazard_8_buffers_filled_anew_are_selected_from_anew(backend):
 
     Mutations: index_topk_cpp keeps its results in a dict by the inputs' data_ptr() (ops/topk/
     cpp.py); take_all left out of fulmen_index_topk (cpp/src/index_topk.cpp), or without its -1 in
-    select_topk/triton.py: then the poison shows.
+    topk/triton.py: then the poison shows.
     """
     contents = [case_for(backend, torch.float32, tied) for tied in (False, True)]
     contents = [(*case, normal(*case[1].shape[:2], 2, 16, seed=8)) for case in contents]

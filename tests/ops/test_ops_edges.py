@@ -81,10 +81,12 @@ def test_an_index_below_int32_is_nothing(operation, backend):
     q, k, v = (normal(2, n, heads, 8, seed=n) for n, heads in ((4, 4), (30, 2), (31, 2)))
     v = v[:, :30]
     topk = random_selection(2, 4, 30, 9).long()
-    odd = topk.masked_fill(topk < 0, -(2**32))  # 0, in 32 bits
-    odd[..., 0] = torch.where(topk[..., 0] < 0, -(2**31) - 1, topk[..., 0])  # the largest int32
+    mismatched = topk.masked_fill(topk < 0, -(2**32))  # 0, in 32 bits
+    mismatched[..., 0] = torch.where(topk[..., 0] < 0, -(2**31) - 1, topk[..., 0])  # the largest int32
     with pin_or_skip(operation, backend):
-        assert torch.equal(sparse_attention(q, k, v, odd, 0.3)[0], sparse_attention(q, k, v, topk, 0.3)[0])
+        assert torch.equal(
+            sparse_attention(q, k, v, mismatched, 0.3)[0], sparse_attention(q, k, v, topk, 0.3)[0]
+        )
 
 
 @each_pair(index_topk)

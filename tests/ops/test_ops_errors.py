@@ -68,7 +68,7 @@ def test_a_wrong_input_raises_and_is_named(operation, name, value, message):
 
 
 @pytest.mark.parametrize("operation", op_inputs(), ids=lambda operation: operation.__name__)
-def test_the_same_inputs_unspoilt_are_fine(operation):
+def test_the_same_inputs_left_right_are_fine(operation):
     operation(**op_inputs()[operation])
 
 
@@ -78,7 +78,7 @@ def test_more_keys_than_int32_can_number_are_refused_before_any_work(operation):
         axes = name.rpartition("_")[2]
         if not isinstance(value, torch.Tensor) or "S" not in axes:
             return value
-        # One key, seen everywhere: no memory behind it.
+        # One key, visible everywhere: no memory behind it.
         first = value.narrow(axes.index("S"), 0, 1)
         return first.expand([2**31 if axis == "S" else -1 for axis in axes])
 

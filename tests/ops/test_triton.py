@@ -89,7 +89,7 @@ def test_a_score_has_the_same_bits_alone_in_a_batch_and_among_others(heads):
         assert torch.equal(index_scores(q[1:, t : t + 1], k[1:], *own), together[1:, t : t + 1])
 
 
-def test_a_key_that_is_not_finite_spoils_its_own_scores_alone():
+def test_a_key_that_is_not_finite_makes_nan_of_its_own_scores_alone():
     q, k, w, b = index_inputs(1, 4, 60, (9, 3, 20))
     interval = here(*causal(1, 4, 60))
     bad = k.clone()
@@ -101,14 +101,14 @@ def test_a_key_that_is_not_finite_spoils_its_own_scores_alone():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_query_that_is_not_finite_scores_nan_and_spoils_no_other(dtype):
+def test_a_query_that_is_not_finite_scores_nan_and_of_no_other(dtype):
     q, k, w, b = index_inputs(1, 4, 60, (9, 3, 20))
     q, k, interval = q.to(dtype), k.to(dtype), here(*causal(1, 4, 60))
     clean = index_scores(q, k, w, b, *interval)
     for bad in (torch.nan, torch.inf, -torch.inf):
-        spoilt = q.clone()
-        spoilt[0, 2, 7, 5] = bad
-        scores = index_scores(spoilt, k, w, b, *interval)
+        poisoned = q.clone()
+        poisoned[0, 2, 7, 5] = bad
+        scores = index_scores(poisoned, k, w, b, *interval)
         assert scores[0, 2, :59].isnan().all()
         scores[0, 2] = clean[0, 2]
         assert torch.equal(scores, clean)
@@ -245,8 +245,8 @@ def test_memory_layout_does_not_matter():
     wanted = gradients(plain, qkv)
     as_caches_keep_it = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv]
     strided = [torch.stack([x, x], -1)[..., 1] for x in qkv]
-    for odd in (as_caches_keep_it, strided):
-        out = sparse_attention(*odd, topk.long().transpose(0, 1).contiguous().transpose(0, 1), 0.3)
+    for layout in (as_caches_keep_it, strided):
+        out = sparse_attention(*layout, topk.long().transpose(0, 1).contiguous().transpose(0, 1), 0.3)
         assert torch.equal(out[0], plain[0])
         for gradient, want in zip(gradients(out, qkv), wanted, strict=True):
             assert_near(gradient, want, torch.float32)

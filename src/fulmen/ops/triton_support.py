@@ -17,9 +17,9 @@ from fulmen.ops.common.interpreter import INTERPRET_VARIABLE, is_interpreted
 LEAST_CAPABILITY = (8, 0)
 
 
-def triton_kernels(room: str) -> Any:
-    """The module `fulmen.ops.<room>.triton`."""
-    return import_module(f"fulmen.ops.{room}.triton")
+def triton_kernels(folder: str) -> Any:
+    """The module `fulmen.ops.<folder>.triton`."""
+    return import_module(f"fulmen.ops.{folder}.triton")
 
 
 def triton_reason(device: torch.device | str) -> str | None:

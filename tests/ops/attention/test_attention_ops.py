@@ -136,7 +136,7 @@ def test_intervals_that_are_nearly_causal_are_kept_to(queries, start, stop):
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 @pytest.mark.parametrize("poisoned", [1, 2], ids="kv")
-def test_a_bad_key_spoils_no_query_of_a_chunk_before_it(poisoned, poison):
+def test_a_bad_key_makes_nan_of_no_query_of_a_chunk_before_it(poisoned, poison):
     clean, interval = inputs((1, 40, 60, 1), HEADS["grouped"]), causal(1, 40, 60)
     bad = [x.detach().clone() for x in clean]
     bad[poisoned][:, 50] = poison

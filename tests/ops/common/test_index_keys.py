@@ -39,7 +39,7 @@ def test_the_largest_number_uses_the_whole_range_and_zero_stays_zero():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_a_key_that_is_not_finite_comes_back_as_nan_and_spoils_no_other(bad):
+def test_a_key_that_is_not_finite_comes_back_as_nan_and_no_other_does(bad):
     keys = normal(*SHAPE)
     expected = unpack_index_keys(pack_index_keys(keys))
     keys[1, 3, 0, 2] = bad

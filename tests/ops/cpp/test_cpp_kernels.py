@@ -115,14 +115,14 @@ def test_packed_keys_without_tiles_score_bit_for_bit_as_their_numbers(heads, mon
     assert torch.equal(index_scores(q, packed, w, b, *intervals), expected)
 
 
-def test_a_query_that_is_no_number_spoils_its_own_scores_alone():
+def test_a_query_that_is_no_number_makes_nan_of_its_own_scores_alone():
     q, k, w, b = index_inputs(1, 20, 70, INDEX_HEADS[0])
     packed, intervals = pack_index_keys(k), causal(1, 20, 70)
     expected = index_scores(q, packed, w, b, *intervals)
     for bad in (torch.nan, torch.inf):
-        spoilt = q.clone()
-        spoilt[0, 7, 4, 3] = bad
-        scores = index_scores(spoilt, packed, w, b, *intervals)
+        poisoned_q = q.clone()
+        poisoned_q[0, 7, 4, 3] = bad
+        scores = index_scores(poisoned_q, packed, w, b, *intervals)
         assert not scores[0, 7, :57].isfinite().any()
         scores[0, 7] = expected[0, 7]
         assert torch.equal(scores, expected)
@@ -233,13 +233,13 @@ def test_poison_among_many_bfloat16_queries_stays_with_those_that_select_it(pois
     key = int(topk[0, 3].max())
     bad = [x.detach().clone() for x in clean]
     bad[poisoned][:, 3 if poisoned == 0 else key] = poison
-    spoilt = torch.arange(T) == 3 if poisoned == 0 else (topk[0] == key).any(-1)
-    assert 0 < spoilt.sum() < T
+    affected = torch.arange(T) == 3 if poisoned == 0 else (topk[0] == key).any(-1)
+    assert 0 < affected.sum() < T
     out, lse = sparse_attention(*clean, topk, 0.3)
     bad_out, bad_lse = sparse_attention(*bad, topk, 0.3)
-    assert torch.equal(bad_out[:, ~spoilt], out[:, ~spoilt])
-    assert torch.equal(bad_lse[:, ~spoilt], lse[:, ~spoilt])
-    assert not bad_out[:, spoilt].isfinite().all(-1).any()
+    assert torch.equal(bad_out[:, ~affected], out[:, ~affected])
+    assert torch.equal(bad_lse[:, ~affected], lse[:, ~affected])
+    assert not bad_out[:, affected].isfinite().all(-1).any()
 
 
 def test_many_bfloat16_queries_read_views():
@@ -257,8 +257,8 @@ def test_gradients_take_any_layout():
     out, lse = sparse_attention(*qkv, topk, 0.3)
     dout, dlse = normal(2, 9, 64, 20, seed=5).permute(0, 3, 1, 2), normal(9, 20, 2, seed=6).permute(2, 1, 0)
     plain = torch.autograd.grad((out, lse), qkv, (dout.contiguous(), dlse.contiguous()), retain_graph=True)
-    odd = torch.autograd.grad((out, lse), qkv, (dout, dlse))
-    for gradient, want in zip(odd, plain, strict=True):
+    strided = torch.autograd.grad((out, lse), qkv, (dout, dlse))
+    for gradient, want in zip(strided, plain, strict=True):
         assert_near(gradient, want, torch.float32)
 
 

@@ -93,8 +93,8 @@ def test_nothing_is_scored_while_all_keys_are_kept(backend, dtype):
     layer, step, inputs = decode_case(SHAPES[0], 70, 8, 70, dtype)
     expected = decoded(copied(layer), step, inputs)
     # What makes weights and shifts may then be anything.
-    spoilt = {**inputs, "x_TC": torch.full_like(inputs["x_TC"], torch.nan)}
-    assert torch.equal(decoded(copied(layer), step, spoilt), expected)
+    poisoned = {**inputs, "x_TC": torch.full_like(inputs["x_TC"], torch.nan)}
+    assert torch.equal(decoded(copied(layer), step, poisoned), expected)
 
 
 def test_a_sequence_alone_has_the_same_bits_as_in_a_batch(backend):
@@ -113,7 +113,7 @@ def test_a_sequence_alone_has_the_same_bits_as_in_a_batch(backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("queries", [True, False])
-def test_tokens_are_turned_and_stored_to_the_bit(backend, dtype, shape, queries):
+def test_tokens_are_rotated_and_stored_to_the_bit(backend, dtype, shape, queries):
     layer, (_, tokens, _), _ = decode_case(shape, 300, 8, 8, dtype)
     heads = {
         name: normal(BATCH, *layer.shapes[name], seed=i, dtype=dtype) for i, name in enumerate(layer.shapes)

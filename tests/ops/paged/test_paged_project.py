@@ -1,5 +1,7 @@
 """New tokens' projections, RoPE and storing in one pass: as one after the other, by every backend."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -42,30 +44,31 @@ def project_case(shape, count, dtype, extra=(9, 5, 67), seed=0):
     return layer, Projections(*(matrix.to(dtype) for matrix in matrices), bias), tokens, inputs
 
 
+@cache  # for all backends
+def expected_of(shape, count, dtype, selects):
+    """The caches that are written, and what is returned."""
+    layer, *case, inputs = project_case(shape, count, dtype)
+    with pin_backend("reference"):
+        q_THD, index = project_and_store(layer, *case, **inputs, selects=selects)
+    return layer, (q_THD, *(index or ()))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("count", [1, 2, 16, 31, 33, 128, 300])
 @pytest.mark.parametrize("selects", [True, False])
-def test_one_pass_is_projecting_turning_and_storing(backend, dtype, shape, count, selects):
-    made, written = [], []
-    for name in (None, "reference"):
-        layer, *case, inputs = project_case(shape, count, dtype)
-        if name is None:
-            q_THD, index = project_and_store(layer, *case, **inputs, selects=selects)
-        else:
-            with pin_backend(name):
-                q_THD, index = project_and_store(layer, *case, **inputs, selects=selects)
-        assert (index is not None) == selects
-        made.append((q_THD, *(index or ())))
-        written.append(layer)
-    for one, expected in zip(*made, strict=True):
+def test_one_pass_is_projecting_rotating_and_storing(backend, dtype, shape, count, selects):
+    ours, *case, inputs = project_case(shape, count, dtype)
+    q_THD, index = project_and_store(ours, *case, **inputs, selects=selects)
+    assert (index is not None) == selects
+    reference, expected_made = expected_of(shape, count, dtype, selects)
+    for one, expected in zip((q_THD, *(index or ())), expected_made, strict=True):
         assert_near(one, expected, dtype)
-    tokens = case[1]
-    ours, reference = written
+    tokens, written = case[1], (ours, reference)
     assert_near(ours.kv_RGC[tokens.rows_T], reference.kv_RGC[tokens.rows_T], dtype)
     heads = (x.packed_RX[tokens.index_rows_T].unflatten(1, (shape[4], -1)) for x in written)
     keys, expected = (unpack_index_keys(x) for x in heads)
-    # A key whose rounding differs may be one of 255 levels further.
+    # A key whose rounding differs may be one of 255 codes further.
     assert (keys - expected).abs().max() <= expected.abs().amax() / 100
     others = torch.ones(ROWS, dtype=torch.bool)
     others[tokens.index_rows_T] = False
@@ -73,13 +76,13 @@ def test_one_pass_is_projecting_turning_and_storing(backend, dtype, shape, count
 
 
 def test_a_token_does_not_feel_its_neighbours(backend):
-    """One that is not finite spoils itself alone."""
+    """One that is not finite makes NaN of itself alone."""
     layer, *case, inputs = project_case(SHAPES[0], 40, torch.bfloat16, extra=(0, 0, 64))
     clean, clean_index = project_and_store(layer, *case, **inputs, selects=True)
     inputs["qkv_TX"][7] = inputs["all_qk_TX"][7] = inputs["x_TC"][7] = torch.nan
-    spoilt, spoilt_index = project_and_store(layer, *case, **inputs, selects=True)
+    poisoned, poisoned_index = project_and_store(layer, *case, **inputs, selects=True)
     others = [t for t in range(40) if t != 7]
-    for one, other in zip((clean, *clean_index), (spoilt, *spoilt_index), strict=True):
+    for one, other in zip((clean, *clean_index), (poisoned, *poisoned_index), strict=True):
         torch.testing.assert_close(other[others], one[others], rtol=0, atol=0)
         assert other[7].isnan().all()
 

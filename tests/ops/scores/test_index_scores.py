@@ -132,14 +132,14 @@ def test_packed_keys_may_lie_anywhere():
     q, k, w, b = inputs(sizes, HEADS["odd"])
     packed, interval = pack_index_keys(k), ragged(*sizes)
     expected = index_scores(q, packed, w, b, *interval)
-    room = torch.full((2, 100, 3, 40), 77, dtype=torch.int8)
-    with_room = room[:, 10:93, :, 5:27].copy_(packed)
-    turned = packed.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)
-    for view in (with_room, packed.transpose(1, 2).contiguous().transpose(1, 2), turned):
+    larger = torch.full((2, 100, 3, 40), 77, dtype=torch.int8)
+    with_gaps = larger[:, 10:93, :, 5:27].copy_(packed)
+    transposed = packed.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)
+    for view in (with_gaps, packed.transpose(1, 2).contiguous().transpose(1, 2), transposed):
         assert torch.equal(index_scores(q, view, w, b, *interval), expected)
 
 
-def test_a_packed_key_that_is_no_number_spoils_its_own_scores_alone():
+def test_a_packed_key_that_is_no_number_makes_nan_of_its_own_scores_alone():
     q, k, w, b = inputs((1, 20, 70), HEADS["grouped"])
     interval = causal(1, 20, 70)
     expected = index_scores(q, pack_index_keys(k), w, b, *interval)
@@ -153,17 +153,17 @@ def test_a_packed_key_that_is_no_number_spoils_its_own_scores_alone():
 @pytest.mark.parametrize("queries", [1, 20], ids=["decode", "chunk"])
 @pytest.mark.parametrize("packed", [False, True], ids=["numbers", "packed"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_a_query_that_is_not_finite_scores_nan_and_spoils_no_other(bad, packed, queries):
+def test_a_query_that_is_not_finite_scores_nan_and_of_no_other(bad, packed, queries):
     q, k, w, b = inputs((2, queries, 70), HEADS["grouped"])
     k, interval = pack_index_keys(k) if packed else k, causal(2, queries, 70)
     expected = index_scores(q, k, w, b, *interval)
-    spoilt, row = q.clone(), queries // 3
-    spoilt[1, row, 2, 5] = bad
-    scores = index_scores(spoilt, k, w, b, *interval)
+    poisoned, row = q.clone(), queries // 3
+    poisoned[1, row, 2, 5] = bad
+    scores = index_scores(poisoned, k, w, b, *interval)
     stop = int(interval[1][1, row])
     assert scores[1, row, :stop].isnan().all()
     # NaN ranks below every number, and equals go to the more recent.
-    chosen = index_topk(spoilt, k, w, b, *interval, 9)
+    chosen = index_topk(poisoned, k, w, b, *interval, 9)
     assert chosen[1, row].tolist() == list(range(stop - 9, stop))
     scores[1, row] = expected[1, row]
     assert torch.equal(scores, expected)

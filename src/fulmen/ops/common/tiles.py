@@ -39,7 +39,7 @@ class IntervalBlock(NamedTuple):
         rows: the queries.
         first, last: the hull first <= s < last of their intervals.
         start_T, stop_T: their intervals, clipped to the keys there are.
-        seen_by_all: the interval of keys that every row sees; empty if its end is not above its start.
+        visible_to_all: the interval of keys that every row sees; empty if its end is not above its start.
         most_keys: the longest of their intervals.
     """
 
@@ -48,7 +48,7 @@ class IntervalBlock(NamedTuple):
     last: int
     start_T: Tensor
     stop_T: Tensor
-    seen_by_all: tuple[int, int]
+    visible_to_all: tuple[int, int]
     most_keys: int
 
     def tiles(self, width: int) -> Iterator[KeyTile]:
@@ -58,7 +58,7 @@ class IntervalBlock(NamedTuple):
 
     def tile(self, low: int, high: int) -> KeyTile:
         """The keys low <= s < high."""
-        if self.seen_by_all[0] <= low and high <= self.seen_by_all[1]:
+        if self.visible_to_all[0] <= low and high <= self.visible_to_all[1]:
             return KeyTile(slice(low, high), None)
         return KeyTile(slice(low, high), ~interval_mask(self.start_T, self.stop_T, high - low, low))
 
@@ -70,16 +70,16 @@ def interval_blocks(start_T: Tensor, stop_T: Tensor, n_keys: int, n_rows: int) -
     for low in range(0, len(starts), n_rows):
         rows = slice(low, min(low + n_rows, len(starts)))
         pairs = list(zip(starts[rows], stops[rows], strict=True))
-        seeing = [(start, stop) for start, stop in pairs if start < stop]
-        if seeing:
+        not_empty = [(start, stop) for start, stop in pairs if start < stop]
+        if not_empty:
             yield IntervalBlock(
                 rows,
-                first=min(start for start, _ in seeing),
-                last=max(stop for _, stop in seeing),
+                first=min(start for start, _ in not_empty),
+                last=max(stop for _, stop in not_empty),
                 start_T=start_T[rows],
                 stop_T=stop_T[rows],
-                seen_by_all=(max(start for start, _ in pairs), min(stop for _, stop in pairs)),
-                most_keys=max(stop - start for start, stop in seeing),
+                visible_to_all=(max(start for start, _ in pairs), min(stop for _, stop in pairs)),
+                most_keys=max(stop - start for start, stop in not_empty),
             )
 
 

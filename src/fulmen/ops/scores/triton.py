@@ -114,8 +114,8 @@ def _index_scores_kernel(
     start_T = tl.load(start_BT + batch * n_queries + query_T, mask=present_T, other=0)
     stop_T = tl.load(stop_BT + batch * n_queries + query_T, mask=present_T, other=0)
     wanted_T = stop_T - start_T > enough
-    seen_TS = (key_S[None, :] >= start_T[:, None]) & (key_S[None, :] < stop_T[:, None]) & wanted_T[:, None]
-    if tl.max(tl.max(seen_TS.to(tl.int32), 1), 0) == 0:
+    visible_TS = (key_S[None, :] >= start_T[:, None]) & (key_S[None, :] < stop_T[:, None]) & wanted_T[:, None]
+    if tl.max(tl.max(visible_TS.to(tl.int32), 1), 0) == 0:
         return
 
     # R: pairs of a query and one of the heads that share an index key head
@@ -141,4 +141,4 @@ def _index_scores_kernel(
         weighted_RS = tl.where(present_R[:, None], weighted_RS, 0.0)
         scores_TS += tl.sum(tl.reshape(weighted_RS, [BLOCK_QUERIES, BLOCK_HEADS, BLOCK_KEYS]), 1)
     index_TS = (batch * n_queries + query_T.to(tl.int64))[:, None] * n_keys + key_S[None, :]
-    tl.store(scores_BTS + index_TS, scores_TS, mask=seen_TS)
+    tl.store(scores_BTS + index_TS, scores_TS, mask=visible_TS)

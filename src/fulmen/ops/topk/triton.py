@@ -148,11 +148,11 @@ def _write_best(scores_S, start, stop, threshold, n_equal, topk_K, n_columns, BL
 @triton.jit
 def _load_ranks(scores_S, key_C, start, stop):
     """uint32, ordered as the scores: 0 is hidden, 1 NaN, -0.0 is 0.0. By integers: denormals count."""
-    seen_C = (key_C >= start) & (key_C < stop)
-    bits_C = tl.load(scores_S + key_C, mask=seen_C, other=0.0).to(tl.int32, bitcast=True)
+    visible_C = (key_C >= start) & (key_C < stop)
+    bits_C = tl.load(scores_S + key_C, mask=visible_C, other=0.0).to(tl.int32, bitcast=True)
     size_C = bits_C & 0x7FFFFFFF
     # The bits of a float are ordered as an integer once those below the sign are flipped in negative numbers.
     ordered_C = tl.where(size_C == 0, 0, bits_C ^ ((bits_C >> 31) & 0x7FFFFFFF))
     rank_C = ordered_C.to(tl.uint32, bitcast=True) ^ 0x80000000
     rank_C = tl.where(size_C > 0x7F800000, 1, rank_C)
-    return tl.where(seen_C, rank_C, 0).to(tl.uint32)
+    return tl.where(visible_C, rank_C, 0).to(tl.uint32)

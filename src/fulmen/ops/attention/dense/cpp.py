@@ -44,7 +44,7 @@ class CppDenseAttention(torch.autograd.Function):
             out_BTHV, lse_BTH = dense_attention_causal(*qkv, scale)
         else:
             out_BTHV, lse_BTH = attend_by_cpp(*qkv, scale, **intervals)
-        # The blocked backward pass knows spoilt queries by their lse, which a value does not spoil here.
+        # The blocked backward pass knows queries that are NaN by their lse, which no value makes NaN here.
         marked_BTH = lse_BTH
         if any(ctx.needs_input_grad):
             marked_BTH = lse_BTH.masked_fill(out_BTHV.isnan().any(-1), torch.nan)

@@ -25,7 +25,7 @@ def dense_gradients_blocked(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq_BTHD, dk_BSGD and dv_BSGV."""
-    # As in CppDenseAttention, whose lse a bad value does not spoil.
+    # As in CppDenseAttention, whose lse no value makes NaN.
     marked_BTH = lse_BTH.masked_fill(out_BTHV.isnan().any(-1), torch.nan)
     blocks = visible_blocks(q_BTHD, k_BSGD, start_BT, stop_BT)
     saved = SavedTensors(q_BTHD, k_BSGD, v_BSGV, out_BTHV, marked_BTH, scale=scale, blocks=blocks)

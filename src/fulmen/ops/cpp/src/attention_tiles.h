@@ -233,10 +233,10 @@ class TileAttention {
                 const __mmask32 present = ~uint32_t(0) >> (32 - std::min<int64_t>(32, in.shape.value_width - c * 16));
                 __m512i even = _mm512_maskz_loadu_epi16(present, left + c * 16);
                 __m512i odd = _mm512_maskz_loadu_epi16(present, right + c * 16);
-                const __mmask32 spoilt_even = not_finite(even), spoilt_odd = not_finite(odd);
-                if (__builtin_expect(spoilt_even | spoilt_odd, 0)) {
-                    if (spoilt_even) bad.push_back(i), even = _mm512_maskz_mov_epi16(~spoilt_even, even);
-                    if (spoilt_odd) bad.push_back(i + 1), odd = _mm512_maskz_mov_epi16(~spoilt_odd, odd);
+                const __mmask32 nan_even = not_finite(even), nan_odd = not_finite(odd);
+                if (__builtin_expect(nan_even | nan_odd, 0)) {
+                    if (nan_even) bad.push_back(i), even = _mm512_maskz_mov_epi16(~nan_even, even);
+                    if (nan_odd) bad.push_back(i + 1), odd = _mm512_maskz_mov_epi16(~nan_odd, odd);
                 }
                 _mm512_store_si512(to, _mm512_permutex2var_epi16(even, low, odd));
                 _mm512_store_si512(to + TILE_ROWS, _mm512_permutex2var_epi16(even, high, odd));

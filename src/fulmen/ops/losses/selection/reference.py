@@ -61,10 +61,10 @@ def _score_at_the_cut(scores_BTS: Tensor, visible_BTS: Tensor, topk: int) -> Ten
     n_keys = scores_BTS.shape[-1]
     ranked_BTS = scores_BTS.masked_fill(~visible_BTS, -torch.inf).sort(-1, descending=True).values
     rank_S = torch.arange(n_keys, device=scores_BTS.device)
-    seen_BT1 = visible_BTS.sum(-1, keepdim=True)
-    near_BTS = (rank_S >= topk - topk // 2) & (rank_S < topk + topk // 2 + topk % 2) & (rank_S < seen_BT1)
+    visible_BT1 = visible_BTS.sum(-1, keepdim=True)
+    near_BTS = (rank_S >= topk - topk // 2) & (rank_S < topk + topk // 2 + topk % 2) & (rank_S < visible_BT1)
     mean_BT = ranked_BTS.masked_fill(~near_BTS, 0).sum(-1) / near_BTS.sum(-1).clamp_min(1)
-    return torch.where(seen_BT1[..., 0] > topk, mean_BT, mean_BT.new_tensor(-torch.inf))
+    return torch.where(visible_BT1[..., 0] > topk, mean_BT, mean_BT.new_tensor(-torch.inf))
 
 
 @implements("selection_loss", "reference")
