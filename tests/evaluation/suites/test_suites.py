@@ -14,6 +14,7 @@ from fulmen.data import Document, draw_sequences
 from fulmen.errors import ConfigError, OutputError, ResumeError, UnsupportedModelError
 from fulmen.evaluation.greedy import answer_by_forward, common_start
 from fulmen.evaluation.provenance import about_run
+from fulmen.evaluation.suites import catalog
 from fulmen.evaluation.suites.catalog import all_suites, find_suite, suite_names
 from fulmen.evaluation.suites.catalog.generate import generation_tables, generation_units, repeated_share
 from fulmen.evaluation.suites.catalog.keyloss import (
@@ -49,6 +50,27 @@ PLAN = SuitePlan(
     tasks=("niah_single", "niah_multivalue"),
     seed=3,
 )
+
+PARROT = """
+from fulmen.evaluation.suites.journal import Unit
+from fulmen.evaluation.suites.suite import Section, Suite
+
+class Parrot(Suite):
+    name, order = "parrot", 99
+
+    def units(self, responder, tokenizer, documents, sizes):
+        (length,) = sizes.lengths
+        keys = [("parrot", "", length, number) for number in range(sizes.samples)]
+        return [Unit(key, length, lambda: {"said": length}) for key in keys]
+
+    def tables(self, records, *, topk, seed):
+        return {"said": [record["said"] for record in records]}
+
+    def section(self, tables):
+        return Section("Parrot", (f"It says {', '.join(map(str, tables['said']))}.",), [("nothing",)])
+
+SUITE = Parrot()
+"""
 
 
 def small_plan(*suites, lengths=(64,), samples=1, tasks=()):
@@ -277,6 +299,17 @@ class TestRun:
         assert [suite.name for suite in all_suites()] == ["ruler", "keyloss", "short", "generate"]
         assert suite_names() == sorted(suite.name for suite in all_suites())
         assert len({suite.order for suite in all_suites()}) == len(all_suites())
+
+    def test_one_more_file_is_one_more_suite(self, responder, tokenizer, tmp_path, monkeypatch):
+        (tmp_path / "parrot.py").write_text(PARROT)
+        monkeypatch.setattr(catalog, "__path__", [*catalog.__path__, str(tmp_path)])
+        assert "parrot" in suite_names()
+        assert all_suites()[-1].name == "parrot"
+        journal = Journal(tmp_path / "samples.jsonl", {})
+        report = run_suites(responder, tokenizer, HELD_OUT, small_plan("parrot", samples=2), journal)
+        assert report.suites == {"parrot": {"said": [64, 64]}}
+        assert "## Parrot\n\nIt says 64, 64." in report.to_markdown()
+        assert "It says 64, 64." in report.to_html()
 
     def test_plans_that_cannot_be(self):
         with pytest.raises(ConfigError, match="suite='rule' is not known; choose from ruler, keyloss"):
