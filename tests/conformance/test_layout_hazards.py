@@ -76,7 +76,7 @@ def test_hazard_1_a_copied_head_is_rotated_as_the_model_rotates_it(name):
 @pytest.mark.parametrize("name", ["v32", "glm-shared"])
 @pytest.mark.parametrize("cached", [False, True])
 def test_hazard_1_mla_selects_what_transformers_own_indexer_selects(name, cached):
-    """V3.2's indexer rotates halves, though its attention rotates neighbours; GLM-5's does neighbours in both.
+    """V3.2's indexer rotates halves and its attention neighbours; GLM-5's does neighbours in both.
 
     Mutation: half_split_pairs for both kinds, or for neither: `if True` or `if False` for the isinstance of
     mla_index_inputs (modeling/mla/attention.py).
