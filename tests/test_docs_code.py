@@ -52,7 +52,7 @@ def test_python_runs(page, source, tmp_path, monkeypatch, capsys):
     for block in blocks_of(page):
         for model in MODELS:
             block = block.replace(model, str(source))
-        block = re.sub(r'budget="\w+"', "steps=1", block)
+        block = re.sub(r'budget="\w+"|steps=\d+', "steps=1", block)
         exec(compile(block, page, "exec"), names)
     assert "fulmen" in names or "out" in names
 
