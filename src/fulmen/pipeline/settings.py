@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 STAGES = ("inherit", "warmup", "sparse")
-WITHOUT_TRUNK = STAGES[:2]
+DEFAULT_STAGES = STAGES[:2]
 DEFAULT_STAGES = "inherit,warmup"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_BUDGET = "8m"
@@ -53,7 +53,7 @@ class ConvertSettings:
     source: str | ModelInMemory
     out: Path
     topk: int | None = None
-    stages: tuple[str, ...] = WITHOUT_TRUNK
+    stages: tuple[str, ...] = DEFAULT_STAGES
     budget_s: float | None = None
     steps: int | None = None
     sparse_budget_s: float | None = None
