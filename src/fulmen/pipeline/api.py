@@ -22,7 +22,7 @@ from fulmen.pipeline.arguments import (
 )
 from fulmen.pipeline.conversion import Conversion
 from fulmen.pipeline.reporter import Reporter, reporter_of
-from fulmen.pipeline.settings import DEFAULT_STAGES, ConvertSettings, ModelInMemory, parse_stages
+from fulmen.pipeline.settings import INDEXER_STAGES, ConvertSettings, ModelInMemory, parse_stages
 from fulmen.pipeline.train_settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def convert(
     out: Place,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     topk: int | None = None,
-    stages: Sequence[str] | str = DEFAULT_STAGES,
+    stages: Sequence[str] | str = INDEXER_STAGES,
     data: Data = (),
     texts: Sequence[str] | None = None,
     budget: Duration | None = None,

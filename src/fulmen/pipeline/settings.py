@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 STAGES = ("inherit", "warmup", "sparse")
-DEFAULT_STAGES = STAGES[:2]
+INDEXER_STAGES = STAGES[:2]
 DEFAULT_STAGES = "inherit,warmup"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_BUDGET = "8m"
@@ -53,7 +53,7 @@ class ConvertSettings:
     source: str | ModelInMemory
     out: Path
     topk: int | None = None
-    stages: tuple[str, ...] = DEFAULT_STAGES
+    stages: tuple[str, ...] = INDEXER_STAGES
     budget_s: float | None = None
     steps: int | None = None
     sparse_budget_s: float | None = None
