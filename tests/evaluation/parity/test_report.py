@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from fulmen.errors import ConfigError
 from fulmen.evaluation.parity.measure import measure_parity
 from fulmen.evaluation.parity.plots import crossover, parity_plots
 from fulmen.evaluation.parity.report import ParityReport
@@ -81,6 +82,13 @@ def test_a_report_of_an_older_version_is_read(report):
     older["mass"] = older.pop("attention_recall")
     del older["about"], older["cost"]
     assert ParityReport.from_dict(older) == replace(report, about={}, cost=[])
+
+
+def test_what_is_no_report_is_refused_by_name(report):
+    values = report.to_dict()
+    del values["sweep"], values["needles"]
+    with pytest.raises(ConfigError, match="no parity report: sweep, needles missing; read a parity.json"):
+        ParityReport.from_dict(values)
 
 
 def test_a_report_is_silent_and_does_not_change(report, capsys):

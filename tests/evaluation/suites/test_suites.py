@@ -499,6 +499,17 @@ class TestFiles:
         assert "tiny &lt;model&gt;" in html
         assert "http" not in html.replace("http://www.w3.org", "")
 
+    @pytest.mark.parametrize(
+        ("values", "words"),
+        [
+            ({}, "no report of suites: suites missing"),
+            ({"suites": {"rule": {}}}, "suite='rule' is not known"),
+        ],
+    )
+    def test_what_is_no_report_is_refused_by_name(self, values, words):
+        with pytest.raises(ConfigError, match=words):
+            SuiteReport.from_dict(values)
+
     def test_an_accidental_difference_below_k_is_a_regression(self, report):
         tables = json.loads(json.dumps(report.suites["short"]))
         tables["rows"][0].update(unequal=1, max_difference=0.1)

@@ -4,9 +4,10 @@ Losses are nats per token; `over_dense` is loss / dense loss - 1.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, NotRequired, Self, TypedDict
 
+from fulmen.errors import ConfigError
 from fulmen.evaluation.statistics import IntervalRow
 
 # What reports called a field before.
@@ -176,6 +177,14 @@ class ParityResults:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """What `to_dict` wrote, of this version or an older one; further keys are passed over."""
+        """What `to_dict` wrote, of this version or an older one; further keys are passed over.
+
+        Raises ConfigError if a part of a report is missing.
+        """
         named = {FORMER_NAMES.get(name, name): value for name, value in values.items()}
+        required = [field.name for field in fields(cls) if field.default_factory is MISSING]
+        if missing := [name for name in required if name not in named]:
+            raise ConfigError(
+                f"values are no parity report: {', '.join(missing)} missing; read a parity.json"
+            )
         return cls(**{field.name: named[field.name] for field in fields(cls) if field.name in named})

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any, Self
 
+from fulmen.errors import ConfigError
 from fulmen.evaluation.html import html_facts, html_figure, html_page, html_table
 from fulmen.evaluation.style import Plot
 from fulmen.evaluation.suites.catalog import find_suite
@@ -38,7 +39,11 @@ class SuiteReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """What `to_dict` wrote."""
+        """What `to_dict` wrote. Raises ConfigError for what is no report, or has a suite that there is not."""
+        if not isinstance(values.get("suites"), dict):
+            raise ConfigError("values are no report of suites: suites missing; read a suites.json")
+        for name in values["suites"]:
+            find_suite(name)
         return cls(suites=dict(values["suites"]), about=dict(values.get("about", {})))
 
     def to_markdown(self) -> str:
