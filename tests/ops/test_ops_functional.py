@@ -93,6 +93,16 @@ def test_scores_are_those_of_the_formula():
     torch.testing.assert_close(found[:, CAUSAL], expected[:, CAUSAL], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("function", [f for f in FUNCTIONS if "w" in inputs_of()[f]])
+def test_one_index_key_head_needs_no_axis(function):
+    inputs = inputs_of()[function]
+    inputs["k"] = inputs["k"][:, :, :1]
+    given = function(**inputs)
+    same = function(**{**inputs, "k": inputs["k"][:, :, 0]})
+    for one, other in [(given, same)] if isinstance(given, torch.Tensor) else zip(given, same, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_the_log_sum_exp_comes_where_it_is_asked_for():
     for function, inputs in ((ops.dense_attention, attention()), (ops.sparse_attention, selected())):
         out, lse = function(**inputs, return_lse=True)

@@ -28,6 +28,7 @@ from fulmen.ops.common.plain_checks import (
     check_plain_losses,
     check_plain_scores,
     scale_or_default,
+    with_key_head_axis,
 )
 from fulmen.ops.losses import indexer, selection
 from fulmen.ops.losses.indexer.reference import IndexerLoss
@@ -51,12 +52,14 @@ def index_scores(
     indexer is trained by `indexer_loss`. The result has T x S numbers; `index_topk` never holds them.
 
     Args:
-        q: index queries [B, T, J, E]. k: index keys [B, S, I, E], of the dtype of `q` (any floating one).
+        q: index queries [B, T, J, E]. k: index keys [B, S, I, E], of the dtype of `q` (any floating one);
+            [B, S, E] where there is one index key head, as in V3.2.
         w, b: weight and shift of each index head, [B, T, J], any floating dtype.
 
     Returns:
         [B, T, S] in float32 (float64 for float64 inputs), -inf for keys that a query does not see.
     """
+    k = with_key_head_axis(k)
     sizes = check_plain_index(q, k, w, b, start=start, stop=stop)
     return _score(q, k, w, b, *causal_or_given(q, sizes, start, stop))
 
@@ -95,6 +98,7 @@ def index_topk(
         indices [B, T, min(topk, S)], int32: ascending, then -1 where a query sees fewer keys.
     """
     require_positive_int("topk", topk)
+    k = with_key_head_axis(k)
     sizes = check_plain_index(q, k, w, b, start=start, stop=stop)
     return _select_by_index(q, k, w, b, *causal_or_given(q, sizes, start, stop), topk)
 
@@ -213,7 +217,7 @@ def indexer_loss(
     Returns:
         `kl_BT` and `target_entropy_BT` [B, T], nats, float32 (float64 for float64 inputs).
     """
-    index, attn = (q, k, w, b), {"attn_q BTHD": attn_q, "attn_k BSGD": attn_k}
+    index, attn = (q, with_key_head_axis(k), w, b), {"attn_q BTHD": attn_q, "attn_k BSGD": attn_k}
     sizes = check_plain_losses(index, attn, {"start": start, "stop": stop})
     intervals = causal_or_given(q, sizes, start, stop)
     return indexer.indexer_loss(*index, attn_q, attn_k, *intervals, scale_or_default(scale, attn_q))
@@ -234,7 +238,7 @@ def indexer_loss_selected(
 
     Args: as `indexer_loss`, and `indices` as `sparse_attention`.
     """
-    index, attn = (q, k, w, b), {"attn_q BTHD": attn_q, "attn_k BSGD": attn_k}
+    index, attn = (q, with_key_head_axis(k), w, b), {"attn_q BTHD": attn_q, "attn_k BSGD": attn_k}
     check_plain_losses(index, attn, {"indices": indices})
     scale = scale_or_default(scale, attn_q)
     return indexer.indexer_loss_selected(*index, attn_q, attn_k, indices, scale)
@@ -271,7 +275,10 @@ def selection_loss(
     """
     require_positive_int("topk", topk)
     check_above_zero("temperature", temperature)
-    index, attn = (q, k, w, b), {"attn_q BTHD": attn_q, "attn_k BSGD": attn_k, "attn_v BSGV": attn_v}
+    index, attn = (
+        (q, with_key_head_axis(k), w, b),
+        {"attn_q BTHD": attn_q, "attn_k BSGD": attn_k, "attn_v BSGV": attn_v},
+    )
     sizes = check_plain_losses(index, {**attn, "out_weight CN": out_weight}, {"start": start, "stop": stop})
     if sizes["N"] != (n := sizes["H"] * sizes["V"]):
         raise ConfigError(f"out_weight has {sizes['N']} columns, the heads {n} values; make them equal")

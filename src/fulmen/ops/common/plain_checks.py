@@ -65,6 +65,11 @@ def check_plain_losses(
     return sizes
 
 
+def with_key_head_axis(k: Tensor) -> Tensor:
+    """Index keys [B, S, E] as those of one key head, [B, S, 1, E]; anything else as it is."""
+    return k.unsqueeze(2) if isinstance(k, Tensor) and k.dim() == 3 else k
+
+
 def causal_or_given(
     like: Tensor, sizes: dict[str, int], start: Tensor | None, stop: Tensor | None
 ) -> tuple[Tensor, Tensor]:
