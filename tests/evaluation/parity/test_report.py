@@ -87,7 +87,7 @@ def test_a_report_of_an_older_version_is_read(report):
 def test_what_is_no_report_is_refused_by_name(report):
     values = report.to_dict()
     del values["sweep"], values["needles"]
-    with pytest.raises(ConfigError, match="no parity report: sweep, needles missing; read a parity.json"):
+    with pytest.raises(ConfigError, match="no parity report: sweep, needles missing"):
         ParityReport.from_dict(values)
 
 

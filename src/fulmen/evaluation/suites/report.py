@@ -39,9 +39,9 @@ class SuiteReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """What `to_dict` wrote. Raises ConfigError for what is no report, or has a suite that there is not."""
+        """What `to_dict` wrote. Raises ConfigError for what is no report, or names an unknown suite."""
         if not isinstance(values.get("suites"), dict):
-            raise ConfigError("values are no report of suites: suites missing; read a suites.json")
+            raise ConfigError("values are no report of suites: suites missing; read suites.json")
         for name in values["suites"]:
             find_suite(name)
         return cls(suites=dict(values["suites"]), about=dict(values.get("about", {})))
