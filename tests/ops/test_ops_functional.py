@@ -206,6 +206,21 @@ def test_compiled_in_one_piece(function):
         assert torch.equal(found, function(**inputs))
 
 
+def test_compiled_for_any_length_with_gradients():
+    torch._dynamo.reset()
+
+    def loss(q, k, v, indices):
+        return (ops.sparse_attention(q, k, v, indices) + ops.dense_attention(q, k, v)).square().sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True)
+    for queries, keys in ((5, 9), (9, 9), (3, 20)):
+        x = attention(queries, keys)
+        indices = torch.arange(4).expand(B, queries, 4)
+        q = x["q"].requires_grad_()
+        found, expected = (torch.autograd.grad(f(**x, indices=indices), q)[0] for f in (compiled, loss))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 WRONG = [
     (ops.index_scores, "q", [[1.0]], "q is of type list; it must be a torch.Tensor"),
     (ops.index_topk, "k", None, "k is of type NoneType"),

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from fulmen.ops.scores import index_scores
 from fulmen.ops.scores.reference import index_scores_reference
 from fulmen.ops.topk import index_topk, select_topk
 from fulmen.ops.topk.reference import select_topk_reference
-from fulmen.ops.triton_support import triton_kernels, triton_reason
+from fulmen.ops.triton_support import triton_reason
 from tests.ops.ops_cases import assert_near, causal, gradients, normal, ragged, random_selection
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,7 +43,7 @@ def _small_tiles(monkeypatch):
     """Several tiles, chunks and parts at sizes that can be interpreted."""
     from fulmen.ops import triton_kit
 
-    kernels = triton_kernels("topk"), triton_kernels("attention.sparse")
+    kernels = [import_module(f"fulmen.ops.{name}.triton") for name in ("topk", "attention.sparse")]
     monkeypatch.setitem(triton_kit.KERNEL_SIZES["select"], "columns", 64)
     monkeypatch.setattr(triton_kit, "WIDE_HEAD", 16)
     monkeypatch.setattr(kernels[0], "HELD_SCORES", 900)
@@ -306,6 +307,7 @@ def test_triton_is_the_default_on_a_gpu_alone(monkeypatch):
 def test_without_triton_everything_else_works_and_the_reason_says_what_to_install():
     program = """
 import sys
+from importlib import import_module
 from pathlib import Path
 sys.modules["triton"] = None
 import torch

@@ -1,13 +1,12 @@
-"""The Triton kernels (`<operation>/triton.py`): whether they can run here, and how they are reached.
+"""Whether the Triton kernels (`<operation>/triton.py`) can run here.
 
 Triton is optional, and a checkpoint's own copy of this source holds no kernel: so those modules are imported
-by name, where they are used, and `triton_reason` says why they cannot be.
+by name, where they compute (`implements_by_name`), and `triton_reason` says why they cannot be.
 """
 
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 
@@ -15,11 +14,6 @@ from fulmen.ops.common.interpreter import INTERPRET_VARIABLE, is_interpreted
 
 # Ampere: the first with bfloat16 matrix units.
 LEAST_CAPABILITY = (8, 0)
-
-
-def triton_kernels(folder: str) -> Any:
-    """The module `fulmen.ops.<folder>.triton`."""
-    return import_module(f"fulmen.ops.{folder}.triton")
 
 
 def triton_reason(device: torch.device | str) -> str | None:
