@@ -9,7 +9,7 @@ OUT := out/$(MODEL)-dsa
 WORKERS ?= 2
 # These share one server, and are alone on the machine: they ask what happens while an answer is being made, and a
 # starved engine hears of it late.
-SERVER_TESTS := $(patsubst %,tests/serving/gateway/test_%.py,gateway_server deepseek_docs gateway_clients forced_calls)
+SERVER_TESTS := $(patsubst %,tests/serving/gateway/test_%.py,gateway_server deepseek_docs gateway_clients forced_calls) tests/serving/test_serve_example.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup kernels demo serve bench test lint docs clean

@@ -9,6 +9,7 @@ FAMILY, for all else that fulmen asks of it, is left out, with what only that im
 import ast
 import importlib.util
 import sys
+from functools import cache
 from pathlib import Path
 
 from fulmen.modeling.gqa.family import GqaFamily
@@ -33,6 +34,7 @@ def bundle_auto_map(family: GqaFamily) -> dict[str, str]:
     return {auto: f"{bundle_name(family)}.{own.__name__}" for auto, own in classes.items()}
 
 
+@cache
 def bundle_source(family: GqaFamily) -> str:
     """The text of the modeling file."""
     modules = _in_order_of_need(family.causal_lm_class.__module__)
