@@ -1,14 +1,11 @@
 """Runs of the sparse stage: the loss falls, the best is kept, no interruption changes anything."""
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Trainer
 
 from fulmen.errors import ConfigError, OutputError, TrainingDivergedError
 from fulmen.training.checkpoints import last_complete_checkpoint
@@ -16,6 +13,7 @@ from fulmen.training.rows import sequence_rows
 from fulmen.training.sparse import trainer
 from fulmen.training.sparse.run import prepare_stage, train_sparse
 from fulmen.training.sparse.trainer import held_out_loss
+from tests.training.forks import die, run_killed
 from tests.training.sparse.sparse_setup import (
     HELD_OUT,
     LENGTH,
@@ -140,38 +138,41 @@ def test_texts_must_be_longer_than_k(tmp_path):
         run(tmp_path, train=[text[:TOPK] for text in TRAIN])
 
 
-KILLED = """
-import os, signal, sys
-sys.path[:0] = {paths!r}
-from tests.training.sparse.sparse_setup import *
-from fulmen.training.checkpoints import SafeCheckpoints
-when, place = int(sys.argv[2]), sys.argv[3]
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-def on_step(step, steps, logs):
-    if place == "step" and step == when and "kl" in logs:
-        die()
-if place == "save":
-    from transformers import Trainer
-    save = Trainer._save_rng_state
-    at_step = lambda self: self.state.global_step == when
-    Trainer._save_rng_state = lambda self, folder: die() if at_step(self) else save(self, folder)
-run(Path(sys.argv[1]), on_step=on_step, steps=6, save_every=2, accumulate=2)
-"""
+KILLED = [(1, "step"), (4, "save"), (5, "step")]
 
 
-@pytest.mark.parametrize(("when", "place"), [(1, "step"), (4, "save"), (5, "step")])
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, whole_run, when, place):
+def run_until(folder: str, when: int, place: str) -> None:
+    """The run of `whole_run`, which dies in a step or while its checkpoint is being written."""
+    if place == "save":
+        save = Trainer._save_rng_state
+
+        def save_or_die(self, folder):
+            return die() if self.state.global_step == when else save(self, folder)
+
+        Trainer._save_rng_state = save_or_die
+
+    def on_step(step, steps, logs):
+        if place == "step" and step == when and "kl" in logs:
+            die()
+
+    run(Path(folder), on_step=on_step, steps=6, save_every=2, accumulate=2)
+
+
+@pytest.fixture(scope="module")
+def killed_runs(tmp_path_factory):
+    """Folder by case."""
+    folders = {case: tmp_path_factory.mktemp("killed") for case in KILLED}
+    run_killed(run_until, [(str(folder), *case) for case, folder in folders.items()])
+    return folders
+
+
+@pytest.mark.parametrize("case", KILLED, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_killed_and_resumed_equals_uninterrupted(killed_runs, whole_run, case):
     whole, rows, result = whole_run
-    paths = [str(Path(__file__).parents[3])]
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED.format(paths=paths), str(tmp_path), str(when), place],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    resumed, again = run(tmp_path, steps=6, save_every=2, accumulate=2)
-    assert log_rows(tmp_path) == rows
+    folder = killed_runs[case]
+    assert len(log_rows(folder)) <= case[0]
+    resumed, again = run(folder, steps=6, save_every=2, accumulate=2)
+    assert log_rows(folder) == rows
     assert states_equal(whole, resumed)
     assert (again.loss_after, again.best_step) == (result.loss_after, result.best_step)
 

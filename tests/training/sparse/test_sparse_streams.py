@@ -1,10 +1,6 @@
 """The sparse stage on streamed texts: killed or shared among processes, the losses stay the same."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 
@@ -17,11 +13,9 @@ from fulmen.data import SequenceStream, stream_of
 from fulmen.errors import ConfigError
 from fulmen.training.sparse.streamed import StreamedRows
 from fulmen.training.sparse.trainer import POSITION_FILE
+from tests.training.forks import die, run_killed, run_two_processes
 from tests.training.sparse.sparse_setup import LENGTH, log_rows, run
 
-ROOT = Path(__file__).parents[3]
-PATHS = [str(ROOT)]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 VOCAB = 97
 
 
@@ -68,29 +62,33 @@ def whole_run(tmp_path_factory, data):
     return folder, train, model, result
 
 
-KILLED = """
-import os, signal, sys
-sys.path[:0] = {paths!r}
-from pathlib import Path
-from tests.training.sparse.test_sparse_streams import run_streamed
-def on_step(step, steps, logs):
-    if step == int(sys.argv[3]) and "kl" in logs:
-        os.kill(os.getpid(), signal.SIGKILL)
-run_streamed(Path(sys.argv[1]), Path(sys.argv[2]), on_step, accumulate=2)
-"""
+KILLED = (1, 5)
 
 
-@pytest.mark.parametrize("when", [1, 5])
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, data, whole_run, when):
+def run_until(folder: str, data: str, when: int) -> None:
+    """The run of `whole_run`, which dies in a step."""
+
+    def on_step(step, steps, logs):
+        if step == when and "kl" in logs:
+            die()
+
+    run_streamed(Path(folder), Path(data), on_step, accumulate=2)
+
+
+@pytest.fixture(scope="module")
+def killed_runs(tmp_path_factory, data):
+    """Folder by step."""
+    folders = {when: tmp_path_factory.mktemp("killed") for when in KILLED}
+    run_killed(run_until, [(str(folder), str(data), when) for when, folder in folders.items()])
+    return folders
+
+
+@pytest.mark.parametrize("when", KILLED)
+def test_killed_and_resumed_equals_uninterrupted(killed_runs, data, whole_run, when):
     folder, train, model, result = whole_run
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED.format(paths=PATHS), str(tmp_path), str(data), str(when)],
-        env=ENVIRONMENT,
-        capture_output=True,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    train_again, resumed, again = run_streamed(tmp_path, data, accumulate=2)
-    assert log_rows(tmp_path) == log_rows(folder)
+    assert len(log_rows(killed_runs[when])) == when
+    train_again, resumed, again = run_streamed(killed_runs[when], data, accumulate=2)
+    assert log_rows(killed_runs[when]) == log_rows(folder)
     ours, theirs = model.state_dict(), resumed.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert (again.loss_after, again.best_step) == (result.loss_after, result.best_step)
@@ -122,24 +120,13 @@ def test_answers_of_a_stream_are_not_kept(tmp_path, data):
         run_streamed(tmp_path, data, teacher_place="disk")
 
 
-SCRIPT = """
-import sys
-sys.path[:0] = {paths!r}
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from tests.training.sparse.test_sparse_streams import run_streamed
-run_streamed(Path(sys.argv[1]), Path({data!r}))
-"""
+def run_process(out: str, data: str) -> None:
+    run_streamed(Path(out), Path(data))
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
 def test_two_processes_read_what_one_would(tmp_path, data, whole_run):
-    from tests.training.sparse.test_sparse_processes import launch
-
-    script = tmp_path / "two.py"
-    script.write_text(SCRIPT.format(paths=PATHS, data=str(data)))
-    launch(script, tmp_path / "two", "float32", "--multi_gpu")
+    run_two_processes(run_process, (str(tmp_path / "two"), str(data)), "--multi_gpu")
     one, two = log_rows(whole_run[0]), log_rows(tmp_path / "two")
     assert len(one) == len(two) == 6
     for ours, theirs in zip(one, two, strict=True):

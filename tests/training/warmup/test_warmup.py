@@ -1,10 +1,6 @@
 """The warm-up: its loss falls, the trunk stays, the best step is kept, an interruption changes nothing."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +15,7 @@ from fulmen.training.warmup.settings import WarmupSettings
 from fulmen.training.warmup.stage import IndexerStack
 from fulmen.training.warmup.trainer import sparse_loss
 from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa, random_ids
+from tests.training.forks import die, run_killed
 
 
 def sampled_texts() -> list[torch.Tensor]:
@@ -156,28 +153,17 @@ def test_bf16_indexers_take_updates_that_bf16_would_round_away(tmp_path):
     assert {indexers(model)[name].dtype for name in large} == {torch.bfloat16}
 
 
-KILLED = """
-import os, signal, sys
-sys.path[:0] = {paths!r}
-from tests.training.warmup.test_warmup import *
-from fulmen.training.warmup import trainer
-model = make_dsa(make_dense(), topk=8)
-def on_step(step, steps, logs):
-    if step == 8 and "kl" in logs:
-        os.kill(os.getpid(), signal.SIGKILL)
-warm_up(model, TRAIN, VALIDATION, Path(sys.argv[1]), SETTINGS, on_step)
-"""
+def run_until(folder: str, when: int) -> None:
+    def on_step(step, steps, logs):
+        if step == when and "kl" in logs:
+            die()
+
+    warm_up(make_dsa(make_dense(), topk=8), TRAIN, VALIDATION, Path(folder), SETTINGS, on_step)
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     whole, whole_result = train(tmp_path / "whole")
-    paths = [str(Path(__file__).parents[3])]
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED.format(paths=paths), str(tmp_path / "killed")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    run_killed(run_until, [(str(tmp_path / "killed"), 8)])
     resumed, resumed_result = train(tmp_path / "killed")
     assert resumed_result.best_step == whole_result.best_step
     assert resumed_result.loss_after == whole_result.loss_after
