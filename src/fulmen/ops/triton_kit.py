@@ -16,7 +16,7 @@ from torch import Tensor
 from fulmen.ops.common.interpreter import is_interpreted
 
 SMALLEST_PRODUCT = 16
-LOG2_E = tl.constexpr(1.4426950408889634)
+KERNEL_LOG2_E = tl.constexpr(1.4426950408889634)
 # Of each kernel: rows and columns of its tiles, and how Triton compiles it.
 KERNEL_SIZES = {
     # rows: queries x index heads of one key head; columns: keys

@@ -41,7 +41,7 @@ def paged_decode(
         ConfigError: axes or dtypes that do not fit together.
         BackendError: a pinned backend that cannot run here.
     """
-    _check_inputs(layer, projections, tokens, key_rows, qkv_TX, all_qk_TX, x_TC, out_TX)
+    _check_decode_inputs(layer, projections, tokens, key_rows, qkv_TX, all_qk_TX, x_TC, out_TX)
     backend = implementation("paged_decode", *layer.device_and_dtype)
     backend.run(layer, projections, tokens, key_rows, qkv_TX, all_qk_TX, x_TC, out_TX)
 
@@ -67,7 +67,7 @@ def paged_decode_cpp(
     )
 
 
-def _check_inputs(
+def _check_decode_inputs(
     layer: PagedLayer,
     projections: Projections,
     tokens: NewTokens,

@@ -73,7 +73,7 @@ def paged_sparse_attention(
         BackendError: a pinned backend that cannot run here.
     """
     floats = {"q_BTHD": q_BTHD, "index_q_BTJE": index_q_BTJE, "w_BTJ": w_BTJ, "b_BTJ": b_BTJ}
-    _check_inputs(layer, floats | {"out_BTHD": out_BTHD}, key_rows)
+    _check_sparse_inputs(layer, floats | {"out_BTHD": out_BTHD}, key_rows)
     backend = implementation("paged_sparse_attention", *layer.device_and_dtype)
     backend.run(layer, q_BTHD, index_q_BTJE, w_BTJ, b_BTJ, key_rows, out_BTHD)
 
@@ -114,7 +114,7 @@ def paged_sparse_attention_cpp(
     call_cpp_by_numbers("fulmen_paged_sparse", *structures, out_BTHD.data_ptr())
 
 
-def _check_inputs(layer: PagedLayer, floats: dict[str, Tensor], key_rows: KeyRows) -> None:
+def _check_sparse_inputs(layer: PagedLayer, floats: dict[str, Tensor], key_rows: KeyRows) -> None:
     """Little work if all fits, as it is done for every layer."""
     size, like = key_rows.stop_BT.shape, layer.kv_RGC
     per_token = (layer.shapes["q"], layer.shapes["index_q"], *[(layer.n_index_heads,)] * 2, layer.shapes["q"])

@@ -17,7 +17,7 @@ from fulmen.ops.common.intervals import kernel_positions
 from fulmen.ops.common.opaque import SavedTensors
 from fulmen.ops.cpp.library import row_major
 from fulmen.ops.triton_kit import (
-    LOG2_E,
+    KERNEL_LOG2_E,
     compile_options,
     head_tiles,
     heads_of_program,
@@ -180,7 +180,7 @@ def _attend_kernel(
         if BLOCK_REST > 0:
             k_KR = load_rows(k_base, key_K * k_stride_s, chosen_K, BLOCK_FIRST, WIDTH, BLOCK_REST, DTYPE)
             scores_HK += product(q_HR, tl.trans(k_KR))
-        scores_HK = tl.where(chosen_K[None, :], scores_HK * (scale * LOG2_E), float("-inf"))
+        scores_HK = tl.where(chosen_K[None, :], scores_HK * (scale * KERNEL_LOG2_E), float("-inf"))
         higher_H = tl.maximum(peak_H, tl.max(scores_HK, 1))
         fade_H = tl.exp2(peak_H - higher_H)
         weights_HK = tl.exp2(scores_HK - higher_H[:, None])
@@ -195,7 +195,7 @@ def _attend_kernel(
     total_H = tl.where((total_H == 0) & (n_chosen > 0), float("nan"), total_H)
     divisor_H = tl.where(total_H == 0, 1.0, total_H)
     out_HV = sum_HV / divisor_H[:, None]
-    lse_H = tl.where(total_H == 0, float("-inf"), (peak_H + tl.log2(divisor_H)) / LOG2_E)
+    lse_H = tl.where(total_H == 0, float("-inf"), (peak_H + tl.log2(divisor_H)) / KERNEL_LOG2_E)
     place_H = part.to(tl.int64) * n_batch * n_queries * (KEY_HEADS * SHARED) + head_H
     inside_HV = present_H[:, None] & (value_V < VALUE_WIDTH)[None, :]
     tl.store(out_NBTHV + place_H[:, None] * VALUE_WIDTH + value_V[None, :], out_HV, mask=inside_HV)
@@ -219,11 +219,11 @@ def _merge_kernel(
     place_N = part_N * n_rows + row
     lse_N = tl.load(lse_NR + place_N, mask=part_N < n_parts, other=float("-inf"))
     peak = tl.maximum(tl.max(lse_N, 0), LOWEST)
-    weight_N = tl.exp2((lse_N - peak) * LOG2_E)
+    weight_N = tl.exp2((lse_N - peak) * KERNEL_LOG2_E)
     total = tl.sum(weight_N, 0)
     divisor = tl.where(total == 0, 1.0, total)
     inside_NV = (part_N < n_parts)[:, None] & (value_V < WIDTH)[None, :]
     part_NV = tl.load(out_NRV + place_N[:, None] * WIDTH + value_V[None, :], mask=inside_NV, other=0.0)
     sum_V = tl.sum(part_NV * weight_N[:, None], 0)
     tl.store(out_RV + row * WIDTH + value_V, sum_V / divisor, mask=value_V < WIDTH)
-    tl.store(lse_R + row, tl.where(total == 0, float("-inf"), peak + tl.log2(divisor) / LOG2_E))
+    tl.store(lse_R + row, tl.where(total == 0, float("-inf"), peak + tl.log2(divisor) / KERNEL_LOG2_E))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fulmen.ops.cpp.library import row_major
 from fulmen.ops.triton_kit import (
-    LOG2_E,
+    KERNEL_LOG2_E,
     compile_options,
     head_tiles,
     heads_of_program,
@@ -176,7 +176,7 @@ def _by_query_kernel(
             scores_HK += product(q_HR, tl.trans(k_KR))
         v_KV = load_rows(v_base, key_K * v_stride_s, chosen_K, 0, VALUE_WIDTH, BLOCK_VALUE, DTYPE)
         present_HK = present_H[:, None] & chosen_K[None, :]
-        probs_HK = tl.exp2((scores_HK * scale - lse_H[:, None]) * LOG2_E)
+        probs_HK = tl.exp2((scores_HK * scale - lse_H[:, None]) * KERNEL_LOG2_E)
         probs_HK = tl.where(present_HK, probs_HK, 0.0)
         dscores_HK = probs_HK * (product(dout_HV, tl.trans(v_KV)) - delta_H[:, None])
         dscores_HK = tl.where(present_HK, dscores_HK, 0.0).to(DTYPE)
@@ -254,7 +254,7 @@ def _by_key_kernel(
             )
             lse_R = tl.load(lse_BTH + head_R, mask=present_R, other=0.0)
             delta_R = tl.load(delta_BTH + head_R, mask=present_R, other=0.0)
-            probs_R = tl.exp2((tl.sum(q_RD * k_D[None, :], 1) * scale - lse_R) * LOG2_E)
+            probs_R = tl.exp2((tl.sum(q_RD * k_D[None, :], 1) * scale - lse_R) * KERNEL_LOG2_E)
             probs_R = tl.where(present_R, probs_R, 0.0)
             dscores_R = probs_R * (tl.sum(dout_RV * v_V[None, :], 1) - delta_R)
             dscores_R = tl.where(present_R, dscores_R, 0.0)
