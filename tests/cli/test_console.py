@@ -96,7 +96,19 @@ def test_an_error_in_the_program_is_that_of_the_function(tmp_path):
         fulmen.convert(tmp_path, out=tmp_path / "out", budget="8m", steps=5)
 
 
-SOURCES = {room: sorted((Path(fulmen.__file__).parent / room).glob("*.py")) for room in ("cli", "pipeline")}
+ROOT = Path(fulmen.__file__).parent
+SOURCES = {room: sorted((ROOT / room).glob("*.py")) for room in ("cli", "pipeline")}
+# Other programs' options: accelerate's, and vLLM's behind `fulmen serve DIR --`.
+THEIRS = re.compile("--use_fsdp|--fsdp_version|--config")
+
+
+def test_no_error_below_the_program_names_an_option():
+    for path in sorted(set(ROOT.rglob("*.py")) - set(SOURCES["cli"])):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise):
+                parts = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+                words = THEIRS.sub("", " ".join(part for part in parts if isinstance(part, str)))
+                assert not re.search("(?<!-)--[a-z]", words), f"{path}:{node.lineno}"
 
 
 def names_called(tree: ast.AST) -> set[str]:

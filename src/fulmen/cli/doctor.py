@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fulmen.cli.progress import reporter
 from fulmen.pipeline.doctor import Choice, Diagnosis, diagnose
 
 
@@ -20,7 +21,8 @@ def doctor_command(
 
     Example: [bold]fulmen doctor[/]
     """
-    found = diagnose()
+    with reporter().stage("Look"):
+        found = diagnose()
     if as_json:
         choices = [choice._asdict() for choice in found.choices]
         typer.echo(json.dumps({"facts": found.facts, "pin": found.pin, "choices": choices}, indent=2))

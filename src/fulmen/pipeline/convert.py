@@ -75,9 +75,9 @@ def run_conversion(settings: ConvertSettings, reporter: Reporter) -> Conversion:
             "a conversion cannot be sharded; launch it without --use_fsdp, then fulmen train with"
         )
     require_free_output(out, overwrite=settings.overwrite)
-    source = dense_source(settings.source)
-    plan = plan_conversion(settings, source.config)
     with reporter.stage("Read data"):
+        source = dense_source(settings.source)
+        plan = plan_conversion(settings, source.config)
         tokenizer = source.tokenizer()
         corpus = read_corpus(settings.data, settings.texts)
         texts, sparse = _texts(plan, corpus, tokenizer, settings, reporter)

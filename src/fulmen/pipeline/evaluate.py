@@ -54,8 +54,8 @@ FULL, QUICK = EvalSize(sequences=8, needle_texts=8), EvalSize(sequences=2, needl
 
 def measure(settings: EvalSettings, reporter: Reporter) -> ParityReport:
     """Compare a converted model with dense attention; writes nothing. Raises what its parts raise."""
-    lengths = plan_evaluation(settings, reporter)
     with reporter.stage("Read data"):
+        lengths = plan_evaluation(settings, reporter)
         tokenizer = load_converted_tokenizer(settings.model_dir)
         corpus = read_corpus(settings.data, settings.texts)
         texts, needles = draw_longest(

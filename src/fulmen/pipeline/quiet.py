@@ -1,6 +1,7 @@
 """Libraries that print nothing while fulmen works, and are as before when it is done."""
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -54,7 +55,8 @@ def _quiet_transformers() -> Iterator[None]:
     from transformers.utils import logging as library
 
     verbosity, had_bars = library.get_verbosity(), library.is_progress_bar_enabled()
-    library.set_verbosity(max(verbosity, logging.ERROR))
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:  # the user's own setting wins
+        library.set_verbosity(max(verbosity, logging.ERROR))
     library.disable_progress_bar()
     try:
         yield

@@ -72,8 +72,8 @@ def suites_of(settings: SuiteSettings) -> tuple[str, ...]:
 
 def run_suite_settings(settings: SuiteSettings, suites: tuple[str, ...], reporter: Reporter) -> SuiteReport:
     """Run suites; only samples are written, if there is a folder for them. Raises what its parts raise."""
-    require_runnable(settings, suites)
     with reporter.stage("Read data"):
+        require_runnable(settings, suites)
         corpus = read_corpus(settings.data, settings.texts)
         tokenizer = load_responder_tokenizer(settings)
     reporter.note(f"Loading {settings.model or settings.source}")

@@ -139,8 +139,8 @@ def run_training(settings: TrainSettings, reporter: Reporter) -> Conversion:
     options = SparseSettings(**settings.options)
     prepare_sharding()
     require_free_output(out, overwrite=settings.overwrite)
-    lengths = plan_training(settings)
     with reporter.stage("Read data"):
+        lengths = plan_training(settings)
         tokenizer = load_converted_tokenizer(settings.model_dir)
         if settings.teacher is not None:
             require_same_tokens(tokenizer, load_tokenizer(find_source(settings.teacher)))

@@ -177,7 +177,8 @@ def listen(host: str, port: int) -> socket.socket:
         listener.close()
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(
-            f"{host}:{port} cannot be served at ({reason}); use another --host or --port"
+            f"{host}:{port} cannot be served at ({reason}); use another host or port",
+            arguments=["host", "port"],
         ) from error
     listener.listen(BACKLOG)
     return listener

@@ -48,10 +48,13 @@ class Journal:
             lines = lines or [json.dumps(settings)]
             write_file(path, "".join(f"{line}\n" for line in lines))
         except OSError as error:
-            raise OutputError(f"{path} cannot be written: {error.strerror}; name another --out") from error
+            raise OutputError(
+                f"{path} cannot be written: {error.strerror}; name another folder as out", arguments=["out"]
+            ) from error
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ResumeError(
-                f"{path} holds no results of fulmen; remove it or name another --out"
+                f"{path} holds no results of fulmen; remove it or name another folder as out",
+                arguments=["out"],
             ) from error
 
     def run(self, units: Iterable[Unit], progress: Progress = lambda done, total, what: None) -> list[dict]:
@@ -86,7 +89,8 @@ class Journal:
         if changed:
             changes = ", ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
             raise ResumeError(
-                f"{self.path} holds results of another run ({changes}); remove it or name another --out"
+                f"{self.path} holds results of another run ({changes}); remove it or name another out",
+                arguments=["out"],
             )
 
 

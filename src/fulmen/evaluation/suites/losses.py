@@ -49,5 +49,6 @@ def require_plain_head(model: PreTrainedModel) -> None:
     if not torch.allclose(ours_BTV, theirs_BTV, rtol=1e-2, atol=1e-2):
         raise UnsupportedModelError(
             f"{type(model).__name__} changes its logits after the last layer, so keyloss cannot score it; "
-            "leave keyloss out of --suite"
+            "leave keyloss out of suites",
+            arguments=["suites"],
         )

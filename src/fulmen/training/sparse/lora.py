@@ -19,7 +19,7 @@ def add_lora(model: PreTrainedModel, rank: int, seed: int) -> None:
     Raises ConfigError if peft is not installed.
     """
     if importlib.util.find_spec("peft") is None:
-        raise ConfigError("lora needs the package peft; install fulmen[lora], or leave --lora out")
+        raise ConfigError("lora needs the package peft; install fulmen[lora], or leave it out")
     from peft import LoraConfig, inject_adapter_in_model
 
     with torch.random.fork_rng():

@@ -144,7 +144,7 @@ def require_teacher_place(settings: SparseSettings, *, is_streamed: bool) -> Non
     if is_streamed and settings.teacher_place == "disk":
         raise ConfigError(
             "teacher_place='disk' keeps answers about sequences that come again, which streamed ones do not; "
-            "use auto or live, or --windows for a number of them that is held in memory"
+            "use auto or live, or hold some in memory, as by sequences=256"
         )
 
 
