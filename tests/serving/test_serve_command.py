@@ -49,7 +49,7 @@ def test_a_model_must_be_there_with_its_tokenizer(refused, model, tmp_path):
 
 def test_an_address_for_others_needs_keys(refused, model):
     assert refused(model, "--host", "0.0.0.0", "--port", "0").startswith(
-        "error: host=0.0.0.0 lets others in, and there is no key; make one"
+        "error: --host=0.0.0.0 lets others in, and there is no key; make one"
     )
 
 
