@@ -71,7 +71,7 @@ def test_models_of_these_tests_select_by_scores_that_vary(model):
 def test_hazards_5_and_9_a_padded_row_is_the_row_alone(model):
     """Padding holds NaN, so whatever reads it shows.
 
-    Mutation: zeros for start_BT in _padded_intervals (modeling/visible.py).
+    Mutation: zeros for start_BT in _padded_intervals (modeling/intervals.py).
     """
     embeds = model.get_input_embeddings()(IDS).detach().clone()
     mask = torch.ones_like(IDS)
@@ -192,7 +192,7 @@ def test_hazard_7_a_restored_prefix_is_the_prefix_read_anew(model, how):
 def test_hazards_7_and_10_speculation_is_token_by_token(model):
     """Drafts of several tokens, most of them rolled back by `crop`, then the true ones.
 
-    Mutations: `stop_BT` of every query set to n_keys in visible_intervals (modeling/visible.py: a draft sees
+    Mutations: `stop_BT` of every query set to n_keys in visible_intervals (modeling/intervals.py: a draft sees
     the ones after it); InPlaceIndexedLayer.buffers without the index keys.
     """
     (cold, expected), wrong = whole(model), 63 - IDS

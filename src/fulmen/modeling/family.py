@@ -178,7 +178,7 @@ class Family(ABC):
         """Let a converted model run on fulmen's ops from now on; nothing where it does by itself."""
 
     @abstractmethod
-    def accelerated(self, model: PreTrainedModel) -> AbstractContextManager:
+    def accelerated(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
         """`accelerate` for the length of a `with` block."""
 
 

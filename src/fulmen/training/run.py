@@ -86,7 +86,8 @@ def run_plan(run_dir: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any
         if not file.exists():
             plan = json.dumps(make())
             atomic_write(file, lambda temporary: temporary.write_text(plan, encoding="utf-8"))
-        return json.loads(file.read_text(encoding="utf-8"))
+        kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return kept
 
     return main_process_first(read)
 

@@ -144,6 +144,6 @@ def accelerate_model(model: "PreTrainedModel") -> None:
         dsa_family_for(model.config).accelerate(model)
 
 
-def accelerated(model: "PreTrainedModel") -> AbstractContextManager:
+def accelerated(model: "PreTrainedModel") -> AbstractContextManager[Any]:
     """`accelerate_model` for the length of a `with` block."""
     return dsa_family_for(model.config).accelerated(model) if has_dsa(model.config) else nullcontext()

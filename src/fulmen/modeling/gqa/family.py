@@ -56,8 +56,9 @@ class GqaFamily(Family):
         )
 
     def attention_weights(self, config: PreTrainedConfig) -> int:
-        heads = config.num_attention_heads + config.num_key_value_heads
-        return 2 * config.hidden_size * heads * model_head_width(config)
+        heads: int = config.num_attention_heads + config.num_key_value_heads
+        hidden: int = config.hidden_size
+        return 2 * hidden * heads * model_head_width(config)
 
     def heads_in_words(self, config: PreTrainedConfig) -> str:
         return (
@@ -111,7 +112,8 @@ class GqaFamily(Family):
         values = plain_config(config)
         del values["dsa"]
         stock: Any = self.source_class
-        return stock.config_class.from_dict(values)
+        dense: PreTrainedConfig = stock.config_class.from_dict(values)
+        return dense
 
     def dsa_of(self, config: PreTrainedConfig) -> DsaConfig:
         return DsaConfig.from_dict(config.dsa)
@@ -140,7 +142,7 @@ class GqaFamily(Family):
     def accelerate(self, model: PreTrainedModel) -> None:
         """Its attention is fulmen's own already."""
 
-    def accelerated(self, model: PreTrainedModel) -> AbstractContextManager:
+    def accelerated(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def empty_cache(self, config: PreTrainedConfig, max_length: int | None = None) -> DsaCache:

@@ -45,7 +45,8 @@ class MlaFamily(Family):
         q_weights = q_rank * (hidden + q_width) if q_rank else hidden * q_width
         down_weights = hidden * (latent + config.qk_rope_head_dim)
         up_weights = latent * heads * (config.qk_nope_head_dim + config.v_head_dim)
-        return q_weights + down_weights + up_weights + heads * config.v_head_dim * hidden
+        weights: int = q_weights + down_weights + up_weights + heads * config.v_head_dim * hidden
+        return weights
 
     def heads_in_words(self, config: PreTrainedConfig) -> str:
         return (
@@ -128,6 +129,6 @@ class MlaFamily(Family):
         """`accelerate_mla`."""
         accelerate_mla(model)
 
-    def accelerated(self, model: PreTrainedModel) -> AbstractContextManager:
+    def accelerated(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
         """`fulmen_attention`: until the block ends, unless the model is accelerated already."""
         return fulmen_attention(model)
