@@ -23,7 +23,7 @@ import httpx
 import typer
 
 from benchmarks.gateway.served import Served, served
-from fulmen.cli.books import books_at
+from fulmen.cli.billing import open_store
 
 app = typer.Typer(add_completion=False)
 DEPOSIT = Decimal(1000)
@@ -55,7 +55,7 @@ def soak(
 ) -> None:
     """Run it and print what was found; exit 1 if the books are wrong."""
     with served(model_dir) as server:
-        books = books_at(server.state, None)
+        books = open_store(server.state, None)
         key = books.accounts.issue("soak")
         books.ledger.deposit("soak", DEPOSIT, "soak")
         seen = Seen()

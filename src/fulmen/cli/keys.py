@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fulmen.cli.books import DEFAULT_STATE, LedgerUrl, State, books_at
+from fulmen.cli.billing import DEFAULT_STATE, LedgerUrl, State, open_store
 from fulmen.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,13 +51,13 @@ def add_command(
     Example: [bold]fulmen keys add alice --balance 10 --concurrency 4[/]
     """
     amount = None if balance is None else parse_amount(balance)
-    books = books_at(state, ledger)
+    store = open_store(state, ledger)
     # The key is shown last: without its deposit it would have no limit.
-    key = books.accounts.issue(name, concurrency)
+    key = store.accounts.issue(name, concurrency)
     if amount is not None:
-        books.ledger.deposit(name, amount, "keys add")
+        store.ledger.deposit(name, amount, "keys add")
     typer.echo(key)
-    typer.echo(f"{name}: {_balance(books, name)}; the key is not shown again", err=True)
+    typer.echo(f"{name}: {_balance(store, name)}; the key is not shown again", err=True)
 
 
 @keys_app.command("list")
@@ -66,11 +66,11 @@ def list_command(state: State = DEFAULT_STATE, ledger: LedgerUrl = None) -> None
 
     Example: [bold]fulmen keys list[/]
     """
-    books = books_at(state, ledger)
+    store = open_store(state, ledger)
     table = Table("account", "key", "at a time", "balance", box=None)
-    for name, record in books.accounts:
+    for name, record in store.accounts:
         limit = "server's limit" if record.concurrency is None else str(record.concurrency)
-        table.add_row(name, _key_in_words(record), limit, _balance(books, name))
+        table.add_row(name, _key_in_words(record), limit, _balance(store, name))
     Console(highlight=False).print(table if table.rows else f"no accounts in {state}; fulmen keys add NAME")
 
 
@@ -80,7 +80,7 @@ def revoke_command(name: Name, state: State = DEFAULT_STATE, ledger: LedgerUrl =
 
     Example: [bold]fulmen keys revoke alice[/]
     """
-    books_at(state, ledger).accounts.revoke(name)
+    open_store(state, ledger).accounts.revoke(name)
     typer.echo(f"{name}: key revoked", err=True)
 
 
@@ -97,10 +97,10 @@ def topup_command(
     Example: [bold]fulmen keys topup alice 25 --note "invoice 17"[/]
     """
     paid = parse_amount(amount)
-    books = books_at(state, ledger)
-    books.accounts.get(name)
-    books.ledger.deposit(name, paid, note)
-    typer.echo(f"{name}: {_balance(books, name)}", err=True)
+    store = open_store(state, ledger)
+    store.accounts.get(name)
+    store.ledger.deposit(name, paid, note)
+    typer.echo(f"{name}: {_balance(store, name)}", err=True)
 
 
 def parse_amount(text: str) -> Decimal:
@@ -115,11 +115,11 @@ def parse_amount(text: str) -> Decimal:
     return amount
 
 
-def _balance(books: "BillingStore", name: str) -> str:
+def _balance(store: "BillingStore", name: str) -> str:
     from fulmen.serving.billing.prices import money_text
 
-    balance = books.ledger.balance(name)
-    return "no limit" if balance is None else f"{money_text(balance)} {books.prices.currency}"
+    balance = store.ledger.balance(name)
+    return "no limit" if balance is None else f"{money_text(balance)} {store.prices.currency}"
 
 
 def _key_in_words(record: "KeyRecord") -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fulmen.cli.books import DEFAULT_STATE, LedgerUrl, State, books_at, missing_extra
+from fulmen.cli.billing import DEFAULT_STATE, LedgerUrl, State, missing_extra, open_store
 from fulmen.cli.progress import STARTING, reporter
 
 if TYPE_CHECKING:
@@ -49,16 +49,16 @@ def serve_command(
             raise missing_extra(error) from error
     settings = EngineSettings(served_model(Path(found.place), config), tuple(context.args))
     require_vllm()
-    books = books_at(state, ledger)
+    store = open_store(state, ledger)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    for line in describe(settings, books):
+    for line in describe(settings, store):
         typer.echo(line)
-    raise typer.Exit(serve(settings, books, state.expanduser(), host, port, typer.echo, stage))
+    raise typer.Exit(serve(settings, store, state.expanduser(), host, port, typer.echo, stage))
 
 
-def describe(settings: "EngineSettings", books: "BillingStore") -> list[str]:
+def describe(settings: "EngineSettings", store: "BillingStore") -> list[str]:
     """Model, context, price list and who may ask."""
-    model, prices, keys = settings.model, books.prices, len(books.accounts)
+    model, prices, keys = settings.model, store.prices, len(store.accounts)
     kept = f"DSA, k = {model.dsa.topk:,}" if model.dsa else "dense attention"
     rates = prices.rates
     shown = f"{rates.hit} prompt in cache, {rates.miss} prompt computed, {rates.output} output"

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fulmen.cli.books import DEFAULT_STATE, LedgerUrl, State, books_at
+from fulmen.cli.billing import DEFAULT_STATE, LedgerUrl, State, open_store
 from fulmen.evaluation.wording import percent
 
 if TYPE_CHECKING:
@@ -38,14 +38,14 @@ def usage_command(
 
     Example: [bold]fulmen usage --key alice --since 2026-11-01 --csv > alice.csv[/]
     """
-    books = books_at(state, ledger)
+    store = open_store(state, ledger)
     from fulmen.serving.billing.usage_export import totals, write_csv
 
-    rows = books.ledger.rows(key, _utc(since), _utc(until))
+    rows = store.ledger.rows(key, _utc(since), _utc(until))
     if as_csv:
         write_csv(rows, sys.stdout)
     else:
-        _print_totals(totals(rows), books.prices.currency)
+        _print_totals(totals(rows), store.prices.currency)
 
 
 def _utc(moment: datetime | None) -> datetime | None:

@@ -35,7 +35,7 @@ LedgerUrl = Annotated[
 ]
 
 
-def books_at(state: Path, ledger_url: str | None) -> "BillingStore":
+def open_store(state: Path, ledger_url: str | None) -> "BillingStore":
     """Open the state folder, with the keys of the environment. Raises ConfigError if the extra is missing."""
     try:
         from fulmen.serving.billing.accounts import VARIABLE
