@@ -192,8 +192,8 @@ def test_hazard_7_a_restored_prefix_is_the_prefix_read_anew(model, how):
 def test_hazards_7_and_10_speculation_is_token_by_token(model):
     """Drafts of several tokens, most of them rolled back by `crop`, then the true ones.
 
-    Mutations: `stop_BT` of every query set to n_keys in visible_intervals (modeling/intervals.py: a draft sees
-    the ones after it); InPlaceIndexedLayer.buffers without the index keys.
+    Mutations: `stop_BT` of every query set to n_keys in visible_intervals (modeling/intervals.py: a draft
+    sees the ones after it); InPlaceIndexedLayer.buffers without the index keys.
     """
     (cold, expected), wrong = whole(model), 63 - IDS
     cache, watch = new_cache(model), Watch()
