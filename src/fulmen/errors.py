@@ -25,7 +25,7 @@ import collections.abc
 
 
 class FulmenError(ValueError):
-    """Base of all errors that a user can cause and mend.
+    """Base of all errors that a user can cause and fix.
 
     Attributes:
         arguments: names of Python arguments in the message, which the command line writes as its options.

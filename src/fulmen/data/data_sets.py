@@ -172,7 +172,7 @@ def _jsonl_rows(path: str) -> Iterator[dict[str, Any]]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise CorpusError(
-                    f"{path}:{number} is not JSON ({error}); mend or remove that line"
+                    f"{path}:{number} is not JSON ({error}); fix or remove that line"
                 ) from error
             if not isinstance(row, dict):
                 raise CorpusError(

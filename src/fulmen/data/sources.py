@@ -151,7 +151,7 @@ def _read_text(path: Path) -> str:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise CorpusError(f"{path} cannot be read ({error.strerror}); mend that or leave it out") from error
+        raise CorpusError(f"{path} cannot be read ({error.strerror}); fix that or leave it out") from error
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
