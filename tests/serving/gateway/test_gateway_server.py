@@ -17,6 +17,8 @@ import pytest
 if not find_spec("vllm"):
     pytest.skip("vLLM is not installed: pip install 'fulmen[serve-cpu]'", allow_module_level=True)
 
+from concurrent.futures import ThreadPoolExecutor
+
 import httpx
 import openai
 import psutil
@@ -352,9 +354,14 @@ def test_nobody_reaches_the_engine_but_by_the_gateway(server):
         assert {at.laddr.ip for at in connections} <= {"127.0.0.1"}
         listening |= {at.laddr.port for at in connections if at.status == psutil.CONN_LISTEN}
     assert listening
-    for port in listening:
+
+    def silent(port):
         with pytest.raises(httpx.HTTPError):
             httpx.post(f"http://127.0.0.1:{port}/invocations", json={}, timeout=1)
+        return True
+
+    with ThreadPoolExecutor(len(listening)) as asking:
+        assert all(asking.map(silent, listening))
 
 
 def test_the_engine_does_not_stand_back_on_a_busy_machine(server):
