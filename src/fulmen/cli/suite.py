@@ -21,18 +21,17 @@ from fulmen.cli.evaluation_options import (
 )
 from fulmen.cli.progress import console, reporter
 from fulmen.pipeline.api_evaluate import evaluate
-from fulmen.pipeline.suite_settings import ALL, DEFAULT_SAMPLES, PARITY, SUITE_NAMES, default_folder
+from fulmen.pipeline.suite_settings import ALL, DEFAULT_SAMPLES, SUITES_ALONE, default_folder
 
 if TYPE_CHECKING:
     from fulmen.evaluation.suites.report import SuiteReport
-
-NAMES = [name for name in SUITE_NAMES if name != PARITY]
 
 
 def suite_command(
     model_dir: AnyDir,
     suites: Annotated[
-        str, typer.Option(metavar="NAMES", help=f"What to measure: {', '.join(NAMES)}; some by commas.")
+        str,
+        typer.Option(metavar="NAMES", help=f"What to measure: {', '.join(SUITES_ALONE)}; some by commas."),
     ] = ALL,
     dense: Dense = None,
     data: HeldOutData = None,

@@ -22,7 +22,7 @@ from fulmen.pipeline.settings import EvalSettings
 from fulmen.pipeline.suite_settings import (
     DEFAULT_SAMPLES,
     PARITY,
-    SUITE_NAMES,
+    SUITES_ALONE,
     SuiteSettings,
     known_names,
     parse_lengths,
@@ -156,9 +156,10 @@ def evaluate(
         "quick": quick or None,
     }
     _require_default("to suites", for_parity | {"needles": needles if needles is not True else None})
-    names = known_names(names_argument("suites", suites), "suite", SUITE_NAMES)
+    names = names_argument("suites", suites)
     if PARITY in names:
         raise refused("suites", suites, "parity is what evaluate (fulmen eval) measures by itself")
+    names = known_names(names, "suite", SUITES_ALONE)
     suite_settings = SuiteSettings(
         source=place_argument("source", source),
         suites=names,
