@@ -31,12 +31,15 @@ class TokenSequence:
         input_ids: [length] int64; begins with the tokenizer's BOS if that tokenizer writes one. In a packed
             sequence each document ends with EOS.
         starts: position of each document's first token; the first is 0.
+        answers: (start, stop) of the tokens that answer a question about what is before them: places in
+            `input_ids`, half-open. Each is predicted at the place before it.
     """
 
     names: tuple[str, ...]
     kind: str
     input_ids: Tensor
     starts: tuple[int, ...]
+    answers: tuple[tuple[int, int], ...] = ()
 
     @property
     def name(self) -> str:
@@ -49,6 +52,13 @@ class TokenSequence:
         place_T = torch.arange(len(self.input_ids))
         starts_N = torch.tensor(self.starts)
         return place_T - starts_N[torch.searchsorted(starts_N, place_T, right=True) - 1]
+
+    @property
+    def predicts_answer(self) -> Tensor:
+        """[length] bool: the places at which a token of an answer is predicted: one before each of them."""
+        place_T = torch.arange(1, len(self.input_ids) + 1)
+        within = [(place_T >= start) & (place_T < stop) for start, stop in self.answers]
+        return torch.stack(within).any(0) if within else torch.zeros_like(place_T, dtype=torch.bool)
 
 
 def draw_sequences(
@@ -103,6 +113,12 @@ def opening_ids(tokenizer: Any) -> list[int]:
     """What this tokenizer writes at the beginning of every text: [BOS] or nothing."""
     begins = tokenizer("")["input_ids"][:1]
     return begins if begins == [tokenizer.bos_token_id] else []
+
+
+def common_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts share from the beginning on."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def text_capacity(tokenizer: Any, length: int) -> int:

@@ -1,11 +1,12 @@
 """Greedy decoding of one prompt: token by token, or in one pass where the answer is known."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fulmen.data.sequences import common_start
 from fulmen.modeling.lengths import PREFILL_CHUNK
 from fulmen.modeling.rope_tables import are_rotated_alike, rope_for_length
 
@@ -47,9 +48,3 @@ def answer_by_forward(model: Any, prompt_ids: Tensor, answer_ids: Tensor) -> lis
     logits_TV = model(input_ids, use_cache=False, logits_to_keep=len(answer_ids)).logits[0]
     written = logits_TV[-len(answer_ids) :].argmax(-1).tolist()
     return written[: 1 + common_start(written, answer_ids.tolist())]
-
-
-def common_start(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two texts share from the beginning on."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))

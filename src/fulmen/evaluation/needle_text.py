@@ -8,12 +8,6 @@ NEEDLE = "\n\nThe secret number of {name}: {number}\n\n"
 QUESTION = (
     "\n\nQuestion: which number is next to {name} in the text above?\nAnswer: The secret number of {name}:"
 )
-NAMES = (
-    *("Alder", "Bramble", "Corin", "Dorset", "Elwood", "Fennick", "Garrow", "Hollis", "Iverna", "Jessop"),
-    *("Kestrel", "Lorimer", "Marlow", "Nettle", "Orwen", "Petra", "Quill", "Ravenna", "Sorrel", "Tindall"),
-    *("Umber", "Velda", "Wexford", "Yarrow", "Zephyr", "Ashdown", "Birkett", "Calder", "Dunmore", "Ennis"),
-    *("Farrow", "Goswin", "Harker", "Ingram", "Jarrow", "Kelso", "Lydgate", "Merrin", "Norwood", "Osric"),
-)
 
 
 def split_answer(tokenizer: Any, question: str, answer: str) -> tuple[list[int], list[int]]:

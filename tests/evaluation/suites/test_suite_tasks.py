@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fulmen.data import Document, draw_sequences
+from fulmen.data.lookup_words import NAMES
 from fulmen.errors import ConfigError
-from fulmen.evaluation.needle_text import NAMES
 from fulmen.evaluation.suites.ruler_tasks import TASKS, find_tasks
 from fulmen.evaluation.suites.samples import make_sample
 from fulmen.evaluation.suites.word_lists import REPEATS, vocabulary, zeta_counts

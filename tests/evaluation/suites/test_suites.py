@@ -11,8 +11,9 @@ from transformers import LlamaForCausalLM
 
 from fulmen.config import DsaConfig
 from fulmen.data import Document, draw_sequences
+from fulmen.data.sequences import common_start
 from fulmen.errors import ConfigError, OutputError, ResumeError, UnsupportedModelError
-from fulmen.evaluation.greedy import answer_by_forward, common_start
+from fulmen.evaluation.greedy import answer_by_forward
 from fulmen.evaluation.provenance import about_run
 from fulmen.evaluation.suites import catalog
 from fulmen.evaluation.suites.catalog import all_suites, find_suite, suite_names

@@ -21,9 +21,10 @@ from transformers import PreTrainedModel
 
 from fulmen.config import require_positive_int
 from fulmen.data import Document, draw_sequences, opening_ids, token_ids
+from fulmen.data.lookup_words import NAMES
 from fulmen.errors import ConfigError
 from fulmen.evaluation.greedy import answer_by_forward
-from fulmen.evaluation.needle_text import NAMES, NEEDLE, QUESTION, split_answer
+from fulmen.evaluation.needle_text import NEEDLE, QUESTION, split_answer
 from fulmen.modeling.families import empty_cache
 from fulmen.modeling.rope_tables import are_rotated_alike, restored_rope, rope_for_length
 

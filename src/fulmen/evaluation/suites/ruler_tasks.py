@@ -8,8 +8,9 @@ M.
 from collections.abc import Sequence
 from itertools import pairwise
 
+from fulmen.data.lookup_words import NAMES
 from fulmen.errors import ConfigError
-from fulmen.evaluation.needle_text import NAMES, NEEDLE, QUESTION
+from fulmen.evaluation.needle_text import NEEDLE, QUESTION
 from fulmen.evaluation.suites.samples import PromptSpec, Task, TaskContext
 from fulmen.evaluation.suites.word_lists import common_words, frequent_words
 

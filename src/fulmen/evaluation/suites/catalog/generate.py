@@ -5,7 +5,7 @@ from statistics import fmean, median
 from typing import Any
 
 from fulmen.data import Document, TokenSequence, draw_sequences
-from fulmen.evaluation.greedy import common_start
+from fulmen.data.sequences import common_start
 from fulmen.evaluation.statistics import interval_row, mean_interval
 from fulmen.evaluation.style import VARIANT_LABELS
 from fulmen.evaluation.suites.journal import Unit
