@@ -307,7 +307,7 @@ class TestBadInput:
 
     def test_no_room(self):
         with pytest.raises(
-            ConfigError, match="length=300 cannot hold 16 sentences and a question; use 680"
+            ConfigError, match="length=300 cannot hold 16 sentences and a question; use 6"
         ) as info:
             lookup_texts(PROSE, made_up(CHAT), 300, 1)
         need = int(re.search(r"use (\d+)", str(info.value))[1])

@@ -116,7 +116,7 @@ def lookup_texts(
     require_positive_int("n_keys", n_keys)
     texts = []
     for number, sequence in enumerate(draw_sequences(documents, tokenizer, length, count, kind, seed)):
-        generator = random.Random(f"{seed}/look-ups/{length}/{n_keys}/{number}")
+        generator = random.Random(f"{seed}/look-ups/{n_keys}/{number}")
         wording = wordings[number % len(wordings)]
         texts.append(_TextMaker(Haystack(sequence, tokenizer), wording, n_keys, length, generator).text())
     return texts
@@ -160,7 +160,8 @@ class _TextMaker:
             if excess <= 0:
                 return rendered, prompts
             n -= excess
-        need = len(ids(self._prompts(0, [longest])[0])) + n_keys
+        # Some text around each, and a blank where it lies within a line.
+        need = len(ids(self._prompts(0, [longest])[0])) + 2 * n_keys
         raise no_room(self.length, n_keys, need)
 
     @cached_property
