@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 
 from fulmen.errors import ConfigError
-from fulmen.modeling.gqa.inherit import inherit_gqa, pair_matrices, pair_order, pick_pairs, ridge
+from fulmen.modeling.gqa.inherit import inherit_gqa, ridge
+from fulmen.modeling.gqa.own_logits import mean_attention_of, own_logits
+from fulmen.modeling.gqa.rotary_pairs import pair_covariance, pair_order, pair_products, pick_pairs
 from fulmen.modeling.selectors import DenseSelector, IndexerSelector, Selector, use_selector
 from fulmen.ops.common.rope import apply_rope
 from fulmen.ops.topk import select_topk
@@ -106,10 +108,37 @@ def test_too_short_a_text_is_refused():
 
 def test_pair_contributions_add_up_to_the_logit_and_turn_with_rope():
     q, k = torch.randn(3, 8), torch.randn(5, 8)
-    parts = pair_matrices(q) @ k.T
+    parts = pair_products(q[:, None], k[None]).mT
     torch.testing.assert_close(parts[:, :4].sum(1), q @ k.T)
     product = torch.complex(*q.chunk(2, -1))[:, :, None] * torch.complex(*k.chunk(2, -1)).conj().T
     torch.testing.assert_close(parts, torch.cat((product.real, product.imag), 1))
+
+
+def test_pair_covariance_is_that_of_every_query_and_key_by_itself():
+    generator = torch.Generator().manual_seed(2)
+    rows, n_keys, dim = torch.tensor([3, 200, 513, 1299]), 1300, 6
+    q, k = (torch.randn(n, heads, dim, generator=generator) for n, heads in ((4, 4), (n_keys, 2)))
+    weight = torch.rand(4, 4, n_keys, generator=generator) * (torch.arange(n_keys) <= rows[:, None])
+    weight /= weight.sum(-1, keepdim=True)
+    found = pair_covariance(q, k.transpose(0, 1), weight, rows)
+    for head in range(4):
+        parts = pair_products(q[:, head, None], k[None, :, head // 2]).double()
+        centred = parts - (weight[head, :, :, None] * parts).sum(1, keepdim=True)
+        expected = torch.einsum("rs,rsf,rsg->fg", weight[head].double(), centred, centred)
+        torch.testing.assert_close(found[head], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_own_logits_see_nothing_later_however_far_apart_they_are():
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.tensor([0, 1, 5, 5, 9])
+    q, k = (30 * torch.randn(12, heads, 8, generator=generator) for heads in (4, 2))
+    logits = own_logits(q, k, rows, 0.5)
+    later = torch.arange(10) > rows[:, None]
+    expected = 0.5 * torch.einsum("rhd,shd->hrs", q[rows], k[:10].repeat_interleave(2, 1))
+    torch.testing.assert_close(logits, expected.masked_fill(later, -torch.inf), rtol=1e-5, atol=1e-3)
+    mean, norm = mean_attention_of(logits.clone())
+    torch.testing.assert_close(mean, logits.softmax(-1).mean(0), atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(norm, logits.logsumexp(-1))
 
 
 def test_partial_rope_pairs_are_those_that_rope_turns():

@@ -14,8 +14,7 @@ Per layer, with l[t,s] a head's own logit, Z[t] = logsumexp_s l[t,s] and tau[t] 
 """
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +23,14 @@ from transformers import PreTrainedModel
 
 from fulmen.config import DsaConfig
 from fulmen.errors import ConfigError, TrainingDivergedError
+from fulmen.modeling.gqa.own_logits import (
+    grouped_logits,
+    hide_later,
+    later_keys,
+    mean_attention_of,
+    quick_exp_,
+)
+from fulmen.modeling.gqa.rotary_pairs import pair_covariance, pair_order, pick_pairs
 from fulmen.modeling.lengths import LENGTH_OVER_TOPK
 from fulmen.modeling.selectors import DenseSelector, dsa_attentions, use_selector
 from fulmen.ops.common.index_keys import round_index_keys
@@ -35,8 +42,6 @@ from fulmen.ops.scores import index_scores
 THRESHOLD_ROWS = 384
 PAIR_EVERY = 8
 ROWS_PER_BLOCK = 32
-# Queries whose weighted keys are alive at once.
-PAIR_BLOCK = 8
 RIDGE = 1e-2
 LOG_SCALES = torch.arange(-6.0, 3.0, 0.25)
 SHORTEST_SEQUENCE = 16
@@ -60,13 +65,26 @@ class InheritedGqaLayer(NamedTuple):
 
 
 class _Observation(NamedTuple):
-    """One calibration sequence as one layer sees it; q and k are after RoPE, R sampled queries `rows_R`."""
+    """One calibration sequence as one layer sees it at R sampled queries, positions `rows_R`.
 
-    x_TC: Tensor
-    q_THD: Tensor
-    k_TGD: Tensor
+    q_RHD and k_GTD are float32, after RoPE and in `pair_order`; bare_q_RHD and bare_k_TGD as the model
+    projects them.
+    """
+
     rows_R: Tensor
+    x_RC: Tensor
+    bare_q_RHD: Tensor
+    bare_k_TGD: Tensor
+    q_RHD: Tensor
+    k_GTD: Tensor
     theta_RH: Tensor
+
+
+class _IndexHeads(NamedTuple):
+    """The index queries of sampled queries and all index keys, float32."""
+
+    q_RJE: Tensor
+    k_TIE: Tensor
 
 
 @torch.no_grad()
@@ -114,19 +132,20 @@ def inherit_gqa(
 
 
 def _fit_layer(attention: Any, kwargs: dict, topk: int) -> InheritedGqaLayer:
-    observations = _observe(attention, kwargs, topk)
-    cov_HFF = sum((_pair_covariance(w, attention.scaling) for w in observations), start=torch.zeros(()))
-    picked_GP, coef_HP2, key_fit = pick_pairs(
-        cov_HFF, attention.indexer.head_dim // 2, len(observations[0].k_TGD[0])
-    )
     rotary = kwargs["position_embeddings"]
+    observations = _observe(attention, kwargs["hidden_states"], rotary, topk)
+    cov_HFF = torch.stack([_pair_covariance(one, attention.scaling) for one in observations]).sum(0)
+    n_groups = len(observations[0].k_GTD)
+    # Many small steps: quicker on the CPU than on an accelerator.
+    picked_GP, coef_HP2, key_fit = pick_pairs(cov_HFF.cpu(), attention.indexer.head_dim // 2, n_groups)
     _set_directions(attention, picked_GP, coef_HP2, rotary[0].shape[-1])
-    targets = [_boundary_targets(attention, observation, rotary) for observation in observations]
-    x_NC = torch.cat([observation.x_TC[observation.rows_R] for observation in observations])
+    index = [_index_heads(attention, observation, rotary) for observation in observations]
+    targets = [_boundary_targets(*pair, attention.scaling) for pair in zip(observations, index, strict=True)]
+    x_NC = torch.cat([observation.x_RC for observation in observations])
     weight_CJ, bias_J, fit = ridge(x_NC, torch.cat(targets))
     _write(attention.indexer.shift_proj.weight, -weight_CJ.T)
     _write(attention.indexer.shift_proj.bias, -bias_J)
-    kl = _set_scale(attention, observations, rotary)
+    kl = _set_scale(attention, observations, index)
     if not math.isfinite(kl):
         raise TrainingDivergedError(
             f"layer {attention.layer_idx} gives KL={kl} on the calibration text; check the model in float32"
@@ -134,22 +153,18 @@ def _fit_layer(attention: Any, kwargs: dict, topk: int) -> InheritedGqaLayer:
     return InheritedGqaLayer(attention.layer_idx, 1.0, key_fit, fit, kl)
 
 
-def _observe(attention: Any, kwargs: dict, topk: int) -> list[_Observation]:
+def _observe(attention: Any, x_BTC: Tensor, rotary: tuple[Tensor, Tensor], topk: int) -> list[_Observation]:
     """What the layer would compute, with the threshold of every sampled query."""
-    x_BTC, (cos_BTR, sin_BTR) = kwargs["hidden_states"], kwargs["position_embeddings"]
-    q_BTHD, k_BTGD, _ = attention.project(x_BTC)
-    order_D = pair_order(attention.head_dim, cos_BTR.shape[-1])
-    q_BTHD = apply_rope(q_BTHD, cos_BTR, sin_BTR)[..., order_D].float()
-    k_BTGD = apply_rope(k_BTGD, cos_BTR, sin_BTR)[..., order_D].float()
+    bare_q_BTHD, bare_k_BTGD, _ = attention.project(x_BTC)
     rows_R = sampled_queries(topk, x_BTC.shape[1]).to(x_BTC.device)
-    observations = []
-    for x_TC, q_THD, k_TGD in zip(x_BTC.float(), q_BTHD, k_BTGD, strict=True):
-        blocks = [
-            _thresholds(own_logits(q_THD, k_TGD, rows, attention.scaling), topk)
-            for rows in rows_R.split(ROWS_PER_BLOCK)
-        ]
-        observations.append(_Observation(x_TC, q_THD, k_TGD, rows_R, torch.cat(blocks)))
-    return observations
+    bare_q_BRHD, rows_rotary = bare_q_BTHD[:, rows_R], tuple(table[:, rows_R] for table in rotary)
+    order_D = pair_order(attention.head_dim, rotary[0].shape[-1]).to(x_BTC.device)
+    q_BRHD = apply_rope(bare_q_BRHD, *rows_rotary)[..., order_D].float()
+    k_BGTD = apply_rope(bare_k_BTGD, *rotary)[..., order_D].float().transpose(1, 2).contiguous()
+    return [
+        _Observation(rows_R, *inputs, _thresholds(*inputs[-2:], rows_R, attention.scaling, topk))
+        for inputs in zip(x_BTC[:, rows_R], bare_q_BRHD, bare_k_BTGD, q_BRHD, k_BGTD, strict=True)
+    ]
 
 
 def sampled_queries(first: int, stop: int) -> Tensor:
@@ -159,195 +174,84 @@ def sampled_queries(first: int, stop: int) -> Tensor:
     return rows_R.clamp(first, stop - 1).unique()
 
 
-def pair_order(head_dim: int, rotary: int) -> Tensor:
-    """Dims of a head so that p and p + D/2 form a pair: rotary pairs first, the others then."""
-    dims_D = torch.arange(head_dim)
-    half, rest = rotary // 2, (head_dim - rotary) // 2
-    rotated, still = dims_D[:rotary], dims_D[rotary:]
-    return torch.cat((rotated[:half], still[:rest], rotated[half:], still[rest:]))
+def _row_blocks(rows_R: Tensor) -> Iterator[tuple[slice, int]]:
+    """Sampled queries that are looked at together, and the keys that the last of them sees."""
+    for low in range(0, len(rows_R), ROWS_PER_BLOCK):
+        some = slice(low, low + ROWS_PER_BLOCK)
+        yield some, int(rows_R[some][-1]) + 1
 
 
-def own_logits(q_THD: Tensor, k_SGD: Tensor, rows_R: Tensor, scale: float) -> Tensor:
-    """The model's own logits_HRS of ascending queries, -inf at later keys; S ends with the last query."""
-    k_SGD = k_SGD[: int(rows_R[-1]) + 1]
-    groups = k_SGD.shape[1]
-    q_GMD = q_THD[rows_R].unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
-    logits_GMS = torch.bmm(q_GMD, k_SGD.permute(1, 2, 0)) * scale
-    logits_HRS = logits_GMS.unflatten(1, (-1, len(rows_R))).flatten(0, 1)
-    return logits_HRS.masked_fill_(_later(rows_R), -torch.inf)
-
-
-def _later(rows_R: Tensor) -> Tensor:
-    """bool [R, S]: keys after each query; S ends with the last row."""
-    return torch.arange(int(rows_R[-1]) + 1, device=rows_R.device) > rows_R[:, None]
-
-
-def _thresholds(logits_HRS: Tensor, topk: int) -> Tensor:
+def _thresholds(q_RHD: Tensor, k_GTD: Tensor, rows_R: Tensor, scale: float, topk: int) -> Tensor:
     """theta_RH = logsumexp of each head + log of the k-th largest mean probability."""
-    norm_HR = logits_HRS.logsumexp(-1)
-    prob_RS = (logits_HRS - norm_HR[..., None]).exp_().mean(0)
-    tau_R = prob_RS.topk(topk, dim=-1).values[:, -1].clamp_min(torch.finfo(prob_RS.dtype).tiny)
-    return (norm_HR + tau_R.log()).T
+    found = []
+    for some, stop in _row_blocks(rows_R):
+        logits_HRS = hide_later(grouped_logits(q_RHD[some] * scale, k_GTD[:, :stop]), rows_R[some])
+        prob_RS, norm_HR = mean_attention_of(logits_HRS)
+        tau_R = prob_RS.kthvalue(stop + 1 - topk).values.clamp_min(torch.finfo(prob_RS.dtype).tiny)
+        found.append((norm_HR + tau_R.log()).T)
+    return torch.cat(found)
 
 
 def _pair_covariance(observation: _Observation, scale: float) -> Tensor:
-    """cov_HFF of the contributions of all D/2 pairs to a head's logits, F = D: first their real, then their
-    imaginary parts; over keys, centred per query, weighted by min(1, exp((l - theta) / 2))."""
+    """cov_HFF of `pair_covariance`, keys weighted by min(1, exp((l - theta) / 2))."""
     rows_R, theta_RH = observation.rows_R[::PAIR_EVERY], observation.theta_RH[::PAIR_EVERY]
-    logits_HRS = own_logits(observation.q_THD, observation.k_TGD, rows_R, scale)
-    weight_HRS = ((logits_HRS - theta_RH.T[..., None]) / 2).clamp_max_(0).exp_()
+    q_RHD, k_GSD = observation.q_RHD[::PAIR_EVERY] * scale, observation.k_GTD[:, : int(rows_R[-1]) + 1]
+    logits_HRS = hide_later(grouped_logits(q_RHD, k_GSD), rows_R)
+    weight_HRS = quick_exp_(logits_HRS.sub_(theta_RH.T[..., None]).div_(2).clamp_max_(0))
     weight_HRS /= weight_HRS.sum(-1, keepdim=True)
-    shared = observation.q_THD.shape[1] // observation.k_TGD.shape[1]
-    k_SGD = observation.k_TGD[: weight_HRS.shape[-1]]
-    return torch.stack(
-        [
-            _weighted_covariance(observation.q_THD[rows_R, head] * scale, k_SGD[:, head // shared], weight_RS)
-            for head, weight_RS in enumerate(weight_HRS)
-        ]
-    )
-
-
-def pair_matrices(q_RD: Tensor) -> Tensor:
-    """[R, F, D]: times a key, Re and Im of q conj(k) per pair of dims p, p + D/2; all Re add up to q . k."""
-    real_RPP, imaginary_RPP = (torch.diag_embed(half_RP) for half_RP in q_RD.chunk(2, -1))
-    rows = (real_RPP, imaginary_RPP), (imaginary_RPP, -real_RPP)
-    return torch.cat([torch.cat(row, -1) for row in rows], -2)
-
-
-def _weighted_covariance(q_RD: Tensor, k_SD: Tensor, weight_RS: Tensor) -> Tensor:
-    """Of the contributions, through the keys' own covariance: D x D a query, not S x D."""
-    total_FF = torch.zeros((), dtype=torch.float64)
-    for some in torch.arange(len(q_RD)).split(PAIR_BLOCK):
-        mean_RD = weight_RS[some] @ k_SD
-        square_RDD = k_SD.T @ (weight_RS[some, :, None] * k_SD)
-        keys_RDD = square_RDD - mean_RD[:, :, None] * mean_RD[:, None]
-        pairs_RFD = pair_matrices(q_RD[some])
-        total_FF = total_FF + (pairs_RFD @ keys_RDD @ pairs_RFD.mT).sum(0).double()
-    return total_FF
-
-
-def pick_pairs(cov_HFF: Tensor, n_pairs: int, n_groups: int) -> tuple[Tensor, Tensor, float]:
-    """Greedy forward selection of pairs, shared by the heads of a group.
-
-    Args:
-        cov_HFF: as `_pair_covariance`, float64.
-        n_pairs: pairs per group (P).
-        n_groups: key heads (G).
-
-    Returns:
-        picked_GP (int64), coef_HP2 (real and imaginary factor of each pair's query), and the share of the
-        logits' variance explained.
-    """
-    heads, width, _ = cov_HFF.shape
-    half, shared = width // 2, heads // n_groups
-    jitter_HFF = 1e-9 * cov_HFF.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * torch.eye(width).double()
-    full_HFF = cov_HFF + jitter_HFF
-    total_H = full_HFF[:, :half, :half].sum((1, 2))
-    picked, coefs, explained = [], [], 0.0
-    for group in range(n_groups):
-        mine = slice(group * shared, (group + 1) * shared)
-        pairs_P = _forward_selection(full_HFF[mine], n_pairs)
-        dims = torch.cat((pairs_P, pairs_P + half))
-        kept_HKK, cross_HK = full_HFF[mine][:, dims][..., dims], full_HFF[mine][:, dims, :half].sum(-1)
-        coef_HK = torch.linalg.solve(kept_HKK, cross_HK)
-        explained += float((coef_HK * cross_HK).sum())
-        picked.append(pairs_P)
-        coefs.append(coef_HK.unflatten(-1, (2, n_pairs)).transpose(1, 2))
-    return torch.stack(picked), torch.cat(coefs).float(), explained / float(total_H.sum())
-
-
-def _forward_selection(cov_HFF: Tensor, n_pairs: int) -> Tensor:
-    """Each step takes the pair that explains most, then regresses it out of all the others."""
-    half = cov_HFF.shape[-1] // 2
-    left_HFF, floor_HFF = cov_HFF.clone(), cov_HFF.diagonal(dim1=1, dim2=2)
-    pairs = torch.arange(half)
-    free = torch.ones(half, dtype=torch.bool)
-    chosen: list[int] = []
-    for _ in range(n_pairs):
-        target_HF = left_HFF[..., :half].sum(-1)
-        block_HP22 = torch.stack(
-            [
-                torch.stack([left_HFF[:, pairs + a * half, pairs + b * half] for b in (0, 1)], -1)
-                for a in (0, 1)
-            ],
-            -2,
-        )
-        # Chosen pairs have nothing left; without the floor their blocks would be singular.
-        floor_HP2 = torch.stack((floor_HFF[:, :half], floor_HFF[:, half:]), -1) * 1e-9
-        aim_HP2 = torch.stack((target_HF[:, :half], target_HF[:, half:]), -1)
-        solved_HP2 = torch.linalg.solve(block_HP22 + torch.diag_embed(floor_HP2 + 1e-30), aim_HP2)
-        gain_P = (solved_HP2 * aim_HP2).sum((0, 2)).masked_fill(~free, -torch.inf)
-        best = int(gain_P.argmax())
-        chosen.append(best)
-        free[best] = False
-        dims = [best, best + half]
-        column_HF2 = left_HFF[:, :, dims]
-        inner_H22 = left_HFF[:, dims][..., dims] + torch.diag_embed(floor_HFF[:, dims] * 1e-9 + 1e-30)
-        left_HFF = left_HFF - column_HF2 @ torch.linalg.solve(inner_H22, column_HF2.transpose(1, 2))
-    return torch.tensor(chosen)
+    return pair_covariance(q_RHD, k_GSD, weight_HRS, rows_R)
 
 
 def _set_directions(attention: Any, picked_GP: Tensor, coef_HP2: Tensor, rotary: int) -> None:
     """Write wk (a choice of the key's dims), wq (their queries times the coefficients) and rope_pairs."""
-    indexer, groups = attention.indexer, len(picked_GP)
-    heads, n_pairs, _ = coef_HP2.shape
-    width, order = attention.head_dim, pair_order(attention.head_dim, rotary).tolist()
-    per_group, pooled = indexer.n_heads // groups, heads // indexer.n_heads
+    indexer, (groups, n_pairs) = attention.indexer, picked_GP.shape
+    heads, width, shared = len(coef_HP2), attention.head_dim, len(coef_HP2) // groups
+    order_D, pooled = pair_order(width, rotary), heads // indexer.n_heads
+    first_GP, second_GP = order_D[picked_GP], order_D[picked_GP + width // 2]
+    slots_P, groups_G1 = torch.arange(n_pairs), torch.arange(groups)[:, None]
     wk_IEGD = torch.zeros(groups, 2 * n_pairs, groups, width)
+    wk_IEGD[groups_G1, slots_P, groups_G1, first_GP] = 1
+    wk_IEGD[groups_G1, slots_P + n_pairs, groups_G1, second_GP] = 1
+    real_HP, imaginary_HP = (coef_HP2 * attention.scaling * (2 * n_pairs) ** 0.5 / pooled).unbind(-1)
+    first_HP, second_HP = (dims_GP.repeat_interleave(shared, 0) for dims_GP in (first_GP, second_GP))
+    heads_H1 = torch.arange(heads)[:, None]
     wq_JEHD = torch.zeros(indexer.n_heads, 2 * n_pairs, heads, width)
-    unit = attention.scaling * (2 * n_pairs) ** 0.5 / pooled
-    for group, pairs_P in enumerate(picked_GP):
-        for slot, pair in enumerate(pairs_P.tolist()):
-            first, second = order[pair], order[pair + width // 2]
-            wk_IEGD[group, slot, group, first] = 1
-            wk_IEGD[group, slot + n_pairs, group, second] = 1
-            for index_head in range(group * per_group, (group + 1) * per_group):
-                for head in range(index_head * pooled, (index_head + 1) * pooled):
-                    real, imaginary = (coef_HP2[head, slot] * unit).tolist()
-                    wq_JEHD[index_head, slot, head, [first, second]] = torch.tensor([real, imaginary])
-                    wq_JEHD[index_head, slot + n_pairs, head, [second, first]] = torch.tensor(
-                        [real, -imaginary]
-                    )
+    wq_JEHD[heads_H1 // pooled, slots_P, heads_H1, first_HP] = real_HP
+    wq_JEHD[heads_H1 // pooled, slots_P, heads_H1, second_HP] = imaginary_HP
+    wq_JEHD[heads_H1 // pooled, slots_P + n_pairs, heads_H1, second_HP] = real_HP
+    wq_JEHD[heads_H1 // pooled, slots_P + n_pairs, heads_H1, first_HP] = -imaginary_HP
     _write(indexer.wk.weight, wk_IEGD.flatten(2).flatten(0, 1))
     _write(indexer.wq.weight, wq_JEHD.flatten(2).flatten(0, 1))
     indexer.rope_pairs.copy_(picked_GP.clamp(max=rotary // 2))
 
 
-def _boundary_targets(attention: Any, observation: _Observation, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def _index_heads(attention: Any, observation: _Observation, rotary: tuple[Tensor, Tensor]) -> _IndexHeads:
+    """As the indexer makes them now; keys rounded as a cache keeps them."""
+    indexer, rows_R = attention.indexer, observation.rows_R
+    tables = [table[:1] for table in rotary]
+    rows_rotation = indexer.rotation(*(table[:, rows_R] for table in tables))
+    x_1RC = observation.x_RC[None].to(indexer.wq.weight.dtype)
+    q_1RJE, _, _ = indexer.queries(x_1RC, observation.bare_q_RHD[None], rows_rotation)
+    k_1TIE = round_index_keys(indexer.keys(observation.bare_k_TGD[None], indexer.rotation(*tables)))
+    return _IndexHeads(q_1RJE[0].float(), k_1TIE[0].float())
+
+
+def _boundary_targets(observation: _Observation, index: _IndexHeads, scale: float) -> Tensor:
     """Thresholds in units of the index logits, target_RJ: theta less what the dropped pairs add near it."""
-    q_TJE, k_SIE = _index_heads(attention, observation, rotary)
+    heads, index_scale = index.q_RJE.shape[1], index.q_RJE.shape[-1] ** -0.5
+    # The mean logit of heads that share their keys is that of their mean query.
+    q_RJD = observation.q_RHD.unflatten(1, (heads, -1)).mean(2) * scale
+    theta_RJ = observation.theta_RH.unflatten(1, (heads, -1)).mean(2)
+    q_RJE, k_ITE = index.q_RJE * index_scale, index.k_TIE.transpose(0, 1).contiguous()
     targets = []
-    for rows, theta_RH in zip(
-        observation.rows_R.split(ROWS_PER_BLOCK), observation.theta_RH.split(ROWS_PER_BLOCK), strict=True
-    ):
-        own_HRS = own_logits(observation.q_THD, observation.k_TGD, rows, attention.scaling)
-        index_JRS = own_logits(q_TJE, k_SIE, rows, q_TJE.shape[-1] ** -0.5)
-        pooled = len(own_HRS) // len(index_JRS)
-        own_JRS, theta_RJ = (
-            own_HRS.unflatten(0, (-1, pooled)).mean(1),
-            theta_RH.unflatten(1, (-1, pooled)).mean(2),
-        )
-        near_JRS = (own_JRS - theta_RJ.T[..., None]).abs_().div_(-2).exp_()
-        missed_JRS = (own_JRS - index_JRS).masked_fill_(_later(rows), 0)
-        targets.append(theta_RJ - ((missed_JRS * near_JRS).sum(-1) / near_JRS.sum(-1).clamp_min(1e-30)).T)
+    for some, stop in _row_blocks(observation.rows_R):
+        own_JRS = grouped_logits(q_RJD[some], observation.k_GTD[:, :stop])
+        missed_JRS = own_JRS - grouped_logits(q_RJE[some], k_ITE[:, :stop])
+        hide_later(own_JRS, observation.rows_R[some])
+        near_JRS = quick_exp_(own_JRS.sub_(theta_RJ[some].T[..., None]).abs_().div_(-2))
+        amount_JR = near_JRS.sum(-1).clamp_min(1e-30)
+        targets.append(theta_RJ[some] - (missed_JRS.mul_(near_JRS).sum(-1) / amount_JR).T)
     return torch.cat(targets)
-
-
-def _index_heads(
-    attention: Any, observation: _Observation, rotary: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """q_TJE and k_TIE as the indexer makes them now."""
-    index = _index_inputs(attention, observation, rotary)
-    return index.q_BTJE[0], index.k_BTIE[0]
-
-
-def _index_inputs(attention: Any, observation: _Observation, rotary: tuple[Tensor, Tensor]) -> Any:
-    x_1TC = observation.x_TC[None].to(attention.indexer.wq.weight.dtype)
-    q_1THD, k_1TGD, _ = attention.project(x_1TC)
-    cos_1TR, sin_1TR = (table[:1] for table in rotary)
-    index = attention.indexer(x_1TC, q_1THD, k_1TGD, cos_1TR, sin_1TR)
-    index = index._replace(k_BTIE=round_index_keys(index.k_BTIE))
-    return type(index)(*(tensor.float() for tensor in index))
 
 
 def ridge(x_NC: Tensor, y_NJ: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -362,35 +266,43 @@ def ridge(x_NC: Tensor, y_NJ: Tensor) -> tuple[Tensor, Tensor, float]:
     return weight_CJ.float(), (y_mean_J - x_mean_C @ weight_CJ).float(), float(1 - left)
 
 
-def _set_scale(attention: Any, observations: list[_Observation], rotary: tuple[Tensor, Tensor]) -> float:
+def _set_scale(attention: Any, observations: list[_Observation], index: list[_IndexHeads]) -> float:
     """Make all head weights the number with the least KL, which is returned (nats)."""
     indexer = attention.indexer
-    _write(indexer.weights_proj.weight, torch.zeros(()))
-    _write(indexer.weights_proj.bias, torch.ones(()))
-    kl_Z = sum(
-        (_kl_per_scale(attention, observation, rotary) for observation in observations), start=torch.zeros(())
-    )
+    kl_NZ = torch.stack(
+        [_kl_per_scale(attention, *pair) for pair in zip(observations, index, strict=True)]
+    ).cpu()
+    kl_Z = kl_NZ.mean(0)
     best = int(kl_Z.argmin())
+    _write(indexer.weights_proj.weight, torch.zeros(()))
     _write(indexer.weights_proj.bias, LOG_SCALES[best].exp())
-    return float(kl_Z[best]) / len(observations)
+    return float(kl_Z[best])
 
 
-def _kl_per_scale(attention: Any, observation: _Observation, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    rows_R = observation.rows_R[::PAIR_EVERY]
-    index = _index_inputs(attention, observation, rotary)
-    q, w, b = (tensor[:, rows_R] for tensor in (index.q_BTJE, index.w_BTJ, index.b_BTJ))
-    k = index.k_BTIE[:, : int(rows_R[-1]) + 1]
-    scores_RS = index_scores(q, k, w, b, torch.zeros_like(rows_R)[None], rows_R[None] + 1)[0]
-    logits_HRS = own_logits(observation.q_THD, observation.k_TGD, rows_R, attention.scaling)
-    p_RS = logits_HRS.softmax(-1).mean(0)
+def _kl_per_scale(attention: Any, observation: _Observation, index: _IndexHeads) -> Tensor:
+    """kl_Z of some queries, where all head weights are exp(LOG_SCALES)."""
+    rows_R, some = observation.rows_R[::PAIR_EVERY], slice(None, None, PAIR_EVERY)
+    stop = int(rows_R[-1]) + 1
+    q_1RJE, k_1SIE = index.q_RJE[None, some], index.k_TIE[None, :stop]
+    shift = attention.indexer.shift_proj
+    b_1RJ = shift(observation.x_RC[None, some].to(shift.weight.dtype)).float()
+    ends = (torch.zeros_like(rows_R)[None], rows_R[None] + 1)
+    scores_RS = index_scores(q_1RJE, k_1SIE, torch.ones_like(b_1RJ), b_1RJ, *ends)[0]
+    q_RHD = observation.q_RHD[some] * attention.scaling
+    logits_HRS = hide_later(grouped_logits(q_RHD, observation.k_GTD[:, :stop]), rows_R)
+    p_RS, _ = mean_attention_of(logits_HRS)
     entropy = torch.special.entr(p_RS).sum(-1).mean()
-    cross = partial(_cross_entropy, p_RS, scores_RS, _later(rows_R))
-    return torch.stack([cross(float(log_scale.exp())) - entropy for log_scale in LOG_SCALES])
+    return _cross_entropies(p_RS, scores_RS.masked_fill(later_keys(rows_R), -torch.inf)) - entropy
 
 
-def _cross_entropy(p_RS: Tensor, scores_RS: Tensor, later_RS: Tensor, scale: float) -> Tensor:
-    log_q_RS = (scores_RS * scale).log_softmax(-1).masked_fill_(later_RS, 0)
-    return -(p_RS * log_q_RS).sum(-1).mean()
+def _cross_entropies(p_RS: Tensor, scores_RS: Tensor) -> Tensor:
+    """[Z], of p and softmax(scale x scores), mean over the queries; each p adds up to 1."""
+    below_RS = scores_RS - scores_RS.amax(-1, keepdim=True)
+    mean_R = (p_RS * below_RS).masked_fill_(below_RS == -torch.inf, 0).sum(-1)
+    scales = LOG_SCALES.exp().tolist()
+    return torch.stack(
+        [(quick_exp_(below_RS * scale).sum(-1).log() - scale * mean_R).mean() for scale in scales]
+    )
 
 
 def _write(parameter: Tensor, value: Tensor) -> None:

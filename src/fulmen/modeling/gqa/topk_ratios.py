@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fulmen.modeling.gqa.inherit import own_logits
+from fulmen.modeling.gqa.own_logits import own_logits
 from fulmen.modeling.selectors import DenseSelector, dsa_attentions, use_selector
 from fulmen.ops.common.intervals import selection_mask
 from fulmen.ops.common.rope import apply_rope
