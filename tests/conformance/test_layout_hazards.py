@@ -14,6 +14,7 @@ from fulmen.errors import ConfigError
 from fulmen.modeling.cost import decode_cost
 from fulmen.modeling.families import family_for_type
 from fulmen.modeling.mla import attention
+from fulmen.modeling.selectors import dsa_attentions
 from fulmen.ops.common.index_keys import round_index_keys
 from tests.conformance.hazard_cases import (
     PADS,
@@ -36,7 +37,7 @@ def all_causal(batch):
     return torch.zeros_like(stop), stop
 
 
-@pytest.mark.parametrize("name", ["llama", "llama3-rope", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "llama3-rope", "qwen2", "qwen3", "mistral", "gemma3"])
 def test_hazard_1_a_copied_head_is_rotated_as_the_model_rotates_it(name):
     """Index heads that are the model's own select where its queries and keys, rotated by Transformers' own
     function, have the largest sum of ReLU(q . k).
@@ -57,16 +58,16 @@ def test_hazard_1_a_copied_head_is_rotated_as_the_model_rotates_it(name):
         k = round_index_keys(k).repeat_interleave(heads // groups, 2)
         scores[module.layer_idx] = torch.einsum("bthd,bshd->bths", q, k).relu().sum(2)
 
-    for layer in model.model.layers:
-        indexer = layer.self_attn.indexer
+    for converted in dsa_attentions(model):
+        indexer = converted.indexer
         for projection in (indexer.wq, indexer.wk):
             torch.nn.init.eye_(projection.weight)
         for constant, value in ((indexer.weights_proj, 1.0), (indexer.shift_proj, 0.0)):
             torch.nn.init.zeros_(constant.weight)
             torch.nn.init.constant_(constant.bias, value)
-        hooks.append(layer.self_attn.register_forward_pre_hook(score_by_hand, with_kwargs=True))
+        hooks.append(converted.register_forward_pre_hook(score_by_hand, with_kwargs=True))
     watch, _ = watched(model, lambda: model(IDS, use_cache=False))
-    assert len(scores) == 3
+    assert len(scores) == (2 if name == "gemma3" else 3)
     for layer, scores_BTS in scores.items():
         expected = best_by_hand(scores_BTS, *all_causal(len(IDS)), TOPK)
         for row, queries in watch.chosen[layer].items():

@@ -192,13 +192,13 @@ class TestGguf:
     def test_unsupported_architecture(self, tmp_path):
         import gguf
 
-        writer = gguf.GGUFWriter(tmp_path / "other.gguf", "gemma3")
+        writer = gguf.GGUFWriter(tmp_path / "other.gguf", "gemma2")
         writer.add_tensor("token_embd.weight", torch.zeros(4, 32).numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        with pytest.raises(UnsupportedModelError, match="'gemma3'"):
+        with pytest.raises(UnsupportedModelError, match="'gemma2'"):
             read_sound_gguf(tmp_path / "other.gguf")
 
 

@@ -34,8 +34,11 @@ def make_pair(rope, family="llama", topk=ROOMY):
     rope_parameters = {"rope_type": rope, "rope_theta": 10000.0, **ROPES[rope]}
     # Dynamic NTK goes by this; LongRoPE and the others by `original_max_position_embeddings`.
     context = ORIGINAL if rope == "dynamic" else 4 * ORIGINAL
+    if family == "gemma3":
+        own = {"rope_type": "default", "rope_theta": 100.0}
+        rope_parameters = {"full_attention": rope_parameters, "sliding_attention": own}
     changes = {"rope_parameters": rope_parameters, "max_position_embeddings": context}
-    dense = make_dense(family, **({"head_dim": 16} if family == "qwen3" else {}), **changes)
+    dense = make_dense(family, **({"head_dim": 16} if family in ("qwen3", "gemma3") else {}), **changes)
     return dense, make_dsa(dense, topk=topk)
 
 
@@ -59,8 +62,11 @@ def test_prompts_in_chunks_are_the_dense_models(rope):
         torch.testing.assert_close(written(dsa, ids, prefill_chunk_size=8), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
-@pytest.mark.parametrize("rope", sorted(BY_LENGTH))
+# Transformers' LongRoPE fails at the second long text where kinds of layers have tables of their own.
+OTHERS = [(rope, family) for rope in sorted(BY_LENGTH) for family in ("qwen2", "qwen3", "mistral")]
+
+
+@pytest.mark.parametrize(("rope", "family"), [*OTHERS, ("dynamic", "gemma3")])
 def test_so_are_those_of_other_families(rope, family):
     dense, dsa = make_pair(rope, family)
     ids = random_ids(1, 50)
@@ -100,16 +106,17 @@ def test_above_topk_pieces_select_what_the_whole_selects(rope):
     torch.testing.assert_close(written(dsa, ids, prefill_chunk_size=8), whole, **CLOSE)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("rope", ROPES)
-def test_angles_tell_which_lengths_are_rotated_alike(rope):
-    dense, _ = make_pair(rope)
+def test_angles_tell_which_lengths_are_rotated_alike(rope, family):
+    dense, _ = make_pair(rope, family)
     before = copy.deepcopy(dense.model.rotary_emb.__dict__)
     assert are_rotated_alike(dense, 10, ORIGINAL)
     assert are_rotated_alike(dense, 10, ORIGINAL + 8) == (rope not in BY_LENGTH)
     assert are_rotated_alike(dense, ORIGINAL + 8, ORIGINAL + 30) == (rope != "dynamic")
     after = dense.model.rotary_emb.__dict__
     assert after.keys() == before.keys()
-    assert torch.equal(after["_buffers"]["inv_freq"], before["_buffers"]["inv_freq"])
+    assert all(map(torch.equal, after["_buffers"].values(), before["_buffers"].values()))
 
 
 def test_no_text_leaves_a_trace():

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from fulmen import CheckpointError
 from fulmen.config import DsaConfig
 from fulmen.modeling.checkpoint import dense_view, load_dense, load_directory, save_converted
-from fulmen.modeling.families import family_for, set_topk
+from fulmen.modeling.families import family_for, full_attention_layers, set_topk
 from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa, random_ids
 from tests.modeling.mla.tiny_mla import make_mla
 from tests.modeling.tiny_source import (
@@ -67,7 +67,7 @@ def logits(model) -> torch.Tensor:
 class TestAHeadOfItsOwn:
     """config.json says tied, the file has a head: Transformers' stock model says what is right."""
 
-    @pytest.fixture(params=["llama", "qwen2", "qwen3", "mistral", "v3", "v2"])
+    @pytest.fixture(params=["llama", "qwen2", "qwen3", "mistral", "gemma3", "v3", "v2"])
     def dense(self, request):
         if request.param in ("v2", "v3"):
             return make_mla(request.param, tie_word_embeddings=True, first_k_dense_replace=3)
@@ -82,7 +82,7 @@ class TestAHeadOfItsOwn:
     def convert(self, source, out):
         dense, tokenizer = load_dense(source)
         mla = dense.config.model_type.startswith("deepseek")
-        layers = tuple(range(dense.config.num_hidden_layers))
+        layers = tuple(full_attention_layers(dense.config))
         dsa = DsaConfig(4, 4, 1, 16, layers) if mla else DsaConfig(4, 4, 2, 8, layers)
         model = family_for(dense.config).from_dense(dense, dsa)
         return model, save_converted(model, tokenizer, out, "")

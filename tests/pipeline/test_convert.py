@@ -34,7 +34,7 @@ from tests.pipeline.tiny_runs import (
 )
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2-mixed", "qwen3", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "qwen2-mixed", "qwen3", "mistral", "gemma3"])
 def test_convert_and_eval_every_gqa_family(name, tmp_path, corpus_dir):
     dense = make_dense(name)
     source = save_tiny(dense, tmp_path / "dense")

@@ -72,7 +72,9 @@ def describe(settings: "EngineSettings", store: "BillingStore") -> list[str]:
 
 def longrope_note(config: "PreTrainedConfig", context: int) -> list[str]:
     """What a user of LongRoPE must know of vLLM, which has one rotary table for all lengths; else nothing."""
-    rope = getattr(config, "rope_parameters", None) or {}
+    from fulmen.modeling.rope_tables import full_attention_rope
+
+    rope = full_attention_rope(config)
     original = rope.get("original_max_position_embeddings")
     if rope.get("rope_type") != "longrope" or not original or context <= original:
         return []

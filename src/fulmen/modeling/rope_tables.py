@@ -11,6 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+
+def full_attention_rope(config: PreTrainedConfig) -> dict[str, Any]:
+    """`rope_parameters`; where kinds of layers have their own, those of the layers that see all."""
+    values = getattr(config, "rope_parameters", None) or {}
+    own: dict[str, Any] = values.get("full_attention", values)
+    return own
 
 
 @contextmanager
@@ -64,7 +72,7 @@ def restored_rope(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def rope_angles(model: nn.Module, length: int) -> Tensor | None:
-    """The rotary table's row for position 1 in a text of `length` tokens; None for a model without tables.
+    """The rotary tables' rows for position 1 in a text of `length` tokens; None for a model without tables.
 
     Two lengths with the same angles are rotated alike; caches of such sequences can be told by them. Asking
     leaves the model's own tables as they are.
@@ -74,11 +82,14 @@ def rope_angles(model: nn.Module, length: int) -> Tensor | None:
         return None
     # A table changes with what it is asked, so that the question goes to a copy.
     probe = _copy_of(rotary)
-    position_ids = torch.tensor([[1, max(length - 1, 1)]], device=probe.inv_freq.device)
-    table = probe(torch.empty(0, device=position_ids.device), position_ids)
+    device = next(probe.buffers()).device
+    inputs = (torch.empty(0, device=device), torch.tensor([[1, max(length - 1, 1)]], device=device))
+    # Some models have one table for each kind of layer.
+    kinds = getattr(probe, "layer_types", None)
+    tables = [probe(*inputs, kind) for kind in kinds] if kinds else [probe(*inputs)]
     # Cosine and sine, or one complex number.
-    parts = (table,) if isinstance(table, Tensor) else table
-    return torch.stack([part[0, 0] for part in parts]).cpu()
+    parts = [part for table in tables for part in ((table,) if isinstance(table, Tensor) else table)]
+    return torch.cat([part[0, 0] for part in parts]).cpu()
 
 
 def are_rotated_alike(model: nn.Module, length: int, other: int) -> bool:

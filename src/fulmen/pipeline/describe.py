@@ -1,5 +1,6 @@
 """What can be said about a model from its config alone."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fulmen.modeling.cost import (
 )
 from fulmen.modeling.families import dsa_of, family_like, has_dsa
 from fulmen.modeling.index_shape import default_dsa
+from fulmen.modeling.rope_tables import full_attention_rope
 from fulmen.pipeline.description import ModelDescription, layer_ranges
 from fulmen.pipeline.model_config import quantized_types, read_config
 
@@ -80,7 +82,12 @@ def _dense_layers(config: PreTrainedConfig, dsa: DsaConfig) -> dict[str, str]:
 
 
 def _rope_in_words(config: PreTrainedConfig) -> str:
-    values = config.rope_parameters or {}
+    sliding = (config.rope_parameters or {}).get("sliding_attention")
+    words = _one_rope_in_words(full_attention_rope(config))
+    return f"{words}; sliding layers: {_one_rope_in_words(sliding)}" if sliding else words
+
+
+def _one_rope_in_words(values: Mapping[str, Any]) -> str:
     words = [str(values.get("rope_type", "default"))]
     known = {
         "rope_theta": "theta",

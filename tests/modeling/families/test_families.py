@@ -131,7 +131,9 @@ def test_from_dense_shares_weights_and_keeps_config(name):
 @pytest.mark.parametrize("family", GQA, ids=lambda family: family.source_types[0])
 def test_auto_classes_make_our_models(family):
     config = AutoConfig.for_model(
-        family.dsa_types[0], **{**SHAPE, "sliding_window": None}, dsa={**INDEX, "layers": [0, 2]}
+        family.dsa_types[0],
+        **{**SHAPE, "sliding_window": None, "layer_types": ["full_attention"] * 3},
+        dsa={**INDEX, "layers": [0, 2]},
     )
     assert type(config) is family.config_class
     model = AutoModelForCausalLM.from_config(config)

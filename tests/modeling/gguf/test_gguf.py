@@ -11,12 +11,23 @@ from transformers import AutoModelForCausalLM
 
 from fulmen import CheckpointError, UnsupportedModelError
 from fulmen.modeling.checkpoint import load_dense, save_converted
+from fulmen.modeling.gguf.config import GGUF_ARCHITECTURES, gguf_config
+from fulmen.modeling.gguf.file import GgufModel, read_gguf
 from fulmen.modeling.gguf.weights import load_gguf, read_sound_gguf
-from tests.modeling.gguf.tiny_gguf import shape_keys, tensors_of, write_file, write_gguf
+from tests.modeling.gguf.tiny_gguf import (
+    ARCHITECTURES,
+    make_source,
+    shape_keys,
+    tensors_of,
+    tokenizer_keys,
+    write_file,
+    write_gguf,
+)
 from tests.modeling.gqa.tiny_gqa import LLAMA3_ROPE, VOCAB, make_dense, make_dsa, random_ids
 
 LONG_IDS = random_ids(1, 300)
 HALF = 8  # rotary pairs of the tiny heads
+EMBEDDING_AND_QUERIES = ("token_embd.weight", "blk.0.attn_q.weight")
 
 
 def logits(model, ids):
@@ -49,13 +60,13 @@ def assert_gguf_refused(path, error, *words):
 
 
 class TestWeights:
-    @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+    @pytest.mark.parametrize("name", GGUF_ARCHITECTURES)
     @pytest.mark.parametrize("tied", [False, True])
     def test_every_architecture(self, name, tied, tmp_path):
-        source = make_dense(name, tie_word_embeddings=tied)
+        source = make_source(name, tie_word_embeddings=tied)
         loaded = assert_equals_source(write_gguf(tmp_path / "m.gguf", source), source)
         assert loaded.config.tie_word_embeddings is tied
-        assert loaded.config.model_type == name
+        assert ARCHITECTURES.get(loaded.config.model_type, loaded.config.model_type) == name
         assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is tied
 
     def test_mistral_as_llama(self, tmp_path):
@@ -384,7 +395,7 @@ class TestShape:
         assert config.rms_norm_eps == 1e-5
         assert "9.99" not in str(shape_keys(source, "llama"))
 
-    @pytest.mark.parametrize("architecture", ["gemma3", "deepseek2", "mistral3", "phi3", "mamba"])
+    @pytest.mark.parametrize("architecture", ["gemma2", "deepseek2", "mistral3", "phi3", "mamba"])
     def test_another_architecture(self, architecture, tmp_path):
         path = write_file(tmp_path / "m.gguf", architecture, {}, {"token_embd.weight": torch.zeros(4, 32)})
         with pytest.raises(UnsupportedModelError, match=f"'{architecture}'"):
@@ -394,3 +405,68 @@ class TestShape:
         for type_ in ("adapter", "mmproj"):
             path = write_gguf(tmp_path / "m.gguf", make_dense(), keys={"general.type": type_})
             assert_gguf_refused(path, UnsupportedModelError, f"general.type='{type_}'")
+
+
+class TestGemma3:
+    def test_what_a_file_leaves_out(self, tmp_path):
+        """llama.cpp's converter writes the window alone; every sixth layer sees all."""
+        theta = {"rope_type": "default", "rope_theta": 1e6}
+        rope = {"full_attention": theta, "sliding_attention": {**theta, "rope_theta": 1e4}}
+        kinds = [*["sliding_attention"] * 5, "full_attention", "sliding_attention"]
+        source = make_source("gemma3", num_hidden_layers=7, layer_types=kinds, rope_parameters=rope)
+        unsaid = ("attention.sliding_window_pattern", "rope.freq_base_swa")
+        keys = {f"gemma3.{key}": None for key in unsaid}
+        loaded = assert_equals_source(write_gguf(tmp_path / "m.gguf", source, keys=keys), source)
+        assert loaded.config.layer_types == kinds
+        assert loaded.config.rope_parameters == rope
+
+    @pytest.mark.parametrize("type_", [None, "linear"])
+    def test_scaling_is_the_full_layers_alone(self, type_, tmp_path):
+        source = make_source("gemma3", rope_parameters=make_dense("gemma3").config.rope_parameters)
+        assert source.config.rope_parameters["full_attention"]["factor"] == 2
+        keys = {"gemma3.rope.scaling.type": type_}
+        loaded = assert_equals_source(write_gguf(tmp_path / "m.gguf", source, keys=keys), source)
+        assert loaded.config.rope_parameters == source.config.rope_parameters
+
+    @pytest.mark.parametrize(
+        ("keys", "sliding"),
+        [
+            ({"attention.sliding_window_pattern": 3}, [0, 1]),
+            ({"attention.sliding_window_pattern": 1}, []),
+            ({"attention.sliding_window_pattern": 0}, [0, 1, 2]),
+            ({"attention.sliding_window": 0, "attention.sliding_window_pattern": 3}, []),
+            ({"attention.sliding_window": None}, []),
+        ],
+    )
+    def test_windows(self, keys, sliding, tmp_path):
+        named = {f"gemma3.{key}": value for key, value in keys.items()}
+        config = read_sound_gguf(write_gguf(tmp_path / "m.gguf", make_source("gemma3"), keys=named))[1]
+        assert [i for i, kind in enumerate(config.layer_types) if kind == "sliding_attention"] == sliding
+
+    def test_a_pattern_of_another_length(self, tmp_path):
+        keys = {"gemma3.attention.sliding_window_pattern": [True, False]}
+        path = write_gguf(tmp_path / "m.gguf", make_source("gemma3"), keys=keys)
+        assert_gguf_refused(path, CheckpointError, "sliding_window_pattern of 2 values for 3 layers")
+
+    @pytest.mark.parametrize(("layers", "expected"), [(26, 24), (62, 16)])
+    def test_the_logits_scale(self, layers, expected, tmp_path):
+        """By the width of a head, in the 27B model by the hidden size a head; one weight tells the width."""
+        source = make_source("gemma3")
+        keys = {**shape_keys(source, "gemma3"), **tokenizer_keys(), "gemma3.block_count": layers}
+        keys |= {"gemma3.attention.sliding_window_pattern": 6, "gemma3.attention.scale": expected**-0.5}
+        tensors = {name: tensors_of(source, "gemma3")[name] for name in EMBEDDING_AND_QUERIES}
+        header = read_gguf(write_file(tmp_path / "m.gguf", "gemma3", keys, tensors))
+        assert gguf_config(header).query_pre_attn_scalar == expected
+        wrong = {**header.metadata, "gemma3.attention.scale": 0.5}
+        with pytest.raises(UnsupportedModelError, match=r"attention\.scale=0\.5"):
+            gguf_config(GgufModel(header.path, wrong, header.tensors))
+
+    def test_norms_keep_all_their_digits(self, tmp_path):
+        """1 + weight has fewer digits in bfloat16 than weight: the 1 is taken off first."""
+        source = make_source("gemma3")
+        path = write_gguf(tmp_path / "m.gguf", source, matrices=Type.Q8_0)
+        loaded, _ = load_gguf(path)
+        stored = source.model.norm.weight.detach() + 1
+        assert loaded.dtype == torch.bfloat16
+        assert torch.equal(loaded.model.norm.weight, (stored - 1).bfloat16())
+        assert not torch.equal(loaded.model.norm.weight, stored.bfloat16() - 1)

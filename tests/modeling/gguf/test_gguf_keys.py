@@ -11,8 +11,7 @@ from fulmen.modeling.gguf.file import GgufModel, read_gguf
 from fulmen.modeling.gguf.keys import require_known_keys
 from fulmen.modeling.gguf.tokenizer import gguf_tokenizer
 from fulmen.modeling.gguf.weights import read_sound_gguf
-from tests.modeling.gguf.tiny_gguf import TOKENS, shape_keys, tokenizer_keys, write_gguf
-from tests.modeling.gqa.tiny_gqa import make_dense
+from tests.modeling.gguf.tiny_gguf import TOKENS, make_source, shape_keys, tokenizer_keys, write_gguf
 
 # Values that differ from what a file without the key means: they change config or tokenizer, or contradict.
 READ = {
@@ -40,6 +39,8 @@ READ = {
     "rope.scaling.yarn_beta_fast": 16.0,
     "rope.scaling.yarn_beta_slow": 2.0,
 }
+# Of one architecture alone; refused in the others.
+READ_OF = {"gemma3": {"attention.sliding_window_pattern": 2, "rope.freq_base_swa": 7e3}}
 INERT = {"tensor_data_layout": "Meta AI original pth", "rope.scaling.finetuned": True}
 # Everything else in the architecture's namespace is refused; these values are not zero and yet say "no".
 NEUTRAL = {
@@ -110,7 +111,7 @@ def plain(tmp_path_factory):
     """architecture -> a file with no more than it needs, read."""
     folder = tmp_path_factory.mktemp("gguf")
     return {
-        name: read_gguf(write_gguf(folder / f"{name}.gguf", make_dense(name))) for name in GGUF_ARCHITECTURES
+        name: read_gguf(write_gguf(folder / f"{name}.gguf", make_source(name))) for name in GGUF_ARCHITECTURES
     }
 
 
@@ -192,7 +193,7 @@ def test_every_key_is_accounted_for():
 @pytest.mark.parametrize("architecture", GGUF_ARCHITECTURES)
 def test_keys_that_are_read_change_the_outcome(architecture, plain, monkeypatch):
     model = plain[architecture]
-    for key, value in {**READ, **TOKENIZER_READ}.items():
+    for key, value in {**READ, **READ_OF.get(architecture, {}), **TOKENIZER_READ}.items():
         base = {}
         if key.startswith("rope.scaling.") and key not in ("rope.scaling.type", "rope.scaling.factor"):
             base = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
@@ -224,7 +225,7 @@ def test_keys_that_are_refused(architecture, plain):
     model = plain[architecture]
     for key in [*REFUSED, "something.new"]:
         value = CHANGED.get(key, 3)
-        if key == "attention.causal":
+        if key == "attention.causal" or key in READ_OF.get(architecture, {}):
             continue
         with pytest.raises(UnsupportedModelError, match=r"sets .*=3") as info:
             require_known_keys(with_keys(model, {key: value}))
@@ -259,5 +260,7 @@ def test_values_that_agree_with_the_tensors_are_no_obstacle(plain, monkeypatch):
 
 
 def test_the_tiny_files_have_all_that_a_converter_writes():
-    assert {key.removeprefix("llama.") for key in shape_keys(make_dense(), "llama")} <= READ.keys()
+    for name in GGUF_ARCHITECTURES:
+        written = {key.removeprefix(f"{name}.") for key in shape_keys(make_source(name), name)}
+        assert written <= READ.keys() | READ_OF.get(name, {}).keys()
     assert tokenizer_keys().keys() <= TOKENIZER_READ.keys()

@@ -9,7 +9,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from transformers import PreTrainedModel
 
-from tests.modeling.gqa.tiny_gqa import VOCAB
+from tests.modeling.gqa.tiny_gqa import VOCAB, make_dense
 
 # A vocabulary of bytes: every text can be written, and nothing is ever merged but "Ġt" and "he".
 BYTES = ["Ġ", *map(chr, range(ord("!"), ord("~") + 1))][: VOCAB - 7]
@@ -18,6 +18,20 @@ MERGES = ["Ġ t", "h e"]
 CONTROL = ("<pad>", "<s>", "</s>", "<｜start▁here｜>")
 USER_DEFINED = ("<|user|>",)
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+
+
+# Where llama.cpp's name for an architecture is not Transformers' `model_type`.
+ARCHITECTURES = {"gemma3_text": "gemma3"}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "default", "rope_theta": 1000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+}
+
+
+def make_source(architecture: str, **changes: Any) -> PreTrainedModel:
+    """A tiny dense model that a file can hold: Gemma 3's have no word for the logits' scale."""
+    own = {"query_pre_attn_scalar": 24, "rope_parameters": GEMMA3_ROPE} if architecture == "gemma3" else {}
+    return make_dense(architecture, **{**own, **changes})
 
 
 def tokenizer_keys() -> dict[str, Any]:
@@ -50,13 +64,30 @@ def shape_keys(model: PreTrainedModel, architecture: str) -> dict[str, Any]:
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
     }
+    if architecture == "gemma3":
+        values |= _gemma3_keys(config)
+    else:
+        values["rope.freq_base"] = float(config.rope_parameters["rope_theta"])
     return {f"{architecture}.{name}": value for name, value in values.items()}
 
 
+def _gemma3_keys(config: Any) -> dict[str, Any]:
+    full, sliding = (config.rope_parameters[kind] for kind in ("full_attention", "sliding_attention"))
+    return {
+        "attention.sliding_window": config.sliding_window,
+        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config.layer_types],
+        "rope.freq_base": full["rope_theta"],
+        "rope.freq_base_swa": sliding["rope_theta"],
+        **({"rope.scaling.factor": full["factor"]} if "factor" in full else {}),
+    }
+
+
 def tensors_of(model: PreTrainedModel, architecture: str) -> dict[str, torch.Tensor]:
-    """The weights under their names in a GGUF file; rotary pairs of llama files stand beside each other."""
+    """The weights under their names in a GGUF file; rotary pairs of llama files stand beside each other.
+
+    Gemma's norms are stored with the 1 that they add to their weight.
+    """
     config = model.config
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
@@ -68,6 +99,8 @@ def tensors_of(model: PreTrainedModel, architecture: str) -> dict[str, torch.Ten
         stem, _, suffix = name.rpartition(".")
         if architecture == "llama" and (count := heads.get(stem.split(".")[-1])):
             weight = weight.view(count, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+        if architecture == "gemma3" and name.endswith("norm.weight"):
+            weight = weight + 1
         tensors[f"{names.get_name(stem)}.{suffix}"] = weight
     return tensors
 
@@ -87,7 +120,8 @@ def write_gguf(
         keys, tensors: in place of what the model has, or besides; None as a value leaves one out.
         matrices: type of all that have two axes.
     """
-    architecture = architecture or model.config.model_type
+    model_type = model.config.model_type
+    architecture = architecture or ARCHITECTURES.get(model_type, model_type)
     all_keys = {**shape_keys(model, architecture), **tokenizer_keys(), **(keys or {})}
     all_tensors = {**tensors_of(model, architecture), **(tensors or {})}
     return write_file(path, architecture, all_keys, all_tensors, matrices)

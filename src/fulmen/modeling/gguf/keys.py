@@ -9,6 +9,7 @@ from typing import Any
 
 from fulmen.errors import UnsupportedModelError
 from fulmen.modeling.gguf.file import GgufModel
+from fulmen.modeling.gguf.gemma3 import GEMMA3_KEYS
 
 # After the architecture's name. `gguf_config` and `gguf_rope` read them, or compare them with the tensors.
 READ_KEYS = {
@@ -36,6 +37,8 @@ READ_KEYS = {
     "rope.scaling.yarn_beta_fast",
     "rope.scaling.yarn_beta_slow",
 }
+# Of one architecture alone: another one's layers would be others by them.
+ARCHITECTURE_KEYS = {"gemma3": GEMMA3_KEYS}
 # llama.cpp reads neither: a name for the usual order of rows, and whether the scaling was trained.
 INERT_KEYS = {"tensor_data_layout", "rope.scaling.finetuned"}
 # Values that say "no" besides 0, False and nothing.
@@ -107,7 +110,8 @@ def require_known_keys(model: GgufModel) -> None:
 
 def _is_known(key: str, architecture: str) -> bool:
     if key.startswith(f"{architecture}."):
-        return key.removeprefix(f"{architecture}.") in READ_KEYS | INERT_KEYS
+        known = READ_KEYS | INERT_KEYS | ARCHITECTURE_KEYS.get(architecture, set())
+        return key.removeprefix(f"{architecture}.") in known
     if key.startswith("tokenizer."):
         known = TOKENIZER_READ_KEYS | TOKENIZER_INERT_KEYS
         return key in known or key.startswith(CHAT_TEMPLATE_PREFIX)

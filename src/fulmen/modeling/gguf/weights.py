@@ -12,6 +12,7 @@ from fulmen.errors import CheckpointError, UnsupportedModelError
 from fulmen.modeling.families import family_for_type
 from fulmen.modeling.gguf.config import gguf_config
 from fulmen.modeling.gguf.file import GgufModel, GgufTensor, read_gguf
+from fulmen.modeling.gguf.gemma3 import NORM_OFFSET
 from fulmen.modeling.gguf.rope import ROPE_TENSORS
 from fulmen.modeling.gguf.tokenizer import gguf_tokenizer
 
@@ -100,6 +101,8 @@ def _loaded(
 ) -> Tensor:
     if tensor is None:
         return torch.zeros(shape, dtype=dtype)
+    if config.model_type == "gemma3_text" and name.endswith("norm.weight"):
+        return (tensor.load(torch.float32) - NORM_OFFSET).to(dtype)
     loaded = tensor.load(dtype)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     count = heads.get(name.split(".")[-2]) if config.model_type == "llama" else None

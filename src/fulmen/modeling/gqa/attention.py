@@ -43,7 +43,8 @@ def project_normed_heads(attention: Any, x_BTC: Tensor) -> tuple[Tensor, Tensor,
 class DsaAttentionMixin:
     """Goes before a stock attention class, whose weights it keeps, and adds `indexer`.
 
-    A family sets `project` to the function that yields its heads before RoPE.
+    A family sets `project` to the function that yields its heads before RoPE, and `output_norm_name` to the
+    name of its decoder layer's norm between the output and the residual stream, if there is one.
     """
 
     config: Any
@@ -51,6 +52,7 @@ class DsaAttentionMixin:
     scaling: float
     o_proj: Any
     project: ClassVar[Callable[..., tuple[Tensor, Tensor, Tensor]]] = project_heads
+    output_norm_name: ClassVar[str | None] = None
     selector: Selector = IndexerSelector()
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
@@ -58,6 +60,18 @@ class DsaAttentionMixin:
         dsa = DsaConfig.from_dict(config.dsa)
         self.indexer = GqaIndexer(config, dsa)
         self._layer_number = dsa.layers.index(layer_idx)
+        self._output_norms: tuple[nn.Module, ...] = ()  # in a tuple: not a submodule
+
+    def join(self, decoder_layer: nn.Module) -> None:
+        """Take the place of the attention in its decoder layer."""
+        if self.output_norm_name is not None:
+            self._output_norms = (getattr(decoder_layer, self.output_norm_name),)
+        decoder_layer.self_attn = self  # type: ignore[assignment]
+
+    @property
+    def output_norm(self) -> Any:
+        """The norm between the output and the residual stream; of no effect where there is none."""
+        return self._output_norms[0] if self._output_norms else nn.Identity()
 
     @property
     def topk(self) -> int:
@@ -116,7 +130,10 @@ class DsaAttentionMixin:
         return self.o_proj(out_BTHV.flatten(2)), None
 
     def output_weight(self) -> Tensor:
-        """out_weight_CN: from all heads' outputs, as `sparse_attention` gives them, to the layer's output."""
+        """out_weight_CN: from all heads' outputs, as `sparse_attention` gives them, to the residual stream.
+
+        Where a norm stands between, up to the factor that it gives each token.
+        """
         return self.o_proj.weight
 
     def _extend_cache(

@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fulmen.config import DsaConfig
@@ -27,6 +28,7 @@ def convert_gqa(
     assert all(".indexer." in key for key in unmatched.missing_keys), unmatched
     assert not unmatched.unexpected_keys, unmatched
     model.tie_weights()
+    _share_buffers(dense, model)
     model.model.rotary_emb = copy.deepcopy(dense.model.rotary_emb)
     for layer in dsa.layers:
         attention = model.model.layers[layer].self_attn
@@ -34,6 +36,13 @@ def convert_gqa(
         attention.indexer.to_empty(device=weight.device).to(weight.dtype).apply(model._init_weights)
     model.generation_config = copy.deepcopy(dense.generation_config)
     return model.train(dense.training)
+
+
+def _share_buffers(dense: nn.Module, model: nn.Module) -> None:
+    """Give `model` the buffers that no checkpoint holds, as the factor of Gemma's embedding."""
+    for name, module in dense.named_modules():
+        for key in module._non_persistent_buffers_set:
+            model.get_submodule(name)._buffers[key] = module._buffers[key]
 
 
 def plain_config(config: PreTrainedConfig) -> dict:

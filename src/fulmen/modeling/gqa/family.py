@@ -50,10 +50,10 @@ class GqaFamily(Family):
         return getattr(config, "kv_lora_rank", None) is None
 
     def attention_layout(self, config: PreTrainedConfig) -> AttentionLayout:
-        width = model_head_width(config)
-        return AttentionLayout(
-            config.num_attention_heads, config.num_key_value_heads, width, width, False, width**-0.5
-        )
+        width, heads = model_head_width(config), config.num_attention_heads
+        # Gemma's word for the number whose root divides the logits; elsewhere that is the width.
+        scale = (getattr(config, "query_pre_attn_scalar", None) or width) ** -0.5
+        return AttentionLayout(heads, config.num_key_value_heads, width, width, False, scale)
 
     def attention_weights(self, config: PreTrainedConfig) -> int:
         heads: int = config.num_attention_heads + config.num_key_value_heads

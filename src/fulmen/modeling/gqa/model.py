@@ -51,7 +51,8 @@ class DsaModelMixin(DsaPreTrainedMixin):
         _set_own_attention(config)
         super().__init__(config)  # type: ignore[call-arg]
         for layer in dsa.layers:
-            self.layers[layer].self_attn = self.attention_class(config, layer)
+            attention: Any = self.attention_class(config, layer)
+            attention.join(self.layers[layer])
         self.post_init()
 
     def forward(

@@ -140,7 +140,7 @@ def _sequence_errors(
 
 
 def _output(attention: Any, logits_HRS: Tensor, v_SGV: Tensor) -> Tensor:
-    """The attention's output `[R, C]`."""
+    """What the attention adds to the residual stream, `[R, C]`."""
     probs_GMRS = logits_HRS.softmax(-1).unflatten(0, (v_SGV.shape[1], -1))
     heads_RN = torch.einsum("gmrs,sgv->rgmv", probs_GMRS, v_SGV).flatten(1)
-    return heads_RN @ attention.o_proj.weight.float().T
+    return attention.output_norm(heads_RN @ attention.o_proj.weight.float().T)

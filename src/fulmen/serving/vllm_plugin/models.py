@@ -6,6 +6,7 @@ from typing import Any
 import vllm
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
@@ -50,6 +51,10 @@ class DsaServingMixin:
 
     def _load(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         return super().load_weights(weights)  # type: ignore[misc]
+
+
+class Gemma3DsaForCausalLM(DsaServingMixin, Gemma3ForCausalLM):
+    """`fulmen.modeling.families.gemma3_text` in vLLM."""
 
 
 class LlamaDsaForCausalLM(DsaServingMixin, LlamaForCausalLM):

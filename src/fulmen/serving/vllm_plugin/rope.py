@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import LlamaConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from fulmen.errors import ConfigError
+from fulmen.modeling.gqa.indexer import model_head_width
+from fulmen.modeling.rope_tables import full_attention_rope
 
 # Their positions tell tables apart that agree at the first ones; the tables may be bfloat16.
 COMPARED, CLOSE = 64, 0.02
@@ -25,18 +27,21 @@ def rotary_rows(rotary: Any, positions_T: Tensor) -> Tensor:
 
 def scale_longrope(config: PreTrainedConfig) -> None:
     """Let vLLM scale LongRoPE's tables by Transformers' factor; vLLM's own goes by the lengths alone."""
-    rope = config.rope_parameters or {}
+    rope = full_attention_rope(config)
     if rope.get("rope_type") == "longrope":
-        _, attention_factor = ROPE_INIT_FUNCTIONS["longrope"](config)
+        _, attention_factor = ROPE_INIT_FUNCTIONS["longrope"](_one_table(config))
         rope.update(short_mscale=attention_factor, long_mscale=attention_factor)
 
 
 def require_same_rope(rotary: Any, config: PreTrainedConfig, length: int) -> None:
-    """Raise ConfigError unless vLLM rotates a text of `length` tokens as Transformers would."""
+    """Raise ConfigError unless vLLM rotates a text of `length` tokens as Transformers would.
+
+    rotary: of a layer that sees all.
+    """
     with torch.device("cpu"):
         if _is_same(rotary, config, length):
             return
-    kind, context = (config.rope_parameters or {}).get("rope_type"), config.max_position_embeddings
+    kind, context = full_attention_rope(config).get("rope_type"), config.max_position_embeddings
     remedy = f"max_model_len={context} or less" if length > context else "`fulmen chat` or Transformers"
     raise ConfigError(
         f"rope_type={kind!r} with max_model_len={length} is not supported with DSA in vLLM, "
@@ -49,10 +54,21 @@ def _is_same(rotary: Any, config: Any, length: int) -> bool:
         return False
     positions_T = torch.tensor([*range(min(COMPARED, length - 1)), length - 1])
     theirs_TR = rotary_rows(rotary, positions_T.to(_table(rotary).device)).float().cpu()
-    ours = LlamaRotaryEmbedding(config)(torch.empty(0), positions_T[None])
+    ours = LlamaRotaryEmbedding(_one_table(config))(torch.empty(0), positions_T[None])
     # Its halves are the same; vLLM keeps one of each.
     ours_TR = torch.cat([part[0].chunk(2, -1)[0] for part in ours], -1)
     return ours_TR.shape == theirs_TR.shape and bool((theirs_TR - ours_TR).abs().max() < CLOSE)
+
+
+def _one_table(config: Any) -> LlamaConfig:
+    """As much of a config as a rotary table is made from: that of the layers that see all."""
+    return LlamaConfig(
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        head_dim=model_head_width(config),
+        max_position_embeddings=config.max_position_embeddings,
+        rope_parameters=dict(full_attention_rope(config)),
+    )
 
 
 def _table(rotary: Any) -> Tensor:
