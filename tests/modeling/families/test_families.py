@@ -8,12 +8,16 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     GemmaConfig,
     MistralConfig,
 )
 
 from fulmen import AlreadyConvertedError, ConfigError, DsaConfig, UnsupportedModelError, set_topk
 from fulmen.modeling import families
+from fulmen.modeling.checkpoint import load_dense
 from fulmen.modeling.families import (
     all_families,
     dsa_family_for,
@@ -97,6 +101,75 @@ def test_a_model_with_windows_everywhere_has_nothing_to_convert():
 def test_unknown_architecture_names_itself_and_the_known_ones():
     with pytest.raises(UnsupportedModelError, match=r"'gemma' has no family; supported: .*llama.*CONTRIB"):
         family_for(GemmaConfig())
+
+
+def test_a_model_of_images_says_how_to_get_its_text_model(tmp_path):
+    """And what it says works: the text model that it names is the one inside."""
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = CONFIGS["gemma3"]()
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=vision, image_token_index=90)
+    whole = Gemma3ForConditionalGeneration(config).eval()
+    with pytest.raises(UnsupportedModelError, match="'gemma3' reads images too") as info:
+        family_for(config)
+    assert "Gemma3ForCausalLM.from_pretrained(NAME, key_mapping={'^language_model.': ''})" in str(info.value)
+    whole.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="'gemma3' reads images too"):
+        load_dense(tmp_path)
+    alone = Gemma3ForCausalLM.from_pretrained(tmp_path, key_mapping={"^language_model.": ""})
+    with torch.no_grad():
+        assert torch.equal(alone(random_ids(1, 9)).logits, whole(random_ids(1, 9)).logits)
+    assert full_attention_layers(alone.config) == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_bidirectional_attention": True},
+        {"attn_logit_softcapping": 50.0},
+        {"final_logit_softcapping": 30.0},
+    ],
+)
+def test_gemma3_with_what_no_language_model_of_it_has(change):
+    config = CONFIGS["gemma3"]()
+    config.update(change)
+    ((key, value),) = change.items()
+    with pytest.raises(UnsupportedModelError, match=f"'gemma3_text' with {key}={value} is not supported"):
+        full_attention_layers(config)
+    with pytest.raises(UnsupportedModelError, match=f"{key}={value}"):
+        make_dsa(make_dense("gemma3", **change))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_layout_is_the_attentions(name):
+    dense = make_dense(name)
+    layout = family_for(dense.config).attention_layout(dense.config)
+    attention = dense.model.layers[0].self_attn
+    assert layout.scale == attention.scaling
+    assert layout.key_width == layout.value_width == attention.head_dim
+    assert layout.heads // layout.key_heads == attention.num_key_value_groups
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_the_attention_says_of_its_way_to_the_residual_stream(name):
+    """`output_norm` and `output_weight` against what the decoder layer adds to the stream."""
+    dsa = make_dsa(make_dense(name), topk=64)
+    layer, seen = dsa.model.layers[2 if name == "gemma3" else 0], {}
+    after = getattr(layer, "pre_feedforward_layernorm", layer.post_attention_layernorm)
+
+    def note(key):
+        return lambda module, args, kwargs: seen.update({key: args[0] if args else kwargs["hidden_states"]})
+
+    for key, module in (("before", layer), ("after", after), ("heads", layer.self_attn.o_proj)):
+        module.register_forward_pre_hook(note(key), with_kwargs=True)
+    with torch.no_grad():
+        dsa(random_ids(2, 30), use_cache=False)
+        added = seen["after"] - seen["before"]
+        output = layer.self_attn.o_proj(seen["heads"])
+        torch.testing.assert_close(layer.self_attn.output_norm(output), added, rtol=1e-4, atol=1e-5)
+        weighed = seen["heads"] @ layer.self_attn.output_weight().T
+        cosine = torch.nn.functional.cosine_similarity(weighed, added, dim=-1)
+    torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama_dsa", "qwen3_dsa", "deepseek_v32", "glm_moe_dsa"])

@@ -162,13 +162,20 @@ class SinksAndWindow(Selector):
         return torch.cat((sink, recent.clamp(min=-1)), -1).int()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
 def test_attention_over_a_known_selection_is_stock_attention_under_that_mask(name):
     dense, dsa = pair(name, TIGHT)
     ids = random_ids(2, LENGTH)
     t, s = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)
     seen = (s <= t) & ((s > t - (TIGHT - 1)) | (s == 0))
-    mask = torch.zeros(2, 1, LENGTH, LENGTH).masked_fill(~seen, torch.finfo(torch.float32).min)
+
+    def mask_of(seen):
+        return torch.zeros(2, 1, LENGTH, LENGTH).masked_fill(~seen, torch.finfo(torch.float32).min)
+
+    mask = mask_of(seen)
+    if name == "gemma3":
+        slides = (s <= t) & (s > t - dense.config.sliding_window)
+        mask = {"full_attention": mask, "sliding_attention": mask_of(slides)}
     expected = dense(ids, attention_mask=mask).logits
     with use_selector(dsa, SinksAndWindow()):
         torch.testing.assert_close(dsa(ids).logits, expected, **CLOSE)

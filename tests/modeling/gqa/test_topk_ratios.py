@@ -118,6 +118,18 @@ def test_measured_shares_fit_the_model(name):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_a_factor_that_a_norm_takes_away_changes_no_share():
+    """Gemma's layers norm what the attention adds to the stream: its own size says nothing."""
+    shares = []
+    for factor in (1, 100):
+        model = make_dsa(make_dense("gemma3"), TOPK)
+        with torch.no_grad():
+            model.model.layers[0].self_attn.o_proj.weight.mul_(factor)
+        shares.append(fit_topk_ratios(model, random_ids(2, 64), TOPK))
+    assert shares[0] == shares[1]
+    assert shares[0][0] != shares[0][1]
+
+
 def test_a_text_without_room_for_twice_k_gives_even_shares():
     model = make_dsa(make_dense(), TOPK)
     assert set(fit_topk_ratios(model, random_ids(1, 2 * TOPK), TOPK)) == {1.0}

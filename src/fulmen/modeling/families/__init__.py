@@ -60,11 +60,28 @@ def family_for_type(model_type: str) -> "Family":
             return family
         if model_type in family.dsa_types:
             raise AlreadyConvertedError(f"model_type {model_type!r} has DSA already; use the model as it is")
+    _require_no_text_model_inside(model_type)
     known = ", ".join(sorted(source for family in all_families() for source in family.source_types))
     raise UnsupportedModelError(
         f"model_type {model_type!r} has no family; supported: {known}; "
         "see 'Add a model family' in CONTRIBUTING.md"
     )
+
+
+def _require_no_text_model_inside(model_type: str) -> None:
+    """Raise UnsupportedModelError for a model of images whose text model alone could be converted."""
+    from transformers import CONFIG_MAPPING
+
+    parts = CONFIG_MAPPING[model_type].sub_configs if model_type in CONFIG_MAPPING else {}
+    text_type = getattr(parts.get("text_config"), "model_type", None)
+    for family in all_families():
+        if text_type in family.source_types:
+            name = family.serving_classes[0].replace("Dsa", "")
+            raise UnsupportedModelError(
+                f"model_type {model_type!r} reads images too, and only its text model can be converted; save "
+                f"that by itself: {name}.from_pretrained(NAME, key_mapping={{'^language_model.': ''}})"
+                ".save_pretrained(DIR), beside its tokenizer"
+            )
 
 
 def dsa_family_for(config: "PreTrainedConfig") -> "Family":
