@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 NAMES = ("llama", "qwen2", "qwen3", "mistral", "gemma3")
 # Each engine takes seconds; a family without norms and biases and one with norms meet dense vLLM too.
-BESIDE_DENSE = ("llama", "qwen3", "gemma3")
+BESIDE_DENSE = ("llama", "qwen3")
 TOPK, NEW = 16, 24
 LENGTHS = (3, 14, 40, 130, 201)
 PROMPTS = [random_ids(1, length, seed=length)[0].tolist() for length in LENGTHS]

@@ -6,9 +6,9 @@ that of an even split, and the loss over dense is a fifth to a quarter smaller (
 
     e_i(k) = ||o_i(k) - o_i||² / ||o_i||² * (||o_i|| / ||r_i||)
 
-with o_i the attention's output, o_i(k) the same over the k keys of most mean attention, r_i the residual
-stream it is added to: an error counts by its size in the output and by what the output is to the stream. The
-ratios minimise the sum of e_i(k_i).
+with o_i the attention's output (Gemma's normed, as it enters the stream), o_i(k) the same over the k keys of
+most mean attention, r_i the residual stream it is added to: an error counts by its size in the output and by
+what the output is to the stream. The ratios minimise the sum of e_i(k_i).
 """
 
 from collections.abc import Callable, Iterator
