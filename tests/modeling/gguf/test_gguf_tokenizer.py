@@ -134,6 +134,18 @@ class TestSentencePiece:
     def test_user_defined_pieces_stay_whole(self):
         assert pieces(sentencepiece(), "x<|user|>", add_special_tokens=False) == ["▁x", "<|user|>"]
 
+    def test_runs_of_spaces_are_pieces_as_long_as_they_can_be(self):
+        """As in Gemma's files, which hold them as spaces: found before any pair is merged."""
+        runs = ["  ", "   ", "\n\n"]
+        tokens, scores = [*PIECES, *runs], [*PIECES.values(), *[-1000.0] * len(runs)]
+        types = [2, 3, 3, 6, 6, 6, *[1] * (len(PIECES) - 7), 4, *[4] * len(runs)]
+        model = sentencepiece(tokens=tokens, scores=scores, token_type=types, add_space_prefix=False)
+        text = "x x  the     x\n\n\n"
+        expected = ["x", "▁x", "  ", "the", "   ", "  ", "x", "\n\n", "<0x0A>"]
+        assert pieces(model, text, add_special_tokens=False) == expected
+        tokenizer = gguf_tokenizer(model)
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+
     def test_default_ids(self):
         tokenizer = gguf_tokenizer(sentencepiece())
         assert (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
