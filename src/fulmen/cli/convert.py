@@ -6,9 +6,17 @@ from typing import Annotated
 import typer
 
 from fulmen.cli.console import renamed
+from fulmen.cli.device_option import Device
 from fulmen.cli.progress import reporter
 from fulmen.pipeline.api import convert
-from fulmen.pipeline.settings import DEFAULT_BUDGET, DEFAULT_SPARSE_BUDGET, DEFAULT_STAGES, DTYPES, STAGES
+from fulmen.pipeline.settings import (
+    AUTO_DEVICE,
+    DEFAULT_BUDGET,
+    DEFAULT_SPARSE_BUDGET,
+    DEFAULT_STAGES,
+    DTYPES,
+    STAGES,
+)
 
 Source = Annotated[
     str,
@@ -84,6 +92,7 @@ def convert_command(
             help=f"Type of the weights: {', '.join(DTYPES)}. auto: as in SOURCE (quantized GGUF: bfloat16)."
         ),
     ] = "auto",
+    device: Device = AUTO_DEVICE,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     index_heads: Annotated[
         int | None,
@@ -126,6 +135,7 @@ def convert_command(
         data=data or (),
         overwrite=overwrite,
         dtype=dtype,
+        device=device,
         seed=seed,
         index_heads=index_heads,
         index_head_dim=index_head_dim,

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fulmen.cli.console import renamed
+from fulmen.cli.device_option import Device
 from fulmen.cli.evaluation_options import ConvertedDir, Dense, HeldOutData, Topk
 from fulmen.cli.progress import STARTING, console, reporter
 from fulmen.cli.suite import print_table, suite_command
 from fulmen.pipeline.api_evaluate import evaluate
 from fulmen.pipeline.report_files import ParityFiles
+from fulmen.pipeline.settings import AUTO_DEVICE
 from fulmen.pipeline.suite_settings import (
     DEFAULT_SAMPLES,
     PARITY,
@@ -80,6 +82,7 @@ def evaluate_command(
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer sequences and needles, for a first look.")
     ] = False,
+    device: Device = AUTO_DEVICE,
     windows: Annotated[int | None, OLD] = None,
     suites: Annotated[str, typer.Option("--suite", hidden=True)] = PARITY,
     lengths: Annotated[str | None, OLD] = None,
@@ -123,6 +126,7 @@ def evaluate_command(
             kinds=kinds or (),
             needles=not no_needles,
             quick=quick,
+            device=device,
             reporter=told,
         )
         with told.stage("Write"):
@@ -130,7 +134,8 @@ def evaluate_command(
         told.note("Wrote " + ", ".join(map(str, written)))
         _print(report)
     if others := ",".join(name for name in measured if name != PARITY):
-        suite_command(model_dir, others, dense, data, topk, lengths, samples, tasks, seed, url, model, out)
+        asked = (others, dense, data, topk, lengths, samples, tasks, seed, url, model, out, device)
+        suite_command(model_dir, *asked)
 
 
 def _measured(settings: SuiteSettings) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from fulmen.cli.device_option import Device
 from fulmen.cli.evaluation_options import (
     AnyDir,
     Dense,
@@ -21,6 +22,7 @@ from fulmen.cli.evaluation_options import (
 )
 from fulmen.cli.progress import console, reporter
 from fulmen.pipeline.api_evaluate import evaluate
+from fulmen.pipeline.settings import AUTO_DEVICE
 from fulmen.pipeline.suite_settings import ALL, DEFAULT_SAMPLES, SUITES_ALONE, default_folder
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ def suite_command(
     url: Url = None,
     model: Model = None,
     out: Out = None,
+    device: Device = AUTO_DEVICE,
 ) -> None:
     """Measure any model, converted or not: RULER's tasks, loss on key tokens, short texts, generation.
 
@@ -65,6 +68,7 @@ def suite_command(
         topk=topk,
         data=data or (),
         out=folder,
+        device=device,
         reporter=told,
     )
     with told.stage("Write"):

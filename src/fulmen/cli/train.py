@@ -6,9 +6,10 @@ from typing import Annotated
 import typer
 
 from fulmen.cli.console import renamed
+from fulmen.cli.device_option import Device
 from fulmen.cli.progress import reporter
 from fulmen.pipeline.api import train
-from fulmen.pipeline.settings import DEFAULT_SPARSE_BUDGET
+from fulmen.pipeline.settings import AUTO_DEVICE, DEFAULT_SPARSE_BUDGET
 
 
 def train_command(
@@ -122,6 +123,7 @@ def train_command(
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Compute in bfloat16, as is done anyway where weights are.")
     ] = False,
+    device: Device = AUTO_DEVICE,
     save_every: Annotated[
         int | None,
         typer.Option(help="Steps between checkpoints. [dim]Default: at the 3 evaluations.[/]"),
@@ -162,6 +164,7 @@ def train_command(
         accumulate=accumulate,
         checkpointing=checkpointing,
         bf16=bf16,
+        device=device,
         save_every=save_every,
         report_to=report_to,
         seed=seed,

@@ -22,7 +22,7 @@ from fulmen.pipeline.arguments import (
 )
 from fulmen.pipeline.conversion import Conversion
 from fulmen.pipeline.reporter import Reporter, reporter_of
-from fulmen.pipeline.settings import INDEXER_STAGES, ConvertSettings, ModelInMemory, parse_stages
+from fulmen.pipeline.settings import AUTO_DEVICE, INDEXER_STAGES, ConvertSettings, ModelInMemory, parse_stages
 from fulmen.pipeline.train_settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def convert(
     sparse_steps: int | None = None,
     length: int | None = None,
     dtype: "str | torch.dtype" = "auto",
+    device: "str | torch.device" = AUTO_DEVICE,
     seed: int = 0,
     index_heads: int | None = None,
     index_head_dim: int | None = None,
@@ -75,6 +76,8 @@ def convert(
         length: tokens per training sequence, more than `topk`. None: 4 `topk`, at least 2048, within the
             context; less if the text does not fill that.
         dtype: of the weights: "float32", "bfloat16", "float16", or "auto": as in `source`.
+        device: where to compute, as "cpu" or "cuda"; "auto": on a GPU if torch sees one, a model in memory
+            where it lies.
         seed: of every random choice.
         index_heads: index heads per layer; None: one per attention head (MLA: at most 64).
         index_head_dim: width of an index head, even; None: index keys take up to a fifth of the cache.
@@ -107,6 +110,7 @@ def convert(
         index_heads=index_heads,
         index_head_dim=index_head_dim,
         length=length,
+        device=device,
     )
     reporter = reporter_of(reporter)
     with reporter.stage("Start"):
@@ -138,6 +142,7 @@ def train(
     accumulate: int = 1,
     checkpointing: bool = False,
     bf16: bool = False,
+    device: "str | torch.device" = AUTO_DEVICE,
     save_every: int | None = None,
     report_to: str = "none",
     seed: int = 0,
@@ -175,6 +180,7 @@ def train(
         accumulate: sequences per step (and process).
         checkpointing: recompute layers: less memory, a third slower.
         bf16: compute in bfloat16, as is done anyway where weights are.
+        device: as of `convert`.
         save_every: steps between checkpoints; None: at the 3 evaluations.
         report_to: "none", "tensorboard" or "wandb"; a log is written anyway.
         seed: of every random choice.
@@ -214,6 +220,7 @@ def train(
         length=length,
         sequences=sequences,
         overwrite=flag_argument("overwrite", overwrite),
+        device=device,
         options=options,
     )
     reporter = reporter_of(reporter)

@@ -18,7 +18,7 @@ from fulmen.pipeline.arguments import (
     refused,
 )
 from fulmen.pipeline.reporter import Reporter, reporter_of
-from fulmen.pipeline.settings import EvalSettings
+from fulmen.pipeline.settings import AUTO_DEVICE, EvalSettings
 from fulmen.pipeline.suite_settings import (
     DEFAULT_SAMPLES,
     PARITY,
@@ -29,6 +29,8 @@ from fulmen.pipeline.suite_settings import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from fulmen.evaluation.parity.report import ParityReport
     from fulmen.evaluation.suites.report import SuiteReport
 
@@ -46,6 +48,7 @@ def evaluate(
     kinds: Sequence[str] | str = (),
     needles: bool = True,
     quick: bool = False,
+    device: "str | torch.device" = AUTO_DEVICE,
     reporter: Reporter | None = None,
 ) -> "ParityReport": ...
 
@@ -66,6 +69,7 @@ def evaluate(
     data: Data = (),
     texts: Sequence[str] | None = None,
     out: Place | None = None,
+    device: "str | torch.device" = AUTO_DEVICE,
     reporter: Reporter | None = None,
 ) -> "SuiteReport": ...
 
@@ -90,6 +94,7 @@ def evaluate(
     tasks: Sequence[str] | str = (),
     seed: int = 0,
     out: Place | None = None,
+    device: "str | torch.device" = AUTO_DEVICE,
     reporter: Reporter | None = None,
 ) -> "ParityReport | SuiteReport":
     """Compare a converted model with dense attention; with `suites`, let any model answer suites of tests.
@@ -118,6 +123,7 @@ def evaluate(
         tasks: of suites: some of RULER's; empty: all.
         seed: of suites: another one asks other questions.
         out: of suites: folder where answers are kept as they come; an interrupted call goes on there.
+        device: where to compute, as "cpu" or "cuda"; "auto": on a GPU if torch sees one. Not with `url`.
         reporter: whom to tell how far it is, as `fulmen.LineReporter()`; None: nobody.
 
     Raises:
@@ -147,6 +153,7 @@ def evaluate(
             kinds=names_argument("kinds", kinds) if kinds else (),
             needles=flag_argument("needles", needles),
             quick=flag_argument("quick", quick),
+            device=device,
         )
         return measure_parity_of(settings, reporter)
     for_parity: dict[str, object] = {
@@ -174,6 +181,7 @@ def evaluate(
         url=url,
         model=model,
         out=None if out is None else path_argument("out", out),
+        device=device,
     )
     return run_suites_of(suite_settings, reporter)
 

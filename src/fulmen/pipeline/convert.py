@@ -18,11 +18,12 @@ from fulmen.modeling.families import accelerated, dsa_family_for, dsa_of, family
 from fulmen.modeling.index_shape import default_dsa
 from fulmen.modeling.lengths import context_of
 from fulmen.pipeline.conversion import Conversion
+from fulmen.pipeline.devices import training_device
 from fulmen.pipeline.model_card import conversion_card
 from fulmen.pipeline.model_source import DenseSource, dense_source
 from fulmen.pipeline.reporter import Reporter, TrainingView
 from fulmen.pipeline.run_dir import RunDir
-from fulmen.pipeline.settings import ConvertSettings
+from fulmen.pipeline.settings import AUTO_DEVICE, ConvertSettings, ModelInMemory
 from fulmen.pipeline.texts import (
     ConversionTexts,
     conversion_texts,
@@ -74,6 +75,7 @@ def run_conversion(settings: ConvertSettings, reporter: Reporter) -> Conversion:
         raise ConfigError(
             "a conversion cannot be sharded; launch it without --use_fsdp, then fulmen train with"
         )
+    device = _device(settings)
     require_free_output(out, overwrite=settings.overwrite)
     with reporter.stage("Read data"):
         source = dense_source(settings.source)
@@ -81,7 +83,7 @@ def run_conversion(settings: ConvertSettings, reporter: Reporter) -> Conversion:
         tokenizer = source.tokenizer()
         corpus = read_corpus(settings.data, settings.texts)
         texts, sparse = _texts(plan, corpus, tokenizer, settings, reporter)
-    model = _load(source, settings, plan, reporter)
+    model = _load(source, settings, plan, device, reporter)
     main_process_first(lambda: require_savable(model, tokenizer, out))
     work = _Work(settings, RunDir(out), reporter)
     identity = _identity(settings, source, corpus, plan.dsa, texts.length)
@@ -97,6 +99,13 @@ def run_conversion(settings: ConvertSettings, reporter: Reporter) -> Conversion:
             work.run.remove()
     wait_for_all()
     return Conversion(out, record)
+
+
+def _device(settings: ConvertSettings) -> torch.device | None:
+    """Where to compute; None: where a model in memory lies. Raises ConfigError."""
+    if isinstance(settings.source, ModelInMemory) and settings.device == AUTO_DEVICE:
+        return None
+    return training_device(settings.device)
 
 
 def plan_conversion(settings: ConvertSettings, config: PreTrainedConfig) -> _Plan:
@@ -126,12 +135,18 @@ def _texts(
     return draw_longest(plan.lengths, draw, reporter)
 
 
-def _load(source: DenseSource, settings: ConvertSettings, plan: _Plan, reporter: Reporter) -> PreTrainedModel:
+def _load(
+    source: DenseSource,
+    settings: ConvertSettings,
+    plan: _Plan,
+    device: torch.device | None,
+    reporter: Reporter,
+) -> PreTrainedModel:
     """The source as a DSA model with random indexers."""
     reporter.note(f"Loading {source.name}")
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     with reporter.stage("Load"):
-        dense = source.load(dtype, to_change="sparse" in settings.stages)
+        dense = source.load(dtype, device, to_change="sparse" in settings.stages)
         model: PreTrainedModel = family_for(dense.config).from_dense(dense, plan.dsa).eval()
     if types := source.quantized:
         loaded = str(dense.dtype).removeprefix("torch.")

@@ -21,6 +21,7 @@ from fulmen.modeling.checkpoint import load_dense
 from fulmen.modeling.cost import cost_rows
 from fulmen.modeling.families import dsa_of
 from fulmen.modeling.lengths import context_of
+from fulmen.pipeline.devices import device_of, move
 from fulmen.pipeline.load import load_converted_model, load_converted_tokenizer
 from fulmen.pipeline.model_config import read_config
 from fulmen.pipeline.reporter import Reporter
@@ -54,6 +55,7 @@ FULL, QUICK = EvalSize(sequences=8, needle_texts=8), EvalSize(sequences=2, needl
 
 def measure(settings: EvalSettings, reporter: Reporter) -> ParityReport:
     """Compare a converted model with dense attention; writes nothing. Raises what its parts raise."""
+    device = device_of(settings.device)
     with reporter.stage("Read data"):
         lengths = plan_evaluation(settings, reporter)
         tokenizer = load_converted_tokenizer(settings.model_dir)
@@ -63,8 +65,9 @@ def measure(settings: EvalSettings, reporter: Reporter) -> ParityReport:
         )
     reporter.note(f"Loading {settings.model_dir}")
     with reporter.stage("Load"):
-        model = load_converted_model(settings.model_dir)
+        model = load_converted_model(settings.model_dir, device)
         dense = None if settings.dense is None else load_dense(settings.dense, model.dtype)[0]
+        dense = dense if dense is None else move(dense, model.device)
     with reporter.stage("Evaluate", counted=False):
         report = measure_parity(
             model,

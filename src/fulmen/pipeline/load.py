@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from fulmen.errors import ConfigError
 from fulmen.modeling.checkpoint import load_directory_model, load_directory_tokenizer
 from fulmen.modeling.families import accelerate_model, dsa_of
 from fulmen.pipeline.arguments import refused
+from fulmen.pipeline.devices import device_of, move
 from fulmen.pipeline.model_config import read_config
 from fulmen.pipeline.quiet import quiet
 from fulmen.pipeline.reporter import SilentReporter
@@ -46,10 +46,10 @@ def load_converted_tokenizer(model_dir: str | Path) -> Any:
     return load_directory_tokenizer(_converted_place(model_dir))
 
 
-def load_converted_model(model_dir: str | Path) -> PreTrainedModel:
-    """The model of `load_converted`. Raises as that does, but for the tokenizer."""
+def load_converted_model(model_dir: str | Path, device: torch.device | None = None) -> PreTrainedModel:
+    """The model of `load_converted`, on a device. Raises as that does, but for the tokenizer; as `move`."""
     model: PreTrainedModel = load_directory_model(_converted_place(model_dir)).eval()
-    return model
+    return model if device is None else move(model, device)
 
 
 def dtype_of(dtype: object) -> torch.dtype | str:
@@ -58,33 +58,6 @@ def dtype_of(dtype: object) -> torch.dtype | str:
     if name not in DTYPES:
         raise refused("dtype", dtype, f"choose from {', '.join(DTYPES)}")
     return name if name == "auto" else getattr(torch, str(name))
-
-
-def device_of(device: object) -> torch.device | None:
-    """A torch device that is here; None stays. Raises ConfigError."""
-    if device is None:
-        return None
-    try:
-        found: torch.device = torch.device(device)  # type: ignore[call-overload]
-        torch.empty(0, device=found)
-    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
-        raise refused("device", device, "name a device of this machine, as 'cpu' or 'cuda'") from error
-    if found.type == "meta":
-        raise refused("device", device, "name a device that holds weights, as 'cpu' or 'cuda'")
-    return found
-
-
-def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """The model on a device. Raises ConfigError if it has no room."""
-    try:
-        moved: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"device={str(device)!r} has no room for {model.num_parameters():,} parameters; free some, "
-            "or use a smaller dtype",
-            arguments=["device"],
-        ) from error
-    return moved
 
 
 def _converted_place(model_dir: str | Path) -> str:

@@ -13,6 +13,7 @@ from fulmen.modeling.checkpoint import ModelSource, load_dense, load_tokenizer, 
 from fulmen.modeling.config_checks import require_sound_config, require_tokens_fit
 from fulmen.modeling.families import family_for
 from fulmen.pipeline.arguments import refused
+from fulmen.pipeline.devices import move
 from fulmen.pipeline.fingerprint import weights_fingerprint
 from fulmen.pipeline.model_config import quantized_types, read_config
 from fulmen.pipeline.settings import ModelInMemory
@@ -40,8 +41,10 @@ class DenseSource(Protocol):
         """Its tokenizer. Raises CheckpointError if there is none, or it does not fit."""
         ...
 
-    def load(self, dtype: torch.dtype | str, *, to_change: bool) -> PreTrainedModel:
-        """The model; one whose weights are not written to unless it is `to_change`."""
+    def load(
+        self, dtype: torch.dtype | str, device: torch.device | None, *, to_change: bool
+    ) -> PreTrainedModel:
+        """The model on a device; one whose weights are not written to unless it is `to_change`."""
         ...
 
     def identity(self) -> dict[str, Any]:
@@ -81,9 +84,12 @@ class PlaceSource:
         """As `DenseSource.tokenizer`."""
         return load_tokenizer(self.found, self.config.vocab_size)
 
-    def load(self, dtype: torch.dtype | str, *, to_change: bool) -> PreTrainedModel:
-        """As `DenseSource.load`. Raises as `load_dense`."""
-        return load_dense(self.name, dtype)[0]
+    def load(
+        self, dtype: torch.dtype | str, device: torch.device | None, *, to_change: bool
+    ) -> PreTrainedModel:
+        """As `DenseSource.load`; None: on the CPU. Raises as `load_dense` and `move`."""
+        model = load_dense(self.name, dtype)[0]
+        return model if device is None else move(model, device)
 
     def identity(self) -> dict[str, Any]:
         """As `DenseSource.identity`."""
@@ -114,12 +120,19 @@ class LoadedSource:
         require_tokens_fit(self._tokenizer, self.config.vocab_size, self.name)
         return self._tokenizer
 
-    def load(self, dtype: torch.dtype | str, *, to_change: bool) -> PreTrainedModel:
-        """As `DenseSource.load`: the model itself, or a copy if weights are to change, or their dtype is."""
-        if dtype in ("auto", self._model.dtype) and not to_change:
+    def load(
+        self, dtype: torch.dtype | str, device: torch.device | None, *, to_change: bool
+    ) -> PreTrainedModel:
+        """As `DenseSource.load`: the model itself, or a copy if weights are to change, move, or be others.
+
+        None: where it lies. Raises as `move`.
+        """
+        moves = device is not None and device.type != self._model.device.type
+        if dtype in ("auto", self._model.dtype) and not to_change and not moves:
             return self._model
         copied = copy.deepcopy(self._model)
-        return copied if dtype == "auto" else copied.to(dtype)  # type: ignore[arg-type]
+        copied = copied if dtype == "auto" else copied.to(dtype)  # type: ignore[arg-type]
+        return move(copied, device) if moves else copied  # type: ignore[arg-type]
 
     def identity(self) -> dict[str, Any]:
         """As `DenseSource.identity`."""

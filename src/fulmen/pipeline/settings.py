@@ -10,12 +10,15 @@ from fulmen.errors import ConfigError
 from fulmen.pipeline.arguments import parse_duration, refused, require_existing
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 STAGES = ("inherit", "warmup", "sparse")
 INDEXER_STAGES = STAGES[:2]
 DEFAULT_STAGES = "inherit,warmup"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# An accelerator if torch sees one, else the CPU.
+AUTO_DEVICE = "auto"
 DEFAULT_BUDGET = "8m"
 DEFAULT_SPARSE_BUDGET = "30m"
 # Of a sequence in an evaluation, which looks at its second half in parts.
@@ -46,6 +49,7 @@ class ConvertSettings:
             comes with Python.
         overwrite: replace a model directory at `out`.
         dtype: of the weights, one of DTYPES.
+        device: where to compute, as torch names it, or AUTO_DEVICE.
         seed: of every random choice.
         length: tokens per training sequence; None: `default_length`, less where the text is scarce.
     """
@@ -66,6 +70,7 @@ class ConvertSettings:
     index_heads: int | None = None
     index_head_dim: int | None = None
     length: int | None = None
+    device: "str | torch.device" = AUTO_DEVICE
 
     def __post_init__(self) -> None:
         require_positive(self, "topk", "steps", "sparse_steps", "index_heads", "index_head_dim", "length")
@@ -84,8 +89,8 @@ class ConvertSettings:
         self._check_sparse()
 
     def plain(self) -> dict[str, Any]:
-        """What a run is, of plain JSON types: all but what is in memory and where the result goes."""
-        left_out = ("source", "out", "texts", "overwrite")
+        """What a run is, of plain JSON types: all but what is in memory, where it runs, where it goes."""
+        left_out = ("source", "out", "texts", "overwrite", "device")
         values = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in left_out}
         return {**values, "stages": list(self.stages), "data": list(self.data)}
 
@@ -116,6 +121,7 @@ class EvalSettings:
         kinds: kinds of text to take; empty: all.
         needles: whether to run the retrieval tasks too.
         quick: fewer texts and needles, for a first look.
+        device: where to compute, as torch names it, or AUTO_DEVICE.
     """
 
     model_dir: Path
@@ -128,6 +134,7 @@ class EvalSettings:
     kinds: tuple[str, ...] = ()
     needles: bool = True
     quick: bool = False
+    device: "str | torch.device" = AUTO_DEVICE
 
     def __post_init__(self) -> None:
         require_positive(self, "sequences", "length", "topk")

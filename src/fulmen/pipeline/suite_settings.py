@@ -4,12 +4,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fulmen.config import require_positive_int
 from fulmen.errors import ConfigError
 from fulmen.evaluation.suites.catalog import suite_names
 from fulmen.pipeline.arguments import refused, require_existing
-from fulmen.pipeline.settings import require_positive, require_seed
+from fulmen.pipeline.settings import AUTO_DEVICE, require_positive, require_seed
+
+if TYPE_CHECKING:
+    import torch
 
 PARITY, ALL = "parity", "all"
 # Parity was one of them before it had `fulmen eval` for itself, which still takes these.
@@ -36,6 +40,7 @@ class SuiteSettings:
         dense: the dense model that a converted one is compared with; None: itself, read densely.
         url, model: an OpenAI-compatible endpoint and its name for the model; both or neither.
         out: folder for results, kept as they come; None: nothing is written.
+        device: where to compute, as torch names it, or AUTO_DEVICE; not with `url`.
     """
 
     source: str
@@ -51,6 +56,7 @@ class SuiteSettings:
     url: str | None = None
     model: str | None = None
     out: Path | None = None
+    device: "str | torch.device" = AUTO_DEVICE
 
     def __post_init__(self) -> None:
         require_positive_int("samples", self.samples)
@@ -62,6 +68,8 @@ class SuiteSettings:
                 "url and model go together: the address, and the model's name there",
                 arguments=["url", "model"],
             )
+        if self.url and self.device != AUTO_DEVICE:
+            raise ConfigError(f"device={str(self.device)!r} is for a model that runs here, not an endpoint's")
         if self.url and PARITY in self.suites:
             raise ConfigError("suite='parity' needs the model's weights, which an endpoint does not give")
         if self.out is not None and self.out.expanduser().exists() and not self.out.expanduser().is_dir():

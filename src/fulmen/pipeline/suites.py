@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from fulmen.data import Corpus
@@ -31,6 +32,7 @@ from fulmen.modeling.checkpoint import (
     load_tokenizer,
 )
 from fulmen.modeling.lengths import usual_length
+from fulmen.pipeline.devices import device_of, move
 from fulmen.pipeline.load import load_converted_model
 from fulmen.pipeline.model_config import read_config
 from fulmen.pipeline.reporter import Reporter
@@ -49,10 +51,11 @@ def suites_of(settings: SuiteSettings) -> tuple[str, ...]:
     """The suites asked for; of "all", those that the model can run.
 
     Raises:
-        ConfigError: parity of a model without DSA; an unknown task.
+        ConfigError: parity of a model without DSA; an unknown task; a device that is not here.
         CheckpointError: there is no such model.
     """
     require_known_tasks(settings.tasks)
+    _device(settings)
     converted = settings.url is None and _has_dsa(_config_values(find_source(settings.source)))
     if ALL not in settings.suites:
         if PARITY in settings.suites and not converted:
@@ -72,13 +75,14 @@ def suites_of(settings: SuiteSettings) -> tuple[str, ...]:
 
 def run_suite_settings(settings: SuiteSettings, suites: tuple[str, ...], reporter: Reporter) -> SuiteReport:
     """Run suites; only samples are written, if there is a folder for them. Raises what its parts raise."""
+    device = _device(settings)
     with reporter.stage("Read data"):
         require_runnable(settings, suites)
         corpus = read_corpus(settings.data, settings.texts)
         tokenizer = load_responder_tokenizer(settings)
     reporter.note(f"Loading {settings.model or settings.source}")
     with reporter.stage("Load"):
-        responder = load_responder(settings, tokenizer)
+        responder = load_responder(settings, tokenizer, device)
     plan = SuitePlan(
         suites=suites,
         lengths=lengths_of(settings, responder.context, responder.topk),
@@ -97,6 +101,11 @@ def run_suite_settings(settings: SuiteSettings, suites: tuple[str, ...], reporte
     sizes = f"{plan.samples} samples of each task and length, seed {plan.seed}{sparse}{dense}"
     about = {**about_run(settings.model or settings.source), "sizes": sizes}
     return replace(report, about=about)
+
+
+def _device(settings: SuiteSettings) -> torch.device | None:
+    """Where to compute; None: an endpoint does. Raises ConfigError."""
+    return None if settings.url else device_of(settings.device)
 
 
 def require_runnable(settings: SuiteSettings, suites: tuple[str, ...]) -> None:
@@ -144,13 +153,13 @@ def load_responder_tokenizer(settings: SuiteSettings) -> Any:
     return tokenizer
 
 
-def load_responder(settings: SuiteSettings, tokenizer: Any) -> Responder:
-    """Who is asked.
+def load_responder(settings: SuiteSettings, tokenizer: Any, device: torch.device | None = None) -> Responder:
+    """Who is asked; a model that runs here does so on `device`, None: on the CPU.
 
     Raises:
         CheckpointError: the model cannot be loaded.
         EndpointError: the endpoint cannot be reached, or lacks the model.
-        ConfigError: a topk for a model without DSA.
+        ConfigError: a topk for a model without DSA; a device without room for it.
     """
     found = find_source(settings.source)
     if settings.url is not None:
@@ -166,6 +175,8 @@ def load_responder(settings: SuiteSettings, tokenizer: Any) -> Responder:
     else:
         # Any model of Transformers, known to a family or not: nothing of it is changed.
         model = load_directory_model(found.place)
+    if device is not None:
+        model, dense = move(model, device), None if dense is None else move(dense, device)
     return LocalResponder(model.eval(), tokenizer, settings.topk, dense)
 
 

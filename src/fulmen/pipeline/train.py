@@ -21,6 +21,7 @@ from fulmen.modeling.checkpoint import (
 )
 from fulmen.modeling.families import accelerated, dsa_family_for, dsa_of, set_topk
 from fulmen.pipeline.conversion import Conversion
+from fulmen.pipeline.devices import CPU, move, training_device
 from fulmen.pipeline.fingerprint import weights_fingerprint
 from fulmen.pipeline.load import load_converted_model, load_converted_tokenizer
 from fulmen.pipeline.model_card import conversion_card
@@ -38,7 +39,7 @@ from fulmen.pipeline.texts import (
 )
 from fulmen.pipeline.train_settings import TrainSettings
 from fulmen.training.processes import main_process_first, processes
-from fulmen.training.sharding import prepare_sharding
+from fulmen.training.sharding import is_sharded, prepare_sharding
 from fulmen.training.sparse.run import SparseResult, require_teacher_place, train_sparse
 from fulmen.training.sparse.settings import SparseSettings
 from fulmen.training.sparse.teacher import require_same_tokens
@@ -138,6 +139,8 @@ def run_training(settings: TrainSettings, reporter: Reporter) -> Conversion:
     out = settings.out.expanduser().absolute()
     options = SparseSettings(**settings.options)
     prepare_sharding()
+    # Shards go to the GPUs by themselves: the whole need not fit there.
+    device = CPU if is_sharded() else training_device(settings.device)
     require_free_output(out, overwrite=settings.overwrite)
     with reporter.stage("Read data"):
         lengths = plan_training(settings)
@@ -152,7 +155,7 @@ def run_training(settings: TrainSettings, reporter: Reporter) -> Conversion:
         )
     reporter.note(f"Loading {settings.model_dir}")
     with reporter.stage("Load"):
-        model = load_converted_model(settings.model_dir)
+        model = load_converted_model(settings.model_dir, device)
         main_process_first(lambda: require_savable(model, tokenizer, out))
         teacher = _teacher(settings, model)
     if settings.topk is not None:
@@ -188,7 +191,7 @@ def _teacher(settings: TrainSettings, model: PreTrainedModel) -> PreTrainedModel
     if settings.teacher is None:
         return None
     teacher: PreTrainedModel = load_dense(settings.teacher, model.dtype)[0].eval()
-    return teacher.requires_grad_(False)
+    return move(teacher.requires_grad_(False), model.device)
 
 
 def _identity(
@@ -199,7 +202,7 @@ def _identity(
     length: int,
 ) -> dict[str, Any]:
     """What must be equal for one run to be the continuation of another."""
-    left_out = ("out", "overwrite", "options", "texts")
+    left_out = ("out", "overwrite", "options", "texts", "device")
     return {
         **{one.name: getattr(settings, one.name) for one in fields(settings) if one.name not in left_out},
         **settings.options,

@@ -3,7 +3,7 @@
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fulmen.config import require_positive_int
 from fulmen.errors import ConfigError
@@ -15,11 +15,15 @@ from fulmen.pipeline.arguments import (
     require_existing,
 )
 from fulmen.pipeline.settings import (
+    AUTO_DEVICE,
     DEFAULT_SPARSE_BUDGET,
     exclude_each_other,
     require_positive,
     require_seed,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class TrainSettings:
         sequences: to train on at most, held in memory; None: as many as the steps use, data sets being
             streamed.
         overwrite: replace a model directory at `out`.
+        device: where to compute, as torch names it, or AUTO_DEVICE.
         options: further fields of `fulmen.training.sparse.settings.SparseSettings`.
     """
 
@@ -47,6 +52,7 @@ class TrainSettings:
     length: int | None = None
     sequences: int | None = None
     overwrite: bool = False
+    device: "str | torch.device" = AUTO_DEVICE
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -34,6 +34,7 @@ from fulmen.training.checkpoints import (
     write_log,
 )
 from fulmen.training.processes import broadcast_from_main, is_main_process, main_process_first
+from fulmen.training.sharding import is_sharded
 
 INITIAL_FILE, PLAN_FILE = "initial.safetensors", "plan.json"
 # Evaluations take no more than this share of a time budget.
@@ -109,12 +110,13 @@ def steps_within(
 
 
 def training_arguments(
-    run_dir: Path, steps: int, every: int, seed: int, *, bf16: bool, **own: Any
+    run_dir: Path, steps: int, every: int, seed: int, device: torch.device, *, bf16: bool, **own: Any
 ) -> TrainingArguments:
     """Trainer's arguments, as all stages have them: a checkpoint at every evaluation, nothing printed.
 
     Args:
         every: steps between evaluations.
+        device: where the model lies; one that is to be sharded goes to GPUs where there are some.
         own: the stage's; they win.
     """
     shared: dict[str, Any] = {
@@ -126,7 +128,7 @@ def training_arguments(
         "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
         "seed": seed,
         "bf16": bf16,
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": device.type == "cpu" and not (is_sharded() and torch.cuda.is_available()),
         "eval_strategy": "steps",
         "eval_steps": every,
         "save_strategy": "steps",
@@ -141,7 +143,11 @@ def training_arguments(
         "remove_unused_columns": False,
         "ddp_find_unused_parameters": False,
     }
-    return TrainingArguments(**{**shared, **own})
+    arguments = TrainingArguments(**{**shared, **own})
+    # One process is one GPU: Trainer would split its batch, a single sequence, over all that there are.
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
 
 
 def silence(trainer: Trainer) -> None:

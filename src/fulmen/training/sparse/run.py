@@ -218,7 +218,8 @@ def _trainer(
     watch: StepWatch,
 ) -> SparseTrainer:
     order = "sequential" if isinstance(data.rows, StreamedRows) else "random"
-    arguments = sparse_arguments(run_dir, settings, plan["steps"], plan["every"], order)
+    steps, every = plan["steps"], plan["every"]
+    arguments = sparse_arguments(run_dir, settings, steps, every, order, stage.model.device)
     trainer = SparseTrainer(
         model=stage, args=arguments, train_dataset=data, eval_dataset=data, callbacks=[watch]
     )

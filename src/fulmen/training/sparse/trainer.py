@@ -231,7 +231,7 @@ class StepWatch(RunWatch):
 
 
 def sparse_arguments(
-    run_dir: Path, settings: SparseSettings, steps: int, every: int, order: str
+    run_dir: Path, settings: SparseSettings, steps: int, every: int, order: str, device: torch.device
 ) -> TrainingArguments:
     """Trainer's arguments; checkpoints at every evaluation, and in between where asked for."""
     if settings.report_to == "tensorboard":
@@ -241,6 +241,7 @@ def sparse_arguments(
         steps,
         every,
         settings.seed,
+        device,
         bf16=settings.bf16,
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.learning_rate,

@@ -105,7 +105,7 @@ def _warm_up(
     plan = run_plan(run_dir, lambda: _plan(stack, rows[0], held_out, settings, on_part))
     trainer = WarmupTrainer(
         model=stack,
-        args=warmup_arguments(run_dir, settings, plan["steps"], plan["evaluations"]),
+        args=warmup_arguments(run_dir, settings, plan["steps"], plan["evaluations"], model.device),
         train_dataset=rows,
         eval_dataset=held_out,
         callbacks=[

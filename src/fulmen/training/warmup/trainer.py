@@ -107,7 +107,7 @@ def _log_row(step: int, index: int, layer: LayerLoss) -> dict[str, float]:
 
 
 def warmup_arguments(
-    run_dir: Path, settings: WarmupSettings, steps: int, evaluations: int
+    run_dir: Path, settings: WarmupSettings, steps: int, evaluations: int, device: torch.device
 ) -> TrainingArguments:
     """Trainer's arguments; a checkpoint at every evaluation."""
     return training_arguments(
@@ -115,6 +115,7 @@ def warmup_arguments(
         steps,
         max(1, min(math.ceil(steps / evaluations), MOST_STEPS_BETWEEN)),
         settings.seed,
+        device,
         bf16=settings.bf16,
         learning_rate=settings.learning_rate,
         warmup_steps=min(5, steps // 4),

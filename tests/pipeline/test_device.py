@@ -1,0 +1,55 @@
+"""Conversion, training and evaluation on another device than the CPU: nothing is left behind there."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fulmen
+from fulmen.errors import ConfigError
+from tests.pipeline.tiny_runs import LENGTH
+
+ASKED = {"topk": 8, "length": LENGTH, "stages": "inherit,warmup,sparse", "steps": 2, "sparse_steps": 2}
+EVALUATED = {"length": LENGTH, "sequences": 1, "quick": True}
+# In a process of its own: torch counts the devices once, when it first takes a gradient.
+PROGRAM = """
+import json, os, sys
+from tests.other_device import OTHER, other_device
+os.environ["ACCELERATE_TORCH_DEVICE"] = OTHER
+import fulmen
+source, data, out, asked, evaluated = sys.argv[1:]
+with other_device() as device:
+    made = fulmen.convert(source, out=out, data=data, device=device, **json.loads(asked))
+    report = fulmen.evaluate(made, data=data, device=device, **json.loads(evaluated))
+print(json.dumps(report.summary()))
+"""
+
+
+def test_all_that_is_run_there_gives_what_it_gives_here(llama_dir, corpus_dir, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    arguments = (llama_dir, corpus_dir, tmp_path / "there", json.dumps(ASKED), json.dumps(EVALUATED))
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *map(str, arguments)],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    here = fulmen.convert(llama_dir, out=tmp_path / "here", data=corpus_dir, device="cpu", **ASKED)
+    found = load_file(tmp_path / "there" / "model.safetensors")
+    for name, tensor in load_file(here.path / "model.safetensors").items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
+    report = fulmen.evaluate(tmp_path / "there", data=corpus_dir, device="cpu", **EVALUATED)
+    assert json.loads(done.stdout) == [list(row) for row in report.summary()]
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "gpu", "meta", 3, "cpu:x"])
+def test_a_device_that_is_not_here_is_refused_before_any_work(device, tmp_path):
+    for call in (fulmen.convert, fulmen.train):
+        with pytest.raises(ConfigError, match="device="):
+            call("nowhere", out=tmp_path / "out", device=device)
+    for more in ({}, {"suites": "ruler"}):
+        with pytest.raises(ConfigError, match="device="):
+            fulmen.evaluate("nowhere", device=device, **more)
