@@ -17,6 +17,7 @@ from fulmen.modeling.checkpoint import require_free_output, require_savable, sav
 from fulmen.modeling.families import accelerated, dsa_family_for, dsa_of, family_for
 from fulmen.modeling.index_shape import default_dsa
 from fulmen.modeling.lengths import context_of
+from fulmen.modeling.token_blocks import feed_forward_in_blocks
 from fulmen.pipeline.conversion import Conversion
 from fulmen.pipeline.devices import training_device
 from fulmen.pipeline.model_card import conversion_card
@@ -188,9 +189,10 @@ def _inherit(model: PreTrainedModel, texts: ConversionTexts, work: _Work) -> lis
         family.restore_topk(model, fits)
         return list(fits)
     ids_BT = torch.stack([text.input_ids for text in texts.calibration]).to(model.device)
-    if family.varies_topk:
-        _share_k(model, ids_BT[:BUDGET_SEQUENCES], work.reporter)
-    record = [layer._asdict() for layer in _fit_layers(model, ids_BT, work.reporter)]
+    with feed_forward_in_blocks(model):
+        if family.varies_topk:
+            _share_k(model, ids_BT[:BUDGET_SEQUENCES], work.reporter)
+        record = [layer._asdict() for layer in _fit_layers(model, ids_BT, work.reporter)]
     work.run.save_record("inherit", record)
     work.run.save_stage("inherit", indexer_state(model))
     return record
