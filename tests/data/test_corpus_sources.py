@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from fulmen.data import draw_sequences, load_corpus, opening_ids
+from fulmen.data.demo import MIN_FILE, PROSE_SHARE, _docstrings
 from fulmen.errors import CorpusError
 from fulmen.modeling.checkpoint import find_source, load_tokenizer
 
@@ -246,6 +247,12 @@ class TestDemo:
             assert not {"test", "tests", "encodings", "site-packages"} & set(one.name.split("/"))
             assert "_sysconfigdata" not in one.name
             assert one.name.startswith(("library/", "manual/"))
+
+    def test_prose_is_told_from_code_as_if_every_module_were_parsed(self, demo):
+        code = [one for one in documents_of(demo) if one.kind == "code" and one.name.endswith(".py")]
+        assert len(code) > 200
+        for one in code[::6]:
+            assert len(_docstrings(one.text, 0)) < max(MIN_FILE, PROSE_SHARE * len(one.text)), one.name
 
     def test_fills_long_windows_of_a_real_tokenizer(self, demo):
         source = find_source("smollm2-135m")

@@ -7,6 +7,7 @@ two documents.
 
 import ast
 import os
+import re
 import sysconfig
 import warnings
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,7 @@ TOPICS_DOCUMENT = 16_000
 # A module counts as prose from this share and this many characters of long docstrings on.
 PROSE_SHARE = 0.15
 LONG_DOCSTRING = 300
+TRIPLE_QUOTED = re.compile(r"(\"{3}|'{3}).*?\1", re.DOTALL)
 
 
 def demo_documents() -> list[Document]:
@@ -83,8 +85,9 @@ def _library_documents(root: Path) -> Iterator[Document]:
             continue
         if len(text) < MIN_FILE:
             continue
-        docstrings = _docstrings(text) if path.suffix == ".py" else text
-        if len(docstrings) >= max(MIN_FILE, PROSE_SHARE * len(text)):
+        least = max(MIN_FILE, PROSE_SHARE * len(text))
+        docstrings = _docstrings(text, least) if path.suffix == ".py" else text
+        if len(docstrings) >= least:
             yield Document(name, "prose", docstrings)
         else:
             yield Document(name, "code", text)
@@ -99,8 +102,14 @@ def _library_files(root: Path) -> Iterator[Path]:
                 yield Path(folder, name)
 
 
-def _docstrings(source: str) -> str:
-    """The long docstrings of a module, one after the other; empty if it does not parse."""
+def _docstrings(source: str, least: float) -> str:
+    """The long docstrings of a module, one after the other; empty if it does not parse.
+
+    Not parsed, which takes most of the time, if its long strings have fewer characters than `least` in all.
+    """
+    strings = (found.group() for found in TRIPLE_QUOTED.finditer(source))
+    if sum(len(text) for text in strings if len(text) > LONG_DOCSTRING) < least:
+        return ""
     with warnings.catch_warnings(action="ignore"):
         try:
             tree = ast.parse(source)

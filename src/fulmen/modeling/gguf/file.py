@@ -28,8 +28,9 @@ FLOAT_TYPES = {TensorType.F32: torch.float32, TensorType.F16: torch.float16, Ten
 # What a quantized file is loaded as: its values have 8 bits or fewer.
 DEQUANTIZED_DTYPE = torch.bfloat16
 
-# Numbers of a dequantized block of rows: bounds the float32 copy, whatever the tensor's size.
-_CHUNK = 2**22
+# Numbers of a dequantized block of rows: bounds the float32 copies, whatever the tensor's size. So few stay
+# in a CPU's cache.
+_CHUNK = 2**20
 _VERSIONS = (2, 3)
 _STRING, _ARRAY, _FLOAT32 = 8, 9, 6
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
