@@ -1,10 +1,13 @@
 """The control selections: what each keeps, and that they work wherever the product does."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fulmen.evaluation.controls import (
     AttentionRecallSelector,
+    KeyHeadOracleSelector,
     OracleSelector,
     RandomSelector,
     WindowSelector,
@@ -14,7 +17,7 @@ from fulmen.modeling.gqa.cache import DsaCache
 from fulmen.modeling.mla.attention import fulmen_attention
 from fulmen.modeling.selectors import DenseSelector, IndexerSelector, SelectionInputs, Selector, use_selector
 from fulmen.ops.attention.reference import attention_reference
-from fulmen.ops.common.intervals import interval_mask
+from fulmen.ops.common.intervals import interval_mask, selection_mask
 from fulmen.ops.topk.reference import select_topk_reference
 from tests.evaluation.parity.tiny_parity import (
     LAYERS,
@@ -162,3 +165,34 @@ def test_mass_of_everything_is_one():
 def _logits(model, selector):
     with use_selector(model, selector):
         return model(random_ids(LENGTH)[None], use_cache=False).logits
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("queries", [1, 7, 30])
+def test_the_oracle_of_each_key_head_attends_to_its_own_keys(groups, queries):
+    inputs = replace(some_inputs(queries, groups=groups), v_BSGV=some_inputs(groups=groups).k_BSGD.flip(1))
+    visible_BTS = interval_mask(inputs.start_BT, inputs.stop_BT, 30)
+    dense = attention_reference(inputs.q_BTHD, inputs.k_BSGD, inputs.v_BSGV, visible_BTS, inputs.scale)
+    probs_BTGMS = dense.probs_BTHS.unflatten(2, (groups, -1))
+    expected = []
+    for g in range(groups):
+        probs_BTS = probs_BTGMS[:, :, g].mean(2)
+        kept_BTK = select_topk_reference(probs_BTS, inputs.start_BT, inputs.stop_BT, 6)
+        kept_BTS = selection_mask(kept_BTK, 30)
+        # Up to 9 keys all are kept.
+        kept_BTS |= visible_BTS & (inputs.stop_BT - inputs.start_BT <= 9)[..., None]
+        heads = inputs.q_BTHD.unflatten(2, (groups, -1))[:, :, g]
+        k_BSGD, v_BSGV = inputs.k_BSGD[:, :, g : g + 1], inputs.v_BSGV[:, :, g : g + 1]
+        expected.append(attention_reference(heads, k_BSGD, v_BSGV, kept_BTS, inputs.scale).out_BTHV)
+    out_BTHV = KeyHeadOracleSelector().attend(inputs, 6, 9)
+    torch.testing.assert_close(out_BTHV, torch.cat(expected, 2), atol=1e-5, rtol=1e-5)
+
+
+def test_with_one_key_head_both_oracles_are_one_and_with_more_they_differ():
+    ids = random_ids(LENGTH)[None]
+    model = tiny_dsa(tiny_dense())
+    with torch.no_grad(), use_selector(model, OracleSelector()):
+        one = model(ids).logits
+    with torch.no_grad(), use_selector(model, KeyHeadOracleSelector()):
+        assert not torch.allclose(model(ids).logits, one, atol=1e-3)
+        torch.testing.assert_close(model(ids[:, :TOPK]).logits, tiny_dense()(ids[:, :TOPK]).logits)

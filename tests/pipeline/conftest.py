@@ -6,11 +6,20 @@ import pytest
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from fulmen.pipeline.evaluate_lookups import QUICK
 from tests.modeling.gqa.tiny_gqa import make_dense
 from tests.pipeline.tiny_runs import VOCAB, save_tiny
 
 # The program says so before it imports Transformers; here that has happened already.
 disable_progress_bar()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def few_questions():
+    """A tiny model answers none, and never stops."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fulmen.pipeline.evaluate_lookups.QUICK", QUICK._replace(texts=1, n_keys=2))
+        yield
 
 
 @pytest.fixture(scope="session")

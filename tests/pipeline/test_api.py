@@ -379,7 +379,16 @@ def test_models_in_memory_that_cannot_be_converted(tmp_path):
         ),
         (lambda made, out: fulmen.evaluate(made, kinds=5), "^kinds=5 cannot be"),
         (lambda made, out: fulmen.evaluate(made, needles=None), "^needles=None cannot be; use True or False"),
-        (lambda made, out: fulmen.evaluate(made, out=out), "^out=.* does not apply without suites"),
+        (lambda made, out: fulmen.evaluate(made, out=Path(__file__)), "^out=.* is a file; name a folder"),
+        (lambda made, out: fulmen.evaluate(made, needle_length=0), "^needle_length=0 cannot be"),
+        (
+            lambda made, out: fulmen.evaluate(made, needles=False, needle_length=1024),
+            "^needle_length does not apply without needles",
+        ),
+        (
+            lambda made, out: fulmen.evaluate(made, suites="ruler", needle_length=1024),
+            "^needle_length=1024 does not apply to",
+        ),
         (lambda made, out: fulmen.evaluate(made, url="http://x"), "^url='http://x' does not apply without"),
         (
             lambda made, out: fulmen.evaluate(made, suites="ruler", quick=True),

@@ -8,11 +8,13 @@ import torch
 from transformers import DeepseekV2Config, DeepseekV3Config, LlamaConfig, Qwen2Config
 
 from fulmen.config import DsaConfig
-from fulmen.data import load_corpus
+from fulmen.data import Document, load_corpus
+from fulmen.errors import ConfigError
 from fulmen.modeling.checkpoint import find_source, load_tokenizer
 from fulmen.modeling.lengths import default_topk
 from fulmen.pipeline.convert import plan_conversion
 from fulmen.pipeline.evaluate import EvalSize, plan_evaluation
+from fulmen.pipeline.evaluate_lookups import plan_lookups
 from fulmen.pipeline.reporter import LineReporter, SilentReporter
 from fulmen.pipeline.settings import ConvertSettings, EvalSettings
 from fulmen.pipeline.suite_settings import SuiteSettings
@@ -21,6 +23,7 @@ from fulmen.pipeline.texts import conversion_texts, draw_longest
 from fulmen.pipeline.train import plan_training
 from fulmen.pipeline.train_settings import TrainSettings
 from tests.cli.test_commands import refused
+from tests.data.byte_tokenizer import byte_tokenizer
 from tests.modeling.gqa.tiny_gqa import SHAPE, make_dense
 from tests.modeling.mla.tiny_mla import MLA_SHAPE
 from tests.pipeline.tiny_runs import VOCAB, convert, save_tiny
@@ -106,11 +109,42 @@ class TestDefaults:
         assert lengths_of(SuiteSettings("m", ("ruler",), None), context, topk) == lengths
 
     def test_long_texts_are_fewer(self):
-        size = EvalSize(8, 8)
-        assert [size.of_length(length)[:2] for length in (64, 2048, 4096, 8192, 65_536)] == [
-            *[(8, 8)] * 3,
-            *[(4, 4)] * 2,
-        ]
+        size = EvalSize(8)
+        assert [size.of_length(length) for length in (64, 2048, 4096, 8192, 65_536)] == [8, 8, 8, 4, 4]
+
+    @pytest.mark.parametrize(
+        ("context", "topk", "length", "ks"),
+        [
+            (8 * K, 256, 2 * K, [128, 256]),
+            (32 * K, 512, 4 * K, [256, 512]),
+            (4 * K, K, 4 * K, [256, 512, K]),
+            (2 * K, 3 * K, 2 * K, [128, 256]),
+        ],
+    )
+    def test_look_ups_are_asked_at_an_8th_a_16th_and_the_models_own_k(
+        self, tmp_path, context, topk, length, ks
+    ):
+        plan = self.planned(tmp_path, context, topk)
+        assert (plan.length, plan.ks) == (length, ks)
+        assert sum(len(text.lookups) for text in plan.texts) == 128
+        assert len(plan.texts) == 8
+
+    def test_a_quick_look_asks_less_and_a_length_may_be_given(self, tmp_path):
+        plan = self.planned(tmp_path, 8 * K, 256, quick=True, needle_length=K)
+        assert (plan.length, plan.ks) == (K, [256])
+        assert sum(len(text.lookups) for text in plan.texts) == 16
+        assert "key_head_oracle" not in plan.variants
+        assert self.planned(tmp_path, 8 * K, 256, needles=False) is None
+        with pytest.raises(ConfigError, match="needle_length=9000 exceeds the model's context of 8192"):
+            self.planned(tmp_path, 8 * K, 256, needle_length=9000)
+
+    def planned(self, folder, context, topk, **changes):
+        config = LlamaConfig(**{**LLAMA, "max_position_embeddings": context})
+        config.model_type, config.dsa = "llama_dsa", DsaConfig(topk, 4, 2, 8, (0, 1)).to_dict()
+        text = "\n".join(f"line {n} of a long text" for n in range(30_000))
+        asked = EvalSettings(folder, **changes)
+        documents = [Document("long", "prose", text)]
+        return plan_lookups(asked, config, documents, byte_tokenizer(), SilentReporter())
 
     def test_scarce_text_makes_shorter_windows(self, corpus_dir, long_dir, capsys):
         """One file of each kind calibrates, and has not 2,048 words."""

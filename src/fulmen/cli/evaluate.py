@@ -1,5 +1,6 @@
 """`fulmen eval`: parity of a converted model with dense attention: options in, tables out."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -78,9 +79,20 @@ def evaluate_command(
             show_default=False,
         ),
     ] = None,
-    no_needles: Annotated[bool, typer.Option("--no-needles", help="Leave the retrieval tasks out.")] = False,
+    no_needles: Annotated[
+        bool,
+        typer.Option("--no-needles", help="Ask no questions that the text answers: loss alone, no verdict."),
+    ] = False,
+    needle_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of the prompts of these questions. [dim]Default: 8 k, at least 2048, within the "
+            "context; less if the text does not fill that.[/]",
+            show_default=False,
+        ),
+    ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer sequences and needles, for a first look.")
+        bool, typer.Option("--quick", help="Fewer sequences and questions, for a first look.")
     ] = False,
     device: Device = AUTO_DEVICE,
     windows: Annotated[int | None, OLD] = None,
@@ -94,6 +106,9 @@ def evaluate_command(
     out: Annotated[Path | None, OLD] = None,
 ) -> None:
     """Compare a converted model with its dense source: loss, retrieval, and controls with the same budget.
+
+    It asks the model in its chat template, at k and at an 8th and a 16th of the prompt, and counts the
+    answers that dense attention gives and DSA does not. A run that is interrupted goes on where it was.
 
     Suites of tests, as RULER's, have a command of their own: fulmen suite.
 
@@ -125,8 +140,10 @@ def evaluate_command(
             topk=topk,
             kinds=kinds or (),
             needles=not no_needles,
+            needle_length=needle_length,
             quick=quick,
             device=device,
+            out=model_dir if os.access(model_dir, os.W_OK) else None,
             reporter=told,
         )
         with told.stage("Write"):

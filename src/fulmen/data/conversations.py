@@ -98,7 +98,7 @@ class ChatFormat:
             errors.append("it leaves out what the user says")
         raise ConfigError(
             f"the chat template cannot write what a user asks ({errors[0]}); "
-            "fix or remove the tokenizer's chat_template"
+            "fix or remove the tokenizer's chat_template, or ask nothing"
         )
 
     def prompt(self, text: str, turns: Sequence[Turn], question: str) -> str:

@@ -140,7 +140,8 @@ class _TextMaker:
 
     def text(self) -> LookupText:
         rendered, prompts = self._fitted()
-        border = min(common_start(prompts[0], prompt) for prompt in prompts[1:])
+        # A question has a token at least, even where a vocabulary tells none of them apart.
+        border = min(common_start(prompts[0], prompt[:-1]) for prompt in prompts)
         lookups = []
         for place, turn, string, ids in zip(self.places, self.asked.turns, rendered, prompts, strict=False):
             answer_ids = self._answer_ids(string, turn[1], ids)

@@ -1,15 +1,16 @@
 """What the indexer is measured against: choices of the same k keys with perfect knowledge, or with none."""
 
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fulmen.modeling.selectors import SelectionInputs, Selector
+from fulmen.modeling.selectors import SelectionInputs, Selector, keep_short_pasts
 from fulmen.ops.attention.mean import mean_attention
+from fulmen.ops.attention.sparse import sparse_attention
 from fulmen.ops.common.intervals import selection_mask
 from fulmen.ops.topk import select_topk
 
@@ -35,6 +36,27 @@ class OracleSelector(Selector):
                 found_RK = select_topk(probs_RS, start_R[None], stop_R[None], min(topk, n_keys))[0]
                 chosen_BTK[b, rows, : found_RK.shape[-1]] = found_RK
         return chosen_BTK
+
+
+class KeyHeadOracleSelector(OracleSelector):
+    """The oracle of each key/value head: its query heads keep the keys with their own mean attention.
+
+    Tells how far one set of keys for all heads can go: no index can do what this does. It reads G times as
+    many keys.
+    """
+
+    def attend(self, inputs: SelectionInputs, topk: int, dense_up_to: int) -> Tensor | None:
+        n_groups = inputs.k_BSGD.shape[2]
+        outs = []
+        for g, q_BTMD in enumerate(inputs.q_BTHD.chunk(n_groups, dim=2)):
+            k_BSGD, v_BSGV = inputs.k_BSGD[:, :, g : g + 1], inputs.v_BSGV[:, :, g : g + 1]
+            alone = replace(inputs, q_BTHD=q_BTMD, k_BSGD=k_BSGD, v_BSGV=v_BSGV)
+            topk_BTK = keep_short_pasts(
+                self.select(alone, topk), inputs.start_BT, inputs.stop_BT, dense_up_to
+            )
+            q_BTMD, k_BSGD, v_BSGV = (x.contiguous() for x in (q_BTMD, k_BSGD, v_BSGV))
+            outs.append(sparse_attention(q_BTMD, k_BSGD, v_BSGV, topk_BTK, inputs.scale)[0])
+        return torch.cat(outs, dim=2)
 
 
 @dataclass(frozen=True)
@@ -112,6 +134,16 @@ class AttentionRecallSelector(Selector):
                 oracle_R = probs_RS.topk(min(topk, probs_RS.shape[-1])).values.sum(-1)
                 self._add(inputs.layer_idx, captured_R, oracle_R)
         return chosen_BTK
+
+    def sums(self) -> list[list[float]]:
+        """The sums so far, of plain JSON types: rows of layer, queries, captured and oracle attention."""
+        return [[layer, *sums] for layer, sums in sorted(self._sums.items())]
+
+    def add_sums(self, sums: Sequence[Sequence[float]]) -> None:
+        """Add those of another text."""
+        for layer, *more in sums:
+            before = self._sums[int(layer)]
+            self._sums[int(layer)] = [old + new for old, new in zip(before, more, strict=True)]
 
     def result(self) -> list[LayerRecall]:
         """The means so far, in layer order; empty if no query had to leave a key out."""

@@ -16,19 +16,29 @@ def continue_greedily(
     model: Any, prompt_ids: Tensor, n_tokens: int, is_done: Callable[[list[int]], bool]
 ) -> list[int]:
     """Up to `n_tokens` likeliest tokens after a prompt, which is read in chunks."""
-    # A stock model makes its own cache in the first pass, a converted one in its own class.
-    cache = None
     with rope_for_length(model, len(prompt_ids)):
-        for chunk_T in prompt_ids.split(PREFILL_CHUNK):
-            ids_1T = chunk_T[None].to(model.device)
-            output = model(ids_1T, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
-    written = [int(output.logits[0, -1].argmax())]
-    while len(written) < n_tokens and not is_done(written):
-        ids_11 = torch.tensor([[written[-1]]], device=model.device)
-        output = model(ids_11, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        written.append(int(output.logits[0, -1].argmax()))
-    return written
+        # A stock model makes its own cache in the first pass, a converted one in its own class.
+        cache, likeliest = read_into(model, None, prompt_ids)
+    return _write_on(model, cache, likeliest, n_tokens, is_done)
+
+
+@torch.no_grad()
+def continue_on_cache(
+    model: Any, cache: Any, ids_T: Tensor, n_tokens: int, is_done: Callable[[list[int]], bool]
+) -> list[int]:
+    """Up to `n_tokens` likeliest tokens after `ids_T`, which follow what the cache holds; it grows by all."""
+    cache, likeliest = read_into(model, cache, ids_T)
+    return _write_on(model, cache, likeliest, n_tokens, is_done)
+
+
+@torch.no_grad()
+def read_into(model: Any, cache: Any, ids_T: Tensor) -> tuple[Any, int]:
+    """Read tokens behind those of a cache (None: there is none), in chunks; it, and the likeliest next."""
+    for chunk_T in ids_T.split(PREFILL_CHUNK):
+        ids_1T = chunk_T[None].to(model.device)
+        output = model(ids_1T, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+    return cache, int(output.logits[0, -1].argmax())
 
 
 @torch.no_grad()
@@ -48,3 +58,13 @@ def answer_by_forward(model: Any, prompt_ids: Tensor, answer_ids: Tensor) -> lis
     logits_TV = model(input_ids, use_cache=False, logits_to_keep=len(answer_ids)).logits[0]
     written = logits_TV[-len(answer_ids) :].argmax(-1).tolist()
     return written[: 1 + common_start(written, answer_ids.tolist())]
+
+
+def _write_on(
+    model: Any, cache: Any, first: int, n_tokens: int, is_done: Callable[[list[int]], bool]
+) -> list[int]:
+    written = [first]
+    while len(written) < n_tokens and not is_done(written):
+        cache, likeliest = read_into(model, cache, torch.tensor([written[-1]]))
+        written.append(likeliest)
+    return written

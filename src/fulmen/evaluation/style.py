@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 
 VARIANT_LABELS = {
     "dense": "dense",
+    "key_head_oracle": "oracle per key head",
     "oracle": "oracle (true top-k)",
+    "dsa_equal": "DSA, equal k in each layer",
     "dsa": "DSA",
     "inherited": "DSA, inherited only",
     "window": "window + sinks",
@@ -15,16 +17,29 @@ INK, GRID = "#1b1c20", "#c9cbd2"
 # Okabe and Ito's colours, told apart by colour-blind readers; each variant has its own marker as well.
 VARIANT_COLORS = {
     "dense": "#6b6e78",
+    "key_head_oracle": "#f0e442",
     "oracle": "#009e73",
+    "dsa_equal": "#e69f00",
     "dsa": "#0072b2",
     "inherited": "#cc79a7",
     "window": "#d55e00",
     "random": "#8c8c8c",
 }
-VARIANT_MARKERS = {"dense": "D", "oracle": "^", "dsa": "o", "inherited": "s", "window": "v", "random": "x"}
+VARIANT_MARKERS = {
+    "dense": "D",
+    "key_head_oracle": "P",
+    "oracle": "^",
+    "dsa_equal": "h",
+    "dsa": "o",
+    "inherited": "s",
+    "window": "v",
+    "random": "x",
+}
 DARK_COLORS = {
     "dense": "#b4b7c2",
+    "key_head_oracle": "#f7ef8a",
     "oracle": "#2fcf9f",
+    "dsa_equal": "#f5c04d",
     "dsa": "#56b4e9",
     "inherited": "#e8a9cf",
     "window": "#ff9a52",

@@ -1,7 +1,7 @@
 """One converted model under different selections of the same k keys: all other weights are shared."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,20 +11,32 @@ from transformers import PreTrainedModel
 
 from fulmen.data import TokenSequence
 from fulmen.errors import ConfigError
-from fulmen.evaluation.controls import AttentionRecallSelector, OracleSelector, RandomSelector, WindowSelector
+from fulmen.evaluation.controls import (
+    AttentionRecallSelector,
+    KeyHeadOracleSelector,
+    OracleSelector,
+    RandomSelector,
+    WindowSelector,
+)
 from fulmen.modeling.families import dsa_of, has_dsa, set_topk
 from fulmen.modeling.rope_tables import restored_rope
 from fulmen.modeling.selectors import DenseSelector, IndexerSelector, Selector, use_selector
 
 VARIANTS: dict[str, Selector] = {
     "dense": DenseSelector(),
+    "key_head_oracle": KeyHeadOracleSelector(),
     "oracle": OracleSelector(),
+    "dsa_equal": IndexerSelector(),
     "dsa": IndexerSelector(),
     "inherited": IndexerSelector(),
     "window": WindowSelector(),
     "random": RandomSelector(),
 }
 RECALL_VARIANTS = ("dsa", "inherited", "window")
+# Keep k in every layer, however the model splits it: what they lose is not the split's doing.
+EQUAL_K = ("key_head_oracle", "oracle", "dsa_equal")
+# Too slow for every text.
+FEW_TEXTS = ("key_head_oracle",)
 
 
 class ModelInput(NamedTuple):
@@ -62,8 +74,11 @@ class VariantRunner:
 
     @property
     def variants(self) -> list[str]:
-        """Names of the variants that this model has, "dense" first."""
-        return [name for name in VARIANTS if name != "inherited" or self.inherited is not None]
+        """Names of the variants that this model has, "dense" first, but for those of `FEW_TEXTS`."""
+        absent = set(FEW_TEXTS)
+        absent |= set() if self.inherited is not None else {"inherited"}
+        absent |= set() if splits_topk(self.model) else {"dsa_equal"}
+        return [name for name in VARIANTS if name not in absent]
 
     @contextmanager
     def running(
@@ -77,6 +92,7 @@ class VariantRunner:
         with (
             swapped_indexers(self.model, weights or {}),
             use_topk(self.model, topk),
+            use_equal_topk(self.model) if variant in EQUAL_K else nullcontext(),
             use_selector(self.model, selector),
             restored_rope(self.model),
         ):
@@ -114,6 +130,25 @@ def use_topk(model: PreTrainedModel, topk: int) -> Iterator[None]:
         yield
     finally:
         set_topk(model, before)
+
+
+def splits_topk(model: PreTrainedModel) -> bool:
+    """Whether layers of a DSA model keep different numbers of tokens."""
+    return len(set(dsa_of(model.config).topk_shares)) > 1
+
+
+@contextmanager
+def use_equal_topk(model: PreTrainedModel) -> Iterator[None]:
+    """Let every layer keep the model's k in the `with` block, however the model splits it."""
+    if not splits_topk(model):
+        yield
+        return
+    ratios = model.config.dsa["topk_shares"]
+    model.config.dsa = {**model.config.dsa, "topk_shares": []}
+    try:
+        yield
+    finally:
+        model.config.dsa = {**model.config.dsa, "topk_shares": ratios}
 
 
 def indexer_state(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -30,6 +30,11 @@ def interval_text(interval: Mapping[str, Any], digits: int = 2) -> str:
     return f"{signed_percent(estimate, digits)} {limits}"
 
 
+def shares_text(interval: Mapping[str, Any]) -> str:
+    """The limits of an interval of a share, as "89.1 to 97.8 %"."""
+    return f"{100 * interval['low']:.1f} to {100 * interval['high']:.1f} %"
+
+
 def nats_text(interval: Mapping[str, Any]) -> str:
     """Estimate and limits of an interval of differences in nats."""
     estimate, low, high = (interval[name] for name in ("estimate", "low", "high"))

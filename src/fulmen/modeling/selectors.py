@@ -35,7 +35,10 @@ class SelectionInputs:
 
 
 class Selector:
-    """Override `select`; override `is_needed` too for a strategy that must see short sequences, or none."""
+    """Override `select`; override `is_needed` too for a strategy that must see short sequences, or none.
+
+    Override `attend` for one whose heads keep different keys.
+    """
 
     def is_needed(self, n_keys: int, topk: int) -> bool:
         """Whether to ask at all. If not, every visible key is attended to and no index query is computed."""
@@ -44,6 +47,11 @@ class Selector:
     def select(self, inputs: SelectionInputs, topk: int) -> Tensor | None:
         """Positions `topk_BTK` (integers below S, distinct, -1 for none); None: every visible key."""
         raise NotImplementedError
+
+    def attend(self, inputs: SelectionInputs, topk: int, dense_up_to: int) -> Tensor | None:
+        """out_BTHV of heads that keep keys of their own, and all of at most `dense_up_to`; None: `select` is
+        asked, for all heads alike. GQA layers ask."""
+        return None
 
 
 class IndexerSelector(Selector):

@@ -47,8 +47,10 @@ def evaluate(
     topk: int | None = None,
     kinds: Sequence[str] | str = (),
     needles: bool = True,
+    needle_length: int | None = None,
     quick: bool = False,
     device: "str | torch.device" = AUTO_DEVICE,
+    out: Place | None = None,
     reporter: Reporter | None = None,
 ) -> "ParityReport": ...
 
@@ -86,6 +88,7 @@ def evaluate(
     sequences: int | None = None,
     kinds: Sequence[str] | str = (),
     needles: bool = True,
+    needle_length: int | None = None,
     quick: bool = False,
     url: str | None = None,
     model: str | None = None,
@@ -99,7 +102,7 @@ def evaluate(
 ) -> "ParityReport | SuiteReport":
     """Compare a converted model with dense attention; with `suites`, let any model answer suites of tests.
 
-    Nothing is written, unless suites have an `out`.
+    Nothing is written, unless there is an `out`.
 
     Args:
         source: a converted model's directory; for suites that need no DSA any model's, and with `url` where
@@ -114,15 +117,17 @@ def evaluate(
         sequences: of parity: per kind of text; None: 8, or 2 if `quick`; of more than 4096 tokens down to
             half as many.
         kinds: of parity: kinds of text to take, as "code", "prose" or "chat"; empty: all.
-        needles: of parity: whether to run the retrieval tasks.
-        quick: of parity: fewer sequences and needles, for a first look.
+        needles: of parity: whether to ask questions, too, that the text answers: the verdict needs them.
+        needle_length: of parity: tokens of their prompts; None: 8 k, at least 2048, within the context.
+        quick: of parity: fewer sequences and questions, for a first look.
         url: of suites: an OpenAI-compatible endpoint to ask, "ruler" and "generate" only.
         model: of suites: the endpoint's name for the model.
         lengths: of suites: tokens of a prompt, as (1024, 2048), "1k,2k" or "max"; None: k decides.
         samples: of suites: questions per task and length, or texts per length.
         tasks: of suites: some of RULER's; empty: all.
         seed: of suites: another one asks other questions.
-        out: of suites: folder where answers are kept as they come; an interrupted call goes on there.
+        out: folder where answers are kept as they come; an interrupted call goes on there. Those of parity
+            are removed at its end.
         device: where to compute, as "cpu" or "cuda"; "auto": on a GPU if torch sees one. Not with `url`.
         reporter: whom to tell how far it is, as `fulmen.LineReporter()`; None: nobody.
 
@@ -140,7 +145,7 @@ def evaluate(
             "samples": samples if samples != DEFAULT_SAMPLES else None,
             "seed": seed or None,
         }
-        for_suites |= {"url": url, "model": model, "lengths": lengths, "tasks": tasks or None, "out": out}
+        for_suites |= {"url": url, "model": model, "lengths": lengths, "tasks": tasks or None}
         _require_default("without suites", for_suites)
         settings = EvalSettings(
             model_dir=path_argument("source", source),
@@ -152,13 +157,16 @@ def evaluate(
             topk=topk,
             kinds=names_argument("kinds", kinds) if kinds else (),
             needles=flag_argument("needles", needles),
+            needle_length=needle_length,
             quick=flag_argument("quick", quick),
             device=device,
+            out=None if out is None else path_argument("out", out),
         )
         return measure_parity_of(settings, reporter)
     for_parity: dict[str, object] = {
         "length": length,
         "sequences": sequences,
+        "needle_length": needle_length,
         "kinds": kinds or None,
         "quick": quick or None,
     }

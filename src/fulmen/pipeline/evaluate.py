@@ -1,7 +1,9 @@
 """Parity of a converted model with dense attention: load, draw held-out texts and needles, measure."""
 
+import hashlib
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -11,10 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fulmen.data import Corpus, Document, TokenSequence, draw_sequences
-from fulmen.errors import ConfigError, CorpusError
+from fulmen.data import Corpus, TokenSequence, draw_sequences
+from fulmen.errors import ConfigError
+from fulmen.evaluation.journal import Journal
+from fulmen.evaluation.parity.lookups import LookupPlan
 from fulmen.evaluation.parity.measure import measure_parity
-from fulmen.evaluation.parity.needles import NeedleSample, needle_samples
 from fulmen.evaluation.parity.report import ParityReport
 from fulmen.evaluation.provenance import about_run
 from fulmen.modeling.checkpoint import load_dense
@@ -22,65 +25,112 @@ from fulmen.modeling.cost import cost_rows
 from fulmen.modeling.families import dsa_of
 from fulmen.modeling.lengths import context_of
 from fulmen.pipeline.devices import device_of, move
+from fulmen.pipeline.evaluate_lookups import plan_lookups
+from fulmen.pipeline.fingerprint import weights_fingerprint
 from fulmen.pipeline.load import load_converted_model, load_converted_tokenizer
 from fulmen.pipeline.model_config import read_config
-from fulmen.pipeline.reporter import Reporter
+from fulmen.pipeline.reporter import Reporter, in_minutes
 from fulmen.pipeline.settings import EvalSettings
 from fulmen.pipeline.texts import draw_longest, kinds_of, lengths_to_try, read_corpus
 from fulmen.pipeline.train import RECORD_FILE, STAGES_DIR
+from fulmen.version import __version__
 
 # As many texts as in `EvalSize` are read of this length.
 UP_TO_LENGTH = 4096
+# Of a run, so that it is worth saying beforehand.
+LONG_S = 60
 COST_POSITIONS = tuple(2**power for power in range(8, 21))
 
 
 class EvalSize(NamedTuple):
-    """How much is read: sequences per kind of text, and texts with needles per number of keys and length.
-
-    Every needle of a text is asked for: in all, FULL asks 16 questions with one key and 128 with eight.
-    """
+    """How much is read: sequences per kind of text."""
 
     sequences: int
-    needle_texts: int
-    keys: tuple[int, ...] = (1, 8)
 
-    def of_length(self, length: int) -> "EvalSize":
-        """Fewer texts where they are longer than 4,096 tokens, half of them at least."""
-        share = max(0.5, min(1.0, UP_TO_LENGTH / length))
-        return EvalSize(ceil(share * self.sequences), ceil(share * self.needle_texts), self.keys)
+    def of_length(self, length: int) -> int:
+        """Fewer sequences where they are longer than 4,096 tokens, half of them at least."""
+        return ceil(max(0.5, min(1.0, UP_TO_LENGTH / length)) * self.sequences)
 
 
-FULL, QUICK = EvalSize(sequences=8, needle_texts=8), EvalSize(sequences=2, needle_texts=2)
+FULL, QUICK = EvalSize(sequences=8), EvalSize(sequences=2)
 
 
 def measure(settings: EvalSettings, reporter: Reporter) -> ParityReport:
-    """Compare a converted model with dense attention; writes nothing. Raises what its parts raise."""
+    """Compare a converted model with dense attention; writes nothing but, until its end, to `out`.
+
+    Raises what its parts raise.
+    """
     device = device_of(settings.device)
     with reporter.stage("Read data"):
         lengths = plan_evaluation(settings, reporter)
         tokenizer = load_converted_tokenizer(settings.model_dir)
         corpus = read_corpus(settings.data, settings.texts)
-        texts, needles = draw_longest(
-            lengths, lambda length: _texts(length, settings, corpus, tokenizer, reporter), reporter
-        )
+        texts = draw_longest(lengths, lambda length: _texts(length, settings, corpus, tokenizer), reporter)
+        _, config = read_config(settings.model_dir)
+        lookups = plan_lookups(settings, config, corpus.heldout, tokenizer, reporter)
     reporter.note(f"Loading {settings.model_dir}")
     with reporter.stage("Load"):
         model = load_converted_model(settings.model_dir, device)
         dense = None if settings.dense is None else load_dense(settings.dense, model.dtype)[0]
         dense = dense if dense is None else move(dense, model.device)
+    journal = _journal(settings, corpus, model, texts, lookups)
     with reporter.stage("Evaluate", counted=False):
         report = measure_parity(
             model,
             texts,
             topk=settings.topk,
             inherited=_inherited(settings.model_dir),
-            needles=needles,
+            lookups=lookups,
             ks=_budgets(settings.topk or dsa_of(model.config).topk, quick=settings.quick),
             dense_model=dense,
-            progress=reporter.advance,
+            journal=journal,
+            progress=_progress(reporter),
         )
+    if journal.path is not None:
+        journal.path.unlink(missing_ok=True)
     about = {**about_run(str(settings.model_dir)), **_provenance(settings.model_dir)}
-    return replace(report, about=about, cost=_cost_curve(model))
+    return replace(report, about=about, cost=_cost_curve(model), quick=settings.quick)
+
+
+def _journal(
+    settings: EvalSettings,
+    corpus: Corpus,
+    model: PreTrainedModel,
+    texts: Sequence[TokenSequence],
+    lookups: LookupPlan | None,
+) -> Journal:
+    """Where losses and answers are kept: a file of its own for all that makes them what they are."""
+    if settings.out is None:
+        return Journal(None, {})
+    identity = {
+        "weights": weights_fingerprint(model.state_dict()),
+        "config": model.config.to_dict().get("dsa"),
+        "dense": settings.dense,
+        "corpus": corpus.fingerprint,
+        "texts": [len(texts), len(texts[0].input_ids)],
+        "look-ups": [len(lookups.texts), len(lookups.texts[0].lookups), lookups.length] if lookups else None,
+        "topk": settings.topk,
+        "kinds": settings.kinds,
+        "fulmen": __version__,
+    }
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+    return Journal(settings.out.expanduser() / f"parity-{digest}.jsonl", identity)
+
+
+def _progress(reporter: Reporter) -> Callable[[int, int, str], None]:
+    """`Reporter.advance`, which first says how long it will take, by what was read first."""
+    began, said = time.monotonic(), False
+
+    def advance(done: int, total: int, what: str) -> None:
+        nonlocal said
+        if done and not said:
+            said = True
+            seconds = (time.monotonic() - began) * total / done
+            if seconds > LONG_S:
+                reporter.note(f"{total:,} tokens are to be read, in about {in_minutes(seconds)}")
+        reporter.advance(done, total, what)
+
+    return advance
 
 
 def plan_evaluation(settings: EvalSettings, reporter: Reporter) -> list[int]:
@@ -95,41 +145,34 @@ def plan_evaluation(settings: EvalSettings, reporter: Reporter) -> list[int]:
     if settings.dense is not None:
         read_config(settings.dense)
     if settings.length is None:
-        return lengths_to_try(None, config, topk)
+        lengths = lengths_to_try(None, config, topk)
+        _note_split(topk, lengths[0], dsa_of(config).topk_shares, reporter)
+        return lengths
     if topk >= settings.length:
         reporter.note(
             f"k = {topk:,} leaves nothing out of {settings.length:,} tokens: there DSA is dense attention"
         )
+    _note_split(topk, settings.length, dsa_of(config).topk_shares, reporter)
     return [settings.length]
 
 
-def _texts(
-    length: int, settings: EvalSettings, corpus: Corpus, tokenizer: Any, reporter: Reporter
-) -> tuple[list[TokenSequence], list[NeedleSample]]:
-    """Held-out sequences of each kind, or of the kinds asked for, and needles. Raises CorpusError."""
-    size = (QUICK if settings.quick else FULL).of_length(length)
-    count = settings.sequences or size.sequences
+def _note_split(topk: int, length: int, ratios: Sequence[float], reporter: Reporter) -> None:
+    """Say if a layer's part of k is more than there is."""
+    ratio = max(ratios, default=1)
+    if topk < length < ratio * topk:
+        reporter.note(
+            f"k = {topk:,} is more than the layers can share in {length:,} tokens: one of ratio {ratio:g} "
+            "keeps all of them, and the layers together fewer than k each; use a lower k or a longer length"
+        )
+
+
+def _texts(length: int, settings: EvalSettings, corpus: Corpus, tokenizer: Any) -> list[TokenSequence]:
+    """Held-out sequences of each kind, or of the kinds asked for. Raises CorpusError."""
+    count = settings.sequences or (QUICK if settings.quick else FULL).of_length(length)
     kinds = settings.kinds or kinds_of(corpus.heldout)
-    drawn = [
+    return [
         one for kind in kinds for one in draw_sequences(corpus.heldout, tokenizer, length, count, kind=kind)
     ]
-    if not settings.needles:
-        return drawn, []
-    return drawn, _needles(corpus.heldout, tokenizer, length, size, reporter)
-
-
-def _needles(
-    heldout: Sequence[Document], tokenizer: Any, length: int, size: EvalSize, reporter: Reporter
-) -> list[NeedleSample]:
-    """Single and multi-key needles, at half the length and the whole; none where the text is scarce."""
-    samples: list[NeedleSample] = []
-    for n_tokens in (length // 2, length):
-        for n_keys in size.keys:
-            try:
-                samples += needle_samples(heldout, tokenizer, n_tokens, size.needle_texts, n_keys=n_keys)
-            except (ConfigError, CorpusError) as error:
-                reporter.note(f"No needles of {n_tokens} tokens: {error}")
-    return samples
 
 
 def _budgets(topk: int, *, quick: bool) -> list[int]:

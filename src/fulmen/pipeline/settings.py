@@ -119,8 +119,12 @@ class EvalSettings:
         length: tokens per sequence; None: `default_length`, less where the text is scarce.
         topk: None: the model's own.
         kinds: kinds of text to take; empty: all.
-        needles: whether to run the retrieval tasks too.
-        quick: fewer texts and needles, for a first look.
+        needles: whether to ask questions, too, that the text answers.
+        needle_length: tokens of their prompts; None: 8 k, at least 2048, within the context, less where the
+            text is scarce.
+        quick: fewer texts and questions, for a first look.
+        out: folder where losses and answers are kept until the end, for a run that is interrupted; None: they
+            are not.
         device: where to compute, as torch names it, or AUTO_DEVICE.
     """
 
@@ -133,14 +137,23 @@ class EvalSettings:
     topk: int | None = None
     kinds: tuple[str, ...] = ()
     needles: bool = True
+    needle_length: int | None = None
     quick: bool = False
     device: "str | torch.device" = AUTO_DEVICE
+    out: Path | None = None
 
     def __post_init__(self) -> None:
-        require_positive(self, "sequences", "length", "topk")
+        require_positive(self, "sequences", "length", "topk", "needle_length")
         object.__setattr__(self, "data", require_existing(self.data))
         if self.length is not None and self.length < SHORTEST_LENGTH:
             raise ConfigError(f"length={self.length} is too short for a text; use {SHORTEST_LENGTH} or more")
+        if self.out is not None and self.out.expanduser().is_file():
+            raise ConfigError(f"out={str(self.out)!r} is a file; name a folder")
+        if self.needle_length is not None and not self.needles:
+            raise ConfigError(
+                "needle_length does not apply without needles; leave one of them out",
+                arguments=["needle_length", "needles"],
+            )
 
 
 def parse_stages(stages: Sequence[str] | str) -> tuple[str, ...]:

@@ -12,10 +12,10 @@ from transformers import PreTrainedConfig
 
 from fulmen.data import Corpus
 from fulmen.errors import CheckpointError, ConfigError, first_line
+from fulmen.evaluation.journal import Journal
 from fulmen.evaluation.provenance import about_run
 from fulmen.evaluation.suites.catalog import all_suites, find_suite, require_known_tasks
 from fulmen.evaluation.suites.endpoint import EndpointResponder
-from fulmen.evaluation.suites.journal import Journal
 from fulmen.evaluation.suites.report import SuiteReport
 from fulmen.evaluation.suites.responders import LocalResponder, Responder
 from fulmen.evaluation.suites.run import (

@@ -312,7 +312,11 @@ def test_verdict_follows_the_interval_of_the_worse_kind(low, estimate, high, wor
     over = {"estimate": estimate, "low": low, "high": high}
     fine = {"estimate": -0.5, "low": -0.6, "high": -0.4}
     row = {"worse_kind": "code", "by_kind": {"code": {"over_dense": over}, "prose": {"over_dense": fine}}}
-    text = verdict(ParityResults(100, 10, [], {"dsa": row}, {}, [], {}, {}, None))
+    # Of answers none is lost.
+    gap = {"estimate": 0.0, "low": -2.0, "high": 2.0}
+    pairs = {"both": 100, "dense_only": 0, "dsa_only": 0, "neither": 2}
+    needles = {"pairs": pairs, "dsa_minus_dense": gap}
+    text = verdict(ParityResults(100, 10, [], {"dsa": row}, {}, [], {}, needles, None))
     assert words in text
     assert "code text, the worse kind" in text
 

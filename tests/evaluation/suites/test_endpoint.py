@@ -11,8 +11,8 @@ import pytest
 
 from fulmen.data import Document, draw_sequences
 from fulmen.errors import ConfigError, EndpointError
+from fulmen.evaluation.journal import Journal
 from fulmen.evaluation.suites.endpoint import EndpointResponder
-from fulmen.evaluation.suites.journal import Journal
 from fulmen.evaluation.suites.responders import LocalResponder
 from fulmen.evaluation.suites.run import SuitePlan, run_suites
 from tests.data.byte_tokenizer import byte_tokenizer

@@ -14,6 +14,7 @@ from fulmen.data import Document, draw_sequences
 from fulmen.data.sequences import common_start
 from fulmen.errors import ConfigError, OutputError, ResumeError, UnsupportedModelError
 from fulmen.evaluation.greedy import answer_by_forward
+from fulmen.evaluation.journal import Journal, Unit
 from fulmen.evaluation.provenance import about_run
 from fulmen.evaluation.suites import catalog
 from fulmen.evaluation.suites.catalog import all_suites, find_suite, suite_names
@@ -27,7 +28,6 @@ from fulmen.evaluation.suites.catalog.keyloss import (
 )
 from fulmen.evaluation.suites.catalog.ruler import ruler_tables, ruler_verdict
 from fulmen.evaluation.suites.catalog.short import short_lengths
-from fulmen.evaluation.suites.journal import Journal, Unit
 from fulmen.evaluation.suites.lm_eval_bridge import evaluate_with_lm_eval
 from fulmen.evaluation.suites.losses import require_plain_head, token_losses
 from fulmen.evaluation.suites.report import SuiteReport
@@ -53,7 +53,7 @@ PLAN = SuitePlan(
 )
 
 PARROT = """
-from fulmen.evaluation.suites.journal import Unit
+from fulmen.evaluation.journal import Unit
 from fulmen.evaluation.suites.suite import Section, Suite
 
 class Parrot(Suite):

@@ -16,6 +16,9 @@ from fulmen.config import require_positive_int
 from fulmen.data import TokenSequence
 from fulmen.errors import CheckpointError, ConfigError
 from fulmen.evaluation.controls import AttentionRecallSelector
+from fulmen.evaluation.journal import Journal, Unit
+from fulmen.evaluation.parity.lookup_tables import lookup_tables
+from fulmen.evaluation.parity.lookups import LookupPlan, lookup_units
 from fulmen.evaluation.parity.losses import (
     scored_positions,
     second_half_loss,
@@ -32,7 +35,13 @@ from fulmen.evaluation.parity.tables import (
     sweep_point,
     variant_table,
 )
-from fulmen.evaluation.variants import ModelInput, VariantRunner, current_topk, last_hidden_states
+from fulmen.evaluation.variants import (
+    VARIANTS,
+    ModelInput,
+    VariantRunner,
+    current_topk,
+    last_hidden_states,
+)
 from fulmen.modeling.families import accelerated
 from fulmen.ops.dispatch import pin_backend
 
@@ -54,6 +63,8 @@ def measure_parity(
     needles: Sequence[Any] = (),
     ks: Sequence[int] | None = None,
     dense_model: PreTrainedModel | None = None,
+    lookups: LookupPlan | None = None,
+    journal: Journal | None = None,
     progress: Progress = lambda done, total, what: None,
 ) -> ParityReport:
     """Compare DSA with dense attention, and with better and worse selections of the same k keys.
@@ -63,11 +74,15 @@ def measure_parity(
         sequences: held-out texts, all of one length.
         topk: keys that a query keeps; by default the model's own.
         inherited: the indexers before training (`indexer_state`), for a variant with them.
+        lookups: questions to be answered by generation.
         needles: samples of `fulmen.evaluation.parity.needles`; each variant reads a text that several ask
         about once. ks: budgets of the sweep, which reads the first sequence of each kind; by default those of
             k/4, k/2, k and 2k that are below the length.
         dense_model: the model before conversion; checks the dense variant, and DSA against the source.
-        progress: called at first, and after each forward pass, with (tokens read, tokens in all, what).
+        journal: keeps losses and answers as they come, for a run that was interrupted; of this model, these
+            texts and settings. None: they are not kept.
+        progress: called at first, and after each forward pass, with (tokens read, tokens in all, what); what
+            the journal has is not read again.
 
     Returns:
         A report without `about` and `cost`, which the caller may add (`dataclasses.replace`).
@@ -82,29 +97,45 @@ def measure_parity(
     if ks is None:
         ks = [k for k in (topk // 4, topk // 2, topk, 2 * topk) if 0 < k < length]
     plan = _Plan(sequences, topk, sorted({require_positive_int("ks", k) for k in ks}), needles, dense_model)
-    runner = VariantRunner(model, inherited)
-    runner.on_tokens = _token_counter(progress, plan.tokens(runner))
+    runner, journal = VariantRunner(model, inherited), journal or Journal(None, {})
+    asked = lookup_units(runner, lookups) if lookups else []
+    read = [_loss_unit(runner, plan, place) for place in range(len(sequences))]
+    swept = [_sweep_unit(runner, plan, k, name) for k in plan.ks if k != topk for name in SWEEP_VARIANTS]
+    waiting = sum(unit.tokens for unit in journal.waiting([*read, *swept, *asked]))
+    runner.on_tokens = _token_counter(progress, waiting + plan.other_tokens())
     with accelerated(model):
-        records = [_score_sequence(runner, plan, sequence) for sequence in sequences]
-        sweep = [_sweep_point(runner, plan, records, k, name) for k in plan.ks for name in SWEEP_VARIANTS]
+        texts = journal.run(read)
+        losses = {(row["variant"], row["k"]): row["losses"] for row in journal.run(swept)}
         kernel = _kernel_gap(runner, plan)
         answers = {name: _needle_answers(runner, plan, name) for name in NEEDLE_VARIANTS}
+        found = journal.run(asked)
+    records: list[SequenceRow] = [text["record"] for text in texts]
     variants = variant_table(records)
     return ParityReport(
         length=length,
         topk=topk,
         windows=records,
         variants=variants,
-        attention_recall={name: _recall_rows(seen) for name, seen in runner.recalls.items()},
-        sweep=sweep,
+        attention_recall=_recall_rows([text["recalls"] for text in texts]),
+        sweep=[_sweep_point(plan, records, losses, k, name) for k in plan.ks for name in SWEEP_VARIANTS],
         error_split=error_split(variants, kernel),
         needles=needle_tables(needles, answers),
         source=source_table(records),
+        lookups=lookup_tables(lookups, found) if lookups else None,
     )
 
 
-def _recall_rows(recall: AttentionRecallSelector) -> list[RecallRow]:
-    return [{"layer": n, "captured": captured, "oracle": oracle} for n, captured, oracle in recall.result()]
+def _recall_rows(recalls: Sequence[Mapping[str, Any]]) -> dict[str, list[RecallRow]]:
+    """Of every variant, over all texts."""
+    rows: dict[str, list[RecallRow]] = {}
+    for name in dict.fromkeys(name for recall in recalls for name in recall):
+        whole = AttentionRecallSelector(VARIANTS[name])
+        for recall in recalls:
+            whole.add_sums(recall[name])
+        rows[name] = [
+            {"layer": n, "captured": captured, "oracle": oracle} for n, captured, oracle in whole.result()
+        ]
+    return rows
 
 
 def _common_length(sequences: Sequence[TokenSequence]) -> int:
@@ -130,12 +161,15 @@ class _Plan:
         kinds = [sequence.kind for sequence in self.sequences]
         return sorted({kinds.index(kind) for kind in kinds})
 
-    def tokens(self, runner: VariantRunner) -> int:
-        """Tokens in all, for the progress bar."""
-        readings = len(self.sequences) * (len(runner.variants) + (self.dense_model is not None))
-        readings += len(self.swept()) * len(SWEEP_VARIANTS) * sum(k != self.topk for k in self.ks)
+    @property
+    def length(self) -> int:
+        """Tokens of each sequence."""
+        return len(self.sequences[0].input_ids)
+
+    def other_tokens(self) -> int:
+        """Tokens to read beside those of units, for the progress bar."""
         needle_tokens = sum(map(tokens_to_read, sample_groups(self.needles))) * len(NEEDLE_VARIANTS)
-        return readings * len(self.sequences[0].input_ids) + 2 * len(self.kernel_text().ids_T) + needle_tokens
+        return 2 * len(self.kernel_text().ids_T) + needle_tokens
 
     def kernel_text(self) -> ModelInput:
         """A short text for the reference backend."""
@@ -152,6 +186,33 @@ def _token_counter(progress: Progress, total: int) -> Callable[[int, str], None]
         progress(done, total, what)
 
     return count
+
+
+def _loss_unit(runner: VariantRunner, plan: _Plan, place: int) -> Unit:
+    """Every variant on one text, and the attention that each recalls."""
+
+    def run() -> dict[str, Any]:
+        runner.recalls = {}
+        record = _score_sequence(runner, plan, plan.sequences[place])
+        return {"record": record, "recalls": {name: seen.sums() for name, seen in runner.recalls.items()}}
+
+    readings = len(runner.variants) + (plan.dense_model is not None)
+    return Unit(("parity", "losses", plan.length, place), readings * plan.length, run)
+
+
+def _sweep_unit(runner: VariantRunner, plan: _Plan, k: int, variant: str) -> Unit:
+    """One variant at another k, on the first text of each kind."""
+
+    def loss(place: int) -> float:
+        text = ModelInput.of(plan.sequences[place])
+        hidden_TC = runner.hidden(variant, text, k, f"{plan.sequences[place].name}, k = {k}")
+        return second_half_loss(hidden_TC, runner.model.get_output_embeddings(), text.ids_T)
+
+    def run() -> dict[str, Any]:
+        return {"variant": variant, "k": k, "losses": [loss(place) for place in plan.swept()]}
+
+    key = ("parity", f"sweep {variant} {k}", plan.length, 0)
+    return Unit(key, len(plan.swept()) * plan.length, run)
 
 
 def _score_sequence(runner: VariantRunner, plan: _Plan, sequence: TokenSequence) -> SequenceRow:
@@ -182,19 +243,19 @@ def _score_sequence(runner: VariantRunner, plan: _Plan, sequence: TokenSequence)
 
 
 def _sweep_point(
-    runner: VariantRunner, plan: _Plan, records: Sequence[SequenceRow], k: int, variant: str
+    plan: _Plan,
+    records: Sequence[SequenceRow],
+    losses: Mapping[tuple[str, int], list[float]],
+    k: int,
+    variant: str,
 ) -> SweepRow:
-    """One variant at one k; the main k is measured already."""
+    """One variant at one k; the main k is measured with all texts."""
 
-    def loss(place: int) -> float:
-        if k == plan.topk:
-            return records[place]["scores"][variant]["second_half"]
-        text = ModelInput.of(plan.sequences[place])
-        hidden_TC = runner.hidden(variant, text, k, f"{plan.sequences[place].name}, k = {k}")
-        return second_half_loss(hidden_TC, runner.model.get_output_embeddings(), text.ids_T)
+    def at_topk(name: str) -> list[float]:
+        return [records[place]["scores"][name]["second_half"] for place in plan.swept()]
 
-    dense = [records[place]["scores"]["dense"]["second_half"] for place in plan.swept()]
-    return sweep_point(variant, k, [loss(place) for place in plan.swept()], dense)
+    found = at_topk(variant) if k == plan.topk else losses[variant, k]
+    return sweep_point(variant, k, found, at_topk("dense"))
 
 
 def _kernel_gap(runner: VariantRunner, plan: _Plan) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Needle tasks: a number hidden in a long text and asked for at its end.
+"""Needle tasks in one forward pass: a number hidden in a long text and asked for at its end.
+
+For benchmarks that ask many; the report's own questions are answered by generation (`lookups.py`).
 
 A fixed selection of keys loses look-up long before it loses likelihood, so loss alone does not judge it. With
 several needles of the same form the asked one must be told from its like: that finds an indexer that points

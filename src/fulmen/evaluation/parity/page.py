@@ -3,24 +3,56 @@
 from html import escape
 
 from fulmen.evaluation.html import html_facts, html_figure, html_page, html_table
-from fulmen.evaluation.parity.findings import needle_verdict, short_summary, source_verdict, verdict
+from fulmen.evaluation.parity.findings import (
+    lookup_verdict,
+    needle_verdict,
+    share_of,
+    short_summary,
+    source_verdict,
+    verdict,
+)
 from fulmen.evaluation.parity.plots import parity_plots
-from fulmen.evaluation.parity.results import ParityResults
+from fulmen.evaluation.parity.results import LookupTables, ParityResults
+from fulmen.evaluation.style import VARIANT_LABELS
+from fulmen.evaluation.wording import shares_text
 
 
 def parity_page(report: ParityResults) -> str:
     """The whole page."""
     title = f"Parity of {report.about.get('model', 'a DSA model')} with dense attention"
-    sentences = [needle_verdict(report), source_verdict(report)]
+    sentences = [lookup_verdict(report), needle_verdict(report), source_verdict(report)]
     body = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="verdict">{escape(verdict(report))}</p>',
         *(f"<p>{escape(text)}</p>" for text in sentences if text),
         f'<div class="scroll">{html_table(short_summary(report), list(report.variants))}</div>',
+        _answer_table(report),
         f'<div class="figures">{"".join(html_figure(plot) for plot in parity_plots(report))}</div>',
         f"<footer>{_html_footer(report)}</footer>",
     ]
     return html_page(title, body)
+
+
+def _answer_table(report: ParityResults) -> str:
+    if not report.lookups:
+        return ""
+    names = [row["variant"] for row in report.lookups["rows"]]
+    return f'<div class="scroll">{html_table(lookup_rows(report.lookups), names)}</div>'
+
+
+def lookup_rows(found: LookupTables) -> list[tuple[str, ...]]:
+    """Right answers of every variant and k, the header first."""
+    rows = [
+        (
+            VARIANT_LABELS[row["variant"]],
+            "all" if row["variant"] == "dense" else f"{row['k']:,} ({share_of(row['k'], found['length'])})",
+            f"{row['right']} of {row['n']}",
+            shares_text(row["share"]),
+            str(row["texts"]),
+        )
+        for row in found["rows"]
+    ]
+    return [("variant", "k", "right", "95 % interval", "texts"), *rows]
 
 
 def _html_footer(report: ParityResults) -> str:

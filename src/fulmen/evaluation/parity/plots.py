@@ -31,6 +31,7 @@ def parity_plots(report: ParityResults) -> list[Plot]:
         _plot_sweep,
         _plot_error_split,
         _plot_attention_recall,
+        _plot_lookups,
         _plot_needles,
         _plot_cost,
     ]
@@ -93,9 +94,12 @@ def _plot_sweep(report: ParityResults) -> Plot | None:
 def _plot_error_split(report: ParityResults) -> Plot:
     figure, axes = new_figure(2.3)
     split, dense = report.error_split, report.variants["dense"]["second_half"]
-    labels = ("kernel: fast − reference", "indexer: DSA − oracle", "budget: oracle − dense")
-    values = [split["kernel"], split["indexer"], split["budget"]]
-    colors = [VARIANT_COLORS[name] for name in ("random", "dsa", "oracle")]
+    labels = ["kernel: fast − reference", "indexer: DSA − oracle", "budget: oracle − dense"]
+    values, names = [split["kernel"], split["indexer"], split["budget"]], ["random", "dsa", "oracle"]
+    if "dsa_equal" in report.variants:
+        labels[1:2] = ["split of k: DSA − equal k", "indexer: equal k − oracle"]
+        values[1:1], names[1:1] = [split.get("split_of_k", 0.0)], ["dsa_equal"]
+    colors = [VARIANT_COLORS[name] for name in names]
     axes.barh(labels, values, color=colors, height=0.6)
     reach = max((abs(value) for value in values), default=0) or 1e-6
     for place, value in enumerate(values):
@@ -107,7 +111,11 @@ def _plot_error_split(report: ParityResults) -> Plot:
         xlabel="loss (nats per token)", xlim=(min(0, *values) - 0.05 * reach, max(0, *values) + 0.95 * reach)
     )
     axes.grid(axis="y", visible=False)
-    caption = "Where the loss over dense comes from: the budget k, the indexer's choice, and the kernel."
+    axes.locator_params(axis="x", nbins=5)
+    caption = (
+        "Where the loss over dense comes from: the budget k, the indexer's choice, what each layer gets of k "
+        "(where that differs), and the kernel."
+    )
     return Plot("split", "Where the loss comes from", caption, figure)
 
 
@@ -128,6 +136,34 @@ def _plot_attention_recall(report: ParityResults) -> Plot | None:
         "difference here can be a large one in retrieval."
     )
     return Plot("recall", "Attention recall by layer", caption, figure)
+
+
+def _plot_lookups(report: ParityResults) -> Plot | None:
+    if not report.lookups:
+        return None
+    found = report.lookups
+    dense = next(row for row in found["rows"] if row["variant"] == "dense")
+    shown = [row for row in found["rows"] if row["n"] == dense["n"]]
+    ks = sorted({row["k"] for row in shown if row["variant"] != "dense"})
+    figure, axes = new_figure(3.4)
+    for variant in dict.fromkeys(row["variant"] for row in shown):
+        rows = sorted((row for row in shown if row["variant"] == variant), key=lambda row: row["k"])
+        points = [(k, dense) for k in ks] if variant == "dense" else [(row["k"], row) for row in rows]
+        x, y = [k for k, _ in points], [100 * row["share"]["estimate"] for _, row in points]
+        _draw_line(axes, variant, x, y)
+        if variant in ("dense", "dsa"):
+            low = [100 * (row["share"]["low"] or 0.0) for _, row in points]
+            high = [100 * (row["share"]["high"] or 0.0) for _, row in points]
+            axes.fill_between(x, low, high, color=VARIANT_COLORS[variant], alpha=0.15, linewidth=0)
+    axes.set_xscale("log", base=2)
+    plain_ticks(axes.xaxis, ks)
+    axes.set(xlabel="keys kept per query, k (tokens)", ylabel="right answers (%)", ylim=(-3, 103))
+    legend_above(axes)
+    caption = (
+        f"Answers that were written to {dense['n']} questions about {found['texts']} texts of "
+        f"{found['length']:,} tokens; shaded: the 95 % intervals of dense and DSA."
+    )
+    return Plot("lookups", "Look-ups answered", caption, figure)
 
 
 def _plot_needles(report: ParityResults) -> Plot | None:

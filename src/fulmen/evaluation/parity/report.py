@@ -1,7 +1,13 @@
 """A parity measurement as a report: JSON, Markdown, one HTML page. Nothing is printed or written here."""
 
-from fulmen.evaluation.parity.findings import needle_verdict, short_summary, source_verdict, verdict
-from fulmen.evaluation.parity.page import parity_page
+from fulmen.evaluation.parity.findings import (
+    lookup_verdict,
+    needle_verdict,
+    short_summary,
+    source_verdict,
+    verdict,
+)
+from fulmen.evaluation.parity.page import lookup_rows, parity_page
 from fulmen.evaluation.parity.results import ParityResults
 from fulmen.evaluation.wording import (
     interval_text,
@@ -21,7 +27,8 @@ class ParityReport(ParityResults):
 
     def findings(self) -> list[str]:
         """The headline, retrieval, and the comparison with the model before conversion, where measured."""
-        return [text for text in (verdict(self), needle_verdict(self), source_verdict(self)) if text]
+        found = (verdict(self), lookup_verdict(self), needle_verdict(self), source_verdict(self))
+        return [text for text in found if text]
 
     def summary(self) -> list[tuple[str, ...]]:
         """Rows of a table for people, the header first: a row a variant."""
@@ -33,6 +40,8 @@ class ParityReport(ParityResults):
         parts += ["By kind of text (DSA):", markdown_table(_kind_rows(self))]
         if self.sweep:
             parts += ["Loss over dense by budget k:", markdown_table(_sweep_rows(self))]
+        if self.lookups:
+            parts += ["Answers written:", markdown_table(lookup_rows(self.lookups))]
         if self.needles["differences"]:
             parts += ["Needles answered:", markdown_table(_needle_rows(self))]
         return "\n\n".join([*parts, markdown_facts(self.about)]) + "\n"

@@ -82,6 +82,7 @@ class ErrorSplit(TypedDict):
 
     budget: float
     indexer: float
+    split_of_k: NotRequired[float]
     kernel: float
     kernel_length: int
     kernel_topk: int
@@ -131,6 +132,52 @@ class NeedleTables(TypedDict):
     texts: int
 
 
+class LookupRow(AccuracyRow):
+    """One variant at one k, on the first `texts` texts; `dense_right`: dense's right answers on these.
+
+    Of dense, k is the length.
+    """
+
+    variant: str
+    k: int
+    texts: int
+    dense_right: int
+
+
+class AnswerSplit(TypedDict):
+    """What took the answers, points: see `ErrorSplit`."""
+
+    budget: float
+    index: float
+    split_of_k: float
+
+
+class LookupDifference(TypedDict):
+    """DSA against dense at one k, on `n` questions about `texts` texts: answers lost and gained; points."""
+
+    k: int
+    n: int
+    texts: int
+    lost: int
+    gained: int
+    dsa_minus_dense: IntervalRow
+    split: AnswerSplit
+
+
+class LookupTables(TypedDict):
+    """Answers that were written: `n_keys` questions on each of `texts` prompts of at most `length` tokens.
+
+    is_chat: asked in the chat template; else in plain text, behind worked examples.
+    """
+
+    length: int
+    n_keys: int
+    texts: int
+    is_chat: bool
+    rows: list[LookupRow]
+    differences: list[LookupDifference]
+
+
 class SourceTable(TypedDict):
     """The dense variant and DSA against the model before conversion."""
 
@@ -152,9 +199,11 @@ class ParityResults:
         attention_recall: by variant and layer; empty where k leaves nothing out.
         sweep: loss by budget k.
         error_split: where the loss comes from.
-        needles: retrieval.
+        needles: retrieval, of answers that are given and looked at in one forward pass.
         source: the model before conversion; None if it was not read.
         about: what a reader needs to repeat the run, by name.
+        lookups: retrieval, of answers that the model writes; None if it was not asked.
+        quick: whether this was but a quick look.
         cost: of one generated token in attention and indexer, by position, ascending: rows of position,
             dense_bytes, dsa_bytes, dense_flops, dsa_flops.
     """
@@ -170,6 +219,8 @@ class ParityResults:
     source: SourceTable | None
     about: dict[str, str] = field(default_factory=dict)
     cost: list[dict[str, float]] = field(default_factory=list)
+    lookups: LookupTables | None = None
+    quick: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Every number, of plain JSON types."""
@@ -182,7 +233,7 @@ class ParityResults:
         Raises ConfigError if a part of a report is missing.
         """
         named = {FORMER_NAMES.get(name, name): value for name, value in values.items()}
-        required = [field.name for field in fields(cls) if field.default_factory is MISSING]
+        required = [field.name for field in fields(cls) if field.default is field.default_factory is MISSING]
         if missing := [name for name in required if name not in named]:
             raise ConfigError(
                 f"values are no parity report: {', '.join(missing)} missing; read a parity.json"

@@ -52,13 +52,16 @@ def sweep_point(variant: str, topk: int, losses: Sequence[float], dense_losses: 
 def error_split(variants: Mapping[str, VariantRow], kernel: Mapping[str, Any]) -> ErrorSplit:
     """Where DSA's loss over dense comes from, nats per token.
 
-    budget: what the oracle loses; indexer: what DSA loses beyond it (below 0 where DSA does better: the mean
-    over heads is not the best of targets); kernel: fast backend minus reference, on a shorter text.
+    budget: what the oracle loses; indexer: what DSA with the same k in each layer loses beyond it (below 0
+    where DSA does better: the mean over heads is not the best of targets); split_of_k: what it loses beyond
+    that by the model's own k in each layer; kernel: fast backend minus reference, on a shorter text.
     """
     loss = {name: row["second_half"] for name, row in variants.items()}
+    equal = loss.get("dsa_equal", loss["dsa"])
     return {
         "budget": loss["oracle"] - loss["dense"],
-        "indexer": loss["dsa"] - loss["oracle"],
+        "indexer": equal - loss["oracle"],
+        "split_of_k": loss["dsa"] - equal,
         "kernel": kernel["fast"] - kernel["reference"],
         "kernel_length": kernel["length"],
         "kernel_topk": kernel["topk"],

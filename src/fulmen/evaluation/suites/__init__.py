@@ -3,7 +3,6 @@
 suite         what a suite is; catalog: all of them, a module each
 run, report   all suites of one run; JSON, Markdown and HTML of it
 responders    who answers: a converted model as dense, DSA and window; any dense model; endpoint: by HTTP
-journal       results of samples on disk, so that an interrupted run goes on
 samples       what a task makes: a prompt of a given length and what must come back
 ruler_tasks   RULER's tasks; word_lists: those that are lists of words
 paired        tests and intervals of paired results

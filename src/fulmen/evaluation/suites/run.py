@@ -6,8 +6,8 @@ from typing import Any
 
 from fulmen.data import Document
 from fulmen.errors import ConfigError
+from fulmen.evaluation.journal import Journal, Progress
 from fulmen.evaluation.suites.catalog import find_suite, require_known_tasks
-from fulmen.evaluation.suites.journal import Journal, Progress
 from fulmen.evaluation.suites.report import SuiteReport
 from fulmen.evaluation.suites.responders import LocalResponder, Responder
 from fulmen.evaluation.suites.suite import SuiteSizes

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, Protocol
 from fulmen.config import require_positive_int
 from fulmen.data import Document
 from fulmen.errors import ConfigError
+from fulmen.evaluation.journal import Unit
 from fulmen.evaluation.style import Plot
-from fulmen.evaluation.suites.journal import Unit
 
 Rows = list[tuple[str, ...]]
 # Plain JSON types.

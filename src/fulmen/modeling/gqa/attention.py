@@ -105,7 +105,7 @@ class DsaAttentionMixin:
             packed_BTIX = pack_index_keys(index_k_BSIE)
             k_BSGD, v_BSGV, index_k_BSIE = self._extend_cache(past_key_values, k_BSGD, v_BSGV, packed_BTIX)
 
-        topk_BTK = None
+        out_BTHV = topk_BTK = None
         if self.selector.is_needed(k_BSGD.shape[1], self.topk):
             index_q_BTJE, w_BTJ, b_BTJ = self.indexer.queries(
                 hidden_states.detach(), bare_q_BTHD.detach(), rotation
@@ -121,12 +121,14 @@ class DsaAttentionMixin:
             inputs = SelectionInputs(
                 *index_inputs, q_BTHD, k_BSGD, v_BSGV, *intervals, self.scaling, self.layer_idx
             )
-            topk_BTK = self.selector.select(inputs, self.layer_topk)
-        if topk_BTK is None:
-            out_BTHV = attend_to_visible(self, q_BTHD, k_BSGD, v_BSGV, visible, self.scaling)
-        else:
+            out_BTHV = self.selector.attend(inputs, self.layer_topk, self.topk)
+            if out_BTHV is None:
+                topk_BTK = self.selector.select(inputs, self.layer_topk)
+        if topk_BTK is not None:
             topk_BTK = keep_short_pasts(topk_BTK, visible.start_BT, visible.stop_BT, self.topk)
             out_BTHV, _ = sparse_attention(q_BTHD, k_BSGD, v_BSGV, topk_BTK, self.scaling)
+        elif out_BTHV is None:
+            out_BTHV = attend_to_visible(self, q_BTHD, k_BSGD, v_BSGV, visible, self.scaling)
         return self.o_proj(out_BTHV.flatten(2)), None
 
     def output_weight(self) -> Tensor:

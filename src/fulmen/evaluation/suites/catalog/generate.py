@@ -6,9 +6,9 @@ from typing import Any
 
 from fulmen.data import Document, TokenSequence, draw_sequences
 from fulmen.data.sequences import common_start
+from fulmen.evaluation.journal import Unit
 from fulmen.evaluation.statistics import interval_row, mean_interval
 from fulmen.evaluation.style import VARIANT_LABELS
-from fulmen.evaluation.suites.journal import Unit
 from fulmen.evaluation.suites.responders import Responder
 from fulmen.evaluation.suites.suite import Record, Rows, Section, Suite, SuiteSizes, Tables
 from fulmen.evaluation.wording import interval_text, percent

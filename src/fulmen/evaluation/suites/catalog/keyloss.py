@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fulmen.data import Document, TokenSequence, draw_sequences
+from fulmen.evaluation.journal import Unit
 from fulmen.evaluation.statistics import interval_row
 from fulmen.evaluation.style import VARIANT_LABELS
-from fulmen.evaluation.suites.journal import Unit
 from fulmen.evaluation.suites.losses import require_plain_head
 from fulmen.evaluation.suites.paired import bootstrap_ratio_interval
 from fulmen.evaluation.suites.responders import LocalResponder

@@ -5,6 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from fulmen.data import Document, draw_sequences, opening_ids
+from fulmen.evaluation.journal import Unit
 from fulmen.evaluation.statistics import interval_row, mean_interval, wilson_interval
 from fulmen.evaluation.style import (
     INK,
@@ -15,7 +16,6 @@ from fulmen.evaluation.style import (
     legend_above,
     new_figure,
 )
-from fulmen.evaluation.suites.journal import Unit
 from fulmen.evaluation.suites.paired import paired_points, points_in_words
 from fulmen.evaluation.suites.responders import Responder
 from fulmen.evaluation.suites.ruler_tasks import TASKS, find_tasks

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fulmen.data import Document, TokenSequence, draw_sequences
+from fulmen.evaluation.journal import Unit
 from fulmen.evaluation.statistics import interval_row, mean_interval
-from fulmen.evaluation.suites.journal import Unit
 from fulmen.evaluation.suites.losses import largest_logit_gap, token_losses
 from fulmen.evaluation.suites.responders import LocalResponder
 from fulmen.evaluation.suites.suite import Record, Rows, Section, Suite, SuiteSizes, Tables

@@ -28,10 +28,10 @@ class Journal:
     """A file of results that belongs to one model and one set of settings.
 
     Its first line holds these; each other line a key and a result. A last line that a crash
-    cut short is dropped.
+    cut short is dropped. Without a path nothing is kept for later.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
         """Open or begin.
 
         Raises:
@@ -40,6 +40,10 @@ class Journal:
         """
         self.path = path
         self._results: dict[Key, dict[str, Any]] = {}
+        if path is not None:
+            self._open(path, settings)
+
+    def _open(self, path: Path, settings: Mapping[str, Any]) -> None:
         try:
             lines = _whole_lines(path)
             if lines:
@@ -64,7 +68,7 @@ class Journal:
             progress: called with (tokens read, tokens in all, what was read), of what was to be done.
         """
         units = list(units)
-        waiting = [unit for unit in units if unit.key not in self._results]
+        waiting = self.waiting(units)
         done, total = 0, sum(unit.tokens for unit in waiting)
         for unit in waiting:
             self._append(unit.key, unit.run())
@@ -74,11 +78,16 @@ class Journal:
         names = ("suite", "task", "length", "number")
         return [{**dict(zip(names, unit.key, strict=True)), **self._results[unit.key]} for unit in units]
 
+    def waiting(self, units: Iterable[Unit]) -> list[Unit]:
+        """Those that are not done yet."""
+        return [unit for unit in units if unit.key not in self._results]
+
     def _append(self, key: Key, result: dict[str, Any]) -> None:
         line = json.dumps({"key": key, "result": result}, allow_nan=False)
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(f"{line}\n")
+            if self.path is not None:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(f"{line}\n")
         except OSError as error:
             raise OutputError(f"{self.path} cannot be written: {error.strerror}") from error
         # As read from the file: a resumed run reports the same to the last digit.
