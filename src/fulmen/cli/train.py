@@ -57,8 +57,18 @@ def train_command(
     windows: Annotated[int | None, typer.Option(hidden=True)] = None,
     topk: Annotated[
         int | None,
-        typer.Option(help="Tokens that each query keeps. [dim]Default: the model's own.[/]"),
+        typer.Option(
+            help="Tokens that each query keeps. [dim]Default: the model's own; the sparse stage keeps a 16th "
+            "of --length where that is less.[/]"
+        ),
     ] = None,
+    stages: Annotated[
+        str,
+        typer.Option(
+            help="sparse: all weights; warmup: the indexers alone; warmup,sparse: both, for a model that was "
+            "only inherited. --steps and --budget are the last one's.",
+        ),
+    ] = "sparse",
     alpha: Annotated[
         float,
         typer.Option(
@@ -138,8 +148,10 @@ def train_command(
 ) -> None:
     """Train all weights of a converted model under its sparse attention, taught by the dense model.
 
-    The best step by held-out loss is kept; if none is better, the weights stay as they were. Interrupted, the
-    same command goes on. Several processes: accelerate launch --num_processes 2 -m fulmen.cli.main train ...
+    Every second sequence asks and looks up, in the model's chat template: what a sparse model loses first.
+    The best step by held-out loss, on ordinary text and at answers, is kept; if none is better, the weights
+    stay as they were. Interrupted, the same command goes on. Several processes: accelerate launch
+    --num_processes 2 -m fulmen.cli.main train ...
 
     Example: [bold]fulmen train out/smollm2-dsa --out out/smollm2-trained --budget 1h[/]
     """
@@ -153,6 +165,7 @@ def train_command(
         length=length,
         sequences=renamed("windows", windows, "sequences", sequences),
         topk=topk,
+        stages=stages,
         teacher=teacher,
         alpha=alpha,
         teacher_place=teacher_place,

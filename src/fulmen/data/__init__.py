@@ -10,7 +10,7 @@ It stands beside errors and config: training and evaluation both read it, and it
 
 from fulmen.data.data_sets import DataSets
 from fulmen.data.documents import Corpus, Document, split_documents
-from fulmen.data.lookup_training import lookup_sequences
+from fulmen.data.lookup_training import lookup_sequence, lookup_sequences
 from fulmen.data.lookups import Lookup, LookupText, lookup_texts
 from fulmen.data.rows import described
 from fulmen.data.sequences import TokenSequence, draw_sequences, iter_sequences, opening_ids, token_ids
@@ -29,6 +29,7 @@ __all__ = [
     "draw_sequences",
     "iter_sequences",
     "load_corpus",
+    "lookup_sequence",
     "lookup_sequences",
     "lookup_texts",
     "opening_ids",

@@ -14,7 +14,7 @@ from fulmen.data.lookup_words import FOLLOWS, TRAINED, Wording
 from fulmen.data.lookups import Asked, no_room
 from fulmen.data.sequences import TokenSequence, common_start, draw_sequences
 
-MOST_KEYS, MOST_QUESTIONS, MOST_QUOTES = 16, 6, 3
+MOST_KEYS, MOST_QUESTIONS, MOST_QUOTES = 16, 12, 3
 # Words (in writing without blanks: characters) of a quoted place, and of what follows it.
 CUE_WORDS, NEXT_WORDS = 8, 5
 CUE_CHARACTERS, NEXT_CHARACTERS = 16, 8
@@ -49,12 +49,32 @@ def lookup_sequences(
             that cannot write one.
         CorpusError: the documents do not fill `count` sequences of `length` tokens.
     """
-    made = []
-    for number, sequence in enumerate(draw_sequences(documents, tokenizer, length, count, kind, seed)):
-        generator = random.Random(f"{seed}/training look-ups/{length}/{number}")
-        wording = generator.choice(wordings)
-        made.append(_SequenceMaker(Haystack(sequence, tokenizer), wording, length, generator).sequence())
-    return made
+    drawn = draw_sequences(documents, tokenizer, length, count, kind, seed)
+    return [
+        lookup_sequence(sequence, tokenizer, number, seed=seed, wordings=wordings)
+        for number, sequence in enumerate(drawn)
+    ]
+
+
+def lookup_sequence(
+    sequence: TokenSequence,
+    tokenizer: Any,
+    number: int,
+    *,
+    seed: int = 0,
+    wordings: Sequence[Wording] = TRAINED,
+) -> TokenSequence:
+    """One of `lookup_sequences`, made from a sequence's own text, of its length.
+
+    Args:
+        number: of the sequence among its like: it decides the wording, keys, values and places.
+
+    Raises ConfigError as `lookup_sequences`.
+    """
+    length = len(sequence.input_ids)
+    generator = random.Random(f"{seed}/training look-ups/{length}/{number}")
+    wording = generator.choice(wordings)
+    return _SequenceMaker(Haystack(sequence, tokenizer), wording, length, generator).sequence()
 
 
 class _SequenceMaker:
@@ -66,7 +86,7 @@ class _SequenceMaker:
         n_keys = generator.randint(4, MOST_KEYS)
         self.asked = Asked(haystack.tokenizer, wording, n_keys, generator, text)
         self.format: ConversationFormat = self.asked.format
-        n_questions, self.n_quotes = generator.randint(2, MOST_QUESTIONS), generator.randint(0, MOST_QUOTES)
+        n_questions, self.n_quotes = generator.randint(4, MOST_QUESTIONS), generator.randint(0, MOST_QUOTES)
         self.keeps_turns = keeps_turns(self.format)
         if not self.keeps_turns:
             n_questions, self.n_quotes = 1, 0

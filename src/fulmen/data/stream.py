@@ -1,7 +1,7 @@
 """Sequences from data sets too large to hold: packed on the fly, from a position that can be saved."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fulmen.data.data_sets import DataSet, DataSets
@@ -18,6 +18,8 @@ class SequenceStream:
 
     Attributes:
         skipped: rows left out in the first pass, by reason. passes: how many have been finished.
+        made: sequences so far, in all passes. change: given a sequence and its number, makes the one that is
+            read; by default the same.
     """
 
     def __init__(self, data_sets: DataSets, tokenizer: Any, length: int, part: str = "training") -> None:
@@ -25,7 +27,8 @@ class SequenceStream:
         self.data_sets, self.tokenizer, self.length, self.part = data_sets, tokenizer, length, part
         self.packer = Packer(tokenizer, text_capacity(tokenizer, length))
         self.skipped: Counter[str] = Counter()
-        self.passes = self.texts = self.member = self.row = 0
+        self.passes = self.texts = self.member = self.row = self.made = 0
+        self.change: Callable[[TokenSequence, int], TokenSequence] = lambda sequence, number: sequence
         self.field: str | None = None
         self.rows: dict[str, Any] | None = None
 
@@ -35,14 +38,20 @@ class SequenceStream:
         Raises:
             CorpusError: a data set cannot be read, or a pass met no text.
         """
-        yield from self.packer.full("rows")
+        yield from self._full()
         for document in self._documents():
             self.packer.add(document.name, token_ids(self.tokenizer, document.text))
-            yield from self.packer.full("rows")
+            yield from self._full()
+
+    def _full(self) -> Iterator[TokenSequence]:
+        for sequence in self.packer.full("rows"):
+            self.made += 1
+            yield self.change(sequence, self.made - 1)
 
     def state_dict(self) -> dict[str, Any]:
         """The position behind the last sequence: what JSON can hold."""
         return {
+            "made": self.made,
             "passes": self.passes,
             "texts": self.texts,
             "member": self.member,
@@ -55,6 +64,7 @@ class SequenceStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a position of a stream over the same data, tokenizer and length."""
+        self.made = state["made"]
         self.passes, self.texts, self.member = state["passes"], state["texts"], state["member"]
         self.field, self.row, self.rows = state["field"], state["row"], state["rows"]
         self.packer.held = [(name, ids, used) for name, ids, used in state["held"]]

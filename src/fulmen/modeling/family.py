@@ -52,6 +52,24 @@ class IndexerCost(NamedTuple):
     query_weights: int
 
 
+class AnsweredText(NamedTuple):
+    """A text with questions and answers. ids_T: int64. rows_R: ascending, the tokens before an answer's."""
+
+    ids_T: Tensor
+    rows_R: Tensor
+
+
+class TriedSplit(NamedTuple):
+    """A split of k and what it changes. ratios: each layer's k over the model's.
+
+    kl_text, kl_answers: KL(dense || sparse) of the next token, nats a token, in a text and at its answers.
+    """
+
+    ratios: tuple[float, ...]
+    kl_text: float
+    kl_answers: float
+
+
 class IndexHeads(NamedTuple):
     """Index query heads (J), index key heads (I) and their width (E)."""
 
@@ -149,6 +167,23 @@ class Family(ABC):
         """Set each layer's k from a dense pass over calibration text; nothing unless `varies_topk`.
 
         on_layer: called with the number of layers measured, for progress.
+        """
+
+    @abstractmethod
+    def try_topk(
+        self,
+        model: PreTrainedModel,
+        texts: Sequence[AnsweredText],
+        on_read: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[TriedSplit]:
+        """Keep the split of k with which the model answers best; nothing unless `varies_topk`.
+
+        To be called after `fit_topk` and `inherit`.
+
+        Args:
+            on_read: called with texts read and texts to read.
+
+        Returns what was tried, the one that is kept first.
         """
 
     @abstractmethod

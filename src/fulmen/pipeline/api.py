@@ -22,7 +22,14 @@ from fulmen.pipeline.arguments import (
 )
 from fulmen.pipeline.conversion import Conversion
 from fulmen.pipeline.reporter import Reporter, reporter_of
-from fulmen.pipeline.settings import AUTO_DEVICE, INDEXER_STAGES, ConvertSettings, ModelInMemory, parse_stages
+from fulmen.pipeline.settings import (
+    AUTO_DEVICE,
+    INDEXER_STAGES,
+    ConvertSettings,
+    ModelInMemory,
+    parse_stages,
+    stage_names,
+)
 from fulmen.pipeline.train_settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -131,6 +138,7 @@ def train(
     length: int | None = None,
     sequences: int | None = None,
     topk: int | None = None,
+    stages: Sequence[str] | str = ("sparse",),
     teacher: Place | None = None,
     alpha: float = 1.0,
     teacher_place: str = "auto",
@@ -151,8 +159,10 @@ def train(
 ) -> Conversion:
     """Train all weights of a converted model under its sparse attention, taught by the dense model.
 
-    The best step by held-out loss is kept; if none is better, the weights stay as they were. Interrupted, the
-    same call goes on where it was.
+    Every second sequence is a text that asks and looks up, in the model's chat template: loss hardly moves
+    while look-ups break, so the teacher's answers there count as much as the rest. The best step by held-out
+    loss, on ordinary text and at answers, is kept; if none is better, the weights stay as they were.
+    Interrupted, the same call goes on where it was.
 
     Args:
         source: what `convert` wrote.
@@ -163,7 +173,10 @@ def train(
         texts: texts in memory, instead of `data`.
         length: tokens per sequence, more than `topk`: train at the lengths you will use. None: as `convert`.
         sequences: different ones at most; None: as many as the steps use.
-        topk: tokens that each query keeps; None: the model's own.
+        topk: tokens that each query keeps; None: the model's own. The stage "sparse" keeps a 16th of `length`
+            where that is less.
+        stages: "sparse"; "warmup" for the indexers alone, or both, for a model that was only inherited.
+            `steps` and `budget` are those of the last; a warm-up before the sparse stage takes 8 minutes.
         teacher: a dense model to learn from, with the same tokenizer; None: `source` itself before training,
             read densely.
         alpha: share of the teacher in the loss: 1 restores the dense model's own function, 0 only continues
@@ -214,6 +227,7 @@ def train(
         model_dir=path_argument("source", source),
         out=path_argument("out", out),
         topk=topk,
+        stages=stage_names(stages),
         data=places,
         texts=in_memory,
         teacher=None if teacher is None else place_argument("teacher", teacher),

@@ -1,6 +1,8 @@
 """A conversion from source to output directory: load, inherit, warm up, save; resumable at every point."""
 
+import json
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,11 +12,12 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fulmen.config import DsaConfig
-from fulmen.data import Corpus
+from fulmen.data import Corpus, TokenSequence
 from fulmen.errors import ConfigError
 from fulmen.evaluation.variants import indexer_state
 from fulmen.modeling.checkpoint import require_free_output, require_savable, save_converted
 from fulmen.modeling.families import accelerated, dsa_family_for, dsa_of, family_for
+from fulmen.modeling.family import AnsweredText, TriedSplit
 from fulmen.modeling.index_shape import default_dsa
 from fulmen.modeling.lengths import context_of
 from fulmen.modeling.token_blocks import feed_forward_in_blocks
@@ -22,7 +25,7 @@ from fulmen.pipeline.conversion import Conversion
 from fulmen.pipeline.devices import training_device
 from fulmen.pipeline.model_card import conversion_card
 from fulmen.pipeline.model_source import DenseSource, dense_source
-from fulmen.pipeline.reporter import Reporter, TrainingView
+from fulmen.pipeline.reporter import Reporter
 from fulmen.pipeline.run_dir import RunDir
 from fulmen.pipeline.settings import AUTO_DEVICE, ConvertSettings, ModelInMemory
 from fulmen.pipeline.texts import (
@@ -42,10 +45,11 @@ from fulmen.pipeline.train import (
     sparse_stage,
     sparse_texts,
 )
+from fulmen.pipeline.warmup import WARMUP_DIR, warmup_stage
 from fulmen.training.processes import is_main_process, main_process_first, wait_for_all
+from fulmen.training.rows import before_answers
 from fulmen.training.sharding import is_sharded
 from fulmen.training.sparse.settings import SparseSettings
-from fulmen.training.warmup.run import warm_up
 from fulmen.training.warmup.settings import WarmupSettings
 from fulmen.version import __version__
 
@@ -128,10 +132,12 @@ def _texts(
         source = read_stream(settings.data, settings.texts) or corpus
 
     def draw(length: int) -> tuple[ConversionTexts, SparseTexts | None]:
-        texts = conversion_texts(corpus, tokenizer, length, plan.context, settings.seed, trains=trains)
+        texts = conversion_texts(
+            corpus, tokenizer, length, plan.context, settings.seed, reporter, trains=trains
+        )
         if source is None:
             return texts, None
-        return texts, sparse_texts(source, tokenizer, length, None, _sparse(settings))
+        return texts, sparse_texts(source, tokenizer, length, None, _sparse(settings), reporter)
 
     return draw_longest(plan.lengths, draw, reporter)
 
@@ -173,6 +179,8 @@ def _run_stages(
 ) -> dict[str, Any]:
     """What each stage measured, by its name."""
     records: dict[str, Any] = {"inherit": main_process_first(lambda: _inherit(model, texts, work))}
+    if work.run.record("splits").exists():
+        records["splits"] = json.loads(work.run.record("splits").read_text(encoding="utf-8"))
     if "warmup" in work.settings.stages:
         records["warmup"] = _warm_up(model, texts, work)
     if sparse is not None:
@@ -193,6 +201,11 @@ def _inherit(model: PreTrainedModel, texts: ConversionTexts, work: _Work) -> lis
         if family.varies_topk:
             _share_k(model, ids_BT[:BUDGET_SEQUENCES], work.reporter)
         record = [layer._asdict() for layer in _fit_layers(model, ids_BT, work.reporter)]
+        tried = _try_splits(model, texts.answered, work.reporter)
+    if tried:
+        work.run.save_record("splits", [split._asdict() for split in tried])
+        kept = zip(record, tried[0].ratios, strict=True)
+        record = [{**layer, "topk_share": ratio} for layer, ratio in kept]
     work.run.save_record("inherit", record)
     work.run.save_stage("inherit", indexer_state(model))
     return record
@@ -218,31 +231,27 @@ def _share_k(model: PreTrainedModel, ids_BT: torch.Tensor, reporter: Reporter) -
         dsa_family_for(model.config).fit_topk(model, ids_BT, lambda done: reporter.advance(done, n_layers))
 
 
+def _try_splits(
+    model: PreTrainedModel, answered: Sequence[TokenSequence], reporter: Reporter
+) -> list[TriedSplit]:
+    """Keep the split of k with which the model answers best, the first of those returned."""
+    texts = [AnsweredText(one.input_ids.to(model.device), before_answers(one.answers)) for one in answered]
+    with reporter.stage("Try splits of k"):
+        return dsa_family_for(model.config).try_topk(
+            model, texts, lambda done, total: reporter.advance(done, total, "texts")
+        )
+
+
 def _warm_up(model: PreTrainedModel, texts: ConversionTexts, work: _Work) -> dict[str, Any]:
-    if (done := work.run.load_done("warmup")) is not None:
-        indexers, result = done
-        model.load_state_dict(indexers, strict=False)
-        return dict(result)
-    settings, reporter = work.settings, work.reporter
+    settings = work.settings
     warmup = WarmupSettings(steps=settings.steps, budget_s=settings.budget_s, seed=settings.seed)
-    with reporter.stage("Warm-up"):
-        view = TrainingView(reporter)
-        drawn = (texts.training, texts.validation)
-        found = warm_up(model, *drawn, work.run.path / "warmup", warmup, view.step, view.part)
-    reporter.note(
-        f"Warm-up: validation loss {found.loss_before:.4f} -> {found.loss_after:.4f} "
-        f"(step {found.best_step} of {found.last_step}, {found.seconds:.0f} s)"
-    )
-    if is_main_process():
-        work.run.save_record("warmup", asdict(found))
-        work.run.save_stage("warmup", indexer_state(model))
-    return asdict(found)
+    return warmup_stage(model, texts.training, texts.validation, warmup, work.run, work.reporter)
 
 
 def _save(model: PreTrainedModel, tokenizer: Any, out: Path, record: dict[str, Any], work: _Work) -> None:
     run = work.run
     extras = {f"{STAGES_DIR}/inherit.safetensors": run.stage("inherit")}
-    if (log := run.path / "warmup" / "layers.jsonl").exists():
+    if (log := run.path / WARMUP_DIR / "layers.jsonl").exists():
         extras[f"{STAGES_DIR}/warmup-layers.jsonl"] = log
     if (log := run.path / SPARSE_DIR / LOG_FILE).exists():
         extras[f"{STAGES_DIR}/{LOG_FILE}"] = log

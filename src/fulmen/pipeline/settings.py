@@ -158,17 +158,23 @@ class EvalSettings:
 
 def parse_stages(stages: Sequence[str] | str) -> tuple[str, ...]:
     """The stages of "inherit,warmup", or of these names: STAGES from the first on. Raises ConfigError."""
-    names = stages.split(",") if isinstance(stages, str) else stages
-    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
-        raise refused("stages", stages, f"use some of {', '.join(STAGES)}, from the first on")
-    found = tuple(name.strip() for name in names)
-    for name in found:
-        require_choice("stage", name, STAGES)
+    found = stage_names(stages)
     if not found or found != STAGES[: len(found)]:
         raise ConfigError(
             f"stages={','.join(found)!r} are repeated, incomplete or out of order; each needs the ones "
             f"before it: {','.join(STAGES)}"
         )
+    return found
+
+
+def stage_names(stages: Sequence[str] | str) -> tuple[str, ...]:
+    """The names in "inherit,warmup", or these names. Raises ConfigError unless all are STAGES."""
+    names = stages.split(",") if isinstance(stages, str) else stages
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise refused("stages", stages, f"use some of {', '.join(STAGES)}")
+    found = tuple(name.strip() for name in names)
+    for name in found:
+        require_choice("stage", name, STAGES)
     return found
 
 

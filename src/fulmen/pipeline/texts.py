@@ -14,6 +14,7 @@ from fulmen.data import (
     draw_sequences,
     iter_sequences,
     load_corpus,
+    lookup_sequence,
     stream_of,
 )
 from fulmen.errors import ConfigError, CorpusError
@@ -22,6 +23,8 @@ from fulmen.pipeline.reporter import Reporter
 
 CALIBRATION_SEQUENCES, CALIBRATION_TOKENS = 4, 32_768
 TRAINING_SEQUENCES = 64
+# Of the calibration texts, those that ask as well.
+ANSWERED_SEQUENCES = 2
 VALIDATION_SEQUENCES = 4
 # Numbers of sequences are meant for this length; of longer ones fewer are read: it takes no more time.
 COUNTED_LENGTH = 2048
@@ -32,10 +35,15 @@ Drawn = TypeVar("Drawn")
 
 
 class ConversionTexts(NamedTuple):
-    """What a conversion reads. length: tokens of a text to train on; those to calibrate on may be longer."""
+    """What a conversion reads.
+
+    length: tokens of a text to train on; those to calibrate on may be longer. answered: calibration texts
+    with questions and answers; none where they cannot be made.
+    """
 
     length: int
     calibration: list[TokenSequence]
+    answered: list[TokenSequence]
     training: list[TokenSequence]
     validation: list[TokenSequence]
 
@@ -96,7 +104,14 @@ def draw_longest(lengths: Sequence[int], draw: Callable[[int], Drawn], reporter:
 
 
 def conversion_texts(
-    corpus: Corpus, tokenizer: Any, length: int, context: int | None, seed: int, *, trains: bool
+    corpus: Corpus,
+    tokenizer: Any,
+    length: int,
+    context: int | None,
+    seed: int,
+    reporter: Reporter,
+    *,
+    trains: bool,
 ) -> ConversionTexts:
     """The texts of a conversion; without those to train on unless it `trains`.
 
@@ -105,11 +120,13 @@ def conversion_texts(
         ConfigError: there is but one to train on.
     """
     calibration = calibration_texts(corpus.calibration, tokenizer, length, context, seed)
+    answered = with_lookups(calibration[:ANSWERED_SEQUENCES], tokenizer, seed, reporter, every=1)
+    answered = [sequence for sequence in answered if sequence.answers]
     if not trains:
-        return ConversionTexts(length, calibration, [], [])
+        return ConversionTexts(length, calibration, answered, [], [])
     n_held_out = count_of_length(VALIDATION_SEQUENCES, length)
     drawn = up_to(corpus.training, tokenizer, length, TRAINING_SEQUENCES + n_held_out, seed)
-    return ConversionTexts(length, calibration, *split_off(drawn, n_held_out, "warm-up"))
+    return ConversionTexts(length, calibration, answered, *split_off(drawn, n_held_out, "warm-up"))
 
 
 def calibration_texts(
@@ -121,6 +138,30 @@ def calibration_texts(
     count = max(FEWEST_SEQUENCES, min(CALIBRATION_SEQUENCES, CALIBRATION_TOKENS // longer))
     drawn = list(islice(iter_sequences(documents, tokenizer, longer, seed=seed), count))
     return drawn if len(drawn) == count else up_to(documents, tokenizer, length, count, seed)
+
+
+def with_lookups(
+    sequences: Sequence[TokenSequence], tokenizer: Any, seed: int, reporter: Reporter, every: int = 2
+) -> list[TokenSequence]:
+    """The sequences, every second of which becomes a text that asks and looks up (`asking`)."""
+    return [
+        asking(sequence, number, tokenizer, seed, reporter) if number % every == 0 else sequence
+        for number, sequence in enumerate(sequences)
+    ]
+
+
+def asking(
+    sequence: TokenSequence, number: int, tokenizer: Any, seed: int, reporter: Reporter
+) -> TokenSequence:
+    """The sequence as a text with questions and answers, of the same length.
+
+    It stays as it is if it is too short, or the chat template cannot write a question: `reporter` is told.
+    """
+    try:
+        return lookup_sequence(sequence, tokenizer, number, seed=seed)
+    except ConfigError as error:
+        reporter.note(f"{sequence.name} asks no questions: {error}")
+        return sequence
 
 
 def up_to(

@@ -1,4 +1,4 @@
-"""The sparse stage of a conversion, and `fulmen train`, which is that stage alone."""
+"""The sparse stage of a conversion, and `fulmen train`: stages on a model that is converted already."""
 
 import json
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from fulmen.data import Corpus, DataSets, SequenceStream, TokenSequence, described
 from fulmen.errors import CheckpointError, ConfigError
+from fulmen.evaluation.variants import use_topk
 from fulmen.modeling.checkpoint import (
     find_source,
     load_dense,
@@ -29,6 +30,8 @@ from fulmen.pipeline.model_config import read_config
 from fulmen.pipeline.reporter import Reporter, TrainingView
 from fulmen.pipeline.run_dir import RunDir
 from fulmen.pipeline.texts import (
+    TRAINING_SEQUENCES,
+    asking,
     count_of_length,
     draw_longest,
     lengths_to_try,
@@ -36,19 +39,23 @@ from fulmen.pipeline.texts import (
     read_stream,
     split_off,
     up_to,
+    with_lookups,
 )
 from fulmen.pipeline.train_settings import TrainSettings
+from fulmen.pipeline.warmup import WARMUP_DIR, warmup_stage
 from fulmen.training.processes import main_process_first, processes
 from fulmen.training.sharding import is_sharded, prepare_sharding
 from fulmen.training.sparse.run import SparseResult, require_teacher_place, train_sparse
 from fulmen.training.sparse.settings import SparseSettings
 from fulmen.training.sparse.teacher import require_same_tokens
 from fulmen.training.sparse.trainer import TENSORBOARD_DIR
+from fulmen.training.warmup.settings import WarmupSettings
 
 SPARSE_DIR, LOG_FILE = "sparse", "sparse.jsonl"
 RECORD_FILE, STAGES_DIR = "conversion.json", "stages"
 # Where steps are not known beforehand: 256 sequences of 2,048 tokens are half a million.
 SPARSE_SEQUENCES, VALIDATION_SEQUENCES = 256, 8
+LENGTH_OVER_TRAINING_TOPK = 16
 
 
 class SparseTexts(NamedTuple):
@@ -66,17 +73,25 @@ def sparse_texts(
     length: int,
     n_sequences: int | None,
     settings: SparseSettings,
+    reporter: Reporter,
 ) -> SparseTexts:
     """Draw the texts, data sets as a stream unless a number of sequences is asked for.
+
+    Every second one asks and looks up: what a sparse model loses first (`with_lookups`).
 
     Raises:
         ConfigError: they fill too few sequences.
         CorpusError: there is not even one sequence, or a data set cannot be read.
     """
     if not isinstance(texts, DataSets):
-        train, held_out = _sequences(texts, tokenizer, length, n_sequences, settings)
+        parts = _sequences(texts, tokenizer, length, n_sequences, settings)
+        train, held_out = (with_lookups(part, tokenizer, settings.seed, reporter) for part in parts)
         return SparseTexts(length, train, held_out, texts.skipped)
     stream, held_out = _stream(texts, tokenizer, length)
+    held_out = with_lookups(held_out, tokenizer, settings.seed, reporter)
+    stream.change = lambda sequence, number: (
+        sequence if number % 2 else asking(sequence, number, tokenizer, settings.seed, reporter)
+    )
     require_teacher_place(settings, is_streamed=n_sequences is None)
     # So few are held, and may come more than once.
     some = stream if n_sequences is None else list(islice(stream, n_sequences))
@@ -91,8 +106,9 @@ def sparse_stage(
     reporter: Reporter,
     teacher: PreTrainedModel | None = None,
 ) -> SparseResult:
-    """Train `model` in place. Raises what `train_sparse` does."""
-    with reporter.stage("Sparse"):
+    """Train `model` in place, with `training_topk`. Raises what `train_sparse` does."""
+    topk = training_topk(dsa_of(model.config).topk, texts.length)
+    with reporter.stage("Sparse"), use_topk(model, topk):
         view = TrainingView(reporter)
         drawn = (texts.train, texts.validation)
         result = train_sparse(model, *drawn, run_dir, settings, teacher, view.step, view.part)
@@ -100,13 +116,23 @@ def sparse_stage(
     skipped = texts.train.skipped if isinstance(texts.train, SequenceStream) else texts.skipped
     result = replace(result, skipped=dict(skipped))
     reporter.note(
-        f"Sparse stage: held-out loss {result.loss_before:.4f} -> {result.loss_after:.4f}, dense before "
-        f"{result.dense_before:.4f} (step {result.best_step} of {result.last_step}, "
+        f"Sparse stage: k = {topk}, held-out loss {result.loss_before:.4f} -> {result.loss_after:.4f}, dense "
+        f"before {result.dense_before:.4f}; at answers {result.answers_before:.4f} -> "
+        f"{result.answers_after:.4f}, dense before {result.answers_dense:.4f} "
+        f"(step {result.best_step} of {result.last_step}, "
         f"{result.tokens} tokens, {result.seconds:.0f} s)"
     )
     if result.skipped:
         reporter.note(f"Of the data's rows and files {described(result.skipped)}")
     return result
+
+
+def training_topk(topk: int, length: int) -> int:
+    """k of the sparse stage: a 16th of the sequence where that is less than the model's own k.
+
+    What texts much longer than k lose must be felt in training, whose sequences are shorter than the served.
+    """
+    return min(topk, max(1, length // LENGTH_OVER_TRAINING_TOPK))
 
 
 def _stream(data_sets: DataSets, tokenizer: Any, length: int) -> tuple[SequenceStream, list[TokenSequence]]:
@@ -150,7 +176,7 @@ def run_training(settings: TrainSettings, reporter: Reporter) -> Conversion:
         source = read_stream(settings.data, settings.texts) or read_corpus(settings.data, settings.texts)
         texts = draw_longest(
             lengths,
-            lambda length: sparse_texts(source, tokenizer, length, settings.sequences, options),
+            lambda length: sparse_texts(source, tokenizer, length, settings.sequences, options, reporter),
             reporter,
         )
     reporter.note(f"Loading {settings.model_dir}")
@@ -165,15 +191,41 @@ def run_training(settings: TrainSettings, reporter: Reporter) -> Conversion:
     if state.is_main_process and run.open(identity, discard_other=settings.overwrite):
         reporter.note("Resuming an interrupted run")
     state.wait_for_everyone()
+    found: dict[str, Any] = {}
     with accelerated(model):
-        result = sparse_stage(model, texts, options, run.path / SPARSE_DIR, reporter, teacher)
-    record = _record(settings, model, texts.length, result)
+        if "warmup" in settings.stages:
+            warmup = _warmup_settings(settings, options)
+            some = _first_sequences(texts.train, TRAINING_SEQUENCES)
+            found["warmup"] = warmup_stage(model, some, texts.validation, warmup, run, reporter)
+        if "sparse" in settings.stages:
+            result = sparse_stage(model, texts, options, run.path / SPARSE_DIR, reporter, teacher)
+            found["sparse"] = asdict(result)
+    record = _record(settings, model, texts.length, found)
     if state.is_main_process:
         with reporter.stage("Save"):
             _save(model, tokenizer, out, settings, record, run)
             run.remove()
     state.wait_for_everyone()
     return Conversion(out, record)
+
+
+def _warmup_settings(settings: TrainSettings, options: SparseSettings) -> WarmupSettings:
+    """Steps and budget are the last stage's."""
+    if "sparse" in settings.stages:
+        return WarmupSettings(seed=options.seed, bf16=options.bf16)
+    return WarmupSettings(
+        steps=options.steps, budget_s=options.budget_s, seed=options.seed, bf16=options.bf16
+    )
+
+
+def _first_sequences(train: list[TokenSequence] | SequenceStream, count: int) -> list[TokenSequence]:
+    """The first ones, of which a stream is left where it was."""
+    if not isinstance(train, SequenceStream):
+        return train[:count]
+    position = train.state_dict()
+    first = list(islice(train, count))
+    train.load_state_dict(position)
+    return first
 
 
 def plan_training(settings: TrainSettings) -> list[int]:
@@ -218,13 +270,14 @@ def _identity(
 
 
 def _record(
-    settings: TrainSettings, model: PreTrainedModel, length: int, result: SparseResult
+    settings: TrainSettings, model: PreTrainedModel, length: int, found: dict[str, Any]
 ) -> dict[str, Any]:
-    """The record of the conversion, with this stage."""
+    """The record of the conversion, with these stages."""
     record = record_of(settings.model_dir)
-    record["stages"] = [*record["stages"], "sparse"]
-    record["stages_done"] = {**record.get("stages_done", {}), "sparse": asdict(result)}
-    record["sparse"] = {**settings.options, "length": length, "data": list(settings.data)}
+    record["stages"] = [*record["stages"], *found]
+    record["stages_done"] = {**record.get("stages_done", {}), **found}
+    for stage in found:
+        record[stage] = {**settings.options, "length": length, "data": list(settings.data)}
     record["dsa"] = dsa_of(model.config).to_dict()
     return record
 
@@ -239,7 +292,11 @@ def _save(
 ) -> None:
     run.save_record("conversion", record)
     stage = run.path / SPARSE_DIR
-    extras = {RECORD_FILE: run.record("conversion"), f"{STAGES_DIR}/{LOG_FILE}": stage / LOG_FILE}
+    extras = {RECORD_FILE: run.record("conversion")}
+    if (stage / LOG_FILE).exists():
+        extras[f"{STAGES_DIR}/{LOG_FILE}"] = stage / LOG_FILE
+    if (log := run.path / WARMUP_DIR / "layers.jsonl").exists():
+        extras[f"{STAGES_DIR}/warmup-layers.jsonl"] = log
     for file in (stage / TENSORBOARD_DIR).glob("*"):
         extras[f"{STAGES_DIR}/{TENSORBOARD_DIR}/{file.name}"] = file
     for file in filter(Path.is_file, (settings.model_dir / STAGES_DIR).glob("*")):

@@ -16,6 +16,7 @@ from fulmen.pipeline.arguments import (
 )
 from fulmen.pipeline.settings import (
     AUTO_DEVICE,
+    DEFAULT_BUDGET,
     DEFAULT_SPARSE_BUDGET,
     exclude_each_other,
     require_positive,
@@ -24,6 +25,16 @@ from fulmen.pipeline.settings import (
 
 if TYPE_CHECKING:
     import torch
+
+TRAIN_STAGES = ("warmup", "sparse")
+
+
+def require_train_stages(stages: tuple[str, ...]) -> None:
+    """Raise ConfigError unless these are TRAIN_STAGES or one of them."""
+    if stages not in (TRAIN_STAGES, TRAIN_STAGES[:1], TRAIN_STAGES[1:]):
+        raise ConfigError(
+            f"stages={','.join(stages)!r} cannot be trained; use warmup, sparse or warmup,sparse"
+        )
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,8 @@ class TrainSettings:
         model_dir: what `fulmen convert` wrote. out: directory to write.
         topk: keys that each query keeps; None: the model's own.
         data, texts: as for a conversion.
+        stages: TRAIN_STAGES, or one of them. Steps and budget are those of the last; a warm-up before another
+            stage takes its own budget.
         teacher: a dense model to learn from; None: the one inside `model_dir`.
         length: tokens per sequence; None: `default_length`, less where the text is scarce.
         sequences: to train on at most, held in memory; None: as many as the steps use, data sets being
@@ -46,6 +59,7 @@ class TrainSettings:
     model_dir: Path
     out: Path
     topk: int | None = None
+    stages: tuple[str, ...] = ("sparse",)
     data: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
     teacher: str | None = None
@@ -57,11 +71,13 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         require_positive(self, "topk", "length", "sequences")
+        require_train_stages(self.stages)
         object.__setattr__(self, "data", require_existing(self.data))
         self._check_numbers()
         exclude_each_other(budget=self.options.get("budget_s"), steps=self.options.get("steps"))
         if self.options.get("steps") is None and self.options.get("budget_s") is None:
-            self.options["budget_s"] = parse_duration(DEFAULT_SPARSE_BUDGET)
+            default = DEFAULT_SPARSE_BUDGET if "sparse" in self.stages else DEFAULT_BUDGET
+            self.options["budget_s"] = parse_duration(default)
         self._check_packages()
 
     def _check_numbers(self) -> None:

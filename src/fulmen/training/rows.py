@@ -21,6 +21,12 @@ def sequence_row(sequence: TokenIds) -> dict[str, Tensor]:
     return {"input_ids": sequence.input_ids, "position_ids": sequence.position_ids}
 
 
+def before_answers(answers: Sequence[tuple[int, int]]) -> Tensor:
+    """Ascending positions of the tokens that predict those of answers, which begin and stop there."""
+    spans = [torch.arange(start - 1, stop - 1) for start, stop in answers]
+    return torch.cat([torch.zeros(0, dtype=torch.int64), *spans]).unique()
+
+
 def sequence_rows(sequences: Sequence[TokenIds]) -> list[dict[str, Tensor]]:
     """`sequence_row` of each."""
     return [sequence_row(sequence) for sequence in sequences]
@@ -32,3 +38,29 @@ def next_tokens(input_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
     goes_on = position_ids_BT[:, 1:] - position_ids_BT[:, :-1] == 1
     labels_BT[:, :-1] = torch.where(goes_on, input_ids_BT[:, 1:], NO_LABEL)
     return labels_BT
+
+
+def target_row(sequence: TokenIds, n_targets: int | None = None) -> dict[str, Tensor]:
+    """`sequence_row` with answers and targets, bool [T]: where the next token is an answer's, and where its
+    loss is taken.
+
+    That is at all answers, and at `n_targets` of the other tokens, evenly spread (None: at all): logits of a
+    large vocabulary cost as much as the layers, and neighbours teach alike.
+    """
+    row = sequence_row(sequence)
+    has_label_T = next_tokens(row["input_ids"][None], row["position_ids"][None])[0] != NO_LABEL
+    answers_T = torch.zeros_like(has_label_T)
+    if not isinstance(sequence, Tensor):
+        answers_T[before_answers(sequence.answers)] = True
+    answers_T &= has_label_T
+    others = (has_label_T & ~answers_T).nonzero()[:, 0]
+    if n_targets is not None and len(others) > n_targets:
+        others = others[((torch.arange(n_targets) + 0.5) * len(others) / n_targets).long()]
+    targets_T = answers_T.clone()
+    targets_T[others] = True
+    return {**row, "answers": answers_T, "targets": targets_T}
+
+
+def target_rows(sequences: Sequence[TokenIds], n_targets: int | None = None) -> list[dict[str, Tensor]]:
+    """`target_row` of each."""
+    return [target_row(sequence, n_targets) for sequence in sequences]

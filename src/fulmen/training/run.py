@@ -213,4 +213,8 @@ class RunWatch(TrainerCallback):
             control.should_training_stop = control.should_evaluate = control.should_save = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        self.on_step(state.global_step, state.max_steps, {self.loss_name: metrics["eval_loss"]})
+        self.on_step(state.global_step, state.max_steps, self.evaluation_figures(metrics))
+
+    def evaluation_figures(self, metrics: dict[str, float]) -> dict[str, float]:
+        """What an evaluation found, for `on_step`."""
+        return {self.loss_name: metrics["eval_loss"]}

@@ -9,7 +9,7 @@ from transformers import Trainer
 
 from fulmen.errors import ConfigError, OutputError, TrainingDivergedError
 from fulmen.training.checkpoints import last_complete_checkpoint
-from fulmen.training.rows import sequence_rows
+from fulmen.training.rows import target_rows
 from fulmen.training.sparse import trainer
 from fulmen.training.sparse.run import prepare_stage, train_sparse
 from fulmen.training.sparse.trainer import held_out_loss
@@ -38,7 +38,7 @@ def test_distillation_wins_the_dense_loss_back(tmp_path):
     assert result.loss_after < result.loss_before - 0.3 * (result.loss_before - result.dense_before)
     assert result.best_step > 0
     stage = prepare_stage(model, settings())
-    assert held_out_loss(stage, sequence_rows(TRAIN), "cpu") == pytest.approx(result.loss_after, abs=1e-6)
+    assert held_out_loss(stage, target_rows(TRAIN), "cpu").total == pytest.approx(result.loss_after, abs=1e-6)
     rows = log_rows(tmp_path)
     assert [row["step"] for row in rows] == list(range(1, 61))
     assert [row["tokens"] for row in rows] == [LENGTH * step for step in range(1, 61)]

@@ -59,7 +59,9 @@ def family_for_type(model_type: str) -> "Family":
         if model_type in family.source_types:
             return family
         if model_type in family.dsa_types:
-            raise AlreadyConvertedError(f"model_type {model_type!r} has DSA already; use the model as it is")
+            raise AlreadyConvertedError(
+                f"model_type {model_type!r} has DSA already; use it as it is, or go on with fulmen train"
+            )
     _require_no_text_model_inside(model_type)
     known = ", ".join(sorted(source for family in all_families() for source in family.source_types))
     raise UnsupportedModelError(

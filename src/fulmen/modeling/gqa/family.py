@@ -11,10 +11,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fulmen.config import DsaConfig
 from fulmen.errors import ConfigError
 from fulmen.modeling.family import (
+    AnsweredText,
     AttentionLayout,
     Family,
     IndexerCost,
     IndexHeads,
+    TriedSplit,
     even_width,
 )
 from fulmen.modeling.gqa.cache import DsaCache
@@ -23,6 +25,7 @@ from fulmen.modeling.gqa.indexer import model_head_width
 from fulmen.modeling.gqa.inherit import InheritedGqaLayer, inherit_gqa
 from fulmen.modeling.gqa.model import set_topk_ratios
 from fulmen.modeling.gqa.topk_ratios import fit_topk_ratios
+from fulmen.modeling.gqa.topk_trial import try_topk_ratios
 from fulmen.ops.common.index_keys import SCALE_BYTES
 
 
@@ -126,6 +129,18 @@ class GqaFamily(Family):
         self, model: PreTrainedModel, input_ids_BT: Tensor, on_layer: Callable[[int], None] = lambda _: None
     ) -> None:
         set_topk_ratios(model, fit_topk_ratios(model, input_ids_BT, self.dsa_of(model.config).topk, on_layer))
+
+    def try_topk(
+        self,
+        model: PreTrainedModel,
+        texts: Sequence[AnsweredText],
+        on_read: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[TriedSplit]:
+        topk, fitted = self.dsa_of(model.config).topk, self.dsa_of(model.config).topk_shares
+        longer = [text for text in texts if len(text.ids_T) > topk]
+        if not longer or len(set(fitted)) < 2:
+            return []
+        return try_topk_ratios(model, longer, on_read)
 
     def restore_topk(self, model: PreTrainedModel, layers: Sequence[Mapping[str, Any]]) -> None:
         set_topk_ratios(model, [layer["topk_share"] for layer in layers])

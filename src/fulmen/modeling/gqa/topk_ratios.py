@@ -1,4 +1,4 @@
-"""How the layers of a GQA model ratio the k of k keys.
+"""How the layers of a GQA model share the budget of k keys.
 
 Layers differ by two orders of magnitude in what the best k keys miss: in SmolLM2's first layer attention is
 spread thin, in most others a fraction of k would do. With the mean of the layers' k held fixed, the cost is

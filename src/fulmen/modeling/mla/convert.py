@@ -109,7 +109,7 @@ def require_mla_config(
 def _require_expressible(config: PretrainedConfig) -> None:
     if config.model_type in MLA_DSA_TYPES:
         raise AlreadyConvertedError(
-            f"model_type={config.model_type!r} has an indexer already; use it as it is"
+            f"model_type={config.model_type!r} has an indexer already; use it, or go on with fulmen train"
         )
     if config.model_type not in MLA_SOURCE_TYPES:
         _refuse("model_type", config.model_type, f"convert one of {', '.join(MLA_SOURCE_TYPES)}")

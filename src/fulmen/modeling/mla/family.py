@@ -10,7 +10,15 @@ from transformers import DeepseekV32ForCausalLM, PreTrainedConfig, PreTrainedMod
 
 from fulmen.config import DsaConfig
 from fulmen.errors import ConfigError
-from fulmen.modeling.family import AttentionLayout, Family, IndexerCost, IndexHeads, even_width
+from fulmen.modeling.family import (
+    AnsweredText,
+    AttentionLayout,
+    Family,
+    IndexerCost,
+    IndexHeads,
+    TriedSplit,
+    even_width,
+)
 from fulmen.modeling.mla.attention import accelerate_mla, fulmen_attention
 from fulmen.modeling.mla.cache import MlaCache
 from fulmen.modeling.mla.convert import convert_mla, require_mla_config
@@ -109,6 +117,15 @@ class MlaFamily(Family):
         self, model: PreTrainedModel, input_ids_BT: Tensor, on_layer: Callable[[int], None] = lambda _: None
     ) -> None:
         """All layers keep `index_topk`: the stock format has one."""
+
+    def try_topk(
+        self,
+        model: PreTrainedModel,
+        texts: Sequence[AnsweredText],
+        on_read: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[TriedSplit]:
+        """As `fit_topk`."""
+        return []
 
     def restore_topk(self, model: PreTrainedModel, layers: Sequence[Mapping[str, Any]]) -> None:
         """As `fit_topk`."""

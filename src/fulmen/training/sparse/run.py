@@ -20,7 +20,7 @@ from fulmen.modeling.selectors import dsa_attentions
 from fulmen.training.checkpoints import checkpoint_step
 from fulmen.training.precision import are_half, in_float32
 from fulmen.training.processes import processes
-from fulmen.training.rows import TokenIds, sequence_row, sequence_rows
+from fulmen.training.rows import TokenIds, sequence_row, target_row, target_rows
 from fulmen.training.run import (
     OnPart,
     OnStep,
@@ -41,6 +41,7 @@ from fulmen.training.sparse.teacher import TARGET_KEYS, DistilledRows, Row, Targ
 from fulmen.training.sparse.trainer import (
     POSITION_FILE,
     WEIGHTS_FILE,
+    HeldOutLoss,
     SparseTrainer,
     StepWatch,
     held_out_loss,
@@ -55,6 +56,8 @@ TARGETS_DIR = "teacher"
 class SparseResult:
     """Held-out loss (nats a token): read densely and sparsely before, sparsely at the kept step.
 
+    answers_*: the same at the answers of held-out texts that ask and look up; 0 if none does.
+
     skipped: rows and files of the data that were left out, by reason; filled in by who reads them.
     """
 
@@ -65,6 +68,9 @@ class SparseResult:
     last_step: int
     tokens: int
     seconds: float
+    answers_dense: float = 0.0
+    answers_before: float = 0.0
+    answers_after: float = 0.0
     skipped: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -97,7 +103,7 @@ def train_sparse(
         OutputError: the disk is full; what was written before is complete.
     """
     began = time.monotonic()
-    held_out = sequence_rows(validation)
+    held_out = target_rows(validation)
     length = train.length if isinstance(train, SequenceStream) else len(sequence_row(train[0])["input_ids"])
     topk = dsa_of(model.config).topk
     if topk >= length:
@@ -111,7 +117,7 @@ def train_sparse(
     # LoRA's are drawn at random, by each process.
     load_trained(stage, initial)
     asked = _teacher(stage, teacher, settings)
-    plan = run_plan(run_dir, lambda: _plan(stage, asked, held_out, settings, on_part))
+    plan = run_plan(run_dir, lambda: _plan(stage, asked, validation, settings, on_part))
     n_uses = plan["steps"] * settings.accumulate * state.num_processes
     rows = _rows(train, n_uses, checkpoint, settings, state)
     stage.schedule = TopkSchedule(
@@ -127,7 +133,8 @@ def train_sparse(
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         finally:
-            best, after = best_checkpoint(trainer, run_dir, plan["loss_before"])
+            before = HeldOutLoss(*plan["before"])
+            best, total = best_checkpoint(trainer, run_dir, before.total)
             load_trained(stage, initial if best is None else Path(best, WEIGHTS_FILE))
             for attention, selector in zip(dsa_attentions(model), selectors, strict=True):
                 attention.selector = selector
@@ -135,8 +142,21 @@ def train_sparse(
             model.requires_grad_(True).eval()
     best_step = 0 if best is None else checkpoint_step(best)
     seconds = time.monotonic() - began
-    before = (plan["dense_before"], plan["loss_before"])
-    return SparseResult(*before, after, best_step, trainer.state.global_step, watch.tokens, seconds)
+    dense, after = HeldOutLoss(*plan["dense"]), before
+    if best is not None:
+        after = next(_held_out(row) for row in trainer.state.log_history if row.get("eval_loss") == total)
+    return SparseResult(
+        dense.text,
+        before.text,
+        after.text,
+        best_step,
+        trainer.state.global_step,
+        watch.tokens,
+        seconds,
+        dense.answers,
+        before.answers,
+        after.answers,
+    )
 
 
 def require_teacher_place(settings: SparseSettings, *, is_streamed: bool) -> None:
@@ -161,6 +181,10 @@ def prepare_stage(model: PreTrainedModel, settings: SparseSettings) -> SparseSta
     return SparseStage(model, settings)
 
 
+def _held_out(metrics: Mapping[str, float]) -> HeldOutLoss:
+    return HeldOutLoss(metrics["eval_text"], metrics["eval_answers"])
+
+
 def _rows(
     sequences: Sequence[TokenIds] | SequenceStream,
     n_uses: int,
@@ -170,9 +194,10 @@ def _rows(
 ) -> Sequence[Row] | StreamedRows:
     """What is trained on; a stream goes on where the checkpoint left it."""
     if not isinstance(sequences, SequenceStream):
-        return sequence_rows(sequences)
+        return target_rows(sequences, settings.n_targets)
     # Trainer draws a step's sequences at once, Accelerate's loader one more in each process.
-    rows = StreamedRows(sequences, n_uses, ahead=(settings.accumulate + 2) * state.num_processes)
+    ahead = (settings.accumulate + 2) * state.num_processes
+    rows = StreamedRows(sequences, n_uses, ahead, settings.n_targets)
     if checkpoint is not None:
         rows.load_state_dict(json.loads(Path(checkpoint, POSITION_FILE).read_text(encoding="utf-8")))
     return rows
@@ -232,9 +257,14 @@ def _trainer(
 
 
 def _plan(
-    stage: SparseStage, asked: Teacher | None, held_out: list[Row], settings: Any, on_part: OnPart
+    stage: SparseStage,
+    asked: Teacher | None,
+    validation: Sequence[TokenIds],
+    settings: Any,
+    on_part: OnPart,
 ) -> dict[str, Any]:
     """Number of steps, and the losses before."""
+    held_out = target_rows(validation)
     # As the steps and evaluations compute.
     autocast = torch.autocast(stage.model.device.type, torch.bfloat16, enabled=settings.bf16)
     with in_float32(stage.trained_parameters()), autocast:
@@ -245,10 +275,12 @@ def _plan(
         steps, evaluations = settings.steps, settings.evaluations
         if steps is None:
             on_part(0, 1, "timing a step")
-            step_s = settings.accumulate * _time_of_sequence(stage, asked, held_out[0])
+            step_s = settings.accumulate * _time_of_sequence(
+                stage, asked, target_row(validation[0], settings.n_targets)
+            )
             steps, evaluations = steps_within(settings.budget_s, evaluation_s, step_s, evaluations, made=2)
     every = max(1, math.ceil(steps / evaluations))
-    return {"steps": steps, "every": every, "loss_before": before, "dense_before": dense}
+    return {"steps": steps, "every": every, "before": before, "dense": dense}
 
 
 def _time_of_sequence(stage: SparseStage, asked: Teacher | None, row: Row) -> float:
@@ -267,7 +299,7 @@ def _time_of_sequence(stage: SparseStage, asked: Teacher | None, row: Row) -> fl
 
 
 @torch.no_grad()
-def _dense_loss(stage: SparseStage, held_out: list[Row], on_part: OnPart) -> float:
+def _dense_loss(stage: SparseStage, held_out: list[Row], on_part: OnPart) -> HeldOutLoss:
     schedule = stage.schedule
     stage.schedule = TopkSchedule("dense", 0, 0, (), 1)
     try:

@@ -20,6 +20,8 @@ class SparseSettings:
     top_n: tokens of the teacher's distribution that are kept apart. teacher_place: one of TEACHER_PLACES;
     "auto" writes the answers to disk if sequences come more than once.
     indexer_loss: one of INDEXER_LOSSES. n_rows: query rows per sequence and layer for it.
+    n_targets: tokens per sequence, beside answers, whose next-token loss is taken; None: all. Of a large
+    vocabulary they cost as much as the layers.
     k_schedule: one of K_SCHEDULES. accumulate: sequences per step and process.
     checkpointing: recompute layers in the backward pass. bf16: autocast to bfloat16; 16-bit weights are
     trained so anyway, and kept in float32 meanwhile. lora: rank; None trains all weights.
@@ -37,6 +39,7 @@ class SparseSettings:
     teacher_place: str = "auto"
     indexer_loss: str = "both"
     n_rows: int = 192
+    n_targets: int | None = 512
     k_schedule: str = "none"
     accumulate: int = 1
     checkpointing: bool = False

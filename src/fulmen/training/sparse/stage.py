@@ -20,6 +20,9 @@ from fulmen.training.sparse.losses import SparseLayerLoss, SparseLossSelector
 from fulmen.training.sparse.schedule import TopkSchedule
 from fulmen.training.sparse.settings import SparseSettings
 
+# Of the backbone's loss, in a sequence that has answers to questions: they are few among its tokens.
+ANSWER_SHARE = 0.5
+
 
 @dataclass(frozen=True)
 class StepLosses:
@@ -61,6 +64,8 @@ class SparseStage(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
+        answers: Tensor | None = None,
+        targets: Tensor | None = None,
         teacher_ids: Tensor | None = None,
         teacher_logp: Tensor | None = None,
         teacher_rest: Tensor | None = None,
@@ -70,7 +75,9 @@ class SparseStage(nn.Module):
 
         Args:
             input_ids, position_ids: int64 [B, T]; a position that does not follow the last starts a document.
-            teacher_*: `TeacherTargets` with a B in front; None: no teacher.
+            answers: bool [B, T], where the next token answers a question; None: nowhere.
+            targets: bool [B, T], where losses are taken, as many in each row; None: wherever a token follows.
+            teacher_*: `TeacherTargets` of the targets with a B in front; None: no teacher.
             first: leave out the losses of positions before it.
         """
         self._attach(self._selector())
@@ -78,8 +85,11 @@ class SparseStage(nn.Module):
         hidden_BTC = self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
         labels_BT = next_tokens(input_ids, position_ids)
         labels_BT[:, :first] = NO_LABEL
-        given = (teacher_ids, teacher_logp, teacher_rest)
-        backbone = self._backbone_losses(hidden_BTC, labels_BT, None if teacher_ids is None else given)
+        if targets is not None:
+            labels_BT = labels_BT.where(targets, NO_LABEL)
+        given = None if teacher_ids is None else (teacher_ids, teacher_logp, teacher_rest)
+        share_BT = label_shares(labels_BT != NO_LABEL, answers)
+        backbone = self._backbone_losses(hidden_BTC, labels_BT, share_BT, given)
         loss, indexer = backbone.loss, torch.zeros(())
         if taken := list(self.taps.layers.values()):
             indexer = torch.stack([layer.loss for layer in taken]).mean()
@@ -98,14 +108,15 @@ class SparseStage(nn.Module):
         self.taps.begin()
         self.last = None
 
-    def _backbone_losses(self, hidden_BTC: Tensor, labels_BT: Tensor, given: Any) -> NextTokenLosses:
+    def _backbone_losses(
+        self, hidden_BTC: Tensor, labels_BT: Tensor, share_BT: Tensor, given: Any
+    ) -> NextTokenLosses:
         counts_BT = labels_BT != NO_LABEL
-        share_BT = counts_BT / (counts_BT.sum(-1, keepdim=True).clamp(min=1) * len(counts_BT))
         labels_N, hidden_NC = labels_BT[counts_BT], hidden_BTC[counts_BT]
         if given is None:
             targets, alpha = no_targets(len(labels_N), labels_N.device), 0.0
         else:
-            targets, alpha = TeacherTargets(*(part[counts_BT] for part in given)), self.alpha
+            targets, alpha = TeacherTargets(*(part.flatten(0, 1) for part in given)), self.alpha
         weight_VC = self.model.get_output_embeddings().weight
         return next_token_losses(hidden_NC, weight_VC, labels_N, share_BT[counts_BT], targets, alpha)
 
@@ -144,3 +155,13 @@ class SparseStage(nn.Module):
             for name, parameter in self.named_parameters()
             if parameter.requires_grad
         }
+
+
+def label_shares(counts_BT: Tensor, answers_BT: Tensor | None) -> Tensor:
+    """What each token's loss counts, share_BT, of sum 1: rows alike; in one with answers, they count half."""
+    parts = [counts_BT] if answers_BT is None else [counts_BT & answers_BT, counts_BT & ~answers_BT]
+    weights = [1.0] if answers_BT is None else [ANSWER_SHARE, 1 - ANSWER_SHARE]
+    share_BT = torch.zeros(counts_BT.shape, device=counts_BT.device)
+    for weight, part_BT in zip(weights, parts, strict=True):
+        share_BT += weight * part_BT / part_BT.sum(-1, keepdim=True).clamp(min=1)
+    return share_BT / (share_BT.sum(-1, keepdim=True).clamp(min=1e-30) * len(counts_BT))

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from fulmen.data import SequenceStream, TokenSequence
-from fulmen.training.rows import sequence_row
+from fulmen.training.rows import target_row
 
 
 class StreamedRows:
@@ -17,10 +17,11 @@ class StreamedRows:
 
     Args:
         ahead: rows that may be read before the one whose position is asked for.
+        n_targets: as `target_row`.
     """
 
-    def __init__(self, stream: SequenceStream, count: int, ahead: int) -> None:
-        self.stream, self.count, self.ahead = stream, count, ahead
+    def __init__(self, stream: SequenceStream, count: int, ahead: int, n_targets: int | None = None) -> None:
+        self.stream, self.count, self.ahead, self.n_targets = stream, count, ahead, n_targets
         self.sequences = self._endless()
         self.positions = {0: stream.state_dict()}
         self.n_read = 0
@@ -49,7 +50,7 @@ class StreamedRows:
 
     def _read_before(self, number: int) -> None:
         while self.n_read < number:
-            self.row = sequence_row(next(self.sequences))
+            self.row = target_row(next(self.sequences), self.n_targets)
             self.n_read += 1
             self.positions[self.n_read] = self.stream.state_dict()
             self.positions.pop(self.n_read - self.ahead - 1, None)

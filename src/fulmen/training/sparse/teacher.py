@@ -33,7 +33,7 @@ class Teacher:
 
     @torch.no_grad()
     def targets(self, row: Row) -> TeacherTargets:
-        """Targets for every token of one row, on the model's device."""
+        """Targets for the row's `targets`, on the model's device."""
         batch = {name: row[name][None].to(self.model.device) for name in ("input_ids", "position_ids")}
         was_training = self.model.training
         self.model.eval()
@@ -42,7 +42,8 @@ class Teacher:
                 hidden_TC = self.model.base_model(**batch, use_cache=False)[0][0]
         finally:
             self.model.train(was_training)
-        return teacher_targets(hidden_TC, self.model.get_output_embeddings().weight, self.top_n)
+        hidden_NC = hidden_TC[row["targets"].to(hidden_TC.device)]
+        return teacher_targets(hidden_NC, self.model.get_output_embeddings().weight, self.top_n)
 
 
 class TargetFiles:
@@ -68,7 +69,7 @@ class TargetFiles:
 
     def _file(self, row: Row) -> Path:
         digest = hashlib.sha256(str(self.teacher.top_n).encode())
-        for name in ("input_ids", "position_ids"):
+        for name in ("input_ids", "position_ids", "targets"):
             digest.update(row[name].cpu().numpy().tobytes())
         return self.folder / f"{digest.hexdigest()[:32]}.safetensors"
 

@@ -6,7 +6,7 @@ import os
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -85,11 +85,8 @@ class SparseTrainer(SafeCheckpoints, Sharded, Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.accelerator.autocast():
-            metrics = {
-                "eval_loss": held_out_loss(
-                    self.model_wrapped, self.validation, self.args.device, self.on_part
-                )
-            }
+            found = held_out_loss(self.model_wrapped, self.validation, self.args.device, self.on_part)
+        metrics = {"eval_loss": found.total, "eval_text": found.text, "eval_answers": found.answers}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -118,21 +115,39 @@ class SparseTrainer(SafeCheckpoints, Sharded, Trainer):
         load_trained(self.stage, Path(resume_from_checkpoint, WEIGHTS_FILE))
 
 
+class HeldOutLoss(NamedTuple):
+    """Next-token losses (nats a token) of held-out rows, each kind's mean; 0 where there is none of it.
+
+    text: of ordinary rows, over their second halves. answers: of rows that ask and look up, over the answers.
+    """
+
+    text: float
+    answers: float
+
+    @property
+    def total(self) -> float:
+        """What the best step has least of: loss on ordinary text hardly moves while look-ups break."""
+        return self.text + self.answers
+
+
 @torch.no_grad()
 def held_out_loss(
     stage: nn.Module, rows: list[dict[str, Tensor]], device: Any, on_part: OnPart = lambda *_: None
-) -> float:
-    """Next-token loss (nats) of the sparse model over the second halves of rows, which weigh the same."""
+) -> HeldOutLoss:
+    """Of the sparse model; rows of one kind weigh the same."""
     was_training = stage.training
     stage.eval()
-    losses = []
+    losses: dict[bool, list[float]] = {False: [], True: []}
     for number, row in enumerate(rows):
         on_part(number, len(rows), "validation")
         batch = {name: row[name][None].to(device) for name in ("input_ids", "position_ids")}
-        losses.append(float(stage(**batch, first=len(row["input_ids"]) // 2)["lm"]))
+        answers = bool(row["answers"].any())
+        second_half_T = torch.arange(len(row["answers"])) >= len(row["answers"]) // 2
+        targets_T = row["answers"] if answers else second_half_T
+        losses[answers].append(float(stage(**batch, targets=targets_T[None].to(device))["lm"]))
     on_part(len(rows), len(rows), "validation")
     stage.train(was_training)
-    return sum(losses) / len(losses)
+    return HeldOutLoss(*(sum(found) / max(len(found), 1) for found in losses.values()))
 
 
 def only_trained(stage: SparseStage, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -193,6 +208,9 @@ class StepWatch(RunWatch):
 
     def step_figures(self) -> dict[str, float]:
         return {name: self.row[name] for name in PARTS[1:]}
+
+    def evaluation_figures(self, metrics: dict[str, float]) -> dict[str, float]:
+        return {self.loss_name: metrics["eval_text"], "at answers": metrics["eval_answers"]}
 
     def _layer_means(self) -> dict[str, Any]:
         """Of the first sequence's layers: mean KL and output change; of the measured: recall and k."""

@@ -1,0 +1,74 @@
+"""Which split of k among the layers a model really answers best with: tried out, not reckoned.
+
+`topk_ratios` looks at each layer alone and at ordinary text. What that saves in loss may cost answers, of
+which loss says little: so the converted model reads texts that ask and look up, under the even split, the
+fitted one and the one half-way, and the split with the least change of its predictions is kept. A change at
+answers counts as much as one in the text around.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fulmen.config import DsaConfig
+from fulmen.modeling.family import AnsweredText, TriedSplit
+from fulmen.modeling.gqa.model import set_topk_ratios
+from fulmen.modeling.selectors import DenseSelector, IndexerSelector, Selector, use_selector
+
+# Shares of the way from the even split to the fitted one.
+TRIED_BLENDS = (0.0, 0.5, 1.0)
+# Of a text, beside the answers' tokens, evenly over its second half.
+TEXT_ROWS = 192
+
+
+@torch.no_grad()
+def try_topk_ratios(
+    model: PreTrainedModel,
+    texts: Sequence[AnsweredText],
+    on_read: Callable[[int, int], None] = lambda done, total: None,
+) -> list[TriedSplit]:
+    """Leave a model with the best of three splits between an even one and the one that it has.
+
+    Args:
+        model: with its indexers; the ratios that it has are the fitted ones.
+        texts: each longer than the model's k, at least one.
+        on_read: called with texts read and texts to read, after each.
+
+    Returns all that were tried, the one that is kept first.
+    """
+    fitted = DsaConfig.from_dict(model.config.dsa).topk_shares
+    blends = [tuple(1 + blend * (ratio - 1) for ratio in fitted) for blend in TRIED_BLENDS]
+    total = len(texts) * (1 + len(blends))
+    on_read(0, total)
+    changes_ST = [[0.0, 0.0] for _ in blends]
+    for number, text in enumerate(texts):
+        dense = _read(model, text, DenseSelector())
+        on_read(number * (1 + len(blends)) + 1, total)
+        for place, ratios in enumerate(blends):
+            set_topk_ratios(model, ratios)
+            sparse = _read(model, text, IndexerSelector())
+            for part, (p_RV, q_RV) in enumerate(zip(dense, sparse, strict=True)):
+                changes_ST[place][part] += float((p_RV.exp() * (p_RV - q_RV)).sum(-1).mean()) / len(texts)
+            on_read(number * (1 + len(blends)) + 2 + place, total)
+    tried = [TriedSplit(ratios, *changes) for ratios, changes in zip(blends, changes_ST, strict=True)]
+    even = tried[0]
+    tried.sort(
+        key=lambda one: one.kl_text / max(even.kl_text, 1e-12) + one.kl_answers / max(even.kl_answers, 1e-12)
+    )
+    set_topk_ratios(model, tried[0].ratios)
+    return tried
+
+
+def _read(model: PreTrainedModel, text: AnsweredText, selector: Selector) -> tuple[Tensor, Tensor]:
+    """Log probabilities [R, V] of the next token: in the text, and where answers are next."""
+    length = len(text.ids_T)
+    some_R = torch.linspace(length // 2, length - 1, TEXT_ROWS).long().unique()
+    with use_selector(model, selector):
+        hidden_TC = model.base_model(text.ids_T[None], use_cache=False).last_hidden_state[0]
+    head = model.get_output_embeddings()
+    text_RV, answers_RV = (
+        head(hidden_TC[rows.to(hidden_TC.device)]).float().log_softmax(-1) for rows in (some_R, text.rows_R)
+    )
+    return text_RV, answers_RV
