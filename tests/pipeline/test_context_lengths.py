@@ -151,7 +151,9 @@ class TestDefaults:
         corpus, tokenizer = load_corpus(corpus_dir), load_tokenizer(find_source(long_dir))
         texts = draw_longest(
             [2048, 1024, 512],
-            lambda length: conversion_texts(corpus, tokenizer, length, None, 0, trains=True),
+            lambda length: conversion_texts(
+                corpus, tokenizer, length, None, 0, SilentReporter(), trains=True
+            ),
             LineReporter(),
         )
         assert texts.length == 1024

@@ -38,7 +38,8 @@ def convert_command(
         int | None,
         typer.Option(
             help="Tokens that each query keeps. Below it attention stays dense. "
-            "[dim]Default: context / 32, within 256 and 2048, context / 2 at most.[/]",
+            "[dim]Default: context / 32, within 256 and 2048, context / 2 at most; where nothing is trained "
+            "--length / 8, without one context / 8 up to 2048.[/]",
             show_default=False,
         ),
     ] = None,

@@ -8,6 +8,8 @@ from transformers import PreTrainedConfig
 SMALLEST_TOPK, LARGEST_TOPK, CONTEXT_OVER_TOPK = 256, 2048, 32
 # Of a sequence that teaches an indexer: three of four queries then have more to choose from than they keep.
 LENGTH_OVER_TOPK, USUAL_LENGTH = 4, 2048
+# An index that was only inherited loses answers beyond this (docs/results.md).
+LENGTH_OVER_UNTRAINED_TOPK = 8
 # Of a long prompt, read at once.
 PREFILL_CHUNK = 2048
 
@@ -24,6 +26,17 @@ def default_topk(config: PreTrainedConfig) -> int:
         return SMALLEST_TOPK
     within = max(SMALLEST_TOPK, min(LARGEST_TOPK, context // CONTEXT_OVER_TOPK))
     return max(1, min(within, context // 2))
+
+
+def untrained_topk(config: PreTrainedConfig, length: int | None) -> int:
+    """Where nothing is trained: an eighth of the length asked for.
+
+    Without one, of the model's context, within the bounds of `default_topk`.
+    """
+    if length is not None:
+        return max(1, min(length, context_of(config) or length) // LENGTH_OVER_UNTRAINED_TOPK)
+    wanted = (context_of(config) or 0) // LENGTH_OVER_UNTRAINED_TOPK
+    return max(default_topk(config), min(LARGEST_TOPK, wanted))
 
 
 def default_length(config: PreTrainedConfig, topk: int) -> int:

@@ -69,7 +69,8 @@ def convert(
         out: directory to write, whole or not at all.
         tokenizer: of a model in memory.
         topk: tokens that each query keeps; below it attention stays dense. None: context / 32, within 256
-            and 2048, context / 2 at most.
+            and 2048, context / 2 at most; where nothing is trained, `length` / 8 (without one context / 8, up
+            to 2048).
         stages: "inherit" builds the indexer from the model's own heads, "warmup" trains it to match the
             dense attention, "sparse" trains all weights under sparse attention, taught by the dense model.
             Each needs the ones before it.

@@ -19,7 +19,7 @@ from fulmen.modeling.checkpoint import require_free_output, require_savable, sav
 from fulmen.modeling.families import accelerated, dsa_family_for, dsa_of, family_for
 from fulmen.modeling.family import AnsweredText, TriedSplit
 from fulmen.modeling.index_shape import default_dsa
-from fulmen.modeling.lengths import context_of
+from fulmen.modeling.lengths import context_of, untrained_topk
 from fulmen.modeling.token_blocks import feed_forward_in_blocks
 from fulmen.pipeline.conversion import Conversion
 from fulmen.pipeline.devices import training_device
@@ -115,7 +115,10 @@ def _device(settings: ConvertSettings) -> torch.device | None:
 
 def plan_conversion(settings: ConvertSettings, config: PreTrainedConfig) -> _Plan:
     """Raises what the config has against these settings, before weights are loaded."""
-    dsa = default_dsa(config, settings.topk, settings.index_heads, settings.index_head_dim)
+    topk = settings.topk
+    if topk is None and set(settings.stages) == {"inherit"}:
+        topk = untrained_topk(config, settings.length)
+    dsa = default_dsa(config, topk, settings.index_heads, settings.index_head_dim)
     family_for(config).require_convertible(config, dsa)
     if "sparse" in settings.stages:
         family_for(config).require_trainable(config)

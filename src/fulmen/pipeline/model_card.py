@@ -5,6 +5,7 @@ from typing import Any
 
 from fulmen.files import write_file
 from fulmen.modeling.families import dsa_family_for_type
+from fulmen.modeling.lengths import LENGTH_OVER_UNTRAINED_TOPK
 
 PARITY_BEGIN, PARITY_END = "<!-- parity:begin -->", "<!-- parity:end -->"
 
@@ -34,7 +35,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/of/this/directory")
 ```
 
 `fulmen.set_topk(model, k)` changes how many tokens a query keeps; at or above the length the model is dense.
-{_ties_paragraph(model_type)}
+{_untrained_paragraph(record)}{_ties_paragraph(model_type)}
 ## Parity with the dense model
 
 {PARITY_BEGIN}
@@ -47,6 +48,18 @@ def _backbone_sentence(stages: list[str]) -> str:
     if "sparse" in stages:
         return "All weights were trained under sparse attention, with the dense model as teacher."
     return "All other weights are the dense model's own, under their own names."
+
+
+def _untrained_paragraph(record: dict[str, Any]) -> str:
+    if set(record["stages"]) != {"inherit"}:
+        return ""
+    topk = record["dsa"]["topk"]
+    longest = LENGTH_OVER_UNTRAINED_TOPK * topk
+    return f"""
+Nothing was trained. With k = {topk} it is meant for texts of up to {longest} tokens, of which k is an
+eighth: of longer ones look-ups are lost before the loss shows it. Take a larger k for those
+(`fulmen.set_topk`), or train: `fulmen train`.
+"""
 
 
 def _indexer_sentence(dsa: dict[str, Any]) -> str:

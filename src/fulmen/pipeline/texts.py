@@ -120,8 +120,8 @@ def conversion_texts(
         ConfigError: there is but one to train on.
     """
     calibration = calibration_texts(corpus.calibration, tokenizer, length, context, seed)
-    answered = with_lookups(calibration[:ANSWERED_SEQUENCES], tokenizer, seed, reporter, every=1)
-    answered = [sequence for sequence in answered if sequence.answers]
+    asked = Asker(tokenizer, seed, reporter, every=1).all(calibration[:ANSWERED_SEQUENCES])
+    answered = [sequence for sequence in asked if sequence.answers]
     if not trains:
         return ConversionTexts(length, calibration, answered, [], [])
     n_held_out = count_of_length(VALIDATION_SEQUENCES, length)
@@ -140,28 +140,32 @@ def calibration_texts(
     return drawn if len(drawn) == count else up_to(documents, tokenizer, length, count, seed)
 
 
-def with_lookups(
-    sequences: Sequence[TokenSequence], tokenizer: Any, seed: int, reporter: Reporter, every: int = 2
-) -> list[TokenSequence]:
-    """The sequences, every second of which becomes a text that asks and looks up (`asking`)."""
-    return [
-        asking(sequence, number, tokenizer, seed, reporter) if number % every == 0 else sequence
-        for number, sequence in enumerate(sequences)
-    ]
+class Asker:
+    """Makes every second sequence a text that asks and looks up, of the same length.
 
-
-def asking(
-    sequence: TokenSequence, number: int, tokenizer: Any, seed: int, reporter: Reporter
-) -> TokenSequence:
-    """The sequence as a text with questions and answers, of the same length.
-
-    It stays as it is if it is too short, or the chat template cannot write a question: `reporter` is told.
+    One stays as it is if it is too short, or if the chat template cannot write a question; the first time,
+    the reporter is told why.
     """
-    try:
-        return lookup_sequence(sequence, tokenizer, number, seed=seed)
-    except ConfigError as error:
-        reporter.note(f"{sequence.name} asks no questions: {error}")
-        return sequence
+
+    def __init__(self, tokenizer: Any, seed: int, reporter: Reporter, every: int = 2) -> None:
+        self.tokenizer, self.seed, self.reporter, self.every = tokenizer, seed, reporter, every
+        self.told = False
+
+    def __call__(self, sequence: TokenSequence, number: int) -> TokenSequence:
+        """The sequence of this number, changed or not."""
+        if number % self.every:
+            return sequence
+        try:
+            return lookup_sequence(sequence, self.tokenizer, number, seed=self.seed)
+        except ConfigError as error:
+            if not self.told:
+                self.reporter.note(f"Texts without questions and answers stay as they are: {error}")
+            self.told = True
+            return sequence
+
+    def all(self, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
+        """All of them, numbered from 0."""
+        return [self(sequence, number) for number, sequence in enumerate(sequences)]
 
 
 def up_to(

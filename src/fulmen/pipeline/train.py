@@ -31,7 +31,7 @@ from fulmen.pipeline.reporter import Reporter, TrainingView
 from fulmen.pipeline.run_dir import RunDir
 from fulmen.pipeline.texts import (
     TRAINING_SEQUENCES,
-    asking,
+    Asker,
     count_of_length,
     draw_longest,
     lengths_to_try,
@@ -39,7 +39,6 @@ from fulmen.pipeline.texts import (
     read_stream,
     split_off,
     up_to,
-    with_lookups,
 )
 from fulmen.pipeline.train_settings import TrainSettings
 from fulmen.pipeline.warmup import WARMUP_DIR, warmup_stage
@@ -77,21 +76,19 @@ def sparse_texts(
 ) -> SparseTexts:
     """Draw the texts, data sets as a stream unless a number of sequences is asked for.
 
-    Every second one asks and looks up: what a sparse model loses first (`with_lookups`).
+    Every second one asks and looks up: what a sparse model loses first (`Asker`).
 
     Raises:
         ConfigError: they fill too few sequences.
         CorpusError: there is not even one sequence, or a data set cannot be read.
     """
+    asker = Asker(tokenizer, settings.seed, reporter)
     if not isinstance(texts, DataSets):
         parts = _sequences(texts, tokenizer, length, n_sequences, settings)
-        train, held_out = (with_lookups(part, tokenizer, settings.seed, reporter) for part in parts)
+        train, held_out = (asker.all(part) for part in parts)
         return SparseTexts(length, train, held_out, texts.skipped)
     stream, held_out = _stream(texts, tokenizer, length)
-    held_out = with_lookups(held_out, tokenizer, settings.seed, reporter)
-    stream.change = lambda sequence, number: (
-        sequence if number % 2 else asking(sequence, number, tokenizer, settings.seed, reporter)
-    )
+    stream.change, held_out = asker, asker.all(held_out)
     require_teacher_place(settings, is_streamed=n_sequences is None)
     # So few are held, and may come more than once.
     some = stream if n_sequences is None else list(islice(stream, n_sequences))

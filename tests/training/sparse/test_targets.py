@@ -1,5 +1,7 @@
 """Where the sparse stage takes its losses, and how much answers to questions count."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -36,7 +38,7 @@ def test_all_answers_are_targets_and_some_of_the_rest():
     # A document's last token has no next one, nor has the sequence's.
     assert not row["targets"][[49, LENGTH - 1]].any()
     rest = [place for place in row["targets"].nonzero()[:, 0].tolist() if place not in BEFORE]
-    assert all(2 <= after - before <= 9 for before, after in zip(rest, rest[1:], strict=False))
+    assert all(2 <= after - before <= 9 for before, after in pairwise(rest))
 
 
 @pytest.mark.parametrize("n_targets", [None, 1000, LENGTH - 2 - len(BEFORE)])
