@@ -228,7 +228,7 @@ def train(
         model_dir=path_argument("source", source),
         out=path_argument("out", out),
         topk=topk,
-        stages=stage_names(stages),
+        stages=stage_names(stages, "use warmup, sparse or both"),
         data=places,
         texts=in_memory,
         teacher=None if teacher is None else place_argument("teacher", teacher),

@@ -158,7 +158,7 @@ class EvalSettings:
 
 def parse_stages(stages: Sequence[str] | str) -> tuple[str, ...]:
     """The stages of "inherit,warmup", or of these names: STAGES from the first on. Raises ConfigError."""
-    found = stage_names(stages)
+    found = stage_names(stages, f"use some of {', '.join(STAGES)}, from the first on")
     if not found or found != STAGES[: len(found)]:
         raise ConfigError(
             f"stages={','.join(found)!r} are repeated, incomplete or out of order; each needs the ones "
@@ -167,11 +167,11 @@ def parse_stages(stages: Sequence[str] | str) -> tuple[str, ...]:
     return found
 
 
-def stage_names(stages: Sequence[str] | str) -> tuple[str, ...]:
+def stage_names(stages: Sequence[str] | str, remedy: str) -> tuple[str, ...]:
     """The names in "inherit,warmup", or these names. Raises ConfigError unless all are STAGES."""
     names = stages.split(",") if isinstance(stages, str) else stages
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
-        raise refused("stages", stages, f"use some of {', '.join(STAGES)}")
+        raise refused("stages", stages, remedy)
     found = tuple(name.strip() for name in names)
     for name in found:
         require_choice("stage", name, STAGES)
