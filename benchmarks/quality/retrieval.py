@@ -5,8 +5,8 @@
 
 k is the length over each number of `--over`, or `--topk`. A line of JSON per text, variant and k goes to the
 output file at once; what it holds is not measured again, so that a run can be stopped and continued. The
-table at the end counts right answers, those lost and gained against dense, and the difference, with an interval that
-knows which questions share a text.
+table at the end counts right answers, those lost and gained against dense, and the difference with an
+interval that knows which questions share a text.
 """
 
 import json
