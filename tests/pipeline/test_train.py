@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fulmen.errors import CheckpointError, ConfigError, ResumeError
 from fulmen.pipeline.reporter import LineReporter
 from fulmen.pipeline.run_dir import RunDir
+from fulmen.pipeline.train import training_topk
 from fulmen.pipeline.train_settings import TrainSettings
 from fulmen.training.sparse import run
 from tests.modeling.gqa.tiny_gqa import make_dense
@@ -170,3 +171,36 @@ def test_bad_requests(tmp_path, corpus_dir, llama_dir, converted):
             train(train_settings(converted, tmp_path / "out", corpus_dir))
     finally:
         (converted / "aside").rename(converted / "conversion.json")
+
+
+@pytest.fixture(scope="module")
+def inherited(tmp_path_factory, corpus_dir, llama_dir) -> Path:
+    asked = settings(
+        llama_dir, tmp_path_factory.mktemp("inherited") / "out", corpus_dir, stages=("inherit",), steps=None
+    )
+    return convert(asked)
+
+
+def test_a_model_that_was_only_inherited_is_warmed_up_later(tmp_path, corpus_dir, inherited):
+    """The indexers alone change; both stages in a row are what one after the other makes."""
+    warm = train(train_settings(inherited, tmp_path / "warm", corpus_dir, stages=("warmup",)))
+    before, after = weights(inherited), weights(warm)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert all(".indexer." in name for name in changed)
+    record = json.loads((warm / "conversion.json").read_text())
+    assert record["stages"] == ["inherit", "warmup"]
+    assert record["stages_done"]["warmup"]["last_step"] == STEPS
+    assert (warm / "stages" / "warmup-layers.jsonl").exists()
+    trained = train(train_settings(inherited, tmp_path / "trained", corpus_dir))
+    assert json.loads((trained / "conversion.json").read_text())["stages"] == ["inherit", "sparse"]
+
+
+@pytest.mark.parametrize("stages", [(), ("inherit",), ("sparse", "warmup"), ("inherit", "warmup")])
+def test_stages_that_cannot_be_trained(tmp_path, corpus_dir, stages):
+    with pytest.raises(ConfigError, match=r"cannot be trained; use warmup, sparse or warmup,sparse"):
+        train_settings(tmp_path, tmp_path / "out", corpus_dir, stages=stages)
+
+
+@pytest.mark.parametrize(("topk", "length", "expected"), [(512, 4096, 256), (128, 4096, 128), (8, 8, 1)])
+def test_k_of_the_stage_is_a_16th_of_the_text_at_most(topk, length, expected):
+    assert training_topk(topk, length) == expected

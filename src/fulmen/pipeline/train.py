@@ -258,6 +258,7 @@ def _identity(
         "length": length,
         "model_dir": str(settings.model_dir),
         "data": list(settings.data),
+        "stages": list(settings.stages),
         "topk": dsa_of(model.config).topk,
         "processes": processes().num_processes,
         "model_weights": weights_fingerprint(model.state_dict()),
