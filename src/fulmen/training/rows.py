@@ -48,17 +48,23 @@ def target_row(sequence: TokenIds, n_targets: int | None = None) -> dict[str, Te
     large vocabulary cost as much as the layers, and neighbours teach alike.
     """
     row = sequence_row(sequence)
-    has_label_T = next_tokens(row["input_ids"][None], row["position_ids"][None])[0] != NO_LABEL
-    answers_T = torch.zeros_like(has_label_T)
+    answers_T = torch.zeros(len(row["input_ids"]), dtype=torch.bool)
     if not isinstance(sequence, Tensor):
         answers_T[before_answers(sequence.answers)] = True
-    answers_T &= has_label_T
+    return with_targets({**row, "answers": answers_T}, n_targets)
+
+
+def with_targets(row: dict[str, Tensor], n_targets: int | None) -> dict[str, Tensor]:
+    """`target_row`, of its other fields alone."""
+    has_label_T = next_tokens(row["input_ids"][None], row["position_ids"][None])[0] != NO_LABEL
+    answers_T = row["answers"] & has_label_T
     others = (has_label_T & ~answers_T).nonzero()[:, 0]
     if n_targets is not None and len(others) > n_targets:
         others = others[((torch.arange(n_targets) + 0.5) * len(others) / n_targets).long()]
     targets_T = answers_T.clone()
     targets_T[others] = True
-    return {**row, "answers": answers_T, "targets": targets_T}
+    kept = {name: row[name] for name in ("input_ids", "position_ids")}
+    return {**kept, "answers": answers_T, "targets": targets_T}
 
 
 def target_rows(sequences: Sequence[TokenIds], n_targets: int | None = None) -> list[dict[str, Tensor]]:

@@ -102,8 +102,8 @@ def test_the_first_step_changes_the_weights(tmp_path):
             after.update({name: weight.clone() for name, weight in model.state_dict().items()})
 
     run(tmp_path, model, steps=20, evaluations=10, learning_rate=1e-6, on_step=on_step)
-    # A warm-up of two steps: half of the rate.
-    assert log_rows(tmp_path)[0]["lr"] == pytest.approx(5e-7)
+    # A warm-up of five steps: a fifth of the rate.
+    assert log_rows(tmp_path)[0]["lr"] == pytest.approx(2e-7)
     for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.indexer.wk.weight"):
         assert not torch.equal(before[name], after[name])
 

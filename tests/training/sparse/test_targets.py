@@ -84,6 +84,7 @@ def test_the_teacher_is_asked_at_targets_alone_and_loss_and_gradient_are_those_o
 
 
 def test_held_out_answers_are_judged_by_themselves():
+    """Without a teacher by their loss, with one by the KL to it."""
     model = fresh_model()
     stage = prepare_stage(model, settings())
     text, looks_up = target_row(random_ids(1, LENGTH, seed=1)[0]), target_row(asking())
@@ -97,6 +98,9 @@ def test_held_out_answers_are_judged_by_themselves():
     )
     assert both.answers == pytest.approx(float(own.mean()), abs=1e-4)
     assert both.total == both.text + both.answers
+    targets = Teacher(model, 16).targets({**looks_up, "targets": looks_up["answers"]})
+    taught = {**looks_up, **dict(zip(TARGET_KEYS, targets, strict=True))}
+    assert 0 < held_out_loss(stage, [taught], "cpu").answers < both.answers
 
 
 def test_a_run_says_what_became_of_answers(tmp_path):

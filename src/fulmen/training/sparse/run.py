@@ -20,7 +20,7 @@ from fulmen.modeling.selectors import dsa_attentions
 from fulmen.training.checkpoints import checkpoint_step
 from fulmen.training.precision import are_half, in_float32
 from fulmen.training.processes import processes
-from fulmen.training.rows import TokenIds, sequence_row, target_row, target_rows
+from fulmen.training.rows import TokenIds, sequence_row, target_rows, with_targets
 from fulmen.training.run import (
     OnPart,
     OnStep,
@@ -56,7 +56,8 @@ TARGETS_DIR = "teacher"
 class SparseResult:
     """Held-out loss (nats a token): read densely and sparsely before, sparsely at the kept step.
 
-    answers_*: the same at the answers of held-out texts that ask and look up; 0 if none does.
+    answers_*: KL(teacher || model) at the answers of held-out texts that ask and look up, without a teacher
+    the loss there; 0 if none does.
 
     skipped: rows and files of the data that were left out, by reason; filled in by who reads them.
     """
@@ -103,7 +104,6 @@ def train_sparse(
         OutputError: the disk is full; what was written before is complete.
     """
     began = time.monotonic()
-    held_out = target_rows(validation)
     length = train.length if isinstance(train, SequenceStream) else len(sequence_row(train[0])["input_ids"])
     topk = dsa_of(model.config).topk
     if topk >= length:
@@ -117,7 +117,8 @@ def train_sparse(
     # LoRA's are drawn at random, by each process.
     load_trained(stage, initial)
     asked = _teacher(stage, teacher, settings)
-    plan = run_plan(run_dir, lambda: _plan(stage, asked, validation, settings, on_part))
+    held_out = _held_out_rows(validation, asked)
+    plan = run_plan(run_dir, lambda: _plan(stage, asked, held_out, settings, on_part))
     n_uses = plan["steps"] * settings.accumulate * state.num_processes
     rows = _rows(train, n_uses, checkpoint, settings, state)
     stage.schedule = TopkSchedule(
@@ -179,6 +180,19 @@ def prepare_stage(model: PreTrainedModel, settings: SparseSettings) -> SparseSta
     if settings.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return SparseStage(model, settings)
+
+
+def _held_out_rows(validation: Sequence[TokenIds], asked: Teacher | None) -> list[Row]:
+    """Rows to validate with; those with answers have the teacher's targets there."""
+    rows = target_rows(validation)
+    if asked is None:
+        return rows
+    return [
+        {**row, **dict(zip(TARGET_KEYS, asked.targets({**row, "targets": row["answers"]}), strict=True))}
+        if row["answers"].any()
+        else row
+        for row in rows
+    ]
 
 
 def _held_out(metrics: Mapping[str, float]) -> HeldOutLoss:
@@ -259,12 +273,11 @@ def _trainer(
 def _plan(
     stage: SparseStage,
     asked: Teacher | None,
-    validation: Sequence[TokenIds],
+    held_out: list[Row],
     settings: Any,
     on_part: OnPart,
 ) -> dict[str, Any]:
     """Number of steps, and the losses before."""
-    held_out = target_rows(validation)
     # As the steps and evaluations compute.
     autocast = torch.autocast(stage.model.device.type, torch.bfloat16, enabled=settings.bf16)
     with in_float32(stage.trained_parameters()), autocast:
@@ -275,17 +288,18 @@ def _plan(
         steps, evaluations = settings.steps, settings.evaluations
         if steps is None:
             on_part(0, 1, "timing a step")
-            step_s = settings.accumulate * _time_of_sequence(
-                stage, asked, target_row(validation[0], settings.n_targets)
-            )
+            step_s = settings.accumulate * _time_of_sequence(stage, asked, held_out[0], settings)
             steps, evaluations = steps_within(settings.budget_s, evaluation_s, step_s, evaluations, made=2)
     every = max(1, math.ceil(steps / evaluations))
     return {"steps": steps, "every": every, "before": before, "dense": dense}
 
 
-def _time_of_sequence(stage: SparseStage, asked: Teacher | None, row: Row) -> float:
+def _time_of_sequence(
+    stage: SparseStage, asked: Teacher | None, held_out: Row, settings: SparseSettings
+) -> float:
     """Seconds of one forward and backward pass, the teacher's included."""
     clock = time.monotonic()
+    row = with_targets(held_out, settings.n_targets)
     batch = {name: part[None].to(stage.model.device) for name, part in row.items()}
     if asked is not None:
         targets = asked.targets(row)

@@ -21,7 +21,7 @@ from fulmen.training.sharding import Sharded, load_full_weights
 from fulmen.training.sparse.settings import SparseSettings
 from fulmen.training.sparse.stage import SparseStage, StepLosses
 from fulmen.training.sparse.streamed import StreamedRows
-from fulmen.training.sparse.teacher import DistilledRows
+from fulmen.training.sparse.teacher import TARGET_KEYS, DistilledRows
 
 WEIGHTS_FILE, LOG_FILE, POSITION_FILE = "model.safetensors", "sparse.jsonl", "position.json"
 TENSORBOARD_DIR = "tensorboard"
@@ -116,9 +116,11 @@ class SparseTrainer(SafeCheckpoints, Sharded, Trainer):
 
 
 class HeldOutLoss(NamedTuple):
-    """Next-token losses (nats a token) of held-out rows, each kind's mean; 0 where there is none of it.
+    """Of held-out rows, in nats a token, each kind's mean; 0 where there is none of it.
 
-    text: of ordinary rows, over their second halves. answers: of rows that ask and look up, over the answers.
+    text: next-token loss of ordinary rows, over their second halves. answers: of rows that ask and look up,
+    at the answers: KL(teacher || sparse), which wrong answers of the teacher do not blur; without a teacher
+    the next-token loss.
     """
 
     text: float
@@ -144,7 +146,9 @@ def held_out_loss(
         answers = bool(row["answers"].any())
         second_half_T = torch.arange(len(row["answers"])) >= len(row["answers"]) // 2
         targets_T = row["answers"] if answers else second_half_T
-        losses[answers].append(float(stage(**batch, targets=targets_T[None].to(device))["lm"]))
+        given = {key: row[key][None].to(device) for key in TARGET_KEYS if key in row}
+        found = stage(**batch, targets=targets_T[None].to(device), **given)
+        losses[answers].append(float(found["kl" if given else "lm"]))
     on_part(len(rows), len(rows), "validation")
     stage.train(was_training)
     return HeldOutLoss(*(sum(found) / max(len(found), 1) for found in losses.values()))
@@ -263,7 +267,8 @@ def sparse_arguments(
         bf16=settings.bf16,
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.learning_rate,
-        warmup_steps=min(20, steps // 10),
+        # The first steps of few must not be of the full rate: answers are what they spoil.
+        warmup_steps=min(20, steps // 4),
         train_sampling_strategy=order,
         save_steps=min(settings.save_every or every, every),
         restore_callback_states_from_checkpoint=True,
