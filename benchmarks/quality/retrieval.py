@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from fulmen.evaluation.parity.lookups import is_right, write_answers
 
 from fulmen.data import LookupText, load_corpus, lookup_texts
+from fulmen.evaluation.parity.lookups import is_right, write_answers
 from fulmen.evaluation.statistics import clustered_difference_interval
 from fulmen.evaluation.variants import VariantRunner
 from fulmen.modeling.families import accelerated
