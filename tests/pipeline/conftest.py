@@ -37,3 +37,9 @@ def corpus_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def llama_dir(tmp_path_factory) -> Path:
     return save_tiny(make_dense("llama"), tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def whole_quick_look(monkeypatch):
+    """A quick look asks all of its questions again."""
+    monkeypatch.setattr("fulmen.pipeline.evaluate_lookups.QUICK", QUICK)

@@ -129,7 +129,7 @@ class TestDefaults:
         assert sum(len(text.lookups) for text in plan.texts) == 128
         assert len(plan.texts) == 8
 
-    def test_a_quick_look_asks_less_and_a_length_may_be_given(self, tmp_path):
+    def test_a_quick_look_asks_less_and_a_length_may_be_given(self, tmp_path, whole_quick_look):
         plan = self.planned(tmp_path, 8 * K, 256, quick=True, needle_length=K)
         assert (plan.length, plan.ks) == (K, [256])
         assert sum(len(text.lookups) for text in plan.texts) == 16

@@ -200,7 +200,10 @@ def test_every_stage_is_reported_to_its_end(name, tmp_path, corpus_dir):
     budgets = {"steps": None, "budget_s": 1.0, "sparse_budget_s": 1.0}
     out = convert(settings(source, tmp_path / "out", corpus_dir, stages=stages, **budgets), recorder)
     titles = [title for title in STAGES if title != "Share k" or name != "mla"]
+    tried = recorder.stages.pop("Try splits of k", [])
     assert list(recorder.stages) == titles
+    assert bool(tried) == (name != "mla")
+    assert [call[0] for call in tried] == list(range(len(tried)))
     converted = 3 if name == "mla" else 2
     for title in titles[2:-3]:
         assert [call[:2] for call in recorder.stages[title]] == [(n, converted) for n in range(converted + 1)]

@@ -239,6 +239,8 @@ def _try_splits(
 ) -> list[TriedSplit]:
     """Keep the split of k with which the model answers best, the first of those returned."""
     texts = [AnsweredText(one.input_ids.to(model.device), before_answers(one.answers)) for one in answered]
+    if not (texts and dsa_family_for(model.config).varies_topk):
+        return []
     with reporter.stage("Try splits of k"):
         return dsa_family_for(model.config).try_topk(
             model, texts, lambda done, total: reporter.advance(done, total, "texts")

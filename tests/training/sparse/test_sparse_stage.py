@@ -6,7 +6,7 @@ import torch
 from fulmen.config import DsaConfig
 from fulmen.errors import ConfigError
 from fulmen.modeling.families import accelerated, family_for
-from fulmen.training.rows import NO_LABEL, next_tokens, sequence_row
+from fulmen.training.rows import NO_LABEL, next_tokens, sequence_row, target_row
 from fulmen.training.sparse.run import prepare_stage
 from fulmen.training.sparse.schedule import TopkSchedule
 from fulmen.training.sparse.settings import SparseSettings
@@ -17,7 +17,7 @@ from tests.training.sparse.sparse_setup import LENGTH, TOPK, TRAIN, fresh_model,
 
 
 def batch_of(model, *texts, top_n=16):
-    rows = [sequence_row(text) for text in texts]
+    rows = [target_row(text) for text in texts]
     targets = [Teacher(model, top_n).targets(row) for row in rows]
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     return batch | {

@@ -74,7 +74,9 @@ def _require_no_text_model_inside(model_type: str) -> None:
     """Raise UnsupportedModelError for a model of images whose text model alone could be converted."""
     from transformers import CONFIG_MAPPING
 
-    parts = CONFIG_MAPPING[model_type].sub_configs if model_type in CONFIG_MAPPING else {}
+    # A damaged config may hold anything.
+    is_known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+    parts = CONFIG_MAPPING[model_type].sub_configs if is_known else {}
     text_type = getattr(parts.get("text_config"), "model_type", None)
     for family in all_families():
         if text_type in family.source_types:
