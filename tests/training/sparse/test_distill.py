@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from fulmen.training.sparse import distill
-from fulmen.training.sparse.distill import next_token_losses, no_targets, teacher_targets
+from fulmen.training.sparse.distill import (
+    TeacherTargets,
+    next_token_losses,
+    no_targets,
+    teacher_targets,
+    with_right_answers,
+)
 
 VOCAB, WIDTH, ROWS = 50, 16, 37
 
@@ -97,3 +103,23 @@ def test_frozen_weights_and_autocast():
     torch.testing.assert_close(rough.loss, exact.loss, rtol=2e-2, atol=1e-2)
     grads = [torch.autograd.grad(one.loss, hidden)[0] for one in (exact, rough)]
     torch.testing.assert_close(*grads, rtol=0.1, atol=0.02)
+
+
+def test_right_answers_change_places_with_a_teachers_wrong_ones():
+    """Only at answers, only the two of them; whatever the teacher's n likeliest do not hold comes in last."""
+    ids = torch.tensor([[3, 5, 7], [3, 5, 7], [3, 5, 7], [3, 5, 7], [3, 5, 7]], dtype=torch.int32)
+    logp = torch.tensor([0.5, 0.3, 0.1]).log().expand(5, 3)
+    said = TeacherTargets(ids, logp, torch.full((5,), 0.1).log())
+    labels = torch.tensor([3, 7, 9, 7, -100])
+    answers = torch.tensor([True, True, True, False, False])
+    right = with_right_answers(said, labels, answers)
+    assert right.ids_TN.tolist() == [[3, 5, 7], [7, 5, 3], [9, 5, 3], [3, 5, 7], [3, 5, 7]]
+    assert right.ids_TN.dtype == torch.int32
+    torch.testing.assert_close(right.logp_TN, logp)
+    torch.testing.assert_close(right.rest_T, said.rest_T)
+    assert ids[1].tolist() == [3, 5, 7]
+
+
+def test_one_likeliest_token_that_is_wrong_is_replaced():
+    said = TeacherTargets(torch.tensor([[3]]), torch.zeros(1, 1), torch.full((1,), -torch.inf))
+    assert with_right_answers(said, torch.tensor([8]), torch.tensor([True])).ids_TN.tolist() == [[8]]

@@ -55,6 +55,27 @@ def teacher_targets(hidden_TC: Tensor, weight_VC: Tensor, top_n: int) -> Teacher
     return TeacherTargets(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
+def with_right_answers(targets: TeacherTargets, labels_T: Tensor, answers_T: Tensor) -> TeacherTargets:
+    """The targets, where an answer's token is not the teacher's likeliest with these two exchanged.
+
+    A dense model of this size fails at many look-ups. Whoever learned its mistakes would lose those that
+    sparse attention alone gets right; its confidence is kept.
+
+    Args:
+        labels_T: int64, the token that follows. answers_T: bool, where it is an answer's.
+    """
+    labels_T1 = labels_T.to(targets.ids_TN)[:, None]
+    wrong_T1 = answers_T[:, None].to(labels_T1.device) & (targets.ids_TN[:, :1] != labels_T1)
+    is_label_TN = targets.ids_TN == labels_T1
+    # Where the right one is not among the n likeliest, it takes the last one's place first.
+    place_T1 = torch.where(is_label_TN.any(-1), is_label_TN.int().argmax(-1), is_label_TN.shape[1] - 1)[
+        :, None
+    ]
+    exchanged_TN = targets.ids_TN.scatter(1, place_T1, targets.ids_TN[:, :1])
+    exchanged_TN[:, :1] = labels_T1
+    return targets._replace(ids_TN=torch.where(wrong_T1, exchanged_TN, targets.ids_TN))
+
+
 def no_targets(rows: int, device: torch.device) -> TeacherTargets:
     """Where there is no teacher: one bucket with everything, whose KL is 0."""
     empty = torch.empty(rows, 0, device=device)

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from fulmen.errors import ConfigError, OutputError
 from fulmen.files import atomic_write
 from fulmen.modeling.selectors import DenseSelector, Selector, use_selector
+from fulmen.training.rows import next_tokens
 from fulmen.training.run import OnPart
-from fulmen.training.sparse.distill import TeacherTargets, teacher_targets
+from fulmen.training.sparse.distill import TeacherTargets, teacher_targets, with_right_answers
 from fulmen.training.sparse.streamed import StreamedRows
 
 Row = dict[str, Tensor]
@@ -33,7 +34,7 @@ class Teacher:
 
     @torch.no_grad()
     def targets(self, row: Row) -> TeacherTargets:
-        """Targets for the row's `targets`, on the model's device."""
+        """Targets for the row's `targets`, on the model's device; right ones at answers."""
         batch = {name: row[name][None].to(self.model.device) for name in ("input_ids", "position_ids")}
         was_training = self.model.training
         self.model.eval()
@@ -43,7 +44,9 @@ class Teacher:
         finally:
             self.model.train(was_training)
         hidden_NC = hidden_TC[row["targets"].to(hidden_TC.device)]
-        return teacher_targets(hidden_NC, self.model.get_output_embeddings().weight, self.top_n)
+        said = teacher_targets(hidden_NC, self.model.get_output_embeddings().weight, self.top_n)
+        labels_T = next_tokens(row["input_ids"][None], row["position_ids"][None])[0]
+        return with_right_answers(said, labels_T[row["targets"]], row["answers"][row["targets"]])
 
 
 class TargetFiles:
@@ -69,7 +72,7 @@ class TargetFiles:
 
     def _file(self, row: Row) -> Path:
         digest = hashlib.sha256(str(self.teacher.top_n).encode())
-        for name in ("input_ids", "position_ids", "targets"):
+        for name in ("input_ids", "position_ids", "targets", "answers"):
             digest.update(row[name].cpu().numpy().tobytes())
         return self.folder / f"{digest.hexdigest()[:32]}.safetensors"
 
