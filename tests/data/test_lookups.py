@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fulmen.data import Document, draw_sequences, lookup_sequences, lookup_texts, token_ids
-from fulmen.data.conversations import ChatFormat, PlainFormat, keeps_turns
+from fulmen.data.conversations import FRAME, ChatFormat, PlainFormat, keeps_turns
+from fulmen.data.lookup_training import FRAMES
 from fulmen.data.lookup_words import DRAWERS, JUDGED, NAMES, TRAINED, Wording
 from fulmen.errors import ConfigError, CorpusError
 from tests.data.byte_tokenizer import byte_tokenizer
@@ -219,7 +220,7 @@ class TestTraining:
             assert len(sequence.answers) == 1
 
     def test_many_forms(self, smollm2):
-        sequences = lookup_sequences(PROSE, smollm2, 700, 24)
+        sequences = lookup_sequences(PROSE, smollm2, 700, 48)
         answers = [
             smollm2.decode(sequence.input_ids[start:stop])
             for sequence in sequences
@@ -229,6 +230,15 @@ class TestTraining:
         assert sum(bool(re.fullmatch(r"[a-z ]+", answer, re.IGNORECASE)) for answer in answers) >= 5
         assert sum(len(answer.split()) == 5 for answer in answers) >= 2
         assert len({len(sequence.answers) for sequence in sequences}) > 3
+
+    def test_many_frames_and_never_the_judged_one(self, smollm2):
+        (judged,) = lookup_texts(PROSE, smollm2, 700, 1, n_keys=4)
+        assert FRAME.before in smollm2.decode(judged.prefix_ids)
+        assert smollm2.decode(judged.prefix_ids).endswith(FRAME.between.rstrip())
+        said = [smollm2.decode(one.input_ids) for one in lookup_sequences(PROSE, smollm2, 700, 24)]
+        used = [frame for frame in FRAMES if any("user\n" + frame.before in one for one in said)]
+        assert used == list(FRAMES)
+        assert not any(FRAME.before in one or FRAME.between in one for one in said)
 
     def test_what_predicts_an_answer(self, smollm2):
         (sequence,) = lookup_sequences(PROSE, smollm2, 700, 1)
@@ -298,7 +308,7 @@ class TestBadInput:
 
     def test_no_room(self):
         with pytest.raises(
-            ConfigError, match="length=300 cannot hold 16 sentences and a question; use 6"
+            ConfigError, match="length=300 cannot hold 16 sentences and a question; use 7"
         ) as info:
             lookup_texts(PROSE, made_up(CHAT), 300, 1)
         need = int(re.search(r"use (\d+)", str(info.value))[1])

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fulmen.errors import CheckpointError, ConfigError, ResumeError
+from fulmen.modeling.lengths import short_text_topk
 from fulmen.pipeline.reporter import LineReporter
 from fulmen.pipeline.run_dir import RunDir
-from fulmen.pipeline.train import training_topk
 from fulmen.pipeline.train_settings import TrainSettings
 from fulmen.training.sparse import run
 from tests.modeling.gqa.tiny_gqa import make_dense
@@ -203,4 +203,4 @@ def test_stages_that_cannot_be_trained(tmp_path, corpus_dir, stages):
 
 @pytest.mark.parametrize(("topk", "length", "expected"), [(512, 4096, 256), (128, 4096, 128), (8, 8, 1)])
 def test_k_of_the_stage_is_a_16th_of_the_text_at_most(topk, length, expected):
-    assert training_topk(topk, length) == expected
+    assert short_text_topk(topk, length) == expected

@@ -18,6 +18,17 @@ TODAY = datetime(2025, 1, 1)
 Turn = tuple[str, str]
 
 
+class Frame(NamedTuple):
+    """What a user writes before a text, and between it and the first question."""
+
+    before: str
+    between: str
+
+
+# Of what is judged. Without one, models go on with a text of code, or answer in code, at any attention.
+FRAME = Frame("Read the text below and answer the question that follows it.\n\n", "\n\nQuestion: ")
+
+
 class Example(NamedTuple):
     """A worked example: a short text with a question about it, and its answer."""
 
@@ -52,15 +63,17 @@ class ConversationFormat(Protocol):
         ...
 
 
-def conversation_format(tokenizer: Any, examples: Sequence[Example] = ()) -> ConversationFormat:
+def conversation_format(
+    tokenizer: Any, examples: Sequence[Example] = (), frame: Frame = FRAME
+) -> ConversationFormat:
     """By the tokenizer's chat template; worked examples in plain text where it has none.
 
     Args:
-        examples: what plain text begins with.
+        examples: what plain text begins with. frame: for a chat model.
 
     Raises ConfigError if the template cannot write what a user says.
     """
-    return ChatFormat(tokenizer) if tokenizer.chat_template else PlainFormat(tokenizer, examples)
+    return ChatFormat(tokenizer, frame) if tokenizer.chat_template else PlainFormat(tokenizer, examples)
 
 
 def keeps_turns(format: ConversationFormat) -> bool:
@@ -82,9 +95,9 @@ class ChatFormat:
 
     is_chat = True
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, frame: Frame = FRAME) -> None:
         """Raises ConfigError: the template refuses, or leaves out, what a user says."""
-        self.tokenizer = tokenizer
+        self.tokenizer, self.frame = tokenizer, frame
         self.tools: list[Any] | None
         errors = []
         for self.parts, self.system, self.tools in product((False, True), ((), (SYSTEM,)), (None, [])):
@@ -119,7 +132,7 @@ class ChatFormat:
 
     def _render(self, text: str, said: Sequence[str], opens_answer: bool) -> str:
         first, *others = said
-        contents = [f"{text}\n\n{first}", *others]
+        contents = [f"{self.frame.before}{text}{self.frame.between}{first}", *others]
         roles = ["user" if place % 2 == 0 else "assistant" for place in range(len(contents))]
         messages = [self._message("system", content) for content in self.system]
         messages += [self._message(role, content) for role, content in zip(roles, contents, strict=True)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fulmen.data.conversations import ConversationFormat, Turn, keeps_turns
+from fulmen.data.conversations import ConversationFormat, Frame, Turn, keeps_turns
 from fulmen.data.documents import Document
 from fulmen.data.haystacks import Haystack, fit_tokens, lay_sentences, spread_places
 from fulmen.data.lookup_words import FOLLOWS, TRAINED, Wording
@@ -19,6 +19,14 @@ MOST_KEYS, MOST_QUESTIONS, MOST_QUOTES = 16, 12, 3
 CUE_WORDS, NEXT_WORDS = 8, 5
 CUE_CHARACTERS, NEXT_CHARACTERS = 16, 8
 TRIES = 20
+# How a chat begins; none of them as what is judged.
+FRAMES = (
+    Frame("", "\n\n"),
+    Frame("Here is a text.\n\n", "\n\nThat was the text. "),
+    Frame("<document>\n", "\n</document>\n\n"),
+    Frame("I will ask you about these notes.\n\n---\n", "\n---\n\n"),
+    Frame("Context:\n", "\n\nUse the context above. "),
+)
 
 
 def lookup_sequences(
@@ -84,7 +92,8 @@ class _SequenceMaker:
         self.haystack, self.length, self.generator = haystack, length, generator
         text = haystack.first(length)
         n_keys = generator.randint(4, MOST_KEYS)
-        self.asked = Asked(haystack.tokenizer, wording, n_keys, generator, text)
+        frame = generator.choice(FRAMES)
+        self.asked = Asked(haystack.tokenizer, wording, n_keys, generator, text, frame)
         self.format: ConversationFormat = self.asked.format
         n_questions, self.n_quotes = generator.randint(4, MOST_QUESTIONS), generator.randint(0, MOST_QUOTES)
         self.keeps_turns = keeps_turns(self.format)

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from fulmen.config import require_positive_int
-from fulmen.data.conversations import ConversationFormat, Example, Turn, conversation_format
+from fulmen.data.conversations import (
+    FRAME,
+    ConversationFormat,
+    Example,
+    Frame,
+    Turn,
+    conversation_format,
+)
 from fulmen.data.documents import Document
 from fulmen.data.haystacks import Haystack, fit_tokens, lay_sentences, spread_places
 from fulmen.data.lookup_words import JUDGED, Wording, draw_pairs
@@ -73,7 +80,13 @@ class Asked:
     """
 
     def __init__(
-        self, tokenizer: Any, wording: Wording, n_keys: int, generator: random.Random, text: str
+        self,
+        tokenizer: Any,
+        wording: Wording,
+        n_keys: int,
+        generator: random.Random,
+        text: str,
+        frame: Frame = FRAME,
     ) -> None:
         """Draw keys, of which `text` has none if there are enough of them, and values."""
         n_examples = 0 if tokenizer.chat_template else EXAMPLES
@@ -81,7 +94,7 @@ class Asked:
         examples = [
             Example(_statement(wording, pair), *_turn(wording, pair, "")) for pair in pairs[:n_examples]
         ]
-        self.format: ConversationFormat = conversation_format(tokenizer, examples)
+        self.format: ConversationFormat = conversation_format(tokenizer, examples, frame)
         request = f" {wording.request}" if self.format.is_chat else ""
         self.statements = [_statement(wording, pair) for pair in pairs[n_examples:]]
         self.turns = [_turn(wording, pair, request) for pair in pairs[n_examples:]]

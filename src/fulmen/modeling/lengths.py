@@ -10,6 +10,8 @@ SMALLEST_TOPK, LARGEST_TOPK, CONTEXT_OVER_TOPK = 256, 2048, 32
 LENGTH_OVER_TOPK, USUAL_LENGTH = 4, 2048
 # An index that was only inherited loses answers beyond this (docs/results.md).
 LENGTH_OVER_UNTRAINED_TOPK = 8
+# Of texts that are shorter than those served: what these lose must be felt in them.
+LENGTH_OVER_SHORT_TEXT_TOPK = 16
 # Of a long prompt, read at once.
 PREFILL_CHUNK = 2048
 
@@ -51,3 +53,8 @@ def default_length(config: PreTrainedConfig, topk: int) -> int:
 def usual_length(topk: int, context: int | None) -> int:
     """`default_length`, where the context is known; None: it is not."""
     return min(max(USUAL_LENGTH, LENGTH_OVER_TOPK * topk), context or sys.maxsize)
+
+
+def short_text_topk(topk: int, length: int) -> int:
+    """k for texts that stand for much longer ones, to train on or to try: a 16th of theirs at most."""
+    return min(topk, max(1, length // LENGTH_OVER_SHORT_TEXT_TOPK))

@@ -23,8 +23,8 @@ from fulmen.pipeline.reporter import Reporter
 
 CALIBRATION_SEQUENCES, CALIBRATION_TOKENS = 4, 32_768
 TRAINING_SEQUENCES = 64
-# Of the calibration texts, those that ask as well.
-ANSWERED_SEQUENCES = 2
+# Texts that ask, with which splits of k are tried, and their tokens at most: each is read four times.
+ANSWERED_SEQUENCES, ANSWERED_TOKENS = 2, 4096
 VALIDATION_SEQUENCES = 4
 # Numbers of sequences are meant for this length; of longer ones fewer are read: it takes no more time.
 COUNTED_LENGTH = 2048
@@ -120,7 +120,8 @@ def conversion_texts(
         ConfigError: there is but one to train on.
     """
     calibration = calibration_texts(corpus.calibration, tokenizer, length, context, seed)
-    asked = Asker(tokenizer, seed, reporter, every=1).all(calibration[:ANSWERED_SEQUENCES])
+    shorter = up_to(corpus.calibration, tokenizer, min(length, ANSWERED_TOKENS), ANSWERED_SEQUENCES, seed)
+    asked = Asker(tokenizer, seed, reporter, every=1).all(shorter)
     answered = [sequence for sequence in asked if sequence.answers]
     if not trains:
         return ConversionTexts(length, calibration, answered, [], [])

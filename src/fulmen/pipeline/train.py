@@ -21,6 +21,7 @@ from fulmen.modeling.checkpoint import (
     save_converted,
 )
 from fulmen.modeling.families import accelerated, dsa_family_for, dsa_of, set_topk
+from fulmen.modeling.lengths import short_text_topk
 from fulmen.pipeline.conversion import Conversion
 from fulmen.pipeline.devices import CPU, move, training_device
 from fulmen.pipeline.fingerprint import weights_fingerprint
@@ -54,7 +55,6 @@ SPARSE_DIR, LOG_FILE = "sparse", "sparse.jsonl"
 RECORD_FILE, STAGES_DIR = "conversion.json", "stages"
 # Where steps are not known beforehand: 256 sequences of 2,048 tokens are half a million.
 SPARSE_SEQUENCES, VALIDATION_SEQUENCES = 256, 8
-LENGTH_OVER_TRAINING_TOPK = 16
 
 
 class SparseTexts(NamedTuple):
@@ -103,8 +103,8 @@ def sparse_stage(
     reporter: Reporter,
     teacher: PreTrainedModel | None = None,
 ) -> SparseResult:
-    """Train `model` in place, with `training_topk`. Raises what `train_sparse` does."""
-    topk = training_topk(dsa_of(model.config).topk, texts.length)
+    """Train `model` in place, with `short_text_topk`. Raises what `train_sparse` does."""
+    topk = short_text_topk(dsa_of(model.config).topk, texts.length)
     with reporter.stage("Sparse"), use_topk(model, topk):
         view = TrainingView(reporter)
         drawn = (texts.train, texts.validation)
@@ -122,14 +122,6 @@ def sparse_stage(
     if result.skipped:
         reporter.note(f"Of the data's rows and files {described(result.skipped)}")
     return result
-
-
-def training_topk(topk: int, length: int) -> int:
-    """k of the sparse stage: a 16th of the sequence where that is less than the model's own k.
-
-    What texts much longer than k lose must be felt in training, whose sequences are shorter than the served.
-    """
-    return min(topk, max(1, length // LENGTH_OVER_TRAINING_TOPK))
 
 
 def _stream(data_sets: DataSets, tokenizer: Any, length: int) -> tuple[SequenceStream, list[TokenSequence]]:

@@ -80,7 +80,8 @@ def written_afresh(model, tokenizer, prompt_ids, count):
         with torch.no_grad():
             ids = torch.cat([ids, model(ids[None], use_cache=False).logits[0, -1:].argmax(-1)])
         text = tokenizer.decode(ids[len(prompt_ids) :])
-        if ids[-1] == tokenizer.eos_token_id or "\n" in text.lstrip():
+        said = [line for line in text.split("\n")[:-1] if line.strip().rstrip("python") not in ("", "```")]
+        if ids[-1] == tokenizer.eos_token_id or said:
             break
     return tokenizer.decode(ids[len(prompt_ids) :], skip_special_tokens=True)
 
@@ -106,10 +107,14 @@ def test_what_is_written_is_what_whole_forwards_write(model, plan, variant):
         ("912345", False),
         ("12 345", False),
         ("Sure:\n12345", False),
+        ("\n\n```\n12345\n```", True),
+        ("```python\n12345", True),
+        ("```12345```", True),
+        ("```\ndef f(a, b):\n    return 12345", False),
         ("", False),
     ],
 )
-def test_right_is_the_whole_answer_in_the_first_line(written, right):
+def test_right_is_the_whole_answer_in_the_first_line_that_says_something(written, right):
     assert is_right(written, Lookup(torch.zeros(1), torch.zeros(1), "12345", 0.5)) is right
 
 

@@ -63,7 +63,15 @@ def test_the_split_with_the_least_change_is_kept(model):
 def test_nothing_is_tried_where_there_is_nothing_to_choose(model):
     family = dsa_family_for(model.config)
     assert family.try_topk(model, []) == []
-    assert family.try_topk(model, [AnsweredText(random_ids(1, TOPK)[0], torch.tensor([3]))]) == []
     assert dsa_of(model.config).topk_shares == FITTED
     set_topk_ratios(model, EVEN)
     assert family.try_topk(model, texts()) == []
+
+
+def test_short_texts_are_read_with_a_k_of_their_length(model):
+    """k = 8 of 64 tokens would hardly be felt; the model has its own k afterwards."""
+    tried = dsa_family_for(model.config).try_topk(model, texts())
+    assert dsa_of(model.config).topk == TOPK
+    dsa_family_for(model.config).set_topk(model, LENGTH // 16)
+    even = next(split for split in tried if split.ratios == EVEN)
+    assert even.kl_answers == pytest.approx(change_at_answers(model, EVEN), abs=1e-6)

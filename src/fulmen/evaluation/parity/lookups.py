@@ -94,7 +94,8 @@ def write_answers(model: PreTrainedModel, text: LookupText, tokenizer: Any) -> l
     ends = _end_ids(model, tokenizer)
 
     def is_done(written: list[int]) -> bool:
-        return written[-1] in ends or "\n" in tokenizer.decode(written).lstrip()
+        lines = tokenizer.decode(written).split("\n")
+        return written[-1] in ends or any(map(_says_something, lines[:-1]))
 
     if are_rotated_alike(model, n_prefix, longest):
         answers = _on_one_cache(model, text, longest, is_done)
@@ -109,9 +110,14 @@ def write_answers(model: PreTrainedModel, text: LookupText, tokenizer: Any) -> l
 
 
 def is_right(written: str, lookup: Lookup) -> bool:
-    """Whether the answer is in the first line that was written, as a whole word."""
-    line = written.lstrip().partition("\n")[0]
+    """Whether the answer is in the first line that says something, as a whole word."""
+    line = next(filter(_says_something, written.split("\n")), "")
     return re.search(rf"(?<!\w){re.escape(lookup.answer)}(?!\w)", line) is not None
+
+
+def _says_something(line: str) -> bool:
+    """Not so a blank line, and one that opens a block of code."""
+    return re.fullmatch(r"\s*(```\w*)?\s*", line) is None
 
 
 def _on_one_cache(

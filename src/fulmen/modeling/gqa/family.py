@@ -26,6 +26,7 @@ from fulmen.modeling.gqa.inherit import InheritedGqaLayer, inherit_gqa
 from fulmen.modeling.gqa.model import set_topk_ratios
 from fulmen.modeling.gqa.topk_ratios import fit_topk_ratios
 from fulmen.modeling.gqa.topk_trial import try_topk_ratios
+from fulmen.modeling.lengths import short_text_topk
 from fulmen.ops.common.index_keys import SCALE_BYTES
 
 
@@ -137,10 +138,13 @@ class GqaFamily(Family):
         on_read: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[TriedSplit]:
         topk, fitted = self.dsa_of(model.config).topk, self.dsa_of(model.config).topk_shares
-        longer = [text for text in texts if len(text.ids_T) > topk]
-        if not longer or len(set(fitted)) < 2:
+        if not texts or len(set(fitted)) < 2:
             return []
-        return try_topk_ratios(model, longer, on_read)
+        self.set_topk(model, min(short_text_topk(topk, len(text.ids_T)) for text in texts))
+        try:
+            return try_topk_ratios(model, texts, on_read)
+        finally:
+            self.set_topk(model, topk)
 
     def restore_topk(self, model: PreTrainedModel, layers: Sequence[Mapping[str, Any]]) -> None:
         set_topk_ratios(model, [layer["topk_share"] for layer in layers])
