@@ -19,16 +19,30 @@ def continue_greedily(
     with rope_for_length(model, len(prompt_ids)):
         # A stock model makes its own cache in the first pass, a converted one in its own class.
         cache, likeliest = read_into(model, None, prompt_ids)
-    return _write_on(model, cache, likeliest, n_tokens, is_done)
+    return _write_on(model, cache, [likeliest], n_tokens, is_done)
 
 
 @torch.no_grad()
 def continue_on_cache(
-    model: Any, cache: Any, ids_T: Tensor, n_tokens: int, is_done: Callable[[list[int]], bool]
+    model: Any,
+    cache: Any,
+    ids_T: Tensor,
+    n_tokens: int,
+    is_done: Callable[[list[int]], bool],
+    guess_T: Tensor | None = None,
 ) -> list[int]:
-    """Up to `n_tokens` likeliest tokens after `ids_T`, which follow what the cache holds; it grows by all."""
-    cache, likeliest = read_into(model, cache, ids_T)
-    return _write_on(model, cache, likeliest, n_tokens, is_done)
+    """Up to `n_tokens` likeliest tokens after `ids_T`, which follow what the cache holds; it grows by all.
+
+    guess_T: fewer tokens, that are likely written: as far as they are, they take one pass together instead
+    of one each.
+    """
+    cache, first = read_into(model, cache, ids_T)
+    written = [first]
+    if guess_T is not None and first == guess_T[0]:
+        written = _as_guessed(model, cache, guess_T)
+        done = (n for n in range(1, len(written) + 1) if is_done(written[:n]))
+        written = written[: next(done, len(written))]
+    return _write_on(model, cache, written, n_tokens, is_done)
 
 
 @torch.no_grad()
@@ -60,11 +74,20 @@ def answer_by_forward(model: Any, prompt_ids: Tensor, answer_ids: Tensor) -> lis
     return written[: 1 + common_start(written, answer_ids.tolist())]
 
 
+def _as_guessed(model: Any, cache: Any, guess_T: Tensor) -> list[int]:
+    """The likeliest tokens as far as they are the guessed, and the one behind, which the cache lacks."""
+    output = model(guess_T[None].to(model.device), past_key_values=cache, use_cache=True)
+    guess, likeliest = guess_T.tolist(), output.logits[0].argmax(-1).tolist()
+    n_right = 1 + common_start(likeliest[:-1], guess[1:])
+    cache.crop(cache.get_seq_length() - (len(guess) - n_right))
+    return [*guess[:n_right], likeliest[n_right - 1]]
+
+
 def _write_on(
-    model: Any, cache: Any, first: int, n_tokens: int, is_done: Callable[[list[int]], bool]
+    model: Any, cache: Any, written: list[int], n_tokens: int, is_done: Callable[[list[int]], bool]
 ) -> list[int]:
-    written = [first]
+    """`written`, of which the cache lacks the last, and what follows."""
     while len(written) < n_tokens and not is_done(written):
         cache, likeliest = read_into(model, cache, torch.tensor([written[-1]]))
-        written.append(likeliest)
+        written = [*written, likeliest]
     return written

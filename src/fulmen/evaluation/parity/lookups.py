@@ -128,7 +128,8 @@ def _on_one_cache(
         read_into(model, cache, text.prefix_ids)
     answers = []
     for one in text.lookups:
-        answers.append(continue_on_cache(model, cache, one.question_ids, _most_tokens(one), is_done))
+        most, guess_T = _most_tokens(one), one.answer_ids
+        answers.append(continue_on_cache(model, cache, one.question_ids, most, is_done, guess_T))
         cache.crop(n_prefix - cache.get_seq_length())
     return answers
 
