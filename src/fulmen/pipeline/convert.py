@@ -37,15 +37,15 @@ from fulmen.pipeline.texts import (
     read_stream,
 )
 from fulmen.pipeline.train import (
-    LOG_FILE,
     RECORD_FILE,
     SPARSE_DIR,
     STAGES_DIR,
     SparseTexts,
     sparse_stage,
     sparse_texts,
+    stage_logs,
 )
-from fulmen.pipeline.warmup import WARMUP_DIR, warmup_stage
+from fulmen.pipeline.warmup import warmup_stage
 from fulmen.training.processes import is_main_process, main_process_first, wait_for_all
 from fulmen.training.rows import before_answers
 from fulmen.training.sharding import is_sharded
@@ -255,11 +255,7 @@ def _warm_up(model: PreTrainedModel, texts: ConversionTexts, work: _Work) -> dic
 
 def _save(model: PreTrainedModel, tokenizer: Any, out: Path, record: dict[str, Any], work: _Work) -> None:
     run = work.run
-    extras = {f"{STAGES_DIR}/inherit.safetensors": run.stage("inherit")}
-    if (log := run.path / WARMUP_DIR / "layers.jsonl").exists():
-        extras[f"{STAGES_DIR}/warmup-layers.jsonl"] = log
-    if (log := run.path / SPARSE_DIR / LOG_FILE).exists():
-        extras[f"{STAGES_DIR}/{LOG_FILE}"] = log
+    extras = {f"{STAGES_DIR}/inherit.safetensors": run.stage("inherit"), **stage_logs(run)}
     run.save_record("conversion", record)
     extras[RECORD_FILE] = run.record("conversion")
     card = conversion_card(record, model.config.model_type)

@@ -281,18 +281,19 @@ def _save(
     run: RunDir,
 ) -> None:
     run.save_record("conversion", record)
-    stage = run.path / SPARSE_DIR
-    extras = {RECORD_FILE: run.record("conversion")}
-    if (stage / LOG_FILE).exists():
-        extras[f"{STAGES_DIR}/{LOG_FILE}"] = stage / LOG_FILE
-    if (log := run.path / WARMUP_DIR / "layers.jsonl").exists():
-        extras[f"{STAGES_DIR}/warmup-layers.jsonl"] = log
-    for file in (stage / TENSORBOARD_DIR).glob("*"):
-        extras[f"{STAGES_DIR}/{TENSORBOARD_DIR}/{file.name}"] = file
+    extras = {RECORD_FILE: run.record("conversion"), **stage_logs(run)}
     for file in filter(Path.is_file, (settings.model_dir / STAGES_DIR).glob("*")):
         extras.setdefault(f"{STAGES_DIR}/{file.name}", file)
     card = conversion_card(record, model.config.model_type)
     save_converted(model, tokenizer, out, card, overwrite=settings.overwrite, extras=extras)
+
+
+def stage_logs(run: RunDir) -> dict[str, Path]:
+    """What training stages wrote down, by where it lies in a model directory."""
+    stage = run.path / SPARSE_DIR
+    logs = {LOG_FILE: stage / LOG_FILE, "warmup-layers.jsonl": run.path / WARMUP_DIR / "layers.jsonl"}
+    logs |= {f"{TENSORBOARD_DIR}/{file.name}": file for file in (stage / TENSORBOARD_DIR).glob("*")}
+    return {f"{STAGES_DIR}/{name}": file for name, file in logs.items() if file.exists()}
 
 
 def record_of(model_dir: Path) -> dict[str, Any]:
