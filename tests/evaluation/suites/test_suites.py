@@ -459,6 +459,11 @@ class TestShortAndGeneration:
         assert repeated_share([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
         assert repeated_share([1, 2]) == 0
 
+    @pytest.mark.parametrize("length", [1, 63, 64])
+    def test_a_length_without_room_for_a_prompt(self, length):
+        with pytest.raises(ConfigError, match=f"length={length} leaves no prompt before the 64 tokens"):
+            generation_units(None, [], length)
+
     def test_agreement_is_counted_by_hand(self, responder, texts, tmp_path):
         units = generation_units(responder, texts[:2], LENGTH, new_tokens=10)
         records = Journal(tmp_path / "j", {}).run(units)

@@ -6,6 +6,7 @@ from typing import Any
 
 from fulmen.data import Document, TokenSequence, draw_sequences
 from fulmen.data.sequences import common_start
+from fulmen.errors import ConfigError
 from fulmen.evaluation.journal import Unit
 from fulmen.evaluation.statistics import interval_row, mean_interval
 from fulmen.evaluation.style import VARIANT_LABELS
@@ -20,7 +21,15 @@ GRAM = 4
 def generation_units(
     responder: Responder, sequences: Sequence[TokenSequence], length: int, new_tokens: int = NEW_TOKENS
 ) -> list[Unit]:
-    """One unit per text: its first `length - new_tokens` tokens are the prompt."""
+    """One unit per text: its first `length - new_tokens` tokens are the prompt.
+
+    Raises ConfigError if there are none.
+    """
+    if length <= new_tokens:
+        raise ConfigError(
+            f"length={length} leaves no prompt before the {new_tokens} tokens of generate; use more",
+            arguments=["lengths"],
+        )
     return [
         _unit(responder, sequence, length, new_tokens, number) for number, sequence in enumerate(sequences)
     ]
