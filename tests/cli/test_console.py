@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import os
 import re
 from pathlib import Path
 
@@ -133,3 +134,12 @@ def test_the_program_is_options_in_and_tables_out():
             if isinstance(node, (ast.For, ast.While)):
                 over = ast.unparse(node.iter if isinstance(node, ast.For) else node.test)
                 assert not re.search(r"layer|step|batch|epoch", over), f"{path.name}:{node.lineno}"
+
+
+@pytest.mark.parametrize(("set_before", "seen"), [(None, "1"), ("0", "0")])
+def test_large_tensors_come_in_huge_pages_unless_the_user_says_otherwise(set_before, seen, monkeypatch):
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    if set_before is not None:
+        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", set_before)
+    call("usage", "--help")
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == seen
