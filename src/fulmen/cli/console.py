@@ -25,7 +25,7 @@ class FulmenGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """As the base class, with an end that a user can read."""
         quiet_libraries()
-        # Read by torch when it allocates. Without huge pages a seventh of training's time goes to page faults.
+        # Read by torch when it allocates. Else a seventh of training goes to page faults.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         try:
             return super().invoke(ctx)

@@ -45,8 +45,8 @@ def train_command(
     length: Annotated[
         int | None,
         typer.Option(
-            help="Tokens per sequence; more than k. Train at the lengths you will use. [dim]Default: 4 k, at "
-            "least 2048, within the context; less if the text does not fill that.[/]",
+            help="Tokens per sequence; more than k. [dim]Default: 4 k, at least 2048, within the context, but "
+            "4096 where 2 k are less; less if the text does not fill that.[/]",
             show_default=False,
         ),
     ] = None,
@@ -92,13 +92,13 @@ def train_command(
         ),
     ] = "auto",
     learning_rate: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--learning-rate",
             "--lr",
-            help="Peak learning rate of all weights but the indexers'. Take 10 times as much with --lora.",
+            help="Peak learning rate of all weights but the indexers'. Default: 3e-5, with --lora 1e-4.",
         ),
-    ] = 3e-5,
+    ] = None,
     indexer_learning_rate: Annotated[
         float,
         typer.Option(

@@ -143,7 +143,7 @@ def train(
     teacher: Place | None = None,
     alpha: float = 1.0,
     teacher_place: str = "auto",
-    learning_rate: float = 3e-5,
+    learning_rate: float | None = None,
     indexer_learning_rate: float = 3e-5,
     indexer_loss: str = "both",
     k_schedule: str = "none",
@@ -172,7 +172,7 @@ def train(
         steps: optimizer steps, instead of `budget`.
         data: as for `convert`. Data sets of 100 texts or more are streamed, in their order.
         texts: texts in memory, instead of `data`.
-        length: tokens per sequence, more than `topk`: train at the lengths you will use. None: as `convert`.
+        length: tokens per sequence, more than `topk`. None: as `convert`, but 4,096 where 2 `topk` are less.
         sequences: different ones at most; None: as many as the steps use.
         topk: tokens that each query keeps; None: the model's own. The stage "sparse" keeps a 16th of `length`
             where that is less.
@@ -184,7 +184,7 @@ def train(
             its training on `data`.
         teacher_place: where its answers come from: "live" (a copy in memory), "disk" (asked once, 512 bytes
             a token), "auto": disk where sequences come more than once.
-        learning_rate: peak of all weights but the indexers' (take 10 times as much with `lora`).
+        learning_rate: peak of all weights but the indexers'; None: 3e-5, with `lora` 1e-4.
         indexer_learning_rate: peak of the indexers'.
         indexer_loss: "kl" over the selected keys, as DeepSeek; "output": what the selection changes in the
             layer's output; "both".

@@ -1,5 +1,6 @@
 """The texts of a run: how long they are, and which."""
 
+import sys
 from collections.abc import Callable, Sequence
 from itertools import islice, pairwise
 from typing import Any, NamedTuple, TypeVar
@@ -71,15 +72,20 @@ def count_of_length(count: int, length: int) -> int:
     return max(min(FEWEST_SEQUENCES, count), min(count, count * COUNTED_LENGTH // length))
 
 
-def lengths_to_try(wanted: int | None, config: PreTrainedConfig, topk: int) -> list[int]:
+def lengths_to_try(
+    wanted: int | None, config: PreTrainedConfig, topk: int, most: int = sys.maxsize
+) -> list[int]:
     """Tokens of a text for training: as asked, within the context; else the default, and shorter ones.
+
+    most: of the default.
 
     The shorter ones, each half of the last, are for text that does not fill the default.
 
     Raises ConfigError if k leaves nothing to learn, which a config says before anything is loaded.
     """
     context = context_of(config)
-    length = default_length(config, topk) if wanted is None else min(wanted, context or wanted)
+    default = min(default_length(config, topk), most)
+    length = default if wanted is None else min(wanted, context or wanted)
     if topk >= length:
         whose = "the model's context" if length == context else "the sequence"
         more = "a smaller topk" + (" or a longer length" if length != context else "")

@@ -55,6 +55,7 @@ SPARSE_DIR, LOG_FILE = "sparse", "sparse.jsonl"
 RECORD_FILE, STAGES_DIR = "conversion.json", "stages"
 # Where steps are not known beforehand: 256 sequences of 2,048 tokens are half a million.
 SPARSE_SEQUENCES, VALIDATION_SEQUENCES = 256, 8
+DEFAULT_LENGTH = 4096
 
 
 class SparseTexts(NamedTuple):
@@ -225,7 +226,9 @@ def plan_training(settings: TrainSettings) -> list[int]:
     record_of(settings.model_dir)
     if settings.teacher is not None:
         read_config(settings.teacher)
-    return lengths_to_try(settings.length, config, settings.topk or dsa.topk)
+    topk = settings.topk or dsa.topk
+    # A step at long length takes minutes on a CPU, and k of the sparse stage goes by the length.
+    return lengths_to_try(settings.length, config, topk, most=max(DEFAULT_LENGTH, 2 * topk))
 
 
 def _teacher(settings: TrainSettings, model: PreTrainedModel) -> PreTrainedModel | None:

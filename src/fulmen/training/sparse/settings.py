@@ -8,6 +8,7 @@ from fulmen.training.sparse.schedule import K_SCHEDULES
 
 TEACHER_PLACES = ("auto", "disk", "live")
 REPORTS = ("none", "tensorboard", "wandb")
+RATE, LORA_RATE = 3e-5, 1e-4
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,8 @@ class SparseSettings:
     """How long and how hard to train.
 
     steps: optimizer steps; None lets `budget_s` (wall-clock seconds for all of the stage) decide.
-    learning_rate: of the backbone, peak of a cosine schedule (AdamW). indexer_learning_rate: of the indexers.
+    learning_rate: of the backbone, peak of a cosine schedule (AdamW); None: RATE, with LoRA LORA_RATE.
+    indexer_learning_rate: of the indexers.
     alpha: share of the distillation in the backbone's loss; 0 needs no teacher.
     top_n: tokens of the teacher's distribution that are kept apart. teacher_place: one of TEACHER_PLACES;
     "auto" writes the answers to disk if sequences come more than once.
@@ -32,7 +34,7 @@ class SparseSettings:
 
     steps: int | None = None
     budget_s: float | None = 1800.0
-    learning_rate: float = 3e-5
+    learning_rate: float | None = None
     indexer_learning_rate: float = 3e-5
     alpha: float = 1.0
     top_n: int = 64
@@ -61,3 +63,10 @@ class SparseSettings:
                 raise ConfigError(f"{name}={value!r} is not known; choose from {', '.join(known)}")
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"alpha={self.alpha} cannot be; use a share from 0 (no teacher) to 1")
+
+    @property
+    def backbone_rate(self) -> float:
+        """`learning_rate`, or its default."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return RATE if self.lora is None else LORA_RATE

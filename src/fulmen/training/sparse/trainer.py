@@ -52,7 +52,7 @@ class SparseTrainer(SafeCheckpoints, Sharded, Trainer):
         """AdamW with a learning rate for the backbone and one for the indexers."""
         stage = self.stage if model is None else model
         groups = [
-            {"params": stage.backbone_parameters(), "lr": self.settings.learning_rate},
+            {"params": stage.backbone_parameters(), "lr": self.settings.backbone_rate},
             {"params": stage.indexer_parameters(), "lr": self.settings.indexer_learning_rate},
         ]
         self.optimizer = torch.optim.AdamW(
@@ -266,7 +266,7 @@ def sparse_arguments(
         device,
         bf16=settings.bf16,
         gradient_accumulation_steps=settings.accumulate,
-        learning_rate=settings.learning_rate,
+        learning_rate=settings.backbone_rate,
         # The first steps of few must not be of the full rate: answers are what they spoil.
         warmup_steps=min(20, steps // 4),
         train_sampling_strategy=order,
