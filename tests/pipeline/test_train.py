@@ -12,8 +12,11 @@ from fulmen.errors import CheckpointError, ConfigError, ResumeError
 from fulmen.modeling.lengths import short_text_topk
 from fulmen.pipeline.reporter import LineReporter
 from fulmen.pipeline.run_dir import RunDir
+from fulmen.pipeline.texts import lengths_to_try
+from fulmen.pipeline.train import DEFAULT_LENGTH
 from fulmen.pipeline.train_settings import TrainSettings
 from fulmen.training.sparse import run
+from fulmen.training.sparse.settings import SparseSettings
 from tests.modeling.gqa.tiny_gqa import make_dense
 from tests.pipeline.tiny_runs import convert, save_tiny, settings, train
 
@@ -204,3 +207,19 @@ def test_stages_that_cannot_be_trained(tmp_path, corpus_dir, stages):
 @pytest.mark.parametrize(("topk", "length", "expected"), [(512, 4096, 256), (128, 4096, 128), (8, 8, 1)])
 def test_k_of_the_stage_is_a_16th_of_the_text_at_most(topk, length, expected):
     assert short_text_topk(topk, length) == expected
+
+
+@pytest.mark.parametrize(
+    ("topk", "context", "lengths"),
+    [(2048, 32768, [4096]), (512, 8192, [2048, 1024]), (3000, 131072, [6000]), (1024, 8192, [4096, 2048])],
+)
+def test_default_length_is_4096_where_k_is_less_than_half_of_it(topk, context, lengths):
+    model = make_dense("qwen2", max_position_embeddings=context).config
+    assert lengths_to_try(None, model, topk, most=max(DEFAULT_LENGTH, 2 * topk)) == lengths
+
+
+@pytest.mark.parametrize(
+    ("options", "rate"), [({}, 3e-5), ({"lora": 16}, 1e-4), ({"lora": 16, "learning_rate": 2e-5}, 2e-5)]
+)
+def test_the_rate_goes_with_lora(options, rate):
+    assert SparseSettings(**options).backbone_rate == rate
