@@ -3,7 +3,8 @@
     python -m benchmarks.quality.long_context out/smollm2-135m-dsa --length 8192 --topk 512 --windows 8
     python -m benchmarks.quality.long_context out/trained --before out/smollm2-135m-dsa \
         --variants dense,dsa
-    python -m benchmarks.quality.long_context out/trained --variants dsa --dense-of out/dsa/long-8192-512.jsonl
+    python -m benchmarks.quality.long_context out/trained --variants dsa \
+        --dense-of out/dsa/long-8192-512.jsonl
     python -m benchmarks.quality.long_context out/trained --before out/dsa --data texts/de --out de.jsonl
 
 One JSON line per text goes to the output file at once, and texts that it holds already are skipped, so the
