@@ -119,6 +119,7 @@ class TestDefaults:
             (32 * K, 512, 4 * K, [256, 512]),
             (4 * K, K, 4 * K, [256, 512, K]),
             (2 * K, 3 * K, 2 * K, [128, 256]),
+            (128 * K, 2 * K, 8 * K, [512, K, 2 * K]),
         ],
     )
     def test_look_ups_are_asked_at_an_8th_a_16th_and_the_models_own_k(

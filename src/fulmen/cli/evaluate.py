@@ -86,7 +86,7 @@ def evaluate_command(
     needle_length: Annotated[
         int | None,
         typer.Option(
-            help="Tokens of the prompts of these questions. [dim]Default: 8 k, at least 2048, within the "
+            help="Tokens of the prompts of these questions. [dim]Default: 8 k, 2048 to 8192, within the "
             "context; less if the text does not fill that.[/]",
             show_default=False,
         ),

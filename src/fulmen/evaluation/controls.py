@@ -14,8 +14,8 @@ from fulmen.ops.attention.sparse import sparse_attention
 from fulmen.ops.common.intervals import selection_mask
 from fulmen.ops.topk import select_topk
 
-# Numbers of one block of attention probabilities (heads x rows x keys), 32 MB.
-BLOCK_PROBS = 2**23
+# Numbers of one block of attention probabilities (heads x rows x keys): 8 MB, which caches hold.
+BLOCK_PROBS = 2**21
 SINKS = 4
 RECALL_STRIDE = 16
 

@@ -118,7 +118,7 @@ def evaluate(
             half as many.
         kinds: of parity: kinds of text to take, as "code", "prose" or "chat"; empty: all.
         needles: of parity: whether to ask questions, too, that the text answers: the verdict needs them.
-        needle_length: of parity: tokens of their prompts; None: 8 k, at least 2048, within the context.
+        needle_length: of parity: tokens of their prompts; None: 8 k, 2048 to 8192, within the context.
         quick: of parity: fewer sequences and questions, for a first look.
         url: of suites: an OpenAI-compatible endpoint to ask, "ruler" and "generate" only.
         model: of suites: the endpoint's name for the model.

@@ -17,8 +17,8 @@ from fulmen.pipeline.settings import EvalSettings
 
 # A usual prompt has so many times k tokens.
 LENGTH_OVER_K = 8
-# Prompts that are tried where the text does not fill the usual one.
-SHORTEST_PROMPT = 512
+# Prompts that are tried where the text does not fill the usual one; and the longest that nobody asked for.
+SHORTEST_PROMPT, LONGEST_PROMPT = 512, 8192
 
 
 class LookupSize(NamedTuple):
@@ -76,8 +76,8 @@ def _plan(
 
 
 def _lengths(topk: int, context: int | None) -> list[int]:
-    """The usual length, of which k is an 8th; and shorter ones, each half of the last."""
-    usual = max(USUAL_LENGTH, LENGTH_OVER_K * topk)
+    """The usual length, of which k is an 8th unless it is too long; and shorter ones, each half so long."""
+    usual = min(max(USUAL_LENGTH, LENGTH_OVER_K * topk), LONGEST_PROMPT)
     lengths = [min(usual, context or usual)]
     while lengths[-1] // 2 >= SHORTEST_PROMPT:
         lengths.append(lengths[-1] // 2)

@@ -120,8 +120,8 @@ class EvalSettings:
         topk: None: the model's own.
         kinds: kinds of text to take; empty: all.
         needles: whether to ask questions, too, that the text answers.
-        needle_length: tokens of their prompts; None: 8 k, at least 2048, within the context, less where the
-            text is scarce.
+        needle_length: tokens of their prompts; None: 8 k, 2048 to 8192, within the context, less where
+            the text is scarce.
         quick: fewer texts and questions, for a first look.
         out: folder where losses and answers are kept until the end, for a run that is interrupted; None: they
             are not.
