@@ -1,6 +1,8 @@
 """LoRA for the backbone (peft, an option): low-rank updates that are merged into the weights at the end."""
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,16 +33,32 @@ def add_lora(model: PreTrainedModel, rank: int, seed: int) -> None:
         attention.indexer.requires_grad_(True)
 
 
+@contextmanager
+def without_lora(model: PreTrainedModel) -> Iterator[None]:
+    """The model without its adapters, as it was, in the `with` block."""
+    layers = _lora_layers(model)
+    for _, layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for _, layer in layers:
+            layer.enable_adapters(True)
+
+
 def merge_lora(model: PreTrainedModel) -> None:
     """Add the adapters to the weights and take them away; nothing happens where there are none."""
-    if importlib.util.find_spec("peft") is None:
-        return
-    from peft.tuners.lora import LoraLayer
-
-    layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
-    for name, layer in layers:
+    for name, layer in _lora_layers(model):
         layer.merge()
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
     for leftover in ("peft_config", "_hf_peft_config_loaded"):
         vars(model).pop(leftover, None)
+
+
+def _lora_layers(model: PreTrainedModel) -> list[tuple[str, Any]]:
+    if importlib.util.find_spec("peft") is None:
+        return []
+    from peft.tuners.lora import LoraLayer
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]

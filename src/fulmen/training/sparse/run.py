@@ -238,8 +238,9 @@ def _target_source(
         return None
     is_live = settings.teacher_place == "live" or (settings.teacher_place == "auto" and n_uses <= len(rows))
     if isinstance(rows, StreamedRows) or is_live:
-        # The model is about to change; its copy stays as it is.
-        asked.model = copy.deepcopy(asked.model).requires_grad_(False) if is_own else asked.model
+        if is_own and settings.lora is None:
+            # The model is about to change; its copy stays as it is. With LoRA its own weights stay.
+            asked.model = copy.deepcopy(asked.model).requires_grad_(False)
         return asked
     files = TargetFiles(run_dir / TARGETS_DIR, asked)
     files.fill(rows[state.process_index :: state.num_processes], on_part)

@@ -18,6 +18,7 @@ from fulmen.modeling.selectors import DenseSelector, Selector, use_selector
 from fulmen.training.rows import next_tokens
 from fulmen.training.run import OnPart
 from fulmen.training.sparse.distill import TeacherTargets, teacher_targets, with_right_answers
+from fulmen.training.sparse.lora import without_lora
 from fulmen.training.sparse.streamed import StreamedRows
 
 Row = dict[str, Tensor]
@@ -27,7 +28,7 @@ PROBE = "def f(x):\n    return x ** 2  # 1234567890 naïve façade, 你好, Пр
 
 
 class Teacher:
-    """Asks `model` what comes next; a DSA model answers with dense attention."""
+    """Asks `model` what comes next; a DSA model answers with dense attention, and without its adapters."""
 
     def __init__(self, model: PreTrainedModel, top_n: int) -> None:
         self.model, self.top_n = model, top_n
@@ -39,7 +40,8 @@ class Teacher:
         was_training = self.model.training
         self.model.eval()
         try:
-            with use_selector(self.model, DenseSelector()) if _has_dsa(self.model) else nullcontext():
+            dense = use_selector(self.model, DenseSelector()) if _has_dsa(self.model) else nullcontext()
+            with dense, without_lora(self.model):
                 hidden_TC = self.model.base_model(**batch, use_cache=False)[0][0]
         finally:
             self.model.train(was_training)
