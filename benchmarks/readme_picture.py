@@ -1,4 +1,4 @@
-"""The README's picture, drawn from benchmarks/history: what DSA costs in loss, and what it gains in decoding.
+"""The README's picture, drawn from benchmarks/history: what DSA costs in look-ups, what it gains in decoding.
 
     .venv/bin/python benchmarks/readme_picture.py        # writes docs/readme.svg
 
@@ -23,18 +23,19 @@ matplotlib.use("Agg")
 ROOT = Path(__file__).parents[1]
 HISTORY = ROOT / "benchmarks" / "history"
 PICTURE = ROOT / "docs" / "readme.svg"
+LOOKUPS, ASKED = "look-ups among 16 sentences, right of 128", 128
 FONTS = "-apple-system, BlinkMacSystemFont, 'Segoe UI', 'Noto Sans', Helvetica, Arial, sans-serif"
 
 PAPER, INK, FAINT, GRID = "#ffffff", "#1f2328", "#59636e", "#d8dee4"
-CODE, PROSE, FASTER, SLOWER = "#0969da", "#bc4c00", "#1a7f37", "#9a6700"
+SHORT, LONG, FASTER, SLOWER = "#0969da", "#bc4c00", "#1a7f37", "#9a6700"
 # Of a page with a dark background; the colours are GitHub's own.
 DARK = {
     PAPER: "#0d1117",
     INK: "#f0f6fc",
     FAINT: "#9198a1",
     GRID: "#30363d",
-    CODE: "#58a6ff",
-    PROSE: "#f0883e",
+    SHORT: "#58a6ff",
+    LONG: "#f0883e",
     FASTER: "#3fb950",
     SLOWER: "#d29922",
 }
@@ -51,7 +52,7 @@ def picture() -> str:
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(9.4, 4.1))
         add_card(figure)
-        draw_losses(figure.add_axes((0.167, 0.21, 0.318, 0.57)))
+        draw_lookups(figure.add_axes((0.167, 0.21, 0.318, 0.57)))
         draw_speed(figure.add_axes((0.548, 0.21, 0.425, 0.57)))
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -69,17 +70,16 @@ def last(file: str, what: str, **settings: Any) -> dict[str, Any]:
     return fitting[-1]["figures"]
 
 
-def losses() -> list[tuple[str, str, dict[str, float]]]:
-    """(name, remark, percent over dense by kind of text), the worst first."""
-    at = {"length": 2048, "topk": 256}
-    control = last("quality.jsonl", "controls, loss over dense", **at)
-    converted = last("quality.jsonl", "conversion, loss over dense", **at)
-    trained = last("quality.jsonl", "sparse stage, loss over dense", **at)
-    return [
-        ("sliding window", "and 4 sinks", control["window and 4 sinks, %"]),
-        ("inherited", "no training at all", converted["inherited, %"]),
-        ("trained", "on two CPU cores", trained["trained, %"]),
-    ]
+def lookups() -> list[tuple[str, str, dict[str, int]]]:
+    """(name, remark, right answers of `ASKED` by the text's tokens)."""
+    found = last("quality.jsonl", LOOKUPS)
+    remarks = {
+        "sliding window": "and 4 sinks",
+        "dense": "every token",
+        "inherited": "no training at all",
+        "trained": "164,000 tokens",
+    }
+    return [(name, remark, found[name]) for name, remark in remarks.items()]
 
 
 def speeds() -> list[tuple[int, float, str]]:
@@ -89,22 +89,22 @@ def speeds() -> list[tuple[int, float, str]]:
     return [(int(length), x, best[length]) for length, x in found["DSA over best other engine"].items()]
 
 
-def draw_losses(axes: Axes) -> None:
-    """A row for each model, a dot for each kind of text, on a logarithmic axis."""
-    title(axes, "What it costs", "Loss over the dense model · 2,048 tokens, k = 256", left=-0.43)
-    rows = losses()
+def draw_lookups(axes: Axes) -> None:
+    """A row for each kind of attention, a dot for each length."""
+    title(axes, "What it costs", "Look-ups answered, of 128 · a 16th of the tokens kept", left=-0.43)
+    rows = lookups()
     beside = {"transform": axes.get_yaxis_transform(), "ha": "right"}
-    for y, (name, remark, over) in zip(range(len(rows))[::-1], rows, strict=True):
+    for y, (name, remark, right) in zip(range(len(rows))[::-1], rows, strict=True):
         axes.axhline(y, color=GRID, linewidth=1, zorder=1)
         axes.text(-0.05, y + 0.02, name, va="bottom", weight="bold", **beside)
         axes.text(-0.05, y - 0.06, remark, va="top", color=FAINT, size=9.5, **beside)
-        for kind, colour, above in (("code", CODE, True), ("prose", PROSE, False)):
-            axes.plot(over[kind], y, "o", color=colour, markersize=10, zorder=3, clip_on=False)
-            label(axes, f"{over[kind]:g} %", (over[kind], y), colour, above)
-    axes.set(xscale="log", xlim=(0.006, 140), ylim=(-0.65, len(rows) - 0.35), yticks=[])
-    axes.set_xticks([0.01, 0.1, 1, 10, 100], ["0.01 %", "0.1 %", "1 %", "10 %", "100 %"])
-    for x, kind, colour in ((0.02, "code", CODE), (0.22, "prose", PROSE)):
-        axes.text(x, 0.93, f"● {kind}", color=colour, transform=axes.transAxes, size=10.5, weight="bold")
+        for length, colour, above in (("4096", SHORT, True), ("8192", LONG, False)):
+            axes.plot(right[length], y, "o", color=colour, markersize=9, zorder=3, clip_on=False)
+            label(axes, f"{right[length]}", (right[length], y), colour, above)
+    axes.set(xlim=(0, ASKED), ylim=(-0.65, len(rows) - 0.35), yticks=[])
+    axes.set_xticks([0, 32, 64, 96, 128])
+    for x, what, colour in ((0.02, "4,096 tokens", SHORT), (0.4, "8,192", LONG)):
+        axes.text(x, 0.98, f"● {what}", color=colour, transform=axes.transAxes, size=10.5, weight="bold")
     bare(axes)
 
 
@@ -168,9 +168,9 @@ def adapted(svg: str) -> str:
     )
     font = f"text{{font-family:{FONTS} !important}}"
     sheet = f"<style>{font}@media (prefers-color-scheme:dark){{{dark}}}</style>"
-    said = "; ".join(f"{name} {over['code']:g} and {over['prose']:g} %" for name, _, over in losses())
+    said = "; ".join(f"{name} {' and '.join(map(str, right.values()))}" for name, _, right in lookups())
     svg = re.sub(r" *<metadata>.*?</metadata>\n", "", svg, flags=re.DOTALL)
-    head = f"<title>Loss over dense (code and prose): {said}</title>\n {sheet}"
+    head = f"<title>Look-ups of {ASKED} at 4,096 and 8,192 tokens: {said}</title>\n {sheet}"
     svg = re.sub(r"(<svg [^>]*>)", rf"\1\n {head}", svg, count=1)
     return "\n".join(line.rstrip() for line in svg.splitlines()) + "\n"
 

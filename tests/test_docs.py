@@ -92,9 +92,8 @@ def test_the_readme_tells_what_the_picture_shows():
     drawing = runpy.run_path(str(ROOT / "benchmarks" / "readme_picture.py"))
     told = (ROOT / "README.md").read_text(encoding="utf-8")
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    for _, _, over in drawing["losses"]():
-        for share in over.values():
-            assert f"{share:g}" in told
-            assert f"+{share:g} %" in results
+    for name, _, right in drawing["lookups"]():
+        assert f"{name} {' and '.join(map(str, right.values()))}" in " ".join(told.split())
+        assert all(f"| {count}" in results for count in right.values())
     for _, ratio, _ in drawing["speeds"]():
         assert f"{ratio:.2f}" in results
