@@ -90,27 +90,27 @@ def speeds() -> list[tuple[int, float, str]]:
 
 
 def draw_lookups(axes: Axes) -> None:
-    """A row for each kind of attention, a dot for each length."""
+    """Two bars for each kind of attention, one for each length, named where the shortest leave room."""
     title(axes, "What it costs", "Look-ups answered, of 128 · a 16th of the tokens kept", left=-0.43)
     rows = lookups()
     beside = {"transform": axes.get_yaxis_transform(), "ha": "right"}
     for y, (name, remark, right) in zip(range(len(rows))[::-1], rows, strict=True):
-        axes.axhline(y, color=GRID, linewidth=1, zorder=1)
         axes.text(-0.05, y + 0.02, name, va="bottom", weight="bold", **beside)
         axes.text(-0.05, y - 0.06, remark, va="top", color=FAINT, size=9.5, **beside)
-        for length, colour, above in (("4096", SHORT, True), ("8192", LONG, False)):
-            axes.plot(right[length], y, "o", color=colour, markersize=9, zorder=3, clip_on=False)
-            label(axes, f"{right[length]}", (right[length], y), colour, above)
+        for length, colour, above in (("4096", SHORT, 0.2), ("8192", LONG, -0.2)):
+            axes.barh(y + above, right[length], height=0.32, color=colour)
+            said = {"va": "center", "color": colour, "size": 11, "weight": "bold"}
+            axes.text(right[length] + 3, y + above - 0.02, str(right[length]), **said)
+            if y == len(rows) - 1:
+                axes.text(22, y + above - 0.02, f"of {int(length):,} tokens", **{**said, "weight": "normal"})
     axes.set(xlim=(0, ASKED), ylim=(-0.65, len(rows) - 0.35), yticks=[])
     axes.set_xticks([0, 32, 64, 96, 128])
-    for x, what, colour in ((0.02, "4,096 tokens", SHORT), (0.4, "8,192", LONG)):
-        axes.text(x, 0.98, f"● {what}", color=colour, transform=axes.transAxes, size=10.5, weight="bold")
     bare(axes)
 
 
 def draw_speed(axes: Axes) -> None:
     """One line over the context's length, with the best other engine as 1."""
-    title(axes, "What it gains", "Decode speed against the best dense engine, same cores", left=0)
+    title(axes, "What it gains", "Decode speed against the best dense engine", left=0)
     points = speeds()
     lengths, ratios = [length for length, *_ in points], [ratio for _, ratio, _ in points]
     axes.axhline(1, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)))
