@@ -164,6 +164,7 @@ def test_bad_requests(tmp_path, corpus_dir, llama_dir, converted):
     refused("exclude each other", budget_s=3.0)
     refused("lora=0 cannot be", lora=0)
     refused("learning_rate=-1 cannot be", learning_rate=-1)
+    refused("indexer_learning_rate=None cannot be", indexer_learning_rate=None)
     with pytest.raises(ConfigError, match="alpha=0 learns from no teacher"):
         train_settings(converted, tmp_path / "out", corpus_dir, teacher="x", options={"alpha": 0})
     with pytest.raises(ConfigError, match="sparse_steps do not apply"):

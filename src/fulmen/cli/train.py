@@ -45,8 +45,8 @@ def train_command(
     length: Annotated[
         int | None,
         typer.Option(
-            help="Tokens per sequence; more than k. [dim]Default: 4 k, at least 2048, within the context, "
-            "but 4096 where 2 k are less; less if the text does not fill that.[/]",
+            help="Tokens per sequence; more than k. [dim]Default: 4 k, at least 2048, at most 4096 (or 2 k "
+            "if that is more), within the context; less if the text does not fill that.[/]",
             show_default=False,
         ),
     ] = None,

@@ -172,7 +172,7 @@ def train(
         steps: optimizer steps, instead of `budget`.
         data: as for `convert`. Data sets of 100 texts or more are streamed, in their order.
         texts: texts in memory, instead of `data`.
-        length: tokens per sequence, more than `topk`. None: as `convert`, but 4,096 where 2 `topk` are less.
+        length: tokens per sequence, more than `topk`. None: as `convert`, but at most 4,096 or 2 `topk`.
         sequences: different ones at most; None: as many as the steps use.
         topk: tokens that each query keeps; None: the model's own. The stage "sparse" keeps a 16th of `length`
             where that is less.

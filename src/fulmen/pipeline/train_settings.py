@@ -85,8 +85,9 @@ class TrainSettings:
             if (value := self.options.get(name)) is not None:
                 require_positive_int(name, value)
         for name in ("learning_rate", "indexer_learning_rate"):
-            if (rate := self.options.get(name)) is None:
-                continue
+            rate = self.options.get(name, 1.0)
+            if name == "learning_rate" and rate is None:
+                continue  # the default, which goes with LoRA
             if not number_argument(name, rate, "a rate above 0, as 3e-5") > 0:
                 raise refused(name, rate, "use a rate above 0, as 3e-5")
         number_argument("alpha", self.options.get("alpha", 1.0), "a share from 0 (no teacher) to 1")
