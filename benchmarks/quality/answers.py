@@ -55,8 +55,10 @@ def main(
         own = dsa_of(model.config).topk_shares or (1.0,) * len(dsa_of(model.config).layers)
         for variant in variants.split(","):
             clock = time.perf_counter()
-            set_topk_ratios(model, ratios_of(variant, own, length / topk))
-            set_topk(model, round(topk * 1.5) if variant == "k+50%" else topk)
+            wanted = ratios_of(variant, own, length / topk)
+            mean = sum(wanted) / len(wanted)
+            set_topk_ratios(model, [ratio / mean for ratio in wanted])
+            set_topk(model, round(topk * mean))
             selector = SELECTORS.get(variant, IndexerSelector)()
             found = [
                 changes(read(model, one.input_ids, parts, selector), reference)
@@ -73,11 +75,13 @@ def main(
 
 
 def ratios_of(variant: str, own: Sequence[float], dense: float) -> list[float]:
-    """k of each layer over the mean; `dense` is the ratio at which nothing is left out."""
+    """k of each layer over the usual k; `dense` is the ratio at which nothing is left out."""
     if variant == "even":
         return [1.0] * len(own)
     if variant == "half-way":
         return [(1 + ratio) / 2 for ratio in own]
+    if variant == "k+50%":
+        return [1.5 * ratio for ratio in own]
     name, _, layers = variant.partition(":")
     if name not in ("dense", "double"):
         return list(own)
