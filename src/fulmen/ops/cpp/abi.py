@@ -14,7 +14,7 @@ CPP_LEVELS = {
     "amx": "_kernels_amx",
 }
 # Raised with every change of a function's arguments, and with new functions (`cpp/src/library.cpp`).
-ABI_VERSION = 10
+ABI_VERSION = 11
 # Numbers, as in `cpp/src/attention.h`: gradients have rows of full vectors.
 ROW_MULTIPLE = 16
 
@@ -28,6 +28,15 @@ class IndexShape(ctypes.Structure):
             *("batch", "queries", "keys", "heads", "key_heads", "width", "topk", "columns"),
             *("key_kind", "k_stride_b", "k_stride_s", "k_stride_i", "threads", "use_tiles"),
         )
+    ]
+
+
+class CoarseLevelStruct(ctypes.Structure):
+    """`CoarseLevel` there."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("width", "candidates", "k_stride_b", "k_stride_s")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "rows")),
     ]
 
 
@@ -53,9 +62,10 @@ class PagedLayerStruct(ctypes.Structure):
             for name in (
                 *("heads", "key_heads", "width", "index_heads", "index_key_heads", "index_width", "topk"),
                 *("dense_up_to", "is_bf16", "kv_stride_r", "kv_stride_g", "packed_stride_r", "use_tiles"),
+                *("coarse_width", "candidates", "coarse_stride_r"),
             )
         ),
-        *((name, ctypes.c_void_p) for name in ("kv", "packed", "rope_pairs")),
+        *((name, ctypes.c_void_p) for name in ("kv", "packed", "rope_pairs", "coarse", "coarse_pairs")),
         ("scale", ctypes.c_double),
     ]
 
@@ -65,7 +75,7 @@ class NewTokensStruct(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("count", "pairs", "threads")),
-        *((name, ctypes.c_void_p) for name in ("rows", "index_rows", "cos", "sin")),
+        *((name, ctypes.c_void_p) for name in ("rows", "index_rows", "coarse_rows", "cos", "sin")),
     ]
 
 
@@ -74,7 +84,7 @@ class KeyRowsStruct(ctypes.Structure):
 
     _fields_ = [
         ("keys", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("rows", "index_rows", "stop")),
+        *((name, ctypes.c_void_p) for name in ("rows", "index_rows", "coarse_rows", "stop")),
     ]
 
 
@@ -83,7 +93,7 @@ class PagedQueriesStruct(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "count", "threads")),
-        *((name, ctypes.c_void_p) for name in ("q", "index_q", "w", "b")),
+        *((name, ctypes.c_void_p) for name in ("q", "index_q", "w", "b", "coarse_q")),
     ]
 
 
@@ -92,7 +102,7 @@ class ProjectionsStruct(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("q_width", "k_width", "x_width")),
-        *((name, ctypes.c_void_p) for name in ("q", "k", "w_and_b", "bias")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "w_and_b", "coarse_q", "coarse_k", "bias")),
     ]
 
 
@@ -103,7 +113,7 @@ class HeadsStruct(ctypes.Structure):
 
 
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
-    *(IndexShape, AttentionShape, PagedLayerStruct, NewTokensStruct),
+    *(IndexShape, CoarseLevelStruct, AttentionShape, PagedLayerStruct, NewTokensStruct),
     *(KeyRowsStruct, PagedQueriesStruct, ProjectionsStruct, HeadsStruct),
 )
 FIELD_KINDS = {ctypes.c_int64: "i", ctypes.c_void_p: "p", ctypes.c_double: "f"}

@@ -1,5 +1,7 @@
 """Index scores by the C++ kernel: the same bits for a query and a key whatever else is computed."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,7 @@ def call_index_kernel(
     result: Tensor,
     topk: int,
     columns: int,
+    *more: Any,
 ) -> None:
     """Fill `result` by one of the kernels that take an indexer's inputs; a selection has `columns`."""
     batch, queries, heads, width = q_BTJE.shape
@@ -50,4 +53,4 @@ def call_index_kernel(
     q_BTJE = q_BTJE.float().contiguous()
     shift_BTJ = None if b_BTJ is None else b_BTJ.float().contiguous()
     intervals = (x.long().contiguous() for x in (start_BT, stop_BT))
-    call_cpp(function, q_BTJE, k_BSIE, w_BTJ.float().contiguous(), shift_BTJ, *intervals, result, shape)
+    call_cpp(function, q_BTJE, k_BSIE, w_BTJ.float().contiguous(), shift_BTJ, *intervals, result, shape, *more)

@@ -39,5 +39,5 @@ def index_topk_cpp(
     n_columns = min(max(topk, dense_up_to), n_keys)
     topk_BTK = torch.empty(*q_BTJE.shape[:2], n_columns, dtype=torch.int32)
     inputs = (q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT)
-    call_index_kernel("fulmen_index_topk", *inputs, topk_BTK, min(topk, n_keys), n_columns)
+    call_index_kernel("fulmen_index_topk", *inputs, topk_BTK, min(topk, n_keys), n_columns, None)
     return topk_BTK

@@ -254,7 +254,7 @@ void attend_to_keys(const AttentionInputs &in, float scale, const Results &resul
 // choose(batch, low, high, workspace) is called for each on the thread that attends to it, and fills in what is chosen.
 struct SelectionWorkspace {
     std::vector<int32_t> chosen;  // [high - low, K]
-    FloatWorkspace scores;
+    ChoiceWorkspace scores;
 };
 bool comes_in_blocks(const AttentionInputs &in);
 using Choose = std::function<void(int64_t, int64_t, int64_t, SelectionWorkspace &)>;

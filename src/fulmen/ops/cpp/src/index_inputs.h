@@ -35,6 +35,17 @@ static inline Interval interval_of(const int64_t *start, const int64_t *stop, in
     return {start ? std::clamp<int64_t>(start[row], 0, keys) : 0, std::clamp<int64_t>(stop[row], 0, keys)};
 }
 
+// Mirrored by `CoarseLevelStruct` in abi.py: queries and keys of `pack_index_keys`, in rows of width + 2 bytes.
+struct CoarseLevel {
+    int64_t width, candidates, k_stride_b, k_stride_s;
+    const int8_t *q, *k;  // [B T, width + 2]
+    const int32_t *rows;  // as those of `IndexInputs`
+
+    const int8_t *key(int64_t batch, int64_t s, int64_t keys) const {
+        return k + batch * k_stride_b + (rows ? rows[batch * keys + s] : s) * k_stride_s;
+    }
+};
+
 struct IndexInputs {
     IndexShape shape;
     const void *q, *w, *b;  // float32, or all bfloat16; b may be null
@@ -43,6 +54,7 @@ struct IndexInputs {
     const int64_t *start, *stop;  // start may be null
     const int32_t *rows;  // [B, S]: which row of k is a key's; null: in order
     const bool is_bf16;   // q, w and b
+    const CoarseLevel *coarse = nullptr;  // null: every visible key is scored
     std::unique_ptr<Line[]> packed;  // all tiles of all keys, or null: then they are packed as they are needed
 
     IndexInputs(const IndexShape &given, const void *q, const void *w, const void *b, const void *k,
@@ -56,6 +68,10 @@ struct IndexInputs {
     bool by_tiles() const { return shape.use_tiles && shape.key_kind == PACKED; }
     int64_t shared() const { return shape.heads / shape.key_heads; }
     int64_t tiles() const { return (shape.keys + TILE - 1) / TILE; }
+    const void *of_batch(int64_t batch) const {
+        const int64_t bytes = shape.key_kind == FLOAT32 ? 4 : shape.key_kind == BFLOAT16 ? 2 : 1;
+        return (const char *)k + batch * shape.k_stride_b * bytes;
+    }
     template <class Number> const Number *key(int64_t batch, int64_t s, int64_t i) const {
         const int64_t row = rows ? rows[batch * shape.keys + s] : s;
         return (const Number *)k + batch * shape.k_stride_b + row * shape.k_stride_s + i * shape.k_stride_i;
@@ -81,6 +97,9 @@ static inline float scale_of_packed(const int8_t *row, int64_t width) {
     std::memcpy(&bits, row + width, sizeof bits);
     return bf16_to_float(bits);
 }
+
+// In index_keys.cpp: `width` numbers to their codes and the two bytes of their scale.
+void pack_index_head(const float *k, int64_t width, int8_t *to);
 
 // Some queries of one batch row.
 struct QueryRows {
@@ -122,9 +141,9 @@ struct QueryRows {
     }
 };
 
-// chosen [B, T, columns] (index_topk.cpp). Keys in rows must be packed ones. Throws std::bad_alloc.
+// chosen [B, T, columns] (index_topk.cpp). Throws std::bad_alloc.
 void choose_best(IndexInputs &in, int32_t *chosen);
 // Of the queries low <= t < high of a batch row alone, on the calling thread: chosen [high - low, columns]. All their keys
 // are packed once by `pack_index_keys`; `workspace` is kept for the next ones.
 void pack_index_keys(IndexInputs &in);
-void choose_some(const IndexInputs &in, int64_t batch, int64_t low, int64_t high, FloatWorkspace &workspace, int32_t *chosen);
+void choose_some(const IndexInputs &in, int64_t batch, int64_t low, int64_t high, ChoiceWorkspace &workspace, int32_t *chosen);

@@ -1,6 +1,6 @@
 // Index keys to 8 bits, as `index_keys.py` packs them.
 
-#include "vectors.h"
+#include "index_inputs.h"
 
 #include <algorithm>
 #include <cmath>
@@ -19,8 +19,9 @@ void write_codes(const float *k, int64_t count, float divisor, int8_t *to) {
     std::memcpy(to, &bytes, std::min<int64_t>(count, LANES));
 }
 
-// One head's key.
-void pack_head(const float *k, int64_t width, int8_t *to) {
+}  // namespace
+
+void pack_index_head(const float *k, int64_t width, int8_t *to) {
     int32_t peak_bits = 0;  // of the largest size; numbers that are not finite are the largest
     for (int64_t e = 0; e < width; e++) {
         int32_t bits;
@@ -42,8 +43,6 @@ void pack_head(const float *k, int64_t width, int8_t *to) {
     std::memcpy(to + width, &scale, sizeof scale);
 }
 
-}  // namespace
-
 extern "C" {
 
 // Token t of k [tokens, heads, width] goes, packed, to row rows[t] of `to`.
@@ -51,7 +50,7 @@ int fulmen_store_index_keys(const float *k, const int64_t *rows, int8_t *to, int
                             int64_t width, int64_t row_bytes) {
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t i = 0; i < heads; i++)
-            pack_head(k + (t * heads + i) * width, width, to + rows[t] * row_bytes + i * (width + 2));
+            pack_index_head(k + (t * heads + i) * width, width, to + rows[t] * row_bytes + i * (width + 2));
     return 0;
 }
 }

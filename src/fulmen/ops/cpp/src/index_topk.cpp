@@ -3,6 +3,7 @@
 // A score's bits depend on its query and its key alone, whatever else is computed: every sum has
 // one order, by vectors (index_vectors.h) and by tiles (index_query.h, index_block.h).
 
+#include "coarse_level.h"
 #include "index_block.h"
 #include "index_query.h"
 #include "index_vectors.h"
@@ -36,7 +37,9 @@ template <class Scorer> int64_t rows_of_block(const IndexInputs &in) {
 // All tiles of all keys at once, where more than two blocks read them.
 template <class Scorer> void pack_tiles(IndexInputs &in) {
     if constexpr (Scorer::PACKS) {
-        if (in.shape.queries <= 2 * rows_of_block<Scorer>(in)) return;
+        // Of a coarse level's candidates each block has others.
+        const bool coarse = in.coarse && in.shape.keys > in.coarse->candidates;
+        if (coarse || in.shape.queries <= 2 * rows_of_block<Scorer>(in)) return;
         const int64_t lines = Scorer::tile_lines(in);
         in.packed.reset(new Line[in.shape.batch * in.tiles() * lines]);
         parallel_for(in.shape.batch * in.tiles(), in.shape.threads, [&](int64_t item) {
@@ -48,36 +51,37 @@ template <class Scorer> void pack_tiles(IndexInputs &in) {
 // Some queries of a batch row, low <= t < high, and who works for them.
 struct Part {
     int64_t batch, low, high, threads;
-    FloatWorkspace &workspace;  // for scores
+    ChoiceWorkspace &workspace;
 };
 
-// finish(block, scores, stride, threads) for those queries that `wanted` names.
-template <class Scorer, class Wanted, class Finish>
-void score_part(const IndexInputs &in, const Part &part, const Wanted &wanted, const Finish &finish) {
+// Those queries of a part that `wanted` names.
+template <class Wanted> QueryRows wanted_rows(const IndexInputs &in, const Part &part, const Wanted &wanted) {
     std::vector<int64_t> rows;
     for (int64_t t = part.low; t < part.high; t++)
         if (wanted(part.batch * in.shape.queries + t)) rows.push_back(part.batch * in.shape.queries + t);
-    if (rows.empty()) return;
-    const QueryRows block(in, part.batch, std::move(rows));
-    // Not a power of two: rows would share their lines of the caches.
-    const int64_t stride = block.tiles() * TILE + LANES;
-    float *scores = part.workspace.of(round_up(block.rows.size(), Scorer::ROWS_AT_ONCE) * stride);
-    score_block<Scorer>(in, block, part.threads, scores, stride);
-    finish(block, scores, stride, part.threads);
+    return {in, part.batch, std::move(rows)};
 }
 
-// The same for all queries, block by block.
-template <class Scorer, class Wanted, class Finish>
-void score_all(IndexInputs &in, const Wanted &wanted, const Finish &finish) {
+// Scores of a block's queries in rows, which `stride` receives the distance of.
+template <class Scorer>
+float *scores_of(const IndexInputs &in, const QueryRows &block, int64_t threads, FloatWorkspace &workspace, int64_t &stride) {
+    // Not a power of two: rows would share their lines of the caches.
+    stride = block.tiles() * TILE + LANES;
+    float *scores = workspace.of(round_up(block.rows.size(), Scorer::ROWS_AT_ONCE) * stride);
+    score_block<Scorer>(in, block, threads, scores, stride);
+    return scores;
+}
+
+// work(part) for all queries, block by block.
+template <class Scorer, class Work> void for_parts(IndexInputs &in, const Work &work) {
     const IndexShape &shape = in.shape;
     const int64_t per_block = rows_of_block<Scorer>(in), blocks = (shape.queries + per_block - 1) / per_block;
-    pack_tiles<Scorer>(in);
     // Few blocks (decoding): the threads share each block's keys instead.
     const int64_t outer = blocks * shape.batch >= 2 * shape.threads ? shape.threads : 1;
     parallel_for(blocks * shape.batch, outer, [&](int64_t item) {
-        FloatWorkspace workspace;
+        ChoiceWorkspace workspace;
         const int64_t low = (blocks - 1 - item % blocks) * per_block, high = std::min(low + per_block, shape.queries);
-        score_part<Scorer>(in, {item / blocks, low, high, outer == 1 ? shape.threads : 1, workspace}, wanted, finish);
+        work(Part{item / blocks, low, high, outer == 1 ? shape.threads : 1, workspace});
     });
 }
 
@@ -127,14 +131,114 @@ struct RowChooser {
     }
 };
 
+// A block of queries by two levels: what the coarse scores leave to each query is scored together, each key once.
+template <class Scorer> class TwoLevels {
+    const IndexInputs &in;
+    const QueryRows &block;
+    const int64_t threads, rows, most;
+    ChoiceWorkspace &workspace;
+
+  public:
+    TwoLevels(const IndexInputs &in, const QueryRows &block, int64_t threads, ChoiceWorkspace &workspace)
+        : in(in), block(block), threads(threads), rows(block.rows.size()),
+          most(std::min(in.coarse->candidates, block.last - block.first)), workspace(workspace) {}
+
+    void choose(const RowChooser &chooser) {
+        take_candidates();
+        number_columns();
+        int64_t stride;
+        const float *scores = score_candidates(stride);
+        const int64_t topk = in.shape.topk, parts = std::min(threads, rows);
+        parallel_for(parts, threads, [&](int64_t part) {
+            const SelectionScratch scratch(most, topk);
+            std::vector<float> own(most + LANES);
+            for (int64_t r = part; r < rows; r += parts) {
+                const int32_t *candidates = workspace.candidates.data() + r * most;
+                const int64_t count = count_of(r);
+                for (int64_t i = 0; i < count; i++) own[i] = scores[r * stride + column(candidates[i], i)];
+                int32_t *to = chooser.of(block.rows[r]);
+                take_best(own.data(), {0, count}, topk, scratch, to);
+                for (int64_t i = 0; i < topk; i++) to[i] = candidates[to[i]];
+                std::fill(to + topk, to + in.shape.columns, -1);
+            }
+        });
+    }
+
+  private:
+    int64_t visible(int64_t r) const { return block.intervals[r].stop - block.intervals[r].start; }
+    int64_t count_of(int64_t r) const { return std::min(most, visible(r)); }
+    // Of a key among those that are scored; a single query's are its candidates in their order.
+    int64_t column(int32_t position, int64_t i) const { return rows == 1 ? i : workspace.columns[position - block.first]; }
+
+    void take_candidates() {
+        int64_t stride;
+        const float *scores = scores_of<CoarseScorer>(in, block, threads, workspace.scores, stride);
+        workspace.candidates.resize(rows * most + LANES);
+        const int64_t parts = std::min(threads, rows);
+        parallel_for(parts, threads, [&](int64_t part) {
+            const SelectionScratch scratch(stride, most);
+            for (int64_t r = part; r < rows; r += parts) {
+                int32_t *to = workspace.candidates.data() + r * most;
+                if (visible(r) <= most) take_all(block.intervals[r], visible(r), to);
+                else take_best(row_scores(block, scores, stride, r), block.intervals[r], most, scratch, to);
+            }
+        });
+    }
+
+    // `positions` of all keys that are a candidate of some query, ascending, and the column of each.
+    void number_columns() {
+        std::vector<int32_t> &positions = workspace.positions, &columns = workspace.columns;
+        positions.clear();
+        if (rows == 1) {
+            positions.assign(workspace.candidates.data(), workspace.candidates.data() + count_of(0));
+            return;
+        }
+        columns.assign(block.last - block.first, -1);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t i = 0; i < count_of(r); i++) columns[workspace.candidates[r * most + i] - block.first] = 0;
+        for (int64_t s = 0; s < int64_t(columns.size()); s++) {
+            if (columns[s] < 0) continue;
+            columns[s] = int32_t(positions.size());
+            positions.push_back(int32_t(block.first + s));
+        }
+    }
+
+    // Index scores of the block's queries for these keys.
+    const float *score_candidates(int64_t &stride) {
+        const std::vector<int32_t> &positions = workspace.positions;
+        workspace.rows = positions;
+        for (int32_t &row : workspace.rows)
+            if (in.rows) row = in.rows[block.batch * in.shape.keys + row];
+        IndexShape shape = in.shape;
+        shape.batch = 1, shape.keys = positions.size();
+        const IndexInputs some(shape, in.q, in.w, in.b, in.of_batch(block.batch), nullptr, nullptr, workspace.rows.data(), in.is_bf16);
+        QueryRows queries = block;
+        queries.batch = 0, queries.first = 0, queries.last = shape.keys;
+        return scores_of<Scorer>(some, queries, threads, workspace.fine, stride);
+    }
+};
+
+template <class Scorer> void choose_part(const IndexInputs &in, const Part &part, const RowChooser &chooser) {
+    const QueryRows block = wanted_rows(in, part, [&](int64_t row) { return chooser.must(row); });
+    if (block.rows.empty()) return;
+    int64_t longest = 0, stride;
+    for (const Interval &visible : block.intervals) longest = std::max(longest, visible.stop - visible.start);
+    if (in.coarse && longest > in.coarse->candidates) {
+        TwoLevels<Scorer>(in, block, part.threads, part.workspace).choose(chooser);
+        return;
+    }
+    const float *scores = scores_of<Scorer>(in, block, part.threads, part.workspace.scores, stride);
+    chooser.choose(block, scores, stride, part.threads);
+}
+
 }  // namespace
 
 void choose_best(IndexInputs &in, int32_t *chosen) {
     const RowChooser chooser{in, 0, chosen};
     with_scorer(in, [&](auto use) {
-        score_all<typename decltype(use)::Type>(
-            in, [&](int64_t row) { return chooser.must(row); },
-            [&](const auto &...scored) { chooser.choose(scored...); });
+        using Scorer = typename decltype(use)::Type;
+        pack_tiles<Scorer>(in);
+        for_parts<Scorer>(in, [&](const Part &part) { choose_part<Scorer>(in, part, chooser); });
     });
 }
 
@@ -142,25 +246,23 @@ void pack_index_keys(IndexInputs &in) {
     with_scorer(in, [&](auto use) { pack_tiles<typename decltype(use)::Type>(in); });
 }
 
-void choose_some(const IndexInputs &in, int64_t batch, int64_t low, int64_t high, FloatWorkspace &workspace, int32_t *chosen) {
+void choose_some(const IndexInputs &in, int64_t batch, int64_t low, int64_t high, ChoiceWorkspace &workspace, int32_t *chosen) {
     const RowChooser chooser{in, batch * in.shape.queries + low, chosen};
     with_scorer(in, [&](auto use) {
         using Scorer = typename decltype(use)::Type;
         const int64_t per_block = rows_of_block<Scorer>(in);
         for (int64_t from = low; from < high; from += per_block)
-            score_part<Scorer>(
-                in, {batch, from, std::min(from + per_block, high), 1, workspace},
-                [&](int64_t row) { return chooser.must(row); },
-                [&](const auto &...scored) { chooser.choose(scored...); });
+            choose_part<Scorer>(in, {batch, from, std::min(from + per_block, high), 1, workspace}, chooser);
     });
 }
 
 extern "C" {
 
-// 0, or 1 where memory ran out (as in all functions here).
+// 0, or 1 where memory ran out (as in all functions here). `coarse` may be null.
 int fulmen_index_topk(const float *q, const void *k, const float *w, const float *b, const int64_t *start,
-                      const int64_t *stop, int32_t *chosen, const IndexShape *shape) try {
+                      const int64_t *stop, int32_t *chosen, const IndexShape *shape, const CoarseLevel *coarse) try {
     IndexInputs in(*shape, q, w, b, k, start, stop);
+    in.coarse = coarse;
     choose_best(in, chosen);
     return 0;
 } catch (const std::bad_alloc &) {
@@ -175,14 +277,23 @@ int fulmen_index_scores(const float *q, const void *k, const float *w, const flo
         const Interval visible = interval_of(start, stop, row, shape->keys);
         return visible.start < visible.stop;
     };
-    auto copy = [&](const QueryRows &block, const float *found, int64_t stride, int64_t) {
+    auto copy = [&](const QueryRows &block, const float *found, int64_t stride) {
         for (size_t r = 0; r < block.rows.size(); r++) {
             const Interval visible = block.intervals[r];
             const float *from = row_scores(block, found, stride, r);
             std::copy_n(from, visible.stop - visible.start, scores + block.rows[r] * shape->keys + visible.start);
         }
     };
-    with_scorer(in, [&](auto use) { score_all<typename decltype(use)::Type>(in, wanted, copy); });
+    with_scorer(in, [&](auto use) {
+        using Scorer = typename decltype(use)::Type;
+        pack_tiles<Scorer>(in);
+        for_parts<Scorer>(in, [&](const Part &part) {
+            const QueryRows block = wanted_rows(in, part, wanted);
+            if (block.rows.empty()) return;
+            int64_t stride;
+            copy(block, scores_of<Scorer>(in, block, part.threads, part.workspace.scores, stride), stride);
+        });
+    });
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;

@@ -74,10 +74,11 @@ class VectorScorer {
         const IndexShape &shape = in.shape;
         const int64_t first = tile * TILE, count = std::min<int64_t>(TILE, shape.keys - first);
         for (int64_t i = 0; i < shape.key_heads; i++, to += shape.width * TILE) {
-            const Number *from = in.key<Number>(batch, first, i);
-            for (int64_t e = 0; e < shape.width; e++)
-                for (int64_t c = 0; c < TILE; c++)
-                    to[e * TILE + c] = c < count ? to_float(from[c * shape.k_stride_s + e]) : 0.0f;
+            std::fill(to, to + shape.width * TILE, 0.0f);
+            for (int64_t c = 0; c < count; c++) {
+                const Number *from = in.key<Number>(batch, first + c, i);
+                for (int64_t e = 0; e < shape.width; e++) to[e * TILE + c] = to_float(from[e]);
+            }
         }
     }
 

@@ -41,6 +41,13 @@ std::string index_shape() {
         .FIELD(S, k_stride_i).FIELD(S, threads).FIELD(S, use_tiles).line();
 }
 
+std::string coarse_level() {
+    using S = CoarseLevel;
+    return LAYOUT(CoarseLevel)
+        .FIELD(S, width).FIELD(S, candidates).FIELD(S, k_stride_b).FIELD(S, k_stride_s).FIELD(S, q).FIELD(S, k)
+        .FIELD(S, rows).line();
+}
+
 std::string attention_shape() {
     using S = AttentionShape;
     return LAYOUT(AttentionShape)
@@ -55,23 +62,27 @@ std::string paged_layer() {
     return LAYOUT(PagedLayer)
         .FIELD(S, heads).FIELD(S, key_heads).FIELD(S, width).FIELD(S, index_heads).FIELD(S, index_key_heads)
         .FIELD(S, index_width).FIELD(S, topk).FIELD(S, dense_up_to).FIELD(S, is_bf16).FIELD(S, kv_stride_r)
-        .FIELD(S, kv_stride_g).FIELD(S, packed_stride_r).FIELD(S, use_tiles).FIELD(S, kv).FIELD(S, packed)
-        .FIELD(S, rope_pairs).FIELD(S, scale).line();
+        .FIELD(S, kv_stride_g).FIELD(S, packed_stride_r).FIELD(S, use_tiles)
+        .FIELD(S, coarse_width).FIELD(S, candidates).FIELD(S, coarse_stride_r).FIELD(S, kv).FIELD(S, packed)
+        .FIELD(S, rope_pairs).FIELD(S, coarse).FIELD(S, coarse_pairs).FIELD(S, scale).line();
 }
 
 // What a step of a layer is given.
 std::string step() {
     return LAYOUT(NewTokens)
                .FIELD(NewTokens, count).FIELD(NewTokens, pairs).FIELD(NewTokens, threads).FIELD(NewTokens, rows)
-               .FIELD(NewTokens, index_rows).FIELD(NewTokens, cos).FIELD(NewTokens, sin).line() +
+               .FIELD(NewTokens, index_rows).FIELD(NewTokens, coarse_rows).FIELD(NewTokens, cos).FIELD(NewTokens, sin).line() +
            LAYOUT(KeyRows)
-               .FIELD(KeyRows, keys).FIELD(KeyRows, rows).FIELD(KeyRows, index_rows).FIELD(KeyRows, stop).line() +
+               .FIELD(KeyRows, keys).FIELD(KeyRows, rows).FIELD(KeyRows, index_rows).FIELD(KeyRows, coarse_rows)
+               .FIELD(KeyRows, stop).line() +
            LAYOUT(PagedQueries)
                .FIELD(PagedQueries, batch).FIELD(PagedQueries, count).FIELD(PagedQueries, threads)
-               .FIELD(PagedQueries, q).FIELD(PagedQueries, index_q).FIELD(PagedQueries, w).FIELD(PagedQueries, b).line() +
+               .FIELD(PagedQueries, q).FIELD(PagedQueries, index_q).FIELD(PagedQueries, w).FIELD(PagedQueries, b)
+               .FIELD(PagedQueries, coarse_q).line() +
            LAYOUT(Projections)
                .FIELD(Projections, q_width).FIELD(Projections, k_width).FIELD(Projections, x_width)
-               .FIELD(Projections, q).FIELD(Projections, k).FIELD(Projections, w_and_b).FIELD(Projections, bias).line() +
+               .FIELD(Projections, q).FIELD(Projections, k).FIELD(Projections, w_and_b)
+               .FIELD(Projections, coarse_q).FIELD(Projections, coarse_k).FIELD(Projections, bias).line() +
            LAYOUT(Heads).FIELD(Heads, numbers).FIELD(Heads, stride).line();
 }
 
@@ -80,11 +91,11 @@ std::string step() {
 extern "C" {
 
 // Raised with every change of a function's arguments, and with new functions; `abi.py` expects the same number.
-int fulmen_abi_version() { return 10; }
+int fulmen_abi_version() { return 11; }
 
 // The structures that callers fill in, a line each; `abi.py` compares them with its own.
 const char *fulmen_layouts() {
-    static const std::string text = index_shape() + attention_shape() + paged_layer() + step();
+    static const std::string text = index_shape() + coarse_level() + attention_shape() + paged_layer() + step();
     return text.c_str();
 }
 

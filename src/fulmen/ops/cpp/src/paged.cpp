@@ -8,11 +8,10 @@
 namespace {
 
 // Indices in a list of heads.
-enum { Q, K, V, INDEX_Q, INDEX_K, W, B };
+enum { Q, K, V, INDEX_Q, INDEX_K, COARSE_Q, COARSE_K, W, B };
 
 template <class Number>
-void store_tokens(const PagedLayer &layer, const NewTokens &tokens, const Heads *heads, Number *q_out,
-                  Number *index_q_out) {
+void store_tokens(const PagedLayer &layer, const NewTokens &tokens, const Heads *heads, const SelectionInputs<Number> &to) {
     constexpr int64_t PER_ITEM = 32;
     const int64_t numbers = layer.heads * layer.width, index_numbers = layer.index_heads * layer.index_width;
     const int64_t threads = useful_threads(tokens.threads, 16 * tokens.count * (numbers + index_numbers));
@@ -20,7 +19,7 @@ void store_tokens(const PagedLayer &layer, const NewTokens &tokens, const Heads 
         TokenWriter<Number> writer(layer, tokens);
         for (int64_t t = item * PER_ITEM; t < std::min(tokens.count, (item + 1) * PER_ITEM); t++) {
             const auto of = [&](int which) { return heads[which].numbers ? heads[which].of<Number>(t) : nullptr; };
-            writer.take(t, {of(Q), of(K), of(V), of(INDEX_Q), of(INDEX_K)}, q_out, index_q_out);
+            writer.take(t, {of(Q), of(K), of(V), of(INDEX_Q), of(INDEX_K), of(COARSE_Q), of(COARSE_K)}, to);
         }
     });
 }
@@ -42,7 +41,7 @@ template <class Number> float dot(const Number *x, const float *y, int64_t count
 template <class Number> class RowProjector {
     const PagedLayer &layer;
     const NewTokens &tokens;
-    const int64_t n_q, n_k, n_w;  // rows of the matrices
+    const int64_t n_q, n_k, n_w, n_coarse;  // rows of the matrices
 
     struct Matrix {
         const Number *rows;
@@ -67,19 +66,24 @@ template <class Number> class RowProjector {
         }
     }
 
-    int64_t stride() const { return n_q + n_k + n_w; }
+    int64_t coarse_from() const { return n_q + n_k + n_w; }
+    int64_t stride() const { return coarse_from() + 2 * n_coarse; }
 
   public:
-    std::vector<Number> out;  // [B]: index queries, index keys, then weights and shifts
+    std::vector<Number> out;  // [B]: index queries, index keys, weights and shifts, coarse queries, coarse keys
 
     RowProjector(const PagedLayer &layer, const NewTokens &tokens)
         : layer(layer), tokens(tokens), n_q(layer.index_heads * layer.index_width),
-          n_k(layer.index_key_heads * layer.index_width), n_w(2 * layer.index_heads), out(tokens.count * stride()) {}
+          n_k(layer.index_key_heads * layer.index_width), n_w(2 * layer.index_heads),
+          n_coarse(layer.coarse_width), out(tokens.count * stride()) {}
 
     // From queries and keys of all heads, side by side, and hidden states; keys alone where nothing is selected.
     void project(const Projections &by, const Heads &all_qk, const Heads &x, bool selects) {
         constexpr int64_t PER_ITEM = 48;
         std::vector<Matrix> matrices{matrix(by.k, n_k, by.k_width, n_q, all_qk.from<Number>(by.q_width), nullptr)};
+        const Heads keys = all_qk.from<Number>(by.q_width);
+        if (n_coarse) matrices.push_back(matrix(by.coarse_k, n_coarse, by.k_width, coarse_from() + n_coarse, keys, nullptr));
+        if (selects && n_coarse) matrices.push_back(matrix(by.coarse_q, n_coarse, by.q_width, coarse_from(), all_qk, nullptr));
         if (selects) {
             matrices.push_back(matrix(by.q, n_q, by.q_width, 0, all_qk, nullptr));
             matrices.push_back(matrix(by.w_and_b, n_w, by.x_width, n_q + n_k, x, by.bias));
@@ -100,6 +104,8 @@ template <class Number> class RowProjector {
     Heads index_k() const { return {out.data() + n_q, stride()}; }
     Heads w() const { return {out.data() + n_q + n_k, stride()}; }
     Heads b() const { return {out.data() + n_q + n_k + layer.index_heads, stride()}; }
+    Heads coarse_q() const { return {out.data() + coarse_from(), stride()}; }
+    Heads coarse_k() const { return {out.data() + coarse_from() + n_coarse, stride()}; }
 };
 
 // One token of each sequence is stored; what is needed to attend, rotated and side by side.
@@ -107,21 +113,25 @@ template <class Number> class NewQueries {
     const PagedLayer &layer;
     const NewTokens &tokens;
     std::vector<Number> q, index_q, w, b;
+    std::vector<int8_t> coarse_q;
 
   public:
     NewQueries(const PagedLayer &layer, const NewTokens &tokens)
         : layer(layer), tokens(tokens), q(tokens.count * layer.heads * layer.width),
-          index_q(tokens.count * layer.index_heads * layer.index_width), w(tokens.count * layer.index_heads), b(w.size()) {}
+          index_q(tokens.count * layer.index_heads * layer.index_width), w(tokens.count * layer.index_heads), b(w.size()),
+          coarse_q(layer.coarse_width ? tokens.count * (layer.coarse_width + 2) : 0) {}
 
     void store(const Heads *heads) {
-        store_tokens(layer, tokens, heads, q.data(), index_q.data());
+        store_tokens<Number>(layer, tokens, heads, {q.data(), index_q.data(), coarse_q.data()});
         for (int64_t t = 0; heads[INDEX_Q].numbers && t < tokens.count; t++) {
             std::copy_n(heads[W].of<Number>(t), layer.index_heads, w.data() + t * layer.index_heads);
             std::copy_n(heads[B].of<Number>(t), layer.index_heads, b.data() + t * layer.index_heads);
         }
     }
 
-    PagedQueries queries() const { return {tokens.count, 1, tokens.threads, q.data(), index_q.data(), w.data(), b.data()}; }
+    PagedQueries queries() const {
+        return {tokens.count, 1, tokens.threads, q.data(), index_q.data(), w.data(), b.data(), coarse_q.data()};
+    }
 };
 
 template <class Number>
@@ -132,7 +142,7 @@ void decode(const PagedLayer &layer, const Projections &projections, const NewTo
     projected.project(projections, all_qk, x, selects);
     const int64_t k = layer.heads * layer.width, v = k + layer.key_heads * layer.width;
     const Heads heads[] = {qkv, qkv.from<Number>(k), qkv.from<Number>(v), selects ? projected.index_q() : Heads{},
-                           projected.index_k(), projected.w(), projected.b()};
+                           projected.index_k(), projected.coarse_q(), projected.coarse_k(), projected.w(), projected.b()};
     NewQueries<Number> stored(layer, tokens);
     stored.store(heads);
     attend_to_paged(layer, stored.queries(), key_rows, out);
@@ -142,12 +152,13 @@ void decode(const PagedLayer &layer, const Projections &projections, const NewTo
 
 extern "C" {
 
-// heads: q, k, v, index_q (or null) and index_k of the tokens. q_out [T, H, D] and index_q_out [T, J, E], in the
-// model's dtype, are rotated; the keys and values are stored.
+// heads: q, k, v, index_q (or null), index_k, coarse_q (or null) and coarse_k of the tokens. q_out [T, H, D] and
+// index_q_out [T, J, E], in the model's dtype, are rotated, coarse_q_out [T, N + 2] is packed; the keys and values are stored.
 int fulmen_paged_store(const PagedLayer *layer, const NewTokens *tokens, const Heads *heads, void *q_out,
-                       void *index_q_out) try {
-    if (layer->is_bf16) store_tokens(*layer, *tokens, heads, (uint16_t *)q_out, (uint16_t *)index_q_out);
-    else store_tokens(*layer, *tokens, heads, (float *)q_out, (float *)index_q_out);
+                       void *index_q_out, int8_t *coarse_q_out) try {
+    if (layer->is_bf16)
+        store_tokens<uint16_t>(*layer, *tokens, heads, {(uint16_t *)q_out, (uint16_t *)index_q_out, coarse_q_out});
+    else store_tokens<float>(*layer, *tokens, heads, {(float *)q_out, (float *)index_q_out, coarse_q_out});
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;

@@ -13,37 +13,42 @@ extern "C" int fulmen_store_index_keys(const float *k, const int64_t *rows, int8
 struct PagedLayer {
     int64_t heads, key_heads, width, index_heads, index_key_heads, index_width, topk, dense_up_to, is_bf16;
     int64_t kv_stride_r, kv_stride_g, packed_stride_r, use_tiles;
-    void *kv;                   // [R, G, 2 D]: a head's key, then its value
-    int8_t *packed;             // [R, I * (E + 2)]
-    const int64_t *rope_pairs;  // [I, E / 2]: of the model's pairs; beyond them: is not rotated
+    int64_t coarse_width, candidates, coarse_stride_r;  // width 0: one level
+    void *kv;                     // [R, G, 2 D]: a head's key, then its value
+    int8_t *packed;               // [R, I * (E + 2)]
+    const int64_t *rope_pairs;    // [I, E / 2]: of the model's pairs; beyond them: is not rotated
+    int8_t *coarse;               // [R, N + 2]
+    const int64_t *coarse_pairs;  // [N / 2], as rope_pairs
     double scale;
 };
 
 // Mirrored there, too: the tokens of a step.
 struct NewTokens {
     int64_t count, pairs, threads;
-    const int64_t *rows, *index_rows;  // [T]: where they are stored
+    const int64_t *rows, *index_rows, *coarse_rows;  // [T]: where they are stored
     const float *cos, *sin;            // [T, P], numbers of the model's dtype
 };
 
 // Mirrored by `KeyRowsStruct` in abi.py: B sequences, and how many keys each of their queries sees.
 struct KeyRows {
     int64_t keys;
-    const int32_t *rows, *index_rows;  // [B, S]: in which rows of the caches key s lies
-    const int64_t *stop;               // [B, T]
+    const int32_t *rows, *index_rows, *coarse_rows;  // [B, S]: in which rows of the caches key s lies
+    const int64_t *stop;                             // [B, T]
 };
 
 // Mirrored there, too: T queries of each of B sequences, rotated, in the model's dtype.
 struct PagedQueries {
     int64_t batch, count, threads;
     const void *q, *index_q, *w, *b;  // [B, T, H, D], [B, T, J, E], [B, T, J]
+    const int8_t *coarse_q;           // [B, T, N + 2], packed
 };
 
 // Mirrored by `ProjectionsStruct` in abi.py: matrices of the model's dtype, row after row.
 struct Projections {
     int64_t q_width, k_width, x_width;
-    const void *q, *k, *w_and_b;  // [J E, X], [I E, X], [2 J, C]
-    const float *bias;            // [2 J]
+    const void *q, *k, *w_and_b;         // [J E, X], [I E, X], [2 J, C]
+    const void *coarse_q, *coarse_k;     // [N, X] both, as wide as q and k
+    const float *bias;                   // [2 J]
 };
 
 // In paged_sparse.cpp: out [B, T, H, D] in the model's dtype. Where every query sees `dense_up_to` keys at most, nothing is read
@@ -59,12 +64,35 @@ struct Heads {
     template <class Number> Heads from(int64_t offset) const { return {(const Number *)numbers + offset, stride}; }
 };
 
+// Angles of the indexer's pairs, each one of the model's.
+class IndexAngles {
+    std::vector<int32_t> pairs;  // of the model's, for each of the indexer's; P: none
+
+  public:
+    std::vector<float> cos, sin;
+
+    IndexAngles(const int64_t *rope_pairs, int64_t count, int64_t model_pairs) : pairs(count), cos(count), sin(count) {
+        for (int64_t p = 0; p < count; p++) pairs[p] = int32_t(std::min(rope_pairs[p], model_pairs));
+    }
+
+    // From the model's [P + 1].
+    void take(const std::vector<float> &model_cos, const std::vector<float> &model_sin) {
+        gather(model_cos.data(), cos.data());
+        gather(model_sin.data(), sin.data());
+    }
+
+  private:
+    void gather(const float *__restrict__ from, float *__restrict__ to) const {
+        const int32_t *__restrict__ indices = pairs.data();
+        for (size_t p = 0; p < pairs.size(); p++) to[p] = from[indices[p]];
+    }
+};
+
 // One token's heads by RoPE.
 template <class Number> class RotaryTable {
     const PagedLayer &layer;
     const NewTokens &tokens;
-    std::vector<int32_t> pairs;              // of the model's, for each of the indexer's; P: none
-    std::vector<float> cos, sin;             // [I, E / 2]
+    IndexAngles index, coarse;                // of [I, E / 2] and [N / 2] pairs
     std::vector<float> model_cos, model_sin;  // [P + 1]: the last is not rotated
 
     // Dims p and p + `half`, for all p, of a head; further ones stay.
@@ -80,23 +108,17 @@ template <class Number> class RotaryTable {
         for (int64_t d = 2 * half; d < width; d += LANES) put(load_some(x + d, width - d), width - d, to + d);
     }
 
-    void gather(const float *__restrict__ from, float *__restrict__ to) const {
-        const int32_t *__restrict__ indices = pairs.data();
-        for (size_t p = 0; p < pairs.size(); p++) to[p] = from[indices[p]];
-    }
-
   public:
     RotaryTable(const PagedLayer &layer, const NewTokens &tokens)
-        : layer(layer), tokens(tokens), pairs(layer.index_key_heads * layer.index_width / 2), cos(pairs.size()),
-          sin(pairs.size()), model_cos(tokens.pairs + 1, 1.0f), model_sin(tokens.pairs + 1, 0.0f) {
-        for (size_t p = 0; p < pairs.size(); p++) pairs[p] = int32_t(std::min(layer.rope_pairs[p], tokens.pairs));
-    }
+        : layer(layer), tokens(tokens), index(layer.rope_pairs, layer.index_key_heads * layer.index_width / 2, tokens.pairs),
+          coarse(layer.coarse_pairs, layer.coarse_width / 2, tokens.pairs), model_cos(tokens.pairs + 1, 1.0f),
+          model_sin(tokens.pairs + 1, 0.0f) {}
 
     void begin(int64_t token) {
         std::copy_n(tokens.cos + token * tokens.pairs, tokens.pairs, model_cos.data());
         std::copy_n(tokens.sin + token * tokens.pairs, tokens.pairs, model_sin.data());
-        gather(model_cos.data(), cos.data());
-        gather(model_sin.data(), sin.data());
+        index.take(model_cos, model_sin);
+        coarse.take(model_cos, model_sin);
     }
 
     template <class To> void rotate_heads(const Number *x, int64_t heads, To *to) const {
@@ -109,14 +131,26 @@ template <class Number> class RotaryTable {
         const int64_t width = layer.index_width, half = width / 2;
         for (int64_t j = 0; j < heads; j++) {
             const int64_t at = j * layer.index_key_heads / heads * half;
-            rotate(x + j * width, half, width, cos.data() + at, sin.data() + at, to + j * width);
+            rotate(x + j * width, half, width, index.cos.data() + at, index.sin.data() + at, to + j * width);
         }
+    }
+
+    // A coarse query or key, packed.
+    void pack_coarse(const Number *x, float *rotated, int8_t *to) const {
+        rotate(x, layer.coarse_width / 2, layer.coarse_width, coarse.cos.data(), coarse.sin.data(), rotated);
+        pack_index_head(rotated, layer.coarse_width, to);
     }
 };
 
-// One token's heads before RoPE; index_q may be null.
+// One token's heads before RoPE; index_q and coarse_q may be null, coarse_k where there is one level.
 template <class Number> struct TokenHeads {
-    const Number *q, *k, *v, *index_q, *index_k;
+    const Number *q, *k, *v, *index_q, *index_k, *coarse_q, *coarse_k;
+};
+
+// Of all tokens, in the model's dtype: rotated queries, and what the indexer selects by (null: nothing is selected).
+template <class Number> struct SelectionInputs {
+    Number *q, *index_q;
+    int8_t *coarse_q;  // packed; null where there is one level
 };
 
 // Keys, values and index keys into their caches, token by token; queries and index queries, rotated, to those of all tokens.
@@ -124,19 +158,25 @@ template <class Number> class TokenWriter {
     const PagedLayer &layer;
     const NewTokens &tokens;
     RotaryTable<Number> rotary;
-    std::vector<float> index_rotated;
+    std::vector<float> index_rotated, coarse_rotated;
 
   public:
     TokenWriter(const PagedLayer &layer, const NewTokens &tokens)
-        : layer(layer), tokens(tokens), rotary(layer, tokens), index_rotated(layer.index_key_heads * layer.index_width) {}
+        : layer(layer), tokens(tokens), rotary(layer, tokens), index_rotated(layer.index_key_heads * layer.index_width),
+          coarse_rotated(layer.coarse_width) {}
 
-    void take(int64_t token, const TokenHeads<Number> &heads, Number *q_out, Number *index_q_out) {
+    void take(int64_t token, const TokenHeads<Number> &heads, const SelectionInputs<Number> &to) {
         rotary.begin(token);
         store(token, heads.k, heads.v, heads.index_k);
-        rotary.rotate_heads(heads.q, layer.heads, q_out + token * layer.heads * layer.width);
+        if (layer.coarse_width) {
+            int8_t *row = layer.coarse + tokens.coarse_rows[token] * layer.coarse_stride_r;
+            rotary.pack_coarse(heads.coarse_k, coarse_rotated.data(), row);
+        }
+        rotary.rotate_heads(heads.q, layer.heads, to.q + token * layer.heads * layer.width);
         if (!heads.index_q) return;
-        index_q_out += token * layer.index_heads * layer.index_width;
-        rotary.rotate_index_heads(heads.index_q, layer.index_heads, index_q_out);
+        rotary.rotate_index_heads(heads.index_q, layer.index_heads, to.index_q + token * layer.index_heads * layer.index_width);
+        if (!layer.coarse_width) return;
+        rotary.pack_coarse(heads.coarse_q, coarse_rotated.data(), to.coarse_q + token * (layer.coarse_width + 2));
     }
 
   private:

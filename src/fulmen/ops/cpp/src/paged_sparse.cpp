@@ -17,6 +17,10 @@ IndexInputs index_inputs(const PagedLayer &layer, const PagedQueries &queries, c
     return {shape, queries.index_q, queries.w, queries.b, layer.packed, nullptr, key_rows.stop, key_rows.index_rows, is_bf16};
 }
 
+CoarseLevel coarse_level(const PagedLayer &layer, const PagedQueries &queries, const KeyRows &key_rows) {
+    return {layer.coarse_width, layer.candidates, 0, layer.coarse_stride_r, queries.coarse_q, layer.coarse, key_rows.coarse_rows};
+}
+
 // Without selections.
 AttentionInputs attention_inputs(const PagedLayer &layer, const PagedQueries &queries, const KeyRows &key_rows) {
     const AttentionShape shape{queries.batch, queries.count, key_rows.keys, layer.heads, layer.key_heads, layer.width,
@@ -30,6 +34,8 @@ AttentionInputs attention_inputs(const PagedLayer &layer, const PagedQueries &qu
 
 void attend_to_paged(const PagedLayer &layer, const PagedQueries &queries, const KeyRows &key_rows, void *out) {
     IndexInputs index = index_inputs(layer, queries, key_rows);
+    const CoarseLevel coarse = coarse_level(layer, queries, key_rows);
+    if (layer.coarse_width) index.coarse = &coarse;
     AttentionInputs in = attention_inputs(layer, queries, key_rows);
     const Results results(in.shape, out, nullptr);
     if (comes_in_blocks(in)) {

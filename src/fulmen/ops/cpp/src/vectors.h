@@ -6,6 +6,7 @@
 #include <cstring>
 #include <memory>
 #include <utility>
+#include <vector>
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -80,6 +81,12 @@ class FloatWorkspace {
     }
 };
 
+// Memory that choosing for a block of queries needs, kept for the next one.
+struct ChoiceWorkspace {
+    FloatWorkspace scores, fine;
+    std::vector<int32_t> candidates, positions, columns, rows;
+};
+
 static inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 static inline float bf16_to_float(uint16_t x) {
@@ -123,19 +130,19 @@ static inline Vec exp2_vec(Vec x) {
 #endif
 }
 
-template <int WIDTH, bool ODD, int... LANE>
-static inline Vec half_blocks(Vec x, Vec y, std::integer_sequence<int, LANE...>) {
+template <int WIDTH, bool ODD, class Lanes, int... LANE>
+static inline Lanes half_blocks(Lanes x, Lanes y, std::integer_sequence<int, LANE...>) {
     return __builtin_shufflevector(x, y, ((LANE / WIDTH * 2 + ODD) * WIDTH + LANE % WIDTH)...);
 }
 
 // Of x and y, each a row of blocks of 2 * WIDTH lanes: every block's halves added, x's blocks before y's.
-template <int WIDTH> static inline Vec add_halves(Vec x, Vec y) {
+template <int WIDTH, class Lanes> static inline Lanes add_halves(Lanes x, Lanes y) {
     constexpr auto lanes = std::make_integer_sequence<int, LANES>{};
     return half_blocks<WIDTH, false>(x, y, lanes) + half_blocks<WIDTH, true>(x, y, lanes);
 }
 
 // N vectors into one: lanes i * LANES / N and up hold the partial sums of vector i.
-template <int N> static inline Vec add_lanes(const Vec *x) {
+template <int N, class Lanes> static inline Lanes add_lanes(const Lanes *x) {
     if constexpr (N == 1) {
         return x[0];
     } else {

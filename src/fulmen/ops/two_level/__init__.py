@@ -1,0 +1,101 @@
+"""Selection in two levels: a coarse index scores every visible key, the lightning indexer only the best of them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fulmen.config import require_positive_int
+from fulmen.errors import ConfigError
+from fulmen.ops.common.checks import check_axes, check_index_inputs, check_same_device
+from fulmen.ops.common.index_keys import SCALE_BYTES, is_packed, pack_index_keys
+from fulmen.ops.common.opaque import opaque
+from fulmen.ops.common.precision import cast_as_autocast, outside_autocast
+from fulmen.ops.dispatch import implementation
+from fulmen.ops.two_level.coarse import MOST_COARSE_DIMS
+from fulmen.ops.two_level.cpp import two_level_topk_cpp
+from fulmen.ops.two_level.reference import two_level_topk_reference
+from fulmen.ops.two_level.torch_blocked import two_level_topk_blocked
+
+
+@torch.no_grad()
+def two_level_topk(
+    coarse_q_BTN: Tensor,
+    coarse_k_BSN: Tensor,
+    q_BTJE: Tensor,
+    k_BSIE: Tensor,
+    w_BTJ: Tensor,
+    b_BTJ: Tensor | None,
+    start_BT: Tensor,
+    stop_BT: Tensor,
+    topk: int,
+    n_candidates: int,
+) -> Tensor:
+    """The `topk` keys of the largest index scores among the `n_candidates` keys of the largest coarse scores.
+
+    Coarse scores are products of 8-bit integers, the same bits on every backend (`coarse_scores`). Ties go to
+    the more recent key at both levels. A query that sees no more than `topk` keys keeps all of them, and of one
+    that sees no more than `n_candidates` all are candidates: then this is `index_topk`. A key whose coarse score
+    is NaN is a candidate before all others, so that its index score decides.
+
+    Args:
+        coarse_q_BTN: coarse queries, any floating dtype; packed to 8 bits here.
+        coarse_k_BSN: coarse keys, floating or as a cache keeps them: int8 rows of `pack_index_keys`, of width
+            N + 2, any strides but the last.
+        q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT, topk: as `fulmen.ops.topk.index_topk`.
+        n_candidates: at least `topk`.
+
+    Returns:
+        topk_BTK, int32, K = min(topk, S): ascending positions, then -1 where fewer keys are visible.
+
+    Raises:
+        ConfigError: topk below 1, fewer candidates; axes, dtypes or devices that do not fit together.
+        BackendError: a pinned backend that cannot run here.
+    """
+    require_positive_int("topk", topk)
+    if require_positive_int("n_candidates", n_candidates) < topk:
+        raise ConfigError(f"n_candidates={n_candidates} is less than topk={topk}; use a multiple of it")
+    q_BTJE, k_BSIE = cast_as_autocast(q_BTJE, k_BSIE)
+    if not is_packed(coarse_k_BSN):
+        coarse_k_BSN = pack_index_keys(coarse_k_BSN)
+    inputs = (q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT)
+    return _select_in_two_levels(coarse_q_BTN, coarse_k_BSN, *inputs, topk, n_candidates)
+
+
+def _fake_two_level(coarse_q_BTN: Tensor, coarse_k_BSX: Tensor, q_BTJE: Tensor, *more: Any) -> Tensor:
+    selected = torch.sym_min(more[-2], coarse_k_BSX.shape[1])
+    return q_BTJE.new_empty(*q_BTJE.shape[:2], selected, dtype=torch.int32)
+
+
+@opaque(_fake_two_level)
+def _select_in_two_levels(
+    coarse_q_BTN: Tensor,
+    coarse_k_BSX: Tensor,
+    q_BTJE: Tensor,
+    k_BSIE: Tensor,
+    w_BTJ: Tensor,
+    b_BTJ: Tensor | None,
+    start_BT: Tensor,
+    stop_BT: Tensor,
+    topk: int,
+    n_candidates: int,
+) -> Tensor:
+    check_index_inputs(q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT=start_BT, stop_BT=stop_BT)
+    check_coarse(coarse_q_BTN, coarse_k_BSX, q_BTJE, k_BSIE)
+    packed_q_BTX = pack_index_keys(coarse_q_BTN)
+    backend = implementation("two_level_topk", q_BTJE.device, q_BTJE.dtype)
+    with outside_autocast(q_BTJE.device):
+        inputs = (q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT)
+        return backend.run(packed_q_BTX, coarse_k_BSX, *inputs, topk, n_candidates)
+
+
+def check_coarse(coarse_q_BTN: Tensor, coarse_k_BSX: Tensor, q_BTJE: Tensor, k_BSIE: Tensor) -> None:
+    """Raise ConfigError unless coarse queries and packed coarse keys fit each other and the indexer's."""
+    check_axes(coarse_q_BTN=coarse_q_BTN, q_BTJE=q_BTJE)
+    check_axes(coarse_k_BSX=coarse_k_BSX, k_BSIE=k_BSIE)
+    check_axes(coarse_q_BTN=coarse_q_BTN, coarse_k_BSN=coarse_k_BSX[..., :-SCALE_BYTES])
+    check_same_device(q_BTJE=q_BTJE, coarse_q_BTN=coarse_q_BTN, coarse_k_BSX=coarse_k_BSX)
+    if not coarse_q_BTN.is_floating_point():
+        raise ConfigError(f"coarse_q_BTN has dtype {coarse_q_BTN.dtype}; it must be a floating dtype")
+    if not 0 < coarse_q_BTN.shape[-1] <= MOST_COARSE_DIMS:
+        raise ConfigError(f"coarse_q_BTN has N={coarse_q_BTN.shape[-1]}; use 1 to {MOST_COARSE_DIMS} dims")

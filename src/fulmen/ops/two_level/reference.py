@@ -1,0 +1,33 @@
+"""Selection in two levels, the specification: two selections, the second among what the first has left."""
+
+import torch
+from torch import Tensor
+
+from fulmen.ops.dispatch import implements
+from fulmen.ops.scores.reference import index_scores_reference
+from fulmen.ops.topk.reference import select_topk_reference
+from fulmen.ops.two_level.coarse import coarse_scores, positions_of_chosen
+
+
+@implements("two_level_topk", "reference")
+def two_level_topk_reference(
+    packed_q_BTX: Tensor,
+    packed_k_BSX: Tensor,
+    q_BTJE: Tensor,
+    k_BSIE: Tensor,
+    w_BTJ: Tensor,
+    b_BTJ: Tensor | None,
+    start_BT: Tensor,
+    stop_BT: Tensor,
+    topk: int,
+    n_candidates: int,
+) -> Tensor:
+    """See `fulmen.ops.two_level.two_level_topk`; the coarse queries and keys are packed."""
+    pairs = zip(packed_q_BTX, packed_k_BSX, strict=True)
+    coarse_BTS = torch.stack([coarse_scores(q_TX, k_SX) for q_TX, k_SX in pairs])
+    candidates_BTC = select_topk_reference(coarse_BTS, start_BT, stop_BT, n_candidates)
+    fine_BTS = index_scores_reference(q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT).scores_BTS
+    fine_BTC = fine_BTS.gather(-1, candidates_BTC.clamp(min=0).long())
+    count_BT = (candidates_BTC >= 0).sum(-1)
+    chosen_BTK = select_topk_reference(fine_BTC, torch.zeros_like(count_BT), count_BT, topk)
+    return positions_of_chosen(chosen_BTK, candidates_BTC)
