@@ -6,6 +6,8 @@ gathered rows. Index keys are small and are gathered; keys and values are read w
 sequence has one query, and gathered where many queries share them.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,15 @@ def store_index_keys_cpp(k_TIE: Tensor, packed_RX: Tensor, rows_T: Tensor) -> No
     call_cpp("fulmen_store_index_keys", keys, rows_T.long().contiguous(), packed_RX, *sizes)
 
 
+class PagedCoarse(NamedTuple):
+    """The first of two levels: packed queries, the cache of packed keys, its rows, and how many it leaves."""
+
+    q_BTX: Tensor
+    packed_RX: Tensor
+    rows_BS: Tensor
+    n_candidates: int
+
+
 @torch.no_grad()
 def paged_index_topk(
     q_BTJE: Tensor,
@@ -61,6 +72,7 @@ def paged_index_topk(
     stop_BT: Tensor,
     topk: int,
     dense_up_to: int,
+    coarse: PagedCoarse | None = None,
 ) -> Tensor:
     """Which of its keys 0 <= s < stop a query keeps: all, up to `dense_up_to` of them, else the `topk` best.
 
@@ -69,6 +81,7 @@ def paged_index_topk(
         packed_RX: int8, rows contiguous: packed index keys (`fulmen.ops.common.index_keys`), all heads of a
         token. rows_BS: int32, a row of the cache for every s < S.
         stop_BT: integers, at most S.
+        coarse: what leaves some of the keys to the indexer; None: it scores all.
 
     Returns:
         topk_BTK, int32: positions s, ascending, then -1; K = min(S, max(topk, dense_up_to)).
@@ -83,7 +96,13 @@ def paged_index_topk(
     check_integer(rows_BS=rows_BS, stop_BT=stop_BT)
     packed_BSIX = _gather(packed_RX, rows_BS).unflatten(-1, (-1, q_BTJE.shape[-1] + SCALE_BYTES))
     inputs = (q_BTJE, packed_BSIX, w_BTJ, b_BTJ, torch.zeros_like(stop_BT), stop_BT)
-    return implementation("paged_index_topk", q_BTJE.device, q_BTJE.dtype).run(*inputs, topk, dense_up_to)
+    if coarse is None:
+        return implementation("paged_index_topk", q_BTJE.device, q_BTJE.dtype).run(*inputs, topk, dense_up_to)
+    coarse_k_BSX = _gather(coarse.packed_RX, coarse.rows_BS)
+    best_BTK = implementation("two_level_topk", q_BTJE.device, q_BTJE.dtype).run(
+        coarse.q_BTX, coarse_k_BSX, *inputs, topk, coarse.n_candidates
+    )
+    return keep_all_of_few(best_BTK, stop_BT, packed_BSIX.shape[1], dense_up_to)
 
 
 @implements("paged_index_topk", "reference", "torch", "triton")
@@ -99,9 +118,14 @@ def index_topk_composed(
 ) -> Tensor:
     """Selection by `index_topk`, and all keys of queries that see few, one after the other."""
     best_BTK = index_topk(q_BTJE, packed_BSIX, w_BTJ, b_BTJ, start_BT, stop_BT, topk)
-    n_columns = min(packed_BSIX.shape[1], max(topk, dense_up_to))
+    return keep_all_of_few(best_BTK, stop_BT, packed_BSIX.shape[1], dense_up_to)
+
+
+def keep_all_of_few(best_BTK: Tensor, stop_BT: Tensor, n_keys: int, dense_up_to: int) -> Tensor:
+    """A selection in which queries that see at most `dense_up_to` keys keep all of them."""
+    n_columns = min(n_keys, max(best_BTK.shape[-1], dense_up_to))
     chosen_BTK = torch.nn.functional.pad(best_BTK, (0, n_columns - best_BTK.shape[-1]), value=-1)
-    position_K = torch.arange(n_columns, dtype=torch.int32, device=q_BTJE.device)
+    position_K = torch.arange(n_columns, dtype=torch.int32, device=best_BTK.device)
     all_BTK = torch.where(position_K < stop_BT[..., None], position_K, -1)
     return torch.where(stop_BT[..., None] <= dense_up_to, all_BTK, chosen_BTK)
 

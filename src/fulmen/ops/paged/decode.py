@@ -13,7 +13,7 @@ from fulmen.errors import ConfigError
 from fulmen.ops.cpp.library import call_cpp_by_numbers
 from fulmen.ops.dispatch import CACHE_DTYPES, implementation, implements
 from fulmen.ops.paged import paged_attention
-from fulmen.ops.paged.layer import NewTokens, PagedLayer
+from fulmen.ops.paged.layer import NewTokens, PagedLayer, require_coarse
 from fulmen.ops.paged.project import Projections, check_projected, check_rows, project_and_store
 from fulmen.ops.paged.sparse import KeyRows, paged_sparse_attention
 
@@ -79,6 +79,7 @@ def _check_decode_inputs(
 ) -> None:
     """Little work if all fits, as it is done for every layer of every token."""
     check_projected(layer, projections, tokens, qkv_TX, all_qk_TX, x_TC)
+    require_coarse(layer, key_rows.coarse_rows_BS, "coarse_rows_BS")
     count, dtype = tokens.count, layer.kv_RGC.dtype
     if key_rows.stop_BT.shape != (count, 1):
         raise ConfigError(
@@ -108,5 +109,7 @@ def paged_decode_composed(
         inputs = (layer.kv_RGC, key_rows.rows_BS, key_rows.stop_BT, None, layer.scale)
         out_B1HD.copy_(paged_attention(q_BHD[:, None], *inputs))
     else:
-        index_q_B1JE, w_B1J, b_B1J = (x[:, None] for x in index)
-        paged_sparse_attention(layer, q_BHD[:, None], index_q_B1JE, w_B1J, b_B1J, key_rows, out_B1HD)
+        index_q_B1JE, w_B1J, b_B1J = (x[:, None] for x in index[:3])
+        coarse_q_B1X = None if index.coarse_q_TX is None else index.coarse_q_TX[:, None]
+        inputs = (q_BHD[:, None], index_q_B1JE, w_B1J, b_B1J, key_rows, out_B1HD, coarse_q_B1X)
+        paged_sparse_attention(layer, *inputs)

@@ -19,12 +19,44 @@ from fulmen.ops.common.checks import (
     check_same_device,
     check_same_dtype,
 )
-from fulmen.ops.common.index_keys import SCALE_BYTES, is_packed
+from fulmen.ops.common.index_keys import SCALE_BYTES, is_packed, pack_index_keys
 from fulmen.ops.common.rope import apply_rope, rotate_half_split
 from fulmen.ops.cpp.abi import HeadsStruct, NewTokensStruct, PagedLayerStruct
 from fulmen.ops.cpp.library import call_cpp, has_tiles
 from fulmen.ops.dispatch import CACHE_DTYPES, implementation, implements
 from fulmen.ops.paged import store_index_keys
+
+
+@dataclass(frozen=True, eq=False)
+class CoarseCache:
+    """The first level of a layer's index (`fulmen.ops.two_level`).
+
+    Attributes:
+        packed_RX: int8, the cache of coarse keys, X = N + 2; written in place.
+        rope_pairs_P: int64, of each pair of N / 2 the rotary pair that rotates it; their number: none does.
+        n_candidates: keys that it leaves to the indexer.
+
+    Raises ConfigError: axes or dtypes that do not fit together.
+    """
+
+    packed_RX: Tensor
+    rope_pairs_P: Tensor
+    n_candidates: int
+
+    def __post_init__(self) -> None:
+        check_axes(packed_RX=self.packed_RX, rope_pairs_P=self.rope_pairs_P)
+        check_integer(rope_pairs_P=self.rope_pairs_P)
+        check_same_device(packed_RX=self.packed_RX, rope_pairs_P=self.rope_pairs_P)
+        if not is_packed(self.packed_RX) or self.packed_RX.shape[1] != self.width + SCALE_BYTES:
+            raise ConfigError(
+                f"packed_RX of coarse keys has dtype {self.packed_RX.dtype} and X={self.packed_RX.shape[1]}; "
+                f"rope_pairs_P asks for int8 and X={self.width + SCALE_BYTES}"
+            )
+
+    @cached_property
+    def width(self) -> int:
+        """Numbers of a coarse key (N)."""
+        return 2 * len(self.rope_pairs_P)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +70,7 @@ class PagedLayer:
         n_heads, n_index_heads: H and J.
         topk: keys that a query keeps of more than `dense_up_to`; up to those it keeps all.
         scale: of the attention's logits.
+        coarse: of an index in two levels.
 
     Raises ConfigError: axes or dtypes that do not fit together.
     """
@@ -50,6 +83,7 @@ class PagedLayer:
     topk: int
     dense_up_to: int
     scale: float
+    coarse: CoarseCache | None = None
 
     def __post_init__(self) -> None:
         check_axes(kv_RGC=self.kv_RGC, rope_pairs_IP=self.rope_pairs_IP)
@@ -74,7 +108,13 @@ class PagedLayer:
         return {
             **{"q": (self.n_heads, width), "k": (key_heads, width), "v": (key_heads, width)},
             **{"index_q": (self.n_index_heads, 2 * pairs), "index_k": (index_key_heads, 2 * pairs)},
+            **{"coarse_q": (self.coarse_width,), "coarse_k": (self.coarse_width,)},
         }
+
+    @cached_property
+    def coarse_width(self) -> int:
+        """Numbers of a coarse key; 0 where the index has one level."""
+        return 0 if self.coarse is None else self.coarse.width
 
     @cached_property
     def qkv_width(self) -> int:
@@ -88,9 +128,9 @@ class PagedLayer:
 
     @cached_property
     def index_rows(self) -> tuple[int, ...]:
-        """Numbers of a token's index queries, index keys, and weights with shifts."""
+        """Numbers of a token's index queries, index keys, weights with shifts, and coarse queries and keys."""
         (heads, width), (key_heads, _) = self.shapes["index_q"], self.shapes["index_k"]
-        return heads * width, key_heads * width, 2 * heads
+        return heads * width, key_heads * width, 2 * heads, *[self.coarse_width] * 2 * bool(self.coarse)
 
     @cached_property
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
@@ -103,11 +143,22 @@ class PagedLayer:
         assert self.kv_RGC.stride(2) == self.packed_RX.stride(1) == 1
         assert self.rope_pairs_IP.is_contiguous()
         heads, index_heads, index_key_heads = (self.shapes[name] for name in ("q", "index_q", "index_k"))
+        coarse = self.coarse
+        if coarse is not None:
+            assert coarse.packed_RX.stride(1) == 1
+            assert coarse.rope_pairs_P.is_contiguous()
         return PagedLayerStruct(
             *(heads[0], self.kv_RGC.shape[1], heads[1], index_heads[0], *index_key_heads),
             *(self.topk, self.dense_up_to, self.kv_RGC.dtype == torch.bfloat16, *self.kv_RGC.stride()[:2]),
-            *(self.packed_RX.stride(0), has_tiles(), self.kv_RGC.data_ptr(), self.packed_RX.data_ptr()),
-            *(self.rope_pairs_IP.data_ptr(), self.scale),
+            *(self.packed_RX.stride(0), has_tiles(), self.coarse_width),
+            *((0, 0) if coarse is None else (coarse.n_candidates, coarse.packed_RX.stride(0))),
+            *(self.kv_RGC.data_ptr(), self.packed_RX.data_ptr(), self.rope_pairs_IP.data_ptr()),
+            *(
+                (None, None)
+                if coarse is None
+                else (coarse.packed_RX.data_ptr(), coarse.rope_pairs_P.data_ptr())
+            ),
+            self.scale,
         )
 
 
@@ -118,6 +169,7 @@ class NewTokens:
     Attributes:
         rows_T, index_rows_T: int64, the rows of both caches that they go to (below R).
         cos_TP, sin_TP: of each rotary pair, in the model's dtype.
+        coarse_rows_T: int64, the rows of the cache of coarse keys, of an index in two levels.
 
     Raises ConfigError: axes or dtypes that do not fit together.
     """
@@ -126,16 +178,17 @@ class NewTokens:
     index_rows_T: Tensor
     cos_TP: Tensor
     sin_TP: Tensor
+    coarse_rows_T: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, rows_T=torch.int64, index_rows_T=torch.int64)
+        check_fields(self, rows_T=torch.int64, index_rows_T=torch.int64, coarse_rows_T=torch.int64)
         check_same_dtype(cos_TP=self.cos_TP, sin_TP=self.sin_TP)
 
     @cached_property
     def struct(self) -> NewTokensStruct:
         """For the kernels; valid as long as this object."""
         sizes = (*self.cos_TP.shape, torch.get_num_threads())
-        return NewTokensStruct(*sizes, *(x.data_ptr() for x in self._held))
+        return NewTokensStruct(*sizes, *(x if x is None else x.data_ptr() for x in self._held))
 
     @cached_property
     def count(self) -> int:
@@ -143,8 +196,9 @@ class NewTokens:
         return len(self.rows_T)
 
     @cached_property
-    def _held(self) -> tuple[Tensor, ...]:
-        rows = (x.contiguous() for x in (self.rows_T, self.index_rows_T))
+    def _held(self) -> tuple[Tensor | None, ...]:
+        all_rows = (self.rows_T, self.index_rows_T, self.coarse_rows_T)
+        rows = (x if x is None else x.contiguous() for x in all_rows)
         return (*rows, *(x.float().contiguous() for x in (self.cos_TP, self.sin_TP)))
 
 
@@ -157,19 +211,24 @@ def store_tokens(
     v_TGD: Tensor,
     index_q_TJE: Tensor | None,
     index_k_TIE: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """Store keys, values and index keys; return the queries and (if given) the index queries, rotated.
+    coarse_q_TN: Tensor | None = None,
+    coarse_k_TN: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Store keys, values, index keys and coarse keys; return the rotated queries and (if given) index queries.
 
-    Args: all before RoPE, of the cache's dtype.
+    Args: all before RoPE, of the cache's dtype; coarse ones where the layer's index has two levels.
+
+    Returns:
+        q_THD, index_q_TJE and the packed coarse queries, int8 of width N + 2; None for what was not given.
 
     Raises:
         ConfigError: axes or dtypes that do not fit together.
         BackendError: a pinned backend that cannot run here.
     """
     heads = {"q": q_THD, "k": k_TGD, "v": v_TGD, "index_q": index_q_TJE, "index_k": index_k_TIE}
-    _check_heads(layer, tokens, heads)
+    _check_heads(layer, tokens, heads | {"coarse_q": coarse_q_TN, "coarse_k": coarse_k_TN})
     backend = implementation("store_tokens", *layer.device_and_dtype)
-    return backend.run(layer, tokens, q_THD, k_TGD, v_TGD, index_q_TJE, index_k_TIE)
+    return backend.run(layer, tokens, *heads.values(), coarse_q_TN, coarse_k_TN)
 
 
 @implements("store_tokens", "cpp", dtypes=CACHE_DTYPES)
@@ -181,15 +240,18 @@ def store_tokens_cpp(
     v_TGD: Tensor,
     index_q_TJE: Tensor | None,
     index_k_TIE: Tensor,
-) -> tuple[Tensor, Tensor | None]:
+    coarse_q_TN: Tensor | None = None,
+    coarse_k_TN: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """By the C++ kernel."""
-    heads = {"q": q_THD, "k": k_TGD, "v": v_TGD, "index_q": index_q_TJE, "index_k": index_k_TIE}
+    heads = (q_THD, k_TGD, v_TGD, index_q_TJE, index_k_TIE, coarse_q_TN, coarse_k_TN)
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
     index_out_TJE = None if index_q_TJE is None else torch.empty(index_q_TJE.shape, dtype=q_THD.dtype)
+    coarse_out_TX = None if coarse_q_TN is None else empty_coarse_queries(layer, tokens)
     rows, held = _head_rows(heads)
-    call_cpp("fulmen_paged_store", layer.struct, tokens.struct, rows, out_THD, index_out_TJE)
+    call_cpp("fulmen_paged_store", layer.struct, tokens.struct, rows, out_THD, index_out_TJE, coarse_out_TX)
     del held
-    return out_THD, index_out_TJE
+    return out_THD, index_out_TJE, coarse_out_TX
 
 
 @implements("store_tokens", "reference", "torch")
@@ -201,7 +263,9 @@ def store_tokens_composed(
     v_TGD: Tensor,
     index_q_TJE: Tensor | None,
     index_k_TIE: Tensor,
-) -> tuple[Tensor, Tensor | None]:
+    coarse_q_TN: Tensor | None = None,
+    coarse_k_TN: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The specification, on any device."""
     cos_TR, sin_TR = (torch.cat((x_TP, x_TP), -1) for x_TP in (tokens.cos_TP, tokens.sin_TP))
     q_THD, k_TGD = apply_rope(q_THD, cos_TR, sin_TR), apply_rope(k_TGD, cos_TR, sin_TR)
@@ -210,11 +274,33 @@ def store_tokens_composed(
     cos_TIP = torch.cat((tokens.cos_TP, still_T1), -1)[:, layer.rope_pairs_IP]
     sin_TIP = torch.cat((tokens.sin_TP, still_T1 - 1), -1)[:, layer.rope_pairs_IP]
     store_index_keys(rotate_half_split(index_k_TIE, cos_TIP, sin_TIP), layer.packed_RX, tokens.index_rows_T)
+    coarse_q_TX = _store_coarse(layer, tokens, coarse_q_TN, coarse_k_TN)
     if index_q_TJE is None:
-        return q_THD, None
+        return q_THD, None, None
     shared = layer.n_index_heads // len(layer.rope_pairs_IP)
     angles = (x_TIP.repeat_interleave(shared, 1) for x_TIP in (cos_TIP, sin_TIP))
-    return q_THD, rotate_half_split(index_q_TJE, *angles)
+    return q_THD, rotate_half_split(index_q_TJE, *angles), coarse_q_TX
+
+
+def _store_coarse(
+    layer: PagedLayer, tokens: NewTokens, coarse_q_TN: Tensor | None, coarse_k_TN: Tensor | None
+) -> Tensor | None:
+    """Coarse keys into their cache; the queries, packed."""
+    if layer.coarse is None or coarse_k_TN is None:
+        return None
+    assert tokens.coarse_rows_T is not None
+    still_T1 = tokens.cos_TP.new_ones(len(tokens.cos_TP), 1)
+    pairs_P = layer.coarse.rope_pairs_P
+    cos_TP = torch.cat((tokens.cos_TP, still_T1), -1)[:, pairs_P]
+    sin_TP = torch.cat((tokens.sin_TP, still_T1 - 1), -1)[:, pairs_P]
+    rotated_T1N = rotate_half_split(coarse_k_TN, cos_TP, sin_TP)[:, None]
+    store_index_keys(rotated_T1N, layer.coarse.packed_RX, tokens.coarse_rows_T)
+    return None if coarse_q_TN is None else pack_index_keys(rotate_half_split(coarse_q_TN, cos_TP, sin_TP))
+
+
+def empty_coarse_queries(layer: PagedLayer, tokens: NewTokens) -> Tensor:
+    """For the kernels to fill: int8 `[T, N + 2]`."""
+    return torch.empty(tokens.count, layer.coarse_width + SCALE_BYTES, dtype=torch.int8)
 
 
 def check_pairs(layer: PagedLayer, tokens: NewTokens) -> None:
@@ -229,6 +315,7 @@ def _check_heads(layer: PagedLayer, tokens: NewTokens, heads: dict[str, Tensor |
     A few comparisons instead of the usual checks, which take longer than a token does.
     """
     check_pairs(layer, tokens)
+    require_coarse(layer, tokens.coarse_rows_T, "coarse_rows_T")
     count, like = tokens.count, layer.kv_RGC
     for name, x in heads.items():
         if x is None:
@@ -241,9 +328,18 @@ def _check_heads(layer: PagedLayer, tokens: NewTokens, heads: dict[str, Tensor |
             )
 
 
-def _head_rows(heads: dict[str, Tensor | None]) -> tuple[Any, list[Tensor | None]]:
+def require_coarse(layer: PagedLayer, given: Tensor | None, name: str) -> None:
+    """Raise ConfigError unless what a layer's coarse level needs is given, and is not where it has none."""
+    if (layer.coarse is None) != (given is None):
+        there = "none" if layer.coarse is None else "one"
+        raise ConfigError(
+            f"{name} is {'missing' if given is None else 'given'}; the layer has {there} coarse level"
+        )
+
+
+def _head_rows(heads: tuple[Tensor | None, ...]) -> tuple[Any, list[Tensor | None]]:
     """`Heads` of `cpp/src/paged.h`, one after the other, and what must live as long; None becomes null."""
-    held = [None if x is None else _side_by_side(x) for x in heads.values()]
+    held = [None if x is None else _side_by_side(x) for x in heads]
     rows = [HeadsStruct() if x is None else HeadsStruct(x.data_ptr(), x.stride(0)) for x in held]
     return (HeadsStruct * len(rows))(*rows), held
 
@@ -254,10 +350,11 @@ def _side_by_side(x_TN: Tensor) -> Tensor:
 
 
 def check_fields(fields: Any, **dtypes: torch.dtype) -> None:
-    """Raise ConfigError unless a dataclass's tensors have the axes and these dtypes, on one device."""
-    tensors = {name: getattr(fields, name) for name in fields.__dataclass_fields__}
+    """Raise ConfigError unless a dataclass's tensors have the axes and these dtypes, on one device; None has any."""
+    given = {name: getattr(fields, name) for name in fields.__dataclass_fields__}
+    tensors = {name: x for name, x in given.items() if x is not None}
     check_axes(**tensors)
     check_same_device(**tensors)
     for name, dtype in dtypes.items():
-        if tensors[name].dtype != dtype:
+        if name in tensors and tensors[name].dtype != dtype:
             raise ConfigError(f"{name} has dtype {tensors[name].dtype}; it must be {dtype}")

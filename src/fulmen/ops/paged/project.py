@@ -6,6 +6,7 @@ The same as three matrix products and `store_tokens`. By matrix tiles it is one 
 import ctypes
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,14 @@ from fulmen.ops.common.checks import check_axes, check_same_device, check_same_d
 from fulmen.ops.cpp.abi import ProjectionsStruct
 from fulmen.ops.cpp.library import call_cpp_by_numbers, has_tiles
 from fulmen.ops.dispatch import CACHE_DTYPES, implementation, implements
-from fulmen.ops.paged.layer import NewTokens, PagedLayer, check_pairs, store_tokens
+from fulmen.ops.paged.layer import (
+    NewTokens,
+    PagedLayer,
+    check_pairs,
+    empty_coarse_queries,
+    require_coarse,
+    store_tokens,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +34,7 @@ class Projections:
     Attributes:
         q_YX: of all query heads to J * E numbers; k_YX: of all key heads to I * E.
         w_YC: of the hidden state to J weights and J shifts; bias_Y: added to those.
+        coarse_q_YX, coarse_k_YX: of all query and all key heads to N numbers, for an index in two levels.
 
     Raises ConfigError: axes or dtypes that do not fit together.
     """
@@ -34,9 +43,15 @@ class Projections:
     k_YX: Tensor
     w_YC: Tensor
     bias_Y: Tensor
+    coarse_q_YX: Tensor | None = None
+    coarse_k_YX: Tensor | None = None
 
     def __post_init__(self) -> None:
         matrices = {"q_YX": self.q_YX, "k_YX": self.k_YX, "w_YC": self.w_YC}
+        if self.coarse_q_YX is not None and self.coarse_k_YX is not None:
+            matrices |= {"coarse_q_YX": self.coarse_q_YX, "coarse_k_YX": self.coarse_k_YX}
+            check_axes(q_YX=self.q_YX[:1], coarse_q_YX=self.coarse_q_YX[:1])
+            check_axes(k_YX=self.k_YX[:1], coarse_k_YX=self.coarse_k_YX[:1])
         for name, x in matrices.items():
             check_axes(**{name: x})  # each with a Y of its own
         check_same_dtype(**matrices)
@@ -50,19 +65,33 @@ class Projections:
 
     @cached_property
     def rows(self) -> tuple[int, ...]:
-        """Results of the three matrices."""
-        return tuple(len(x) for x in (self.q_YX, self.k_YX, self.w_YC))
+        """Results of the matrices."""
+        coarse = (self.coarse_q_YX, self.coarse_k_YX)
+        return tuple(len(x) for x in (self.q_YX, self.k_YX, self.w_YC, *coarse) if x is not None)
 
     @cached_property
     def struct(self) -> ProjectionsStruct:
         """For the kernel; valid as long as this object."""
         widths = (x.shape[1] for x in (self.q_YX, self.k_YX, self.w_YC))
-        return ProjectionsStruct(*widths, *(x.data_ptr() for x in self._held))
+        return ProjectionsStruct(*widths, *(x if x is None else x.data_ptr() for x in self._held))
 
     @cached_property
-    def _held(self) -> tuple[Tensor, ...]:
-        matrices = (x.contiguous() for x in (self.q_YX, self.k_YX, self.w_YC))
+    def _held(self) -> tuple[Tensor | None, ...]:
+        all_matrices = (self.q_YX, self.k_YX, self.w_YC, self.coarse_q_YX, self.coarse_k_YX)
+        matrices = (x if x is None else x.contiguous() for x in all_matrices)
         return (*matrices, self.bias_Y.float().contiguous())
+
+
+class NewIndexQueries(NamedTuple):
+    """What a step's tokens select by: index queries, rotated, weights and shifts, in the model's dtype.
+
+    coarse_q_TX: packed coarse queries, int8 of width N + 2; None where the index has one level.
+    """
+
+    q_TJE: Tensor
+    w_TJ: Tensor
+    b_TJ: Tensor
+    coarse_q_TX: Tensor | None = None
 
 
 @torch.no_grad()
@@ -74,10 +103,8 @@ def project_and_store(
     all_qk_TX: Tensor,
     x_TC: Tensor,
     selects: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
-    """Store keys, values and index keys; return q_THD and, if it `selects`, index_q_TJE, w_TJ and b_TJ.
-
-    Queries and index queries are rotated.
+) -> tuple[Tensor, NewIndexQueries | None]:
+    """Store keys, values, index keys and coarse keys; return q_THD, rotated, and what it `selects` by, if it does.
 
     Args:
         qkv_TX: queries, keys and values before RoPE, head after head: X = (H + 2 G) D; of the cache's dtype.
@@ -102,7 +129,7 @@ def project_and_store_cpp(
     all_qk_TX: Tensor,
     x_TC: Tensor,
     selects: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+) -> tuple[Tensor, NewIndexQueries | None]:
     """By matrix tiles, where the CPU has them and numbers are bfloat16; else torch multiplies."""
     inputs = (qkv_TX, all_qk_TX, x_TC)
     if not has_tiles() or layer.kv_RGC.dtype != torch.bfloat16:
@@ -111,12 +138,17 @@ def project_and_store_cpp(
     q_THD = new(count, *layer.shapes["q"])
     index = None
     if selects:
-        index = (new(count, *layer.shapes["index_q"]), new(count, heads), new(count, heads))
+        coarse_q_TX = None if layer.coarse is None else empty_coarse_queries(layer, tokens)
+        parts = (new(count, *layer.shapes["index_q"]), new(count, heads), new(count, heads))
+        index = NewIndexQueries(*parts, coarse_q_TX)
     call_cpp_by_numbers(
         "fulmen_paged_project",
         *map(ctypes.addressof, (layer.struct, projections.struct, tokens.struct)),
         *(number for x in inputs for number in (x.data_ptr(), x.stride(0))),
-        *(q_THD.data_ptr(), *([0] * 3 if index is None else (x.data_ptr() for x in index))),
+        *(
+            q_THD.data_ptr(),
+            *([0] * 4 if index is None else (0 if x is None else x.data_ptr() for x in index)),
+        ),
     )
     return q_THD, index
 
@@ -130,20 +162,24 @@ def project_and_store_composed(
     all_qk_TX: Tensor,
     x_TC: Tensor,
     selects: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+) -> tuple[Tensor, NewIndexQueries | None]:
     """The specification, on any device."""
     n_heads, kv_heads, width = layer.n_heads, layer.kv_RGC.shape[1], layer.shapes["q"][1]
     q_THD, k_TGD, v_TGD = qkv_TX.unflatten(1, (-1, width)).split((n_heads, kv_heads, kv_heads), 1)
     all_q_TX, all_k_TX, _ = all_qk_TX.tensor_split((projections.q_YX.shape[1], projections.widths[0]), 1)
     index_k_TIE = linear(all_k_TX, projections.k_YX).unflatten(1, layer.shapes["index_k"])
+    coarse_k_TN = None if projections.coarse_k_YX is None else linear(all_k_TX, projections.coarse_k_YX)
     if not selects:
-        return store_tokens(layer, tokens, q_THD, k_TGD, v_TGD, None, index_k_TIE)[0], None
+        keys = (index_k_TIE, None, coarse_k_TN)
+        return store_tokens(layer, tokens, q_THD, k_TGD, v_TGD, None, *keys)[0], None
     index_q_TJE = linear(all_q_TX, projections.q_YX).unflatten(1, layer.shapes["index_q"])
+    coarse_q_TN = None if projections.coarse_q_YX is None else linear(all_q_TX, projections.coarse_q_YX)
     bias_Y = projections.bias_Y.to(projections.w_YC.dtype)
     w_TJ, b_TJ = linear(x_TC, projections.w_YC, bias_Y).chunk(2, -1)
-    q_THD, rotated_TJE = store_tokens(layer, tokens, q_THD, k_TGD, v_TGD, index_q_TJE, index_k_TIE)
+    index = (index_q_TJE, index_k_TIE, coarse_q_TN, coarse_k_TN)
+    q_THD, rotated_TJE, coarse_q_TX = store_tokens(layer, tokens, q_THD, k_TGD, v_TGD, *index)
     assert rotated_TJE is not None
-    return q_THD, (rotated_TJE, w_TJ, b_TJ)
+    return q_THD, NewIndexQueries(rotated_TJE, w_TJ, b_TJ, coarse_q_TX)
 
 
 def check_projected(
@@ -158,6 +194,7 @@ def check_projected(
     if projections.rows != layer.index_rows:
         raise ConfigError(f"projections have {projections.rows} rows; the layer asks for {layer.index_rows}")
     check_pairs(layer, tokens)
+    require_coarse(layer, tokens.coarse_rows_T, "coarse_rows_T")
     count, dtype = tokens.count, layer.kv_RGC.dtype
     n_qk, n_x = projections.widths
     check_rows("qkv_TX", qkv_TX, count, layer.qkv_width, dtype)

@@ -14,8 +14,8 @@ from fulmen.errors import ConfigError
 from fulmen.ops.cpp.abi import KeyRowsStruct, PagedQueriesStruct
 from fulmen.ops.cpp.library import call_cpp_by_numbers
 from fulmen.ops.dispatch import CACHE_DTYPES, implementation, implements
-from fulmen.ops.paged import paged_attention, paged_index_topk
-from fulmen.ops.paged.layer import PagedLayer, check_fields
+from fulmen.ops.paged import PagedCoarse, paged_attention, paged_index_topk
+from fulmen.ops.paged.layer import PagedLayer, check_fields, require_coarse
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +25,7 @@ class KeyRows:
     Attributes:
         rows_BS, index_rows_BS: int32, the rows of both caches in which key s lies (below R).
         stop_BT: int64, keys that each query sees, its own token's the last: 1 to S.
+        coarse_rows_BS: int32, the same rows of the cache of coarse keys, of an index in two levels.
 
     Raises ConfigError: axes or dtypes that do not fit together.
     """
@@ -32,9 +33,11 @@ class KeyRows:
     rows_BS: Tensor
     index_rows_BS: Tensor
     stop_BT: Tensor
+    coarse_rows_BS: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, rows_BS=torch.int32, index_rows_BS=torch.int32, stop_BT=torch.int64)
+        rows = dict.fromkeys(("rows_BS", "index_rows_BS", "coarse_rows_BS"), torch.int32)
+        check_fields(self, **rows, stop_BT=torch.int64)
 
     @cached_property
     def longest(self) -> int:
@@ -44,11 +47,12 @@ class KeyRows:
     @cached_property
     def struct(self) -> KeyRowsStruct:
         """For the kernels; valid as long as this object."""
-        return KeyRowsStruct(self.rows_BS.shape[1], *(x.data_ptr() for x in self._held))
+        return KeyRowsStruct(self.rows_BS.shape[1], *(x if x is None else x.data_ptr() for x in self._held))
 
     @cached_property
-    def _held(self) -> tuple[Tensor, ...]:
-        return tuple(x.contiguous() for x in (self.rows_BS, self.index_rows_BS, self.stop_BT))
+    def _held(self) -> tuple[Tensor | None, ...]:
+        all_rows = (self.rows_BS, self.index_rows_BS, self.coarse_rows_BS, self.stop_BT)
+        return tuple(x if x is None else x.contiguous() for x in all_rows)
 
 
 @torch.no_grad()
@@ -60,6 +64,7 @@ def paged_sparse_attention(
     b_BTJ: Tensor,
     key_rows: KeyRows,
     out_BTHD: Tensor,
+    coarse_q_BTX: Tensor | None = None,
 ) -> None:
     """Attention of a query over all its keys, up to `layer.dense_up_to`, else over the `layer.topk` best.
 
@@ -67,6 +72,7 @@ def paged_sparse_attention(
         q_BTHD, index_q_BTJE, w_BTJ, b_BTJ: queries and index queries, rotated, and the indexer's
             weights and shifts; all of the cache's dtype.
         out_BTHD: contiguous, written.
+        coarse_q_BTX: packed coarse queries (`store_tokens`), of an index in two levels.
 
     Raises:
         ConfigError: axes or dtypes that do not fit together.
@@ -74,8 +80,10 @@ def paged_sparse_attention(
     """
     floats = {"q_BTHD": q_BTHD, "index_q_BTJE": index_q_BTJE, "w_BTJ": w_BTJ, "b_BTJ": b_BTJ}
     _check_sparse_inputs(layer, floats | {"out_BTHD": out_BTHD}, key_rows)
+    require_coarse(layer, coarse_q_BTX, "coarse_q_BTX")
+    require_coarse(layer, key_rows.coarse_rows_BS, "coarse_rows_BS")
     backend = implementation("paged_sparse_attention", *layer.device_and_dtype)
-    backend.run(layer, q_BTHD, index_q_BTJE, w_BTJ, b_BTJ, key_rows, out_BTHD)
+    backend.run(layer, q_BTHD, index_q_BTJE, w_BTJ, b_BTJ, key_rows, out_BTHD, coarse_q_BTX)
 
 
 @implements("paged_sparse_attention", "reference", "torch")
@@ -87,10 +95,16 @@ def paged_sparse_attention_composed(
     b_BTJ: Tensor,
     key_rows: KeyRows,
     out_BTHD: Tensor,
+    coarse_q_BTX: Tensor | None = None,
 ) -> None:
     """The specification, on any device."""
     index = (index_q_BTJE, layer.packed_RX, key_rows.index_rows_BS, w_BTJ, b_BTJ, key_rows.stop_BT)
-    topk_BTK = paged_index_topk(*index, layer.topk, layer.dense_up_to)
+    coarse = None
+    if layer.coarse is not None and coarse_q_BTX is not None and key_rows.coarse_rows_BS is not None:
+        coarse = PagedCoarse(
+            coarse_q_BTX, layer.coarse.packed_RX, key_rows.coarse_rows_BS, layer.coarse.n_candidates
+        )
+    topk_BTK = paged_index_topk(*index, layer.topk, layer.dense_up_to, coarse)
     inputs = (layer.kv_RGC, key_rows.rows_BS, key_rows.stop_BT, topk_BTK, layer.scale)
     out_BTHD.copy_(paged_attention(q_BTHD, *inputs))
 
@@ -104,12 +118,14 @@ def paged_sparse_attention_cpp(
     b_BTJ: Tensor,
     key_rows: KeyRows,
     out_BTHD: Tensor,
+    coarse_q_BTX: Tensor | None = None,
 ) -> None:
     """By the C++ kernel."""
     assert out_BTHD.is_contiguous()
-    held = [x.contiguous() for x in (q_BTHD, index_q_BTJE, w_BTJ, b_BTJ)]
+    queries_given = (q_BTHD, index_q_BTJE, w_BTJ, b_BTJ, coarse_q_BTX)
+    held = [x if x is None else x.contiguous() for x in queries_given]
     sizes = (*q_BTHD.shape[:2], torch.get_num_threads())
-    queries = PagedQueriesStruct(*sizes, *(x.data_ptr() for x in held))
+    queries = PagedQueriesStruct(*sizes, *(x if x is None else x.data_ptr() for x in held))
     structures = map(ctypes.addressof, (layer.struct, queries, key_rows.struct))
     call_cpp_by_numbers("fulmen_paged_sparse", *structures, out_BTHD.data_ptr())
 

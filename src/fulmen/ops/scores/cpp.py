@@ -53,4 +53,6 @@ def call_index_kernel(
     q_BTJE = q_BTJE.float().contiguous()
     shift_BTJ = None if b_BTJ is None else b_BTJ.float().contiguous()
     intervals = (x.long().contiguous() for x in (start_BT, stop_BT))
-    call_cpp(function, q_BTJE, k_BSIE, w_BTJ.float().contiguous(), shift_BTJ, *intervals, result, shape, *more)
+    call_cpp(
+        function, q_BTJE, k_BSIE, w_BTJ.float().contiguous(), shift_BTJ, *intervals, result, shape, *more
+    )
