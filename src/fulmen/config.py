@@ -8,6 +8,9 @@ from fulmen.errors import ConfigError
 
 # Ratios are written with a few digits.
 MEAN_TOLERANCE = 0.01
+DEFAULT_CANDIDATE_FACTOR = 8
+# What a config may leave out.
+OPTIONAL = {"topk_shares", "coarse_head_dim", "candidate_factor"}
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,9 @@ class DsaConfig:
         layers: indices of the converted layers, ascending.
         topk_shares: per-layer k ratios: what each of them keeps over `topk`; their mean is 1. Empty: all keep
             `topk`.
+        coarse_head_dim: width of the coarse head that looks at every key first (N), even; 0: the index has
+            one level.
+        candidate_factor: the coarse head leaves the indexer this many times k keys (c).
     """
 
     topk: int
@@ -30,9 +36,11 @@ class DsaConfig:
     index_head_dim: int
     layers: tuple[int, ...]
     topk_shares: tuple[float, ...] = ()
+    coarse_head_dim: int = 0
+    candidate_factor: int = DEFAULT_CANDIDATE_FACTOR
 
     def __post_init__(self) -> None:
-        for name in ("topk", "index_n_heads", "index_n_kv_heads", "index_head_dim"):
+        for name in ("topk", "index_n_heads", "index_n_kv_heads", "index_head_dim", "candidate_factor"):
             require_positive_int(name, getattr(self, name))
         if self.index_n_heads % self.index_n_kv_heads:
             raise ConfigError(
@@ -41,6 +49,9 @@ class DsaConfig:
             )
         if self.index_head_dim % 2:
             raise ConfigError(f"index_head_dim={self.index_head_dim} is odd; RoPE needs an even width")
+        width = self.coarse_head_dim
+        if isinstance(width, bool) or not isinstance(width, int) or width < 0 or width % 2:
+            raise ConfigError(f"coarse_head_dim={width!r} cannot be; use an even number, or 0 for one level")
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "topk_shares", tuple(self.topk_shares))
         if self.topk_shares and (
@@ -57,7 +68,7 @@ class DsaConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "DsaConfig":
         """Read what `to_dict` wrote. Raises ConfigError on a missing or unknown key."""
         known = {field.name for field in fields(cls)}
-        if mismatched := sorted(known - {"topk_shares"} - set(values) | set(values) - known):
+        if mismatched := sorted(known - OPTIONAL - set(values) | set(values) - known):
             raise ConfigError(
                 f"config key 'dsa' misses or does not know {mismatched}; it holds {sorted(known)}"
             )
@@ -65,7 +76,10 @@ class DsaConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return {**asdict(self), "layers": list(self.layers), "topk_shares": list(self.topk_shares)}
+        values = {**asdict(self), "layers": list(self.layers), "topk_shares": list(self.topk_shares)}
+        if not self.coarse_head_dim:  # as earlier releases read it
+            del values["coarse_head_dim"], values["candidate_factor"]
+        return values
 
     def layer_topk(self, layer: int) -> int:
         """Tokens that a query keeps in a converted layer."""

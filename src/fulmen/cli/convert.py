@@ -109,6 +109,15 @@ def convert_command(
             show_default=False,
         ),
     ] = None,
+    index: Annotated[
+        str | None,
+        typer.Option(
+            help="two-level: a coarse head looks at every key and leaves the indexer 8 k of them; one-level: the "
+            "indexer looks at all. With a converted SOURCE: give it that index and change nothing else (a "
+            "minute). [dim]Default: two-level; MLA models: one-level.[/]",
+            show_default=False,
+        ),
+    ] = None,
     length: Annotated[
         int | None,
         typer.Option(
@@ -140,6 +149,7 @@ def convert_command(
         seed=seed,
         index_heads=index_heads,
         index_head_dim=index_head_dim,
+        index=index,
         length=renamed("window", window, "length", length),
         reporter=told,
     )

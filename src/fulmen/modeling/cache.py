@@ -139,14 +139,18 @@ class InPlaceLayer(CacheLayerMixin):
 
 
 class InPlaceIndexedLayer(InPlaceLayer):
-    """A converted layer's keys, values and packed index keys (`fulmen.ops.common.index_keys`)."""
+    """A converted layer's keys and values, and packed index keys of both levels."""
 
     def __init__(self, planned: int | None = None) -> None:
         super().__init__(planned)
-        self._index_keys = TokenBuffer(planned)
+        self._index_keys, self._coarse_keys = TokenBuffer(planned), TokenBuffer(planned)
 
     def buffers(self) -> tuple[TokenBuffer, ...]:
-        return *super().buffers(), self._index_keys
+        return *super().buffers(), self._index_keys, self._coarse_keys
+
+    def update_coarse(self, packed_BTX: Tensor) -> Tensor:
+        """Store coarse keys `[B, T, X]`; return the view `[B, S, X]` of all tokens."""
+        return self._coarse_keys.append(packed_BTX)
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
         """Store `[B, T, N]`; return the view `[B, S, N]` of all tokens."""

@@ -8,12 +8,17 @@ key/value heads, J index heads of width E, I index key heads, K keys kept, b byt
     the same, expanded   e = a (GQA), or 2 H (N + R + V) (MLA: each head's own keys and values)
     one index key        y = I (E + 2) bytes (GQA: 8 bits a number and a scale), or E b (MLA)
     one index pair       x = 2 J (E + 1) FLOPs: dot products, and the weighted sum over heads
+    one coarse key       z = N + 2 bytes (an index in two levels; else there is none)
+    one coarse pair      2 N operations
 
                                 dense      DSA, S <= K           DSA, S > K
     decode, bytes               S c b      S c b + y             K c b + S y
     decode, FLOPs               S a        S a + keys            K a + S x + keys + queries
     prefill, bytes a token      S c b / Q  S c b / Q + y         K c b + S y / Q
     prefill, FLOPs a token      S e        S e + keys            as decode
+
+In two levels S y becomes S z + C y and S x becomes S 2 N + C x where S > C, the C = c K candidates; "+ y" for
+a token that is stored is "+ y + z". What a prompt's queries share of their candidates is left out.
 
 where "keys" and "queries" are the indexer's projections (2 FLOPs a weight) and Q = PREFILL_BLOCK queries
 share one read of the keys; selected keys are gathered for each query by itself. Reading a prompt, dense MLA
@@ -168,7 +173,8 @@ def cost_rows(
 def token_bytes(config: PreTrainedConfig, dsa: DsaConfig, dtype_bytes: int = 2) -> CacheBytes:
     """What fulmen's caches keep per token: keys and values of all layers, and the index keys."""
     kv = attention_cost(config).token_width * config.num_hidden_layers
-    index_keys = index_key_bytes(config, dsa, dtype_bytes) * len(_indexer_layers(config, dsa))
+    layer = index_key_bytes(config, dsa, dtype_bytes) + family_like(config).coarse_key_bytes(dsa)
+    index_keys = layer * len(_indexer_layers(config, dsa))
     return CacheBytes(kv * dtype_bytes, index_keys)
 
 
@@ -180,7 +186,8 @@ def index_key_bytes(config: PreTrainedConfig, dsa: DsaConfig, dtype_bytes: int =
 def index_key_share(config: PreTrainedConfig, dsa: DsaConfig, dtype_bytes: int = 2) -> float:
     """Index keys over keys and values, per token of one converted layer: what DSA adds to the cache."""
     kv_bytes = attention_cost(config).token_width * dtype_bytes
-    return index_key_bytes(config, dsa, dtype_bytes) / kv_bytes
+    keys = index_key_bytes(config, dsa, dtype_bytes) + family_like(config).coarse_key_bytes(dsa)
+    return keys / kv_bytes
 
 
 def attention_cost(config: PreTrainedConfig) -> AttentionCost:
@@ -272,14 +279,36 @@ def _step_parts(
     kept = sum(layer.topk or 0 for layer in layers)
     scoring = sum(layer.has_indexer and layer.topk is not None for layer in layers)
     storing = sum(layer.has_indexer for layer in layers) - scoring
-    index_bytes = index_key * (storing + scoring * position / block)
+    coarse_key = family_like(config).coarse_key_bytes(dsa)
+    level = _IndexLevel(index_key, indexer.pair_flops, coarse_key, 2 * dsa.coarse_head_dim)
+    scored = [level.scoring(dsa, layer, position) for layer in layers if layer.has_indexer and layer.topk]
+    index_bytes = (index_key + coarse_key) * storing + sum(work.bytes for work in scored) / block
     return StepParts(
         weights=weights,
         index_weights=(scoring + storing) * indexer.key_weights + scoring * indexer.query_weights,
         dense_attention=attended(sum(layer.visible for layer in layers)),
         dsa_attention=Work(rest.bytes + kept * token, rest.flops + kept * attention.pair_flops),
-        index_scores=Work(index_bytes, scoring * position * indexer.pair_flops),
+        index_scores=Work(index_bytes, sum(work.flops for work in scored)),
     )
+
+
+class _IndexLevel(NamedTuple):
+    """Bytes of a key and FLOPs of a pair, of the indexer and of the coarse level (0: there is none)."""
+
+    key_bytes: int
+    pair_flops: int
+    coarse_bytes: int
+    coarse_flops: int
+
+    def scoring(self, dsa: DsaConfig, layer: LayerStep, position: int) -> Work:
+        """Of one query and all keys that it sees."""
+        candidates = dsa.candidate_factor * (layer.topk or 0)
+        if not self.coarse_bytes or position <= candidates:
+            return Work(position * self.key_bytes, position * self.pair_flops)
+        return Work(
+            position * self.coarse_bytes + candidates * self.key_bytes,
+            position * self.coarse_flops + candidates * self.pair_flops,
+        )
 
 
 def _expert_weights(config: PreTrainedConfig) -> int:

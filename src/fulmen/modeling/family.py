@@ -133,6 +133,14 @@ class Family(ABC):
     def default_index(self, config: PreTrainedConfig, key_share: float) -> IndexHeads:
         """The widest indexer whose keys take at most `key_share` of the bytes of bfloat16 keys and values."""
 
+    def default_coarse(self, config: PreTrainedConfig) -> int:
+        """Width of the coarse head that a conversion adds; 0: the index has one level."""
+        return 0
+
+    def coarse_key_bytes(self, dsa: DsaConfig) -> int:
+        """What a cache keeps of one token's coarse key in one layer."""
+        return 0
+
     @abstractmethod
     def require_inheritable(self, config: PreTrainedConfig, dsa: DsaConfig) -> None:
         """Raise ConfigError for an indexer that cannot be built from the model's own heads."""
@@ -203,6 +211,19 @@ class Family(ABC):
         Returns:
             One NamedTuple per layer, each with `kl` (nats).
         """
+
+    def set_coarse(self, model: PreTrainedModel, dsa: DsaConfig) -> None:
+        """Give every indexer of a converted model the coarse level that `dsa` describes, or none."""
+        raise ConfigError(f"model_type {model.config.model_type!r} has an index of one level")
+
+    def inherit_coarse(
+        self, model: PreTrainedModel, input_ids_BT: Tensor, on_layer: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """Build the coarse level of every indexer and change nothing else; as `inherit`.
+
+        on_layer: called with the number of layers done.
+        """
+        raise ConfigError(f"model_type {model.config.model_type!r} has an index of one level")
 
     @abstractmethod
     def empty_cache(self, config: PreTrainedConfig, max_length: int | None = None) -> Any:

@@ -7,7 +7,9 @@ the keys and values at most. Heads follow the model's own, from which the indexe
 from transformers import PreTrainedConfig
 
 from fulmen.config import DsaConfig
+from fulmen.errors import ConfigError
 from fulmen.modeling.families import family_for, full_attention_layers
+from fulmen.modeling.family import Family
 from fulmen.modeling.lengths import default_topk
 
 MAX_INDEX_KEY_SHARE = 0.2
@@ -18,8 +20,11 @@ def default_dsa(
     topk: int | None = None,
     index_n_heads: int | None = None,
     index_head_dim: int | None = None,
+    index: str | None = None,
 ) -> DsaConfig:
     """The DSA configuration for a dense model; what is given is taken, the rest follows from the model.
+
+    index: "two-level", "one-level" or None, which is the former where the family has it.
 
     Raises:
         UnsupportedModelError: no family knows the model, or it has no layer to convert.
@@ -35,6 +40,15 @@ def default_dsa(
         index_n_kv_heads=default.keys,
         index_head_dim=default.width if index_head_dim is None else index_head_dim,
         layers=layers,
+        coarse_head_dim=coarse_width(family, config, index),
     )
     family.require_inheritable(config, dsa)
     return dsa
+
+
+def coarse_width(family: Family, config: PreTrainedConfig, index: str | None) -> int:
+    """Width of the coarse head; 0: one level. Raises ConfigError where two are asked for and cannot be."""
+    width = 0 if index == "one-level" else family.default_coarse(config)
+    if index == "two-level" and not width:
+        raise ConfigError(f"index={index!r} is not for model_type {config.model_type!r}; leave it out")
+    return width

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from fulmen.errors import ConfigError
 from fulmen.ops.topk import index_topk
+from fulmen.ops.two_level import two_level_topk
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class SelectionInputs:
     """All that one layer knows when it selects: T queries over S keys, cached ones included.
 
     Index tensors are as in `fulmen.ops.scores`, keys packed unless they have a gradient; q, k, v are
-    the attention's own, after RoPE.
+    the attention's own, after RoPE. Of an index in two levels, coarse queries, packed coarse keys and how
+    many times k keys they leave to the indexer.
     """
 
     index_q_BTJE: Tensor
@@ -32,6 +34,9 @@ class SelectionInputs:
     stop_BT: Tensor
     scale: float
     layer_idx: int
+    coarse_q_BTN: Tensor | None = None
+    coarse_k_BSX: Tensor | None = None
+    candidate_factor: int = 1
 
 
 class Selector:
@@ -55,18 +60,25 @@ class Selector:
 
 
 class IndexerSelector(Selector):
-    """The product: the keys with the largest index scores."""
+    """The product: the keys with the largest index scores, among those that a coarse level leaves."""
 
     def select(self, inputs: SelectionInputs, topk: int) -> Tensor:
-        return index_topk(
-            inputs.index_q_BTJE,
-            inputs.index_k_BSIE,
-            inputs.index_w_BTJ,
-            inputs.index_b_BTJ,
-            inputs.start_BT,
-            inputs.stop_BT,
-            topk,
-        )
+        if inputs.coarse_q_BTN is None or inputs.coarse_k_BSX is None:
+            return index_topk(*_index_inputs(inputs), topk)
+        coarse = (inputs.coarse_q_BTN, inputs.coarse_k_BSX)
+        return two_level_topk(*coarse, *_index_inputs(inputs), topk, inputs.candidate_factor * topk)
+
+
+class OneLevelSelector(Selector):
+    """The same indexer without a coarse level: what that costs is the difference."""
+
+    def select(self, inputs: SelectionInputs, topk: int) -> Tensor:
+        return index_topk(*_index_inputs(inputs), topk)
+
+
+def _index_inputs(inputs: SelectionInputs) -> tuple[Tensor, ...]:
+    index = (inputs.index_q_BTJE, inputs.index_k_BSIE, inputs.index_w_BTJ, inputs.index_b_BTJ)
+    return *index, inputs.start_BT, inputs.stop_BT
 
 
 class DenseSelector(Selector):

@@ -56,6 +56,7 @@ def convert(
     seed: int = 0,
     index_heads: int | None = None,
     index_head_dim: int | None = None,
+    index: str | None = None,
     overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> Conversion:
@@ -89,6 +90,9 @@ def convert(
         seed: of every random choice.
         index_heads: index heads per layer; None: one per attention head (MLA: at most 64).
         index_head_dim: width of an index head, even; None: index keys take up to a fifth of the cache.
+        index: "two-level": a coarse head looks at every key and leaves the indexer eight times `topk` of
+            them; "one-level": the indexer looks at all. None: two levels, MLA one. Given to a converted
+            `source`, it gets that index, in a minute, and stays otherwise as it is.
         overwrite: replace a model directory at `out`.
         reporter: whom to tell how far it is, as `fulmen.LineReporter()`; None: nobody.
 
@@ -117,14 +121,18 @@ def convert(
         seed=seed,
         index_heads=index_heads,
         index_head_dim=index_head_dim,
+        index=index,
         length=length,
         device=device,
     )
     reporter = reporter_of(reporter)
     with reporter.stage("Start"):
         from fulmen.pipeline.convert import run_conversion
+        from fulmen.pipeline.index_change import is_index_change, run_index_change
         from fulmen.pipeline.quiet import quiet
     with quiet(reporter):
+        if is_index_change(settings):
+            return run_index_change(settings, reporter)
         return run_conversion(settings, reporter)
 
 

@@ -118,7 +118,7 @@ def plan_conversion(settings: ConvertSettings, config: PreTrainedConfig) -> _Pla
     topk = settings.topk
     if topk is None and set(settings.stages) == {"inherit"}:
         topk = untrained_topk(config, settings.length)
-    dsa = default_dsa(config, topk, settings.index_heads, settings.index_head_dim)
+    dsa = default_dsa(config, topk, settings.index_heads, settings.index_head_dim, settings.index)
     family_for(config).require_convertible(config, dsa)
     if "sparse" in settings.stages:
         family_for(config).require_trainable(config)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 STAGES = ("inherit", "warmup", "sparse")
+INDEXES = ("two-level", "one-level")
 INDEXER_STAGES = STAGES[:2]
 DEFAULT_STAGES = "inherit,warmup"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -52,6 +53,8 @@ class ConvertSettings:
         device: where to compute, as torch names it, or AUTO_DEVICE.
         seed: of every random choice.
         length: tokens per training sequence; None: `default_length`, less where the text is scarce.
+        index: one of INDEXES; None: two levels where the model's family has them. Named, a converted source
+            is given that index and stays otherwise as it is.
     """
 
     source: str | ModelInMemory
@@ -71,8 +74,11 @@ class ConvertSettings:
     index_head_dim: int | None = None
     length: int | None = None
     device: "str | torch.device" = AUTO_DEVICE
+    index: str | None = None
 
     def __post_init__(self) -> None:
+        if self.index is not None:
+            require_choice("index", self.index, INDEXES)
         require_positive(self, "topk", "steps", "sparse_steps", "index_heads", "index_head_dim", "length")
         require_choice("dtype", self.dtype, DTYPES)
         require_seed(self.seed)

@@ -5,6 +5,7 @@ Transformers then builds no mask, and the layers get intervals (`fulmen.modeling
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -100,10 +101,16 @@ class DsaAttentionMixin:
         rotation = self.indexer.rotation(cos_BTR, sin_BTR)
         # Detached here and below: the KL loss trains the indexer alone, the other losses all the rest.
         index_k_BSIE = self.indexer.keys(bare_k_BTGD.detach(), rotation)
+        coarse = self.indexer.coarse
+        coarse_k_BSX = None
+        if coarse is not None:
+            coarse_k_BSX = pack_index_keys(coarse.keys(bare_k_BTGD, cos_BTR, sin_BTR))
         q_BTHD, k_BSGD = apply_rope(bare_q_BTHD, cos_BTR, sin_BTR), apply_rope(bare_k_BTGD, cos_BTR, sin_BTR)
         if past_key_values is not None:
             packed_BTIX = pack_index_keys(index_k_BSIE)
             k_BSGD, v_BSGV, index_k_BSIE = self._extend_cache(past_key_values, k_BSGD, v_BSGV, packed_BTIX)
+            if coarse_k_BSX is not None:
+                coarse_k_BSX = past_key_values.update_coarse(coarse_k_BSX, self.layer_idx)
 
         out_BTHV = topk_BTK = None
         if self.selector.is_needed(k_BSGD.shape[1], self.topk):
@@ -121,6 +128,14 @@ class DsaAttentionMixin:
             inputs = SelectionInputs(
                 *index_inputs, q_BTHD, k_BSGD, v_BSGV, *intervals, self.scaling, self.layer_idx
             )
+            if coarse is not None:
+                coarse_q_BTN = coarse.queries(bare_q_BTHD.detach(), cos_BTR, sin_BTR)
+                inputs = replace(
+                    inputs,
+                    coarse_q_BTN=coarse_q_BTN,
+                    coarse_k_BSX=coarse_k_BSX,
+                    candidate_factor=self.config.dsa["candidate_factor"],
+                )
             out_BTHV = self.selector.attend(inputs, self.layer_topk, self.topk)
             if out_BTHV is None:
                 topk_BTK = self.selector.select(inputs, self.layer_topk)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
@@ -28,6 +29,11 @@ class DsaCache(Cache):
             ]
         )
 
+    def update_coarse(self, packed_BTX: Tensor, layer_idx: int) -> Tensor:
+        """Store the packed coarse keys of T tokens; return those of all tokens so far, `[B, S, N + 2]`."""
+        stored: Tensor = self.layers[layer_idx].update_coarse(packed_BTX)
+        return stored
+
     @property
     def nbytes(self) -> CacheBytes:
         """Bytes of the stored tokens: keys and values of all layers, index keys of the converted ones."""
@@ -45,7 +51,8 @@ def require_index_key_layers(cache: Cache, config: PreTrainedConfig) -> None:
     """Raise CacheError unless every converted layer of `cache` can hold index keys."""
     layers = getattr(cache, "layers", [])
     for layer in converted_layers(config):
-        if layer >= len(layers) or not hasattr(layers[layer], "update_indexer"):
+        needed = "update_coarse" if config.dsa.get("coarse_head_dim") else "update_indexer"
+        if layer >= len(layers) or not all(hasattr(part, needed) for part in (cache, layers[layer])):
             raise CacheError(
                 f"{type(cache).__name__} has no room for the index keys of layer {layer}; "
                 "pass fulmen.modeling.gqa.cache.DsaCache(model.config), or no cache"

@@ -22,12 +22,17 @@ from fulmen.modeling.family import (
 from fulmen.modeling.gqa.cache import DsaCache
 from fulmen.modeling.gqa.convert import convert_gqa, plain_config
 from fulmen.modeling.gqa.indexer import model_head_width
-from fulmen.modeling.gqa.inherit import InheritedGqaLayer, inherit_gqa
+from fulmen.modeling.gqa.inherit import InheritedGqaLayer, inherit_coarse_gqa, inherit_gqa
 from fulmen.modeling.gqa.model import set_topk_ratios
 from fulmen.modeling.gqa.topk_ratios import fit_topk_ratios
 from fulmen.modeling.gqa.topk_trial import try_topk_ratios
 from fulmen.modeling.lengths import short_text_topk
+from fulmen.modeling.selectors import dsa_attentions
 from fulmen.ops.common.index_keys import SCALE_BYTES
+
+# Dims of a coarse head. The least chose as well as twice as many with 8 k candidates (docs/log.md); the most
+# are a row of a matrix tile.
+LEAST_COARSE, MOST_COARSE = 24, 64
 
 
 @dataclass(frozen=True)
@@ -72,15 +77,19 @@ class GqaFamily(Family):
 
     def indexer_cost(self, config: PreTrainedConfig, dsa: DsaConfig) -> IndexerCost:
         head, queries = model_head_width(config), dsa.index_n_heads * dsa.index_head_dim
-        keys = dsa.index_n_kv_heads * dsa.index_head_dim
+        keys = dsa.index_n_kv_heads * dsa.index_head_dim + dsa.coarse_head_dim
         query_weights = config.num_attention_heads * head * queries
         query_weights += 2 * config.hidden_size * dsa.index_n_heads
+        query_weights += config.num_attention_heads * head * dsa.coarse_head_dim
         pair_flops = 2 * dsa.index_n_heads * (dsa.index_head_dim + 1)
         return IndexerCost(pair_flops, config.num_key_value_heads * head * keys, query_weights)
 
     def index_key_bytes(self, dsa: DsaConfig, dtype_bytes: int) -> int:
         """Eight bits a number and a scale, whatever the model's dtype."""
         return dsa.index_n_kv_heads * (dsa.index_head_dim + SCALE_BYTES)
+
+    def coarse_key_bytes(self, dsa: DsaConfig) -> int:
+        return dsa.coarse_head_dim + SCALE_BYTES if dsa.coarse_head_dim else 0
 
     def default_index(self, config: PreTrainedConfig, key_share: float) -> IndexHeads:
         """One index head per attention head, one index key head per key/value head."""
@@ -89,6 +98,12 @@ class GqaFamily(Family):
         return IndexHeads(
             heads, key_heads, even_width(int(key_share * kv_bytes / key_heads) - SCALE_BYTES, 2)
         )
+
+    def default_coarse(self, config: PreTrainedConfig) -> int:
+        """A thirty-second of the bytes of keys and values, within 24 and 64 dims, if there are as many."""
+        kv_bytes = 2 * self.attention_layout(config).token_width
+        heads = config.num_key_value_heads * model_head_width(config)
+        return min(even_width(min(kv_bytes // 32, MOST_COARSE), LEAST_COARSE), heads - heads % 2)
 
     def require_inheritable(self, config: PreTrainedConfig, dsa: DsaConfig) -> None:
         """Index heads are made of attention heads, and index dims of the model's rotary pairs."""
@@ -102,6 +117,11 @@ class GqaFamily(Family):
             raise ConfigError(
                 f"index_n_heads={dsa.index_n_heads} does not divide the model's {heads} attention heads, "
                 f"each of which is to be in one; use {heads} or a divisor of it"
+            )
+        if dsa.coarse_head_dim > (most := config.num_key_value_heads * width):
+            raise ConfigError(
+                f"coarse_head_dim={dsa.coarse_head_dim} is more than the {most} dims of the model's key heads, "
+                f"which it mixes; use {most - most % 2} or less"
             )
 
     def require_convertible(self, config: PreTrainedConfig, dsa: DsaConfig) -> None:
@@ -157,6 +177,17 @@ class GqaFamily(Family):
     ) -> list[InheritedGqaLayer]:
         """`inherit_gqa`. Raises as that does."""
         return inherit_gqa(model, input_ids_BT, self.dsa_of(model.config).topk, on_layer)
+
+    def set_coarse(self, model: PreTrainedModel, dsa: DsaConfig) -> None:
+        """The shapes of `dsa`; its weights are random until `inherit_coarse` has computed them."""
+        model.config.dsa = dsa.to_dict()
+        for attention in dsa_attentions(model):
+            attention.indexer.set_coarse(dsa.coarse_head_dim)
+
+    def inherit_coarse(
+        self, model: PreTrainedModel, input_ids_BT: Tensor, on_layer: Callable[[int], None] = lambda _: None
+    ) -> None:
+        inherit_coarse_gqa(model, input_ids_BT, self.dsa_of(model.config).topk, on_layer)
 
     def accelerate(self, model: PreTrainedModel) -> None:
         """Its attention is fulmen's own already."""

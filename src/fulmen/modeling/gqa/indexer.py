@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from fulmen.config import DsaConfig
+from fulmen.modeling.gqa.coarse import CoarseIndexer
 from fulmen.ops.common.rope import rotate_half_split
 
 
@@ -64,6 +65,7 @@ class GqaIndexer(nn.Module):
     """
 
     rope_pairs: Tensor
+    coarse: CoarseIndexer | None
 
     def __init__(self, config: PreTrainedConfig, dsa: DsaConfig) -> None:
         super().__init__()
@@ -77,6 +79,14 @@ class GqaIndexer(nn.Module):
         self.weights_proj = IndexProjection(config.hidden_size, self.n_heads)
         self.shift_proj = IndexProjection(config.hidden_size, self.n_heads)
         self.register_buffer("rope_pairs", self._first_rope_pairs())
+        self.set_coarse(dsa.coarse_head_dim)
+
+    def set_coarse(self, width: int) -> None:
+        """A coarse level of this width before this one, weights to be filled in; 0: none."""
+        self.coarse = None
+        if width:
+            n_q, n_k = self.wq.weight.shape[1], self.wk.weight.shape[1]
+            self.coarse = CoarseIndexer(n_q, n_k, width, self.n_rotary_pairs).to(self.wq.weight)
 
     def forward(
         self, x_BTC: Tensor, q_BTHD: Tensor, k_BTGD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor

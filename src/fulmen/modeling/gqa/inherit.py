@@ -11,6 +11,7 @@ Per layer, with l[t,s] a head's own logit, Z[t] = logsumexp_s l[t,s] and tau[t] 
    model's own query times the coefficients; every pair keeps its own rotary frequency.
 3. Offset. What the dropped pairs add to l on average near theta is moved into the threshold.
 4. Scale. All head weights are one number per layer, for which KL(p || softmax(I)) is least.
+5. Coarse level, where the index has two: `inherit_coarse.py`.
 """
 
 import math
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 
 from fulmen.config import DsaConfig
 from fulmen.errors import ConfigError, TrainingDivergedError
+from fulmen.modeling.gqa.inherit_coarse import Moments, best_mix, pair_moments, write_coarse
 from fulmen.modeling.gqa.own_logits import (
     grouped_logits,
     hide_later,
@@ -106,21 +108,36 @@ def inherit_gqa(
         ConfigError: a sequence too short to sample, or index heads that do not divide the attention heads.
         TrainingDivergedError: NaN in the model's activations.
     """
-    length = input_ids_BT.shape[1]
-    if length < SHORTEST_SEQUENCE:
-        raise ConfigError(
-            f"calibration length {length} is too short; use at least {SHORTEST_SEQUENCE} tokens"
-        )
+    length = _fitting_length(input_ids_BT)
     dsa = DsaConfig.from_dict(model.config.dsa)
     report: list[InheritedGqaLayer] = []
 
     def fit(attention: Any, _: Any, kwargs: dict) -> None:
         share = dsa.layer_topk(attention.layer_idx) / dsa.topk
-        # A shorter sequence has no boundary at k to learn: that of a smaller k is learned instead.
-        layer_topk = min(max(1, round(topk * share)), length // LENGTH_OVER_TOPK)
+        layer_topk = _fitted_topk(topk * share, length)
         report.append(_fit_layer(attention, kwargs, layer_topk)._replace(topk_share=share))
         on_layer(report[-1])
 
+    _read_densely(model, input_ids_BT, fit)
+    return report
+
+
+def _fitting_length(input_ids_BT: Tensor) -> int:
+    length = input_ids_BT.shape[1]
+    if length < SHORTEST_SEQUENCE:
+        raise ConfigError(
+            f"calibration length {length} is too short; use at least {SHORTEST_SEQUENCE} tokens"
+        )
+    return length
+
+
+def _fitted_topk(topk: float, length: int) -> int:
+    """A shorter sequence has no boundary at k to learn: that of a smaller k is learned instead."""
+    return min(max(1, round(topk)), length // LENGTH_OVER_TOPK)
+
+
+def _read_densely(model: PreTrainedModel, input_ids_BT: Tensor, fit: Callable[..., None]) -> None:
+    """A dense pass in which `fit` is called before each converted layer, with what that is given."""
     hooks = [layer.register_forward_pre_hook(fit, with_kwargs=True) for layer in dsa_attentions(model)]
     try:
         with use_selector(model, DenseSelector()):
@@ -128,7 +145,6 @@ def inherit_gqa(
     finally:
         for hook in hooks:
             hook.remove()
-    return report
 
 
 def _fit_layer(attention: Any, kwargs: dict, topk: int) -> InheritedGqaLayer:
@@ -146,11 +162,47 @@ def _fit_layer(attention: Any, kwargs: dict, topk: int) -> InheritedGqaLayer:
     _write(attention.indexer.shift_proj.weight, -weight_CJ.T)
     _write(attention.indexer.shift_proj.bias, -bias_J)
     kl = _set_scale(attention, observations, index)
+    _fit_coarse(attention, observations, topk, rotary[0].shape[-1])
     if not math.isfinite(kl):
         raise TrainingDivergedError(
             f"layer {attention.layer_idx} gives KL={kl} on the calibration text; check the model in float32"
         )
     return InheritedGqaLayer(attention.layer_idx, 1.0, key_fit, fit, kl)
+
+
+@torch.no_grad()
+def inherit_coarse_gqa(
+    model: PreTrainedModel,
+    input_ids_BT: Tensor,
+    topk: int,
+    on_layer: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Set the coarse level of every indexer in one dense pass; otherwise as `inherit_gqa`."""
+    length, done = _fitting_length(input_ids_BT), 0
+    dsa = DsaConfig.from_dict(model.config.dsa)
+
+    def fit(attention: Any, _: Any, kwargs: dict) -> None:
+        nonlocal done
+        layer_topk = _fitted_topk(topk * dsa.layer_topk(attention.layer_idx) / dsa.topk, length)
+        rotary = kwargs["position_embeddings"]
+        observations = _observe(attention, kwargs["hidden_states"], rotary, layer_topk)
+        _fit_coarse(attention, observations, layer_topk, rotary[0].shape[-1])
+        done += 1
+        on_layer(done)
+
+    _read_densely(model, input_ids_BT, fit)
+
+
+def _fit_coarse(attention: Any, observations: list[_Observation], topk: int, rotary: int) -> None:
+    if attention.indexer.coarse is None:
+        return
+    moments = []
+    for one in observations:
+        rows_R = one.rows_R[::PAIR_EVERY]
+        k_GSD = one.k_GTD[:, : int(rows_R[-1]) + 1]
+        moments.append(pair_moments(one.q_RHD[::PAIR_EVERY], k_GSD, rows_R, attention.scaling, topk))
+    cpu = [Moments(*(part.cpu() for part in one)) for one in moments]
+    write_coarse(attention, best_mix(cpu, attention.indexer.coarse.width // 2), rotary)
 
 
 def _observe(attention: Any, x_BTC: Tensor, rotary: tuple[Tensor, Tensor], topk: int) -> list[_Observation]:

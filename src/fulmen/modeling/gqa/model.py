@@ -14,6 +14,7 @@ from fulmen.errors import CacheError, ConfigError
 from fulmen.modeling.forward_checks import require_no_attention_weights, require_no_dropout
 from fulmen.modeling.gqa.attention import ATTENTION_NAME
 from fulmen.modeling.gqa.cache import DsaCache, require_index_key_layers
+from fulmen.modeling.gqa.coarse import CoarseIndexer
 from fulmen.modeling.gqa.indexer import GqaIndexer, IndexProjection
 from fulmen.modeling.intervals import visible_intervals
 from fulmen.modeling.lengths import PREFILL_CHUNK
@@ -30,6 +31,8 @@ class DsaPreTrainedMixin:
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, GqaIndexer):
             module.reset_rope_pairs()
+        elif isinstance(module, CoarseIndexer):
+            module.reset(self.config.initializer_range)
         elif isinstance(module, IndexProjection):
             module.reset_parameters(self.config.initializer_range)
 

@@ -214,7 +214,7 @@ def store_tokens(
     coarse_q_TN: Tensor | None = None,
     coarse_k_TN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Store keys, values, index keys and coarse keys; return the rotated queries and (if given) index queries.
+    """Store keys, values and index keys of both levels; return the queries, rotated.
 
     Args: all before RoPE, of the cache's dtype; coarse ones where the layer's index has two levels.
 
@@ -350,7 +350,7 @@ def _side_by_side(x_TN: Tensor) -> Tensor:
 
 
 def check_fields(fields: Any, **dtypes: torch.dtype) -> None:
-    """Raise ConfigError unless a dataclass's tensors have the axes and these dtypes, on one device; None has any."""
+    """Raise ConfigError unless a dataclass's tensors, None aside, have the axes and these dtypes."""
     given = {name: getattr(fields, name) for name in fields.__dataclass_fields__}
     tensors = {name: x for name, x in given.items() if x is not None}
     check_axes(**tensors)

@@ -104,7 +104,7 @@ def project_and_store(
     x_TC: Tensor,
     selects: bool,
 ) -> tuple[Tensor, NewIndexQueries | None]:
-    """Store keys, values, index keys and coarse keys; return q_THD, rotated, and what it `selects` by, if it does.
+    """Store keys, values and index keys of both levels; return q_THD, rotated, and what it `selects` by.
 
     Args:
         qkv_TX: queries, keys and values before RoPE, head after head: X = (H + 2 G) D; of the cache's dtype.

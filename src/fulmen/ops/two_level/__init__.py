@@ -1,4 +1,4 @@
-"""Selection in two levels: a coarse index scores every visible key, the lightning indexer only the best of them."""
+"""Selection in two levels: a coarse head scores every visible key, the indexer only the best of them."""
 
 from typing import Any
 
@@ -34,9 +34,9 @@ def two_level_topk(
     """The `topk` keys of the largest index scores among the `n_candidates` keys of the largest coarse scores.
 
     Coarse scores are products of 8-bit integers, the same bits on every backend (`coarse_scores`). Ties go to
-    the more recent key at both levels. A query that sees no more than `topk` keys keeps all of them, and of one
-    that sees no more than `n_candidates` all are candidates: then this is `index_topk`. A key whose coarse score
-    is NaN is a candidate before all others, so that its index score decides.
+    the more recent key at both levels. A query that sees no more than `topk` keys keeps all of them, and of
+    one that sees no more than `n_candidates` all are candidates: then this is `index_topk`. A key whose
+    coarse score is NaN is a candidate before all others, so that its index score decides.
 
     Args:
         coarse_q_BTN: coarse queries, any floating dtype; packed to 8 bits here.

@@ -10,7 +10,7 @@ MOST_COARSE_DIMS = 1024
 
 
 def coarse_scores(packed_q_TX: Tensor, packed_k_SX: Tensor) -> Tensor:
-    """C[t, s] = (sum_n q[t, n] k[s, n]) (scale[t] scale[s]) of int8 codes and their bfloat16 scales; `[T, S]`.
+    """C[t, s] = (sum_n q[t, n] k[s, n]) (scale[t] scale[s]), of int8 codes and their scales; `[T, S]`.
 
     float32 holds the sum exactly in whatever order it is added, and the scales' product too, so that only the
     last product is rounded: one result, on every machine. What is not a number becomes infinity.

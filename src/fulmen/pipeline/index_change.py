@@ -1,0 +1,112 @@
+"""Another index for a model that is converted already: a coarse level added or taken away."""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from fulmen.config import DsaConfig
+from fulmen.errors import AlreadyConvertedError, ConfigError
+from fulmen.evaluation.variants import indexer_state
+from fulmen.files import write_file
+from fulmen.modeling.checkpoint import CARD_FILE, require_free_output, require_savable, save_converted
+from fulmen.modeling.families import dsa_family_for, dsa_of, has_dsa
+from fulmen.modeling.index_shape import coarse_width
+from fulmen.modeling.lengths import context_of
+from fulmen.modeling.token_blocks import feed_forward_in_blocks
+from fulmen.pipeline.conversion import Conversion
+from fulmen.pipeline.devices import training_device
+from fulmen.pipeline.load import load_converted_model, load_converted_tokenizer
+from fulmen.pipeline.model_config import read_config
+from fulmen.pipeline.reporter import Reporter
+from fulmen.pipeline.settings import ConvertSettings
+from fulmen.pipeline.texts import calibration_texts, draw_longest, lengths_to_try, read_corpus
+from fulmen.pipeline.train import RECORD_FILE, STAGES_DIR, record_of
+
+INHERITED = f"{STAGES_DIR}/inherit.safetensors"
+# What only a conversion from the beginning can change.
+CONVERSION_ONLY = {"topk": None, "steps": None, "index_heads": None, "index_head_dim": None, "dtype": "auto"}
+
+
+def is_index_change(settings: ConvertSettings) -> bool:
+    """Whether the source is converted already and another index is asked for."""
+    if settings.index is None or not isinstance(settings.source, str):
+        return False
+    return Path(settings.source).is_dir() and has_dsa(read_config(settings.source)[1])
+
+
+def run_index_change(settings: ConvertSettings, reporter: Reporter) -> Conversion:
+    """Write the source with the index that is asked for. Raises as `run_conversion`."""
+    source, out = str(settings.source), settings.out.expanduser().absolute()
+    config = read_config(source)[1]
+    dsa = _changed(config, settings)
+    record = record_of(Path(source))
+    require_free_output(out, overwrite=settings.overwrite)
+    with reporter.stage("Read data"):
+        tokenizer = load_converted_tokenizer(source)
+        corpus = read_corpus(settings.data, settings.texts)
+        lengths, context = lengths_to_try(settings.length, config, dsa.topk), context_of(config)
+        texts = draw_longest(
+            lengths,
+            lambda length: calibration_texts(corpus.calibration, tokenizer, length, context, settings.seed),
+            reporter,
+        )
+    reporter.note(f"Loading {source}")
+    with reporter.stage("Load"):
+        model = load_converted_model(source, training_device(settings.device))
+        require_savable(model, tokenizer, out)
+    dsa_family_for(config).set_coarse(model, dsa)
+    if dsa.coarse_head_dim:
+        _fit(model, torch.stack([text.input_ids for text in texts]).to(model.device), reporter)
+    record = {**record, "dsa": dsa.to_dict()}
+    with reporter.stage("Save"):
+        _save(model, tokenizer, Path(source), out, record, settings.overwrite)
+    return Conversion(out, record)
+
+
+def _changed(config: Any, settings: ConvertSettings) -> DsaConfig:
+    """Raises ConfigError for what would change more, AlreadyConvertedError where nothing would change."""
+    for name, default in CONVERSION_ONLY.items():
+        if getattr(settings, name) != default:
+            raise ConfigError(
+                f"{name} does not apply to a converted model, of which only the index is changed; leave it out"
+            )
+    family, dsa = dsa_family_for(config), dsa_of(config)
+    width = coarse_width(family, config, settings.index)
+    if bool(width) == bool(dsa.coarse_head_dim):
+        raise AlreadyConvertedError(
+            f"{settings.source} has a {settings.index} index already; use it as it is"
+        )
+    return DsaConfig.from_dict({**dsa.to_dict(), "coarse_head_dim": width})
+
+
+def _fit(model: PreTrainedModel, ids_BT: torch.Tensor, reporter: Reporter) -> None:
+    n_layers = len(dsa_of(model.config).layers)
+    with reporter.stage("Coarse level"), feed_forward_in_blocks(model):
+        reporter.advance(0, n_layers, f"{len(ids_BT)} sequences of {ids_BT.shape[1]} tokens")
+        family = dsa_family_for(model.config)
+        family.inherit_coarse(model, ids_BT, lambda done: reporter.advance(done, n_layers))
+
+
+def _save(
+    model: PreTrainedModel, tokenizer: Any, source: Path, out: Path, record: dict[str, Any], overwrite: bool
+) -> None:
+    """All files of the source; its inherited indexers get the same coarse level."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
+        extras = {f"{STAGES_DIR}/{path.name}": path for path in (source / STAGES_DIR).glob("*")}
+        if (source / INHERITED).is_file():
+            extras[INHERITED] = Path(temporary) / "inherit.safetensors"
+            own = indexer_state(model)
+            inherited = {name: x for name, x in load_file(source / INHERITED).items() if name in own}
+            save_file(
+                {name: x.cpu().contiguous() for name, x in (own | inherited).items()}, extras[INHERITED]
+            )
+        extras[RECORD_FILE] = Path(temporary) / RECORD_FILE
+        write_file(extras[RECORD_FILE], json.dumps(record, indent=2))
+        card = (source / CARD_FILE).read_text(encoding="utf-8") if (source / CARD_FILE).is_file() else ""
+        save_converted(model, tokenizer, out, card, overwrite=overwrite, extras=extras)
