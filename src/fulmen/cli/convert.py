@@ -112,9 +112,9 @@ def convert_command(
     index: Annotated[
         str | None,
         typer.Option(
-            help="two-level: a coarse head looks at every key and leaves the indexer 8 k of them; one-level: the "
-            "indexer looks at all. With a converted SOURCE: give it that index and change nothing else (a "
-            "minute). [dim]Default: two-level; MLA models: one-level.[/]",
+            help="two-level: a coarse head looks at every key and leaves the indexer 8 k of them; one-level: "
+            "the indexer looks at all. With a converted SOURCE: give it that index and change nothing else "
+            "(a minute). [dim]Default: two-level; MLA models: one-level.[/]",
             show_default=False,
         ),
     ] = None,

@@ -76,7 +76,7 @@ class OneLevelSelector(Selector):
         return index_topk(*_index_inputs(inputs), topk)
 
 
-def _index_inputs(inputs: SelectionInputs) -> tuple[Tensor, ...]:
+def _index_inputs(inputs: SelectionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     index = (inputs.index_q_BTJE, inputs.index_k_BSIE, inputs.index_w_BTJ, inputs.index_b_BTJ)
     return *index, inputs.start_BT, inputs.stop_BT
 

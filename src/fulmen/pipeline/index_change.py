@@ -73,7 +73,7 @@ def _changed(config: Any, settings: ConvertSettings) -> DsaConfig:
     for name, default in CONVERSION_ONLY.items():
         if getattr(settings, name) != default:
             raise ConfigError(
-                f"{name} does not apply to a converted model, of which only the index is changed; leave it out"
+                f"{name} does not apply to a converted model, whose index alone is changed; leave it out"
             )
     family, dsa = dsa_family_for(config), dsa_of(config)
     width = coarse_width(family, config, settings.index)

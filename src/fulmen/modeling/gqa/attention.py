@@ -6,7 +6,7 @@ Transformers then builds no mask, and the layers get intervals (`fulmen.modeling
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fulmen.config import DsaConfig, scaled_topk
+from fulmen.modeling.gqa.cache import DsaCache
 from fulmen.modeling.gqa.indexer import GqaIndexer
 from fulmen.modeling.intervals import KeyIntervals, narrowed_intervals
 from fulmen.modeling.selectors import IndexerSelector, SelectionInputs, Selector, keep_short_pasts
@@ -110,7 +111,7 @@ class DsaAttentionMixin:
             packed_BTIX = pack_index_keys(index_k_BSIE)
             k_BSGD, v_BSGV, index_k_BSIE = self._extend_cache(past_key_values, k_BSGD, v_BSGV, packed_BTIX)
             if coarse_k_BSX is not None:
-                coarse_k_BSX = past_key_values.update_coarse(coarse_k_BSX, self.layer_idx)
+                coarse_k_BSX = cast(DsaCache, past_key_values).update_coarse(coarse_k_BSX, self.layer_idx)
 
         out_BTHV = topk_BTK = None
         if self.selector.is_needed(k_BSGD.shape[1], self.topk):

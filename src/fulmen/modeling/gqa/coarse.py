@@ -9,7 +9,7 @@ from fulmen.ops.common.rope import rotate_half_split
 
 
 class CoarseIndexer(nn.Module):
-    """Coarse queries and keys (`fulmen.ops.two_level`): mixes of the model's own, of one rotary frequency each.
+    """Coarse queries and keys (`fulmen.ops.two_level`): mixes of the model's own, each of one frequency.
 
     A key head's rotary pair is a complex number, and all key heads' pairs of one frequency turn by one angle.
     So

@@ -120,7 +120,7 @@ class GqaFamily(Family):
             )
         if dsa.coarse_head_dim > (most := config.num_key_value_heads * width):
             raise ConfigError(
-                f"coarse_head_dim={dsa.coarse_head_dim} is more than the {most} dims of the model's key heads, "
+                f"coarse_head_dim={dsa.coarse_head_dim} is more than the {most} dims of the key heads, "
                 f"which it mixes; use {most - most % 2} or less"
             )
 

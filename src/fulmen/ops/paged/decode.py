@@ -111,5 +111,6 @@ def paged_decode_composed(
     else:
         index_q_B1JE, w_B1J, b_B1J = (x[:, None] for x in index[:3])
         coarse_q_B1X = None if index.coarse_q_TX is None else index.coarse_q_TX[:, None]
-        inputs = (q_BHD[:, None], index_q_B1JE, w_B1J, b_B1J, key_rows, out_B1HD, coarse_q_B1X)
-        paged_sparse_attention(layer, *inputs)
+        paged_sparse_attention(
+            layer, q_BHD[:, None], index_q_B1JE, w_B1J, b_B1J, key_rows, out_B1HD, coarse_q_B1X
+        )

@@ -128,7 +128,7 @@ class PagedLayer:
 
     @cached_property
     def index_rows(self) -> tuple[int, ...]:
-        """Numbers of a token's index queries, index keys, weights with shifts, and coarse queries and keys."""
+        """Numbers of a token's index queries, index keys, weights with shifts, coarse queries and keys."""
         (heads, width), (key_heads, _) = self.shapes["index_q"], self.shapes["index_k"]
         return heads * width, key_heads * width, 2 * heads, *[self.coarse_width] * 2 * bool(self.coarse)
 

@@ -14,7 +14,7 @@ from fulmen.modeling.gqa.indexer import GqaIndexer
 from fulmen.ops.common.index_keys import SCALE_BYTES
 from fulmen.ops.paged import paged_attention
 from fulmen.ops.paged.decode import paged_decode
-from fulmen.ops.paged.layer import PagedLayer
+from fulmen.ops.paged.layer import CoarseCache, PagedLayer
 from fulmen.ops.paged.project import Projections, project_and_store
 from fulmen.ops.paged.sparse import KeyRows, paged_sparse_attention
 from fulmen.serving.vllm_plugin.caches import IndexKeyCache, KeyValueCache
@@ -47,6 +47,12 @@ class DsaAttention(nn.Module):
             f"{name}.index_keys", vllm_config, self.index_shape[0] * self.index_shape[1]
         )
         self.index_name = self.index_cache.name
+        self.coarse_cache, self.coarse_name = None, None
+        if dsa.coarse_head_dim:
+            width = dsa.coarse_head_dim + SCALE_BYTES
+            self.coarse_cache = IndexKeyCache(f"{name}.coarse_keys", vllm_config, width)
+            self.coarse_name = self.coarse_cache.name
+        self.n_candidates = dsa.candidate_factor * self.layer_topk
         vllm_config.compilation_config.static_forward_context[self.name].attention = [self]
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
@@ -64,11 +70,20 @@ class DsaAttention(nn.Module):
         return self.o_proj(out)[0]
 
     def attend(
-        self, qkv: Tensor, x_TC: Tensor, positions_T: Tensor, step: Step, index_step: Step, out_TX: Tensor
+        self,
+        qkv: Tensor,
+        x_TC: Tensor,
+        positions_T: Tensor,
+        step: Step,
+        index_steps: tuple[Step, Step | None],
+        out_TX: Tensor,
     ) -> None:
-        """Fill `out_TX` for the step's queries; store their keys, values and index keys."""
+        """Fill `out_TX` for the step's queries; store their keys, values and index keys.
+
+        `index_steps`: the step in the caches of index keys and, of an index in two levels, of coarse keys.
+        """
         layer = self._paged_layer()
-        where = step.layout(index_step, self._rows_per_block, self.rotary_emb, positions_T, qkv.dtype)
+        where = step.layout(index_steps, self._rows_per_block, self.rotary_emb, positions_T, qkv.dtype)
         all_qk_TX = qkv if get_tensor_model_parallel_world_size() == 1 else self._gathered(qkv)
         if step.only_decodes:
             inputs = (qkv, all_qk_TX, x_TC, out_TX)
@@ -91,11 +106,19 @@ class DsaAttention(nn.Module):
         if kept is None or kept[0] is not kept[1].kv_cache or kept[2].rope_pairs_IP is not pairs_IP:
             caches = (self.cache.rows_RHC(), self.index_cache.rows_RHC()[:, 0], pairs_IP)
             heads = (self.heads, self.indexer.n_heads)
-            layer = PagedLayer(*caches, *heads, self.layer_topk, self.topk, self.scale)
+            coarse = self._coarse()
+            layer = PagedLayer(*caches, *heads, self.layer_topk, self.topk, self.scale, coarse)
             kept = (self.cache.kv_cache, self.cache, layer)
             self.__dict__["_kept_layer"] = kept
-            self._rows_per_block = (self.cache.rows_per_block, self.index_cache.rows_per_block)
+            all_caches = (self.cache, self.index_cache, self.coarse_cache)
+            self._rows_per_block = tuple(0 if one is None else one.rows_per_block for one in all_caches)
         return kept[2]
+
+    def _coarse(self) -> CoarseCache | None:
+        if self.coarse_cache is None or self.indexer.coarse is None:
+            return None
+        packed_RX = self.coarse_cache.rows_RHC()[:, 0]
+        return CoarseCache(packed_RX, self.indexer.coarse.rope_pairs, self.n_candidates)
 
     @property
     def _projections(self) -> Projections:
@@ -109,11 +132,16 @@ class DsaAttention(nn.Module):
         q_BTHD = q_THD[span.tokens].unflatten(0, shape)
         out_BTHD = out_TX.unflatten(1, q_THD.shape[1:]).unflatten(0, shape)
         if index is not None and span.longest > self.topk:
-            index_q_BTJE, w_BTJ, b_BTJ = (x[span.tokens].unflatten(0, shape) for x in index)
-            paged_sparse_attention(layer, q_BTHD, index_q_BTJE, w_BTJ, b_BTJ, key_rows, out_BTHD)
+            index_q_BTJE, w_BTJ, b_BTJ = (x[span.tokens].unflatten(0, shape) for x in index[:3])
+            coarse_q_BTX = None
+            if index.coarse_q_TX is not None:
+                coarse_q_BTX = index.coarse_q_TX[span.tokens].unflatten(0, shape)
+            paged_sparse_attention(
+                layer, q_BTHD, index_q_BTJE, w_BTJ, b_BTJ, key_rows, out_BTHD, coarse_q_BTX
+            )
         else:
-            inputs = (layer.kv_RGC, key_rows.rows_BS, key_rows.stop_BT, None, self.scale)
-            out_BTHD.copy_(paged_attention(q_BTHD, *inputs))
+            dense = (layer.kv_RGC, key_rows.rows_BS, key_rows.stop_BT, None, self.scale)
+            out_BTHD.copy_(paged_attention(q_BTHD, *dense))
 
     def _gathered(self, qkv: Tensor) -> Tensor:
         """Queries and keys of all ranks' heads, side by side."""
@@ -140,7 +168,9 @@ def fulmen_dsa_attention(
         qkv, hidden_states, positions, out = (
             x[: step.n_tokens] for x in (qkv, hidden_states, positions, out)
         )
-    attention.attend(qkv, hidden_states, positions, step, steps[attention.index_name], out)
+    coarse_step = None if attention.coarse_name is None else steps[attention.coarse_name]
+    index_steps = (steps[attention.index_name], coarse_step)
+    attention.attend(qkv, hidden_states, positions, step, index_steps, out)
 
 
 def _fake(qkv: Tensor, hidden_states: Tensor, positions: Tensor, out: Tensor, layer_name: str) -> None:

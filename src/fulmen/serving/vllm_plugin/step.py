@@ -81,8 +81,8 @@ class Step(AttentionMetadata):
 
     def layout(
         self,
-        index_step: "Step",
-        rows_per_block: tuple[int, int],
+        index_steps: "tuple[Step, Step | None]",
+        rows_per_block: tuple[int, ...],
         rotary: Any,
         positions_T: Tensor,
         dtype: torch.dtype,
@@ -90,10 +90,13 @@ class Step(AttentionMetadata):
         """For layers whose caches are cut like this and turn like this; kept for the further ones."""
         key = (rows_per_block, id(rotary))
         if key not in self._layouts:
-            rows, index_rows = self._rows(rows_per_block[0]), index_step._rows(rows_per_block[1])
+            rows, index_rows = self._rows(rows_per_block[0]), index_steps[0]._rows(rows_per_block[1])
+            coarse_step = index_steps[1]
+            coarse_rows = None if coarse_step is None else coarse_step._rows(rows_per_block[2])
             cos_TP, sin_TP = rotary_rows(rotary, positions_T).to(dtype).chunk(2, -1)
-            tokens = NewTokens(rows.new_T, index_rows.new_T, cos_TP, sin_TP)
-            sequences = [_of_span(span, rows, index_rows) for span in self.spans]
+            new_coarse_T = None if coarse_rows is None else coarse_rows.new_T
+            tokens = NewTokens(rows.new_T, index_rows.new_T, cos_TP, sin_TP, new_coarse_T)
+            sequences = [_of_span(span, rows, index_rows, coarse_rows) for span in self.spans]
             self._layouts[key] = Layout(tokens, sequences)
         return self._layouts[key]
 
@@ -124,9 +127,10 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         return Step(common_attn_metadata, self.kv_cache_spec.block_size)
 
 
-def _of_span(span: Span, rows: Rows, index_rows: Rows) -> KeyRows:
+def _of_span(span: Span, rows: Rows, index_rows: Rows, coarse_rows: Rows | None) -> KeyRows:
     at = (span.requests, slice(span.longest))
-    return KeyRows(rows.all_BS[at], index_rows.all_BS[at], span.stop_BT)
+    coarse_BS = None if coarse_rows is None else coarse_rows.all_BS[at]
+    return KeyRows(rows.all_BS[at], index_rows.all_BS[at], span.stop_BT, coarse_BS)
 
 
 def cut_spans(starts: list[int], lengths: list[int], device: torch.device) -> list[Span]:

@@ -23,11 +23,13 @@ class IndexerWeights:
         both = (indexer.weights_proj, indexer.shift_proj)
         matrix_YC = _join([part.weight for part in both], indexer.wq.weight.dtype)
         bias_Y = _join([part.bias for part in both], torch.float32)
-        self.projections = Projections(indexer.wq.weight, indexer.wk.weight, matrix_YC, bias_Y)
+        coarse = () if indexer.coarse is None else (indexer.coarse.wq, indexer.coarse.wk)
+        self.projections = Projections(indexer.wq.weight, indexer.wk.weight, matrix_YC, bias_Y, *coarse)
         # Not the parameters themselves: they may be replaced, too.
-        slots = ((part._parameters, name) for part in indexer.modules() for name in part._parameters)
+        parts = [held for part in indexer.modules() for held in (part._parameters, part._buffers)]
+        slots = ((held, name) for held in parts for name in held)
         self._slots: list[tuple[dict[str, Any], str]] = [
-            (parameters, name) for parameters, name in slots if parameters[name] is not None
+            (held, name) for held, name in slots if held[name] is not None
         ]
         self._places = self._now()
 
@@ -37,7 +39,7 @@ class IndexerWeights:
         return self._now() == self._places
 
     def _now(self) -> list[int]:
-        return [parameters[name].data_ptr() for parameters, name in self._slots]
+        return [held[name].data_ptr() for held, name in self._slots]
 
 
 def _join(parameters: list[Tensor], dtype: torch.dtype) -> Tensor:
