@@ -70,16 +70,23 @@ def check_plugin(
 ) -> dict[str, float]:
     """Worst gaps of fulmen's plugin in float32: where k covers the prompts to dense, at the model's k to DSA.
 
+    An index in two levels is checked with 2 k candidates, too: of more these prompts have no use.
+
     Raises:
         EngineError: as `check`.
     """
     dsa = json.loads((setup.model / "config.json").read_text())["dsa"]
     whole = {"dsa": {**dsa, "topk": 2 * LENGTHS[-1], "topk_shares": []}}
+    cases = {"float32, k >= length": whole, "float32": {}}
+    if dsa.get("coarse_head_dim"):
+        cases["float32, 2 k candidates"] = {"dsa": {**dsa, "candidate_factor": 2}}
     gaps = {}
-    for name, overrides in (("float32, k >= length", whole), ("float32", {})):
+    for name, overrides in cases.items():
         exact = setup._replace(dtype="float32", overrides=overrides)
         # A cache of float32 is twice as large: no longer than the prompts need.
         short = {**settings, "eager": True, "tokens": LENGTHS[-1] + 2 * NEW_TOKENS}
+        reference.models[True].config.dsa = overrides.get("dsa", dsa)
         with closing(Worker(exact, short, log)) as worker:
-            gaps[name] = check(exact, worker, reference, sparse=not overrides)
+            gaps[name] = check(exact, worker, reference, sparse=overrides is not whole)
+    reference.models[True].config.dsa = dsa
     return gaps
