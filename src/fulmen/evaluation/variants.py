@@ -20,7 +20,13 @@ from fulmen.evaluation.controls import (
 )
 from fulmen.modeling.families import dsa_of, has_dsa, set_topk
 from fulmen.modeling.rope_tables import restored_rope
-from fulmen.modeling.selectors import DenseSelector, IndexerSelector, Selector, use_selector
+from fulmen.modeling.selectors import (
+    DenseSelector,
+    IndexerSelector,
+    OneLevelSelector,
+    Selector,
+    use_selector,
+)
 
 VARIANTS: dict[str, Selector] = {
     "dense": DenseSelector(),
@@ -28,6 +34,7 @@ VARIANTS: dict[str, Selector] = {
     "oracle": OracleSelector(),
     "dsa_equal": IndexerSelector(),
     "dsa": IndexerSelector(),
+    "one_level": OneLevelSelector(),
     "inherited": IndexerSelector(),
     "window": WindowSelector(),
     "random": RandomSelector(),
@@ -35,8 +42,8 @@ VARIANTS: dict[str, Selector] = {
 RECALL_VARIANTS = ("dsa", "inherited", "window")
 # Keep k in every layer, however the model splits it: what they lose is not the split's doing.
 EQUAL_K = ("key_head_oracle", "oracle", "dsa_equal")
-# Too slow for every text.
-FEW_TEXTS = ("key_head_oracle",)
+# Too slow for every text, or (one level of an index that has two) the same at most lengths.
+FEW_TEXTS = ("key_head_oracle", "one_level")
 
 
 class ModelInput(NamedTuple):

@@ -57,9 +57,7 @@ def coarse_copied(layer):
 @pytest.mark.parametrize(
     ("keys", "topk", "dense_up_to", "n_candidates"), [(1, 4, 4, 8), (300, 16, 16, 48), (300, 9, 250, 60)]
 )
-def test_a_decoding_step_is_its_parts(
-    backend, dtype, shape, width, keys, topk, dense_up_to, n_candidates
-):
+def test_a_decoding_step_is_its_parts(backend, dtype, shape, width, keys, topk, dense_up_to, n_candidates):
     layer, step, inputs = coarse_decode_case(shape, keys, topk, dense_up_to, dtype, width, n_candidates)
     by_parts = coarse_copied(layer)
     out = decoded(layer, step, inputs)
@@ -82,7 +80,13 @@ def test_queries_of_prompts_select_among_their_candidates(backend, dtype, shape,
     key_rows = dataclasses.replace(key_rows, coarse_rows_BS=rows)
     coarse_q = pack_index_keys(normal(BATCH, queries, 24, seed=22))
     out = attended(layer, key_rows, {**inputs, "coarse_q_BTX": coarse_q})
-    index = (inputs["index_q_BTJE"], layer.packed_RX, key_rows.index_rows_BS, inputs["w_BTJ"], inputs["b_BTJ"])
+    index = (
+        inputs["index_q_BTJE"],
+        layer.packed_RX,
+        key_rows.index_rows_BS,
+        inputs["w_BTJ"],
+        inputs["b_BTJ"],
+    )
     coarse = PagedCoarse(coarse_q, packed, rows, 40)
     with pin_backend("torch"):
         chosen = paged_index_topk(*index, key_rows.stop_BT, 9, 20, coarse)
@@ -99,7 +103,9 @@ def test_paged_selection_is_that_of_gathered_keys(backend):
     q, w, b = normal(BATCH, 1, 9, 48, seed=1), normal(BATCH, 1, 9, seed=2), normal(BATCH, 1, 9, seed=3)
     coarse_q = normal(BATCH, 1, 24, seed=4)
     coarse = PagedCoarse(pack_index_keys(coarse_q), layer.coarse.packed_RX, key_rows.coarse_rows_BS, 40)
-    chosen = paged_index_topk(q, layer.packed_RX, key_rows.index_rows_BS, w, b, key_rows.stop_BT, 8, 8, coarse)
+    chosen = paged_index_topk(
+        q, layer.packed_RX, key_rows.index_rows_BS, w, b, key_rows.stop_BT, 8, 8, coarse
+    )
     keys = layer.packed_RX[key_rows.index_rows_BS.long()].unflatten(-1, (3, 50))
     coarse_keys = layer.coarse.packed_RX[key_rows.coarse_rows_BS.long()]
     start = torch.zeros_like(key_rows.stop_BT)
@@ -133,9 +139,9 @@ def test_a_coarse_level_needs_its_rows_and_queries():
     with pytest.raises(ConfigError, match="coarse_rows_BS is missing; the layer has one coarse level"):
         decoded(layer, (projections, tokens, bare), inputs)
     one_level = dataclasses.replace(layer, coarse=None)
-    with pytest.raises(ConfigError, match="projections have .* the layer asks for"):
+    with pytest.raises(ConfigError, match="the layer asks for"):
         decoded(one_level, (projections, tokens, key_rows), inputs)
-    with pytest.raises(ConfigError, match="packed_RX of coarse keys has dtype torch.int8 and X=26"):
+    with pytest.raises(ConfigError, match="packed_RX of coarse keys has dtype"):
         CoarseCache(layer.coarse.packed_RX, torch.zeros(5, dtype=torch.int64), 40)
     heads = (normal(BATCH, *layer.shapes[name]) for name in ("q", "k", "v", "index_q", "index_k"))
     with pytest.raises(ConfigError, match=r"coarse_k has shape \(2, 7\)"):

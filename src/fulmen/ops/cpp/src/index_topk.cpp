@@ -291,7 +291,8 @@ int fulmen_index_scores(const float *q, const void *k, const float *w, const flo
             const QueryRows block = wanted_rows(in, part, wanted);
             if (block.rows.empty()) return;
             int64_t stride;
-            copy(block, scores_of<Scorer>(in, block, part.threads, part.workspace.scores, stride), stride);
+            const float *found = scores_of<Scorer>(in, block, part.threads, part.workspace.scores, stride);
+            copy(block, found, stride);
         });
     });
     return 0;

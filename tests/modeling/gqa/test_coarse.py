@@ -1,0 +1,175 @@
+"""The coarse level of an index: its closed form, its cache, and when it has no effect."""
+
+import pytest
+import torch
+
+from fulmen.config import DsaConfig
+from fulmen.errors import CacheError, ConfigError
+from fulmen.modeling.cost import decode_parts, token_bytes
+from fulmen.modeling.families import dsa_family_for, family_for_type
+from fulmen.modeling.gqa.cache import DsaCache
+from fulmen.modeling.gqa.inherit import inherit_coarse_gqa
+from fulmen.modeling.index_shape import default_dsa
+from fulmen.modeling.selectors import DenseSelector, OneLevelSelector, Selector, use_selector
+from fulmen.ops.topk import index_topk
+from fulmen.ops.two_level import two_level_topk
+from tests.modeling.gqa.tiny_gqa import FAMILIES, make_dense, make_dsa, random_ids
+
+TOPK = 8
+
+
+def two_level_model(name="llama", width=8, factor=3, topk=TOPK):
+    dense = make_dense(name)
+    family = family_for_type(dense.config.model_type)
+    layers = tuple(family.full_attention_layers(dense.config))
+    torch.manual_seed(1)
+    return family.from_dense(
+        dense, DsaConfig(topk, 4, 2, 8, layers, coarse_head_dim=width, candidate_factor=factor)
+    )
+
+
+class RecallOfCandidates(Selector):
+    """Attends densely and notes how many of the keys that the indexer alone keeps two levels keep."""
+
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+        self.recalls: list[float] = []
+
+    def select(self, inputs, topk):
+        index = (inputs.index_q_BTJE, inputs.index_k_BSIE, inputs.index_w_BTJ, inputs.index_b_BTJ)
+        index = (*index, inputs.start_BT, inputs.stop_BT)
+        alone = index_topk(*index, topk)[:, -40:]
+        coarse = (inputs.coarse_q_BTN, inputs.coarse_k_BSX)
+        both = two_level_topk(*coarse, *index, topk, self.factor * topk)[:, -40:]
+        kept = [
+            len(set(a) & set(b))
+            for a, b in zip(alone.flatten(0, 1).tolist(), both.flatten(0, 1).tolist(), strict=True)
+        ]
+        self.recalls.append(sum(kept) / len(kept) / topk)
+
+
+def recall(model, factor=3):
+    seen = RecallOfCandidates(factor)
+    with torch.no_grad(), use_selector(model, seen):
+        model.base_model(random_ids(2, 160, seed=9), use_cache=False)
+    return sum(seen.recalls) / len(seen.recalls)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_closed_form_keeps_what_the_indexer_keeps(name):
+    model = two_level_model(name, width=16)
+    dsa_family_for(model.config).inherit(model, random_ids(6, 160, seed=3))
+    inherited = recall(model)
+    with torch.no_grad():
+        for layer in model.config.dsa["layers"]:
+            model.model.layers[layer].self_attn.indexer.coarse.reset(0.2)
+    assert inherited > recall(model) + 0.15
+    # Heads of random models have little in common, whose mean the coarse head is; by chance it is 0.15.
+    assert inherited > 0.4
+
+
+def test_all_pairs_of_all_key_heads_carry_the_mean_logit_whole():
+    model = two_level_model(width=32)  # two key heads of 16
+    inherit_coarse_gqa(model, random_ids(4, 100, seed=3), TOPK)
+    seen = []
+
+    class Compare(Selector):
+        def select(self, inputs, topk):
+            k_BSHD = inputs.k_BSGD.repeat_interleave(2, 2)
+            mean_BTS = torch.einsum("bthd,bshd->bts", inputs.q_BTHD, k_BSHD) * inputs.scale / 4
+            layer = model.model.layers[inputs.layer_idx].self_attn
+            seen.append((mean_BTS, layer, inputs))
+
+    with torch.no_grad(), use_selector(model, Compare()):
+        model.base_model(random_ids(1, 60, seed=5), use_cache=False)
+    for mean_BTS, _, inputs in seen:
+        numbers = inputs.coarse_k_BSX[..., :-2].float()
+        scale = inputs.coarse_k_BSX[..., -2:].contiguous().view(torch.bfloat16).float()
+        coarse_BTS = inputs.coarse_q_BTN @ (numbers * scale).mT * 32**-0.5
+        error = (coarse_BTS - mean_BTS).std() / mean_BTS.std()
+        assert error < 0.03  # 8 bits
+
+
+def test_with_many_candidates_it_is_the_one_level_model():
+    model = two_level_model(factor=40)
+    ids = random_ids(2, 120)
+    with torch.no_grad():
+        found = model(ids).logits
+        with use_selector(model, OneLevelSelector()):
+            assert torch.equal(model(ids).logits, found)
+    few = two_level_model(factor=1)
+    few.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert not torch.equal(few(ids).logits, found)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+def test_token_by_token_and_in_chunks_it_is_the_prompt_at_once(name):
+    model, ids = two_level_model(name), random_ids(2, 60)
+    inherit_coarse_gqa(model, random_ids(4, 100, seed=3), TOPK)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        cache = DsaCache(model.config)
+        parts = [model(some, past_key_values=cache).logits for some in ids.split([33, 20, 1, 1, 5], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_without_room_for_coarse_keys_is_refused():
+    class Old(DsaCache):
+        update_coarse = property()
+
+    model = two_level_model()
+    with pytest.raises(CacheError, match="Old has no room for the index keys of layer 0"):
+        model(random_ids(1, 10), past_key_values=Old(model.config))
+
+
+def test_dense_attention_does_not_see_it():
+    model, ids = two_level_model(), random_ids(1, 60)
+    with torch.no_grad(), use_selector(model, DenseSelector()):
+        found = model(ids).logits
+    torch.testing.assert_close(found, make_dense()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_training_has_no_gradient_in_it():
+    model = two_level_model()
+    assert not any(".coarse." in name for name, _ in model.named_parameters())
+    assert any(".coarse.wq" in name for name, _ in model.named_buffers())
+
+
+def test_configs_say_whether_there_are_two_levels():
+    one = DsaConfig(8, 4, 2, 8, (0, 1))
+    assert "coarse_head_dim" not in one.to_dict()
+    assert DsaConfig.from_dict(one.to_dict()) == one
+    two = DsaConfig(8, 4, 2, 8, (0, 1), coarse_head_dim=6)
+    assert DsaConfig.from_dict(two.to_dict()) == two
+    assert two.candidate_factor == 8
+    with pytest.raises(ConfigError, match="coarse_head_dim=5 cannot be; use an even number"):
+        DsaConfig(8, 4, 2, 8, (0,), coarse_head_dim=5)
+    with pytest.raises(ConfigError, match="candidate_factor=0 cannot be"):
+        DsaConfig(8, 4, 2, 8, (0,), candidate_factor=0)
+
+
+def test_default_shapes_and_what_they_cost():
+    config = make_dense().config
+    two, one = default_dsa(config, 8), default_dsa(config, 8, index="one-level")
+    assert (two.coarse_head_dim, one.coarse_head_dim) == (24, 0)
+    kept = 2 * (24 + 2)  # bytes a token, in three layers
+    assert token_bytes(config, two).index_keys - token_bytes(config, one).index_keys == 3 * kept / 2
+    far, near = (decode_parts(config, two, position).index_scores for position in (400, 60))
+    alone = decode_parts(config, one, 400).index_scores
+    index_key = token_bytes(config, one).index_keys
+    assert far.bytes == 400 * 3 * 26 + 64 * index_key
+    assert near == decode_parts(config, one, 60).index_scores
+    assert far.flops < alone.flops
+    with pytest.raises(ConfigError, match="is more than the 32 dims of the key heads"):
+        dsa_family_for_dense(config).require_inheritable(config, DsaConfig(8, 4, 2, 8, (0,), (), 40))
+
+
+def dsa_family_for_dense(config):
+    return family_for_type(config.model_type)
+
+
+def test_a_model_of_one_level_is_as_before():
+    model = make_dsa(make_dense())
+    assert not any(".coarse" in name for name in model.state_dict())
+    assert model.model.layers[0].self_attn.indexer.coarse is None

@@ -1,0 +1,71 @@
+"""fulmen convert --index: a converted model gets another index, and stays otherwise as it is, to the bit."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fulmen
+from fulmen.errors import AlreadyConvertedError, ConfigError, OutputError
+from fulmen.pipeline.load import load_converted
+from tests.modeling.gqa.tiny_gqa import make_dense, random_ids
+from tests.pipeline.tiny_runs import LENGTH, convert, save_tiny, settings
+
+
+@pytest.fixture(scope="module")
+def one_level(tmp_path_factory, corpus_dir):
+    folder = tmp_path_factory.mktemp("one")
+    source = save_tiny(make_dense("llama"), folder / "dense")
+    return convert(settings(source, folder / "dsa", corpus_dir, index="one-level"))
+
+
+def change(source, out, corpus_dir, index, **more):
+    values = {"data": str(corpus_dir), "length": LENGTH, **more}
+    return fulmen.convert(source, out=out, index=index, **values).path
+
+
+def test_a_coarse_level_is_added_and_taken_away(one_level, tmp_path, corpus_dir):
+    two = change(one_level, tmp_path / "two", corpus_dir, "two-level")
+    before, after = (load_file(folder / "model.safetensors") for folder in (one_level, two))
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    added = set(after) - set(before)
+    assert added
+    assert all(".indexer.coarse." in name for name in added)
+    assert all(after[name].abs().sum() > 0 for name in added if "rope" not in name)
+    assert json.loads((two / "config.json").read_text())["dsa"]["coarse_head_dim"] == 24
+    assert json.loads((two / "conversion.json").read_text())["dsa"]["coarse_head_dim"] == 24
+    inherited = load_file(two / "stages/inherit.safetensors")
+    assert set(inherited) == {name for name in after if ".indexer." in name}
+    assert (two / "README.md").read_text() == (one_level / "README.md").read_text()
+    back = change(two, tmp_path / "back", corpus_dir, "one-level")
+    again = load_file(back / "model.safetensors")
+    assert set(again) == set(before)
+    assert (back / "config.json").read_text() == (one_level / "config.json").read_text()
+    model, _ = load_converted(two)
+    with torch.no_grad():
+        assert model(random_ids(1, 100)).logits.isfinite().all()
+
+
+def test_new_conversions_have_two_levels(tmp_path, corpus_dir, llama_dir):
+    out = convert(settings(llama_dir, tmp_path / "out", corpus_dir, stages=("inherit",), steps=None))
+    assert json.loads((out / "config.json").read_text())["dsa"]["coarse_head_dim"] == 24
+    assert any(".coarse.wk" in name for name in load_file(out / "model.safetensors"))
+
+
+def test_requests_that_cannot_be_leave_nothing(one_level, tmp_path, corpus_dir):
+    out = tmp_path / "out"
+    with pytest.raises(AlreadyConvertedError, match="has a one-level index already; use it as it is"):
+        change(one_level, out, corpus_dir, "one-level")
+    with pytest.raises(ConfigError, match="topk does not apply to a converted model"):
+        change(one_level, out, corpus_dir, "two-level", topk=16)
+    with pytest.raises(ConfigError, match="three"):
+        change(one_level, out, corpus_dir, "three")
+    with pytest.raises(AlreadyConvertedError):
+        change(one_level, out, corpus_dir, None)
+    assert not list(tmp_path.iterdir())
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    with pytest.raises(OutputError):
+        change(one_level, out, corpus_dir, "two-level")
+    assert [path.name for path in out.iterdir()] == ["config.json"]
