@@ -97,6 +97,7 @@ class Engine:
         if block.dtype != torch.int8:
             block.normal_()
             return
-        heads, width = (self.config["dsa"][key] for key in ("index_n_kv_heads", "index_head_dim"))
-        keys_BSIE = torch.randn(1, block.numel() // (heads * (width + SCALE_BYTES)), heads, width)
+        dsa, row = self.config["dsa"], block.shape[-1]
+        heads = 1 if row == dsa.get("coarse_head_dim", 0) + SCALE_BYTES else dsa["index_n_kv_heads"]
+        keys_BSIE = torch.randn(1, block.numel() // row, heads, row // heads - SCALE_BYTES)
         block.copy_(pack_index_keys(keys_BSIE).view(block.shape))

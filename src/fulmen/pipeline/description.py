@@ -133,11 +133,17 @@ def _facts(model: ModelDescription) -> list[tuple[str, str]]:
         f"{verb} {dsa.index_n_heads} query, {dsa.index_n_kv_heads} key, width {dsa.index_head_dim}, "
         f"top-k {_topk_in_words(dsa)}; {_count(model.indexer_parameters)} parameters"
     )
+    levels = "one: the indexer looks at every key"
+    if dsa.coarse_head_dim:
+        levels = (
+            f"two: a coarse head of {dsa.coarse_head_dim} dims looks at every key, "
+            f"the indexer at {dsa.candidate_factor} k of them"
+        )
     share = (
         f"{_bytes(model.token_bytes.kv)} a token, index keys {_bytes(model.token_bytes.index_keys)} more "
         f"({percent(model.index_key_share, 1)} of a converted layer)"
     )
-    return [*facts, ("indexer", shape), ("cache", share)]
+    return [*facts, ("indexer", shape), ("index levels", levels), ("cache", share)]
 
 
 def _dequantized(model: ModelDescription) -> str:

@@ -66,8 +66,14 @@ def _indexer_sentence(dsa: dict[str, Any]) -> str:
     return (
         f"A lightning indexer ({dsa['index_n_heads']} heads of {dsa['index_head_dim']} dims, "
         f"{dsa['index_n_kv_heads']} index key heads) picks {dsa['topk']} tokens for every query "
-        f"in {len(dsa['layers'])} layers{_spread(dsa)}."
+        f"in {len(dsa['layers'])} layers{_spread(dsa)}{_levels(dsa)}."
     )
+
+
+def _levels(dsa: dict[str, Any]) -> str:
+    if not (width := dsa.get("coarse_head_dim")):
+        return ""
+    return f", from {dsa['candidate_factor']} times as many that a coarse head of {width} dims leaves"
 
 
 def _ties_paragraph(model_type: str) -> str:

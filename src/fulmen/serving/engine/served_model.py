@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig
 from fulmen.config import DsaConfig
 from fulmen.errors import CheckpointError, UnsupportedModelError
 from fulmen.modeling.cache import CacheBytes
-from fulmen.modeling.cost import attention_cost, layer_windows, token_bytes
-from fulmen.modeling.families import dsa_of
+from fulmen.modeling.cost import attention_cost, index_key_bytes, layer_windows, token_bytes
+from fulmen.modeling.families import dsa_of, family_like
 from fulmen.modeling.weight_files import PICKLES, require_sound_files
 
 DEFAULT_CONTEXT = 8192
@@ -70,6 +70,16 @@ class ServedModel:
         if self.dsa is None:
             return CacheBytes(token_bytes(self.config, _NO_DSA).kv, 0)
         return token_bytes(self.config, self.dsa)
+
+    @cached_property
+    def index_key_bytes(self) -> int:
+        """The indexer's keys of one token in one converted layer."""
+        return 0 if self.dsa is None else index_key_bytes(self.config, self.dsa)
+
+    @cached_property
+    def coarse_key_bytes(self) -> int:
+        """Its coarse key; 0 where the index has one level."""
+        return 0 if self.dsa is None else family_like(self.config).coarse_key_bytes(self.dsa)
 
     @cached_property
     def layer_kv_bytes(self) -> int:

@@ -1,7 +1,8 @@
 """What attention read for one request: counted from its lengths and the model's config, not measured.
 
 A query at position s (the s-th token, itself included) sees s tokens, or the window of a sliding layer. With
-DSA a converted layer reads its k tokens where s > max(topk, k), all s before. The tokens of the prompt that
+DSA a converted layer reads its k tokens where s > max(topk, k), all s before. Of an index in two levels, beyond
+c k tokens, it reads the coarse keys of all and the index keys of c k. The tokens of the prompt that
 lay in the cache had their queries in an earlier request; the last generated token has none yet. Several
 answers to one request (`n`) are counted as if one followed the other.
 """
@@ -18,7 +19,7 @@ def count_attention_reads(model: ServedModel, tokens: Tokens) -> AttentionReads:
     counts each query's keys and values by themselves, less the index keys that were scored; bfloat16.
     """
     first, last = tokens.hit, tokens.hit + tokens.miss + max(0, tokens.output - 1)
-    dense = sparse = index_tokens = 0
+    dense = sparse = index_bytes = 0
     for layer, window in enumerate(model.windows):
         visible = _sum_up_to(last, window) - _sum_up_to(first, window)
         dense += visible
@@ -28,12 +29,21 @@ def count_attention_reads(model: ServedModel, tokens: Tokens) -> AttentionReads:
         kept = model.dsa.layer_topk(layer)
         all_up_to = max(model.dsa.topk, kept)
         sparse += _read_up_to(last, kept, all_up_to) - _read_up_to(first, kept, all_up_to)
-        index_tokens += _triangle(max(last, all_up_to)) - _triangle(max(first, all_up_to))
-    index_layers = len(model.dsa.layers) if model.dsa else 1
-    index_bytes = index_tokens * model.token_bytes.index_keys // index_layers
+        scored = (max(first, all_up_to), max(last, all_up_to))
+        index_bytes += _index_bytes(model, scored, model.dsa.candidate_factor * kept)
     saved = (dense - sparse) * model.layer_kv_bytes - index_bytes
     layers = len(model.windows)
     return AttentionReads(dense // layers, sparse // layers, saved)
+
+
+def _index_bytes(model: ServedModel, scored: tuple[int, int], candidates: int) -> int:
+    """Of one layer's index, read by the queries at positions first < s <= last."""
+    first, last = scored
+    if not model.coarse_key_bytes:
+        return (_triangle(last) - _triangle(first)) * model.index_key_bytes
+    fine = _sum_up_to(last, candidates) - _sum_up_to(first, candidates)
+    coarse = _triangle(max(last, candidates)) - _triangle(max(first, candidates))
+    return fine * model.index_key_bytes + coarse * model.coarse_key_bytes
 
 
 def _read_up_to(n: int, kept: int, all_up_to: int) -> int:
