@@ -150,7 +150,8 @@ def served(config, dsa):
 
 def count_by_hand(config, dsa, tokens, windows):
     """Query by query and layer by layer."""
-    index_bytes = token_bytes(config, dsa).index_keys // len(dsa.layers)
+    coarse_bytes = dsa.coarse_head_dim + 2 if dsa.coarse_head_dim else 0
+    index_bytes = token_bytes(config, dsa).index_keys // len(dsa.layers) - coarse_bytes
     kv = token_bytes(config, dsa).kv // config.num_hidden_layers
     dense = sparse = saved = 0
     for position in range(tokens.hit + 1, tokens.hit + tokens.miss + max(0, tokens.output - 1) + 1):
@@ -160,7 +161,9 @@ def count_by_hand(config, dsa, tokens, windows):
                 kept = dsa.layer_topk(layer)
                 selects = position > max(dsa.topk, kept)
                 reads = kept if selects else position
-                saved -= position * index_bytes * selects
+                few = not coarse_bytes or position <= dsa.candidate_factor * kept
+                scored = position if few else dsa.candidate_factor * kept
+                saved -= (scored * index_bytes + (not few) * position * coarse_bytes) * selects
             dense, sparse, saved = dense + seen, sparse + reads, saved + (seen - reads) * kv
     return AttentionReads(dense // len(windows), sparse // len(windows), saved)
 
@@ -171,6 +174,14 @@ def count_by_hand(config, dsa, tokens, windows):
 def test_reading_is_what_a_count_by_hand_gives(tokens):
     config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3)
     dsa = DsaConfig(40, 4, 2, 4, (0, 1, 2), (1.8, 0.7, 0.5))
+    found = count_attention_reads(served(config, dsa), tokens)
+    assert found == count_by_hand(config, dsa, tokens, [None] * 3)
+
+
+@pytest.mark.parametrize("tokens", [Tokens(0, 50, 9), Tokens(48, 100, 30), Tokens(0, 3, 1), Tokens(15, 4, 0)])
+def test_reading_of_an_index_in_two_levels(tokens):
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3)
+    dsa = DsaConfig(8, 4, 2, 4, (0, 1, 2), (1.5, 0.5, 1), coarse_head_dim=6, candidate_factor=2)
     found = count_attention_reads(served(config, dsa), tokens)
     assert found == count_by_hand(config, dsa, tokens, [None] * 3)
 

@@ -34,12 +34,17 @@ template <class Scorer> int64_t rows_of_block(const IndexInputs &in) {
     return Scorer::block_rows(BLOCK_SCORES / std::max<int64_t>(in.shape.keys, 1));
 }
 
+// Whether the candidates of a block's queries together are so few of the keys that these are looked up and packed for each
+// block; else a block scores all keys, packed once for all blocks.
+bool scores_candidates_alone(const IndexInputs &in) {
+    constexpr int64_t SHARE = 6;  // measured: docs/log.md
+    return in.coarse && (in.shape.queries == 1 || in.shape.keys > SHARE * in.coarse->candidates);
+}
+
 // All tiles of all keys at once, where more than two blocks read them.
 template <class Scorer> void pack_tiles(IndexInputs &in) {
     if constexpr (Scorer::PACKS) {
-        // Of a coarse level's candidates each block has others.
-        const bool coarse = in.coarse && in.shape.keys > in.coarse->candidates;
-        if (coarse || in.shape.queries <= 2 * rows_of_block<Scorer>(in)) return;
+        if (in.shape.queries <= 2 * rows_of_block<Scorer>(in) || scores_candidates_alone(in)) return;
         const int64_t lines = Scorer::tile_lines(in);
         in.packed.reset(new Line[in.shape.batch * in.tiles() * lines]);
         parallel_for(in.shape.batch * in.tiles(), in.shape.threads, [&](int64_t item) {
@@ -137,6 +142,7 @@ template <class Scorer> class TwoLevels {
     const QueryRows &block;
     const int64_t threads, rows, most;
     ChoiceWorkspace &workspace;
+    const bool candidates_alone = scores_candidates_alone(in);
 
   public:
     TwoLevels(const IndexInputs &in, const QueryRows &block, int64_t threads, ChoiceWorkspace &workspace)
@@ -145,9 +151,10 @@ template <class Scorer> class TwoLevels {
 
     void choose(const RowChooser &chooser) {
         take_candidates();
-        number_columns();
+        if (candidates_alone) number_columns();
         int64_t stride;
-        const float *scores = score_candidates(stride);
+        const float *scores = candidates_alone ? score_candidates(stride)
+                                               : scores_of<Scorer>(in, block, threads, workspace.fine, stride);
         const int64_t topk = in.shape.topk, parts = std::min(threads, rows);
         parallel_for(parts, threads, [&](int64_t part) {
             const SelectionScratch scratch(most, topk);
@@ -168,7 +175,10 @@ template <class Scorer> class TwoLevels {
     int64_t visible(int64_t r) const { return block.intervals[r].stop - block.intervals[r].start; }
     int64_t count_of(int64_t r) const { return std::min(most, visible(r)); }
     // Of a key among those that are scored; a single query's are its candidates in their order.
-    int64_t column(int32_t position, int64_t i) const { return rows == 1 ? i : workspace.columns[position - block.first]; }
+    int64_t column(int32_t position, int64_t i) const {
+        if (!candidates_alone) return position - block.first_tile() * TILE;
+        return rows == 1 ? i : workspace.columns[position - block.first];
+    }
 
     void take_candidates() {
         int64_t stride;

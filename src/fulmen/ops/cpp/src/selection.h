@@ -69,17 +69,37 @@ struct Threshold {
     int64_t excess;  // so many of those equal to it, the oldest, are not
 };
 
-// The threshold is among low <= rank < high; how many ranks there are from low on.
+// The threshold is among low <= rank < high; how many ranks there are from low on, and from high on.
 struct Bracket {
-    int64_t low, high, from_low;
+    int64_t low, high, from_low, from_high;
 
     // The bracket above `middle` or below it, `from` ranks being from there on.
     void cut(int64_t middle, int64_t from, int64_t topk) {
         if (middle <= low || middle >= high) return;
         if (from >= topk) low = middle, from_low = from;
-        else high = middle;
+        else high = middle, from_high = from;
     }
 };
+
+// Those of the ranks that are in the bracket, to `few`; returns how many.
+static inline int64_t keep_inside(const int32_t *ranks, int64_t count, const Bracket &bracket, int32_t *few) {
+    int64_t s = 0, taken = 0;
+    const int32_t low = int32_t(bracket.low), most = int32_t(bracket.high - 1);
+#ifdef __AVX512F__
+    for (; s + 16 <= count; s += 16) {
+        const __m512i some = _mm512_loadu_si512(ranks + s);
+        const __mmask16 wanted = _mm512_mask_cmple_epi32_mask(
+            _mm512_cmpge_epi32_mask(some, _mm512_set1_epi32(low)), some, _mm512_set1_epi32(most));
+        _mm512_storeu_si512(few + taken, _mm512_maskz_compress_epi32(wanted, some));
+        taken += __builtin_popcount(wanted);
+    }
+#endif
+    for (; s < count; s++) {
+        few[taken] = ranks[s];
+        taken += ranks[s] >= low && ranks[s] <= most;
+    }
+    return taken;
+}
 
 static inline Bracket full_bracket(const int32_t *ranks, int64_t count) {
     int32_t least = INT_MAX, most = INT_MIN;
@@ -87,17 +107,18 @@ static inline Bracket full_bracket(const int32_t *ranks, int64_t count) {
         least = std::min(least, ranks[s]);
         most = std::max(most, ranks[s]);
     }
-    return {least, int64_t(most) + 1, count};
+    return {least, int64_t(most) + 1, count, 0};
 }
 
-// Halves the range of ranks until `topk` of them (0 < topk < count) lie from the threshold on. Once those that may
-// matter are a quarter of all, `few` takes them.
+// Halves the range of ranks until `topk` of them (0 < topk < count) lie from the threshold on. Once those in the range
+// are a quarter of all, `few` takes them.
 static inline Threshold find_threshold(const int32_t *ranks, int64_t count, int64_t topk, int32_t *few) {
     Bracket bracket = full_bracket(ranks, count);
     while (bracket.high - bracket.low > 1 && bracket.from_low != topk) {
-        if (4 * bracket.from_low < count) {
-            count = append_from<false>(ranks, 0, count, int32_t(bracket.low), few, 0);
+        if (4 * (bracket.from_low - bracket.from_high) < count) {
+            count = keep_inside(ranks, count, bracket, few);
             ranks = few;
+            topk -= bracket.from_high, bracket.from_low -= bracket.from_high, bracket.from_high = 0;
         }
         const int64_t middle = bracket.low + (bracket.high - bracket.low) / 2;
         bracket.cut(middle, count_from(ranks, count, middle), topk);

@@ -1,10 +1,10 @@
 """What attention read for one request: counted from its lengths and the model's config, not measured.
 
 A query at position s (the s-th token, itself included) sees s tokens, or the window of a sliding layer. With
-DSA a converted layer reads its k tokens where s > max(topk, k), all s before. Of an index in two levels, beyond
-c k tokens, it reads the coarse keys of all and the index keys of c k. The tokens of the prompt that
-lay in the cache had their queries in an earlier request; the last generated token has none yet. Several
-answers to one request (`n`) are counted as if one followed the other.
+DSA a converted layer reads its k tokens where s > max(topk, k), all s before. Of an index in two levels it
+reads, beyond c k tokens, the coarse keys of all and the index keys of c k. The tokens of the prompt that lay
+in the cache had their queries in an earlier request; the last generated token has none yet. Several answers
+to one request (`n`) are counted as if one followed the other.
 """
 
 from fulmen.serving.billing.ledger import AttentionReads
