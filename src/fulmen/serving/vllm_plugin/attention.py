@@ -1,6 +1,6 @@
 """The attention of a converted layer in vLLM: `fulmen.modeling.gqa.attention` over paged caches."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,32 @@ from fulmen.config import DsaConfig
 from fulmen.modeling.gqa.indexer import GqaIndexer
 from fulmen.ops.common.index_keys import SCALE_BYTES
 from fulmen.ops.paged import paged_attention
-from fulmen.ops.paged.decode import paged_decode
 from fulmen.ops.paged.layer import PagedLayer
 from fulmen.ops.paged.project import Projections, project_and_store
 from fulmen.ops.paged.sparse import KeyRows, paged_sparse_attention
 from fulmen.serving.vllm_plugin.caches import IndexKeyCache, KeyValueCache
 from fulmen.serving.vllm_plugin.step import Span, Step
 from fulmen.serving.vllm_plugin.weights import IndexerWeights
+
+
+class Kept(NamedTuple):
+    """A layer over its caches from step to step, and what it was made of.
+
+    All in one tuple: for every layer of every token, each look-up by `nn.Module` costs as much as a check.
+    """
+
+    layer: PagedLayer
+    rows_per_block: tuple[int, int]
+    rotary: nn.Module
+    cache: KeyValueCache
+    kv_cache: Tensor
+    index_buffers: dict[str, Tensor | None]
+
+    @property
+    def holds(self) -> bool:
+        """Whether neither the cache nor the indexer's pairs have been replaced."""
+        pairs_IP = self.index_buffers["rope_pairs"]
+        return self.kv_cache is self.cache.kv_cache and self.layer.rope_pairs_IP is pairs_IP
 
 
 class DsaAttention(nn.Module):
@@ -40,6 +59,8 @@ class DsaAttention(nn.Module):
         self.indexer = GqaIndexer(vllm_config.model_config.hf_config, dsa).requires_grad_(False)
         # Before any weights come: biases are then read in the precision that the checkpoint has.
         self._weights = IndexerWeights(self.indexer)
+        self._kept: Kept | None = None
+        self._ranks = get_tensor_model_parallel_world_size()
         self.name = f"{name}.attn"
         self.cache = KeyValueCache(self.name, vllm_config, self.kv_heads, self.head_dim)
         self.index_shape = (dsa.index_n_kv_heads, dsa.index_head_dim + SCALE_BYTES)
@@ -67,35 +88,34 @@ class DsaAttention(nn.Module):
         self, qkv: Tensor, x_TC: Tensor, positions_T: Tensor, step: Step, index_step: Step, out_TX: Tensor
     ) -> None:
         """Fill `out_TX` for the step's queries; store their keys, values and index keys."""
-        layer = self._paged_layer()
-        where = step.layout(index_step, self._rows_per_block, self.rotary_emb, positions_T, qkv.dtype)
-        all_qk_TX = qkv if get_tensor_model_parallel_world_size() == 1 else self._gathered(qkv)
+        kept = self._kept_layer()
+        layer = kept.layer
+        where = step.layout(index_step, kept.rows_per_block, kept.rotary, positions_T, qkv.dtype)
+        all_qk_TX = qkv if self._ranks == 1 else self._gathered(qkv)
         if step.only_decodes:
             inputs = (qkv, all_qk_TX, x_TC, out_TX)
-            paged_decode(layer, self._projections, where.tokens, where.sequences[0], *inputs)
+            where.decode(layer, self._projections, where.tokens, where.sequences[0], *inputs)
             return
         # While every context fits k nothing is selected; the index keys are stored for later all the same.
         new = (self._projections, where.tokens, qkv, all_qk_TX, x_TC)
         q_THD, index = project_and_store(layer, *new, selects=step.longest > self.topk)
         for span, sequences in zip(step.spans, where.sequences, strict=True):
-            self._attend_span(q_THD, index, span, sequences, out_TX[span.tokens])
+            self._attend_span(layer, q_THD, index, span, sequences, out_TX[span.tokens])
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q_THD, k_TGD, v_TGD before RoPE."""
         heads = (self.heads, self.kv_heads, self.kv_heads)
         return qkv.unflatten(-1, (-1, self.head_dim)).split(heads, 1)
 
-    def _paged_layer(self) -> PagedLayer:
-        kept = self.__dict__.get("_kept_layer")
-        pairs_IP = self.indexer.rope_pairs
-        if kept is None or kept[0] is not kept[1].kv_cache or kept[2].rope_pairs_IP is not pairs_IP:
-            caches = (self.cache.rows_RHC(), self.index_cache.rows_RHC()[:, 0], pairs_IP)
+    def _kept_layer(self) -> Kept:
+        if self._kept is None or not self._kept.holds:
+            caches = (self.cache.rows_RHC(), self.index_cache.rows_RHC()[:, 0], self.indexer.rope_pairs)
             heads = (self.heads, self.indexer.n_heads)
             layer = PagedLayer(*caches, *heads, self.layer_topk, self.topk, self.scale)
-            kept = (self.cache.kv_cache, self.cache, layer)
-            self.__dict__["_kept_layer"] = kept
-            self._rows_per_block = (self.cache.rows_per_block, self.index_cache.rows_per_block)
-        return kept[2]
+            apart = (self.cache.rows_per_block, self.index_cache.rows_per_block)
+            places = (self.cache, self.cache.kv_cache, self.indexer._buffers)
+            self._kept = Kept(layer, apart, self.rotary_emb, *places)
+        return self._kept
 
     @property
     def _projections(self) -> Projections:
@@ -103,9 +123,11 @@ class DsaAttention(nn.Module):
             self._weights = IndexerWeights(self.indexer)
         return self._weights.projections
 
-    def _attend_span(self, q_THD: Tensor, index: Any, span: Span, key_rows: KeyRows, out_TX: Tensor) -> None:
+    def _attend_span(
+        self, layer: PagedLayer, q_THD: Tensor, index: Any, span: Span, key_rows: KeyRows, out_TX: Tensor
+    ) -> None:
         """Fill `out_TX` for a span's queries."""
-        layer, shape = self._paged_layer(), key_rows.stop_BT.shape
+        shape = key_rows.stop_BT.shape
         q_BTHD = q_THD[span.tokens].unflatten(0, shape)
         out_BTHD = out_TX.unflatten(1, q_THD.shape[1:]).unflatten(0, shape)
         if index is not None and span.longest > self.topk:

@@ -4,7 +4,9 @@ A cache is a list of rows; a token's row holds all that a layer keeps of it. Tok
 `block_table[s // block_size] * rows_per_block + s % block_size`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
+from fulmen.ops.dispatch import implementation
 from fulmen.ops.paged.layer import NewTokens
 from fulmen.ops.paged.sparse import KeyRows
 from fulmen.serving.vllm_plugin.rope import rotary_rows
@@ -46,7 +49,8 @@ class Rows:
     new_T: Tensor
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Layout:
     """Where a step's tokens and their contexts lie in the caches of a layer.
 
     Attributes:
@@ -55,6 +59,14 @@ class Layout(NamedTuple):
 
     tokens: NewTokens
     sequences: list[KeyRows]
+
+    @cached_property
+    def decode(self) -> Callable[..., None]:
+        """What computes `paged_decode` for all layers, whose tensors fit as they are this plugin's own.
+
+        To choose it and to check them for every layer takes as long as a third of its work.
+        """
+        return implementation("paged_decode", self.tokens.rows_T.device, self.tokens.cos_TP.dtype).run
 
 
 class Step(AttentionMetadata):
