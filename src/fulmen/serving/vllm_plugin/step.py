@@ -70,26 +70,33 @@ class Layout:
 
 
 class Step(AttentionMetadata):
-    """What the layers need to know of a step.
+    """What the layers need to know of a step; of that of an index cache they ask for rows alone.
 
     Attributes:
-        spans: the queries, cut up.
         n_tokens: queries; a padded batch has more rows.
-        longest: the most keys that a request has.
-        only_decodes: whether every request has one query, and they are few.
     """
 
     def __init__(self, common: CommonAttentionMetadata, block_size: int) -> None:
-        starts = common.query_start_loc_cpu.tolist()
-        lengths = common.seq_lens.tolist()
-        self.block_size = block_size
-        self.spans = cut_spans(starts, lengths, common.block_table_tensor.device)
-        self.n_tokens = starts[-1]
-        self.longest = max((span.longest for span in self.spans), default=0)
-        self._blocks_BN = common.block_table_tensor[:, : -(-self.longest // block_size)]
-        self._slots_T = common.slot_mapping[: self.n_tokens]
-        self.only_decodes = len(self.spans) == 1 and self.n_tokens == len(lengths) <= FEW
+        self.block_size, self._common = block_size, common
+        self._starts = common.query_start_loc_cpu.tolist()
+        self.n_tokens = self._starts[-1]
         self._layouts: dict[Any, Layout] = {}
+
+    @cached_property
+    def spans(self) -> list[Span]:
+        """The queries, cut up."""
+        lengths = self._common.seq_lens.tolist()
+        return cut_spans(self._starts, lengths, self._common.block_table_tensor.device)
+
+    @cached_property
+    def longest(self) -> int:
+        """The most keys that a request has."""
+        return max((span.longest for span in self.spans), default=0)
+
+    @cached_property
+    def only_decodes(self) -> bool:
+        """Whether every request has one query, and they are few."""
+        return len(self.spans) == 1 and self.n_tokens == len(self._starts) - 1 <= FEW
 
     def layout(
         self,
@@ -102,20 +109,29 @@ class Step(AttentionMetadata):
         """For layers whose caches are cut like this and turn like this; kept for the further ones."""
         key = (rows_per_block, id(rotary))
         if key not in self._layouts:
-            rows, index_rows = self._rows(rows_per_block[0]), index_step._rows(rows_per_block[1])
+            rows, apart = self._rows(rows_per_block[0]), rows_per_block[1]
+            alike = apart == rows_per_block[0] and index_step._has_blocks_of(self)
+            index_rows = rows if alike else index_step._rows(apart)
             cos_TP, sin_TP = rotary_rows(rotary, positions_T).to(dtype).chunk(2, -1)
             tokens = NewTokens(rows.new_T, index_rows.new_T, cos_TP, sin_TP)
             sequences = [_of_span(span, rows, index_rows) for span in self.spans]
             self._layouts[key] = Layout(tokens, sequences)
         return self._layouts[key]
 
+    def _has_blocks_of(self, other: "Step") -> bool:
+        mine, theirs = self._common, other._common
+        same_slots = mine.slot_mapping is theirs.slot_mapping and self.block_size == other.block_size
+        return same_slots and mine.block_table_tensor is theirs.block_table_tensor
+
     def _rows(self, rows_per_block: int) -> Rows:
         """The rows of a cache whose blocks lie `rows_per_block` rows apart."""
-        row_P = torch.arange(self.block_size, dtype=torch.int32, device=self._blocks_BN.device)
-        all_BNP = self._blocks_BN[:, :, None] * rows_per_block + row_P
-        block_T, place_T = self._slots_T // self.block_size, self._slots_T % self.block_size
-        new_T = block_T * rows_per_block + place_T
-        return Rows(all_BNP.flatten(1), new_T.long())
+        blocks_BN = self._common.block_table_tensor[:, : -(-self.longest // self.block_size)]
+        row_P = torch.arange(self.block_size, dtype=torch.int32, device=blocks_BN.device)
+        all_BNP = blocks_BN[:, :, None] * rows_per_block + row_P
+        new_T = self._common.slot_mapping[: self.n_tokens].long()
+        if rows_per_block != self.block_size:  # else a slot is its row
+            new_T = new_T // self.block_size * rows_per_block + new_T % self.block_size
+        return Rows(all_BNP.flatten(1), new_T)
 
 
 class StepBuilder(AttentionMetadataBuilder[Step]):
@@ -153,14 +169,10 @@ def cut_spans(starts: list[int], lengths: list[int], device: torch.device) -> li
         while counts[request] == 1 and end < len(counts) and counts[end] == 1:
             end += 1
         if counts[request]:
-            back_T = torch.arange(1 - counts[request], 1, device=device)
-            spans.append(
-                Span(
-                    slice(starts[request], starts[end]),
-                    slice(request, end),
-                    max(lengths[request:end]),
-                    torch.tensor(lengths[request:end], device=device)[:, None] + back_T,
-                )
-            )
+            stop_BT = torch.tensor(lengths[request:end], device=device)[:, None]
+            if counts[request] > 1:
+                stop_BT = stop_BT + torch.arange(1 - counts[request], 1, device=device)
+            tokens, longest = slice(starts[request], starts[end]), max(lengths[request:end])
+            spans.append(Span(tokens, slice(request, end), longest, stop_BT))
         request = end
     return spans
