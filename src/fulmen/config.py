@@ -10,7 +10,7 @@ from fulmen.errors import ConfigError
 MEAN_TOLERANCE = 0.01
 DEFAULT_CANDIDATE_FACTOR = 8
 # What a config may leave out.
-OPTIONAL = {"topk_shares", "coarse_head_dim", "candidate_factor"}
+OPTIONAL_KEYS = {"topk_shares", "coarse_head_dim", "candidate_factor"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class DsaConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "DsaConfig":
         """Read what `to_dict` wrote. Raises ConfigError on a missing or unknown key."""
         known = {field.name for field in fields(cls)}
-        if mismatched := sorted(known - OPTIONAL - set(values) | set(values) - known):
+        if mismatched := sorted(known - OPTIONAL_KEYS - set(values) | set(values) - known):
             raise ConfigError(
                 f"config key 'dsa' misses or does not know {mismatched}; it holds {sorted(known)}"
             )
