@@ -191,6 +191,6 @@ def test_published_shapes(config, billions, cache_bytes):
     assert short.dsa_bytes > short.dense_bytes
     assert long.dense_bytes == 131_072 * cache_bytes
     # Index keys bound the saving: 22 % of the cache in V3.2 and GLM-5, in two levels 1.6 % and candidates.
-    low, high = (4, 5) if dsa.coarse_head_dim == 0 else (15, 20)
+    low, high = (4, 5) if dsa.coarse_head_dim == 0 else (15, 25)
     assert low < long.dense_bytes / long.dsa_bytes < high
     assert long.dsa_flops < long.dense_flops
