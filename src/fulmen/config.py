@@ -9,6 +9,9 @@ from fulmen.errors import ConfigError
 # Ratios are written with a few digits.
 MEAN_TOLERANCE = 0.01
 DEFAULT_CANDIDATE_FACTOR = 8
+# A coarse level is asked where a query sees more than this many times the candidates: with fewer it costs
+# more than it saves (docs/log.md).
+COARSE_FROM = 4
 # What a config may leave out.
 OPTIONAL_KEYS = {"topk_shares", "coarse_head_dim", "candidate_factor"}
 
@@ -80,6 +83,10 @@ class DsaConfig:
         if not self.coarse_head_dim:  # as earlier releases read it
             del values["coarse_head_dim"], values["candidate_factor"]
         return values
+
+    def candidates(self, layer: int) -> int:
+        """Keys that the coarse head of a converted layer leaves to the indexer (C)."""
+        return self.candidate_factor * self.layer_topk(layer)
 
     def layer_topk(self, layer: int) -> int:
         """Tokens that a query keeps in a converted layer."""

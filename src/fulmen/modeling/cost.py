@@ -17,8 +17,8 @@ key/value heads, J index heads of width E, I index key heads, K keys kept, b byt
     prefill, bytes a token      S c b / Q  S c b / Q + y         K c b + S y / Q
     prefill, FLOPs a token      S e        S e + keys            as decode
 
-In two levels S y becomes S z + C y and S x becomes S 2 N + C x where S > C, the C = c K candidates; "+ y" for
-a token that is stored is "+ y + z". What a prompt's queries share of their candidates is left out.
+In two levels S y becomes S z + C y and S x becomes S 2 N + C x where S > 4 C, with C = c K candidates; "+ y"
+for a token that is stored is "+ y + z". What a prompt's queries share of their candidates is left out.
 
 where "keys" and "queries" are the indexer's projections (2 FLOPs a weight) and Q = PREFILL_BLOCK queries
 share one read of the keys; selected keys are gathered for each query by itself. Reading a prompt, dense MLA
@@ -35,7 +35,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedConfig
 
-from fulmen.config import DsaConfig, require_positive_int
+from fulmen.config import COARSE_FROM, DsaConfig, require_positive_int
 from fulmen.modeling.cache import CacheBytes
 from fulmen.modeling.families import family_like
 from fulmen.modeling.family import IndexerCost
@@ -303,7 +303,7 @@ class _IndexLevel(NamedTuple):
     def scoring(self, dsa: DsaConfig, layer: LayerStep, position: int) -> Work:
         """Of one query and all keys that it sees."""
         candidates = dsa.candidate_factor * (layer.topk or 0)
-        if not self.coarse_bytes or position <= candidates:
+        if not self.coarse_bytes or position <= COARSE_FROM * candidates:
             return Work(position * self.key_bytes, position * self.pair_flops)
         return Work(
             position * self.coarse_bytes + candidates * self.key_bytes,

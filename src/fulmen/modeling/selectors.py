@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from fulmen.config import COARSE_FROM
 from fulmen.errors import ConfigError
 from fulmen.ops.topk import index_topk
 from fulmen.ops.two_level import two_level_topk
@@ -65,8 +66,8 @@ class IndexerSelector(Selector):
     def select(self, inputs: SelectionInputs, topk: int) -> Tensor:
         if inputs.coarse_q_BTN is None or inputs.coarse_k_BSX is None:
             return index_topk(*_index_inputs(inputs), topk)
-        coarse = (inputs.coarse_q_BTN, inputs.coarse_k_BSX)
-        return two_level_topk(*coarse, *_index_inputs(inputs), topk, inputs.candidate_factor * topk)
+        coarse, count = (inputs.coarse_q_BTN, inputs.coarse_k_BSX), inputs.candidate_factor * topk
+        return two_level_topk(*coarse, *_index_inputs(inputs), topk, count, COARSE_FROM * count)
 
 
 class OneLevelSelector(Selector):

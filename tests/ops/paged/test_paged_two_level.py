@@ -28,7 +28,7 @@ def coarse_decode_case(shape, keys, topk, dense_up_to, dtype, width, n_candidate
     rows = scattered_rows(keys, 9)
     numbers = normal(len(layer.kv_RGC), 1, width, seed=11)
     pairs = torch.arange(width // 2) * 5 % (shape[-1] + 1)
-    coarse = CoarseCache(pack_index_keys(numbers).flatten(1), pairs, n_candidates)
+    coarse = CoarseCache(pack_index_keys(numbers).flatten(1), pairs, n_candidates, n_candidates)
     layer = dataclasses.replace(layer, coarse=coarse)
     new = rows.gather(1, key_rows.stop_BT - 1)[:, 0].long()
     coarse_matrices = (
@@ -76,7 +76,9 @@ def test_queries_of_prompts_select_among_their_candidates(backend, dtype, shape,
     coarse_k = normal(BATCH, keys, 1, 24, seed=21)
     rows = scattered_rows(keys, 9)
     packed = scatter(pack_index_keys(coarse_k).flatten(2), rows, 99)
-    layer = dataclasses.replace(layer, coarse=CoarseCache(packed, torch.zeros(12, dtype=torch.int64), 40))
+    layer = dataclasses.replace(
+        layer, coarse=CoarseCache(packed, torch.zeros(12, dtype=torch.int64), 40, 200)
+    )
     key_rows = dataclasses.replace(key_rows, coarse_rows_BS=rows)
     coarse_q = pack_index_keys(normal(BATCH, queries, 24, seed=22))
     out = attended(layer, key_rows, {**inputs, "coarse_q_BTX": coarse_q})
@@ -87,7 +89,7 @@ def test_queries_of_prompts_select_among_their_candidates(backend, dtype, shape,
         inputs["w_BTJ"],
         inputs["b_BTJ"],
     )
-    coarse = PagedCoarse(coarse_q, packed, rows, 40)
+    coarse = PagedCoarse(coarse_q, packed, rows, 40, 200)
     with pin_backend("torch"):
         chosen = paged_index_topk(*index, key_rows.stop_BT, 9, 20, coarse)
     expected = paged_attention(
@@ -102,7 +104,7 @@ def test_paged_selection_is_that_of_gathered_keys(backend):
     layer, (_, _, key_rows), _ = coarse_decode_case(SHAPES[0], 300, 8, 8, torch.float32, 24, 40)
     q, w, b = normal(BATCH, 1, 9, 48, seed=1), normal(BATCH, 1, 9, seed=2), normal(BATCH, 1, 9, seed=3)
     coarse_q = normal(BATCH, 1, 24, seed=4)
-    coarse = PagedCoarse(pack_index_keys(coarse_q), layer.coarse.packed_RX, key_rows.coarse_rows_BS, 40)
+    coarse = PagedCoarse(pack_index_keys(coarse_q), layer.coarse.packed_RX, key_rows.coarse_rows_BS, 40, 40)
     chosen = paged_index_topk(
         q, layer.packed_RX, key_rows.index_rows_BS, w, b, key_rows.stop_BT, 8, 8, coarse
     )
@@ -142,7 +144,7 @@ def test_a_coarse_level_needs_its_rows_and_queries():
     with pytest.raises(ConfigError, match="the layer asks for"):
         decoded(one_level, (projections, tokens, key_rows), inputs)
     with pytest.raises(ConfigError, match="packed_RX of coarse keys has dtype"):
-        CoarseCache(layer.coarse.packed_RX, torch.zeros(5, dtype=torch.int64), 40)
+        CoarseCache(layer.coarse.packed_RX, torch.zeros(5, dtype=torch.int64), 40, 40)
     heads = (normal(BATCH, *layer.shapes[name]) for name in ("q", "k", "v", "index_q", "index_k"))
     with pytest.raises(ConfigError, match=r"coarse_k has shape \(2, 7\)"):
         store_tokens(layer, tokens, *heads, None, torch.zeros(BATCH, 7))

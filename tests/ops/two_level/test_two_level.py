@@ -53,6 +53,18 @@ def test_every_backend_selects_as_the_reference(shape, queries, dtype, packed, i
         assert chosen.dtype == torch.int32
 
 
+@pytest.mark.parametrize("queries", [1, 90])
+def test_queries_that_see_few_keys_are_left_to_the_indexer(queries):
+    inputs = case(SHAPES[0], 2, queries, 210, torch.bfloat16, intervals=ragged)
+    limits = {"topk": 7, "n_candidates": 20, "all_up_to": 100}
+    chosen = two_level_topk(**inputs, **limits)
+    with pin_backend("reference"):
+        assert torch.equal(chosen, two_level_topk(**inputs, **limits))
+    index = {name: x for name, x in inputs.items() if not name.startswith("coarse")}
+    visible = inputs["stop_BT"].clamp(0, 210) - inputs["start_BT"].clamp(min=0)
+    assert torch.equal(chosen[visible <= 100], index_topk(**index, topk=7)[visible <= 100])
+
+
 def test_float64_selects_as_the_reference():
     inputs = case(SHAPES[0], 1, 5, 90, torch.float64, packed=False)
     with pin_backend("torch"):

@@ -161,7 +161,7 @@ def count_by_hand(config, dsa, tokens, windows):
                 kept = dsa.layer_topk(layer)
                 selects = position > max(dsa.topk, kept)
                 reads = kept if selects else position
-                few = not coarse_bytes or position <= dsa.candidate_factor * kept
+                few = not coarse_bytes or position <= 4 * dsa.candidate_factor * kept
                 scored = position if few else dsa.candidate_factor * kept
                 saved -= (scored * index_bytes + (not few) * position * coarse_bytes) * selects
             dense, sparse, saved = dense + seen, sparse + reads, saved + (seen - reads) * kv

@@ -35,7 +35,10 @@ class CoarseLevelStruct(ctypes.Structure):
     """`CoarseLevel` there."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("width", "candidates", "k_stride_b", "k_stride_s")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("width", "candidates", "all_up_to", "k_stride_b", "k_stride_s")
+        ),
         *((name, ctypes.c_void_p) for name in ("q", "k", "rows")),
     ]
 
@@ -62,7 +65,7 @@ class PagedLayerStruct(ctypes.Structure):
             for name in (
                 *("heads", "key_heads", "width", "index_heads", "index_key_heads", "index_width", "topk"),
                 *("dense_up_to", "is_bf16", "kv_stride_r", "kv_stride_g", "packed_stride_r", "use_tiles"),
-                *("coarse_width", "candidates", "coarse_stride_r"),
+                *("coarse_width", "candidates", "all_up_to", "coarse_stride_r"),
             )
         ),
         *((name, ctypes.c_void_p) for name in ("kv", "packed", "rope_pairs", "coarse", "coarse_pairs")),

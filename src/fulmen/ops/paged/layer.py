@@ -35,6 +35,7 @@ class CoarseCache:
         packed_RX: int8, the cache of coarse keys, X = N + 2; written in place.
         rope_pairs_P: int64, of each pair of N / 2 the rotary pair that rotates it; their number: none does.
         n_candidates: keys that it leaves to the indexer.
+        all_up_to: of a query that sees no more keys than this it leaves all; at least `n_candidates`.
 
     Raises ConfigError: axes or dtypes that do not fit together.
     """
@@ -42,6 +43,7 @@ class CoarseCache:
     packed_RX: Tensor
     rope_pairs_P: Tensor
     n_candidates: int
+    all_up_to: int
 
     def __post_init__(self) -> None:
         check_axes(packed_RX=self.packed_RX, rope_pairs_P=self.rope_pairs_P)
@@ -52,6 +54,11 @@ class CoarseCache:
                 f"packed_RX of coarse keys has dtype {self.packed_RX.dtype} and X={self.packed_RX.shape[1]}; "
                 f"rope_pairs_P asks for int8 and X={self.width + SCALE_BYTES}"
             )
+
+    @property
+    def numbers(self) -> tuple[int, int, int]:
+        """As in `PagedLayerStruct`."""
+        return self.n_candidates, max(self.all_up_to, self.n_candidates), self.packed_RX.stride(0)
 
     @cached_property
     def width(self) -> int:
@@ -151,7 +158,7 @@ class PagedLayer:
             *(heads[0], self.kv_RGC.shape[1], heads[1], index_heads[0], *index_key_heads),
             *(self.topk, self.dense_up_to, self.kv_RGC.dtype == torch.bfloat16, *self.kv_RGC.stride()[:2]),
             *(self.packed_RX.stride(0), has_tiles(), self.coarse_width),
-            *((0, 0) if coarse is None else (coarse.n_candidates, coarse.packed_RX.stride(0))),
+            *((0, 0, 0) if coarse is None else coarse.numbers),
             *(self.kv_RGC.data_ptr(), self.packed_RX.data_ptr(), self.rope_pairs_IP.data_ptr()),
             *(
                 (None, None)

@@ -101,9 +101,8 @@ def paged_sparse_attention_composed(
     index = (index_q_BTJE, layer.packed_RX, key_rows.index_rows_BS, w_BTJ, b_BTJ, key_rows.stop_BT)
     coarse = None
     if layer.coarse is not None and coarse_q_BTX is not None and key_rows.coarse_rows_BS is not None:
-        coarse = PagedCoarse(
-            coarse_q_BTX, layer.coarse.packed_RX, key_rows.coarse_rows_BS, layer.coarse.n_candidates
-        )
+        limits = layer.coarse.numbers[:2]
+        coarse = PagedCoarse(coarse_q_BTX, layer.coarse.packed_RX, key_rows.coarse_rows_BS, *limits)
     topk_BTK = paged_index_topk(*index, layer.topk, layer.dense_up_to, coarse)
     inputs = (layer.kv_RGC, key_rows.rows_BS, key_rows.stop_BT, topk_BTK, layer.scale)
     out_BTHD.copy_(paged_attention(q_BTHD, *inputs))

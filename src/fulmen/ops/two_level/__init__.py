@@ -30,13 +30,14 @@ def two_level_topk(
     stop_BT: Tensor,
     topk: int,
     n_candidates: int,
+    all_up_to: int = 0,
 ) -> Tensor:
     """The `topk` keys of the largest index scores among the `n_candidates` keys of the largest coarse scores.
 
     Coarse scores are products of 8-bit integers, the same bits on every backend (`coarse_scores`). Ties go to
-    the more recent key at both levels. A query that sees no more than `topk` keys keeps all of them, and of
-    one that sees no more than `n_candidates` all are candidates: then this is `index_topk`. A key whose
-    coarse score is NaN is a candidate before all others, so that its index score decides.
+    the more recent key at both levels. A query that sees no more than `topk` keys keeps all of them; where
+    all visible keys are candidates, this is `index_topk`. A key whose coarse score is NaN is a candidate
+    before all others, so that its index score decides.
 
     Args:
         coarse_q_BTN: coarse queries, any floating dtype; packed to 8 bits here.
@@ -44,6 +45,7 @@ def two_level_topk(
             N + 2, any strides but the last.
         q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT, topk: as `fulmen.ops.topk.index_topk`.
         n_candidates: at least `topk`.
+        all_up_to: of a query that sees no more keys than this, or than `n_candidates`, all are candidates.
 
     Returns:
         topk_BTK, int32, K = min(topk, S): ascending positions, then -1 where fewer keys are visible.
@@ -59,11 +61,12 @@ def two_level_topk(
     if not is_packed(coarse_k_BSN):
         coarse_k_BSN = pack_index_keys(coarse_k_BSN)
     inputs = (q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT)
-    return _select_in_two_levels(coarse_q_BTN, coarse_k_BSN, *inputs, topk, n_candidates)
+    limits = (topk, n_candidates, max(all_up_to, n_candidates))
+    return _select_in_two_levels(coarse_q_BTN, coarse_k_BSN, *inputs, *limits)
 
 
 def _fake_two_level(coarse_q_BTN: Tensor, coarse_k_BSX: Tensor, q_BTJE: Tensor, *more: Any) -> Tensor:
-    selected = torch.sym_min(more[-2], coarse_k_BSX.shape[1])
+    selected = torch.sym_min(more[-3], coarse_k_BSX.shape[1])
     return q_BTJE.new_empty(*q_BTJE.shape[:2], selected, dtype=torch.int32)
 
 
@@ -79,6 +82,7 @@ def _select_in_two_levels(
     stop_BT: Tensor,
     topk: int,
     n_candidates: int,
+    all_up_to: int,
 ) -> Tensor:
     check_index_inputs(q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT=start_BT, stop_BT=stop_BT)
     check_coarse(coarse_q_BTN, coarse_k_BSX, q_BTJE, k_BSIE)
@@ -86,7 +90,7 @@ def _select_in_two_levels(
     backend = implementation("two_level_topk", q_BTJE.device, q_BTJE.dtype)
     with outside_autocast(q_BTJE.device):
         inputs = (q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT)
-        return backend.run(packed_q_BTX, coarse_k_BSX, *inputs, topk, n_candidates)
+        return backend.run(packed_q_BTX, coarse_k_BSX, *inputs, topk, n_candidates, all_up_to)
 
 
 def check_coarse(coarse_q_BTN: Tensor, coarse_k_BSX: Tensor, q_BTJE: Tensor, k_BSIE: Tensor) -> None:

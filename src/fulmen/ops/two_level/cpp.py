@@ -22,13 +22,14 @@ def two_level_topk_cpp(
     stop_BT: Tensor,
     topk: int,
     n_candidates: int,
+    all_up_to: int,
 ) -> Tensor:
     """See `fulmen.ops.two_level.two_level_topk`; the coarse queries and keys are packed."""
     n_columns = min(topk, k_BSIE.shape[1])
     topk_BTK = torch.empty(*q_BTJE.shape[:2], n_columns, dtype=torch.int32)
     packed_q_BTX, packed_k_BSX = packed_q_BTX.contiguous(), row_major(packed_k_BSX)
     coarse = CoarseLevelStruct(
-        *(packed_q_BTX.shape[-1] - SCALE_BYTES, n_candidates, *packed_k_BSX.stride()[:2]),
+        *(packed_q_BTX.shape[-1] - SCALE_BYTES, n_candidates, all_up_to, *packed_k_BSX.stride()[:2]),
         *(packed_q_BTX.data_ptr(), packed_k_BSX.data_ptr(), None),
     )
     inputs = (q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT)

@@ -21,6 +21,7 @@ def two_level_topk_reference(
     stop_BT: Tensor,
     topk: int,
     n_candidates: int,
+    all_up_to: int,
 ) -> Tensor:
     """See `fulmen.ops.two_level.two_level_topk`; the coarse queries and keys are packed."""
     pairs = zip(packed_q_BTX, packed_k_BSX, strict=True)
@@ -30,4 +31,7 @@ def two_level_topk_reference(
     fine_BTC = fine_BTS.gather(-1, candidates_BTC.clamp(min=0).long())
     count_BT = (candidates_BTC >= 0).sum(-1)
     chosen_BTK = select_topk_reference(fine_BTC, torch.zeros_like(count_BT), count_BT, topk)
-    return positions_of_chosen(chosen_BTK, candidates_BTC)
+    chosen_BTK = positions_of_chosen(chosen_BTK, candidates_BTC)
+    visible_BT = stop_BT.clamp(0, fine_BTS.shape[-1]) - start_BT.clamp(min=0)
+    alone_BTK = select_topk_reference(fine_BTS, start_BT, stop_BT, topk)
+    return torch.where((visible_BT <= all_up_to)[..., None], alone_BTK, chosen_BTK)

@@ -6,7 +6,7 @@ from torch import Tensor
 from fulmen.ops.common.tiles import interval_blocks
 from fulmen.ops.dispatch import implements
 from fulmen.ops.scores.torch_blocked import index_block_rows, score_keys
-from fulmen.ops.topk.torch_blocked import select_topk_blocked
+from fulmen.ops.topk.torch_blocked import index_topk_blocked, select_topk_blocked
 from fulmen.ops.two_level.coarse import coarse_scores, positions_of_chosen
 
 
@@ -22,8 +22,39 @@ def two_level_topk_blocked(
     stop_BT: Tensor,
     topk: int,
     n_candidates: int,
+    all_up_to: int,
 ) -> Tensor:
     """See `fulmen.ops.two_level.two_level_topk`; the coarse queries and keys are packed."""
+    n_keys = k_BSIE.shape[1]
+    visible_BT = stop_BT.clamp(0, n_keys) - start_BT.clamp(min=0)
+    far_BT = visible_BT > all_up_to
+    alone = (q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, torch.where(far_BT, start_BT, stop_BT))
+    near_BTK = index_topk_blocked(*alone, topk)
+    far_BTK = _far_queries(
+        packed_q_BTX,
+        packed_k_BSX,
+        *alone[:4],
+        start_BT,
+        torch.where(far_BT, stop_BT, start_BT),
+        topk,
+        n_candidates,
+    )
+    return torch.where(far_BT[..., None], far_BTK, near_BTK)
+
+
+def _far_queries(
+    packed_q_BTX: Tensor,
+    packed_k_BSX: Tensor,
+    q_BTJE: Tensor,
+    k_BSIE: Tensor,
+    w_BTJ: Tensor,
+    b_BTJ: Tensor | None,
+    start_BT: Tensor,
+    stop_BT: Tensor,
+    topk: int,
+    n_candidates: int,
+) -> Tensor:
+    """Those whose candidates are chosen; the others have empty intervals."""
     n_keys = k_BSIE.shape[1]
     topk_BTK = q_BTJE.new_full((*q_BTJE.shape[:2], min(topk, n_keys)), -1, dtype=torch.int32)
     n_rows = index_block_rows(q_BTJE.shape[2], k_BSIE)

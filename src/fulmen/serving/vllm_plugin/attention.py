@@ -9,7 +9,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from fulmen.config import DsaConfig
+from fulmen.config import COARSE_FROM, DsaConfig
 from fulmen.modeling.gqa.indexer import GqaIndexer
 from fulmen.ops.common.index_keys import SCALE_BYTES
 from fulmen.ops.paged import paged_attention
@@ -73,7 +73,7 @@ class DsaAttention(nn.Module):
             width = dsa.coarse_head_dim + SCALE_BYTES
             self.coarse_cache = IndexKeyCache(f"{name}.coarse_keys", vllm_config, width)
             self.coarse_name = self.coarse_cache.name
-        self.n_candidates = dsa.candidate_factor * self.layer_topk
+        self.n_candidates = dsa.candidates(layer)
         vllm_config.compilation_config.static_forward_context[self.name].attention = [self]
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
@@ -137,7 +137,9 @@ class DsaAttention(nn.Module):
         if self.coarse_cache is None or self.indexer.coarse is None:
             return None
         packed_RX = self.coarse_cache.rows_RHC()[:, 0]
-        return CoarseCache(packed_RX, self.indexer.coarse.rope_pairs, self.n_candidates)
+        return CoarseCache(
+            packed_RX, self.indexer.coarse.rope_pairs, self.n_candidates, COARSE_FROM * self.n_candidates
+        )
 
     @property
     def _projections(self) -> Projections:

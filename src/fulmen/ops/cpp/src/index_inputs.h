@@ -37,7 +37,7 @@ static inline Interval interval_of(const int64_t *start, const int64_t *stop, in
 
 // Mirrored by `CoarseLevelStruct` in abi.py: queries and keys of `pack_index_keys`, in rows of width + 2 bytes.
 struct CoarseLevel {
-    int64_t width, candidates, k_stride_b, k_stride_s;
+    int64_t width, candidates, all_up_to, k_stride_b, k_stride_s;  // up to all_up_to keys all are candidates
     const int8_t *q, *k;  // [B T, width + 2]
     const int32_t *rows;  // as those of `IndexInputs`
 

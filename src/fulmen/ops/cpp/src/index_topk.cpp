@@ -44,7 +44,7 @@ bool scores_candidates_alone(const IndexInputs &in) {
 // All tiles of all keys at once, where more than two blocks read them.
 template <class Scorer> void pack_tiles(IndexInputs &in) {
     if constexpr (Scorer::PACKS) {
-        if (in.shape.queries <= 2 * rows_of_block<Scorer>(in) || scores_candidates_alone(in)) return;
+        if (in.shape.queries <= 2 * rows_of_block<Scorer>(in)) return;
         const int64_t lines = Scorer::tile_lines(in);
         in.packed.reset(new Line[in.shape.batch * in.tiles() * lines]);
         parallel_for(in.shape.batch * in.tiles(), in.shape.threads, [&](int64_t item) {
@@ -229,14 +229,15 @@ template <class Scorer> class TwoLevels {
 };
 
 template <class Scorer> void choose_part(const IndexInputs &in, const Part &part, const RowChooser &chooser) {
-    const QueryRows block = wanted_rows(in, part, [&](int64_t row) { return chooser.must(row); });
+    const auto is_far = [&](int64_t row) {
+        const Interval visible = interval_of(in.start, in.stop, row, in.shape.keys);
+        return in.coarse && visible.stop - visible.start > in.coarse->all_up_to;
+    };
+    const QueryRows far = wanted_rows(in, part, [&](int64_t row) { return is_far(row) && chooser.must(row); });
+    if (!far.rows.empty()) TwoLevels<Scorer>(in, far, part.threads, part.workspace).choose(chooser);
+    const QueryRows block = wanted_rows(in, part, [&](int64_t row) { return !is_far(row) && chooser.must(row); });
     if (block.rows.empty()) return;
-    int64_t longest = 0, stride;
-    for (const Interval &visible : block.intervals) longest = std::max(longest, visible.stop - visible.start);
-    if (in.coarse && longest > in.coarse->candidates) {
-        TwoLevels<Scorer>(in, block, part.threads, part.workspace).choose(chooser);
-        return;
-    }
+    int64_t stride;
     const float *scores = scores_of<Scorer>(in, block, part.threads, part.workspace.scores, stride);
     chooser.choose(block, scores, stride, part.threads);
 }

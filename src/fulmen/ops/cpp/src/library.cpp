@@ -44,7 +44,7 @@ std::string index_shape() {
 std::string coarse_level() {
     using S = CoarseLevel;
     return LAYOUT(CoarseLevel)
-        .FIELD(S, width).FIELD(S, candidates).FIELD(S, k_stride_b).FIELD(S, k_stride_s).FIELD(S, q).FIELD(S, k)
+        .FIELD(S, width).FIELD(S, candidates).FIELD(S, all_up_to).FIELD(S, k_stride_b).FIELD(S, k_stride_s).FIELD(S, q).FIELD(S, k)
         .FIELD(S, rows).line();
 }
 
@@ -63,7 +63,7 @@ std::string paged_layer() {
         .FIELD(S, heads).FIELD(S, key_heads).FIELD(S, width).FIELD(S, index_heads).FIELD(S, index_key_heads)
         .FIELD(S, index_width).FIELD(S, topk).FIELD(S, dense_up_to).FIELD(S, is_bf16).FIELD(S, kv_stride_r)
         .FIELD(S, kv_stride_g).FIELD(S, packed_stride_r).FIELD(S, use_tiles)
-        .FIELD(S, coarse_width).FIELD(S, candidates).FIELD(S, coarse_stride_r).FIELD(S, kv).FIELD(S, packed)
+        .FIELD(S, coarse_width).FIELD(S, candidates).FIELD(S, all_up_to).FIELD(S, coarse_stride_r).FIELD(S, kv).FIELD(S, packed)
         .FIELD(S, rope_pairs).FIELD(S, coarse).FIELD(S, coarse_pairs).FIELD(S, scale).line();
 }
 

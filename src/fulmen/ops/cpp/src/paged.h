@@ -13,7 +13,7 @@ extern "C" int fulmen_store_index_keys(const float *k, const int64_t *rows, int8
 struct PagedLayer {
     int64_t heads, key_heads, width, index_heads, index_key_heads, index_width, topk, dense_up_to, is_bf16;
     int64_t kv_stride_r, kv_stride_g, packed_stride_r, use_tiles;
-    int64_t coarse_width, candidates, coarse_stride_r;  // width 0: one level
+    int64_t coarse_width, candidates, all_up_to, coarse_stride_r;  // width 0: one level
     void *kv;                     // [R, G, 2 D]: a head's key, then its value
     int8_t *packed;               // [R, I * (E + 2)]
     const int64_t *rope_pairs;    // [I, E / 2]: of the model's pairs; beyond them: is not rotated

@@ -18,7 +18,7 @@ IndexInputs index_inputs(const PagedLayer &layer, const PagedQueries &queries, c
 }
 
 CoarseLevel coarse_level(const PagedLayer &layer, const PagedQueries &queries, const KeyRows &key_rows) {
-    return {layer.coarse_width, layer.candidates, 0, layer.coarse_stride_r, queries.coarse_q, layer.coarse, key_rows.coarse_rows};
+    return {layer.coarse_width, layer.candidates, layer.all_up_to, 0, layer.coarse_stride_r, queries.coarse_q, layer.coarse, key_rows.coarse_rows};
 }
 
 // Without selections.

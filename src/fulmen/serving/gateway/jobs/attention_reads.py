@@ -2,11 +2,12 @@
 
 A query at position s (the s-th token, itself included) sees s tokens, or the window of a sliding layer. With
 DSA a converted layer reads its k tokens where s > max(topk, k), all s before. Of an index in two levels it
-reads, beyond c k tokens, the coarse keys of all and the index keys of c k. The tokens of the prompt that lay
-in the cache had their queries in an earlier request; the last generated token has none yet. Several answers
-to one request (`n`) are counted as if one followed the other.
+reads, beyond 4 c k tokens, the coarse keys of all and the index keys of c k. The tokens of the prompt that
+lay in the cache had their queries in an earlier request; the last generated token has none yet. Several
+answers to one request (`n`) are counted as if one followed the other.
 """
 
+from fulmen.config import COARSE_FROM
 from fulmen.serving.billing.ledger import AttentionReads
 from fulmen.serving.billing.prices import Tokens
 from fulmen.serving.engine.served_model import ServedModel
@@ -39,11 +40,12 @@ def count_attention_reads(model: ServedModel, tokens: Tokens) -> AttentionReads:
 def _index_bytes(model: ServedModel, scored: tuple[int, int], candidates: int) -> int:
     """Of one layer's index, read by the queries at positions first < s <= last."""
     first, last = scored
-    if not model.coarse_key_bytes:
-        return (_triangle(last) - _triangle(first)) * model.index_key_bytes
-    fine = _sum_up_to(last, candidates) - _sum_up_to(first, candidates)
-    coarse = _triangle(max(last, candidates)) - _triangle(max(first, candidates))
-    return fine * model.index_key_bytes + coarse * model.coarse_key_bytes
+    near = COARSE_FROM * candidates if model.coarse_key_bytes else last
+    first_far, last_far = max(first, near), max(last, near)
+    fine = _read_up_to(last, candidates, near) - _read_up_to(first, candidates, near)
+    return (
+        fine * model.index_key_bytes + (_triangle(last_far) - _triangle(first_far)) * model.coarse_key_bytes
+    )
 
 
 def _read_up_to(n: int, kept: int, all_up_to: int) -> int:
