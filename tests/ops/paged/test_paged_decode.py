@@ -59,6 +59,12 @@ def decoded(layer, step, inputs):
     return out
 
 
+def rows_of(part, some):
+    """Some rows of all tensors of a step's part."""
+    tensors = (getattr(part, field.name) for field in dataclasses.fields(part))
+    return type(part)(*(None if x is None else x[some] for x in tensors))
+
+
 def copied(layer):
     return dataclasses.replace(layer, kv_RGC=layer.kv_RGC.clone(), packed_RX=layer.packed_RX.clone())
 
@@ -102,10 +108,7 @@ def test_a_sequence_alone_has_the_same_bits_as_in_a_batch(backend):
     together = decoded(copied(layer), step, inputs)
     for row in range(BATCH):
         one = slice(row, row + 1)
-        alone = [
-            type(part)(*(getattr(part, field.name)[one] for field in dataclasses.fields(part)))
-            for part in step[1:]
-        ]
+        alone = [rows_of(part, one) for part in step[1:]]
         out = decoded(copied(layer), (step[0], *alone), {name: x[one] for name, x in inputs.items()})
         assert torch.equal(out, together[one])
 
@@ -138,7 +141,7 @@ def test_inputs_that_do_not_fit_are_refused():
         ConfigError, match=r"projections have \(431, 144, 18\) rows; the layer asks for \(432, "
     ):
         decoded(layer, (fewer, tokens, key_rows), inputs)
-    one = KeyRows(*(getattr(key_rows, field.name)[:1] for field in dataclasses.fields(key_rows)))
+    one = rows_of(key_rows, slice(1))
     with pytest.raises(ConfigError, match=r"2 tokens belong .* stop_BT has shape \(1, 1\)"):
         decoded(layer, (projections, tokens, one), inputs)
     with pytest.raises(ConfigError, match=r"qkv_TX has shape \(2, 959\).* it must have \(2, 960\)"):

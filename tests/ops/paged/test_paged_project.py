@@ -82,7 +82,7 @@ def test_a_token_does_not_feel_its_neighbours(backend):
     inputs["qkv_TX"][7] = inputs["all_qk_TX"][7] = inputs["x_TC"][7] = torch.nan
     poisoned, poisoned_index = project_and_store(layer, *case, **inputs, selects=True)
     others = [t for t in range(40) if t != 7]
-    for one, other in zip((clean, *clean_index), (poisoned, *poisoned_index), strict=True):
+    for one, other in zip((clean, *clean_index[:3]), (poisoned, *poisoned_index[:3]), strict=True):
         torch.testing.assert_close(other[others], one[others], rtol=0, atol=0)
         assert other[7].isnan().all()
 

@@ -36,7 +36,7 @@ def test_nothing_of_a_step_lies_elsewhere_than_its_caches(starts, lengths):
     step = step_of(starts, lengths, "meta")
     rotary = SimpleNamespace(cos_sin_cache=torch.zeros(8192, 64, device="meta"))
     position_T = torch.zeros(starts[-1], dtype=torch.int64, device="meta")
-    layout = step.layout(step, PER_BLOCK, rotary, position_T, torch.bfloat16)
+    layout = step.layout((step, step), (*PER_BLOCK, 48), rotary, position_T, torch.bfloat16)
     found = tensors_in(layout) + [span.stop_BT for span in step.spans]
-    assert len(found) >= 4 + 3 * len(step.spans)
+    assert len(found) >= 5 + 4 * len(step.spans)
     assert {tensor.device.type for tensor in found} == {"meta"}
