@@ -30,7 +30,8 @@ class DsaConfig:
             `topk`.
         coarse_head_dim: width of the coarse head that looks at every key first (N), even; 0: the index has
             one level.
-        candidate_factor: the coarse head leaves the indexer this many times k keys (c).
+        candidate_factor: the coarse head leaves the indexer this many times k keys (c), k being the layer's
+            or `topk`, whichever is more.
     """
 
     topk: int
@@ -85,8 +86,12 @@ class DsaConfig:
         return values
 
     def candidates(self, layer: int) -> int:
-        """Keys that the coarse head of a converted layer leaves to the indexer (C)."""
-        return self.candidate_factor * self.layer_topk(layer)
+        """Keys that the coarse head of a converted layer leaves to the indexer (C).
+
+        Of a layer that keeps fewer than `topk`, as many as if it kept those: to find very few keys among all
+        is what a coarse head is worst at (docs/log.md), and more of them cost little.
+        """
+        return self.candidate_factor * max(self.layer_topk(layer), self.topk)
 
     def layer_topk(self, layer: int) -> int:
         """Tokens that a query keeps in a converted layer."""

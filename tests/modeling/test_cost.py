@@ -1,7 +1,5 @@
 """Costs against numbers counted by hand, and cache bytes against caches that were filled."""
 
-import dataclasses
-
 import pytest
 import torch
 from transformers import (
@@ -129,9 +127,8 @@ def test_the_published_floor_for_grouped_heads():
     """8 key/value heads x 128, bfloat16, 128K tokens, one layer: 537 MB dense, 25.7 MB with DSA.
 
     The published DSA figure has V3.2's index keys: one head of 128 numbers in fp8 with a 4-byte scale, 132
-    bytes. With our 2-byte scale the same head takes 130. Eight heads of 96, our default for this shape, take
-    784: the price of a start from all eight key heads in closed form. A coarse head of 64 before them makes
-    up for most of it.
+    bytes. With our 2-byte scale the same head takes 130. Our default for this shape, eight heads of 96, takes
+    784: the price of a start from all eight key heads in closed form.
     """
     config = LlamaConfig(num_hidden_layers=1, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8)
     one_head = DsaConfig(2048, 64, 1, 128, (0,))
@@ -140,11 +137,11 @@ def test_the_published_floor_for_grouped_heads():
     gathered = cost.dsa_bytes - 131_072 * token_bytes(config, one_head).index_keys
     assert round((gathered + 131_072 * 132) / 1e6, 1) == 25.7
     assert round(cost.dsa_bytes / 1e6, 1) == 25.4
-    alone = decode_cost(config, default_dsa(config, topk=2048, index="one-level"), 131_072)
-    assert round(alone.dsa_bytes / 1e6, 1) == 111.1
     ours = decode_cost(config, default_dsa(config, topk=2048), 131_072)
-    assert ours.dsa_bytes == 131_072 * 66 + 8 * 2048 * 784 + 2048 * 4096
-    assert round(ours.dsa_bytes / 1e6, 1) == 29.9
+    assert round(ours.dsa_bytes / 1e6, 1) == 111.1
+    two_levels = decode_cost(config, default_dsa(config, topk=2048, index="two-level"), 131_072)
+    assert two_levels.dsa_bytes == 131_072 * 66 + 8 * 2048 * 784 + 2048 * 4096
+    assert round(two_levels.dsa_bytes / 1e6, 1) == 29.9
 
 
 def test_sliding_and_dense_layers_cost_the_same_on_both_sides():
@@ -188,7 +185,7 @@ def test_token_bytes_are_what_a_filled_cache_counts(smollm2, dtype):
         model(random_ids(1, 11), past_key_values=cache)
     token = token_bytes(smollm2, default_dsa(smollm2), dtype.itemsize)
     assert cache.nbytes == (11 * token.kv, 11 * token.index_keys)
-    assert cache.nbytes.index_keys / cache.nbytes.kv == (3 * (48 + 2) + 24 + 2) / (384 * dtype.itemsize)
+    assert cache.nbytes.index_keys / cache.nbytes.kv == 3 * (48 + 2) / (384 * dtype.itemsize)
 
 
 def test_token_bytes_of_a_partly_converted_model():
@@ -216,35 +213,28 @@ def test_a_position_that_cannot_be(smollm2, position):
         decode_cost(smollm2, DSA, position)
 
 
-LLAMA_8_HEADS = LlamaConfig(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8)
-QWEN2_2_HEADS = Qwen2Config(hidden_size=896, num_attention_heads=14, num_key_value_heads=2)
-
-
 class TestDefaultShape:
     @pytest.mark.parametrize(
         ("config", "shape"),
         [
-            (LlamaConfig(**SMOLLM2), (256, 9, 3, 48, 24)),
-            (LLAMA_8_HEADS, (256, 32, 8, 96, 64)),
-            (Qwen3Config(num_attention_heads=16, num_key_value_heads=8, head_dim=128), (1024, 16, 8, 96, 64)),
-            (QWEN2_2_HEADS, (1024, 14, 2, 48, 24)),
-            (MistralConfig(sliding_window=None, max_position_embeddings=131_072), (2048, 32, 8, 96, 64)),
-            (DeepseekV2Config(max_position_embeddings=163_840), (2048, 32, 1, 112, 0)),
-            (V3, (256, 64, 1, 112, 0)),
+            (LlamaConfig(**SMOLLM2), (256, 9, 3, 48)),
+            (LlamaConfig(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8), (256, 32, 8, 96)),
+            (Qwen3Config(num_attention_heads=16, num_key_value_heads=8, head_dim=128), (1024, 16, 8, 96)),
+            (Qwen2Config(hidden_size=896, num_attention_heads=14, num_key_value_heads=2), (1024, 14, 2, 48)),
+            (MistralConfig(sliding_window=None, max_position_embeddings=131_072), (2048, 32, 8, 96)),
+            (DeepseekV2Config(max_position_embeddings=163_840), (2048, 32, 1, 112)),
+            (V3, (256, 64, 1, 112)),
         ],
         ids=lambda value: getattr(value, "model_type", None),
     )
-    def test_index_keys_take_a_fifth_at_most_and_coarse_keys_a_twentieth(self, config, shape):
+    def test_index_keys_take_a_fifth_at_most(self, config, shape):
         dsa = default_dsa(config)
-        heads = (dsa.index_n_heads, dsa.index_n_kv_heads, dsa.index_head_dim)
-        assert (dsa.topk, *heads, dsa.coarse_head_dim) == shape
-        alone = index_key_share(config, dataclasses.replace(dsa, coarse_head_dim=0))
-        assert 0.15 < alone <= 0.2
-        assert index_key_share(config, dsa) - alone <= 0.051
+        assert (dsa.topk, dsa.index_n_heads, dsa.index_n_kv_heads, dsa.index_head_dim) == shape
+        assert 0.15 < index_key_share(config, dsa) <= 0.2
 
     def test_what_is_given_is_taken(self, smollm2):
         dsa = default_dsa(smollm2, topk=64, index_n_heads=3, index_head_dim=16)
-        assert dsa == DsaConfig(64, 3, 3, 16, tuple(range(30)), coarse_head_dim=24)
+        assert dsa == DsaConfig(64, 3, 3, 16, tuple(range(30)))
 
     def test_an_index_head_is_no_wider_than_the_head_it_comes_from(self, smollm2):
         assert default_dsa(smollm2, index_head_dim=64).index_head_dim == 64

@@ -206,7 +206,7 @@ def no_file_above(n_bytes: int):
     ("n_bytes", "file"),
     [
         (9_000, r"\.out\.run/inherit\.safetensors"),
-        (72_000, r"\.out\.run/warmup/checkpoint-2"),
+        (50_000, r"\.out\.run/warmup/checkpoint-2"),
         (200_000, "out"),
     ],
 )

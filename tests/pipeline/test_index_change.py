@@ -47,8 +47,9 @@ def test_a_coarse_level_is_added_and_taken_away(one_level, tmp_path, corpus_dir)
         assert model(random_ids(1, 100)).logits.isfinite().all()
 
 
-def test_new_conversions_have_two_levels(tmp_path, corpus_dir, llama_dir):
-    out = convert(settings(llama_dir, tmp_path / "out", corpus_dir, stages=("inherit",), steps=None))
+def test_a_conversion_has_two_levels_if_asked_for(tmp_path, corpus_dir, llama_dir):
+    asked = {"stages": ("inherit",), "steps": None, "index": "two-level"}
+    out = convert(settings(llama_dir, tmp_path / "out", corpus_dir, **asked))
     assert json.loads((out / "config.json").read_text())["dsa"]["coarse_head_dim"] == 24
     assert any(".coarse.wk" in name for name in load_file(out / "model.safetensors"))
 

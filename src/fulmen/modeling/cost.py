@@ -302,7 +302,7 @@ class _IndexLevel(NamedTuple):
 
     def scoring(self, dsa: DsaConfig, layer: LayerStep, position: int) -> Work:
         """Of one query and all keys that it sees."""
-        candidates = dsa.candidate_factor * (layer.topk or 0)
+        candidates = dsa.candidate_factor * max(layer.topk or 0, dsa.topk)
         if not self.coarse_bytes or position <= COARSE_FROM * candidates:
             return Work(position * self.key_bytes, position * self.pair_flops)
         return Work(

@@ -24,7 +24,7 @@ def default_dsa(
 ) -> DsaConfig:
     """The DSA configuration for a dense model; what is given is taken, the rest follows from the model.
 
-    index: "two-level", "one-level" or None, which is the former where the family has it.
+    index: "two-level", "one-level" or None, which is the latter.
 
     Raises:
         UnsupportedModelError: no family knows the model, or it has no layer to convert.
@@ -48,7 +48,7 @@ def default_dsa(
 
 def coarse_width(family: Family, config: PreTrainedConfig, index: str | None) -> int:
     """Width of the coarse head; 0: one level. Raises ConfigError where two are asked for and cannot be."""
-    width = 0 if index == "one-level" else family.default_coarse(config)
+    width = family.default_coarse(config) if index == "two-level" else 0
     if index == "two-level" and not width:
         raise ConfigError(f"index={index!r} is not for model_type {config.model_type!r}; leave it out")
     return width

@@ -21,7 +21,7 @@ class SelectionInputs:
 
     Index tensors are as in `fulmen.ops.scores`, keys packed unless they have a gradient; q, k, v are
     the attention's own, after RoPE. Of an index in two levels, coarse queries, packed coarse keys and how
-    many times k keys they leave to the indexer.
+    many keys they leave to the indexer.
     """
 
     index_q_BTJE: Tensor
@@ -37,7 +37,7 @@ class SelectionInputs:
     layer_idx: int
     coarse_q_BTN: Tensor | None = None
     coarse_k_BSX: Tensor | None = None
-    candidate_factor: int = 1
+    n_candidates: int = 0
 
 
 class Selector:
@@ -66,7 +66,7 @@ class IndexerSelector(Selector):
     def select(self, inputs: SelectionInputs, topk: int) -> Tensor:
         if inputs.coarse_q_BTN is None or inputs.coarse_k_BSX is None:
             return index_topk(*_index_inputs(inputs), topk)
-        coarse, count = (inputs.coarse_q_BTN, inputs.coarse_k_BSX), inputs.candidate_factor * topk
+        coarse, count = (inputs.coarse_q_BTN, inputs.coarse_k_BSX), max(inputs.n_candidates, topk)
         return two_level_topk(*coarse, *_index_inputs(inputs), topk, count, COARSE_FROM * count)
 
 

@@ -91,7 +91,7 @@ def convert(
         index_heads: index heads per layer; None: one per attention head (MLA: at most 64).
         index_head_dim: width of an index head, even; None: index keys take up to a fifth of the cache.
         index: "two-level": a coarse head looks at every key and leaves the indexer eight times `topk` of
-            them; "one-level": the indexer looks at all. None: two levels, MLA one. Given to a converted
+            them; "one-level": the indexer looks at all. None: one level. Given to a converted
             `source`, it gets that index, in a minute, and stays otherwise as it is.
         overwrite: replace a model directory at `out`.
         reporter: whom to tell how far it is, as `fulmen.LineReporter()`; None: nobody.

@@ -53,7 +53,7 @@ class ConvertSettings:
         device: where to compute, as torch names it, or AUTO_DEVICE.
         seed: of every random choice.
         length: tokens per training sequence; None: `default_length`, less where the text is scarce.
-        index: one of INDEXES; None: two levels where the model's family has them. Named, a converted source
+        index: one of INDEXES; None: one level. Named, a converted source
             is given that index and stays otherwise as it is.
     """
 

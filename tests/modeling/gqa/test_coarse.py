@@ -151,7 +151,7 @@ def test_configs_say_whether_there_are_two_levels():
 
 def test_default_shapes_and_what_they_cost():
     config = make_dense().config
-    two, one = default_dsa(config, 8), default_dsa(config, 8, index="one-level")
+    two, one = default_dsa(config, 8, index="two-level"), default_dsa(config, 8)
     assert (two.coarse_head_dim, one.coarse_head_dim) == (24, 0)
     kept = 2 * (24 + 2)  # bytes a token, in three layers
     assert token_bytes(config, two).index_keys - token_bytes(config, one).index_keys == 3 * kept / 2

@@ -161,8 +161,9 @@ def count_by_hand(config, dsa, tokens, windows):
                 kept = dsa.layer_topk(layer)
                 selects = position > max(dsa.topk, kept)
                 reads = kept if selects else position
-                few = not coarse_bytes or position <= 4 * dsa.candidate_factor * kept
-                scored = position if few else dsa.candidate_factor * kept
+                candidates = dsa.candidate_factor * max(kept, dsa.topk)
+                few = not coarse_bytes or position <= 4 * candidates
+                scored = position if few else candidates
                 saved -= (scored * index_bytes + (not few) * position * coarse_bytes) * selects
             dense, sparse, saved = dense + seen, sparse + reads, saved + (seen - reads) * kv
     return AttentionReads(dense // len(windows), sparse // len(windows), saved)
@@ -181,7 +182,7 @@ def test_reading_is_what_a_count_by_hand_gives(tokens):
 @pytest.mark.parametrize("tokens", [Tokens(0, 50, 9), Tokens(48, 100, 30), Tokens(0, 3, 1), Tokens(15, 4, 0)])
 def test_reading_of_an_index_in_two_levels(tokens):
     config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3)
-    dsa = DsaConfig(8, 4, 2, 4, (0, 1, 2), (1.5, 0.5, 1), coarse_head_dim=6, candidate_factor=2)
+    dsa = DsaConfig(8, 4, 2, 4, (0, 1, 2), (1.5, 0.5, 1), coarse_head_dim=6, candidate_factor=1)
     found = count_attention_reads(served(config, dsa), tokens)
     assert found == count_by_hand(config, dsa, tokens, [None] * 3)
 

@@ -135,7 +135,7 @@ class DsaAttentionMixin:
                     inputs,
                     coarse_q_BTN=coarse_q_BTN,
                     coarse_k_BSX=coarse_k_BSX,
-                    candidate_factor=self.config.dsa["candidate_factor"],
+                    n_candidates=self.config.dsa["candidate_factor"] * max(self.layer_topk, self.topk),
                 )
             out_BTHV = self.selector.attend(inputs, self.layer_topk, self.topk)
             if out_BTHV is None:

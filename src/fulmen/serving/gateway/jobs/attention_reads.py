@@ -31,7 +31,7 @@ def count_attention_reads(model: ServedModel, tokens: Tokens) -> AttentionReads:
         all_up_to = max(model.dsa.topk, kept)
         sparse += _read_up_to(last, kept, all_up_to) - _read_up_to(first, kept, all_up_to)
         scored = (max(first, all_up_to), max(last, all_up_to))
-        index_bytes += _index_bytes(model, scored, model.dsa.candidate_factor * kept)
+        index_bytes += _index_bytes(model, scored, model.dsa.candidates(layer))
     saved = (dense - sparse) * model.layer_kv_bytes - index_bytes
     layers = len(model.windows)
     return AttentionReads(dense // layers, sparse // layers, saved)
