@@ -15,7 +15,8 @@ SOURCES = (
 )
 HEADERS = (
     *("vectors", "tiles", "threads", "attention", "attention_tiles"),
-    *("index_inputs", "index_vectors", "index_tiles", "index_query", "index_block", "coarse_level", "selection", "paged"),
+    *("index_inputs", "index_vectors", "index_tiles", "index_query", "index_block", "coarse_level"),
+    *("selection", "paged"),
 )
 # A library for each level of instructions, the best of which is chosen when fulmen runs (ops/cpp/library.py).
 # So what is built on one machine runs on any other of its kind, and every level is tested where it can run.
