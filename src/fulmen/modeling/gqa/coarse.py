@@ -12,10 +12,8 @@ class CoarseIndexer(nn.Module):
     """Coarse queries and keys (`fulmen.ops.two_level`): mixes of the model's own, each of one frequency.
 
     A key head's rotary pair is a complex number, and all key heads' pairs of one frequency turn by one angle.
-    So
-    any complex mix of them turns with that frequency, too: a pair of the coarse head is such a mix. Weights
-    are
-    buffers: they are computed (`fulmen.modeling.gqa.inherit_coarse`), not trained.
+    So any complex mix of them turns with that frequency, too: a pair of the coarse head is such a mix.
+    Weights are buffers: they are computed (`fulmen.modeling.gqa.inherit_coarse`), not trained.
 
     `rope_pairs` [N/2] names the rotary pair of each; the number of rotary pairs means "not rotated".
     """

@@ -41,10 +41,15 @@ def _pack_numbers(k_BSIE: Tensor) -> Tensor:
 
 def unpack_index_keys(packed_BSIX: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """k_BSIE of `pack_index_keys`, in float32 or float64: exact."""
+    codes_BSIE, scale_BSI1 = codes_and_scales(packed_BSIX)
+    return codes_BSIE.to(dtype) * scale_BSI1.to(dtype)
+
+
+def codes_and_scales(packed_BSIX: Tensor) -> tuple[Tensor, Tensor]:
+    """The two parts of packed keys, of any axes before the last: int8 codes and their bfloat16 scale."""
     codes_BSIE, scale_bytes = packed_BSIX.split((packed_BSIX.shape[-1] - SCALE_BYTES, SCALE_BYTES), -1)
     # A copy always: those of one key alone are contiguous where they lie, maybe at an odd address.
-    scale_BSI1 = scale_bytes.clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
-    return codes_BSIE.to(dtype) * scale_BSI1.to(dtype)
+    return codes_BSIE, scale_bytes.clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
 
 
 def index_key_numbers(k_BSIE: Tensor, dtype: torch.dtype) -> Tensor:

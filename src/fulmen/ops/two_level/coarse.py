@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fulmen.ops.common.index_keys import SCALE_BYTES
+from fulmen.ops.common.index_keys import codes_and_scales
 
 # As many products of codes as surely add up exactly in float32: 127 * 127 * 1024 < 2 ** 24.
 MOST_COARSE_DIMS = 1024
@@ -15,16 +15,10 @@ def coarse_scores(packed_q_TX: Tensor, packed_k_SX: Tensor) -> Tensor:
     float32 holds the sum exactly in whatever order it is added, and the scales' product too, so that only the
     last product is rounded: one result, on every machine. What is not a number becomes infinity.
     """
-    q_TN, q_scale_T1 = _codes_and_scales(packed_q_TX)
-    k_SN, k_scale_S1 = _codes_and_scales(packed_k_SX)
+    q_TN, q_scale_T1 = (part.float() for part in codes_and_scales(packed_q_TX))
+    k_SN, k_scale_S1 = (part.float() for part in codes_and_scales(packed_k_SX))
     scores_TS = (q_TN @ k_SN.T) * (q_scale_T1 * k_scale_S1.T)
     return scores_TS.masked_fill_(scores_TS.isnan(), torch.inf)
-
-
-def _codes_and_scales(packed_TX: Tensor) -> tuple[Tensor, Tensor]:
-    codes_TN, scale_bytes = packed_TX.split((packed_TX.shape[-1] - SCALE_BYTES, SCALE_BYTES), -1)
-    scale_T1 = scale_bytes.clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
-    return codes_TN.float(), scale_T1.float()
 
 
 def positions_of_chosen(chosen_TK: Tensor, candidates_TC: Tensor) -> Tensor:

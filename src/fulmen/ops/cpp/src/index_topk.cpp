@@ -37,7 +37,7 @@ template <class Scorer> int64_t rows_of_block(const IndexInputs &in) {
 // Whether the candidates of a block's queries together are so few of the keys that these are looked up and packed for each
 // block; else a block scores all keys, packed once for all blocks.
 bool scores_candidates_alone(const IndexInputs &in) {
-    constexpr int64_t SHARE = 6;  // measured: docs/log.md
+    constexpr int64_t SHARE = 6;  // neighbours share most of theirs; a guess, not tuned
     return in.coarse && (in.shape.queries == 1 || in.shape.keys > SHARE * in.coarse->candidates);
 }
 
@@ -136,7 +136,7 @@ struct RowChooser {
     }
 };
 
-// A block of queries by two levels: what the coarse scores leave to each query is scored together, each key once.
+// A block of queries that all see more keys than they leave to the indexer, by two levels: what the coarse scores leave to each query is scored together, each key once.
 template <class Scorer> class TwoLevels {
     const IndexInputs &in;
     const QueryRows &block;
@@ -147,7 +147,7 @@ template <class Scorer> class TwoLevels {
   public:
     TwoLevels(const IndexInputs &in, const QueryRows &block, int64_t threads, ChoiceWorkspace &workspace)
         : in(in), block(block), threads(threads), rows(block.rows.size()),
-          most(std::min(in.coarse->candidates, block.last - block.first)), workspace(workspace) {}
+          most(in.coarse->candidates), workspace(workspace) {}
 
     void choose(const RowChooser &chooser) {
         take_candidates();
@@ -161,10 +161,9 @@ template <class Scorer> class TwoLevels {
             std::vector<float> own(most + LANES);
             for (int64_t r = part; r < rows; r += parts) {
                 const int32_t *candidates = workspace.candidates.data() + r * most;
-                const int64_t count = count_of(r);
-                for (int64_t i = 0; i < count; i++) own[i] = scores[r * stride + column(candidates[i], i)];
+                for (int64_t i = 0; i < most; i++) own[i] = scores[r * stride + column(candidates[i], i)];
                 int32_t *to = chooser.of(block.rows[r]);
-                take_best(own.data(), {0, count}, topk, scratch, to);
+                take_best(own.data(), {0, most}, topk, scratch, to);
                 for (int64_t i = 0; i < topk; i++) to[i] = candidates[to[i]];
                 std::fill(to + topk, to + in.shape.columns, -1);
             }
@@ -172,8 +171,6 @@ template <class Scorer> class TwoLevels {
     }
 
   private:
-    int64_t visible(int64_t r) const { return block.intervals[r].stop - block.intervals[r].start; }
-    int64_t count_of(int64_t r) const { return std::min(most, visible(r)); }
     // Of a key among those that are scored; a single query's are its candidates in their order.
     int64_t column(int32_t position, int64_t i) const {
         if (!candidates_alone) return position - block.first_tile() * TILE;
@@ -189,8 +186,7 @@ template <class Scorer> class TwoLevels {
             const SelectionScratch scratch(stride, most);
             for (int64_t r = part; r < rows; r += parts) {
                 int32_t *to = workspace.candidates.data() + r * most;
-                if (visible(r) <= most) take_all(block.intervals[r], visible(r), to);
-                else take_best(row_scores(block, scores, stride, r), block.intervals[r], most, scratch, to);
+                take_best(row_scores(block, scores, stride, r), block.intervals[r], most, scratch, to);
             }
         });
     }
@@ -200,12 +196,12 @@ template <class Scorer> class TwoLevels {
         std::vector<int32_t> &positions = workspace.positions, &columns = workspace.columns;
         positions.clear();
         if (rows == 1) {
-            positions.assign(workspace.candidates.data(), workspace.candidates.data() + count_of(0));
+            positions.assign(workspace.candidates.data(), workspace.candidates.data() + most);
             return;
         }
         columns.assign(block.last - block.first, -1);
         for (int64_t r = 0; r < rows; r++)
-            for (int64_t i = 0; i < count_of(r); i++) columns[workspace.candidates[r * most + i] - block.first] = 0;
+            for (int64_t i = 0; i < most; i++) columns[workspace.candidates[r * most + i] - block.first] = 0;
         for (int64_t s = 0; s < int64_t(columns.size()); s++) {
             if (columns[s] < 0) continue;
             columns[s] = int32_t(positions.size());
