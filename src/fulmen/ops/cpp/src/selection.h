@@ -4,7 +4,6 @@
 #include "index_inputs.h"
 
 #include <cmath>
-#include <type_traits>
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -42,17 +41,15 @@ static inline float of_rank(int32_t rank) {
 
 // Appends to `taken` of `to` the values (POSITIONS: where they are) of those of numbers[low] to numbers[high - 1] that
 // are `least` or more; NaN is not. Writes up to a vector beyond them; `to` may be `numbers`.
-template <bool POSITIONS, class Number, class To>
-static inline int64_t append_from(const Number *numbers, int64_t low, int64_t high, Number least, To *to, int64_t taken) {
+template <bool POSITIONS, class To>
+static inline int64_t append_from(const float *numbers, int64_t low, int64_t high, float least, To *to, int64_t taken) {
     int64_t s = low;
 #ifdef __AVX512F__
     __m512i position = _mm512_add_epi32(_mm512_set1_epi32(int32_t(low)),
                                      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
     for (; s + 16 <= high; s += 16, position = _mm512_add_epi32(position, _mm512_set1_epi32(16))) {
         const __m512i some = _mm512_loadu_si512(numbers + s);
-        __mmask16 wanted;
-        if constexpr (std::is_same_v<Number, float>) wanted = _mm512_cmp_ps_mask((__m512)some, _mm512_set1_ps(least), _CMP_GE_OQ);
-        else wanted = _mm512_cmpge_epi32_mask(some, _mm512_set1_epi32(least));
+        const __mmask16 wanted = _mm512_cmp_ps_mask((__m512)some, _mm512_set1_ps(least), _CMP_GE_OQ);
         _mm512_storeu_si512(to + taken, _mm512_maskz_compress_epi32(wanted, POSITIONS ? position : some));
         taken += __builtin_popcount(wanted);
     }
