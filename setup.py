@@ -15,7 +15,7 @@ SOURCES = (
 )
 HEADERS = (
     *("vectors", "tiles", "threads", "attention", "attention_tiles"),
-    *("index_inputs", "index_vectors", "index_tiles", "index_query", "index_block", "coarse_level"),
+    *("index_inputs", "index_vectors", "index_tiles", "index_query", "index_block"),
     *("selection", "paged"),
 )
 # A library for each level of instructions, the best of which is chosen when fulmen runs (ops/cpp/library.py).

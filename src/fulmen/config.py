@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from fulmen.errors import ConfigError
 
@@ -13,7 +13,19 @@ DEFAULT_CANDIDATE_FACTOR = 8
 # more than it saves (docs/log.md).
 COARSE_FROM = 4
 # What a config may leave out.
-OPTIONAL_KEYS = {"topk_shares", "coarse_head_dim", "candidate_factor"}
+OPTIONAL_KEYS = {"topk_shares", "coarse_head_dim", "coarse_n_heads", "candidate_factor"}
+
+
+class CoarseShape(NamedTuple):
+    """Coarse heads with a threshold, their width and that of the one key head (N); both 0: there is none."""
+
+    heads: int
+    width: int
+
+    @property
+    def query_heads(self) -> int:
+        """All coarse query heads (M): the mean of the others has no threshold."""
+        return self.heads + 1 if self.heads else 0
 
 
 @dataclass(frozen=True)
@@ -28,9 +40,10 @@ class DsaConfig:
         layers: indices of the converted layers, ascending.
         topk_shares: per-layer k ratios: what each of them keeps over `topk`; their mean is 1. Empty: all keep
             `topk`.
-        coarse_head_dim: width of the coarse head that looks at every key first (N), even; 0: the index has
+        coarse_head_dim: width of the coarse heads that look at every key first (N), even; 0: the index has
             one level.
-        candidate_factor: the coarse head leaves the indexer this many times k keys (c), k being the layer's
+        coarse_n_heads: coarse query heads with a threshold; they, and one of their mean, share a key head.
+        candidate_factor: they leave the indexer this many times k keys (c), k being the layer's
             or `topk`, whichever is more.
     """
 
@@ -41,6 +54,7 @@ class DsaConfig:
     layers: tuple[int, ...]
     topk_shares: tuple[float, ...] = ()
     coarse_head_dim: int = 0
+    coarse_n_heads: int = 0
     candidate_factor: int = DEFAULT_CANDIDATE_FACTOR
 
     def __post_init__(self) -> None:
@@ -56,6 +70,8 @@ class DsaConfig:
         width = self.coarse_head_dim
         if isinstance(width, bool) or not isinstance(width, int) or width < 0 or width % 2:
             raise ConfigError(f"coarse_head_dim={width!r} cannot be; use an even number, or 0 for one level")
+        if width:
+            require_positive_int("coarse_n_heads", self.coarse_n_heads)
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "topk_shares", tuple(self.topk_shares))
         if self.topk_shares and (
@@ -82,14 +98,19 @@ class DsaConfig:
         """Plain JSON types."""
         values = {**asdict(self), "layers": list(self.layers), "topk_shares": list(self.topk_shares)}
         if not self.coarse_head_dim:  # as earlier releases read it
-            del values["coarse_head_dim"], values["candidate_factor"]
+            del values["coarse_head_dim"], values["coarse_n_heads"], values["candidate_factor"]
         return values
 
+    @property
+    def coarse(self) -> CoarseShape:
+        """The coarse level."""
+        return CoarseShape(self.coarse_n_heads, self.coarse_head_dim)
+
     def candidates(self, layer: int) -> int:
-        """Keys that the coarse head of a converted layer leaves to the indexer (C).
+        """Keys that the coarse heads of a converted layer leave to the indexer (C).
 
         Of a layer that keeps fewer than `topk`, as many as if it kept those: to find very few keys among all
-        is what a coarse head is worst at (docs/log.md), and more of them cost little.
+        is what a coarse level is worst at (docs/log.md), and more of them cost little.
         """
         return self.candidate_factor * max(self.layer_topk(layer), self.topk)
 

@@ -9,7 +9,7 @@ key/value heads, J index heads of width E, I index key heads, K keys kept, b byt
     one index key        y = I (E + 2) bytes (GQA: 8 bits a number and a scale), or E b (MLA)
     one index pair       x = 2 J (E + 1) FLOPs: dot products, and the weighted sum over heads
     one coarse key       z = N + 2 bytes (an index in two levels; else there is none)
-    one coarse pair      2 N operations
+    one coarse pair      2 M (N + 1) operations
 
                                 dense      DSA, S <= K           DSA, S > K
     decode, bytes               S c b      S c b + y             K c b + S y
@@ -280,7 +280,7 @@ def _step_parts(
     scoring = sum(layer.has_indexer and layer.topk is not None for layer in layers)
     storing = sum(layer.has_indexer for layer in layers) - scoring
     coarse_key = family_like(config).coarse_key_bytes(dsa)
-    level = _IndexLevel(index_key, indexer.pair_flops, coarse_key, 2 * dsa.coarse_head_dim)
+    level = _IndexLevel(index_key, indexer.pair_flops, coarse_key, indexer.coarse_pair_flops)
     scored = [level.scoring(dsa, layer, position) for layer in layers if layer.has_indexer and layer.topk]
     index_bytes = (index_key + coarse_key) * storing + sum(work.bytes for work in scored) / block
     return StepParts(

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fulmen.config import DsaConfig
+from fulmen.config import CoarseShape, DsaConfig
 from fulmen.errors import ConfigError
 
 
@@ -45,11 +45,15 @@ class AttentionLayout(NamedTuple):
 
 
 class IndexerCost(NamedTuple):
-    """One layer's indexer: FLOPs per query-key pair, weights that make index keys and index queries."""
+    """One layer's indexer: FLOPs per query-key pair, weights that make index keys and index queries.
+
+    coarse_pair_flops: of the coarse level, if there is one, whose weights the others include.
+    """
 
     pair_flops: int
     key_weights: int
     query_weights: int
+    coarse_pair_flops: int = 0
 
 
 class AnsweredText(NamedTuple):
@@ -133,9 +137,9 @@ class Family(ABC):
     def default_index(self, config: PreTrainedConfig, key_share: float) -> IndexHeads:
         """The widest indexer whose keys take at most `key_share` of the bytes of bfloat16 keys and values."""
 
-    def default_coarse(self, config: PreTrainedConfig) -> int:
-        """Width of the coarse head that a conversion adds; 0: the index has one level."""
-        return 0
+    def default_coarse(self, config: PreTrainedConfig) -> CoarseShape:
+        """The coarse level that a conversion adds; of no width: the index has one level."""
+        return CoarseShape(0, 0)
 
     def coarse_key_bytes(self, dsa: DsaConfig) -> int:
         """What a cache keeps of one token's coarse key in one layer."""

@@ -6,7 +6,7 @@ the keys and values at most. Heads follow the model's own, from which the indexe
 
 from transformers import PreTrainedConfig
 
-from fulmen.config import DsaConfig
+from fulmen.config import CoarseShape, DsaConfig
 from fulmen.errors import ConfigError
 from fulmen.modeling.families import family_for, full_attention_layers
 from fulmen.modeling.family import Family
@@ -33,6 +33,7 @@ def default_dsa(
     """
     layers = tuple(full_attention_layers(config))
     family = family_for(config)
+    coarse = coarse_shape(family, config, index)
     default = family.default_index(config, MAX_INDEX_KEY_SHARE)
     dsa = DsaConfig(
         topk=default_topk(config) if topk is None else topk,
@@ -40,15 +41,16 @@ def default_dsa(
         index_n_kv_heads=default.keys,
         index_head_dim=default.width if index_head_dim is None else index_head_dim,
         layers=layers,
-        coarse_head_dim=coarse_width(family, config, index),
+        coarse_head_dim=coarse.width,
+        coarse_n_heads=coarse.heads,
     )
     family.require_inheritable(config, dsa)
     return dsa
 
 
-def coarse_width(family: Family, config: PreTrainedConfig, index: str | None) -> int:
-    """Width of the coarse head; 0: one level. Raises ConfigError where two are asked for and cannot be."""
-    width = family.default_coarse(config) if index == "two-level" else 0
-    if index == "two-level" and not width:
+def coarse_shape(family: Family, config: PreTrainedConfig, index: str | None) -> CoarseShape:
+    """Of no width: one level. Raises ConfigError where two are asked for and cannot be."""
+    shape = family.default_coarse(config) if index == "two-level" else CoarseShape(0, 0)
+    if index == "two-level" and not shape.width:
         raise ConfigError(f"index={index!r} is not for model_type {config.model_type!r}; leave it out")
-    return width
+    return shape

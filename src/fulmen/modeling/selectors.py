@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,21 @@ from fulmen.ops.topk import index_topk
 from fulmen.ops.two_level import two_level_topk
 
 
+class CoarseInputs(NamedTuple):
+    """Coarse queries, packed keys and shifts (`fulmen.ops.two_level`); keys left to the indexer."""
+
+    q_BTMN: Tensor
+    k_BSX: Tensor
+    b_BTM: Tensor
+    n_candidates: int
+
+
 @dataclass(frozen=True)
 class SelectionInputs:
     """All that one layer knows when it selects: T queries over S keys, cached ones included.
 
     Index tensors are as in `fulmen.ops.scores`, keys packed unless they have a gradient; q, k, v are
-    the attention's own, after RoPE. Of an index in two levels, coarse queries, packed coarse keys and how
-    many keys they leave to the indexer.
+    the attention's own, after RoPE. coarse: of an index in two levels.
     """
 
     index_q_BTJE: Tensor
@@ -35,9 +43,7 @@ class SelectionInputs:
     stop_BT: Tensor
     scale: float
     layer_idx: int
-    coarse_q_BTN: Tensor | None = None
-    coarse_k_BSX: Tensor | None = None
-    n_candidates: int = 0
+    coarse: CoarseInputs | None = None
 
 
 class Selector:
@@ -64,10 +70,10 @@ class IndexerSelector(Selector):
     """The product: the keys with the largest index scores, among those that a coarse level leaves."""
 
     def select(self, inputs: SelectionInputs, topk: int) -> Tensor:
-        if inputs.coarse_q_BTN is None or inputs.coarse_k_BSX is None:
+        if inputs.coarse is None:
             return index_topk(*_index_inputs(inputs), topk)
-        coarse, count = (inputs.coarse_q_BTN, inputs.coarse_k_BSX), max(inputs.n_candidates, topk)
-        return two_level_topk(*coarse, *_index_inputs(inputs), topk, count, COARSE_FROM * count)
+        coarse, count = inputs.coarse, max(inputs.coarse.n_candidates, topk)
+        return two_level_topk(*coarse[:3], *_index_inputs(inputs), topk, count, COARSE_FROM * count)
 
 
 class OneLevelSelector(Selector):

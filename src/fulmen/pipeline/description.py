@@ -136,7 +136,7 @@ def _facts(model: ModelDescription) -> list[tuple[str, str]]:
     levels = "one: the indexer looks at every key"
     if dsa.coarse_head_dim:
         levels = (
-            f"two: a coarse head of {dsa.coarse_head_dim} dims looks at every key, "
+            f"two: {dsa.coarse_n_heads} coarse heads of {dsa.coarse_head_dim} dims look at every key, "
             f"the indexer at {dsa.candidate_factor} k of them"
         )
     share = (

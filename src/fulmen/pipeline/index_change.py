@@ -15,7 +15,7 @@ from fulmen.evaluation.variants import indexer_state
 from fulmen.files import write_file
 from fulmen.modeling.checkpoint import CARD_FILE, require_free_output, require_savable, save_converted
 from fulmen.modeling.families import dsa_family_for, dsa_of, has_dsa
-from fulmen.modeling.index_shape import coarse_width
+from fulmen.modeling.index_shape import coarse_shape
 from fulmen.modeling.lengths import context_of
 from fulmen.modeling.token_blocks import feed_forward_in_blocks
 from fulmen.pipeline.conversion import Conversion
@@ -76,12 +76,13 @@ def _changed(config: Any, settings: ConvertSettings) -> DsaConfig:
                 f"{name} does not apply to a converted model, whose index alone is changed; leave it out"
             )
     family, dsa = dsa_family_for(config), dsa_of(config)
-    width = coarse_width(family, config, settings.index)
-    if bool(width) == bool(dsa.coarse_head_dim):
+    coarse = coarse_shape(family, config, settings.index)
+    if bool(coarse.width) == bool(dsa.coarse_head_dim):
         raise AlreadyConvertedError(
             f"{settings.source} has a {settings.index} index already; use it as it is"
         )
-    return DsaConfig.from_dict({**dsa.to_dict(), "coarse_head_dim": width})
+    changed = {"coarse_head_dim": coarse.width, "coarse_n_heads": coarse.heads}
+    return DsaConfig.from_dict({**dsa.to_dict(), **changed})
 
 
 def _fit(model: PreTrainedModel, ids_BT: torch.Tensor, reporter: Reporter) -> None:

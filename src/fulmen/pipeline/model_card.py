@@ -73,7 +73,7 @@ def _indexer_sentence(dsa: dict[str, Any]) -> str:
 def _levels(dsa: dict[str, Any]) -> str:
     if not (width := dsa.get("coarse_head_dim")):
         return ""
-    return f", from {dsa['candidate_factor']} times as many that a coarse head of {width} dims leaves"
+    return f", from {dsa['candidate_factor']} times as many that coarse heads of {width} dims leave"
 
 
 def _ties_paragraph(model_type: str) -> str:

@@ -24,7 +24,8 @@ def two_level_model(name="llama", width=8, factor=1, topk=TOPK):
     layers = tuple(family.full_attention_layers(dense.config))
     torch.manual_seed(1)
     return family.from_dense(
-        dense, DsaConfig(topk, 4, 2, 8, layers, coarse_head_dim=width, candidate_factor=factor)
+        dense,
+        DsaConfig(topk, 4, 2, 8, layers, coarse_head_dim=width, coarse_n_heads=4, candidate_factor=factor),
     )
 
 
@@ -39,8 +40,7 @@ class RecallOfCandidates(Selector):
         index = (inputs.index_q_BTJE, inputs.index_k_BSIE, inputs.index_w_BTJ, inputs.index_b_BTJ)
         index = (*index, inputs.start_BT, inputs.stop_BT)
         alone = index_topk(*index, topk)[:, -40:]
-        coarse = (inputs.coarse_q_BTN, inputs.coarse_k_BSX)
-        both = two_level_topk(*coarse, *index, topk, self.factor * topk)[:, -40:]
+        both = two_level_topk(*inputs.coarse[:3], *index, topk, self.factor * topk)[:, -40:]
         kept = [
             len(set(a) & set(b))
             for a, b in zip(alone.flatten(0, 1).tolist(), both.flatten(0, 1).tolist(), strict=True)
@@ -68,7 +68,7 @@ def test_the_closed_form_keeps_what_the_indexer_keeps(name):
     assert inherited > 0.4
 
 
-def test_all_pairs_of_all_key_heads_carry_the_mean_logit_whole():
+def test_all_pairs_of_all_key_heads_carry_each_heads_logit_whole():
     model = two_level_model(width=32)  # two key heads of 16
     inherit_coarse_gqa(model, random_ids(4, 100, seed=3), TOPK)
     seen = []
@@ -76,18 +76,19 @@ def test_all_pairs_of_all_key_heads_carry_the_mean_logit_whole():
     class Compare(Selector):
         def select(self, inputs, topk):
             k_BSHD = inputs.k_BSGD.repeat_interleave(2, 2)
-            mean_BTS = torch.einsum("bthd,bshd->bts", inputs.q_BTHD, k_BSHD) * inputs.scale / 4
-            layer = model.model.layers[inputs.layer_idx].self_attn
-            seen.append((mean_BTS, layer, inputs))
+            logits_BHTS = torch.einsum("bthd,bshd->bhts", inputs.q_BTHD, k_BSHD) * inputs.scale
+            seen.append((logits_BHTS, inputs.coarse))
 
     with torch.no_grad(), use_selector(model, Compare()):
         model.base_model(random_ids(1, 60, seed=5), use_cache=False)
-    for mean_BTS, _, inputs in seen:
-        numbers = inputs.coarse_k_BSX[..., :-2].float()
-        scale = inputs.coarse_k_BSX[..., -2:].contiguous().view(torch.bfloat16).float()
-        coarse_BTS = inputs.coarse_q_BTN @ (numbers * scale).mT * 32**-0.5
-        error = (coarse_BTS - mean_BTS).std() / mean_BTS.std()
+    for logits_BHTS, coarse in seen:
+        numbers = coarse.k_BSX[..., :-2].float()
+        scale = coarse.k_BSX[..., -2:].contiguous().view(torch.bfloat16).float()
+        coarse_BMTS = torch.einsum("btmn,bsn->bmts", coarse.q_BTMN, numbers * scale) * 32**-0.5
+        error = (coarse_BMTS[:, :-1] - logits_BHTS).std() / logits_BHTS.std()
         assert error < 0.03  # 8 bits
+        mean_BTS = logits_BHTS.mean(1)
+        assert (32 * coarse_BMTS[:, -1] - mean_BTS).std() / mean_BTS.std() < 0.03
 
 
 def test_with_many_candidates_it_is_the_one_level_model():
@@ -140,11 +141,13 @@ def test_configs_say_whether_there_are_two_levels():
     one = DsaConfig(8, 4, 2, 8, (0, 1))
     assert "coarse_head_dim" not in one.to_dict()
     assert DsaConfig.from_dict(one.to_dict()) == one
-    two = DsaConfig(8, 4, 2, 8, (0, 1), coarse_head_dim=6)
+    two = DsaConfig(8, 4, 2, 8, (0, 1), coarse_head_dim=6, coarse_n_heads=2)
     assert DsaConfig.from_dict(two.to_dict()) == two
     assert two.candidate_factor == 8
     with pytest.raises(ConfigError, match="coarse_head_dim=5 cannot be; use an even number"):
         DsaConfig(8, 4, 2, 8, (0,), coarse_head_dim=5)
+    with pytest.raises(ConfigError, match="coarse_n_heads=0 cannot be"):
+        DsaConfig(8, 4, 2, 8, (0,), coarse_head_dim=6)
     with pytest.raises(ConfigError, match="candidate_factor=0 cannot be"):
         DsaConfig(8, 4, 2, 8, (0,), candidate_factor=0)
 
@@ -160,9 +163,12 @@ def test_default_shapes_and_what_they_cost():
     index_key = token_bytes(config, one).index_keys
     assert far.bytes == 400 * 3 * 26 + 64 * index_key
     assert near == decode_parts(config, one, 60).index_scores
-    assert far.flops < alone.flops
+    pair = alone.flops / 400 / 3
+    assert far.flops == 3 * (400 * 2 * 5 * 25 + 64 * pair)
     with pytest.raises(ConfigError, match="is more than the 32 dims of the key heads"):
-        dsa_family_for_dense(config).require_inheritable(config, DsaConfig(8, 4, 2, 8, (0,), (), 40))
+        dsa_family_for_dense(config).require_inheritable(config, DsaConfig(8, 4, 2, 8, (0,), (), 40, 4))
+    with pytest.raises(ConfigError, match="coarse_n_heads=3 does not fit 4 heads on 2 key heads"):
+        dsa_family_for_dense(config).require_inheritable(config, DsaConfig(8, 4, 2, 8, (0,), (), 8, 3))
 
 
 def dsa_family_for_dense(config):

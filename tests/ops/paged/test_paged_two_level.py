@@ -20,6 +20,7 @@ from tests.ops.paged.test_paged_sparse import attended, sparse_case
 
 DTYPES = [torch.float32, torch.bfloat16]
 WIDTHS = [24, 6, 70]
+HEADS = 5  # M
 
 
 def coarse_decode_case(shape, keys, topk, dense_up_to, dtype, width, n_candidates):
@@ -28,14 +29,16 @@ def coarse_decode_case(shape, keys, topk, dense_up_to, dtype, width, n_candidate
     rows = scattered_rows(keys, 9)
     numbers = normal(len(layer.kv_RGC), 1, width, seed=11)
     pairs = torch.arange(width // 2) * 5 % (shape[-1] + 1)
-    coarse = CoarseCache(pack_index_keys(numbers).flatten(1), pairs, n_candidates, n_candidates)
+    coarse = CoarseCache(pack_index_keys(numbers).flatten(1), pairs, HEADS, n_candidates, n_candidates)
     layer = dataclasses.replace(layer, coarse=coarse)
     new = rows.gather(1, key_rows.stop_BT - 1)[:, 0].long()
     coarse_matrices = (
-        normal(width, matrix.shape[1], seed=12, dtype=dtype) * matrix.shape[1] ** -0.5
-        for matrix in (projections.q_YX, projections.k_YX)
+        normal(rows, matrix.shape[1], seed=12, dtype=dtype) * matrix.shape[1] ** -0.5
+        for rows, matrix in ((HEADS * width, projections.q_YX), (width, projections.k_YX))
     )
-    kept = (projections.q_YX, projections.k_YX, projections.w_YC, projections.bias_Y)
+    w_YC = torch.cat((projections.w_YC, projections.w_YC[:HEADS]))
+    bias_Y = torch.cat((projections.bias_Y, torch.full((HEADS,), 2.0)))
+    kept = (projections.q_YX, projections.k_YX, w_YC, bias_Y)
     step = (
         Projections(*kept, *coarse_matrices),
         dataclasses.replace(tokens, coarse_rows_T=new),
@@ -77,11 +80,12 @@ def test_queries_of_prompts_select_among_their_candidates(backend, dtype, shape,
     rows = scattered_rows(keys, 9)
     packed = scatter(pack_index_keys(coarse_k).flatten(2), rows, 99)
     layer = dataclasses.replace(
-        layer, coarse=CoarseCache(packed, torch.zeros(12, dtype=torch.int64), 40, 200)
+        layer, coarse=CoarseCache(packed, torch.zeros(12, dtype=torch.int64), HEADS, 40, 200)
     )
     key_rows = dataclasses.replace(key_rows, coarse_rows_BS=rows)
-    coarse_q = pack_index_keys(normal(BATCH, queries, 24, seed=22))
-    out = attended(layer, key_rows, {**inputs, "coarse_q_BTX": coarse_q})
+    coarse_q = normal(BATCH, queries, HEADS, 24, seed=22, dtype=dtype)
+    coarse_b = normal(BATCH, queries, HEADS, seed=23, dtype=dtype)
+    out = attended(layer, key_rows, {**inputs, "coarse_q_BTMN": coarse_q, "coarse_b_BTM": coarse_b})
     index = (
         inputs["index_q_BTJE"],
         layer.packed_RX,
@@ -89,7 +93,7 @@ def test_queries_of_prompts_select_among_their_candidates(backend, dtype, shape,
         inputs["w_BTJ"],
         inputs["b_BTJ"],
     )
-    coarse = PagedCoarse(coarse_q, packed, rows, 40, 200)
+    coarse = PagedCoarse(coarse_q, coarse_b, packed, rows, 40, 200)
     with pin_backend("torch"):
         chosen = paged_index_topk(*index, key_rows.stop_BT, 9, 20, coarse)
     expected = paged_attention(
@@ -103,15 +107,15 @@ def test_queries_of_prompts_select_among_their_candidates(backend, dtype, shape,
 def test_paged_selection_is_that_of_gathered_keys(backend):
     layer, (_, _, key_rows), _ = coarse_decode_case(SHAPES[0], 300, 8, 8, torch.float32, 24, 40)
     q, w, b = normal(BATCH, 1, 9, 48, seed=1), normal(BATCH, 1, 9, seed=2), normal(BATCH, 1, 9, seed=3)
-    coarse_q = normal(BATCH, 1, 24, seed=4)
-    coarse = PagedCoarse(pack_index_keys(coarse_q), layer.coarse.packed_RX, key_rows.coarse_rows_BS, 40, 40)
+    coarse_q, coarse_b = normal(BATCH, 1, HEADS, 24, seed=4), normal(BATCH, 1, HEADS, seed=5)
+    coarse = PagedCoarse(coarse_q, coarse_b, layer.coarse.packed_RX, key_rows.coarse_rows_BS, 40, 40)
     chosen = paged_index_topk(
         q, layer.packed_RX, key_rows.index_rows_BS, w, b, key_rows.stop_BT, 8, 8, coarse
     )
     keys = layer.packed_RX[key_rows.index_rows_BS.long()].unflatten(-1, (3, 50))
     coarse_keys = layer.coarse.packed_RX[key_rows.coarse_rows_BS.long()]
     start = torch.zeros_like(key_rows.stop_BT)
-    expected = two_level_topk(coarse_q, coarse_keys, q, keys, w, b, start, key_rows.stop_BT, 8, 40)
+    expected = two_level_topk(coarse_q, coarse_keys, coarse_b, q, keys, w, b, start, key_rows.stop_BT, 8, 40)
     assert torch.equal(chosen, expected)
 
 
@@ -127,7 +131,8 @@ def test_prompts_store_what_decoding_stores(backend, dtype, selects):
     assert codes.abs().max() <= 1  # products are added in other orders
     assert (found[1] is None) is (expected[1] is None) is not selects
     if selects:
-        assert (found[1].coarse_q_TX.int() - expected[1].coarse_q_TX.int()).abs()[:, :-2].max() <= 1
+        assert_near(found[1].coarse_q_TMN, expected[1].coarse_q_TMN, dtype)
+        assert_near(found[1].coarse_b_TM, expected[1].coarse_b_TM, dtype)
 
 
 def test_a_coarse_level_needs_its_rows_and_queries():
@@ -144,7 +149,7 @@ def test_a_coarse_level_needs_its_rows_and_queries():
     with pytest.raises(ConfigError, match="the layer asks for"):
         decoded(one_level, (projections, tokens, key_rows), inputs)
     with pytest.raises(ConfigError, match="packed_RX of coarse keys has dtype"):
-        CoarseCache(layer.coarse.packed_RX, torch.zeros(5, dtype=torch.int64), 40, 40)
+        CoarseCache(layer.coarse.packed_RX, torch.zeros(5, dtype=torch.int64), HEADS, 40, 40)
     heads = (normal(BATCH, *layer.shapes[name]) for name in ("q", "k", "v", "index_q", "index_k"))
     with pytest.raises(ConfigError, match=r"coarse_k has shape \(2, 7\)"):
         store_tokens(layer, tokens, *heads, None, torch.zeros(BATCH, 7))

@@ -6,26 +6,27 @@ import torch
 from fulmen.errors import ConfigError
 from fulmen.ops.common.index_keys import pack_index_keys
 from fulmen.ops.dispatch import pin_backend
+from fulmen.ops.scores import index_scores
 from fulmen.ops.topk import index_topk
 from fulmen.ops.two_level import two_level_topk
-from fulmen.ops.two_level.coarse import coarse_scores
 from tests.ops.ops_cases import causal, normal, ragged
 
 pytestmark = pytest.mark.usefixtures("backend")
 
-# J, I, E, N
-SHAPES = [(9, 3, 48, 24), (4, 1, 10, 6), (6, 2, 32, 130)]
+# J, I, E, M, N
+SHAPES = [(9, 3, 48, 4, 24), (4, 1, 10, 1, 6), (6, 2, 32, 17, 70)]
 
 
 def case(shape, batch, queries, keys, dtype=torch.float32, packed=True, intervals=causal):
-    heads, key_heads, width, coarse = shape
+    heads, key_heads, width, coarse_heads, coarse = shape
     k = normal(batch, keys, key_heads, width, seed=1, dtype=dtype)
     coarse_k = normal(batch, keys, coarse, seed=2, dtype=dtype)
     coarse_k[:, keys // 2] = coarse_k[:, 0]  # a tie
     start, stop = intervals(batch, queries, keys)
     return {
-        "coarse_q_BTN": normal(batch, queries, coarse, seed=3, dtype=dtype),
+        "coarse_q_BTMN": normal(batch, queries, coarse_heads, coarse, seed=3, dtype=dtype),
         "coarse_k_BSN": pack_index_keys(coarse_k) if packed else coarse_k,
+        "coarse_b_BTM": normal(batch, queries, coarse_heads, seed=7, dtype=dtype) + 3,
         "q_BTJE": normal(batch, queries, heads, width, seed=4, dtype=dtype),
         "k_BSIE": pack_index_keys(k) if packed else k,
         "w_BTJ": normal(batch, queries, heads, seed=5, dtype=dtype),
@@ -74,7 +75,9 @@ def test_float64_selects_as_the_reference():
 
 def test_only_candidates_are_selected_and_the_best_of_them():
     inputs = case(SHAPES[0], 1, 1, 300)
-    coarse = coarse_scores(pack_index_keys(inputs["coarse_q_BTN"])[0], inputs["coarse_k_BSN"][0])[0]
+    q, b = inputs["coarse_q_BTMN"], inputs["coarse_b_BTM"]
+    intervals = (inputs["start_BT"], inputs["stop_BT"])
+    coarse = index_scores(q, inputs["coarse_k_BSN"][:, :, None], torch.ones_like(b), b, *intervals)[0, 0]
     candidates = set(coarse.topk(30).indices.tolist())
     chosen = two_level_topk(**inputs, topk=8, n_candidates=30)[0, 0].tolist()
     index = {name: x for name, x in inputs.items() if not name.startswith("coarse")}
@@ -90,7 +93,7 @@ def test_with_all_keys_as_candidates_it_is_the_indexer_alone():
     inputs = case(SHAPES[0], 2, 30, 150, torch.bfloat16)
     index = {name: x for name, x in inputs.items() if not name.startswith("coarse")}
     expected = index_topk(**index, topk=9)
-    poisoned = {**inputs, "coarse_q_BTN": torch.full_like(inputs["coarse_q_BTN"], torch.nan)}
+    poisoned = {**inputs, "coarse_q_BTMN": torch.full_like(inputs["coarse_q_BTMN"], torch.nan)}
     assert torch.equal(two_level_topk(**poisoned, topk=9, n_candidates=150), expected)
 
 
@@ -139,7 +142,7 @@ def test_a_key_that_is_no_number_in_the_coarse_level_is_left_to_the_indexer(valu
 
 def test_of_a_coarse_query_that_is_no_number_the_most_recent_keys_are_candidates():
     inputs = case(SHAPES[0], 1, 1, 100)
-    inputs["coarse_q_BTN"][..., 0] = torch.nan
+    inputs["coarse_q_BTMN"][..., 0] = torch.nan
     chosen = two_level_topk(**inputs, topk=6, n_candidates=6)
     assert chosen.tolist() == [[list(range(94, 100))]]
 
@@ -157,10 +160,11 @@ def test_a_key_beyond_the_interval_is_not_read():
     [
         ({"n_candidates": 3}, "n_candidates=3 is less than topk=5; use a multiple of it"),
         ({"topk": 0}, "topk=0 cannot be; use an integer of at least 1"),
-        ({"coarse_q_BTN": torch.zeros(1, 2, 7)}, "coarse_k_BSN has N=24, a tensor before it N=7"),
-        ({"coarse_q_BTN": torch.zeros(1, 3, 24)}, "q_BTJE has T=2, a tensor before it T=3"),
+        ({"coarse_q_BTMN": torch.zeros(1, 2, 4, 7)}, "coarse_k_BSN has N=24, a tensor before it N=7"),
+        ({"coarse_b_BTM": torch.zeros(1, 2, 3)}, "coarse_b_BTM has M=3, a tensor before it M=4"),
+        ({"coarse_q_BTMN": torch.zeros(1, 3, 4, 24)}, "coarse_b_BTM has T=2, a tensor before it T=3"),
         ({"coarse_k_BSN": torch.zeros(1, 9, 24)}, "k_BSIE has S=60, a tensor before it S=9"),
-        ({"coarse_q_BTN": torch.zeros(1, 2, 24, dtype=torch.int32)}, "it must be a floating dtype"),
+        ({"coarse_q_BTMN": torch.zeros(1, 2, 4, 24, dtype=torch.int32)}, "coarse_q_BTMN has dtype"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(change, message):

@@ -17,7 +17,13 @@ from fulmen.config import DsaConfig, scaled_topk
 from fulmen.modeling.gqa.cache import DsaCache
 from fulmen.modeling.gqa.indexer import GqaIndexer
 from fulmen.modeling.intervals import KeyIntervals, narrowed_intervals
-from fulmen.modeling.selectors import IndexerSelector, SelectionInputs, Selector, keep_short_pasts
+from fulmen.modeling.selectors import (
+    CoarseInputs,
+    IndexerSelector,
+    SelectionInputs,
+    Selector,
+    keep_short_pasts,
+)
 from fulmen.ops.attention.dense import dense_attention
 from fulmen.ops.attention.sparse import sparse_attention
 from fulmen.ops.common.index_keys import is_packed, pack_index_keys, round_index_keys
@@ -129,13 +135,12 @@ class DsaAttentionMixin:
             inputs = SelectionInputs(
                 *index_inputs, q_BTHD, k_BSGD, v_BSGV, *intervals, self.scaling, self.layer_idx
             )
-            if coarse is not None:
-                coarse_q_BTN = coarse.queries(bare_q_BTHD.detach(), cos_BTR, sin_BTR)
+            if coarse is not None and coarse_k_BSX is not None:
+                of_token = (hidden_states.detach(), bare_q_BTHD.detach())
+                coarse_q_BTMN, coarse_b_BTM = coarse.queries(*of_token, cos_BTR, sin_BTR)
+                count = self.config.dsa["candidate_factor"] * max(self.layer_topk, self.topk)
                 inputs = replace(
-                    inputs,
-                    coarse_q_BTN=coarse_q_BTN,
-                    coarse_k_BSX=coarse_k_BSX,
-                    n_candidates=self.config.dsa["candidate_factor"] * max(self.layer_topk, self.topk),
+                    inputs, coarse=CoarseInputs(coarse_q_BTMN, coarse_k_BSX, coarse_b_BTM, count)
                 )
             out_BTHV = self.selector.attend(inputs, self.layer_topk, self.topk)
             if out_BTHV is None:

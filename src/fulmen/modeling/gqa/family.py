@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fulmen.config import DsaConfig
+from fulmen.config import CoarseShape, DsaConfig
 from fulmen.errors import ConfigError
 from fulmen.modeling.family import (
     AnsweredText,
@@ -80,9 +80,13 @@ class GqaFamily(Family):
         keys = dsa.index_n_kv_heads * dsa.index_head_dim + dsa.coarse_head_dim
         query_weights = config.num_attention_heads * head * queries
         query_weights += 2 * config.hidden_size * dsa.index_n_heads
-        query_weights += config.num_attention_heads * head * dsa.coarse_head_dim
+        coarse_heads = dsa.coarse.query_heads
+        query_weights += config.num_attention_heads * head * coarse_heads * dsa.coarse_head_dim
+        query_weights += config.hidden_size * coarse_heads
         pair_flops = 2 * dsa.index_n_heads * (dsa.index_head_dim + 1)
-        return IndexerCost(pair_flops, config.num_key_value_heads * head * keys, query_weights)
+        coarse_pair_flops = 2 * coarse_heads * (dsa.coarse_head_dim + 1)
+        key_weights = config.num_key_value_heads * head * keys
+        return IndexerCost(pair_flops, key_weights, query_weights, coarse_pair_flops)
 
     def index_key_bytes(self, dsa: DsaConfig, dtype_bytes: int) -> int:
         """Eight bits a number and a scale, whatever the model's dtype."""
@@ -99,11 +103,14 @@ class GqaFamily(Family):
             heads, key_heads, even_width(int(key_share * kv_bytes / key_heads) - SCALE_BYTES, 2)
         )
 
-    def default_coarse(self, config: PreTrainedConfig) -> int:
-        """A thirty-second of the bytes of keys and values, within 24 and 64 dims, if there are as many."""
+    def default_coarse(self, config: PreTrainedConfig) -> CoarseShape:
+        """As many heads as the model has, so that each has its threshold, of a thirty-second of the bytes of
+        keys and values, within 24 and 64 dims, if there are as many.
+        """
         kv_bytes = 2 * self.attention_layout(config).token_width
         heads = config.num_key_value_heads * model_head_width(config)
-        return min(even_width(min(kv_bytes // 32, MOST_COARSE), LEAST_COARSE), heads - heads % 2)
+        width = min(even_width(min(kv_bytes // 32, MOST_COARSE), LEAST_COARSE), heads - heads % 2)
+        return CoarseShape(config.num_attention_heads, width)
 
     def require_inheritable(self, config: PreTrainedConfig, dsa: DsaConfig) -> None:
         """Index heads are made of attention heads, and index dims of the model's rotary pairs."""
@@ -118,7 +125,13 @@ class GqaFamily(Family):
                 f"index_n_heads={dsa.index_n_heads} does not divide the model's {heads} attention heads, "
                 f"each of which is to be in one; use {heads} or a divisor of it"
             )
-        if dsa.coarse_head_dim > (most := config.num_key_value_heads * width):
+        key_heads = config.num_key_value_heads
+        if dsa.coarse_n_heads and (heads % dsa.coarse_n_heads or dsa.coarse_n_heads % key_heads):
+            raise ConfigError(
+                f"coarse_n_heads={dsa.coarse_n_heads} does not fit {heads} heads on {key_heads} key heads; "
+                f"use {heads}, {key_heads}, or a multiple of {key_heads} that divides {heads}"
+            )
+        if dsa.coarse_head_dim > (most := key_heads * width):
             raise ConfigError(
                 f"coarse_head_dim={dsa.coarse_head_dim} is more than the {most} dims of the key heads, "
                 f"which it mixes; use {most - most % 2} or less"
@@ -182,7 +195,7 @@ class GqaFamily(Family):
         """The shapes of `dsa`; its weights are random until `inherit_coarse` has computed them."""
         model.config.dsa = dsa.to_dict()
         for attention in dsa_attentions(model):
-            attention.indexer.set_coarse(dsa.coarse_head_dim)
+            attention.indexer.set_coarse(dsa.coarse)
 
     def inherit_coarse(
         self, model: PreTrainedModel, input_ids_BT: Tensor, on_layer: Callable[[int], None] = lambda _: None

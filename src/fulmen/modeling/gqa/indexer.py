@@ -7,8 +7,8 @@ import transformers.initialization as transformers_init
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from fulmen.config import DsaConfig
-from fulmen.modeling.gqa.coarse import CoarseIndexer
+from fulmen.config import CoarseShape, DsaConfig
+from fulmen.modeling.gqa.coarse import CoarseIndexer, ModelWidths
 from fulmen.ops.common.rope import rotate_half_split
 
 
@@ -79,14 +79,15 @@ class GqaIndexer(nn.Module):
         self.weights_proj = IndexProjection(config.hidden_size, self.n_heads)
         self.shift_proj = IndexProjection(config.hidden_size, self.n_heads)
         self.register_buffer("rope_pairs", self._first_rope_pairs())
-        self.set_coarse(dsa.coarse_head_dim)
+        self.set_coarse(dsa.coarse)
 
-    def set_coarse(self, width: int) -> None:
-        """A coarse level of this width before this one, weights to be filled in; 0: none."""
+    def set_coarse(self, shape: CoarseShape) -> None:
+        """A coarse level of this shape before this one, weights to be filled in; of no width: none."""
         self.coarse = None
-        if width:
-            n_q, n_k = self.wq.weight.shape[1], self.wk.weight.shape[1]
-            self.coarse = CoarseIndexer(n_q, n_k, width, self.n_rotary_pairs).to(self.wq.weight)
+        if shape.width:
+            n_q, n_k, n_x = (part.weight.shape[1] for part in (self.wq, self.wk, self.shift_proj))
+            widths = ModelWidths(n_q, n_k, n_x, self.n_rotary_pairs)
+            self.coarse = CoarseIndexer(shape, widths).to(self.wq.weight)
 
     def forward(
         self, x_BTC: Tensor, q_BTHD: Tensor, k_BTGD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor

@@ -20,11 +20,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from fulmen.config import DsaConfig
 from fulmen.errors import ConfigError, TrainingDivergedError
-from fulmen.modeling.gqa.inherit_coarse import Moments, best_mix, pair_moments, write_coarse
+from fulmen.modeling.gqa.inherit_coarse import (
+    ALWAYS_OPEN,
+    Moments,
+    best_mix,
+    pair_moments,
+    write_coarse,
+)
 from fulmen.modeling.gqa.own_logits import (
     grouped_logits,
     hide_later,
@@ -162,7 +169,7 @@ def _fit_layer(attention: Any, kwargs: dict, topk: int) -> InheritedGqaLayer:
     _write(attention.indexer.shift_proj.weight, -weight_CJ.T)
     _write(attention.indexer.shift_proj.bias, -bias_J)
     kl = _set_scale(attention, observations, index)
-    _fit_coarse(attention, observations, topk, rotary[0].shape[-1])
+    _fit_coarse(attention, observations, topk, rotary)
     if not math.isfinite(kl):
         raise TrainingDivergedError(
             f"layer {attention.layer_idx} gives KL={kl} on the calibration text; check the model in float32"
@@ -186,23 +193,42 @@ def inherit_coarse_gqa(
         layer_topk = _fitted_topk(topk * dsa.layer_topk(attention.layer_idx) / dsa.topk, length)
         rotary = kwargs["position_embeddings"]
         observations = _observe(attention, kwargs["hidden_states"], rotary, layer_topk)
-        _fit_coarse(attention, observations, layer_topk, rotary[0].shape[-1])
+        _fit_coarse(attention, observations, layer_topk, rotary)
         done += 1
         on_layer(done)
 
     _read_densely(model, input_ids_BT, fit)
 
 
-def _fit_coarse(attention: Any, observations: list[_Observation], topk: int, rotary: int) -> None:
-    if attention.indexer.coarse is None:
+def _fit_coarse(
+    attention: Any, observations: list[_Observation], topk: int, rotary: tuple[Tensor, Tensor]
+) -> None:
+    coarse = attention.indexer.coarse
+    if coarse is None:
         return
     moments = []
     for one in observations:
         rows_R = one.rows_R[::PAIR_EVERY]
         k_GSD = one.k_GTD[:, : int(rows_R[-1]) + 1]
-        moments.append(pair_moments(one.q_RHD[::PAIR_EVERY], k_GSD, rows_R, attention.scaling, topk))
+        queries = (one.q_RHD[::PAIR_EVERY], k_GSD, rows_R)
+        moments.append(pair_moments(*queries, attention.scaling, topk, coarse.n_heads - 1))
     cpu = [Moments(*(part.cpu() for part in one)) for one in moments]
-    write_coarse(attention, best_mix(cpu, attention.indexer.coarse.width // 2), rotary)
+    write_coarse(attention, best_mix(cpu, coarse.width // 2), rotary[0].shape[-1])
+    index = [_coarse_heads(attention, one, rotary) for one in observations]
+    targets = [_boundary_targets(*pair, attention.scaling) for pair in zip(observations, index, strict=True)]
+    weight_CM, bias_M, _ = ridge(torch.cat([one.x_RC for one in observations]), torch.cat(targets))
+    _write(coarse.w_shift, pad(-weight_CM.T, (0, 0, 0, 1)))
+    _write(coarse.b_shift, pad(-bias_M, (0, 1), value=ALWAYS_OPEN))
+
+
+def _coarse_heads(attention: Any, observation: _Observation, rotary: tuple[Tensor, Tensor]) -> _IndexHeads:
+    """`_index_heads` of the coarse level, its mean head left out."""
+    coarse, rows_R = attention.indexer.coarse, observation.rows_R
+    cos_1TR, sin_1TR = (table[:1] for table in rotary)
+    of_rows = (observation.x_RC[None].to(coarse.wq.dtype), observation.bare_q_RHD[None])
+    q_1RMN, _ = coarse.queries(*of_rows, cos_1TR[:, rows_R], sin_1TR[:, rows_R])
+    k_1TN = round_index_keys(coarse.keys(observation.bare_k_TGD[None], cos_1TR, sin_1TR))
+    return _IndexHeads(q_1RMN[0, :, :-1].float(), k_1TN[0, :, None].float())
 
 
 def _observe(attention: Any, x_BTC: Tensor, rotary: tuple[Tensor, Tensor], topk: int) -> list[_Observation]:

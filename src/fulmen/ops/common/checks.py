@@ -11,7 +11,7 @@ from fulmen.ops.common.index_keys import SCALE_BYTES, is_packed
 # Selected positions are int32, and kernels step past the last key by up to a block.
 MOST_KEYS = 2**31 - 2**16
 # Heads, and what a dot product sums over. No texts, queries, keys or values is a fine input.
-NEVER_EMPTY_AXES = "HGDJIE"
+NEVER_EMPTY_AXES = "HGDJIEM"
 INTEGER_DTYPES = (torch.int32, torch.int64)
 
 

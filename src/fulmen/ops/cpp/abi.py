@@ -14,7 +14,7 @@ CPP_LEVELS = {
     "amx": "_kernels_amx",
 }
 # Raised with every change of a function's arguments, and with new functions (`cpp/src/library.cpp`).
-ABI_VERSION = 11
+ABI_VERSION = 12
 # Numbers, as in `cpp/src/attention.h`: gradients have rows of full vectors.
 ROW_MULTIPLE = 16
 
@@ -37,9 +37,9 @@ class CoarseLevelStruct(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.c_int64)
-            for name in ("width", "candidates", "all_up_to", "k_stride_b", "k_stride_s")
+            for name in ("heads", "width", "candidates", "all_up_to", "k_stride_b", "k_stride_s")
         ),
-        *((name, ctypes.c_void_p) for name in ("q", "k", "rows")),
+        *((name, ctypes.c_void_p) for name in ("q", "b", "k", "rows")),
     ]
 
 
@@ -65,7 +65,7 @@ class PagedLayerStruct(ctypes.Structure):
             for name in (
                 *("heads", "key_heads", "width", "index_heads", "index_key_heads", "index_width", "topk"),
                 *("dense_up_to", "is_bf16", "kv_stride_r", "kv_stride_g", "packed_stride_r", "use_tiles"),
-                *("coarse_width", "candidates", "all_up_to", "coarse_stride_r"),
+                *("coarse_heads", "coarse_width", "candidates", "all_up_to", "coarse_stride_r"),
             )
         ),
         *((name, ctypes.c_void_p) for name in ("kv", "packed", "rope_pairs", "coarse", "coarse_pairs")),
@@ -96,7 +96,7 @@ class PagedQueriesStruct(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "count", "threads")),
-        *((name, ctypes.c_void_p) for name in ("q", "index_q", "w", "b", "coarse_q")),
+        *((name, ctypes.c_void_p) for name in ("q", "index_q", "w", "b", "coarse_q", "coarse_b")),
     ]
 
 

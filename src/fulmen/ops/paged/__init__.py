@@ -54,11 +54,12 @@ def store_index_keys_cpp(k_TIE: Tensor, packed_RX: Tensor, rows_T: Tensor) -> No
 
 
 class PagedCoarse(NamedTuple):
-    """The first of two levels: packed queries, the cache of packed keys, its rows, how many it leaves, and of
-    how many visible keys it leaves all.
+    """The first of two levels: queries and shifts, the cache of packed keys, its rows, how many it leaves,
+    and of how many visible keys it leaves all.
     """
 
-    q_BTX: Tensor
+    q_BTMN: Tensor
+    b_BTM: Tensor
     packed_RX: Tensor
     rows_BS: Tensor
     n_candidates: int
@@ -103,7 +104,7 @@ def paged_index_topk(
         return implementation("paged_index_topk", q_BTJE.device, q_BTJE.dtype).run(*inputs, topk, dense_up_to)
     coarse_k_BSX = _gather(coarse.packed_RX, coarse.rows_BS)
     best_BTK = implementation("two_level_topk", q_BTJE.device, q_BTJE.dtype).run(
-        coarse.q_BTX, coarse_k_BSX, *inputs, topk, coarse.n_candidates, coarse.all_up_to
+        coarse.q_BTMN, coarse_k_BSX, coarse.b_BTM, *inputs, topk, coarse.n_candidates, coarse.all_up_to
     )
     return keep_all_of_few(best_BTK, stop_BT, packed_BSIX.shape[1], dense_up_to)
 

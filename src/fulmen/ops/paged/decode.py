@@ -110,7 +110,5 @@ def paged_decode_composed(
         out_B1HD.copy_(paged_attention(q_BHD[:, None], *inputs))
     else:
         index_q_B1JE, w_B1J, b_B1J = (x[:, None] for x in index[:3])
-        coarse_q_B1X = None if index.coarse_q_TX is None else index.coarse_q_TX[:, None]
-        paged_sparse_attention(
-            layer, q_BHD[:, None], index_q_B1JE, w_B1J, b_B1J, key_rows, out_B1HD, coarse_q_B1X
-        )
+        coarse = (None if x is None else x[:, None] for x in index[3:])
+        paged_sparse_attention(layer, q_BHD[:, None], index_q_B1JE, w_B1J, b_B1J, key_rows, out_B1HD, *coarse)

@@ -19,7 +19,7 @@ from fulmen.ops.common.checks import (
     check_same_device,
     check_same_dtype,
 )
-from fulmen.ops.common.index_keys import SCALE_BYTES, is_packed, pack_index_keys
+from fulmen.ops.common.index_keys import SCALE_BYTES, is_packed
 from fulmen.ops.common.rope import apply_rope, rotate_half_split
 from fulmen.ops.cpp.abi import HeadsStruct, NewTokensStruct, PagedLayerStruct
 from fulmen.ops.cpp.library import call_cpp, has_tiles
@@ -34,6 +34,7 @@ class CoarseCache:
     Attributes:
         packed_RX: int8, the cache of coarse keys, X = N + 2; written in place.
         rope_pairs_P: int64, of each pair of N / 2 the rotary pair that rotates it; their number: none does.
+        n_heads: heads of its queries (M).
         n_candidates: keys that it leaves to the indexer.
         all_up_to: of a query that sees no more keys than this it leaves all; at least `n_candidates`.
 
@@ -42,6 +43,7 @@ class CoarseCache:
 
     packed_RX: Tensor
     rope_pairs_P: Tensor
+    n_heads: int
     n_candidates: int
     all_up_to: int
 
@@ -115,13 +117,18 @@ class PagedLayer:
         return {
             **{"q": (self.n_heads, width), "k": (key_heads, width), "v": (key_heads, width)},
             **{"index_q": (self.n_index_heads, 2 * pairs), "index_k": (index_key_heads, 2 * pairs)},
-            **{"coarse_q": (self.coarse_width,), "coarse_k": (self.coarse_width,)},
+            **{"coarse_q": (self.coarse_heads, self.coarse_width), "coarse_k": (self.coarse_width,)},
         }
 
     @cached_property
     def coarse_width(self) -> int:
         """Numbers of a coarse key; 0 where the index has one level."""
         return 0 if self.coarse is None else self.coarse.width
+
+    @cached_property
+    def coarse_heads(self) -> int:
+        """Heads of coarse queries; 0 where the index has one level."""
+        return 0 if self.coarse is None else self.coarse.n_heads
 
     @cached_property
     def qkv_width(self) -> int:
@@ -137,7 +144,12 @@ class PagedLayer:
     def index_rows(self) -> tuple[int, ...]:
         """Numbers of a token's index queries, index keys, weights with shifts, coarse queries and keys."""
         (heads, width), (key_heads, _) = self.shapes["index_q"], self.shapes["index_k"]
-        return heads * width, key_heads * width, 2 * heads, *[self.coarse_width] * 2 * bool(self.coarse)
+        index = (heads * width, key_heads * width, 2 * heads + self.coarse_heads)
+        return (
+            index
+            if self.coarse is None
+            else (*index, self.coarse_heads * self.coarse_width, self.coarse_width)
+        )
 
     @cached_property
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
@@ -157,7 +169,7 @@ class PagedLayer:
         return PagedLayerStruct(
             *(heads[0], self.kv_RGC.shape[1], heads[1], index_heads[0], *index_key_heads),
             *(self.topk, self.dense_up_to, self.kv_RGC.dtype == torch.bfloat16, *self.kv_RGC.stride()[:2]),
-            *(self.packed_RX.stride(0), has_tiles(), self.coarse_width),
+            *(self.packed_RX.stride(0), has_tiles(), self.coarse_heads, self.coarse_width),
             *((0, 0, 0) if coarse is None else coarse.numbers),
             *(self.kv_RGC.data_ptr(), self.packed_RX.data_ptr(), self.rope_pairs_IP.data_ptr()),
             *(
@@ -218,7 +230,7 @@ def store_tokens(
     v_TGD: Tensor,
     index_q_TJE: Tensor | None,
     index_k_TIE: Tensor,
-    coarse_q_TN: Tensor | None = None,
+    coarse_q_TMN: Tensor | None = None,
     coarse_k_TN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Store keys, values and index keys of both levels; return the queries, rotated.
@@ -226,16 +238,16 @@ def store_tokens(
     Args: all before RoPE, of the cache's dtype; coarse ones where the layer's index has two levels.
 
     Returns:
-        q_THD, index_q_TJE and the packed coarse queries, int8 of width N + 2; None for what was not given.
+        q_THD, index_q_TJE and coarse_q_TMN; None for what was not given.
 
     Raises:
         ConfigError: axes or dtypes that do not fit together.
         BackendError: a pinned backend that cannot run here.
     """
     heads = {"q": q_THD, "k": k_TGD, "v": v_TGD, "index_q": index_q_TJE, "index_k": index_k_TIE}
-    _check_heads(layer, tokens, heads | {"coarse_q": coarse_q_TN, "coarse_k": coarse_k_TN})
+    _check_heads(layer, tokens, heads | {"coarse_q": coarse_q_TMN, "coarse_k": coarse_k_TN})
     backend = implementation("store_tokens", *layer.device_and_dtype)
-    return backend.run(layer, tokens, *heads.values(), coarse_q_TN, coarse_k_TN)
+    return backend.run(layer, tokens, *heads.values(), coarse_q_TMN, coarse_k_TN)
 
 
 @implements("store_tokens", "cpp", dtypes=CACHE_DTYPES)
@@ -247,18 +259,18 @@ def store_tokens_cpp(
     v_TGD: Tensor,
     index_q_TJE: Tensor | None,
     index_k_TIE: Tensor,
-    coarse_q_TN: Tensor | None = None,
+    coarse_q_TMN: Tensor | None = None,
     coarse_k_TN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """By the C++ kernel."""
-    heads = (q_THD, k_TGD, v_TGD, index_q_TJE, index_k_TIE, coarse_q_TN, coarse_k_TN)
+    heads = (q_THD, k_TGD, v_TGD, index_q_TJE, index_k_TIE, coarse_q_TMN, coarse_k_TN)
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
     index_out_TJE = None if index_q_TJE is None else torch.empty(index_q_TJE.shape, dtype=q_THD.dtype)
-    coarse_out_TX = None if coarse_q_TN is None else empty_coarse_queries(layer, tokens)
+    coarse_out_TMN = None if coarse_q_TMN is None else torch.empty(coarse_q_TMN.shape, dtype=q_THD.dtype)
     rows, held = _head_rows(heads)
-    call_cpp("fulmen_paged_store", layer.struct, tokens.struct, rows, out_THD, index_out_TJE, coarse_out_TX)
+    call_cpp("fulmen_paged_store", layer.struct, tokens.struct, rows, out_THD, index_out_TJE, coarse_out_TMN)
     del held
-    return out_THD, index_out_TJE, coarse_out_TX
+    return out_THD, index_out_TJE, coarse_out_TMN
 
 
 @implements("store_tokens", "reference", "torch")
@@ -270,7 +282,7 @@ def store_tokens_composed(
     v_TGD: Tensor,
     index_q_TJE: Tensor | None,
     index_k_TIE: Tensor,
-    coarse_q_TN: Tensor | None = None,
+    coarse_q_TMN: Tensor | None = None,
     coarse_k_TN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The specification, on any device."""
@@ -281,18 +293,18 @@ def store_tokens_composed(
     cos_TIP = torch.cat((tokens.cos_TP, still_T1), -1)[:, layer.rope_pairs_IP]
     sin_TIP = torch.cat((tokens.sin_TP, still_T1 - 1), -1)[:, layer.rope_pairs_IP]
     store_index_keys(rotate_half_split(index_k_TIE, cos_TIP, sin_TIP), layer.packed_RX, tokens.index_rows_T)
-    coarse_q_TX = _store_coarse(layer, tokens, coarse_q_TN, coarse_k_TN)
+    coarse_q_TMN = _store_coarse(layer, tokens, coarse_q_TMN, coarse_k_TN)
     if index_q_TJE is None:
         return q_THD, None, None
     shared = layer.n_index_heads // len(layer.rope_pairs_IP)
     angles = (x_TIP.repeat_interleave(shared, 1) for x_TIP in (cos_TIP, sin_TIP))
-    return q_THD, rotate_half_split(index_q_TJE, *angles), coarse_q_TX
+    return q_THD, rotate_half_split(index_q_TJE, *angles), coarse_q_TMN
 
 
 def _store_coarse(
-    layer: PagedLayer, tokens: NewTokens, coarse_q_TN: Tensor | None, coarse_k_TN: Tensor | None
+    layer: PagedLayer, tokens: NewTokens, coarse_q_TMN: Tensor | None, coarse_k_TN: Tensor | None
 ) -> Tensor | None:
-    """Coarse keys into their cache; the queries, packed."""
+    """Coarse keys into their cache; the queries, rotated."""
     if layer.coarse is None or coarse_k_TN is None:
         return None
     assert tokens.coarse_rows_T is not None
@@ -302,12 +314,7 @@ def _store_coarse(
     sin_TP = torch.cat((tokens.sin_TP, still_T1 - 1), -1)[:, pairs_P]
     rotated_T1N = rotate_half_split(coarse_k_TN, cos_TP, sin_TP)[:, None]
     store_index_keys(rotated_T1N, layer.coarse.packed_RX, tokens.coarse_rows_T)
-    return None if coarse_q_TN is None else pack_index_keys(rotate_half_split(coarse_q_TN, cos_TP, sin_TP))
-
-
-def empty_coarse_queries(layer: PagedLayer, tokens: NewTokens) -> Tensor:
-    """For the kernels to fill: int8 `[T, N + 2]`."""
-    return torch.empty(tokens.count, layer.coarse_width + SCALE_BYTES, dtype=torch.int8)
+    return None if coarse_q_TMN is None else rotate_half_split(coarse_q_TMN, cos_TP[:, None], sin_TP[:, None])
 
 
 def check_pairs(layer: PagedLayer, tokens: NewTokens) -> None:

@@ -21,7 +21,6 @@ from fulmen.ops.paged.layer import (
     NewTokens,
     PagedLayer,
     check_pairs,
-    empty_coarse_queries,
     require_coarse,
     store_tokens,
 )
@@ -33,8 +32,9 @@ class Projections:
 
     Attributes:
         q_YX: of all query heads to J * E numbers; k_YX: of all key heads to I * E.
-        w_YC: of the hidden state to J weights and J shifts; bias_Y: added to those.
-        coarse_q_YX, coarse_k_YX: of all query and all key heads to N numbers, for an index in two levels.
+        w_YC: of the hidden state to J weights, J shifts and, for an index in two levels, M coarse shifts;
+            bias_Y: added to those.
+        coarse_q_YX: of all query heads to M * N numbers; coarse_k_YX: of all key heads to N.
 
     Raises ConfigError: axes or dtypes that do not fit together.
     """
@@ -85,13 +85,14 @@ class Projections:
 class NewIndexQueries(NamedTuple):
     """What a step's tokens select by: index queries, rotated, weights and shifts, in the model's dtype.
 
-    coarse_q_TX: packed coarse queries, int8 of width N + 2; None where the index has one level.
+    coarse_q_TMN, coarse_b_TM: the same of the coarse level; None where the index has one level.
     """
 
     q_TJE: Tensor
     w_TJ: Tensor
     b_TJ: Tensor
-    coarse_q_TX: Tensor | None = None
+    coarse_q_TMN: Tensor | None = None
+    coarse_b_TM: Tensor | None = None
 
 
 @torch.no_grad()
@@ -138,16 +139,17 @@ def project_and_store_cpp(
     q_THD = new(count, *layer.shapes["q"])
     index = None
     if selects:
-        coarse_q_TX = None if layer.coarse is None else empty_coarse_queries(layer, tokens)
-        parts = (new(count, *layer.shapes["index_q"]), new(count, heads), new(count, heads))
-        index = NewIndexQueries(*parts, coarse_q_TX)
+        parts: list[Tensor] = [new(count, *layer.shapes["index_q"]), new(count, heads), new(count, heads)]
+        if layer.coarse is not None:
+            parts += (new(count, *layer.shapes["coarse_q"]), new(count, layer.coarse_heads))
+        index = NewIndexQueries(*parts)
     call_cpp_by_numbers(
         "fulmen_paged_project",
         *map(ctypes.addressof, (layer.struct, projections.struct, tokens.struct)),
         *(number for x in inputs for number in (x.data_ptr(), x.stride(0))),
         *(
             q_THD.data_ptr(),
-            *([0] * 4 if index is None else (0 if x is None else x.data_ptr() for x in index)),
+            *([0] * 5 if index is None else (0 if x is None else x.data_ptr() for x in index)),
         ),
     )
     return q_THD, index
@@ -173,13 +175,20 @@ def project_and_store_composed(
         keys = (index_k_TIE, None, coarse_k_TN)
         return store_tokens(layer, tokens, q_THD, k_TGD, v_TGD, None, *keys)[0], None
     index_q_TJE = linear(all_q_TX, projections.q_YX).unflatten(1, layer.shapes["index_q"])
-    coarse_q_TN = None if projections.coarse_q_YX is None else linear(all_q_TX, projections.coarse_q_YX)
+    coarse_q_TMN = None
+    if projections.coarse_q_YX is not None:
+        coarse_q_TMN = linear(all_q_TX, projections.coarse_q_YX).unflatten(1, layer.shapes["coarse_q"])
     bias_Y = projections.bias_Y.to(projections.w_YC.dtype)
-    w_TJ, b_TJ = linear(x_TC, projections.w_YC, bias_Y).chunk(2, -1)
-    index = (index_q_TJE, index_k_TIE, coarse_q_TN, coarse_k_TN)
-    q_THD, rotated_TJE, coarse_q_TX = store_tokens(layer, tokens, q_THD, k_TGD, v_TGD, *index)
+    n_index_heads = layer.n_index_heads
+    w_TJ, b_TJ, coarse_b_TM = linear(x_TC, projections.w_YC, bias_Y).tensor_split(
+        (n_index_heads, 2 * n_index_heads), -1
+    )
+    index = (index_q_TJE, index_k_TIE, coarse_q_TMN, coarse_k_TN)
+    q_THD, rotated_TJE, coarse_q_TMN = store_tokens(layer, tokens, q_THD, k_TGD, v_TGD, *index)
     assert rotated_TJE is not None
-    return q_THD, NewIndexQueries(rotated_TJE, w_TJ, b_TJ, coarse_q_TX)
+    if coarse_q_TMN is None:
+        return q_THD, NewIndexQueries(rotated_TJE, w_TJ, b_TJ)
+    return q_THD, NewIndexQueries(rotated_TJE, w_TJ, b_TJ, coarse_q_TMN, coarse_b_TM)
 
 
 def check_projected(

@@ -64,7 +64,8 @@ def paged_sparse_attention(
     b_BTJ: Tensor,
     key_rows: KeyRows,
     out_BTHD: Tensor,
-    coarse_q_BTX: Tensor | None = None,
+    coarse_q_BTMN: Tensor | None = None,
+    coarse_b_BTM: Tensor | None = None,
 ) -> None:
     """Attention of a query over all its keys, up to `layer.dense_up_to`, else over the `layer.topk` best.
 
@@ -72,7 +73,7 @@ def paged_sparse_attention(
         q_BTHD, index_q_BTJE, w_BTJ, b_BTJ: queries and index queries, rotated, and the indexer's
             weights and shifts; all of the cache's dtype.
         out_BTHD: contiguous, written.
-        coarse_q_BTX: packed coarse queries (`store_tokens`), of an index in two levels.
+        coarse_q_BTMN, coarse_b_BTM: coarse queries, rotated, and shifts, of an index in two levels.
 
     Raises:
         ConfigError: axes or dtypes that do not fit together.
@@ -80,10 +81,10 @@ def paged_sparse_attention(
     """
     floats = {"q_BTHD": q_BTHD, "index_q_BTJE": index_q_BTJE, "w_BTJ": w_BTJ, "b_BTJ": b_BTJ}
     _check_sparse_inputs(layer, floats | {"out_BTHD": out_BTHD}, key_rows)
-    require_coarse(layer, coarse_q_BTX, "coarse_q_BTX")
+    _check_coarse_inputs(layer, coarse_q_BTMN, coarse_b_BTM, key_rows)
     require_coarse(layer, key_rows.coarse_rows_BS, "coarse_rows_BS")
     backend = implementation("paged_sparse_attention", *layer.device_and_dtype)
-    backend.run(layer, q_BTHD, index_q_BTJE, w_BTJ, b_BTJ, key_rows, out_BTHD, coarse_q_BTX)
+    backend.run(layer, q_BTHD, index_q_BTJE, w_BTJ, b_BTJ, key_rows, out_BTHD, coarse_q_BTMN, coarse_b_BTM)
 
 
 @implements("paged_sparse_attention", "reference", "torch")
@@ -95,14 +96,17 @@ def paged_sparse_attention_composed(
     b_BTJ: Tensor,
     key_rows: KeyRows,
     out_BTHD: Tensor,
-    coarse_q_BTX: Tensor | None = None,
+    coarse_q_BTMN: Tensor | None = None,
+    coarse_b_BTM: Tensor | None = None,
 ) -> None:
     """The specification, on any device."""
     index = (index_q_BTJE, layer.packed_RX, key_rows.index_rows_BS, w_BTJ, b_BTJ, key_rows.stop_BT)
-    coarse = None
-    if layer.coarse is not None and coarse_q_BTX is not None and key_rows.coarse_rows_BS is not None:
-        limits = layer.coarse.numbers[:2]
-        coarse = PagedCoarse(coarse_q_BTX, layer.coarse.packed_RX, key_rows.coarse_rows_BS, *limits)
+    coarse, rows_BS = None, key_rows.coarse_rows_BS
+    if layer.coarse is not None and coarse_q_BTMN is not None:
+        assert coarse_b_BTM is not None
+        assert rows_BS is not None
+        kept = (layer.coarse.packed_RX, rows_BS, *layer.coarse.numbers[:2])
+        coarse = PagedCoarse(coarse_q_BTMN, coarse_b_BTM, *kept)
     topk_BTK = paged_index_topk(*index, layer.topk, layer.dense_up_to, coarse)
     inputs = (layer.kv_RGC, key_rows.rows_BS, key_rows.stop_BT, topk_BTK, layer.scale)
     out_BTHD.copy_(paged_attention(q_BTHD, *inputs))
@@ -117,11 +121,12 @@ def paged_sparse_attention_cpp(
     b_BTJ: Tensor,
     key_rows: KeyRows,
     out_BTHD: Tensor,
-    coarse_q_BTX: Tensor | None = None,
+    coarse_q_BTMN: Tensor | None = None,
+    coarse_b_BTM: Tensor | None = None,
 ) -> None:
     """By the C++ kernel."""
     assert out_BTHD.is_contiguous()
-    queries_given = (q_BTHD, index_q_BTJE, w_BTJ, b_BTJ, coarse_q_BTX)
+    queries_given = (q_BTHD, index_q_BTJE, w_BTJ, b_BTJ, coarse_q_BTMN, coarse_b_BTM)
     held = [x if x is None else x.contiguous() for x in queries_given]
     sizes = (*q_BTHD.shape[:2], torch.get_num_threads())
     queries = PagedQueriesStruct(*sizes, *(x if x is None else x.data_ptr() for x in held))
@@ -129,13 +134,28 @@ def paged_sparse_attention_cpp(
     call_cpp_by_numbers("fulmen_paged_sparse", *structures, out_BTHD.data_ptr())
 
 
+def _check_coarse_inputs(
+    layer: PagedLayer, coarse_q_BTMN: Tensor | None, coarse_b_BTM: Tensor | None, key_rows: KeyRows
+) -> None:
+    """What the coarse level needs, all of it or nothing, in its shapes and of the cache's dtype."""
+    shapes = {"coarse_q_BTMN": layer.shapes["coarse_q"], "coarse_b_BTM": (layer.coarse_heads,)}
+    for (name, numbers), x in zip(shapes.items(), (coarse_q_BTMN, coarse_b_BTM), strict=True):
+        require_coarse(layer, x, name)
+        if x is not None:
+            _require_numbers(name, x, (*key_rows.stop_BT.shape, *numbers), layer.kv_RGC)
+
+
+def _require_numbers(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    if x.shape != shape or x.dtype is not like.dtype or x.device != like.device:
+        raise ConfigError(
+            f"{name} has shape {tuple(x.shape)}, {x.dtype}, {x.device}; it must have "
+            f"{shape}, {like.dtype}, {like.device}"
+        )
+
+
 def _check_sparse_inputs(layer: PagedLayer, floats: dict[str, Tensor], key_rows: KeyRows) -> None:
     """Little work if all fits, as it is done for every layer."""
-    size, like = key_rows.stop_BT.shape, layer.kv_RGC
+    size = key_rows.stop_BT.shape
     per_token = (layer.shapes["q"], layer.shapes["index_q"], *[(layer.n_index_heads,)] * 2, layer.shapes["q"])
     for (name, x), numbers in zip(floats.items(), per_token, strict=True):
-        if x.shape != (*size, *numbers) or x.dtype is not like.dtype or x.device != like.device:
-            raise ConfigError(
-                f"{name} has shape {tuple(x.shape)}, {x.dtype}, {x.device}; it must have "
-                f"{(*size, *numbers)}, {like.dtype}, {like.device}"
-            )
+        _require_numbers(name, x, (*size, *numbers), layer.kv_RGC)

@@ -1,24 +1,17 @@
-"""Coarse scores: one small head, products of 8-bit integers."""
+"""What the two levels of a selection share: the coarse level is an indexer, too, of one key head."""
 
 import torch
 from torch import Tensor
 
-from fulmen.ops.common.index_keys import codes_and_scales
 
-# As many products of codes as surely add up exactly in float32: 127 * 127 * 1024 < 2 ** 24.
-MOST_COARSE_DIMS = 1024
+def as_indexer(coarse_q_BTMN: Tensor, packed_BSX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Coarse queries, keys `[B, S, 1, X]` and weights, all 1, as `fulmen.ops.scores` takes an indexer's."""
+    return coarse_q_BTMN, packed_BSX[:, :, None], torch.ones_like(coarse_q_BTMN[..., 0])
 
 
-def coarse_scores(packed_q_TX: Tensor, packed_k_SX: Tensor) -> Tensor:
-    """C[t, s] = (sum_n q[t, n] k[s, n]) (scale[t] scale[s]), of int8 codes and their scales; `[T, S]`.
-
-    float32 holds the sum exactly in whatever order it is added, and the scales' product too, so that only the
-    last product is rounded: one result, on every machine. What is not a number becomes infinity.
-    """
-    q_TN, q_scale_T1 = (part.float() for part in codes_and_scales(packed_q_TX))
-    k_SN, k_scale_S1 = (part.float() for part in codes_and_scales(packed_k_SX))
-    scores_TS = (q_TN @ k_SN.T) * (q_scale_T1 * k_scale_S1.T)
-    return scores_TS.masked_fill_(scores_TS.isnan(), torch.inf)
+def most_for_nan(scores: Tensor) -> Tensor:
+    """In place: a coarse score that is not a number becomes infinity, so that the indexer decides."""
+    return scores.masked_fill_(scores.isnan(), torch.inf)
 
 
 def positions_of_chosen(chosen_TK: Tensor, candidates_TC: Tensor) -> Tensor:

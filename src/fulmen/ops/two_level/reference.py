@@ -6,13 +6,14 @@ from torch import Tensor
 from fulmen.ops.dispatch import implements
 from fulmen.ops.scores.reference import index_scores_reference
 from fulmen.ops.topk.reference import select_topk_reference
-from fulmen.ops.two_level.coarse import coarse_scores, positions_of_chosen
+from fulmen.ops.two_level.coarse import as_indexer, most_for_nan, positions_of_chosen
 
 
 @implements("two_level_topk", "reference")
 def two_level_topk_reference(
-    packed_q_BTX: Tensor,
-    packed_k_BSX: Tensor,
+    coarse_q_BTMN: Tensor,
+    packed_BSX: Tensor,
+    coarse_b_BTM: Tensor,
     q_BTJE: Tensor,
     k_BSIE: Tensor,
     w_BTJ: Tensor,
@@ -23,9 +24,9 @@ def two_level_topk_reference(
     n_candidates: int,
     all_up_to: int,
 ) -> Tensor:
-    """See `fulmen.ops.two_level.two_level_topk`; the coarse queries and keys are packed."""
-    pairs = zip(packed_q_BTX, packed_k_BSX, strict=True)
-    coarse_BTS = torch.stack([coarse_scores(q_TX, k_SX) for q_TX, k_SX in pairs])
+    """See `fulmen.ops.two_level.two_level_topk`; the coarse keys are packed."""
+    coarse = (*as_indexer(coarse_q_BTMN, packed_BSX), coarse_b_BTM)
+    coarse_BTS = most_for_nan(index_scores_reference(*coarse, start_BT, stop_BT).scores_BTS)
     candidates_BTC = select_topk_reference(coarse_BTS, start_BT, stop_BT, n_candidates)
     fine_BTS = index_scores_reference(q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, stop_BT).scores_BTS
     fine_BTC = fine_BTS.gather(-1, candidates_BTC.clamp(min=0).long())

@@ -7,13 +7,14 @@ from fulmen.ops.common.tiles import interval_blocks
 from fulmen.ops.dispatch import implements
 from fulmen.ops.scores.torch_blocked import index_block_rows, score_keys
 from fulmen.ops.topk.torch_blocked import index_topk_blocked, select_topk_blocked
-from fulmen.ops.two_level.coarse import coarse_scores, positions_of_chosen
+from fulmen.ops.two_level.coarse import as_indexer, most_for_nan, positions_of_chosen
 
 
 @implements("two_level_topk", "torch", "triton")
 def two_level_topk_blocked(
-    packed_q_BTX: Tensor,
-    packed_k_BSX: Tensor,
+    coarse_q_BTMN: Tensor,
+    packed_BSX: Tensor,
+    coarse_b_BTM: Tensor,
     q_BTJE: Tensor,
     k_BSIE: Tensor,
     w_BTJ: Tensor,
@@ -24,15 +25,16 @@ def two_level_topk_blocked(
     n_candidates: int,
     all_up_to: int,
 ) -> Tensor:
-    """See `fulmen.ops.two_level.two_level_topk`; the coarse queries and keys are packed."""
+    """See `fulmen.ops.two_level.two_level_topk`; the coarse keys are packed."""
     n_keys = k_BSIE.shape[1]
     visible_BT = stop_BT.clamp(0, n_keys) - start_BT.clamp(min=0)
     far_BT = visible_BT > all_up_to
     alone = (q_BTJE, k_BSIE, w_BTJ, b_BTJ, start_BT, torch.where(far_BT, start_BT, stop_BT))
     near_BTK = index_topk_blocked(*alone, topk)
     far_BTK = _far_queries(
-        packed_q_BTX,
-        packed_k_BSX,
+        coarse_q_BTMN,
+        packed_BSX,
+        coarse_b_BTM,
         *alone[:4],
         start_BT,
         torch.where(far_BT, stop_BT, start_BT),
@@ -43,8 +45,9 @@ def two_level_topk_blocked(
 
 
 def _far_queries(
-    packed_q_BTX: Tensor,
-    packed_k_BSX: Tensor,
+    coarse_q_BTMN: Tensor,
+    packed_BSX: Tensor,
+    coarse_b_BTM: Tensor,
     q_BTJE: Tensor,
     k_BSIE: Tensor,
     w_BTJ: Tensor,
@@ -57,11 +60,13 @@ def _far_queries(
     """Those whose candidates are chosen; the others have empty intervals."""
     n_keys = k_BSIE.shape[1]
     topk_BTK = q_BTJE.new_full((*q_BTJE.shape[:2], min(topk, n_keys)), -1, dtype=torch.int32)
-    n_rows = index_block_rows(q_BTJE.shape[2], k_BSIE)
+    n_rows = index_block_rows(max(q_BTJE.shape[2], coarse_q_BTMN.shape[2]), k_BSIE)
+    q_BTMN, coarse_k_BSIX, w_BTM = as_indexer(coarse_q_BTMN, packed_BSX)
     for b in range(len(q_BTJE)):
         for block in interval_blocks(start_BT[b], stop_BT[b], n_keys, n_rows):
             hull, rows = slice(block.first, block.last), block.rows
-            coarse_TS = coarse_scores(packed_q_BTX[b, rows], packed_k_BSX[b, hull])
+            coarse = (q_BTMN[b, rows], coarse_k_BSIX[b, hull], w_BTM[b, rows], coarse_b_BTM[b, rows])
+            coarse_TS = most_for_nan(score_keys(*coarse))
             candidates_TC = _selected(coarse_TS, block.start_T, block.stop_T, block.first, n_candidates)
             b_TJ = None if b_BTJ is None else b_BTJ[b, rows]
             fine = (q_BTJE[b, rows], k_BSIE[b, hull], w_BTJ[b, rows], b_TJ)

@@ -137,9 +137,8 @@ class DsaAttention(nn.Module):
         if self.coarse_cache is None or self.indexer.coarse is None:
             return None
         packed_RX = self.coarse_cache.rows_RHC()[:, 0]
-        return CoarseCache(
-            packed_RX, self.indexer.coarse.rope_pairs, self.n_candidates, COARSE_FROM * self.n_candidates
-        )
+        coarse, count = self.indexer.coarse, self.n_candidates
+        return CoarseCache(packed_RX, coarse.rope_pairs, coarse.n_heads, count, COARSE_FROM * count)
 
     @property
     def _projections(self) -> Projections:
@@ -156,12 +155,8 @@ class DsaAttention(nn.Module):
         out_BTHD = out_TX.unflatten(1, q_THD.shape[1:]).unflatten(0, shape)
         if index is not None and span.longest > self.topk:
             index_q_BTJE, w_BTJ, b_BTJ = (x[span.tokens].unflatten(0, shape) for x in index[:3])
-            coarse_q_BTX = None
-            if index.coarse_q_TX is not None:
-                coarse_q_BTX = index.coarse_q_TX[span.tokens].unflatten(0, shape)
-            paged_sparse_attention(
-                layer, q_BTHD, index_q_BTJE, w_BTJ, b_BTJ, key_rows, out_BTHD, coarse_q_BTX
-            )
+            coarse = (None if x is None else x[span.tokens].unflatten(0, shape) for x in index[3:])
+            paged_sparse_attention(layer, q_BTHD, index_q_BTJE, w_BTJ, b_BTJ, key_rows, out_BTHD, *coarse)
         else:
             dense = (layer.kv_RGC, key_rows.rows_BS, key_rows.stop_BT, None, self.scale)
             out_BTHD.copy_(paged_attention(q_BTHD, *dense))

@@ -16,14 +16,20 @@ from fulmen.ops.paged.project import Projections
 class IndexerWeights:
     """An indexer's parameters as the kernels want them, without a copy: what is written there counts at once.
 
-    The matrices of weights and shifts become parts of one, and their biases of one float32 vector.
+    The matrices of weights and shifts become parts of one, their biases of one float32 vector.
     """
 
     def __init__(self, indexer: GqaIndexer) -> None:
         both = (indexer.weights_proj, indexer.shift_proj)
-        matrix_YC = _join([part.weight for part in both], indexer.wq.weight.dtype)
-        bias_Y = _join([part.bias for part in both], torch.float32)
-        coarse = () if indexer.coarse is None else (indexer.coarse.wq, indexer.coarse.wk)
+        matrices: list[Tensor] = [part.weight for part in both]
+        biases: list[Tensor] = [part.bias for part in both]
+        coarse: tuple[Tensor, ...] = ()
+        if indexer.coarse is not None:
+            coarse = (indexer.coarse.wq, indexer.coarse.wk)
+            matrices.append(indexer.coarse.w_shift)
+            biases.append(indexer.coarse.b_shift)
+        matrix_YC = _join(matrices, indexer.wq.weight.dtype)
+        bias_Y = _join(biases, torch.float32)
         self.projections = Projections(indexer.wq.weight, indexer.wk.weight, matrix_YC, bias_Y, *coarse)
         # Not the parameters themselves: they may be replaced, too.
         parts = [held for part in indexer.modules() for held in (part._parameters, part._buffers)]
@@ -45,7 +51,7 @@ class IndexerWeights:
 def _join(parameters: list[Tensor], dtype: torch.dtype) -> Tensor:
     """One tensor of which each parameter becomes a part, with the numbers that it has."""
     joined = torch.cat([parameter.detach().to(dtype) for parameter in parameters])
-    for parameter, part in zip(parameters, joined.chunk(len(parameters)), strict=True):
+    for parameter, part in zip(parameters, joined.split([len(one) for one in parameters]), strict=True):
         parameter.data = part
     return joined
 

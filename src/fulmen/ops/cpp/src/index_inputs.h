@@ -35,26 +35,24 @@ static inline Interval interval_of(const int64_t *start, const int64_t *stop, in
     return {start ? std::clamp<int64_t>(start[row], 0, keys) : 0, std::clamp<int64_t>(stop[row], 0, keys)};
 }
 
-// Mirrored by `CoarseLevelStruct` in abi.py: queries and keys of `pack_index_keys`, in rows of width + 2 bytes.
+// Mirrored by `CoarseLevelStruct` in abi.py: an indexer of one key head, whose heads all have weight 1.
 struct CoarseLevel {
-    int64_t width, candidates, all_up_to, k_stride_b, k_stride_s;  // up to all_up_to keys all are candidates
-    const int8_t *q, *k;  // [B T, width + 2]
+    int64_t heads, width, candidates, all_up_to, k_stride_b, k_stride_s;  // up to all_up_to keys all are candidates
+    const void *q, *b;    // [B, T, heads, width], [B, T, heads], of the indexer's dtype
+    const int8_t *k;      // rows of `pack_index_keys`
     const int32_t *rows;  // as those of `IndexInputs`
-
-    const int8_t *key(int64_t batch, int64_t s, int64_t keys) const {
-        return k + batch * k_stride_b + (rows ? rows[batch * keys + s] : s) * k_stride_s;
-    }
 };
 
 struct IndexInputs {
     IndexShape shape;
-    const void *q, *w, *b;  // float32, or all bfloat16; b may be null
+    const void *q, *w, *b;  // float32, or all bfloat16; w and b may be null: 1 and 0
     const float factor;     // E^-1/2, on products
     const void *k;
     const int64_t *start, *stop;  // start may be null
     const int32_t *rows;  // [B, S]: which row of k is a key's; null: in order
     const bool is_bf16;   // q, w and b
-    const CoarseLevel *coarse = nullptr;  // null: every visible key is scored
+    std::unique_ptr<IndexInputs> coarse;  // null: every visible key is scored
+    int64_t candidates = 0, all_up_to = 0;
     std::unique_ptr<Line[]> packed;  // all tiles of all keys, or null: then they are packed as they are needed
 
     IndexInputs(const IndexShape &given, const void *q, const void *w, const void *b, const void *k,
@@ -63,6 +61,14 @@ struct IndexInputs {
           rows(rows), is_bf16(is_bf16) {
         const int64_t products = shape.batch * shape.queries * shape.keys * shape.heads * shape.width;
         shape.threads = useful_threads(shape.threads, products);
+    }
+
+    void add_coarse(const CoarseLevel &level) {
+        IndexShape of = shape;
+        of.heads = level.heads, of.key_heads = 1, of.width = level.width;
+        of.key_kind = PACKED, of.k_stride_b = level.k_stride_b, of.k_stride_s = level.k_stride_s, of.k_stride_i = 0;
+        coarse.reset(new IndexInputs(of, level.q, nullptr, level.b, level.k, start, stop, level.rows, is_bf16));
+        candidates = level.candidates, all_up_to = level.all_up_to;
     }
 
     bool by_tiles() const { return shape.use_tiles && shape.key_kind == PACKED; }
@@ -111,8 +117,8 @@ struct QueryRows {
 
     QueryRows(const IndexInputs &in, int64_t batch, std::vector<int64_t> some)
         : batch(batch), rows(std::move(some)), first(in.shape.keys), last(0),
-          q(floats(in.q, in.shape.heads * in.shape.width, in.is_bf16)), w(floats(in.w, in.shape.heads, in.is_bf16)),
-          b(floats(in.b, in.shape.heads, in.is_bf16)) {
+          q(floats(in.q, in.shape.heads * in.shape.width, in.is_bf16, 0)), w(floats(in.w, in.shape.heads, in.is_bf16, 1)),
+          b(floats(in.b, in.shape.heads, in.is_bf16, 0)) {
         for (const int64_t row : rows) {
             const Interval visible = interval_of(in.start, in.stop, row, in.shape.keys);
             intervals.push_back(visible);
@@ -126,9 +132,9 @@ struct QueryRows {
     int64_t tiles() const { return std::max<int64_t>((last + TILE - 1) / TILE - first_tile(), 0); }
 
   private:
-    // These rows of `width` numbers; 0 where there are none.
-    std::vector<float> floats(const void *numbers, int64_t width, bool is_bf16) const {
-        std::vector<float> to(rows.size() * width);
+    // These rows of `width` numbers; `otherwise` where there are none.
+    std::vector<float> floats(const void *numbers, int64_t width, bool is_bf16, float otherwise) const {
+        std::vector<float> to(rows.size() * width, otherwise);
         for (size_t r = 0; numbers && r < rows.size(); r++) {
             if (is_bf16) to_floats((const uint16_t *)numbers + rows[r] * width, width, to.data() + r * width);
             else to_floats((const float *)numbers + rows[r] * width, width, to.data() + r * width);

@@ -3,7 +3,6 @@
 // A score's bits depend on its query and its key alone, whatever else is computed: every sum has
 // one order, by vectors (index_vectors.h) and by tiles (index_query.h, index_block.h).
 
-#include "coarse_level.h"
 #include "index_block.h"
 #include "index_query.h"
 #include "index_vectors.h"
@@ -38,7 +37,7 @@ template <class Scorer> int64_t rows_of_block(const IndexInputs &in) {
 // block; else a block scores all keys, packed once for all blocks.
 bool scores_candidates_alone(const IndexInputs &in) {
     constexpr int64_t SHARE = 6;  // neighbours share most of theirs; a guess, not tuned
-    return in.coarse && (in.shape.queries == 1 || in.shape.keys > SHARE * in.coarse->candidates);
+    return in.coarse && (in.shape.queries == 1 || in.shape.keys > SHARE * in.candidates);
 }
 
 // All tiles of all keys at once, where more than two blocks read them.
@@ -147,7 +146,7 @@ template <class Scorer> class TwoLevels {
   public:
     TwoLevels(const IndexInputs &in, const QueryRows &block, int64_t threads, ChoiceWorkspace &workspace)
         : in(in), block(block), threads(threads), rows(block.rows.size()),
-          most(in.coarse->candidates), workspace(workspace) {}
+          most(in.candidates), workspace(workspace) {}
 
     void choose(const RowChooser &chooser) {
         take_candidates();
@@ -179,16 +178,34 @@ template <class Scorer> class TwoLevels {
 
     void take_candidates() {
         int64_t stride;
-        const float *scores = scores_of<CoarseScorer>(in, block, threads, workspace.scores, stride);
+        float *scores = coarse_scores(stride);
         workspace.candidates.resize(rows * most + LANES);
         const int64_t parts = std::min(threads, rows);
         parallel_for(parts, threads, [&](int64_t part) {
             const SelectionScratch scratch(stride, most);
             for (int64_t r = part; r < rows; r += parts) {
                 int32_t *to = workspace.candidates.data() + r * most;
+                most_for_nan(scores + r * stride, stride);
                 take_best(row_scores(block, scores, stride, r), block.intervals[r], most, scratch, to);
             }
         });
+    }
+
+    float *coarse_scores(int64_t &stride) {
+        float *scores = nullptr;
+        const QueryRows queries(*in.coarse, block.batch, block.rows);
+        with_scorer(*in.coarse, [&](auto use) {
+            scores = scores_of<typename decltype(use)::Type>(*in.coarse, queries, threads, workspace.scores, stride);
+        });
+        return scores;
+    }
+
+    // The indexer decides on a key whose coarse score is no number.
+    static void most_for_nan(float *scores, int64_t count) {
+        for (int64_t s = 0; s < count; s += LANES) {
+            const Vec score = load(scores + s);
+            store(scores + s, score == score ? score : broadcast(INFINITY));
+        }
     }
 
     // `positions` of all keys that are a candidate of some query, ascending, and the column of each.
@@ -227,7 +244,7 @@ template <class Scorer> class TwoLevels {
 template <class Scorer> void choose_part(const IndexInputs &in, const Part &part, const RowChooser &chooser) {
     const auto is_far = [&](int64_t row) {
         const Interval visible = interval_of(in.start, in.stop, row, in.shape.keys);
-        return in.coarse && visible.stop - visible.start > in.coarse->all_up_to;
+        return in.coarse && visible.stop - visible.start > in.all_up_to;
     };
     const QueryRows far = wanted_rows(in, part, [&](int64_t row) { return is_far(row) && chooser.must(row); });
     if (!far.rows.empty()) TwoLevels<Scorer>(in, far, part.threads, part.workspace).choose(chooser);
@@ -242,15 +259,16 @@ template <class Scorer> void choose_part(const IndexInputs &in, const Part &part
 
 void choose_best(IndexInputs &in, int32_t *chosen) {
     const RowChooser chooser{in, 0, chosen};
+    pack_index_keys(in);
     with_scorer(in, [&](auto use) {
         using Scorer = typename decltype(use)::Type;
-        pack_tiles<Scorer>(in);
         for_parts<Scorer>(in, [&](const Part &part) { choose_part<Scorer>(in, part, chooser); });
     });
 }
 
 void pack_index_keys(IndexInputs &in) {
     with_scorer(in, [&](auto use) { pack_tiles<typename decltype(use)::Type>(in); });
+    if (in.coarse) pack_index_keys(*in.coarse);
 }
 
 void choose_some(const IndexInputs &in, int64_t batch, int64_t low, int64_t high, ChoiceWorkspace &workspace, int32_t *chosen) {
@@ -269,7 +287,7 @@ extern "C" {
 int fulmen_index_topk(const float *q, const void *k, const float *w, const float *b, const int64_t *start,
                       const int64_t *stop, int32_t *chosen, const IndexShape *shape, const CoarseLevel *coarse) try {
     IndexInputs in(*shape, q, w, b, k, start, stop);
-    in.coarse = coarse;
+    if (coarse) in.add_coarse(*coarse);
     choose_best(in, chosen);
     return 0;
 } catch (const std::bad_alloc &) {

@@ -44,8 +44,8 @@ std::string index_shape() {
 std::string coarse_level() {
     using S = CoarseLevel;
     return LAYOUT(CoarseLevel)
-        .FIELD(S, width).FIELD(S, candidates).FIELD(S, all_up_to).FIELD(S, k_stride_b).FIELD(S, k_stride_s).FIELD(S, q).FIELD(S, k)
-        .FIELD(S, rows).line();
+        .FIELD(S, heads).FIELD(S, width).FIELD(S, candidates).FIELD(S, all_up_to).FIELD(S, k_stride_b).FIELD(S, k_stride_s)
+        .FIELD(S, q).FIELD(S, b).FIELD(S, k).FIELD(S, rows).line();
 }
 
 std::string attention_shape() {
@@ -63,8 +63,8 @@ std::string paged_layer() {
         .FIELD(S, heads).FIELD(S, key_heads).FIELD(S, width).FIELD(S, index_heads).FIELD(S, index_key_heads)
         .FIELD(S, index_width).FIELD(S, topk).FIELD(S, dense_up_to).FIELD(S, is_bf16).FIELD(S, kv_stride_r)
         .FIELD(S, kv_stride_g).FIELD(S, packed_stride_r).FIELD(S, use_tiles)
-        .FIELD(S, coarse_width).FIELD(S, candidates).FIELD(S, all_up_to).FIELD(S, coarse_stride_r).FIELD(S, kv).FIELD(S, packed)
-        .FIELD(S, rope_pairs).FIELD(S, coarse).FIELD(S, coarse_pairs).FIELD(S, scale).line();
+        .FIELD(S, coarse_heads).FIELD(S, coarse_width).FIELD(S, candidates).FIELD(S, all_up_to).FIELD(S, coarse_stride_r)
+        .FIELD(S, kv).FIELD(S, packed).FIELD(S, rope_pairs).FIELD(S, coarse).FIELD(S, coarse_pairs).FIELD(S, scale).line();
 }
 
 // What a step of a layer is given.
@@ -78,7 +78,7 @@ std::string step() {
            LAYOUT(PagedQueries)
                .FIELD(PagedQueries, batch).FIELD(PagedQueries, count).FIELD(PagedQueries, threads)
                .FIELD(PagedQueries, q).FIELD(PagedQueries, index_q).FIELD(PagedQueries, w).FIELD(PagedQueries, b)
-               .FIELD(PagedQueries, coarse_q).line() +
+               .FIELD(PagedQueries, coarse_q).FIELD(PagedQueries, coarse_b).line() +
            LAYOUT(Projections)
                .FIELD(Projections, q_width).FIELD(Projections, k_width).FIELD(Projections, x_width)
                .FIELD(Projections, q).FIELD(Projections, k).FIELD(Projections, w_and_b)
@@ -91,7 +91,7 @@ std::string step() {
 extern "C" {
 
 // Raised with every change of a function's arguments, and with new functions; `abi.py` expects the same number.
-int fulmen_abi_version() { return 11; }
+int fulmen_abi_version() { return 12; }
 
 // The structures that callers fill in, a line each; `abi.py` compares them with its own.
 const char *fulmen_layouts() {

@@ -8,7 +8,7 @@
 namespace {
 
 // Indices in a list of heads.
-enum { Q, K, V, INDEX_Q, INDEX_K, COARSE_Q, COARSE_K, W, B };
+enum { Q, K, V, INDEX_Q, INDEX_K, COARSE_Q, COARSE_K, W, B, COARSE_B };
 
 template <class Number>
 void store_tokens(const PagedLayer &layer, const NewTokens &tokens, const Heads *heads, const SelectionInputs<Number> &to) {
@@ -45,7 +45,7 @@ template <class Number> float dot(const Number *x, const float *y, int64_t count
 template <class Number> class RowProjector {
     const PagedLayer &layer;
     const NewTokens &tokens;
-    const int64_t n_q, n_k, n_w, n_coarse;  // rows of the matrices
+    const int64_t n_q, n_k, n_w, n_coarse_q, n_coarse_k;  // rows of the matrices
 
     struct Matrix {
         const Number *rows;
@@ -71,23 +71,23 @@ template <class Number> class RowProjector {
     }
 
     int64_t coarse_from() const { return n_q + n_k + n_w; }
-    int64_t stride() const { return coarse_from() + 2 * n_coarse; }
+    int64_t stride() const { return coarse_from() + n_coarse_q + n_coarse_k; }
 
   public:
-    std::vector<Number> out;  // [B]: index queries, index keys, weights and shifts, coarse queries, coarse keys
+    std::vector<Number> out;  // [B]: index queries, index keys, weights and shifts, coarse shifts, coarse queries, coarse keys
 
     RowProjector(const PagedLayer &layer, const NewTokens &tokens)
         : layer(layer), tokens(tokens), n_q(layer.index_heads * layer.index_width),
-          n_k(layer.index_key_heads * layer.index_width), n_w(2 * layer.index_heads),
-          n_coarse(layer.coarse_width), out(tokens.count * stride()) {}
+          n_k(layer.index_key_heads * layer.index_width), n_w(2 * layer.index_heads + layer.coarse_heads),
+          n_coarse_q(layer.coarse_heads * layer.coarse_width), n_coarse_k(layer.coarse_width), out(tokens.count * stride()) {}
 
     // From queries and keys of all heads, side by side, and hidden states; keys alone where nothing is selected.
     void project(const Projections &by, const Heads &all_qk, const Heads &x, bool selects) {
         constexpr int64_t PER_ITEM = 48;
         std::vector<Matrix> matrices{matrix(by.k, n_k, by.k_width, n_q, all_qk.from<Number>(by.q_width), nullptr)};
         const Heads keys = all_qk.from<Number>(by.q_width);
-        if (n_coarse) matrices.push_back(matrix(by.coarse_k, n_coarse, by.k_width, coarse_from() + n_coarse, keys, nullptr));
-        if (selects && n_coarse) matrices.push_back(matrix(by.coarse_q, n_coarse, by.q_width, coarse_from(), all_qk, nullptr));
+        if (n_coarse_k) matrices.push_back(matrix(by.coarse_k, n_coarse_k, by.k_width, coarse_from() + n_coarse_q, keys, nullptr));
+        if (selects && n_coarse_q) matrices.push_back(matrix(by.coarse_q, n_coarse_q, by.q_width, coarse_from(), all_qk, nullptr));
         if (selects) {
             matrices.push_back(matrix(by.q, n_q, by.q_width, 0, all_qk, nullptr));
             matrices.push_back(matrix(by.w_and_b, n_w, by.x_width, n_q + n_k, x, by.bias));
@@ -108,33 +108,34 @@ template <class Number> class RowProjector {
     Heads index_k() const { return {out.data() + n_q, stride()}; }
     Heads w() const { return {out.data() + n_q + n_k, stride()}; }
     Heads b() const { return {out.data() + n_q + n_k + layer.index_heads, stride()}; }
+    Heads coarse_b() const { return {out.data() + n_q + n_k + 2 * layer.index_heads, stride()}; }
     Heads coarse_q() const { return {out.data() + coarse_from(), stride()}; }
-    Heads coarse_k() const { return {out.data() + coarse_from() + n_coarse, stride()}; }
+    Heads coarse_k() const { return {out.data() + coarse_from() + n_coarse_q, stride()}; }
 };
 
 // One token of each sequence is stored; what is needed to attend, rotated and side by side.
 template <class Number> class NewQueries {
     const PagedLayer &layer;
     const NewTokens &tokens;
-    std::vector<Number> q, index_q, w, b;
-    std::vector<int8_t> coarse_q;
+    std::vector<Number> q, index_q, w, b, coarse_q, coarse_b;
 
   public:
     NewQueries(const PagedLayer &layer, const NewTokens &tokens)
         : layer(layer), tokens(tokens), q(tokens.count * layer.heads * layer.width),
           index_q(tokens.count * layer.index_heads * layer.index_width), w(tokens.count * layer.index_heads), b(w.size()),
-          coarse_q(layer.coarse_width ? tokens.count * (layer.coarse_width + 2) : 0) {}
+          coarse_q(tokens.count * layer.coarse_heads * layer.coarse_width), coarse_b(tokens.count * layer.coarse_heads) {}
 
     void store(const Heads *heads) {
         store_tokens<Number>(layer, tokens, heads, {q.data(), index_q.data(), coarse_q.data()});
         for (int64_t t = 0; heads[INDEX_Q].numbers && t < tokens.count; t++) {
             std::copy_n(heads[W].of<Number>(t), layer.index_heads, w.data() + t * layer.index_heads);
             std::copy_n(heads[B].of<Number>(t), layer.index_heads, b.data() + t * layer.index_heads);
+            std::copy_n(heads[COARSE_B].of<Number>(t), layer.coarse_heads, coarse_b.data() + t * layer.coarse_heads);
         }
     }
 
     PagedQueries queries() const {
-        return {tokens.count, 1, tokens.threads, q.data(), index_q.data(), w.data(), b.data(), coarse_q.data()};
+        return {tokens.count, 1, tokens.threads, q.data(), index_q.data(), w.data(), b.data(), coarse_q.data(), coarse_b.data()};
     }
 };
 
@@ -146,7 +147,8 @@ void decode(const PagedLayer &layer, const Projections &projections, const NewTo
     projected.project(projections, all_qk, x, selects);
     const int64_t k = layer.heads * layer.width, v = k + layer.key_heads * layer.width;
     const Heads heads[] = {qkv, qkv.from<Number>(k), qkv.from<Number>(v), selects ? projected.index_q() : Heads{},
-                           projected.index_k(), projected.coarse_q(), projected.coarse_k(), projected.w(), projected.b()};
+                           projected.index_k(), projected.coarse_q(), projected.coarse_k(), projected.w(), projected.b(),
+                           projected.coarse_b()};
     NewQueries<Number> stored(layer, tokens);
     stored.store(heads);
     attend_to_paged(layer, stored.queries(), key_rows, out);
@@ -157,12 +159,12 @@ void decode(const PagedLayer &layer, const Projections &projections, const NewTo
 extern "C" {
 
 // heads: q, k, v, index_q (or null), index_k, coarse_q (or null) and coarse_k of the tokens. q_out [T, H, D] and
-// index_q_out [T, J, E], in the model's dtype, are rotated, coarse_q_out [T, N + 2] is packed; the keys and values are stored.
+// index_q_out [T, J, E] and coarse_q_out [T, M, N], in the model's dtype, are rotated; the keys and values are stored.
 int fulmen_paged_store(const PagedLayer *layer, const NewTokens *tokens, const Heads *heads, void *q_out,
-                       void *index_q_out, int8_t *coarse_q_out) try {
+                       void *index_q_out, void *coarse_q_out) try {
     if (layer->is_bf16)
-        store_tokens<uint16_t>(*layer, *tokens, heads, {(uint16_t *)q_out, (uint16_t *)index_q_out, coarse_q_out});
-    else store_tokens<float>(*layer, *tokens, heads, {(float *)q_out, (float *)index_q_out, coarse_q_out});
+        store_tokens<uint16_t>(*layer, *tokens, heads, {(uint16_t *)q_out, (uint16_t *)index_q_out, (uint16_t *)coarse_q_out});
+    else store_tokens<float>(*layer, *tokens, heads, {(float *)q_out, (float *)index_q_out, (float *)coarse_q_out});
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;

@@ -13,7 +13,7 @@ extern "C" int fulmen_store_index_keys(const float *k, const int64_t *rows, int8
 struct PagedLayer {
     int64_t heads, key_heads, width, index_heads, index_key_heads, index_width, topk, dense_up_to, is_bf16;
     int64_t kv_stride_r, kv_stride_g, packed_stride_r, use_tiles;
-    int64_t coarse_width, candidates, all_up_to, coarse_stride_r;  // width 0: one level
+    int64_t coarse_heads, coarse_width, candidates, all_up_to, coarse_stride_r;  // no heads: one level
     void *kv;                     // [R, G, 2 D]: a head's key, then its value
     int8_t *packed;               // [R, I * (E + 2)]
     const int64_t *rope_pairs;    // [I, E / 2]: of the model's pairs; beyond them: is not rotated
@@ -39,16 +39,16 @@ struct KeyRows {
 // Mirrored there, too: T queries of each of B sequences, rotated, in the model's dtype.
 struct PagedQueries {
     int64_t batch, count, threads;
-    const void *q, *index_q, *w, *b;  // [B, T, H, D], [B, T, J, E], [B, T, J]
-    const int8_t *coarse_q;           // [B, T, N + 2], packed
+    const void *q, *index_q, *w, *b;   // [B, T, H, D], [B, T, J, E], [B, T, J]
+    const void *coarse_q, *coarse_b;  // [B, T, M, N], [B, T, M]
 };
 
 // Mirrored by `ProjectionsStruct` in abi.py: matrices of the model's dtype, row after row.
 struct Projections {
     int64_t q_width, k_width, x_width;
-    const void *q, *k, *w_and_b;         // [J E, X], [I E, X], [2 J, C]
-    const void *coarse_q, *coarse_k;     // [N, X] both, as wide as q and k
-    const float *bias;                   // [2 J]
+    const void *q, *k, *w_and_b;      // [J E, X], [I E, X], [2 J + M, C]: weights, shifts, coarse shifts
+    const void *coarse_q, *coarse_k;  // [M N, X], [N, X], as wide as q and k
+    const float *bias;                // [2 J + M]
 };
 
 // In paged_sparse.cpp: out [B, T, H, D] in the model's dtype. Where every query sees `dense_up_to` keys at most, nothing is read
@@ -135,10 +135,10 @@ template <class Number> class RotaryTable {
         }
     }
 
-    // A coarse query or key, packed.
-    void pack_coarse(const Number *x, float *rotated, int8_t *to) const {
-        rotate(x, layer.coarse_width / 2, layer.coarse_width, coarse.cos.data(), coarse.sin.data(), rotated);
-        pack_index_head(rotated, layer.coarse_width, to);
+    template <class To> void rotate_coarse(const Number *x, int64_t heads, To *to) const {
+        const int64_t width = layer.coarse_width;
+        for (int64_t m = 0; m < heads; m++)
+            rotate(x + m * width, width / 2, width, coarse.cos.data(), coarse.sin.data(), to + m * width);
     }
 };
 
@@ -149,8 +149,7 @@ template <class Number> struct TokenHeads {
 
 // Of all tokens, in the model's dtype: rotated queries, and what the indexer selects by (null: nothing is selected).
 template <class Number> struct SelectionInputs {
-    Number *q, *index_q;
-    int8_t *coarse_q;  // packed; null where there is one level
+    Number *q, *index_q, *coarse_q;  // the last: null where there is one level
 };
 
 // Keys, values and index keys into their caches, token by token; queries and index queries, rotated, to those of all tokens.
@@ -169,14 +168,15 @@ template <class Number> class TokenWriter {
         rotary.begin(token);
         store(token, heads.k, heads.v, heads.index_k);
         if (layer.coarse_width) {
+            rotary.rotate_coarse(heads.coarse_k, 1, coarse_rotated.data());
             int8_t *row = layer.coarse + tokens.coarse_rows[token] * layer.coarse_stride_r;
-            rotary.pack_coarse(heads.coarse_k, coarse_rotated.data(), row);
+            pack_index_head(coarse_rotated.data(), layer.coarse_width, row);
         }
         rotary.rotate_heads(heads.q, layer.heads, to.q + token * layer.heads * layer.width);
         if (!heads.index_q) return;
         rotary.rotate_index_heads(heads.index_q, layer.index_heads, to.index_q + token * layer.index_heads * layer.index_width);
-        if (!layer.coarse_width) return;
-        rotary.pack_coarse(heads.coarse_q, coarse_rotated.data(), to.coarse_q + token * (layer.coarse_width + 2));
+        const int64_t numbers = layer.coarse_heads * layer.coarse_width;
+        if (numbers) rotary.rotate_coarse(heads.coarse_q, layer.coarse_heads, to.coarse_q + token * numbers);
     }
 
   private:

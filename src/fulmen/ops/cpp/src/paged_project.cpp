@@ -114,20 +114,21 @@ class StoringProjector {
     const NewTokens &tokens;
     const Heads qkv;
     const SelectionInputs<Number> to;
-    Number *const w, *const b;
-    const int64_t q_width, k_width, w_width, coarse_width;  // of what the indexer has
+    Number *const w, *const b, *const coarse_b;
+    const int64_t q_width, k_width, w_width, coarse_q_width, coarse_k_width;  // of what the indexer has
     std::vector<Matrix> matrices;  // of keys of both levels; then, if anything is selected, of their queries, w and b
 
   public:
     StoringProjector(const PagedLayer &layer, const NewTokens &tokens, const Projections &by, const Heads &qkv,
-                         const Heads &all_qk, const Heads &x, const SelectionInputs<Number> &to, Number *w, Number *b)
-        : layer(layer), tokens(tokens), qkv(qkv), to(to), w(w), b(b), q_width(layer.index_heads * layer.index_width),
-          k_width(layer.index_key_heads * layer.index_width), w_width(2 * layer.index_heads),
-          coarse_width(layer.coarse_width) {
+                         const Heads &all_qk, const Heads &x, const SelectionInputs<Number> &to, Number *w, Number *b, Number *coarse_b)
+        : layer(layer), tokens(tokens), qkv(qkv), to(to), w(w), b(b), coarse_b(coarse_b), q_width(layer.index_heads * layer.index_width),
+          k_width(layer.index_key_heads * layer.index_width), w_width(2 * layer.index_heads + layer.coarse_heads),
+          coarse_q_width(layer.coarse_heads * layer.coarse_width), coarse_k_width(layer.coarse_width) {
         const int64_t coarse = k_width + q_width + w_width;
-        if (coarse_width) add(by.coarse_k, coarse_width, by.k_width, coarse + coarse_width, all_qk.from<Number>(by.q_width), nullptr);
-        if (coarse_width && to.index_q) add(by.coarse_q, coarse_width, by.q_width, coarse, all_qk, nullptr);
-        add(by.k, k_width, by.k_width, 0, all_qk.from<Number>(by.q_width), nullptr);
+        const Heads keys = all_qk.from<Number>(by.q_width);
+        if (coarse_k_width) add(by.coarse_k, coarse_k_width, by.k_width, coarse + coarse_q_width, keys, nullptr);
+        if (coarse_q_width && to.index_q) add(by.coarse_q, coarse_q_width, by.q_width, coarse, all_qk, nullptr);
+        add(by.k, k_width, by.k_width, 0, keys, nullptr);
         if (!to.index_q) return;
         add(by.q, q_width, by.q_width, k_width, all_qk, nullptr);
         add(by.w_and_b, w_width, by.x_width, k_width + q_width, x, by.bias);
@@ -146,7 +147,7 @@ class StoringProjector {
         parallel_for(threads, threads, [&](int64_t) {
             const TileScope scope(TileConfig::full());
             std::vector<Inputs> inputs(matrices.begin(), matrices.end());
-            Products made(k_width + q_width + w_width + 2 * coarse_width);
+            Products made(k_width + q_width + w_width + coarse_q_width + coarse_k_width);
             for (int64_t low; (low = TOKENS * taken++) < tokens.count;) {
                 const int64_t high = std::min(low + TOKENS, tokens.count);
                 for (size_t i = 0; i < matrices.size(); i++) {
@@ -169,10 +170,11 @@ class StoringProjector {
         for (int64_t t = low; t < high; t++) {
             const Number *own = qkv.of<Number>(t), *made = products.of(t - low);
             const Number *w_and_b = made + k_width + q_width, *coarse = w_and_b + w_width;
-            writer.take(t, {own, own + k, own + v, to.index_q ? made + k_width : nullptr, made, coarse, coarse + coarse_width}, to);
+            writer.take(t, {own, own + k, own + v, to.index_q ? made + k_width : nullptr, made, coarse, coarse + coarse_q_width}, to);
             if (!to.index_q) continue;
             std::copy_n(w_and_b, heads, w + t * heads);
             std::copy_n(w_and_b + heads, heads, b + t * heads);
+            if (coarse_b) std::copy_n(w_and_b + 2 * heads, layer.coarse_heads, coarse_b + t * layer.coarse_heads);
         }
     }
 };
@@ -182,13 +184,13 @@ class StoringProjector {
 extern "C" {
 
 // qkv: heads of queries, keys and values side by side; all_qk: queries and keys of all heads; x: hidden states. q [T, H, D];
-// index_q [T, J, E], w and b [T, J], or all three null: all bfloat16; coarse_q [T, N + 2], packed, or null.
+// index_q [T, J, E], w and b [T, J], or all three null; coarse_q [T, M, N] and coarse_b [T, M], or null: all bfloat16.
 int fulmen_paged_project(const PagedLayer *layer, const Projections *projections, const NewTokens *tokens, const void *qkv,
                          int64_t qkv_stride, const void *all_qk, int64_t all_qk_stride, const void *x, int64_t x_stride,
-                         void *q, void *index_q, void *w, void *b, int8_t *coarse_q) try {
-    const SelectionInputs<Number> to{(Number *)q, (Number *)index_q, coarse_q};
+                         void *q, void *index_q, void *w, void *b, void *coarse_q, void *coarse_b) try {
+    const SelectionInputs<Number> to{(Number *)q, (Number *)index_q, (Number *)coarse_q};
     StoringProjector(*layer, *tokens, *projections, {qkv, qkv_stride}, {all_qk, all_qk_stride}, {x, x_stride}, to,
-                     (Number *)w, (Number *)b).run();
+                     (Number *)w, (Number *)b, (Number *)coarse_b).run();
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;

@@ -18,7 +18,8 @@ IndexInputs index_inputs(const PagedLayer &layer, const PagedQueries &queries, c
 }
 
 CoarseLevel coarse_level(const PagedLayer &layer, const PagedQueries &queries, const KeyRows &key_rows) {
-    return {layer.coarse_width, layer.candidates, layer.all_up_to, 0, layer.coarse_stride_r, queries.coarse_q, layer.coarse, key_rows.coarse_rows};
+    return {layer.coarse_heads, layer.coarse_width, layer.candidates, layer.all_up_to, 0, layer.coarse_stride_r,
+            queries.coarse_q, queries.coarse_b, layer.coarse, key_rows.coarse_rows};
 }
 
 // Without selections.
@@ -34,8 +35,7 @@ AttentionInputs attention_inputs(const PagedLayer &layer, const PagedQueries &qu
 
 void attend_to_paged(const PagedLayer &layer, const PagedQueries &queries, const KeyRows &key_rows, void *out) {
     IndexInputs index = index_inputs(layer, queries, key_rows);
-    const CoarseLevel coarse = coarse_level(layer, queries, key_rows);
-    if (layer.coarse_width) index.coarse = &coarse;
+    if (layer.coarse_heads) index.add_coarse(coarse_level(layer, queries, key_rows));
     AttentionInputs in = attention_inputs(layer, queries, key_rows);
     const Results results(in.shape, out, nullptr);
     if (comes_in_blocks(in)) {
