@@ -158,13 +158,13 @@ def test_default_shapes_and_what_they_cost():
     assert (two.coarse_head_dim, one.coarse_head_dim) == (24, 0)
     kept = 2 * (24 + 2)  # bytes a token, in three layers
     assert token_bytes(config, two).index_keys - token_bytes(config, one).index_keys == 3 * kept / 2
-    far, near = (decode_parts(config, two, position).index_scores for position in (400, 60))
-    alone = decode_parts(config, one, 400).index_scores
+    far, near = (decode_parts(config, two, position).index_scores for position in (600, 60))
+    alone = decode_parts(config, one, 600).index_scores
     index_key = token_bytes(config, one).index_keys
-    assert far.bytes == 400 * 3 * 26 + 64 * index_key
+    assert far.bytes == 600 * 3 * 26 + 64 * index_key
     assert near == decode_parts(config, one, 60).index_scores
-    pair = alone.flops / 400 / 3
-    assert far.flops == 3 * (400 * 2 * 5 * 25 + 64 * pair)
+    pair = alone.flops / 600 / 3
+    assert far.flops == 3 * (600 * 2 * 5 * 25 + 64 * pair)
     with pytest.raises(ConfigError, match="is more than the 32 dims of the key heads"):
         dsa_family_for_dense(config).require_inheritable(config, DsaConfig(8, 4, 2, 8, (0,), (), 40, 4))
     with pytest.raises(ConfigError, match="coarse_n_heads=3 does not fit 4 heads on 2 key heads"):
