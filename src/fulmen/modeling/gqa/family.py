@@ -30,8 +30,8 @@ from fulmen.modeling.lengths import short_text_topk
 from fulmen.modeling.selectors import dsa_attentions
 from fulmen.ops.common.index_keys import SCALE_BYTES
 
-# Dims of a coarse head. The least chose nearly as well as twice as many (docs/log.md); the most are a row of a
-# matrix tile.
+# Dims of a coarse head. The least chose nearly as well as twice as many (docs/log.md); the most are a row of
+# a matrix tile.
 LEAST_COARSE, MOST_COARSE = 24, 64
 
 
