@@ -28,6 +28,7 @@ from fulmen.ops.common.plain_checks import (
     check_plain_losses,
     check_plain_scores,
     scale_or_default,
+    softcap_or_none,
     with_key_head_axis,
 )
 from fulmen.ops.losses import indexer, selection
@@ -111,6 +112,8 @@ def sparse_attention(
     indices: Tensor,
     scale: float | None = None,
     *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 @overload
@@ -121,6 +124,8 @@ def sparse_attention(
     indices: Tensor,
     scale: float | None = None,
     *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def sparse_attention(
@@ -130,24 +135,31 @@ def sparse_attention(
     indices: Tensor,
     scale: float | None = None,
     *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of each query over its selected keys, one selection for all heads.
 
-    DeepSeek-V3.2 (arXiv 2512.02556, section 2.1). Differentiable in q, k and v.
+    DeepSeek-V3.2 (arXiv 2512.02556, section 2.1). Differentiable in q, k, v and sinks.
 
     Args:
         q: [B, T, H, D]. k: [B, S, G, D]. v: [B, S, G, V]. All of one floating dtype.
         indices: [B, T, K], int32 or int64, below S, distinct within a row, in any order; negative: nothing.
             What is selected is attended to, whether causal or not.
         scale: factor on q . k; None: D**-0.5.
+        softcap: c of logits c tanh(l / c), l = scale q . k, as in Gemma 2; None: l as it is.
+        sinks: [H], any floating dtype: a logit of each head that takes part in its softmax and has no value,
+            as in gpt-oss; None: there is none.
 
     Returns:
         out [B, T, H, V] in the dtype of q, 0 for a query without keys; with `return_lse` also the natural
-        log of the softmax's denominator [B, T, H], float32 (float64 for float64 inputs), -inf there.
+        log of the softmax's denominator [B, T, H], sinks included, float32 (float64 for float64 inputs), -inf
+        (or the sink) there.
     """
-    check_plain_attention(q, k, v, indices=indices)
-    out, lse = sparse.sparse_attention(q, k, v, indices, scale_or_default(scale, q))
+    check_plain_attention(q, k, v, sinks, indices=indices)
+    softmax = scale_or_default(scale, q), softcap_or_none(softcap), sinks
+    out, lse = sparse.sparse_attention(q, k, v, indices, *softmax)
     return (out, lse) if return_lse else out
 
 
@@ -160,6 +172,8 @@ def dense_attention(
     start: Tensor | None = None,
     stop: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 @overload
@@ -171,6 +185,8 @@ def dense_attention(
     start: Tensor | None = None,
     stop: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def dense_attention(
@@ -181,15 +197,18 @@ def dense_attention(
     start: Tensor | None = None,
     stop: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Softmax attention of each query over all keys that it sees. Differentiable in q, k and v.
+    """Softmax attention of each query over all keys that it sees. Differentiable in q, k, v and sinks.
 
     Args and Returns: as `sparse_attention`.
     """
-    sizes = check_plain_attention(q, k, v, start=start, stop=stop)
+    sizes = check_plain_attention(q, k, v, sinks, start=start, stop=stop)
     intervals = causal_or_given(q, sizes, start, stop)
-    out, lse = dense.dense_attention(q, k, v, *intervals, scale_or_default(scale, q))
+    softmax = scale_or_default(scale, q), softcap_or_none(softcap), sinks
+    out, lse = dense.dense_attention(q, k, v, *intervals, *softmax)
     return (out, lse) if return_lse else out
 
 

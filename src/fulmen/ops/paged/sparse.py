@@ -104,7 +104,7 @@ def paged_sparse_attention_composed(
         limits = layer.coarse.numbers[:2]
         coarse = PagedCoarse(coarse_q_BTX, layer.coarse.packed_RX, key_rows.coarse_rows_BS, *limits)
     topk_BTK = paged_index_topk(*index, layer.topk, layer.dense_up_to, coarse)
-    inputs = (layer.kv_RGC, key_rows.rows_BS, key_rows.stop_BT, topk_BTK, layer.scale)
+    inputs = (layer.kv_RGC, key_rows.rows_BS, key_rows.stop_BT, topk_BTK, *layer.softmax)
     out_BTHD.copy_(paged_attention(q_BTHD, *inputs))
 
 

@@ -163,7 +163,7 @@ class DsaAttention(nn.Module):
                 layer, q_BTHD, index_q_BTJE, w_BTJ, b_BTJ, key_rows, out_BTHD, coarse_q_BTX
             )
         else:
-            dense = (layer.kv_RGC, key_rows.rows_BS, key_rows.stop_BT, None, self.scale)
+            dense = (layer.kv_RGC, key_rows.rows_BS, key_rows.stop_BT, None, *layer.softmax)
             out_BTHD.copy_(paged_attention(q_BTHD, *dense))
 
     def _gathered(self, qkv: Tensor) -> Tensor:
