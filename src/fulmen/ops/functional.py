@@ -223,6 +223,8 @@ def indexer_loss(
     start: Tensor | None = None,
     stop: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> IndexerLoss:
     """KL(p || softmax(index scores)) of each query, p the mean over heads of its dense attention.
 
@@ -231,15 +233,21 @@ def indexer_loss(
 
     Args:
         q, k, w, b: as `index_scores`.
-        attn_q, attn_k: the attention's own after RoPE, [B, T, H, D] and [B, S, G, D]. scale: of theirs.
+        attn_q, attn_k: the attention's own after RoPE, [B, T, H, D] and [B, S, G, D].
+        scale, softcap, sinks: of the attention, as `dense_attention`. With sinks p is what they leave to the
+            keys, divided by its sum.
 
     Returns:
         `kl_BT` and `target_entropy_BT` [B, T], nats, float32 (float64 for float64 inputs).
     """
-    index, attn = (q, with_key_head_axis(k), w, b), {"attn_q BTHD": attn_q, "attn_k BSGD": attn_k}
+    index, attn = (
+        (q, with_key_head_axis(k), w, b),
+        {"attn_q BTHD": attn_q, "attn_k BSGD": attn_k, "sinks H": sinks},
+    )
     sizes = check_plain_losses(index, attn, {"start": start, "stop": stop})
     intervals = causal_or_given(q, sizes, start, stop)
-    return indexer.indexer_loss(*index, attn_q, attn_k, *intervals, scale_or_default(scale, attn_q))
+    softmax = scale_or_default(scale, attn_q), softcap_or_none(softcap), sinks
+    return indexer.indexer_loss(*index, attn_q, attn_k, *intervals, *softmax)
 
 
 def indexer_loss_selected(
@@ -252,15 +260,20 @@ def indexer_loss_selected(
     attn_k: Tensor,
     indices: Tensor,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> IndexerLoss:
     """`indexer_loss` over the selected keys alone (equation 4, sparse stage).
 
     Args: as `indexer_loss`, and `indices` as `sparse_attention`.
     """
-    index, attn = (q, with_key_head_axis(k), w, b), {"attn_q BTHD": attn_q, "attn_k BSGD": attn_k}
+    index, attn = (
+        (q, with_key_head_axis(k), w, b),
+        {"attn_q BTHD": attn_q, "attn_k BSGD": attn_k, "sinks H": sinks},
+    )
     check_plain_losses(index, attn, {"indices": indices})
-    scale = scale_or_default(scale, attn_q)
-    return indexer.indexer_loss_selected(*index, attn_q, attn_k, indices, scale)
+    softmax = scale_or_default(scale, attn_q), softcap_or_none(softcap), sinks
+    return indexer.indexer_loss_selected(*index, attn_q, attn_k, indices, *softmax)
 
 
 def selection_loss(
@@ -278,13 +291,15 @@ def selection_loss(
     start: Tensor | None = None,
     stop: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Relative squared change of the attention's output if keys fade out softly at the cut of the selection.
 
     fulmen's own. Differentiable in q, k, w and b.
 
     Args:
-        q, k, w, b, attn_q, attn_k: as `indexer_loss`. attn_v: [B, S, G, V].
+        q, k, w, b, attn_q, attn_k, softcap, sinks: as `indexer_loss`. attn_v: [B, S, G, V].
         out_weight: the output projection [C, H V].
         topk: size of the selection; a query that sees no more keys has loss 0.
         temperature: width of the cut, in units of the index score; above 0.
@@ -296,11 +311,12 @@ def selection_loss(
     check_above_zero("temperature", temperature)
     index, attn = (
         (q, with_key_head_axis(k), w, b),
-        {"attn_q BTHD": attn_q, "attn_k BSGD": attn_k, "attn_v BSGV": attn_v},
+        {"attn_q BTHD": attn_q, "attn_k BSGD": attn_k, "attn_v BSGV": attn_v, "sinks H": sinks},
     )
     sizes = check_plain_losses(index, {**attn, "out_weight CN": out_weight}, {"start": start, "stop": stop})
     if sizes["N"] != (n := sizes["H"] * sizes["V"]):
         raise ConfigError(f"out_weight has {sizes['N']} columns, the heads {n} values; make them equal")
     intervals, scale = causal_or_given(q, sizes, start, stop), scale_or_default(scale, attn_q)
-    attention = (attn_q, attn_k, attn_v, out_weight)
-    return selection.selection_loss(*index, *attention, *intervals, topk, scale, temperature)
+    attention, cut = (attn_q, attn_k, attn_v, out_weight), (topk, scale, temperature)
+    changes = softcap_or_none(softcap), sinks
+    return selection.selection_loss(*index, *attention, *intervals, *cut, *changes)

@@ -15,3 +15,11 @@ def with_sinks(out_BTHV: Tensor, lse_BTH: Tensor, sinks_H: Tensor | None) -> tup
     sinks_H = sinks_H.to(lse_BTH.dtype)
     share_BTH1 = (lse_BTH - sinks_H).sigmoid()[..., None]
     return (out_BTHV * share_BTH1).to(out_BTHV.dtype), torch.logaddexp(lse_BTH, sinks_H)
+
+
+def softmax_with_sinks(logits_HTS: Tensor, sinks_H: Tensor | None) -> Tensor:
+    """Probabilities of the keys, whose sum a sink takes from; there may be axes before H."""
+    if sinks_H is None:
+        return logits_HTS.softmax(-1)
+    sinks_HT1 = sinks_H.to(logits_HTS.dtype)[:, None, None].expand(*logits_HTS.shape[:-1], 1)
+    return torch.cat((logits_HTS, sinks_HT1), -1).softmax(-1)[..., :-1]

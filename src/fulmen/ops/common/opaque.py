@@ -17,7 +17,7 @@ Found = TypeVar("Found")
 
 # A checkpoint's own copy of this source registers its own.
 OP_NAMESPACE = re.sub(r"\W", "_", __name__)
-# A gradient of (gradients of the outputs, q, k, v, the other tensors, the outputs, scale, softcap) in q, k and v.
+# A gradient in q, k and v of (gradients of the outputs, q, k, v, other tensors, the outputs, scale, softcap).
 AttentionGradients = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 

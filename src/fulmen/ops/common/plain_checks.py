@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ def check_plain_attention(
 
 def check_plain_losses(
     index: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    attn: dict[str, Tensor],
+    attn: dict[str, Any],
     integers: dict[str, Tensor | None],
 ) -> dict[str, int]:
     """Of a loss: the indexer's inputs (q, k, w, b), the attention's by name and axes, as "attn_q BTHD"."""

@@ -68,7 +68,10 @@ class PagedLayerStruct(ctypes.Structure):
                 *("coarse_width", "candidates", "all_up_to", "coarse_stride_r"),
             )
         ),
-        *((name, ctypes.c_void_p) for name in ("kv", "packed", "rope_pairs", "coarse", "coarse_pairs", "sinks")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("kv", "packed", "rope_pairs", "coarse", "coarse_pairs", "sinks")
+        ),
         *((name, ctypes.c_double) for name in ("scale", "softcap")),
     ]
 

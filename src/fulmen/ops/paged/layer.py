@@ -175,7 +175,11 @@ class PagedLayer:
                 if coarse is None
                 else (coarse.packed_RX.data_ptr(), coarse.rope_pairs_P.data_ptr())
             ),
-            *(None if self._held_sinks is None else self._held_sinks.data_ptr(), self.scale, self.softcap or 0),
+            *(
+                None if self._held_sinks is None else self._held_sinks.data_ptr(),
+                self.scale,
+                self.softcap or 0,
+            ),
         )
 
     @cached_property

@@ -6,8 +6,8 @@ from torch import Tensor
 from fulmen.ops.attention.dense.cpp import dense_attention_cpp
 from fulmen.ops.attention.dense.reference import dense_attention_reference
 from fulmen.ops.attention.dense.torch_blocked import dense_attention_blocked
-from fulmen.ops.common.checks import check_attention_inputs, check_softmax_changes
 from fulmen.ops.attention.sinks import with_sinks
+from fulmen.ops.common.checks import check_attention_inputs, check_softmax_changes
 from fulmen.ops.common.opaque import opaque_attention
 from fulmen.ops.common.precision import cast_as_autocast, outside_autocast
 from fulmen.ops.dispatch import implementation
@@ -65,7 +65,9 @@ def _interval_gradients(
     """dq_BTHD, dk_BSGD and dv_BSGV by the backend that computed the outputs."""
     gradients = implementation("dense_attention", q_BTHD.device, q_BTHD.dtype).gradients
     assert gradients is not None
-    return gradients(dout_BTHV, dlse_BTH, q_BTHD, k_BSGD, v_BSGV, start_BT, stop_BT, out_BTHV, lse_BTH, scale, softcap)
+    return gradients(
+        dout_BTHV, dlse_BTH, q_BTHD, k_BSGD, v_BSGV, start_BT, stop_BT, out_BTHV, lse_BTH, scale, softcap
+    )
 
 
 @opaque_attention(_interval_gradients)

@@ -1,8 +1,9 @@
 """Dense attention by the C++ kernel, or, for the many queries of a prompt, by torch's; forward.
 
 The backward pass is that of the blocked torch code: there many queries meet each key, and matrix products are
-as fast as anything. Intervals that are not plainly causal (padding, packed documents, windows), and capped logits,
-are the C++ kernel's, which takes up to 15 % longer than the blocked code for many queries, and a sixth for few.
+as fast as anything. Intervals that are not plainly causal (padding, packed documents, windows) and capped
+logits are the C++ kernel's, which takes up to 15 % longer than the blocked code for many queries, and a sixth
+for few.
 """
 
 from typing import Any

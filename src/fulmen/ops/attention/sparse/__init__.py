@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
+from fulmen.ops.attention.sinks import with_sinks
 from fulmen.ops.attention.sparse.cpp import sparse_attention_cpp
 from fulmen.ops.attention.sparse.reference import sparse_attention_reference
 from fulmen.ops.attention.sparse.torch_blocked import sparse_attention_blocked
 from fulmen.ops.common.checks import check_attention_inputs, check_softmax_changes, check_topk_below
-from fulmen.ops.attention.sinks import with_sinks
 from fulmen.ops.common.opaque import opaque_attention
 from fulmen.ops.common.precision import cast_as_autocast, outside_autocast
 from fulmen.ops.dispatch import implementation, implements_by_name
