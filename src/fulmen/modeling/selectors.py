@@ -21,7 +21,7 @@ class SelectionInputs:
 
     Index tensors are as in `fulmen.ops.scores`, keys packed unless they have a gradient; q, k, v are
     the attention's own, after RoPE. Of an index in two levels, coarse queries, packed coarse keys and how
-    many keys they leave to the indexer.
+    many keys they leave to the indexer. Scale, softcap and sinks are those of the attention's own softmax.
     """
 
     index_q_BTJE: Tensor
@@ -38,6 +38,13 @@ class SelectionInputs:
     coarse_q_BTN: Tensor | None = None
     coarse_k_BSX: Tensor | None = None
     n_candidates: int = 0
+    softcap: float | None = None
+    sinks_H: Tensor | None = None
+
+    @property
+    def softmax(self) -> tuple[float, float | None, Tensor | None]:
+        """Scale, softcap and sinks_H, as the operations on attention take them."""
+        return self.scale, self.softcap, self.sinks_H
 
 
 class Selector:

@@ -158,8 +158,8 @@ def sparse_attention(
         (or the sink) there.
     """
     check_plain_attention(q, k, v, sinks, indices=indices)
-    softmax = scale_or_default(scale, q), softcap_or_none(softcap), sinks
-    out, lse = sparse.sparse_attention(q, k, v, indices, *softmax)
+    scale, softcap = scale_or_default(scale, q), softcap_or_none(softcap)
+    out, lse = sparse.sparse_attention(q, k, v, indices, scale, softcap, sinks)
     return (out, lse) if return_lse else out
 
 
@@ -207,8 +207,8 @@ def dense_attention(
     """
     sizes = check_plain_attention(q, k, v, sinks, start=start, stop=stop)
     intervals = causal_or_given(q, sizes, start, stop)
-    softmax = scale_or_default(scale, q), softcap_or_none(softcap), sinks
-    out, lse = dense.dense_attention(q, k, v, *intervals, *softmax)
+    scale, softcap = scale_or_default(scale, q), softcap_or_none(softcap)
+    out, lse = dense.dense_attention(q, k, v, *intervals, scale, softcap, sinks)
     return (out, lse) if return_lse else out
 
 
@@ -246,8 +246,8 @@ def indexer_loss(
     )
     sizes = check_plain_losses(index, attn, {"start": start, "stop": stop})
     intervals = causal_or_given(q, sizes, start, stop)
-    softmax = scale_or_default(scale, attn_q), softcap_or_none(softcap), sinks
-    return indexer.indexer_loss(*index, attn_q, attn_k, *intervals, *softmax)
+    scale, softcap = scale_or_default(scale, attn_q), softcap_or_none(softcap)
+    return indexer.indexer_loss(*index, attn_q, attn_k, *intervals, scale, softcap, sinks)
 
 
 def indexer_loss_selected(
@@ -272,8 +272,8 @@ def indexer_loss_selected(
         {"attn_q BTHD": attn_q, "attn_k BSGD": attn_k, "sinks H": sinks},
     )
     check_plain_losses(index, attn, {"indices": indices})
-    softmax = scale_or_default(scale, attn_q), softcap_or_none(softcap), sinks
-    return indexer.indexer_loss_selected(*index, attn_q, attn_k, indices, *softmax)
+    scale, softcap = scale_or_default(scale, attn_q), softcap_or_none(softcap)
+    return indexer.indexer_loss_selected(*index, attn_q, attn_k, indices, scale, softcap, sinks)
 
 
 def selection_loss(
@@ -317,6 +317,5 @@ def selection_loss(
     if sizes["N"] != (n := sizes["H"] * sizes["V"]):
         raise ConfigError(f"out_weight has {sizes['N']} columns, the heads {n} values; make them equal")
     intervals, scale = causal_or_given(q, sizes, start, stop), scale_or_default(scale, attn_q)
-    attention, cut = (attn_q, attn_k, attn_v, out_weight), (topk, scale, temperature)
-    changes = softcap_or_none(softcap), sinks
-    return selection.selection_loss(*index, *attention, *intervals, *cut, *changes)
+    attention, softcap = (attn_q, attn_k, attn_v, out_weight), softcap_or_none(softcap)
+    return selection.selection_loss(*index, *attention, *intervals, topk, scale, temperature, softcap, sinks)
