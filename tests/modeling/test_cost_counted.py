@@ -124,16 +124,16 @@ def _note_reads(monkeypatch, module, read):
         shared = v.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
         return k.nbytes if shared else k.nbytes + v.nbytes
 
-    def sparse_and_note(q, k, v, topk, scale):
+    def sparse_and_note(q, k, v, topk, *softmax):
         if q.shape[1] == 1:
             rows = topk[0, 0][topk[0, 0] >= 0].unique().long()
             read.append(noted_bytes(k, v) * len(rows) // k.shape[1])
-        return sparse(q, k, v, topk, scale)
+        return sparse(q, k, v, topk, *softmax)
 
-    def dense_and_note(q, k, v, start, stop, scale):
+    def dense_and_note(q, k, v, start, stop, *softmax):
         if q.shape[1] == 1:
             read.append(noted_bytes(k, v) * int(stop - start) // k.shape[1])
-        return dense(q, k, v, start, stop, scale)
+        return dense(q, k, v, start, stop, *softmax)
 
     monkeypatch.setattr(module, "sparse_attention", sparse_and_note)
     monkeypatch.setattr(module, "dense_attention", dense_and_note)

@@ -8,7 +8,8 @@ from fulmen.modeling.token_blocks import feed_forward_in_blocks
 from tests.modeling.gqa.tiny_gqa import FAMILIES, make_dense, make_dsa, random_ids
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# A mixture of experts is left as it is.
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gpt_oss"])
 def test_the_model_computes_the_same_in_blocks(name, monkeypatch):
     monkeypatch.setattr(token_blocks, "TOKENS_PER_BLOCK", 7)
     model, ids = make_dsa(make_dense(name)), random_ids(2, 30)

@@ -13,6 +13,7 @@ from fulmen import CheckpointError
 from fulmen.config import DsaConfig
 from fulmen.modeling.checkpoint import dense_view, load_dense, load_directory, save_converted
 from fulmen.modeling.families import family_for, full_attention_layers, set_topk
+from fulmen.modeling.weights import load_all_weights
 from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa, random_ids
 from tests.modeling.mla.tiny_mla import make_mla
 from tests.modeling.tiny_source import (
@@ -243,3 +244,15 @@ class TestLayersThatPredictFurtherTokens:
     def test_are_refused_where_the_config_knows_of_none(self, tmp_path):
         folder = self.folder(tmp_path, num_nextn_predict_layers=0)
         assert "model.layers.3." in message_of(load_dense, folder)
+
+
+def test_logits_that_are_capped_stay_so(tmp_path):
+    """Transformers' default, SDPA, leaves the caps out."""
+    dense, ids = make_dense("gemma2"), random_ids(1, 20)
+    dense.save_pretrained(tmp_path)
+    loaded = load_all_weights(str(tmp_path))
+    with torch.no_grad():
+        expected = dense(ids).logits
+        torch.testing.assert_close(loaded(ids).logits, expected)
+        loaded.set_attn_implementation("sdpa")
+        assert (loaded(ids).logits - expected).abs().max() > 0.01

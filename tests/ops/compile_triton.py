@@ -57,12 +57,13 @@ def compile_for(heads: tuple[int, ...], index_heads: tuple[int, ...], dtype: tor
         torch.zeros(*s, dtype=dtype, requires_grad=True) for s in [(1, T, H, D), (1, S, G, D), (1, S, G, V)]
     ]
     topk = torch.zeros(1, T, K, dtype=torch.int32)
-    sparse_attention_triton(qkv[0][:, :1], *qkv[1:], topk[:, :1], 1.0)
-    out, _ = sparse_attention_triton(*qkv, topk, 1.0)
-    for by_key in (False, True):
-        torch.use_deterministic_algorithms(by_key)
-        torch.autograd.grad(out.sum(), qkv, retain_graph=True)
-    torch.use_deterministic_algorithms(False)
+    for softcap in (None, 50.0):
+        sparse_attention_triton(qkv[0][:, :1], *qkv[1:], topk[:, :1], 1.0, softcap)
+        out, _ = sparse_attention_triton(*qkv, topk, 1.0, softcap)
+        for by_key in (False, True):
+            torch.use_deterministic_algorithms(by_key)
+            torch.autograd.grad(out.sum(), qkv, retain_graph=True)
+        torch.use_deterministic_algorithms(False)
 
 
 if __name__ == "__main__":

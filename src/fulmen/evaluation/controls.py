@@ -48,14 +48,15 @@ class KeyHeadOracleSelector(OracleSelector):
     def attend(self, inputs: SelectionInputs, topk: int, dense_up_to: int) -> Tensor | None:
         n_groups = inputs.k_BSGD.shape[2]
         outs = []
+        sinks = [None] * n_groups if inputs.sinks_H is None else inputs.sinks_H.chunk(n_groups)
         for g, q_BTMD in enumerate(inputs.q_BTHD.chunk(n_groups, dim=2)):
             k_BSGD, v_BSGV = inputs.k_BSGD[:, :, g : g + 1], inputs.v_BSGV[:, :, g : g + 1]
-            alone = replace(inputs, q_BTHD=q_BTMD, k_BSGD=k_BSGD, v_BSGV=v_BSGV)
+            alone = replace(inputs, q_BTHD=q_BTMD, k_BSGD=k_BSGD, v_BSGV=v_BSGV, sinks_H=sinks[g])
             topk_BTK = keep_short_pasts(
                 self.select(alone, topk), inputs.start_BT, inputs.stop_BT, dense_up_to
             )
             q_BTMD, k_BSGD, v_BSGV = (x.contiguous() for x in (q_BTMD, k_BSGD, v_BSGV))
-            outs.append(sparse_attention(q_BTMD, k_BSGD, v_BSGV, topk_BTK, inputs.scale)[0])
+            outs.append(sparse_attention(q_BTMD, k_BSGD, v_BSGV, topk_BTK, *alone.softmax)[0])
         return torch.cat(outs, dim=2)
 
 
@@ -166,7 +167,7 @@ def attention_of_rows(inputs: SelectionInputs, b: int, rows: slice | Tensor) -> 
     """probs_RS, `mean_attention` of some rows of one text; S ends with the last key that any of them sees."""
     start_R, stop_R = inputs.start_BT[b, rows], inputs.stop_BT[b, rows]
     last = max(int(stop_R.max()), 1)
-    return mean_attention(inputs.q_BTHD[b, rows], inputs.k_BSGD[b, :last], start_R, stop_R, inputs.scale)
+    return mean_attention(inputs.q_BTHD[b, rows], inputs.k_BSGD[b, :last], start_R, stop_R, *inputs.softmax)
 
 
 def _nothing_chosen(inputs: SelectionInputs, topk: int) -> Tensor:

@@ -29,7 +29,8 @@ class SelectionInputs:
     """All that one layer knows when it selects: T queries over S keys, cached ones included.
 
     Index tensors are as in `fulmen.ops.scores`, keys packed unless they have a gradient; q, k, v are
-    the attention's own, after RoPE. coarse: of an index in two levels.
+    the attention's own, after RoPE. coarse: of an index in two levels. Scale, softcap and sinks are those of
+    the attention's own softmax.
     """
 
     index_q_BTJE: Tensor
@@ -44,6 +45,13 @@ class SelectionInputs:
     scale: float
     layer_idx: int
     coarse: CoarseInputs | None = None
+    softcap: float | None = None
+    sinks_H: Tensor | None = None
+
+    @property
+    def softmax(self) -> tuple[float, float | None, Tensor | None]:
+        """Scale, softcap and sinks_H, as the operations on attention take them."""
+        return self.scale, self.softcap, self.sinks_H
 
 
 class Selector:

@@ -74,7 +74,15 @@ def load_all_weights(
     )
     if model.config.tie_word_embeddings and has_own_head(model):
         model.config.tie_word_embeddings = False
+    keep_caps(model)
     return model
+
+
+def keep_caps(model: PreTrainedModel) -> None:
+    """Let a stock model whose logits are capped attend eagerly: Transformers' SDPA leaves the caps out."""
+    capped = getattr(model.config, "attn_logit_softcapping", None) is not None
+    if capped and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
 
 
 def local_file(place: str, file_name: str, **options: Any) -> Path | None:

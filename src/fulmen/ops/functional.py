@@ -28,6 +28,7 @@ from fulmen.ops.common.plain_checks import (
     check_plain_losses,
     check_plain_scores,
     scale_or_default,
+    softcap_or_none,
     with_key_head_axis,
 )
 from fulmen.ops.losses import indexer, selection
@@ -111,6 +112,8 @@ def sparse_attention(
     indices: Tensor,
     scale: float | None = None,
     *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 @overload
@@ -121,6 +124,8 @@ def sparse_attention(
     indices: Tensor,
     scale: float | None = None,
     *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def sparse_attention(
@@ -130,24 +135,31 @@ def sparse_attention(
     indices: Tensor,
     scale: float | None = None,
     *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of each query over its selected keys, one selection for all heads.
 
-    DeepSeek-V3.2 (arXiv 2512.02556, section 2.1). Differentiable in q, k and v.
+    DeepSeek-V3.2 (arXiv 2512.02556, section 2.1). Differentiable in q, k, v and sinks.
 
     Args:
         q: [B, T, H, D]. k: [B, S, G, D]. v: [B, S, G, V]. All of one floating dtype.
         indices: [B, T, K], int32 or int64, below S, distinct within a row, in any order; negative: nothing.
             What is selected is attended to, whether causal or not.
         scale: factor on q . k; None: D**-0.5.
+        softcap: c of logits c tanh(l / c), l = scale q . k, as in Gemma 2; None: l as it is.
+        sinks: [H], any floating dtype: a logit of each head that takes part in its softmax and has no value,
+            as in gpt-oss; None: there is none.
 
     Returns:
         out [B, T, H, V] in the dtype of q, 0 for a query without keys; with `return_lse` also the natural
-        log of the softmax's denominator [B, T, H], float32 (float64 for float64 inputs), -inf there.
+        log of the softmax's denominator [B, T, H], sinks included, float32 (float64 for float64 inputs), -inf
+        (or the sink) there.
     """
-    check_plain_attention(q, k, v, indices=indices)
-    out, lse = sparse.sparse_attention(q, k, v, indices, scale_or_default(scale, q))
+    check_plain_attention(q, k, v, sinks, indices=indices)
+    scale, softcap = scale_or_default(scale, q), softcap_or_none(softcap)
+    out, lse = sparse.sparse_attention(q, k, v, indices, scale, softcap, sinks)
     return (out, lse) if return_lse else out
 
 
@@ -160,6 +172,8 @@ def dense_attention(
     start: Tensor | None = None,
     stop: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 @overload
@@ -171,6 +185,8 @@ def dense_attention(
     start: Tensor | None = None,
     stop: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def dense_attention(
@@ -181,15 +197,18 @@ def dense_attention(
     start: Tensor | None = None,
     stop: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Softmax attention of each query over all keys that it sees. Differentiable in q, k and v.
+    """Softmax attention of each query over all keys that it sees. Differentiable in q, k, v and sinks.
 
     Args and Returns: as `sparse_attention`.
     """
-    sizes = check_plain_attention(q, k, v, start=start, stop=stop)
+    sizes = check_plain_attention(q, k, v, sinks, start=start, stop=stop)
     intervals = causal_or_given(q, sizes, start, stop)
-    out, lse = dense.dense_attention(q, k, v, *intervals, scale_or_default(scale, q))
+    scale, softcap = scale_or_default(scale, q), softcap_or_none(softcap)
+    out, lse = dense.dense_attention(q, k, v, *intervals, scale, softcap, sinks)
     return (out, lse) if return_lse else out
 
 
@@ -204,6 +223,8 @@ def indexer_loss(
     start: Tensor | None = None,
     stop: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> IndexerLoss:
     """KL(p || softmax(index scores)) of each query, p the mean over heads of its dense attention.
 
@@ -212,15 +233,21 @@ def indexer_loss(
 
     Args:
         q, k, w, b: as `index_scores`.
-        attn_q, attn_k: the attention's own after RoPE, [B, T, H, D] and [B, S, G, D]. scale: of theirs.
+        attn_q, attn_k: the attention's own after RoPE, [B, T, H, D] and [B, S, G, D].
+        scale, softcap, sinks: of the attention, as `dense_attention`. With sinks p is what they leave to the
+            keys, divided by its sum.
 
     Returns:
         `kl_BT` and `target_entropy_BT` [B, T], nats, float32 (float64 for float64 inputs).
     """
-    index, attn = (q, with_key_head_axis(k), w, b), {"attn_q BTHD": attn_q, "attn_k BSGD": attn_k}
+    index, attn = (
+        (q, with_key_head_axis(k), w, b),
+        {"attn_q BTHD": attn_q, "attn_k BSGD": attn_k, "sinks H": sinks},
+    )
     sizes = check_plain_losses(index, attn, {"start": start, "stop": stop})
     intervals = causal_or_given(q, sizes, start, stop)
-    return indexer.indexer_loss(*index, attn_q, attn_k, *intervals, scale_or_default(scale, attn_q))
+    scale, softcap = scale_or_default(scale, attn_q), softcap_or_none(softcap)
+    return indexer.indexer_loss(*index, attn_q, attn_k, *intervals, scale, softcap, sinks)
 
 
 def indexer_loss_selected(
@@ -233,15 +260,20 @@ def indexer_loss_selected(
     attn_k: Tensor,
     indices: Tensor,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> IndexerLoss:
     """`indexer_loss` over the selected keys alone (equation 4, sparse stage).
 
     Args: as `indexer_loss`, and `indices` as `sparse_attention`.
     """
-    index, attn = (q, with_key_head_axis(k), w, b), {"attn_q BTHD": attn_q, "attn_k BSGD": attn_k}
+    index, attn = (
+        (q, with_key_head_axis(k), w, b),
+        {"attn_q BTHD": attn_q, "attn_k BSGD": attn_k, "sinks H": sinks},
+    )
     check_plain_losses(index, attn, {"indices": indices})
-    scale = scale_or_default(scale, attn_q)
-    return indexer.indexer_loss_selected(*index, attn_q, attn_k, indices, scale)
+    scale, softcap = scale_or_default(scale, attn_q), softcap_or_none(softcap)
+    return indexer.indexer_loss_selected(*index, attn_q, attn_k, indices, scale, softcap, sinks)
 
 
 def selection_loss(
@@ -259,13 +291,15 @@ def selection_loss(
     start: Tensor | None = None,
     stop: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Relative squared change of the attention's output if keys fade out softly at the cut of the selection.
 
     fulmen's own. Differentiable in q, k, w and b.
 
     Args:
-        q, k, w, b, attn_q, attn_k: as `indexer_loss`. attn_v: [B, S, G, V].
+        q, k, w, b, attn_q, attn_k, softcap, sinks: as `indexer_loss`. attn_v: [B, S, G, V].
         out_weight: the output projection [C, H V].
         topk: size of the selection; a query that sees no more keys has loss 0.
         temperature: width of the cut, in units of the index score; above 0.
@@ -277,11 +311,11 @@ def selection_loss(
     check_above_zero("temperature", temperature)
     index, attn = (
         (q, with_key_head_axis(k), w, b),
-        {"attn_q BTHD": attn_q, "attn_k BSGD": attn_k, "attn_v BSGV": attn_v},
+        {"attn_q BTHD": attn_q, "attn_k BSGD": attn_k, "attn_v BSGV": attn_v, "sinks H": sinks},
     )
     sizes = check_plain_losses(index, {**attn, "out_weight CN": out_weight}, {"start": start, "stop": stop})
     if sizes["N"] != (n := sizes["H"] * sizes["V"]):
         raise ConfigError(f"out_weight has {sizes['N']} columns, the heads {n} values; make them equal")
     intervals, scale = causal_or_given(q, sizes, start, stop), scale_or_default(scale, attn_q)
-    attention = (attn_q, attn_k, attn_v, out_weight)
-    return selection.selection_loss(*index, *attention, *intervals, topk, scale, temperature)
+    attention, softcap = (attn_q, attn_k, attn_v, out_weight), softcap_or_none(softcap)
+    return selection.selection_loss(*index, *attention, *intervals, topk, scale, temperature, softcap, sinks)

@@ -143,6 +143,18 @@ def product(a_MK, b_KN):
 
 
 @triton.jit
+def tanh_of(x):
+    """tanh(x), within 4 units in the last place; NaN where x is not finite. As `tanh_vec` in C++."""
+    square = x * x
+    near = x + x * square * (
+        -0.333332866 + square * (0.133284643 + square * (-0.053146746 + square * 0.0172957517))
+    )
+    power = tl.exp2(tl.abs(x) * (-2 * KERNEL_LOG2_E))
+    far = (1 - power) / (1 + power)
+    return tl.where(tl.abs(x) < 0.55, near, tl.where(x < 0, -far, far)) + x * 0.0
+
+
+@triton.jit
 def load_selected(topk_K, low, stop, BLOCK: tl.constexpr):
     """Positions `low` <= i < `stop` of a query's selection: which key, as int64, and whether there is one.
 

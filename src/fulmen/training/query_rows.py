@@ -39,7 +39,7 @@ def sampled_rows(inputs: SelectionInputs, topk: int, n_rows: int) -> Tensor:
 def batch_mean_attention(some: SelectionInputs) -> Tensor:
     """p_BTS of a few query rows, the mean over heads."""
     rows = zip(some.q_BTHD, some.k_BSGD, some.start_BT, some.stop_BT, strict=True)
-    return torch.stack([mean_attention(*row, some.scale) for row in rows])
+    return torch.stack([mean_attention(*row, *some.softmax) for row in rows])
 
 
 def attention_recall(p_BTS: Tensor, topk_BTK: Tensor) -> float:

@@ -168,6 +168,8 @@ def test_what_the_attention_says_of_its_way_to_the_residual_stream(name):
         output = layer.self_attn.o_proj(seen["heads"])
         torch.testing.assert_close(layer.self_attn.output_norm(output), added, rtol=1e-4, atol=1e-5)
         weighed = seen["heads"] @ layer.self_attn.output_weight().T
+        if layer.self_attn.o_proj.bias is not None:
+            weighed += layer.self_attn.o_proj.bias
         cosine = torch.nn.functional.cosine_similarity(weighed, added, dim=-1)
     torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=0, atol=1e-5)
 

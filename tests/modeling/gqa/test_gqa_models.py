@@ -89,7 +89,11 @@ class TestBelowTopk:
         ids = random_ids(1, LENGTH)
         position_ids = torch.cat((torch.arange(9), torch.arange(11), torch.arange(4)))[None]
         inputs = {"position_ids": position_ids, "use_cache": False}
-        torch.testing.assert_close(dsa(ids, **inputs).logits, dense(ids, **inputs).logits, **CLOSE)
+        found = dsa(ids, **inputs).logits
+        alone = [dense(part_ids, use_cache=False).logits for part_ids in ids.split([9, 11, 4], 1)]
+        torch.testing.assert_close(found, torch.cat(alone, 1), **CLOSE)
+        if name != "gpt_oss":  # where Transformers does not look for documents
+            torch.testing.assert_close(found, dense(ids, **inputs).logits, **CLOSE)
 
     def test_greedy_tokens(self, name):
         dense, dsa = pair(name, ROOMY)

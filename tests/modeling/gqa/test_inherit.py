@@ -1,14 +1,18 @@
 """The closed-form indexer: it finds what the model's own heads find, far better than a random one."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from fulmen.errors import ConfigError
 from fulmen.modeling.gqa.inherit import inherit_gqa, ridge
-from fulmen.modeling.gqa.own_logits import mean_attention_of, own_logits
+from fulmen.modeling.gqa.own_logits import mean_attention_of, own_logits, uncapped
 from fulmen.modeling.gqa.rotary_pairs import pair_covariance, pair_order, pair_products, pick_pairs
 from fulmen.modeling.selectors import DenseSelector, IndexerSelector, Selector, use_selector
+from fulmen.ops.attention.mean import mean_attention
+from fulmen.ops.common.precision import cap_logits
 from fulmen.ops.common.rope import apply_rope
 from fulmen.ops.topk import select_topk
 from tests.modeling.gqa.tiny_gqa import FAMILIES, make_dense, make_dsa, random_ids
@@ -35,8 +39,15 @@ def true_attention(inputs) -> Tensor:
     shared = inputs.q_BTHD.shape[2] // inputs.k_BSGD.shape[2]
     k_BSHD = inputs.k_BSGD.repeat_interleave(shared, 2)
     logits = torch.einsum("bthd,bshd->bhts", inputs.q_BTHD, k_BSHD) * inputs.scale
+    if inputs.softcap is not None:
+        logits = torch.tanh(logits / inputs.softcap) * inputs.softcap
     hidden = torch.arange(logits.shape[-1]) >= inputs.stop_BT[..., None]
-    return logits.masked_fill(hidden[:, None], -torch.inf).softmax(-1).mean(1)
+    powers = logits.exp().masked_fill(hidden[:, None], 0)
+    total = powers.sum(-1, keepdim=True)
+    if inputs.sinks_H is not None:
+        total += inputs.sinks_H.exp()[:, None, None]
+    mean = (powers / total).mean(1)
+    return mean / mean.sum(-1, keepdim=True)
 
 
 def held(mass_BTS: Tensor, topk_BTK: Tensor) -> float:
@@ -139,6 +150,26 @@ def test_own_logits_see_nothing_later_however_far_apart_they_are():
     mean, norm = mean_attention_of(logits.clone())
     torch.testing.assert_close(mean, logits.softmax(-1).mean(0), atol=1e-7, rtol=1e-5)
     torch.testing.assert_close(norm, logits.logsumexp(-1))
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_own_logits_with_a_cap_and_sinks_are_those_of_attention(softcap):
+    generator = torch.Generator().manual_seed(3)
+    rows, sinks = torch.tensor([0, 1, 5, 9]), torch.tensor([0.0, 2.0, -1.0, 200.0])
+    q, k = (2 * torch.randn(10, heads, 8, generator=generator) for heads in (4, 2))
+    logits = own_logits(q, k, rows, 0.5, softcap)
+    mean, norm = mean_attention_of(logits.clone(), sinks)
+    expected = mean_attention(q[rows], k, torch.zeros_like(rows), rows + 1, 0.5, softcap, sinks)
+    torch.testing.assert_close(mean, expected, atol=1e-7, rtol=1e-4)
+    # Whatever a sink takes: a head's own part of the mean is by its norm.
+    torch.testing.assert_close((logits - norm[..., None]).exp().mean(0), mean)
+
+
+def test_a_cap_is_taken_back_up_to_where_it_hides_everything():
+    logits, most = torch.linspace(-30, 30, 61), 4 * math.atanh(0.99)
+    found = uncapped(cap_logits(logits, 4.0), 4.0)
+    torch.testing.assert_close(found, logits.clamp(-most, most), rtol=1e-4, atol=1e-5)
+    assert uncapped(logits, None) is logits
 
 
 def test_partial_rope_pairs_are_those_that_rope_turns():

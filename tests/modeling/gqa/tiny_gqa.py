@@ -6,7 +6,9 @@ import torch
 from transformers import (
     DeepseekV32Config,
     DeepseekV32ForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedModel,
@@ -16,6 +18,7 @@ from transformers import (
 
 from fulmen.config import DsaConfig
 from fulmen.modeling.families import family_for_type
+from fulmen.modeling.weights import keep_caps
 
 VOCAB = 97
 SHAPE = {
@@ -51,6 +54,24 @@ GEMMA3 = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
     },
 }
+# Caps that bend the logits of both; every other layer slides.
+GEMMA2 = {
+    "head_dim": 24,
+    "query_pre_attn_scalar": 10,
+    "sliding_window": 7,
+    "attn_logit_softcapping": 3.0,
+    "final_logit_softcapping": 10.0,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+}
+# Sinks, experts, and a window in every other layer.
+GPT_OSS = {
+    "head_dim": 16,
+    "sliding_window": 7,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SHAPE),
     "llama3-rope": lambda: LlamaConfig(**SHAPE, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
@@ -59,6 +80,8 @@ CONFIGS = {
     "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=24),
     "gemma3": lambda: Gemma3TextConfig(**{**SHAPE, "initializer_range": 0.1}, **GEMMA3),
     "mistral": lambda: MistralConfig(**SHAPE, sliding_window=None),
+    "gemma2": lambda: Gemma2Config(**{**SHAPE, "initializer_range": 0.1}, **GEMMA2),
+    "gpt_oss": lambda: GptOssConfig(**{**SHAPE, "initializer_range": 0.1}, **GPT_OSS),
 }
 FAMILIES = list(CONFIGS)
 
@@ -72,6 +95,7 @@ def make_dense(name: str = "llama", dtype: torch.dtype = torch.float32, **change
     config = CONFIGS[name]()
     config.update(changes)
     model = family_for_type(config.model_type).source_class(config)
+    keep_caps(model)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

@@ -47,6 +47,7 @@ def selection():
 CASES = {
     "sparse": (sparse_attention, lambda: (*attention_inputs(), selection(), 0.3)),
     "dense": (dense_attention, lambda: (*attention_inputs(), *intervals(), 0.3)),
+    "capped": (dense_attention, lambda: (*attention_inputs(), *intervals(), 0.3, 0.5, numbers(H, seed=4))),
     "scores": (index_scores, lambda: (*index_inputs(), *intervals())),
     "no shift": (index_scores, lambda: (*index_inputs()[:3], None, *intervals())),
     "index_topk": (index_topk, lambda: (*index_inputs(), *intervals(), K)),
@@ -55,8 +56,8 @@ CASES = {
     "pack": (pack_index_keys, lambda: (numbers(B, S, INDEX_KEY_HEADS, E),)),
 }
 OPERATIONS = {
-    "attend_to_selected": CASES["sparse"],
-    "attend_to_intervals": CASES["dense"],
+    "attend_to_selected": (sparse_attention, lambda: (*CASES["sparse"][1](), None)),
+    "attend_to_intervals": (dense_attention, lambda: (*CASES["dense"][1](), 0.5)),
     "score_keys": CASES["scores"],
     "select_from_index": CASES["index_topk"],
     "select_from_scores": CASES["select_topk"],
@@ -85,7 +86,7 @@ def test_the_results_of_a_compiled_call(case, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", ["sparse", "dense"])
+@pytest.mark.parametrize("case", ["sparse", "dense", "capped"])
 def test_the_gradients_of_a_compiled_call(case, backend):
     """Through both outputs; a query without keys has an lse of -inf, which no loss takes."""
     function, make = CASES[case]

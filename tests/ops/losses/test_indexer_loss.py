@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fulmen.ops.attention.mean import mean_attention
 from fulmen.ops.losses.indexer import indexer_loss, indexer_loss_selected
 from fulmen.ops.losses.indexer.reference import indexer_loss_reference, indexer_loss_selected_reference
 from tests.ops.ops_cases import DTYPES, assert_near, causal, normal, ragged, random_selection
@@ -59,11 +60,48 @@ def test_matches_the_reference_over_several_blocks(name, heads, monkeypatch):
     check_against_reference(name, SEVERAL_BLOCKS, heads, torch.float32, shifted=True)
 
 
-def check_against_reference(name, sizes, heads, dtype, shifted):
+# softcap, whether there are sinks
+@pytest.mark.parametrize(("softcap", "has_sinks"), [(1.5, False), (None, True), (1.5, True)])
+@pytest.mark.parametrize("name", ["interval", "selected"])
+def test_capped_logits_and_sinks_match_the_reference(name, softcap, has_sinks):
+    sinks = normal(6, seed=9) + 1 if has_sinks else None
+    check_against_reference(name, SIZES["odd"], HEADS["grouped"], torch.float32, True, softcap, sinks)
+
+
+def test_with_sinks_the_target_is_what_they_leave_to_the_keys():
+    index, (q, k) = (
+        index_inputs(SIZES["square"], HEADS["grouped"]),
+        attention_inputs(SIZES["square"], HEADS["grouped"]),
+    )
+    sinks, keys = normal(6, seed=9), causal(1, 40, 40)
+    found = indexer_loss_reference(*index, q, k, *keys, 0.3, 1.5, sinks)
+    logits_HTS = 1.5 * torch.tanh(
+        torch.einsum("thd,shd->hts", q[0], k[0].repeat_interleave(2, 1)) * 0.3 / 1.5
+    )
+    weights_HTS = logits_HTS.exp().tril()
+    left_TS = (weights_HTS / (weights_HTS.sum(-1, keepdim=True) + sinks.exp()[:, None, None])).mean(0)
+    assert_near(found.target_BTS[0], left_TS / left_TS.sum(-1, keepdim=True), torch.float32)
+    assert (found.loss.kl_BT >= -1e-6).all()
+    mean_TS = mean_attention(q[0], k[0], keys[0][0], keys[1][0], 0.3, 1.5, sinks)
+    assert_near(mean_TS, found.target_BTS[0], torch.float32)
+
+
+def test_sinks_that_leave_nothing_ask_for_nothing():
+    index, attention = (
+        index_inputs(SIZES["odd"], HEADS["grouped"]),
+        attention_inputs(SIZES["odd"], HEADS["grouped"]),
+    )
+    keys = causal(2, 37, 83)
+    for operation in (indexer_loss, lambda *inputs: indexer_loss_reference(*inputs).loss):
+        loss = operation(*index, *attention, *keys, 0.3, None, torch.full((6,), 1e4))
+        assert (loss.kl_BT == 0).all()
+
+
+def check_against_reference(name, sizes, heads, dtype, shifted, *changes):
     operation, reference, keys = operations(sizes)[name]
     index, attention = index_inputs(sizes, heads, dtype, shifted), attention_inputs(sizes, heads, dtype)
-    expected = reference(*index, *attention, *keys, 0.3).loss
-    loss = operation(*index, *attention, *keys, 0.3)
+    expected = reference(*index, *attention, *keys, 0.3, *changes).loss
+    loss = operation(*index, *attention, *keys, 0.3, *changes)
     tight = torch.float32 if dtype == torch.bfloat16 else dtype
     assert loss.kl_BT.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert_near(loss.kl_BT, expected.kl_BT, tight)

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from fulmen.errors import ConfigError
+from fulmen.ops.attention.dense import dense_attention
+from fulmen.ops.attention.sparse import sparse_attention
 from fulmen.ops.dispatch import pin_backend
 from fulmen.ops.losses.selection import selection_loss
 from fulmen.ops.losses.selection.reference import selection_loss_reference
@@ -34,8 +36,8 @@ def inputs(batch=2, queries=13, keys=41, heads=4, groups=2, width=8, value=6, dt
     return index, attention, start, stop
 
 
-def loss_of(index, attention, start, stop, topk=7):
-    return selection_loss(*index, *attention, start, stop, topk, SCALE, TEMPERATURE)
+def loss_of(index, attention, start, stop, topk=7, **changes):
+    return selection_loss(*index, *attention, start, stop, topk, SCALE, TEMPERATURE, **changes)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -51,6 +53,24 @@ def test_blocked_equals_reference_with_gradients(groups, dtype, tolerance, monke
         results.append([loss.detach(), *torch.autograd.grad(loss.sum(), case[0])])
     for exact, fast in zip(*results, strict=True):
         torch.testing.assert_close(fast, exact, atol=tolerance, rtol=tolerance)
+
+
+def test_capped_logits_and_sinks_are_those_of_attention():
+    """At a low temperature the change is that of attention over the keys above the cut."""
+    index, attention, start, stop = inputs(batch=1)
+    changes = {"softcap": 1.5, "sinks_H": torch.tensor([0.5, -1, 2, 0], dtype=torch.float64)}
+    with torch.no_grad():
+        loss = selection_loss(*index, *attention, start, stop, 8, SCALE, 1e-9, **changes)
+        steps = selection_loss_reference(*index, *attention, start, stop, 8, SCALE, 1e-9, **changes)
+        kept = (steps.scores_BTS > steps.cut_BT[..., None]).int()
+        selected = torch.where(kept > 0, torch.arange(41), -1)
+        some = (SCALE, 1.5, changes["sinks_H"])
+        sparse, _ = sparse_attention(*attention[:3], selected, *some)
+        dense, _ = dense_attention(*attention[:3], start, stop, *some)
+        sparse, dense = (x.flatten(2) @ attention[3].T for x in (sparse, dense))
+    expected = (sparse - dense).square().sum(-1) / dense.square().sum(-1)
+    sees_keys_T = stop[0] > start[0]
+    torch.testing.assert_close(loss[0, sees_keys_T], expected[0, sees_keys_T], atol=1e-9, rtol=1e-9)
 
 
 def test_gradcheck():

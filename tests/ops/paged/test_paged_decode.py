@@ -86,6 +86,18 @@ def test_one_call_is_its_parts(backend, dtype, shape, keys, topk, dense_up_to):
     assert torch.equal(layer.packed_RX, by_parts.packed_RX)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("keys", "dense_up_to"), [(40, 40), (300, 16)])
+def test_logits_are_capped_and_sinks_take_part(backend, dtype, keys, dense_up_to):
+    layer, step, inputs = decode_case(SHAPES[1], keys, 16, dense_up_to, dtype)
+    changed = dataclasses.replace(layer, softcap=1.5, sinks_H=normal(4, seed=8, dtype=dtype))
+    out = decoded(copied(changed), step, inputs)
+    with pin_backend("torch"):
+        expected = decoded(copied(changed), step, inputs)
+    assert_near(out, expected, dtype)
+    assert (out - decoded(copied(layer), step, inputs)).abs().max() > 0.1
+
+
 def test_the_new_token_is_among_those_read(backend):
     layer, step, inputs = decode_case(SHAPES[0], 50, 4, 60, torch.float32)
     layer.kv_RGC.zero_()  # all other keys lose
@@ -154,5 +166,7 @@ def test_inputs_that_do_not_fit_are_refused():
         dataclasses.replace(projections, w_YC=projections.w_YC.bfloat16())
     with pytest.raises(ConfigError, match=r"packed_RX has dtype torch.int8 and X=149"):
         dataclasses.replace(layer, packed_RX=layer.packed_RX[:, :-1])
+    with pytest.raises(ConfigError, match=r"sinks_H has H=3"):
+        dataclasses.replace(layer, sinks_H=torch.zeros(3))
     with pytest.raises(ConfigError, match=r"stop_BT has dtype torch\.int32"):
         dataclasses.replace(key_rows, stop_BT=key_rows.stop_BT.int())

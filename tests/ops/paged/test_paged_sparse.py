@@ -60,6 +60,15 @@ def test_one_call_is_selection_and_attention(backend, dtype, shape, queries, key
     check_one_call(layer, key_rows, inputs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+@pytest.mark.parametrize(("queries", "keys"), [(1, 300), (7, 150), (150, 400)])
+def test_logits_are_capped_and_sinks_take_part(backend, dtype, shape, queries, keys):
+    layer, key_rows, inputs = sparse_case(shape, queries, keys, 24, 24, dtype)
+    sinks = normal(shape[0], seed=9, dtype=dtype)
+    check_one_call(dataclasses.replace(layer, softcap=1.5, sinks_H=sinks), key_rows, inputs)
+
+
 def test_neighbours_may_select_nothing_alike(backend):
     """Then each query reads its own keys, not the union of theirs."""
     layer, key_rows, inputs = sparse_case(SHAPES[0], 150, 400, 5, 5, torch.bfloat16)
@@ -80,7 +89,7 @@ def check_one_call(layer, key_rows, inputs):
     topk_BTK = paged_index_topk(*index, key_rows.stop_BT, layer.topk, layer.dense_up_to)
     with pin_backend("reference"):
         q_BTHD, stop_BT = inputs["q_BTHD"], key_rows.stop_BT
-        expected = paged_attention(q_BTHD, layer.kv_RGC, key_rows.rows_BS, stop_BT, topk_BTK, layer.scale)
+        expected = paged_attention(q_BTHD, layer.kv_RGC, key_rows.rows_BS, stop_BT, topk_BTK, *layer.softmax)
     assert_near(out, expected, layer.kv_RGC.dtype)
 
 

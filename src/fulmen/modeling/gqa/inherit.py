@@ -4,7 +4,9 @@ Per layer, with l[t,s] a head's own logit, Z[t] = logsumexp_s l[t,s] and tau[t] 
 (mean over heads) of query t:
 
 1. Threshold. A head matters for token s once its probability exp(l - Z) passes tau, so its ReLU opens at
-   theta = Z + log tau. A ridge regression of theta on the hidden state gives the shift b = -theta.
+   theta = Z + log tau. A ridge regression of theta on the hidden state gives the shift b = -theta. (With
+   sinks, Z and tau are those of `mean_attention_of`; with capped logits, theta is then taken back to what it
+   was before the cap, as l is below.)
 2. Directions. l is a sum over rotary pairs. Pairs are picked greedily, each time the one that explains most
    of what is left of l's variance (over keys, weighted towards those near or above theta), with the complex
    coefficient that explains most. The index key is the model's own key on those pairs, the index query the
@@ -33,11 +35,13 @@ from fulmen.modeling.gqa.inherit_coarse import (
     write_coarse,
 )
 from fulmen.modeling.gqa.own_logits import (
+    Softmax,
     grouped_logits,
     hide_later,
     later_keys,
     mean_attention_of,
     quick_exp_,
+    uncapped,
 )
 from fulmen.modeling.gqa.rotary_pairs import pair_covariance, pair_order, pick_pairs
 from fulmen.modeling.lengths import LENGTH_OVER_TOPK
@@ -211,7 +215,7 @@ def _fit_coarse(
         rows_R = one.rows_R[::PAIR_EVERY]
         k_GSD = one.k_GTD[:, : int(rows_R[-1]) + 1]
         queries = (one.q_RHD[::PAIR_EVERY], k_GSD, rows_R)
-        moments.append(pair_moments(*queries, attention.scaling, topk, coarse.n_heads - 1))
+        moments.append(pair_moments(*queries, attention.softmax, topk, coarse.n_heads - 1))
     cpu = [Moments(*(part.cpu() for part in one)) for one in moments]
     write_coarse(attention, best_mix(cpu, coarse.width // 2), rotary[0].shape[-1])
     index = [_coarse_heads(attention, one, rotary) for one in observations]
@@ -240,7 +244,7 @@ def _observe(attention: Any, x_BTC: Tensor, rotary: tuple[Tensor, Tensor], topk:
     q_BRHD = apply_rope(bare_q_BRHD, *rows_rotary)[..., order_D].float()
     k_BGTD = apply_rope(bare_k_BTGD, *rotary)[..., order_D].float().transpose(1, 2).contiguous()
     return [
-        _Observation(rows_R, *inputs, _thresholds(*inputs[-2:], rows_R, attention.scaling, topk))
+        _Observation(rows_R, *inputs, _thresholds(*inputs[-2:], rows_R, attention.softmax, topk))
         for inputs in zip(x_BTC[:, rows_R], bare_q_BRHD, bare_k_BTGD, q_BRHD, k_BGTD, strict=True)
     ]
 
@@ -259,14 +263,14 @@ def _row_blocks(rows_R: Tensor) -> Iterator[tuple[slice, int]]:
         yield some, int(rows_R[some][-1]) + 1
 
 
-def _thresholds(q_RHD: Tensor, k_GTD: Tensor, rows_R: Tensor, scale: float, topk: int) -> Tensor:
-    """theta_RH = logsumexp of each head + log of the k-th largest mean probability."""
-    found = []
+def _thresholds(q_RHD: Tensor, k_GTD: Tensor, rows_R: Tensor, softmax: Softmax, topk: int) -> Tensor:
+    """theta_RH = logsumexp of each head + log of the k-th largest mean probability, before any cap."""
+    (scale, softcap, sinks_H), found = softmax, []
     for some, stop in _row_blocks(rows_R):
-        logits_HRS = hide_later(grouped_logits(q_RHD[some] * scale, k_GTD[:, :stop]), rows_R[some])
-        prob_RS, norm_HR = mean_attention_of(logits_HRS)
+        logits_HRS = grouped_logits(q_RHD[some] * scale, k_GTD[:, :stop], softcap)
+        prob_RS, norm_HR = mean_attention_of(hide_later(logits_HRS, rows_R[some]), sinks_H)
         tau_R = prob_RS.kthvalue(stop + 1 - topk).values.clamp_min(torch.finfo(prob_RS.dtype).tiny)
-        found.append((norm_HR + tau_R.log()).T)
+        found.append(uncapped(norm_HR + tau_R.log(), softcap).T)
     return torch.cat(found)
 
 
@@ -366,9 +370,9 @@ def _kl_per_scale(attention: Any, observation: _Observation, index: _IndexHeads)
     b_1RJ = shift(observation.x_RC[None, some].to(shift.weight.dtype)).float()
     ends = (torch.zeros_like(rows_R)[None], rows_R[None] + 1)
     scores_RS = index_scores(q_1RJE, k_1SIE, torch.ones_like(b_1RJ), b_1RJ, *ends)[0]
-    q_RHD = observation.q_RHD[some] * attention.scaling
-    logits_HRS = hide_later(grouped_logits(q_RHD, observation.k_GTD[:, :stop]), rows_R)
-    p_RS, _ = mean_attention_of(logits_HRS)
+    scale, softcap, sinks_H = attention.softmax
+    logits_HRS = grouped_logits(observation.q_RHD[some] * scale, observation.k_GTD[:, :stop], softcap)
+    p_RS, _ = mean_attention_of(hide_later(logits_HRS, rows_R), sinks_H)
     entropy = torch.special.entr(p_RS).sum(-1).mean()
     return _cross_entropies(p_RS, scores_RS.masked_fill(later_keys(rows_R), -torch.inf)) - entropy
 

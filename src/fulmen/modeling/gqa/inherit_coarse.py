@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fulmen.modeling.gqa.own_logits import grouped_logits, hide_later, mean_attention_of
+from fulmen.modeling.gqa.own_logits import Softmax, grouped_logits, hide_later, mean_attention_of
 from fulmen.modeling.gqa.rotary_pairs import pair_order
 
 # The mean head's weight beside heads with a threshold, of which it only breaks ties; and its shift, above
@@ -41,13 +41,14 @@ class Moments(NamedTuple):
 
 
 def pair_moments(
-    q_RHD: Tensor, k_GSD: Tensor, rows_R: Tensor, scale: float, topk: int, n_heads: int
+    q_RHD: Tensor, k_GSD: Tensor, rows_R: Tensor, softmax: Softmax, topk: int, n_heads: int
 ) -> Moments:
     """Of some ascending queries, pooled to `n_heads`, and the keys that they see; dims in `pair_order`, after
     RoPE, float32.
     """
-    logits_HRS = hide_later(grouped_logits(q_RHD * scale, k_GSD), rows_R)
-    prob_RS, _ = mean_attention_of(logits_HRS)
+    scale, softcap, sinks_H = softmax
+    logits_HRS = hide_later(grouped_logits(q_RHD * scale, k_GSD, softcap), rows_R)
+    prob_RS, _ = mean_attention_of(logits_HRS, sinks_H)
     boundary_R1 = prob_RS.topk(min(topk, prob_RS.shape[1]), -1).values[:, -1:].clamp_min(1e-30)
     weight_RS = (prob_RS / boundary_R1).clamp(max=1).sqrt()
     weight_RS /= weight_RS.sum(-1, keepdim=True)

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from fulmen.modeling.gqa.own_logits import own_logits
 from fulmen.modeling.selectors import DenseSelector, dsa_attentions, use_selector
+from fulmen.ops.attention.sinks import softmax_with_sinks
 from fulmen.ops.common.intervals import selection_mask
 from fulmen.ops.common.rope import apply_rope
 
@@ -117,8 +118,9 @@ def _errors(attention: Any, kwargs: dict, stream_BTC: Tensor, ks: list[int]) -> 
     q_BTHD, k_BTGD = (apply_rope(heads, *rotary).float() for heads in (q_BTHD, k_BTGD))
     length = x_BTC.shape[1]
     rows_R = torch.linspace(length // 2, length - 1, MEASURED_QUERIES, device=x_BTC.device).long().unique()
+    logits = (attention.softmax[0], attention.softmax[1])
     found = [
-        _sequence_errors(attention, own_logits(q, k, rows_R, attention.scaling), v.float(), r[rows_R], ks)
+        _sequence_errors(attention, own_logits(q, k, rows_R, *logits), v.float(), r[rows_R], ks)
         for q, k, v, r in zip(q_BTHD, k_BTGD, v_BTGD, stream_BTC.float(), strict=True)
     ]
     return torch.stack(found).mean(0).tolist()
@@ -129,7 +131,7 @@ def _sequence_errors(
 ) -> Tensor:
     output = partial(_output, attention, v_SGV=v_TGV[: logits_HRS.shape[-1]])
     dense_RC = output(logits_HRS)
-    best_RK = logits_HRS.softmax(-1).mean(0).topk(max(ks), dim=-1).indices
+    best_RK = softmax_with_sinks(logits_HRS, attention.softmax[2]).mean(0).topk(max(ks), dim=-1).indices
     size = dense_RC.norm() * stream_RC.norm()
     errors = []
     for k in ks:
@@ -141,6 +143,7 @@ def _sequence_errors(
 
 def _output(attention: Any, logits_HRS: Tensor, v_SGV: Tensor) -> Tensor:
     """What the attention adds to the residual stream, `[R, C]`."""
-    probs_GMRS = logits_HRS.softmax(-1).unflatten(0, (v_SGV.shape[1], -1))
+    probs_HRS = softmax_with_sinks(logits_HRS, attention.softmax[2])
+    probs_GMRS = probs_HRS.unflatten(0, (v_SGV.shape[1], -1))
     heads_RN = torch.einsum("gmrs,sgv->rgmv", probs_GMRS, v_SGV).flatten(1)
     return attention.output_norm(heads_RN @ attention.o_proj.weight.float().T)

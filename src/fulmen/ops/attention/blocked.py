@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fulmen.ops.common.precision import math_dtype, outside_autocast
+from fulmen.ops.common.precision import cap_logits, math_dtype, outside_autocast
 from fulmen.ops.common.tiles import TILE_NUMBERS, KeyTile, take_keys, zero_bad_keys
 
 # Powers of 2, not of e: on a CPU torch's exp2 takes 0.3 ns a number, its exp 0.8, and 3 to 30 where the
@@ -30,11 +30,17 @@ AttentionBlocks = Callable[[int], Iterator[tuple[slice, Iterable[KeyTile]]]]
 
 
 class BlockedAttention(torch.autograd.Function):
-    """`apply(q_BTHD, k_BSGD, v_BSGV, scale, blocks) -> (out_BTHV, lse_BTH)`."""
+    """`apply(q_BTHD, k_BSGD, v_BSGV, scale, softcap, blocks) -> (out_BTHV, lse_BTH)`."""
 
     @staticmethod
     def forward(
-        ctx: Any, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, scale: float, blocks: AttentionBlocks
+        ctx: Any,
+        q_BTHD: Tensor,
+        k_BSGD: Tensor,
+        v_BSGV: Tensor,
+        scale: float,
+        softcap: float | None,
+        blocks: AttentionBlocks,
     ) -> tuple[Tensor, Tensor]:
         batch, queries, heads, _ = q_BTHD.shape
         out_BTHV = q_BTHD.new_zeros(batch, queries, heads, v_BSGV.shape[-1])
@@ -43,11 +49,11 @@ class BlockedAttention(torch.autograd.Function):
         )
         for b in range(batch):
             for rows, tiles in blocks(b):
-                out_THV, lse_TH = _attend_block(q_BTHD[b, rows], k_BSGD[b], v_BSGV[b], tiles, scale)
+                out_THV, lse_TH = _attend_block(q_BTHD[b, rows], k_BSGD[b], v_BSGV[b], tiles, scale, softcap)
                 out_BTHV[b, rows] = out_THV
                 lse_BTH[b, rows] = lse_TH
         ctx.save_for_backward(q_BTHD, k_BSGD, v_BSGV, out_BTHV, lse_BTH)
-        ctx.scale, ctx.blocks = scale, blocks
+        ctx.scale, ctx.softcap, ctx.blocks = scale, softcap, blocks
         return out_BTHV, lse_BTH
 
     @staticmethod
@@ -74,12 +80,20 @@ class BlockedAttention(torch.autograd.Function):
                         dv_BSGV[b],
                         tiles,
                         ctx.scale,
+                        ctx.softcap,
                     )
-        return dq_BTHD.to(q_BTHD.dtype), dk_BSGD.to(k_BSGD.dtype), dv_BSGV.to(v_BSGV.dtype), None, None
+        inputs = (q_BTHD, k_BSGD, v_BSGV)
+        gradients = zip((dq_BTHD, dk_BSGD, dv_BSGV), inputs, strict=True)
+        return *(gradient.to(x.dtype) for gradient, x in gradients), None, None, None
 
 
 def _attend_block(
-    q_THD: Tensor, k_SGD: Tensor, v_SGV: Tensor, tiles: Iterable[KeyTile], scale: float
+    q_THD: Tensor,
+    k_SGD: Tensor,
+    v_SGV: Tensor,
+    tiles: Iterable[KeyTile],
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     dtype = math_dtype(q_THD.dtype)
     n_groups = k_SGD.shape[1]
@@ -90,7 +104,7 @@ def _attend_block(
     sum_GMV = q_GMD.new_zeros(*q_GMD.shape[:2], v_SGV.shape[-1])
     has_keys_T = torch.zeros(len(q_THD), dtype=torch.bool, device=q_THD.device)
     for tile in tiles:
-        scores_GMC, _, v_GCV = _tile_scores(q_GMD, k_SGD, v_SGV, tile)
+        scores_GMC, _, v_GCV = _tile_scores(q_GMD, k_SGD, v_SGV, tile, softcap)
         higher_GM1 = torch.maximum(peak_GM1, scores_GMC.amax(-1, keepdim=True))
         fade_GM1 = (peak_GM1 - higher_GM1).exp2_()
         weights_GMC = scores_GMC.sub_(higher_GM1).exp2_()
@@ -117,6 +131,7 @@ def _attend_block_backward(
     dv_SGV: Tensor,
     tiles: Iterable[KeyTile],
     scale: float,
+    softcap: float | None,
 ) -> Tensor:
     """Adds to dk and dv in place, returns dq."""
     n_groups = k_SGD.shape[1]
@@ -131,29 +146,40 @@ def _attend_block_backward(
     has_nan = bool(lse_TH.isnan().any())
     dq_GMD = torch.zeros_like(q_GMD)
     for tile in tiles:
-        scores_GMC, k_GCD, v_GCV = _tile_scores(q_GMD, k_SGD, v_SGV, tile)
+        scores_GMC, k_GCD, v_GCV = _tile_scores(q_GMD, k_SGD, v_SGV, tile, softcap)
+        slope_GMC = None if softcap is None else _slope_of_cap(scores_GMC, softcap)
         probs_GMC = scores_GMC.sub_(lse_GM1).exp2_()
         if has_nan:
             _fill_hidden(probs_GMC, tile, 0)
         _add_to_keys(dv_SGV, tile.keys, torch.bmm(probs_GMC.transpose(1, 2), dout_GMV))
         dscores_GMC = torch.bmm(dout_GMV, v_GCV.transpose(1, 2)).sub_(delta_GM1).mul_(probs_GMC)
+        if slope_GMC is not None:
+            dscores_GMC.mul_(slope_GMC)
         _add_to_keys(dk_SGD, tile.keys, torch.bmm(dscores_GMC.transpose(1, 2), q_GMD).div_(LOG2_E))
         dq_GMD.baddbmm_(dscores_GMC, k_GCD, alpha=scale)
     return ungroup_heads(dq_GMD, len(q_THD))
 
 
-def _tile_scores(q_GMD: Tensor, k_SGD: Tensor, v_SGV: Tensor, tile: KeyTile) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores of the tile, -inf where hidden, with its keys and values."""
+def _tile_scores(
+    q_GMD: Tensor, k_SGD: Tensor, v_SGV: Tensor, tile: KeyTile, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of the tile in powers of 2, -inf where hidden, with its keys and values."""
+    cap = None if softcap is None else softcap * LOG2_E
     k_GCD = take_keys(k_SGD, tile.keys, q_GMD.dtype)
     v_GCV = take_keys(v_SGV, tile.keys, q_GMD.dtype)
     if tile.hidden_TS is None:
-        return torch.bmm(q_GMD, k_GCD.transpose(1, 2)), k_GCD, v_GCV
+        return cap_logits(torch.bmm(q_GMD, k_GCD.transpose(1, 2)), cap), k_GCD, v_GCV
     (k_GCD, bad_keys_C), (v_GCV, bad_values_C) = zero_bad_keys(k_GCD), zero_bad_keys(v_GCV)
-    scores_GMC = torch.bmm(q_GMD, k_GCD.transpose(1, 2))
+    scores_GMC = cap_logits(torch.bmm(q_GMD, k_GCD.transpose(1, 2)), cap)
     for bad_C in (bad_keys_C, bad_values_C):
         if bad_C is not None:
             scores_GMC.masked_fill_(bad_C, torch.nan)
     return _fill_hidden(scores_GMC, tile, -torch.inf), k_GCD, v_GCV
+
+
+def _slope_of_cap(scores_GMC: Tensor, softcap: float) -> Tensor:
+    """What a capped score gains where the logit gains 1; 0 where hidden."""
+    return 1 - (scores_GMC / (softcap * LOG2_E)).clamp_(min=-1).square_()
 
 
 def _fill_hidden(x_GMC: Tensor, tile: KeyTile, value: float) -> Tensor:

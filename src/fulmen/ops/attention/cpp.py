@@ -13,6 +13,7 @@ def attend_by_cpp(
     k_BSGD: Tensor,
     v_BSGV: Tensor,
     scale: float,
+    softcap: float | None,
     *,
     topk_BTK: Tensor | None = None,
     start_BT: Tensor | None = None,
@@ -29,7 +30,7 @@ def attend_by_cpp(
         *(q_BTHD.contiguous(), k_BSGD, v_BSGV),
         None if topk_BTK is None else kernel_positions(topk_BTK),
         *(None if x is None else x.long().contiguous() for x in (start_BT, stop_BT)),
-        *(out_BTHV, lse_BTH, shape, float(scale)),
+        *(out_BTHV, lse_BTH, shape, float(scale), float(softcap or 0)),
     )
     return out_BTHV.to(dtype), lse_BTH
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fulmen.ops.common.precision import math_dtype
+from fulmen.ops.common.precision import cap_logits, math_dtype
 
 
 class AttentionReference(NamedTuple):
@@ -19,16 +19,22 @@ class AttentionReference(NamedTuple):
 
 
 def attention_reference(
-    q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, visible_BTS: Tensor, scale: float
+    q_BTHD: Tensor,
+    k_BSGD: Tensor,
+    v_BSGV: Tensor,
+    visible_BTS: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> AttentionReference:
     """Query by query: softmax over its visible keys, in ascending order, and the mean of their values.
 
-    Reads only visible keys, so that NaN elsewhere is harmless. No visible key: out 0, lse -inf.
+    Reads only visible keys, so that NaN elsewhere is harmless. No visible key: out 0, lse -inf (or the sink).
     """
     dtype = math_dtype(q_BTHD.dtype)
     q, k, v = q_BTHD.to(dtype), k_BSGD.to(dtype), v_BSGV.to(dtype)
     rows = [
-        _attention_reference_row(q[b, t], k[b], v[b], visible_BTS[b, t], scale)
+        _attention_reference_row(q[b, t], k[b], v[b], visible_BTS[b, t], scale, softcap, sinks_H)
         for b in range(q.shape[0])
         for t in range(q.shape[1])
     ]
@@ -42,15 +48,24 @@ def attention_reference(
 
 
 def _attention_reference_row(
-    q_HD: Tensor, k_SGD: Tensor, v_SGV: Tensor, visible_S: Tensor, scale: float
+    q_HD: Tensor,
+    k_SGD: Tensor,
+    v_SGV: Tensor,
+    visible_S: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     keys_N = visible_S.nonzero().squeeze(1)
     shared = q_HD.shape[0] // k_SGD.shape[1]
     k_NHD = k_SGD[keys_N].repeat_interleave(shared, dim=1)
     v_NHV = v_SGV[keys_N].repeat_interleave(shared, dim=1)
-    logits_HN = torch.einsum("hd,nhd->hn", q_HD, k_NHD) * scale
+    logits_HN = cap_logits(torch.einsum("hd,nhd->hn", q_HD, k_NHD) * scale, softcap)
     lse_H = logits_HN.logsumexp(-1)
     probs_HN = (logits_HN - lse_H[:, None]).exp()
+    if sinks_H is not None:
+        keys_lse_H, lse_H = lse_H, torch.logaddexp(lse_H, sinks_H.to(lse_H.dtype))
+        probs_HN = probs_HN * (keys_lse_H - lse_H).exp()[:, None]
     out_HV = torch.einsum("hn,nhv->hv", probs_HN, v_NHV)
     everywhere_HS = logits_HN.new_zeros(q_HD.shape[0], len(visible_S))
     logits_HS = (everywhere_HS - torch.inf).index_copy(1, keys_N, logits_HN)

@@ -1,5 +1,6 @@
 """Input checks that every operation makes before it computes: axes, dtypes, devices."""
 
+import math
 from typing import Any
 
 import torch
@@ -130,6 +131,16 @@ def check_attention_inputs(floats: dict[str, Tensor], **integers: Tensor) -> dic
     check_integer(**integers)
     check_same_device(**floats, **integers)
     return sizes
+
+
+def check_softmax_changes(q_BTHD: Tensor, softcap: float | None, sinks_H: Tensor | None) -> None:
+    """Raise ConfigError unless the cap is a finite number above 0, and the sinks floats, one a head."""
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ConfigError(f"softcap={softcap!r} cannot be; use a finite number above 0, or None")
+    if sinks_H is not None:
+        check_axes(q_BTHD=q_BTHD, sinks_H=sinks_H)
+        check_floating(sinks_H=sinks_H)
+        check_same_device(q_BTHD=q_BTHD, sinks_H=sinks_H)
 
 
 def check_loss_inputs(

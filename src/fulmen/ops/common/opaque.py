@@ -17,7 +17,7 @@ Found = TypeVar("Found")
 
 # A checkpoint's own copy of this source registers its own.
 OP_NAMESPACE = re.sub(r"\W", "_", __name__)
-# A gradient of (gradients of the outputs, q, k, v, the other tensors, the outputs, scale) in q, k and v.
+# A gradient in q, k and v of (gradients of the outputs, q, k, v, other tensors, the outputs, scale, softcap).
 AttentionGradients = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
@@ -36,7 +36,7 @@ def opaque(fake: Callable[..., Any]) -> Callable[[Callable[Given, Found]], Calla
 def opaque_attention(
     gradients: AttentionGradients,
 ) -> Callable[[Callable[Given, Found]], Callable[Given, Found]]:
-    """Decorates a function `(q_BTHD, k_BSGD, v_BSGV, other tensors, scale) -> (out_BTHV, lse_BTH)`.
+    """Decorates a function `(q_BTHD, k_BSGD, v_BSGV, other tensors, scale, softcap) -> (out_BTHV, lse_BTH)`.
 
     `gradients`: as `AttentionGradients`, annotated; it may be opaque code too.
     """
@@ -46,11 +46,11 @@ def opaque_attention(
         backward = _register(gradients, _fake_attention_gradients)
 
         def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-            *tensors, ctx.scale = inputs
+            *tensors, ctx.scale, ctx.softcap = inputs
             ctx.save_for_backward(*tensors, *output)
 
         def differentiate(ctx: Any, dout_BTHV: Tensor, dlse_BTH: Tensor) -> tuple[Tensor | None, ...]:
-            found = backward(dout_BTHV, dlse_BTH, *ctx.saved_tensors, ctx.scale)
+            found = backward(dout_BTHV, dlse_BTH, *ctx.saved_tensors, ctx.scale, ctx.softcap)
             return *found, *(None for _ in ctx.needs_input_grad[3:])
 
         operation.register_autograd(differentiate, setup_context=save)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from fulmen.ops.common.checks import (
 from fulmen.ops.common.precision import cast_as_autocast
 
 INTEGER_AXES = {"start": "BT", "stop": "BT", "indices": "BTK"}
-OPTIONAL = ("b", "start", "stop")
+OPTIONAL = ("b", "start", "stop", "sinks")
 
 
 def check_plain_scores(scores: Tensor, **intervals: Tensor | None) -> dict[str, int]:
@@ -40,17 +41,20 @@ def check_plain_index(
     return sizes
 
 
-def check_plain_attention(q: Tensor, k: Tensor, v: Tensor, **integers: Tensor | None) -> dict[str, int]:
+def check_plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, **integers: Tensor | None
+) -> dict[str, int]:
     """Of attention's inputs; returns the sizes of the axes."""
-    sizes = _check_all({"q BTHD": q, "k BSGD": k, "v BSGV": v}, integers)
+    sizes = _check_all({"q BTHD": q, "k BSGD": k, "v BSGV": v, "sinks H": sinks}, integers)
     _check_castable(q=q, k=k, v=v)
+    check_floating(sinks=sinks)
     check_multiple(sizes, "H", "G")
     return sizes
 
 
 def check_plain_losses(
     index: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    attn: dict[str, Tensor],
+    attn: dict[str, Any],
     integers: dict[str, Tensor | None],
 ) -> dict[str, int]:
     """Of a loss: the indexer's inputs (q, k, w, b), the attention's by name and axes, as "attn_q BTHD"."""
@@ -85,6 +89,11 @@ def causal_or_given(
 def scale_or_default(scale: float | None, q: Tensor) -> float:
     """`scale`, or D**-0.5. Raises ConfigError if it is no finite number."""
     return q.shape[-1] ** -0.5 if scale is None else check_number("scale", scale)
+
+
+def softcap_or_none(softcap: float | None) -> float | None:
+    """`softcap`. Raises ConfigError if it is no finite number above 0."""
+    return None if softcap is None else check_above_zero("softcap", softcap)
 
 
 def check_number(name: str, value: float) -> float:

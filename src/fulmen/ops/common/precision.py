@@ -12,8 +12,16 @@ def math_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def nan_for_infinity(x: Tensor) -> Tensor:
-    """An indexer's queries as they are scored: one that is not finite scores NaN, whatever the keys."""
+    """Infinity too as NaN: an indexer's query that is not finite so scores NaN, whatever the keys."""
     return x.masked_fill(x.isinf(), torch.nan)
+
+
+def cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
+    """c tanh(l / c) with c = `softcap` (Gemma 2, arXiv 2408.00118); None: as they are.
+
+    An infinite logit becomes NaN: capped, it would hide that a key or a query is not finite.
+    """
+    return logits if softcap is None else torch.tanh(nan_for_infinity(logits) / softcap) * softcap
 
 
 def cast_as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ CPP_LEVELS = {
     "amx": "_kernels_amx",
 }
 # Raised with every change of a function's arguments, and with new functions (`cpp/src/library.cpp`).
-ABI_VERSION = 12
+ABI_VERSION = 13
 # Numbers, as in `cpp/src/attention.h`: gradients have rows of full vectors.
 ROW_MULTIPLE = 16
 
@@ -68,8 +68,11 @@ class PagedLayerStruct(ctypes.Structure):
                 *("coarse_heads", "coarse_width", "candidates", "all_up_to", "coarse_stride_r"),
             )
         ),
-        *((name, ctypes.c_void_p) for name in ("kv", "packed", "rope_pairs", "coarse", "coarse_pairs")),
-        ("scale", ctypes.c_double),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("kv", "packed", "rope_pairs", "coarse", "coarse_pairs", "sinks")
+        ),
+        *((name, ctypes.c_double) for name in ("scale", "softcap")),
     ]
 
 

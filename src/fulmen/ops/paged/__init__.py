@@ -145,6 +145,8 @@ def paged_attention(
     stop_BT: Tensor,
     topk_BTK: Tensor | None,
     scale: float,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """out_BTHV, attention over the selected keys, or (with `topk_BTK` None) over all keys 0 <= s < stop.
 
@@ -152,22 +154,23 @@ def paged_attention(
         q_BTHD, kv_RGC: one floating dtype; C = D + V, a head's key, then its value.
         rows_BS, stop_BT: as `paged_index_topk`.
         topk_BTK: positions s, negative for nothing.
+        scale, softcap, sinks_H: as `fulmen.ops.attention.sparse.sparse_attention`.
 
     Raises: as `paged_index_topk`.
     """
     check_attention_inputs({"q_BTHD": q_BTHD, "kv_RGC": kv_RGC}, rows_BS=rows_BS, stop_BT=stop_BT)
-    width = q_BTHD.shape[-1]
+    width, softmax = q_BTHD.shape[-1], (scale, softcap, sinks_H)
     if kv_RGC.shape[-1] <= width:
         raise ConfigError(f"kv_RGC has C={kv_RGC.shape[-1]}; keys and values need more than D={width}")
     if q_BTHD.shape[1] == 1 and q_BTHD.device.type == "cpu":
         kv_BRGC = kv_RGC[None].expand(len(q_BTHD), -1, -1, -1)
         k_BRGD, v_BRGV = kv_BRGC[..., :width], kv_BRGC[..., width:]
-        return sparse_attention(q_BTHD, k_BRGD, v_BRGV, _rows_read(rows_BS, stop_BT, topk_BTK), scale)[0]
+        return sparse_attention(q_BTHD, k_BRGD, v_BRGV, _rows_read(rows_BS, stop_BT, topk_BTK), *softmax)[0]
     kv_BSGC = _gather(kv_RGC, rows_BS)
     k_BSGD, v_BSGV = kv_BSGC[..., :width], kv_BSGC[..., width:]
     if topk_BTK is not None:
-        return sparse_attention(q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale)[0]
-    return dense_attention(q_BTHD, k_BSGD, v_BSGV, torch.zeros_like(stop_BT), stop_BT, scale)[0]
+        return sparse_attention(q_BTHD, k_BSGD, v_BSGV, topk_BTK, *softmax)[0]
+    return dense_attention(q_BTHD, k_BSGD, v_BSGV, torch.zeros_like(stop_BT), stop_BT, *softmax)[0]
 
 
 def _rows_read(rows_BS: Tensor, stop_B1: Tensor, topk_B1K: Tensor | None) -> Tensor:

@@ -106,7 +106,7 @@ def paged_decode_composed(
     q_BHD, index = project_and_store(layer, projections, tokens, qkv_TX, all_qk_TX, x_TC, selects)
     out_B1HD = out_TX.view(len(q_BHD), 1, *q_BHD.shape[1:])
     if index is None:
-        inputs = (layer.kv_RGC, key_rows.rows_BS, key_rows.stop_BT, None, layer.scale)
+        inputs = (layer.kv_RGC, key_rows.rows_BS, key_rows.stop_BT, None, *layer.softmax)
         out_B1HD.copy_(paged_attention(q_BHD[:, None], *inputs))
     else:
         index_q_B1JE, w_B1J, b_B1J = (x[:, None] for x in index[:3])

@@ -18,6 +18,7 @@ from fulmen.ops.common.checks import (
     check_multiple,
     check_same_device,
     check_same_dtype,
+    check_softmax_changes,
 )
 from fulmen.ops.common.index_keys import SCALE_BYTES, is_packed
 from fulmen.ops.common.rope import apply_rope, rotate_half_split
@@ -80,6 +81,7 @@ class PagedLayer:
         topk: keys that a query keeps of more than `dense_up_to`; up to those it keeps all.
         scale: of the attention's logits.
         coarse: of an index in two levels.
+        softcap, sinks_H: of the attention, as `fulmen.ops.attention.sparse.sparse_attention`.
 
     Raises ConfigError: axes or dtypes that do not fit together.
     """
@@ -93,6 +95,8 @@ class PagedLayer:
     dense_up_to: int
     scale: float
     coarse: CoarseCache | None = None
+    softcap: float | None = None
+    sinks_H: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_axes(kv_RGC=self.kv_RGC, rope_pairs_IP=self.rope_pairs_IP)
@@ -102,6 +106,7 @@ class PagedLayer:
         check_same_device(kv_RGC=self.kv_RGC, packed_RX=self.packed_RX, rope_pairs_IP=self.rope_pairs_IP)
         check_multiple({"H": self.n_heads, "G": self.kv_RGC.shape[1]}, "H", "G")
         check_multiple({"J": self.n_index_heads, "I": self.rope_pairs_IP.shape[0]}, "J", "I")
+        check_softmax_changes(self.kv_RGC.new_empty(0, 0, *self.shapes["q"]), self.softcap, self.sinks_H)
         width = self.rope_pairs_IP.shape[0] * (2 * self.rope_pairs_IP.shape[1] + SCALE_BYTES)
         if not is_packed(self.packed_RX) or self.packed_RX.shape[1] != width:
             raise ConfigError(
@@ -156,6 +161,11 @@ class PagedLayer:
         """Device and dtype of the cache, which choose the backend."""
         return self.kv_RGC.device, self.kv_RGC.dtype
 
+    @property
+    def softmax(self) -> tuple[float, float | None, Tensor | None]:
+        """What attention does with products of queries and keys: scale, softcap and sinks_H."""
+        return self.scale, self.softcap, self.sinks_H
+
     @cached_property
     def struct(self) -> PagedLayerStruct:
         """For the kernels; valid as long as this object."""
@@ -177,8 +187,16 @@ class PagedLayer:
                 if coarse is None
                 else (coarse.packed_RX.data_ptr(), coarse.rope_pairs_P.data_ptr())
             ),
-            self.scale,
+            *(
+                None if self._held_sinks is None else self._held_sinks.data_ptr(),
+                self.scale,
+                self.softcap or 0,
+            ),
         )
+
+    @cached_property
+    def _held_sinks(self) -> Tensor | None:
+        return None if self.sinks_H is None else self.sinks_H.detach().float().contiguous()
 
 
 @dataclass(frozen=True, eq=False)

@@ -108,7 +108,7 @@ def paged_sparse_attention_composed(
         kept = (layer.coarse.packed_RX, rows_BS, *layer.coarse.numbers[:2])
         coarse = PagedCoarse(coarse_q_BTMN, coarse_b_BTM, *kept)
     topk_BTK = paged_index_topk(*index, layer.topk, layer.dense_up_to, coarse)
-    inputs = (layer.kv_RGC, key_rows.rows_BS, key_rows.stop_BT, topk_BTK, layer.scale)
+    inputs = (layer.kv_RGC, key_rows.rows_BS, key_rows.stop_BT, topk_BTK, *layer.softmax)
     out_BTHD.copy_(paged_attention(q_BTHD, *inputs))
 
 

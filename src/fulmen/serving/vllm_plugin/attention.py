@@ -55,6 +55,7 @@ class DsaAttention(nn.Module):
         self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
         self.head_dim, self.heads, self.kv_heads = stock.head_dim, stock.num_heads, stock.num_kv_heads
         self.total_kv_heads, self.scale = stock.total_num_kv_heads, stock.scaling
+        self.softcap = getattr(vllm_config.model_config.hf_config, "attn_logit_softcapping", None)
         self.topk, self.layer_topk = dsa.topk, dsa.layer_topk(layer)
         self.indexer = GqaIndexer(vllm_config.model_config.hf_config, dsa).requires_grad_(False)
         # Before any weights come: biases are then read in the precision that the checkpoint has.
@@ -126,7 +127,8 @@ class DsaAttention(nn.Module):
         if self._kept is None or not self._kept.holds:
             caches = (self.cache.rows_RHC(), self.index_cache.rows_RHC()[:, 0], self.indexer.rope_pairs)
             heads = (self.heads, self.indexer.n_heads)
-            layer = PagedLayer(*caches, *heads, self.layer_topk, self.topk, self.scale, self._coarse())
+            budget = (self.layer_topk, self.topk)
+            layer = PagedLayer(*caches, *heads, *budget, self.scale, self._coarse(), self.softcap)
             all_caches = (self.cache, self.index_cache, self.coarse_cache)
             apart = tuple(0 if one is None else one.rows_per_block for one in all_caches)
             places = (self.cache, self.cache.kv_cache, self.indexer._buffers)
@@ -158,7 +160,7 @@ class DsaAttention(nn.Module):
             coarse = (None if x is None else x[span.tokens].unflatten(0, shape) for x in index[3:])
             paged_sparse_attention(layer, q_BTHD, index_q_BTJE, w_BTJ, b_BTJ, key_rows, out_BTHD, *coarse)
         else:
-            dense = (layer.kv_RGC, key_rows.rows_BS, key_rows.stop_BT, None, self.scale)
+            dense = (layer.kv_RGC, key_rows.rows_BS, key_rows.stop_BT, None, *layer.softmax)
             out_BTHD.copy_(paged_attention(q_BTHD, *dense))
 
     def _gathered(self, qkv: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ from typing import Any
 import vllm
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.model_executor.models.gemma2 import Gemma2ForCausalLM
 from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
+from vllm.model_executor.models.gpt_oss import GptOssForCausalLM
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
@@ -53,8 +55,21 @@ class DsaServingMixin:
         return super().load_weights(weights)  # type: ignore[misc]
 
 
+class Gemma2DsaForCausalLM(DsaServingMixin, Gemma2ForCausalLM):
+    """`fulmen.modeling.families.gemma2` in vLLM."""
+
+
 class Gemma3DsaForCausalLM(DsaServingMixin, Gemma3ForCausalLM):
     """`fulmen.modeling.families.gemma3_text` in vLLM."""
+
+
+class GptOssDsaForCausalLM(DsaServingMixin, GptOssForCausalLM):
+    """`fulmen.modeling.families.gpt_oss` is not served yet: vLLM names its layers' parts otherwise."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        raise ConfigError(
+            "model_type 'gpt_oss_dsa' is not served by vLLM yet; run it by `generate` of Transformers"
+        )
 
 
 class LlamaDsaForCausalLM(DsaServingMixin, LlamaForCausalLM):

@@ -100,7 +100,8 @@ class SparseLossSelector(Selector):
     def _kl(self, some: SelectionInputs, chosen_BTK: Tensor) -> Tensor:
         index = (some.index_q_BTJE, some.index_k_BSIE, some.index_w_BTJ, some.index_b_BTJ)
         own = (some.q_BTHD.detach(), some.k_BSGD.detach())
-        return indexer_loss_selected(*index, *own, chosen_BTK, some.scale).kl_BT
+        arguments: Any = (*index, *own, chosen_BTK, *some.softmax)
+        return indexer_loss_selected(*arguments).kl_BT
 
     def _changed(self, some: SelectionInputs, topk: int) -> Tensor:
         index = (some.index_q_BTJE, some.index_k_BSIE, some.index_w_BTJ, some.index_b_BTJ)
@@ -109,7 +110,8 @@ class SparseLossSelector(Selector):
         # Anew at each step: the backbone is trained too.
         out_weight = self.attentions[some.layer_idx].output_weight().detach()
         ends = (some.start_BT, some.stop_BT)
-        return selection_loss(*index, *own, out_weight, *ends, topk, some.scale, temperature)
+        cut: Any = (topk, some.scale, temperature, *some.softmax[1:])
+        return selection_loss(*index, *own, out_weight, *ends, *cut)
 
     @torch.no_grad()
     def _captured(self, some: SelectionInputs, chosen_BTK: Tensor) -> float | None:

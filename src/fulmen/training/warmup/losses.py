@@ -71,10 +71,12 @@ class IndexerLossSelector(Selector):
         leaves = (_leaf(index[0]), _leaf(index[1]), _leaf(index[2]), _leaf(index[3]))
         own = (some.q_BTHD.detach(), some.k_BSGD.detach(), some.v_BSGV.detach())
         ends = (some.start_BT, some.stop_BT)
-        kl = indexer_loss(*leaves, *own[:2], *ends, some.scale)
+        changes: Any = {"softcap": some.softcap, "sinks_H": some.sinks_H}
+        kl = indexer_loss(*leaves, *own[:2], *ends, some.scale, **changes)
         temperature = TEMPERATURE * float(some.index_w_BTJ.detach().abs().mean())
         out_weight = self.out_weights[inputs.layer_idx]
-        changed = selection_loss(*leaves, *own, out_weight, *ends, topk, some.scale, temperature)
+        cut: Any = (topk, some.scale, temperature)
+        changed = selection_loss(*leaves, *own, out_weight, *ends, *cut, **changes)
         captured, oracle = self._recall(inputs, rows, topk)
         self.layers[inputs.layer_idx] = LayerLoss(
             with_gradient_in_hand(changed.mean() + KL_WEIGHT * kl.kl_BT.mean(), leaves, index),

@@ -11,11 +11,18 @@ from fulmen.ops.dispatch import implements
 
 
 def dense_attention_reference(
-    q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, start_BT: Tensor, stop_BT: Tensor, scale: float
+    q_BTHD: Tensor,
+    k_BSGD: Tensor,
+    v_BSGV: Tensor,
+    start_BT: Tensor,
+    stop_BT: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> AttentionReference:
     """See `fulmen.ops.attention.dense.dense_attention`."""
     visible_BTS = interval_mask(start_BT, stop_BT, k_BSGD.shape[1])
-    return attention_reference(q_BTHD, k_BSGD, v_BSGV, visible_BTS, scale)
+    return attention_reference(q_BTHD, k_BSGD, v_BSGV, visible_BTS, scale, softcap, sinks_H)
 
 
 def dense_gradients_reference(
@@ -29,11 +36,12 @@ def dense_gradients_reference(
     out_BTHV: Tensor,
     lse_BTH: Tensor,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq_BTHD, dk_BSGD and dv_BSGV."""
 
     def attend(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor) -> tuple[Tensor, Tensor]:
-        return reference_dense_attention(q_BTHD, k_BSGD, v_BSGV, start_BT, stop_BT, scale)
+        return reference_dense_attention(q_BTHD, k_BSGD, v_BSGV, start_BT, stop_BT, scale, softcap)
 
     return torch.func.vjp(attend, q_BTHD, k_BSGD, v_BSGV)[1]((dout_BTHV, dlse_BTH))
 

@@ -23,23 +23,31 @@ def dense_gradients_blocked(
     out_BTHV: Tensor,
     lse_BTH: Tensor,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq_BTHD, dk_BSGD and dv_BSGV."""
     # As in CppDenseAttention, whose lse no value makes NaN.
     marked_BTH = lse_BTH.masked_fill(out_BTHV.isnan().any(-1), torch.nan)
     blocks = visible_blocks(q_BTHD, k_BSGD, start_BT, stop_BT)
-    saved = SavedTensors(q_BTHD, k_BSGD, v_BSGV, out_BTHV, marked_BTH, scale=scale, blocks=blocks)
+    numbers = {"scale": scale, "softcap": softcap}
+    saved = SavedTensors(q_BTHD, k_BSGD, v_BSGV, out_BTHV, marked_BTH, **numbers, blocks=blocks)
     backward: Any = BlockedAttention.backward
     return backward(saved, dout_BTHV, dlse_BTH)[:3]
 
 
 @implements("dense_attention", "torch", gradients=dense_gradients_blocked)
 def dense_attention_blocked(
-    q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, start_BT: Tensor, stop_BT: Tensor, scale: float
+    q_BTHD: Tensor,
+    k_BSGD: Tensor,
+    v_BSGV: Tensor,
+    start_BT: Tensor,
+    stop_BT: Tensor,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """See `fulmen.ops.attention.dense.dense_attention`."""
     blocks = visible_blocks(q_BTHD, k_BSGD, start_BT, stop_BT)
-    return BlockedAttention.apply(q_BTHD, k_BSGD, v_BSGV, scale, blocks)
+    return BlockedAttention.apply(q_BTHD, k_BSGD, v_BSGV, scale, softcap, blocks)
 
 
 def visible_blocks(q_BTHD: Tensor, k_BSGD: Tensor, start_BT: Tensor, stop_BT: Tensor) -> AttentionBlocks:

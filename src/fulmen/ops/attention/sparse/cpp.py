@@ -25,31 +25,44 @@ def sparse_gradients_cpp(
     out_BTHV: Tensor,
     lse_BTH: Tensor,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq_BTHD, dk_BSGD and dv_BSGV."""
-    saved = SavedTensors(q_BTHD, k_BSGD, v_BSGV, topk_BTK, out_BTHV, lse_BTH, scale=scale)
+    tensors = (q_BTHD, k_BSGD, v_BSGV, topk_BTK, out_BTHV, lse_BTH)
+    saved = SavedTensors(*tensors, scale=scale, softcap=softcap)
     backward: Any = CppSparseAttention.backward
     return backward(saved, dout_BTHV, dlse_BTH)[:3]
 
 
 @implements("sparse_attention", "cpp", dtypes=KERNEL_DTYPES, gradients=sparse_gradients_cpp)
 def sparse_attention_cpp(
-    q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, topk_BTK: Tensor, scale: float
+    q_BTHD: Tensor,
+    k_BSGD: Tensor,
+    v_BSGV: Tensor,
+    topk_BTK: Tensor,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """See `fulmen.ops.attention.sparse.sparse_attention`."""
-    return CppSparseAttention.apply(q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale)
+    return CppSparseAttention.apply(q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale, softcap)
 
 
 class CppSparseAttention(torch.autograd.Function):
-    """`apply(q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale) -> (out_BTHV, lse_BTH)`."""
+    """`apply(q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale, softcap) -> (out_BTHV, lse_BTH)`."""
 
     @staticmethod
     def forward(
-        ctx: Any, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, topk_BTK: Tensor, scale: float
+        ctx: Any,
+        q_BTHD: Tensor,
+        k_BSGD: Tensor,
+        v_BSGV: Tensor,
+        topk_BTK: Tensor,
+        scale: float,
+        softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
-        out_BTHV, lse_BTH = attend_by_cpp(q_BTHD, k_BSGD, v_BSGV, scale, topk_BTK=topk_BTK)
+        out_BTHV, lse_BTH = attend_by_cpp(q_BTHD, k_BSGD, v_BSGV, scale, softcap, topk_BTK=topk_BTK)
         ctx.save_for_backward(q_BTHD, k_BSGD, v_BSGV, topk_BTK, out_BTHV, lse_BTH)
-        ctx.scale = scale
+        ctx.scale, ctx.softcap = scale, softcap
         return out_BTHV, lse_BTH
 
     @staticmethod
@@ -67,11 +80,12 @@ class CppSparseAttention(torch.autograd.Function):
             "fulmen_attention_backward",
             *(q_rows, keys_BSGD, values_BSGV, kernel_positions(topk_BTK), dout_rows, lse_BTH, delta_BTH),
             *(dq_rows, dk_rows, dv_rows),
-            *(attention_shape(q_BTHD, keys_BSGD, values_BSGV, topk_BTK.shape[-1]), float(ctx.scale)),
+            attention_shape(q_BTHD, keys_BSGD, values_BSGV, topk_BTK.shape[-1]),
+            *(float(ctx.scale), float(ctx.softcap or 0)),
         )
         inputs = (q_BTHD, k_BSGD, v_BSGV)
         gradients = zip((dq_rows, dk_rows, dv_rows), inputs, strict=True)
-        return *(rows[..., : x.shape[-1]].to(x.dtype) for rows, x in gradients), None, None
+        return *(rows[..., : x.shape[-1]].to(x.dtype) for rows, x in gradients), None, None, None
 
 
 def _whole_rows(x_BTHD: Tensor) -> Tensor:

@@ -11,11 +11,17 @@ from fulmen.ops.dispatch import implements
 
 
 def sparse_attention_reference(
-    q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, topk_BTK: Tensor, scale: float
+    q_BTHD: Tensor,
+    k_BSGD: Tensor,
+    v_BSGV: Tensor,
+    topk_BTK: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> AttentionReference:
     """See `fulmen.ops.attention.sparse.sparse_attention`."""
     visible_BTS = selection_mask(topk_BTK, k_BSGD.shape[1])
-    return attention_reference(q_BTHD, k_BSGD, v_BSGV, visible_BTS, scale)
+    return attention_reference(q_BTHD, k_BSGD, v_BSGV, visible_BTS, scale, softcap, sinks_H)
 
 
 def sparse_gradients_reference(
@@ -28,11 +34,12 @@ def sparse_gradients_reference(
     out_BTHV: Tensor,
     lse_BTH: Tensor,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq_BTHD, dk_BSGD and dv_BSGV."""
 
     def attend(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor) -> tuple[Tensor, Tensor]:
-        return reference_sparse_attention(q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale)
+        return reference_sparse_attention(q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale, softcap)
 
     return torch.func.vjp(attend, q_BTHD, k_BSGD, v_BSGV)[1]((dout_BTHV, dlse_BTH))
 

@@ -28,20 +28,28 @@ def sparse_gradients_blocked(
     out_BTHV: Tensor,
     lse_BTH: Tensor,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq_BTHD, dk_BSGD and dv_BSGV."""
+    numbers = {"scale": scale, "softcap": softcap}
     blocks = selected_blocks(q_BTHD, k_BSGD, topk_BTK)
-    saved = SavedTensors(q_BTHD, k_BSGD, v_BSGV, out_BTHV, lse_BTH, scale=scale, blocks=blocks)
+    saved = SavedTensors(q_BTHD, k_BSGD, v_BSGV, out_BTHV, lse_BTH, **numbers, blocks=blocks)
     backward: Any = BlockedAttention.backward
     return backward(saved, dout_BTHV, dlse_BTH)[:3]
 
 
 @implements("sparse_attention", "torch", gradients=sparse_gradients_blocked)
 def sparse_attention_blocked(
-    q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, topk_BTK: Tensor, scale: float
+    q_BTHD: Tensor,
+    k_BSGD: Tensor,
+    v_BSGV: Tensor,
+    topk_BTK: Tensor,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """See `fulmen.ops.attention.sparse.sparse_attention`."""
-    return BlockedAttention.apply(q_BTHD, k_BSGD, v_BSGV, scale, selected_blocks(q_BTHD, k_BSGD, topk_BTK))
+    blocks = selected_blocks(q_BTHD, k_BSGD, topk_BTK)
+    return BlockedAttention.apply(q_BTHD, k_BSGD, v_BSGV, scale, softcap, blocks)
 
 
 def selected_blocks(q_BTHD: Tensor, k_BSGD: Tensor, topk_BTK: Tensor) -> AttentionBlocks:

@@ -27,6 +27,7 @@ from fulmen.ops.triton_kit import (
     on_device_of,
     power_of_2,
     product,
+    tanh_of,
 )
 
 LOWEST = tl.constexpr(-3.0e38)
@@ -47,31 +48,44 @@ def sparse_gradients_triton(
     out_BTHV: Tensor,
     lse_BTH: Tensor,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq_BTHD, dk_BSGD and dv_BSGV."""
-    saved = SavedTensors(q_BTHD, k_BSGD, v_BSGV, topk_BTK, out_BTHV, lse_BTH, scale=scale)
+    tensors = (q_BTHD, k_BSGD, v_BSGV, topk_BTK, out_BTHV, lse_BTH)
+    saved = SavedTensors(*tensors, scale=scale, softcap=softcap)
     backward: Any = TritonSparseAttention.backward
     return backward(saved, dout_BTHV, dlse_BTH)[:3]
 
 
 def sparse_attention_triton(
-    q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, topk_BTK: Tensor, scale: float
+    q_BTHD: Tensor,
+    k_BSGD: Tensor,
+    v_BSGV: Tensor,
+    topk_BTK: Tensor,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """See `fulmen.ops.attention.sparse.sparse_attention`."""
-    return TritonSparseAttention.apply(q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale)
+    return TritonSparseAttention.apply(q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale, softcap)
 
 
 class TritonSparseAttention(torch.autograd.Function):
-    """`apply(q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale) -> (out_BTHV, lse_BTH)`."""
+    """`apply(q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale, softcap) -> (out_BTHV, lse_BTH)`."""
 
     @staticmethod
     def forward(
-        ctx: Any, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, topk_BTK: Tensor, scale: float
+        ctx: Any,
+        q_BTHD: Tensor,
+        k_BSGD: Tensor,
+        v_BSGV: Tensor,
+        topk_BTK: Tensor,
+        scale: float,
+        softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         topk_BTK = kernel_positions(topk_BTK)
-        out_BTHV, lse_BTH = _attend(q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale)
+        out_BTHV, lse_BTH = _attend(q_BTHD, k_BSGD, v_BSGV, topk_BTK, scale, softcap)
         ctx.save_for_backward(q_BTHD, k_BSGD, v_BSGV, topk_BTK, out_BTHV, lse_BTH)
-        ctx.scale = scale
+        ctx.scale, ctx.softcap = scale, softcap
         return out_BTHV, lse_BTH
 
     @staticmethod
@@ -81,12 +95,19 @@ class TritonSparseAttention(torch.autograd.Function):
         # d loss / d score = prob * (dprob - delta)
         delta_BTH = (dout_BTHV.float() * out_BTHV).sum(-1) - dlse_BTH
         inputs = (q_BTHD, k_BSGD, v_BSGV)
-        gradients = sparse_attention_gradients(*inputs, topk_BTK, dout_BTHV, lse_BTH, delta_BTH, ctx.scale)
-        return *(grad.to(x.dtype) for grad, x in zip(gradients, inputs, strict=True)), None, None
+        gradients = sparse_attention_gradients(
+            *inputs, topk_BTK, dout_BTHV, lse_BTH, delta_BTH, ctx.scale, ctx.softcap
+        )
+        return *(grad.to(x.dtype) for grad, x in zip(gradients, inputs, strict=True)), None, None, None
 
 
 def _attend(
-    q_BTHD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, topk_BTK: Tensor, scale: float
+    q_BTHD: Tensor,
+    k_BSGD: Tensor,
+    v_BSGV: Tensor,
+    topk_BTK: Tensor,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     batch, queries, heads = q_BTHD.shape[:3]
     n_selected = topk_BTK.shape[-1]
@@ -105,7 +126,8 @@ def _attend(
         _attend_kernel[queries, batch * programs, n_parts](
             *(q_BTHD.contiguous(), k_BSGD, v_BSGV, topk_BTK, out_NBTHV, lse_NBTH),
             *(*k_BSGD.stride()[:3], *v_BSGV.stride()[:3]),
-            *(batch, n_selected, part_keys, scale),
+            *(batch, n_selected, part_keys, scale, softcap or 0.0),
+            CAPPED=softcap is not None,
             **tiles,
         )
         return (out_NBTHV[0], lse_NBTH[0]) if n_parts == 1 else _merge(out_NBTHV, lse_NBTH, q_BTHD.dtype)
@@ -147,6 +169,8 @@ def _attend_kernel(
     n_selected,
     part_keys,
     scale,
+    softcap,
+    CAPPED: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     SHARED: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -172,6 +196,7 @@ def _attend_kernel(
     total_H = tl.zeros([BLOCK_HEADS], tl.float32)
     sum_HV = tl.zeros([BLOCK_HEADS, BLOCK_VALUE], tl.float32)
     n_chosen = part * 0
+    factor = (softcap if CAPPED else scale) * KERNEL_LOG2_E
     last = tl.minimum((part + 1) * part_keys, n_selected)
     for low in range(part * part_keys, last, BLOCK_KEYS):
         key_K, chosen_K = load_selected(topk_BTK + row * n_selected, low, last, BLOCK_KEYS)
@@ -180,7 +205,9 @@ def _attend_kernel(
         if BLOCK_REST > 0:
             k_KR = load_rows(k_base, key_K * k_stride_s, chosen_K, BLOCK_FIRST, WIDTH, BLOCK_REST, DTYPE)
             scores_HK += product(q_HR, tl.trans(k_KR))
-        scores_HK = tl.where(chosen_K[None, :], scores_HK * (scale * KERNEL_LOG2_E), float("-inf"))
+        if CAPPED:
+            scores_HK = tanh_of(scores_HK * (scale / softcap))
+        scores_HK = tl.where(chosen_K[None, :], scores_HK * factor, float("-inf"))
         higher_H = tl.maximum(peak_H, tl.max(scores_HK, 1))
         fade_H = tl.exp2(peak_H - higher_H)
         weights_HK = tl.exp2(scores_HK - higher_H[:, None])

@@ -23,6 +23,7 @@ from fulmen.ops.triton_kit import (
     on_device_of,
     power_of_2,
     product,
+    tanh_of,
 )
 
 
@@ -35,6 +36,7 @@ def sparse_attention_gradients(
     lse_BTH: Tensor,
     delta_BTH: Tensor,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv in float32; `topk_BTK` contiguous int32."""
     dq_BTHD, dk_BSGD, dv_BSGV = (
@@ -47,9 +49,9 @@ def sparse_attention_gradients(
     inputs = (q_BTHD.contiguous(), row_major(k_BSGD), row_major(v_BSGV), dout_BTHV.contiguous())
     rows = (lse_BTH.contiguous(), delta_BTH.contiguous())
     with on_device_of(q_BTHD):
-        _launch_by_query(*inputs, topk_BTK, *rows, *gradients, scale, atomic=not by_key)
+        _launch_by_query(*inputs, topk_BTK, *rows, *gradients, scale, softcap, atomic=not by_key)
         if by_key:
-            _launch_by_key(*inputs, topk_BTK, *rows, dk_BSGD, dv_BSGV, scale)
+            _launch_by_key(*inputs, topk_BTK, *rows, dk_BSGD, dv_BSGV, scale, softcap)
     return gradients
 
 
@@ -65,13 +67,15 @@ def _launch_by_query(
     dk_BSGD: Tensor,
     dv_BSGV: Tensor,
     scale: float,
+    softcap: float | None,
     atomic: bool,
 ) -> None:
     programs, tiles = head_tiles("attend_backward", q_BTHD, v_BSGV)
     _by_query_kernel[q_BTHD.shape[1], len(q_BTHD) * programs](
         *(q_BTHD, k_BSGD, v_BSGV, dout_BTHV, topk_BTK, lse_BTH, delta_BTH, dq_BTHD, dk_BSGD, dv_BSGV),
         *(*k_BSGD.stride()[:3], *v_BSGV.stride()[:3]),
-        *(k_BSGD.shape[1], topk_BTK.shape[-1], scale),
+        *(k_BSGD.shape[1], topk_BTK.shape[-1], scale, softcap or 0.0),
+        CAPPED=softcap is not None,
         ATOMIC=atomic,
         **tiles,
     )
@@ -88,6 +92,7 @@ def _launch_by_key(
     dk_BSGD: Tensor,
     dv_BSGV: Tensor,
     scale: float,
+    softcap: float | None,
 ) -> None:
     batch, queries, heads, width = q_BTHD.shape
     n_keys, n_key_heads, value_width = v_BSGV.shape[1:]
@@ -98,7 +103,8 @@ def _launch_by_key(
         *(q_BTHD, k_BSGD, v_BSGV, dout_BTHV, *_queries_of_keys(topk_BTK, n_keys), lse_BTH, delta_BTH),
         *(dk_BSGD, dv_BSGV),
         *(*k_BSGD.stride()[:3], *v_BSGV.stride()[:3]),
-        *(queries, topk_BTK.shape[1] * topk_BTK.shape[2], scale),
+        *(queries, topk_BTK.shape[1] * topk_BTK.shape[2], scale, softcap or 0.0),
+        CAPPED=softcap is not None,
         KEY_HEADS=n_key_heads,
         SHARED=shared,
         WIDTH=width,
@@ -142,6 +148,8 @@ def _by_query_kernel(
     n_keys,
     n_selected,
     scale,
+    softcap,
+    CAPPED: tl.constexpr,
     ATOMIC: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     SHARED: tl.constexpr,
@@ -176,9 +184,15 @@ def _by_query_kernel(
             scores_HK += product(q_HR, tl.trans(k_KR))
         v_KV = load_rows(v_base, key_K * v_stride_s, chosen_K, 0, VALUE_WIDTH, BLOCK_VALUE, DTYPE)
         present_HK = present_H[:, None] & chosen_K[None, :]
-        probs_HK = tl.exp2((scores_HK * scale - lse_H[:, None]) * KERNEL_LOG2_E)
+        logits_HK = scores_HK * scale
+        if CAPPED:
+            capped_HK = tanh_of(logits_HK / softcap)
+            logits_HK = capped_HK * softcap
+        probs_HK = tl.exp2((logits_HK - lse_H[:, None]) * KERNEL_LOG2_E)
         probs_HK = tl.where(present_HK, probs_HK, 0.0)
         dscores_HK = probs_HK * (product(dout_HV, tl.trans(v_KV)) - delta_H[:, None])
+        if CAPPED:
+            dscores_HK *= 1 - capped_HK * capped_HK
         dscores_HK = tl.where(present_HK, dscores_HK, 0.0).to(DTYPE)
         dq_HD += product(dscores_HK, k_KD)
         if BLOCK_REST > 0:
@@ -218,6 +232,8 @@ def _by_key_kernel(
     n_queries,
     n_pairs,
     scale,
+    softcap,
+    CAPPED: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     SHARED: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -254,9 +270,15 @@ def _by_key_kernel(
             )
             lse_R = tl.load(lse_BTH + head_R, mask=present_R, other=0.0)
             delta_R = tl.load(delta_BTH + head_R, mask=present_R, other=0.0)
-            probs_R = tl.exp2((tl.sum(q_RD * k_D[None, :], 1) * scale - lse_R) * KERNEL_LOG2_E)
+            logits_R = tl.sum(q_RD * k_D[None, :], 1) * scale
+            if CAPPED:
+                capped_R = tanh_of(logits_R / softcap)
+                logits_R = capped_R * softcap
+            probs_R = tl.exp2((logits_R - lse_R) * KERNEL_LOG2_E)
             probs_R = tl.where(present_R, probs_R, 0.0)
             dscores_R = probs_R * (tl.sum(dout_RV * v_V[None, :], 1) - delta_R)
+            if CAPPED:
+                dscores_R *= 1 - capped_R * capped_R
             dscores_R = tl.where(present_R, dscores_R, 0.0)
             dk_D += tl.sum(dscores_R[:, None] * q_RD, 0)
             dv_V += tl.sum(probs_R[:, None] * dout_RV, 0)

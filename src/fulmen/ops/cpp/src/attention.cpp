@@ -64,6 +64,8 @@ struct QueryState {
             if (h == 0) prefetch_tile(in, tile, low, low + LANES);
             dot_rows<N>(heads_q, tile.k + low, LANES, in.k.padded, scores + low);
         }
+        for (int n = 0; in.softcap && n < N; n++)
+            cap_logits(scores + n * WIDEST_TILE, tile.count, 1, in.softcap * LOG2_E);
         for (int n = 0; n < N; n++) weigh(h + n, scores + n * WIDEST_TILE, tile.count);
         add_rows<N>(scores, tile.v, tile.count, width, sum.data() + h * width);
     }
@@ -221,10 +223,13 @@ void choose_and_attend(const AttentionInputs &in, float scale, const Results &re
 
 extern "C" {
 
-// out [B, T, H, V], lse [B, T, H]; either topk, or start and stop.
+// out [B, T, H, V], lse [B, T, H]; either topk, or start and stop; a softcap of 0 is none.
 int fulmen_attention(const void *q, const void *k, const void *v, const int32_t *topk, const int64_t *start,
-                     const int64_t *stop, void *out, float *lse, const AttentionShape *shape, float scale) try {
-    attend_to_keys(AttentionInputs(*shape, q, k, v, topk, start, stop), scale, Results(*shape, out, lse));
+                     const int64_t *stop, void *out, float *lse, const AttentionShape *shape, float scale,
+                     float softcap) try {
+    AttentionInputs in(*shape, q, k, v, topk, start, stop);
+    in.softcap = softcap;
+    attend_to_keys(in, scale, Results(*shape, out, lse));
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;

@@ -76,6 +76,7 @@ struct AttentionInputs {
     const int64_t *start, *stop;  // intervals
     const int32_t *rows;          // [B, S]: which row of k and v holds selected key s; null: in order
     int64_t first = 0;
+    float softcap = 0;  // c of logits c tanh(l / c); 0: l
 
     AttentionInputs(const AttentionShape &shape, const void *q, const void *k, const void *v, const int32_t *topk,
                     const int64_t *start, const int64_t *stop, const int32_t *rows = nullptr)
@@ -116,21 +117,30 @@ struct AttentionInputs {
     }
 };
 
-// out [B, T, H, V] of the queries' numbers; lse [B, T, H], or null where nobody asks for it.
+// out [B, T, H, V] of the queries' numbers; lse [B, T, H], or null where nobody asks for it; sinks [H], or null: logits
+// that take part in a head's softmax and have no value.
 struct Results {
     void *out;
     float *lse;
-    int64_t width;
+    const float *sinks;
+    int64_t heads, width;
     bool is_bf16;
 
-    Results(const AttentionShape &shape, void *out, float *lse)
-        : out(out), lse(lse), width(shape.value_width), is_bf16(shape.is_bf16 != 0) {}
+    Results(const AttentionShape &shape, void *out, float *lse, const float *sinks = nullptr)
+        : out(out), lse(lse), sinks(sinks), heads(shape.heads), width(shape.value_width), is_bf16(shape.is_bf16 != 0) {}
 
     // Of one query's head, counted over all: sums of weighted values, the sum of the weights, and the power of 2 that
     // they lack. Keys that are there, but weigh nothing, have scores of -inf alone: as their softmax, no number.
     void write(int64_t head, const float *sums, float total, float peak, bool has_keys) const {
         if (total == 0 && has_keys) total = NAN;
-        const float scale = total == 0 ? 0.0f : 1 / total;
+        float fade = 1;
+        if (sinks) {
+            const float sink = sinks[head % heads] * LOG2_E, higher = std::max(peak, sink);
+            fade = std::exp2(peak - higher);
+            total = total * fade + std::exp2(sink - higher);
+            peak = higher;
+        }
+        const float scale = total == 0 ? 0.0f : fade / total;
         if (is_bf16) write_row(sums, scale, (uint16_t *)out + head * width);
         else write_row(sums, scale, (float *)out + head * width);
         if (lse) lse[head] = (peak + std::log2(total)) / LOG2_E;
@@ -206,6 +216,11 @@ static inline void dot_rows(const float *x, const Number *const *rows, int64_t c
             store(out + n * WIDEST_TILE + low, total);
         }
     }
+}
+
+// x to logits l = x * scale, and these to c tanh(l / c) with c = `softcap`: whole vectors of them.
+static inline void cap_logits(float *x, int64_t count, float scale, float softcap) {
+    for (int64_t i = 0; i < count; i += LANES) store(x + i, tanh_vec(load(x + i) * (scale / softcap)) * softcap);
 }
 
 // sums[h] += sum over i of weights[h * WIDEST_TILE + i] * rows[i], for N heads and C vectors from `from` on.

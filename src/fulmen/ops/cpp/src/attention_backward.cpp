@@ -65,9 +65,14 @@ template <int N> void differentiate_heads(Block &block, int64_t t, int64_t h, co
         const float lse = grads.lse[head + n], delta = grads.delta[head + n];
         float *prob = probs + n * WIDEST_TILE, *dscore = dscores + n * WIDEST_TILE;
         for (int64_t i = 0; i < tile.count; i += LANES) {
-            const Vec weight = exp2_vec((load(prob + i) * grads.scale - lse) * LOG2_E);
+            Vec logit = load(prob + i) * grads.scale, slope = broadcast(grads.scale);
+            if (in.softcap) {
+                const Vec part = tanh_vec(logit / in.softcap);
+                logit = part * in.softcap, slope *= 1.0f - part * part;
+            }
+            const Vec weight = exp2_vec((logit - lse) * LOG2_E);
             store(prob + i, weight);
-            store(dscore + i, weight * (load(dscore + i) - delta) * grads.scale);
+            store(dscore + i, weight * (load(dscore + i) - delta) * slope);
         }
         const int64_t at = (t * in.shape.heads + h + n) * in.shape.topk + low;
         std::copy_n(prob, tile.count, block.probs.get() + at);
@@ -146,8 +151,9 @@ extern "C" {
 
 int fulmen_attention_backward(const float *q, const void *k, const void *v, const int32_t *topk, const float *dout,
                               const float *lse, const float *delta, float *dq, float *dk, float *dv,
-                              const AttentionShape *shape, float scale) try {
-    const AttentionInputs in(*shape, nullptr, k, v, topk, nullptr, nullptr);
+                              const AttentionShape *shape, float scale, float softcap) try {
+    AttentionInputs in(*shape, nullptr, k, v, topk, nullptr, nullptr);
+    in.softcap = softcap;
     const Gradients grads{q, dout, lse, delta, dq, dk, dv, scale};
     const int64_t most = std::clamp<int64_t>(BLOCK_WEIGHTS / (shape->heads * shape->topk + 1), 1, shape->queries + 1);
     for (int64_t b = 0; b < shape->batch; b++) {

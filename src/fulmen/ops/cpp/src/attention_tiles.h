@@ -193,8 +193,11 @@ class TileAttention {
             for (const int64_t key : bad)
                 for (int64_t t = 0; t < some * TILE_QUERIES; t++) scores_of(0)[t * KEYS + key] = NAN;
             for (int64_t i = 0; i < some; i++)
-                for (int64_t t = 0; t < count; t++)
-                    weigh(h + i, t, scores_of(i) + t * KEYS, probs_of(i) + t, first, keys, scale);
+                for (int64_t t = 0; t < count; t++) {
+                    float *of_query = scores_of(i) + t * KEYS;
+                    if (in.softcap) cap_logits(of_query, keys, scale, in.softcap * LOG2_E);
+                    weigh(h + i, t, of_query, probs_of(i) + t, first, keys, in.softcap ? 1 : scale);
+                }
             for (int64_t i = 0; i < some; i++) {
                 if (query_tiles() == 1) add_values<1>(h + i, probs_of(i), keys);
                 else add_values<2>(h + i, probs_of(i), keys);

@@ -64,7 +64,8 @@ std::string paged_layer() {
         .FIELD(S, index_width).FIELD(S, topk).FIELD(S, dense_up_to).FIELD(S, is_bf16).FIELD(S, kv_stride_r)
         .FIELD(S, kv_stride_g).FIELD(S, packed_stride_r).FIELD(S, use_tiles)
         .FIELD(S, coarse_heads).FIELD(S, coarse_width).FIELD(S, candidates).FIELD(S, all_up_to).FIELD(S, coarse_stride_r)
-        .FIELD(S, kv).FIELD(S, packed).FIELD(S, rope_pairs).FIELD(S, coarse).FIELD(S, coarse_pairs).FIELD(S, scale).line();
+        .FIELD(S, kv).FIELD(S, packed).FIELD(S, rope_pairs).FIELD(S, coarse).FIELD(S, coarse_pairs).FIELD(S, sinks)
+        .FIELD(S, scale).FIELD(S, softcap).line();
 }
 
 // What a step of a layer is given.
@@ -91,7 +92,7 @@ std::string step() {
 extern "C" {
 
 // Raised with every change of a function's arguments, and with new functions; `abi.py` expects the same number.
-int fulmen_abi_version() { return 12; }
+int fulmen_abi_version() { return 13; }
 
 // The structures that callers fill in, a line each; `abi.py` compares them with its own.
 const char *fulmen_layouts() {

@@ -19,7 +19,8 @@ struct PagedLayer {
     const int64_t *rope_pairs;    // [I, E / 2]: of the model's pairs; beyond them: is not rotated
     int8_t *coarse;               // [R, N + 2]
     const int64_t *coarse_pairs;  // [N / 2], as rope_pairs
-    double scale;
+    const float *sinks;           // [H]; null: none
+    double scale, softcap;        // of the logits; softcap 0: none
 };
 
 // Mirrored there, too: the tokens of a step.

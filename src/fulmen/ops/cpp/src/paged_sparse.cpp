@@ -28,7 +28,9 @@ AttentionInputs attention_inputs(const PagedLayer &layer, const PagedQueries &qu
                                layer.width, columns_of(layer, key_rows), layer.is_bf16, 0, layer.kv_stride_r,
                                layer.kv_stride_g, 0, layer.kv_stride_r, layer.kv_stride_g, queries.threads, layer.use_tiles};
     const void *values = (const char *)layer.kv + layer.width * (layer.is_bf16 ? 2 : 4);
-    return {shape, queries.q, layer.kv, values, nullptr, nullptr, nullptr, key_rows.rows};
+    AttentionInputs in(shape, queries.q, layer.kv, values, nullptr, nullptr, nullptr, key_rows.rows);
+    in.softcap = float(layer.softcap);
+    return in;
 }
 
 }  // namespace
@@ -37,7 +39,7 @@ void attend_to_paged(const PagedLayer &layer, const PagedQueries &queries, const
     IndexInputs index = index_inputs(layer, queries, key_rows);
     if (layer.coarse_heads) index.add_coarse(coarse_level(layer, queries, key_rows));
     AttentionInputs in = attention_inputs(layer, queries, key_rows);
-    const Results results(in.shape, out, nullptr);
+    const Results results(in.shape, out, nullptr, layer.sinks);
     if (comes_in_blocks(in)) {
         pack_index_keys(index);
         choose_and_attend(in, float(layer.scale), results, [&](int64_t batch, int64_t low, int64_t high, SelectionWorkspace &workspace) {

@@ -130,6 +130,20 @@ static inline Vec exp2_vec(Vec x) {
 #endif
 }
 
+// tanh(x), within 4 units in the last place; NaN where x is not finite.
+static inline Vec tanh_vec(Vec x) {
+    const Vec zero = {}, size = x < zero ? -x : x, square = x * x;
+    // Near 0, where the other one cancels: the coefficients interpolate (tanh(x) / x - 1) / x**2, by x**2, on [0, 0.55**2]
+    // in its Chebyshev points.
+    Vec near = broadcast(0.0172957517f);
+    near = near * square - 0.053146746f;
+    near = near * square + 0.133284643f;
+    near = near * square - 0.333332866f;
+    near = x + x * (square * near);
+    const Vec power = exp2_vec(size * -2.88539008f), far = (1.0f - power) / (1.0f + power);  // exp(-2 |x|)
+    return (size < broadcast(0.55f) ? near : x < zero ? -far : far) + x * 0.0f;
+}
+
 template <int WIDTH, bool ODD, class Lanes, int... LANE>
 static inline Lanes half_blocks(Lanes x, Lanes y, std::integer_sequence<int, LANE...>) {
     return __builtin_shufflevector(x, y, ((LANE / WIDTH * 2 + ODD) * WIDTH + LANE % WIDTH)...);

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fulmen.ops.common.checks import check_loss_inputs, check_topk_below
+from fulmen.ops.common.checks import check_loss_inputs, check_softmax_changes, check_topk_below
 from fulmen.ops.common.precision import cast_as_autocast, outside_autocast
 from fulmen.ops.dispatch import implementation
 from fulmen.ops.losses.indexer.reference import (
@@ -23,6 +23,8 @@ def indexer_loss(
     start_BT: Tensor,
     stop_BT: Tensor,
     scale: float,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> IndexerLoss:
     """KL(p[t] || softmax(I[t])) over the interval; p[t] is the mean over heads of query t's dense attention.
 
@@ -35,6 +37,9 @@ def indexer_loss(
         attn_q_BTHD, attn_k_BSGD: the attention's queries and keys after RoPE; H a multiple of G.
         start_BT, stop_BT: int32 or int64; query t sees the keys start <= s < stop, clipped to 0..S.
         scale: factor on q.k of the attention, usually D ** -0.5.
+        softcap, sinks_H: of the attention, as for `dense_attention`. With sinks a head's probabilities add up
+            to less than 1: p is their mean over heads, divided by its sum over the keys. So a head counts by
+            what it takes from the keys, and the indexer, which has no sink, is not asked for what goes there.
 
     Returns:
         IndexerLoss(kl_BT, target_entropy_BT), in nats; a query without keys has 0 and 0.
@@ -48,7 +53,20 @@ def indexer_loss(
     index_inputs = {"q_BTJE": q_BTJE, "k_BSIE": k_BSIE, "w_BTJ": w_BTJ, "b_BTJ": b_BTJ}
     attention_inputs = {"attn_q_BTHD": attn_q_BTHD, "attn_k_BSGD": attn_k_BSGD}
     check_loss_inputs(index_inputs, attention_inputs, start_BT=start_BT, stop_BT=stop_BT)
-    arguments = (q_BTJE, k_BSIE, w_BTJ, b_BTJ, attn_q_BTHD, attn_k_BSGD, start_BT, stop_BT, scale)
+    check_softmax_changes(attn_q_BTHD, softcap, sinks_H)
+    arguments = (
+        q_BTJE,
+        k_BSIE,
+        w_BTJ,
+        b_BTJ,
+        attn_q_BTHD,
+        attn_k_BSGD,
+        start_BT,
+        stop_BT,
+        scale,
+        softcap,
+        sinks_H,
+    )
     backend = implementation("indexer_loss", q_BTJE.device, q_BTJE.dtype)
     with outside_autocast(q_BTJE.device):
         return backend.run(*arguments)
@@ -63,6 +81,8 @@ def indexer_loss_selected(
     attn_k_BSGD: Tensor,
     topk_BTK: Tensor,
     scale: float,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> IndexerLoss:
     """`indexer_loss` over the selected set alone: both sides are gathered to `topk_BTK`, in the same order.
 
@@ -78,8 +98,9 @@ def indexer_loss_selected(
     index_inputs = {"q_BTJE": q_BTJE, "k_BSIE": k_BSIE, "w_BTJ": w_BTJ, "b_BTJ": b_BTJ}
     attention_inputs = {"attn_q_BTHD": attn_q_BTHD, "attn_k_BSGD": attn_k_BSGD}
     sizes = check_loss_inputs(index_inputs, attention_inputs, topk_BTK=topk_BTK)
+    check_softmax_changes(attn_q_BTHD, softcap, sinks_H)
     backend = implementation("indexer_loss_selected", q_BTJE.device, q_BTJE.dtype)
     check_topk_below(topk_BTK, sizes["S"])
-    arguments = (q_BTJE, k_BSIE, w_BTJ, b_BTJ, attn_q_BTHD, attn_k_BSGD, topk_BTK, scale)
+    arguments = (q_BTJE, k_BSIE, w_BTJ, b_BTJ, attn_q_BTHD, attn_k_BSGD, topk_BTK, scale, softcap, sinks_H)
     with outside_autocast(q_BTJE.device):
         return backend.run(*arguments)

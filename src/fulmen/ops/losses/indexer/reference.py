@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fulmen.ops.attention.mean import over_keys
 from fulmen.ops.attention.reference import attention_reference
 from fulmen.ops.common.intervals import interval_mask, selection_mask
 from fulmen.ops.dispatch import implements
@@ -41,10 +42,14 @@ def indexer_loss_reference(
     start_BT: Tensor,
     stop_BT: Tensor,
     scale: float,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> IndexerLossReference:
     """See `fulmen.ops.losses.indexer.indexer_loss`."""
     visible_BTS = interval_mask(start_BT, stop_BT, k_BSIE.shape[1])
-    return _indexer_loss_over(visible_BTS, q_BTJE, k_BSIE, w_BTJ, b_BTJ, attn_q_BTHD, attn_k_BSGD, scale)
+    return _indexer_loss_over(
+        visible_BTS, q_BTJE, k_BSIE, w_BTJ, b_BTJ, attn_q_BTHD, attn_k_BSGD, scale, softcap, sinks_H
+    )
 
 
 def indexer_loss_selected_reference(
@@ -56,10 +61,14 @@ def indexer_loss_selected_reference(
     attn_k_BSGD: Tensor,
     topk_BTK: Tensor,
     scale: float,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> IndexerLossReference:
     """See `fulmen.ops.losses.indexer.indexer_loss_selected`."""
     visible_BTS = selection_mask(topk_BTK, k_BSIE.shape[1])
-    return _indexer_loss_over(visible_BTS, q_BTJE, k_BSIE, w_BTJ, b_BTJ, attn_q_BTHD, attn_k_BSGD, scale)
+    return _indexer_loss_over(
+        visible_BTS, q_BTJE, k_BSIE, w_BTJ, b_BTJ, attn_q_BTHD, attn_k_BSGD, scale, softcap, sinks_H
+    )
 
 
 def _indexer_loss_over(
@@ -71,11 +80,17 @@ def _indexer_loss_over(
     attn_q_BTHD: Tensor,
     attn_k_BSGD: Tensor,
     scale: float,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> IndexerLossReference:
     with torch.no_grad():
         no_values_BSGV = attn_k_BSGD[..., :0]
-        attention = attention_reference(attn_q_BTHD, attn_k_BSGD, no_values_BSGV, visible_BTS, scale)
+        attention = attention_reference(
+            attn_q_BTHD, attn_k_BSGD, no_values_BSGV, visible_BTS, scale, softcap, sinks_H
+        )
         target_BTS = attention.probs_BTHS.mean(2)
+        if sinks_H is not None:
+            target_BTS = over_keys(target_BTS)
         entropy_BT = -torch.xlogy(target_BTS, target_BTS).sum(-1)
     everything = torch.zeros(visible_BTS.shape[:2], dtype=torch.long, device=visible_BTS.device)
     scores_BTS = index_scores_reference(

@@ -41,6 +41,8 @@ def indexer_loss_blocked(
     start_BT: Tensor,
     stop_BT: Tensor,
     scale: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
 ) -> IndexerLoss:
     """See `fulmen.ops.losses.indexer.indexer_loss`."""
     n_keys = k_BSIE.shape[1]
@@ -50,7 +52,8 @@ def indexer_loss_blocked(
         for block in interval_blocks(start_BT[b], stop_BT[b], n_keys, n_rows):
             yield block.rows, partial(block.tile, block.first, block.last)
 
-    return _loss_over_blocks(blocks, q_BTJE, k_BSIE, w_BTJ, b_BTJ, attn_q_BTHD, attn_k_BSGD, scale)
+    softmax = (scale, softcap, sinks_H)
+    return _loss_over_blocks(blocks, q_BTJE, k_BSIE, w_BTJ, b_BTJ, attn_q_BTHD, attn_k_BSGD, *softmax)
 
 
 @implements("indexer_loss_selected", "torch")
@@ -63,6 +66,8 @@ def indexer_loss_selected_blocked(
     attn_k_BSGD: Tensor,
     topk_BTK: Tensor,
     scale: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
 ) -> IndexerLoss:
     """See `fulmen.ops.losses.indexer.indexer_loss_selected`."""
     n_keys = k_BSIE.shape[1]
@@ -73,7 +78,8 @@ def indexer_loss_selected_blocked(
             rows = slice(low, min(low + n_rows, topk_BTK.shape[1]))
             yield rows, partial(selected_tile, topk_BTK[b, rows], n_keys)
 
-    return _loss_over_blocks(blocks, q_BTJE, k_BSIE, w_BTJ, b_BTJ, attn_q_BTHD, attn_k_BSGD, scale)
+    softmax = (scale, softcap, sinks_H)
+    return _loss_over_blocks(blocks, q_BTJE, k_BSIE, w_BTJ, b_BTJ, attn_q_BTHD, attn_k_BSGD, *softmax)
 
 
 def _loss_block_rows(n_keys: int, q_BTJE: Tensor, attn_q_BTHD: Tensor, attn_k_BSGD: Tensor) -> int:
@@ -90,6 +96,8 @@ def _loss_over_blocks(
     attn_q_BTHD: Tensor,
     attn_k_BSGD: Tensor,
     scale: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
 ) -> IndexerLoss:
     # Zeros with a gradient: a batch of nothing but padding can be trained on too.
     kl_BT = w_BTJ[..., :0].sum(-1, dtype=math_dtype(q_BTJE.dtype))
@@ -100,7 +108,7 @@ def _loss_over_blocks(
             kl_BT[b, rows], entropy_BT[b, rows] = checkpoint(
                 _loss_block,
                 *(q_BTJE[b, rows], k_BSIE[b], w_BTJ[b, rows], b_TJ, attn_q_BTHD[b, rows], attn_k_BSGD[b]),
-                *(make_tile, scale),
+                *(make_tile, scale, softcap, sinks_H),
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
@@ -116,10 +124,12 @@ def _loss_block(
     attn_k_SGD: Tensor,
     make_tile: Callable[[], KeyTile],
     scale: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     tile = make_tile()
     with torch.no_grad():
-        target_TC = tile_mean_attention(attn_q_THD, attn_k_SGD, tile, scale)
+        target_TC = tile_mean_attention(attn_q_THD, attn_k_SGD, tile, scale, softcap, sinks_H)
         entropy_T = -torch.xlogy(target_TC, target_TC).sum(-1)
     log_index_TC = _log_index(q_TJE, k_SIE, w_TJ, b_TJ, tile)
     return -(target_TC * log_index_TC).sum(-1) - entropy_T, entropy_T

@@ -6,7 +6,13 @@ from torch import Tensor
 
 from fulmen.config import require_positive_int
 from fulmen.errors import ConfigError
-from fulmen.ops.common.checks import check_axes, check_floating, check_loss_inputs, check_same_device
+from fulmen.ops.common.checks import (
+    check_axes,
+    check_floating,
+    check_loss_inputs,
+    check_same_device,
+    check_softmax_changes,
+)
 from fulmen.ops.common.precision import math_dtype, outside_autocast
 from fulmen.ops.dispatch import implementation
 from fulmen.ops.losses.selection.reference import selection_loss_reference
@@ -27,6 +33,8 @@ def selection_loss(
     topk: int,
     scale: float,
     temperature: float,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Relative squared change of the attention's output if keys fade out softly at the cut of the selection.
 
@@ -44,6 +52,7 @@ def selection_loss(
         topk: size of the selection (k).
         scale: factor on q.k of the attention.
         temperature: width of the cut, in units of the index score.
+        softcap, sinks_H: of the attention, as for `dense_attention`; l is capped, and a sink has no gate.
 
     Returns:
         loss_BT, float32 (float64 for float64 inputs); differentiable in the indexer's inputs.
@@ -61,6 +70,7 @@ def selection_loss(
     check_axes(**attention_inputs, **outputs)
     check_floating(**outputs)
     check_same_device(**attention_inputs, **outputs)
+    check_softmax_changes(attn_q_BTHD, softcap, sinks_H)
     if out_weight_CN.shape[1] != (n := attn_q_BTHD.shape[2] * attn_v_BSGV.shape[3]):
         raise ConfigError(
             f"out_weight_CN has N={out_weight_CN.shape[1]}, the heads' values {n}; make them equal"
@@ -69,7 +79,8 @@ def selection_loss(
     index = [None if x is None else x.to(dtype) for x in (q_BTJE, k_BSIE, w_BTJ, b_BTJ)]
     attention = [x.detach().to(dtype) for x in (attn_q_BTHD, attn_k_BSGD, attn_v_BSGV, out_weight_CN)]
     ends = (start_BT.clamp(min=0), stop_BT.clamp(max=k_BSIE.shape[1]))
-    arguments: Any = (*index, *attention, *ends, topk, scale, temperature)
+    sinks_H = None if sinks_H is None else sinks_H.detach().to(dtype)
+    arguments: Any = (*index, *attention, *ends, topk, scale, temperature, softcap, sinks_H)
     backend = implementation("selection_loss", q_BTJE.device, q_BTJE.dtype)
     with outside_autocast(q_BTJE.device):
         return backend.run(*arguments)

@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fulmen.ops.attention.sinks import softmax_with_sinks
 from fulmen.ops.common.intervals import interval_mask
+from fulmen.ops.common.precision import cap_logits
 from fulmen.ops.dispatch import implements
 from fulmen.ops.scores.reference import index_scores_reference
 
@@ -35,6 +37,8 @@ def selection_loss_reference(
     topk: int,
     scale: float,
     temperature: float,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> SelectionLossSteps:
     """See `fulmen.ops.losses.selection.selection_loss`."""
     visible_BTS = interval_mask(start_BT, stop_BT, k_BSIE.shape[1])
@@ -44,12 +48,15 @@ def selection_loss_reference(
     log_gate_BTS = torch.nn.functional.logsigmoid(distance_BTS)
     shared = attn_q_BTHD.shape[2] // attn_k_BSGD.shape[2]
     k_BSHD, v_BSHV = (x.repeat_interleave(shared, 2) for x in (attn_k_BSGD, attn_v_BSGV))
-    logits_BHTS = torch.einsum("bthd,bshd->bhts", attn_q_BTHD, k_BSHD) * scale
+    logits_BHTS = cap_logits(torch.einsum("bthd,bshd->bhts", attn_q_BTHD, k_BSHD) * scale, softcap)
     hidden_B1TS = ~visible_BTS[:, None]
-    dense_BHTS = logits_BHTS.masked_fill(hidden_B1TS, -torch.inf).softmax(-1).nan_to_num(0)
-    gated_BHTS = (logits_BHTS + log_gate_BTS[:, None]).masked_fill(hidden_B1TS, -torch.inf).softmax(-1)
-    dense_BTHV = torch.einsum("bhts,bshv->bthv", dense_BHTS, v_BSHV)
-    gated_BTHV = torch.einsum("bhts,bshv->bthv", gated_BHTS.nan_to_num(0), v_BSHV)
+    dense_BHTS, gated_BHTS = (
+        softmax_with_sinks(x_BHTS.masked_fill(hidden_B1TS, -torch.inf), sinks_H).nan_to_num(0)
+        for x_BHTS in (logits_BHTS, logits_BHTS + log_gate_BTS[:, None])
+    )
+    dense_BTHV, gated_BTHV = (
+        torch.einsum("bhts,bshv->bthv", p_BHTS, v_BSHV) for p_BHTS in (dense_BHTS, gated_BHTS)
+    )
     dense_BTC, gated_BTC = (x.flatten(2) @ out_weight_CN.T for x in (dense_BTHV, gated_BTHV))
     norm_BT = dense_BTC.square().sum(-1)
     loss_BT = (gated_BTC - dense_BTC).square().sum(-1) / norm_BT.clamp_min(torch.finfo(norm_BT.dtype).tiny)
