@@ -81,13 +81,14 @@ template <class Number> class RowProjector {
           n_k(layer.index_key_heads * layer.index_width), n_w(2 * layer.index_heads + layer.coarse_heads),
           n_coarse_q(layer.coarse_heads * layer.coarse_width), n_coarse_k(layer.coarse_width), out(tokens.count * stride()) {}
 
-    // From queries and keys of all heads, side by side, and hidden states; keys alone where nothing is selected.
-    void project(const Projections &by, const Heads &all_qk, const Heads &x, bool selects) {
+    // From queries and keys of all heads, side by side, and hidden states; keys alone where nothing is selected, and without
+    // coarse queries where all visible keys are candidates.
+    void project(const Projections &by, const Heads &all_qk, const Heads &x, bool selects, bool asks_coarse) {
         constexpr int64_t PER_ITEM = 48;
         std::vector<Matrix> matrices{matrix(by.k, n_k, by.k_width, n_q, all_qk.from<Number>(by.q_width), nullptr)};
         const Heads keys = all_qk.from<Number>(by.q_width);
         if (n_coarse_k) matrices.push_back(matrix(by.coarse_k, n_coarse_k, by.k_width, coarse_from() + n_coarse_q, keys, nullptr));
-        if (selects && n_coarse_q) matrices.push_back(matrix(by.coarse_q, n_coarse_q, by.q_width, coarse_from(), all_qk, nullptr));
+        if (asks_coarse) matrices.push_back(matrix(by.coarse_q, n_coarse_q, by.q_width, coarse_from(), all_qk, nullptr));
         if (selects) {
             matrices.push_back(matrix(by.q, n_q, by.q_width, 0, all_qk, nullptr));
             matrices.push_back(matrix(by.w_and_b, n_w, by.x_width, n_q + n_k, x, by.bias));
@@ -142,9 +143,10 @@ template <class Number> class NewQueries {
 template <class Number>
 void decode(const PagedLayer &layer, const Projections &projections, const NewTokens &tokens, const KeyRows &key_rows,
             const Heads &qkv, const Heads &all_qk, const Heads &x, Number *out) {
-    const bool selects = *std::max_element(key_rows.stop, key_rows.stop + tokens.count) > layer.dense_up_to;
+    const int64_t longest = *std::max_element(key_rows.stop, key_rows.stop + tokens.count);
+    const bool selects = longest > layer.dense_up_to, asks_coarse = layer.coarse_heads && longest > layer.all_up_to;
     RowProjector<Number> projected(layer, tokens);
-    projected.project(projections, all_qk, x, selects);
+    projected.project(projections, all_qk, x, selects, asks_coarse);
     const int64_t k = layer.heads * layer.width, v = k + layer.key_heads * layer.width;
     const Heads heads[] = {qkv, qkv.from<Number>(k), qkv.from<Number>(v), selects ? projected.index_q() : Heads{},
                            projected.index_k(), projected.coarse_q(), projected.coarse_k(), projected.w(), projected.b(),
