@@ -60,6 +60,10 @@ def test_requests_that_cannot_be_leave_nothing(one_level, tmp_path, corpus_dir):
         change(one_level, out, corpus_dir, "one-level")
     with pytest.raises(ConfigError, match="topk does not apply to a converted model"):
         change(one_level, out, corpus_dir, "two-level", topk=16)
+    with pytest.raises(ConfigError, match="budget does not apply to a converted model"):
+        change(one_level, out, corpus_dir, "two-level", budget="2m")
+    with pytest.raises(ConfigError, match="stages does not apply to a converted model"):
+        change(one_level, out, corpus_dir, "two-level", stages=("inherit",))
     with pytest.raises(ConfigError, match="three"):
         change(one_level, out, corpus_dir, "three")
     with pytest.raises(AlreadyConvertedError):

@@ -18,18 +18,24 @@ from fulmen.modeling.families import dsa_family_for, dsa_of, has_dsa
 from fulmen.modeling.index_shape import coarse_shape
 from fulmen.modeling.lengths import context_of
 from fulmen.modeling.token_blocks import feed_forward_in_blocks
+from fulmen.pipeline.arguments import parse_duration
 from fulmen.pipeline.conversion import Conversion
 from fulmen.pipeline.devices import training_device
 from fulmen.pipeline.load import load_converted_model, load_converted_tokenizer
 from fulmen.pipeline.model_config import read_config
 from fulmen.pipeline.reporter import Reporter
-from fulmen.pipeline.settings import ConvertSettings
+from fulmen.pipeline.settings import DEFAULT_BUDGET, INDEXER_STAGES, ConvertSettings
 from fulmen.pipeline.texts import calibration_texts, draw_longest, lengths_to_try, read_corpus
 from fulmen.pipeline.train import RECORD_FILE, STAGES_DIR, record_of
 
 INHERITED = f"{STAGES_DIR}/inherit.safetensors"
 # What only a conversion from the beginning can change.
-CONVERSION_ONLY = {"topk": None, "steps": None, "index_heads": None, "index_head_dim": None, "dtype": "auto"}
+CONVERSION_ONLY = {
+    **dict.fromkeys(("topk", "steps", "sparse_steps", "sparse_budget_s", "index_heads", "index_head_dim")),
+    "stages": INDEXER_STAGES,
+    "budget_s": parse_duration(DEFAULT_BUDGET),
+    "dtype": "auto",
+}
 
 
 def is_index_change(settings: ConvertSettings) -> bool:
@@ -73,7 +79,8 @@ def _changed(config: Any, settings: ConvertSettings) -> DsaConfig:
     for name, default in CONVERSION_ONLY.items():
         if getattr(settings, name) != default:
             raise ConfigError(
-                f"{name} does not apply to a converted model, whose index alone is changed; leave it out"
+                f"{name.removesuffix('_s')} does not apply to a converted model, whose index alone is changed; "
+                "leave it out"
             )
     family, dsa = dsa_family_for(config), dsa_of(config)
     coarse = coarse_shape(family, config, settings.index)
