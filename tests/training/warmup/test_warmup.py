@@ -111,8 +111,10 @@ def test_nan_stops_it_and_names_the_layer(tmp_path):
     assert all(torch.equal(before[name], tensor) for name, tensor in indexers(model).items())
 
 
-def test_gradient_reaches_the_indexers_alone():
-    model = make_dsa(make_dense(), topk=8)
+# Beside the plain one, capped logits and sinks: of the target, and not trained.
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+def test_gradient_reaches_the_indexers_alone(name):
+    model = make_dsa(make_dense(name), topk=8)
     IndexerStack(model, 16)(TRAIN[0][None])["loss"].backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all((grad is not None) == (".indexer." in name) for name, grad in grads.items())
