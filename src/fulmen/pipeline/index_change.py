@@ -78,9 +78,9 @@ def _changed(config: Any, settings: ConvertSettings) -> DsaConfig:
     """Raises ConfigError for what would change more, AlreadyConvertedError where nothing would change."""
     for name, default in CONVERSION_ONLY.items():
         if getattr(settings, name) != default:
+            argument = name.removesuffix("_s")
             raise ConfigError(
-                f"{name.removesuffix('_s')} does not apply to a converted model, whose index alone is changed; "
-                "leave it out"
+                f"{argument} does not apply to a converted model, whose index alone is changed; leave it out"
             )
     family, dsa = dsa_family_for(config), dsa_of(config)
     coarse = coarse_shape(family, config, settings.index)
