@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from fulmen.agents.openai_agents import input_filter, messages_of
+from fulmen.agents.openai_agents import input_filter, items_of, messages_of
 from fulmen.agents.strategies import OMITTED, SUMMARY_HEAD, discard_all, keep_newest, none, summary
 from fulmen.errors import ContextBudgetError, MessageError
 
@@ -23,16 +23,17 @@ def count(messages):
 
 def test_items_are_chat_messages():
     items = [USER, THINKING, SAYING, CALL, {**CALL, "call_id": "b"}, OUTPUT, {**OUTPUT, "call_id": "b"}]
-    messages = [message for message, _ in messages_of(items)]
+    messages = messages_of(items)
     call = {"id": "a", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}}
     assert messages[1] == {
         "role": "assistant",
         "content": "I look.",
         "reasoning_content": "hm",
         "tool_calls": [call, {**call, "id": "b"}],
+        "items": items[1:5],
     }
-    assert messages[2] == {"role": "tool", "tool_call_id": "a", "content": "x"}
-    assert [item for _, own in messages_of(items) for item in own] == items
+    assert messages[2] == {"role": "tool", "tool_call_id": "a", "content": "x", "items": [OUTPUT]}
+    assert [item for message in messages for item in items_of(message)] == items
 
 
 def test_an_item_of_a_hosted_tool_is_refused():

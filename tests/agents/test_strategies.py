@@ -181,6 +181,58 @@ def test_a_digest_has_each_call_and_the_beginning_of_its_result():
     assert Counter(line[0] for line in lines)["→"] == 2
 
 
+def calls_of_a_run(trace, strategy, budget):
+    """What each call of a run gets whose caller gives the whole history."""
+    places = [place for place, message in enumerate(trace) if message["role"] == "assistant"]
+    return [strategy(trace[:place], budget, count) for place in [*places, len(trace)]]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_at_every_call_is_a_strategy_applied_to_what_it_kept(name):
+    strategy, budget = STRATEGIES[name], {"none": 100_000, "keep_newest": 8000}.get(name, 5000)
+    trace = long_history(steps=12)
+    expected, kept = [], []
+    for message in trace:
+        if message["role"] == "assistant":
+            kept = strategy(kept, budget, count)
+            expected.append(list(kept))
+        kept.append(message)
+    expected.append(strategy(kept, budget, count))
+    assert calls_of_a_run(trace, strategies.at_every_call(strategy), budget) == expected
+    # With nothing to remember, and with another history to remember.
+    managed = strategies.at_every_call(strategy)
+    assert [managed(trace, budget, count), managed(trace, budget, count)] == [expected[-1]] * 2
+    assert managed([SYSTEM, USER, USER], budget, count) == [SYSTEM, USER, USER]
+    assert managed(trace, budget, count) == expected[-1]
+
+
+def test_at_every_call_the_newest_result_is_seen_again_after_a_reset():
+    trace = long_history(steps=12)
+    runs = calls_of_a_run(trace, strategies.at_every_call(strategies.discard_all), 5000)
+    steps = [len(tool_steps(kept)) for kept in runs]
+    assert max(steps) == 3
+    assert steps[:6] == [0, 1, 2, 3, 0, 1]
+
+
+def test_at_every_call_nothing_is_summarised_or_counted_twice():
+    asked, counted = [], []
+
+    def summarise(past):
+        asked.append(past)
+        return "short"
+
+    def counting(messages):
+        counted.append(messages)
+        return count(messages)
+
+    managed = strategies.at_every_call(partial(strategies.summary, summarise=summarise))
+    trace = long_history(steps=12)
+    for place in range(2, len(trace) + 1, 2):
+        managed(trace[:place], 5000, counting)
+    assert len(asked) == 3
+    assert len(counted) == 13 + len(asked)
+
+
 def test_the_fewest_steps_that_ended_win():
     answer = {"role": "assistant", "content": "42"}
     histories = [

@@ -25,7 +25,7 @@ def input_filter(strategy: Strategy, budget: int, count: Counter) -> Callable[[A
     Args:
         budget: tokens that a prompt may have.
         count: of messages in OpenAI's shape, the agent's instructions as a first system message; tools that
-            stand in the prompt are for it to count.
+            stand in the prompt are for it to count. Messages have their `items` besides.
 
     The filter raises what the strategy does, and MessageError for an item of a hosted tool.
     """
@@ -34,42 +34,53 @@ def input_filter(strategy: Strategy, budget: int, count: Counter) -> Callable[[A
     def filtered(data: Any) -> Any:
         given = data.model_data
         instructions = [{"role": "system", "content": given.instructions}] if given.instructions else []
-        replies = messages_of(given.input)
-        kept = managed([*instructions, *(message for message, _ in replies)], budget, count)
-        return dataclasses.replace(given, input=_items_of(kept[len(instructions) :], replies))
+        kept = managed([*instructions, *messages_of(given.input)], budget, count)
+        items = [item for message in kept[len(instructions) :] for item in items_of(message)]
+        return dataclasses.replace(given, input=items)
 
     return filtered
 
 
-def messages_of(items: Sequence[Item]) -> list[tuple[Message, list[Item]]]:
-    """Items as chat messages, each with the items that it stands for.
+def messages_of(items: Sequence[Item]) -> list[Message]:
+    """Items as chat messages, each of which has those that it stands for under `items`.
 
     Raises MessageError for an item that is neither said, nor reasoning, nor a function's call or output.
     """
-    found: list[tuple[Message, list[Item]]] = []
+    messages: list[Message] = []
     is_reply = False
     for item in items:
         was_reply, is_reply = is_reply, item.get("role") == "assistant" or item.get("type") in _OF_A_REPLY
-        if is_reply:
-            if not was_reply:
-                found.append(({"role": "assistant", "content": "", "tool_calls": []}, []))
-            message, own = found[-1]
-            own.append(item)
-            found[-1] = (_with_item(message, item), own)
+        if is_reply and was_reply:
+            messages[-1] = _with_item(messages[-1], item)
+        elif is_reply:
+            messages.append(
+                _with_item({"role": "assistant", "content": "", "tool_calls": [], "items": []}, item)
+            )
         elif item.get("type") == "function_call_output":
             result = {"role": "tool", "tool_call_id": item["call_id"], "content": item["output"]}
-            found.append((result, [item]))
+            messages.append({**result, "items": [item]})
         elif item.get("type", "message") == "message":
-            found.append(({"role": item.get("role"), "content": item.get("content")}, [item]))
+            messages.append({"role": item.get("role"), "content": item.get("content"), "items": [item]})
         else:
             raise MessageError(
                 f"an item of type {item.get('type')!r:.80} is no chat message; use function tools alone"
             )
-    return found
+    return messages
+
+
+def items_of(message: Message) -> list[Item]:
+    """The items of a message that a strategy kept, shortened or made."""
+    if "items" not in message:
+        return [{"role": message["role"], "content": message["content"]}]
+    if message["role"] == "tool":
+        return [{**message["items"][0], "output": message["content"]}]
+    items: list[Item] = message["items"]
+    return items
 
 
 def _with_item(message: Message, item: Item) -> Message:
     """A reply's message with one more of its items."""
+    message = {**message, "items": [*message["items"], item]}
     if item.get("type") == "function_call":
         function = {"name": item["name"], "arguments": item["arguments"]}
         call = {"id": item["call_id"], "type": "function", "function": function}
@@ -80,20 +91,3 @@ def _with_item(message: Message, item: Item) -> Message:
     content = item.get("content") or ""
     text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
     return {**message, "content": message["content"] + text}
-
-
-def _items_of(kept: Sequence[Message], replies: Sequence[tuple[Message, list[Item]]]) -> list[Item]:
-    """The items of messages that a strategy kept, shortened or made."""
-    own = {id(message): items for message, items in replies}
-    outputs = {
-        message.get("tool_call_id"): items[0] for message, items in replies if message["role"] == "tool"
-    }
-    items: list[Item] = []
-    for message in kept:
-        if id(message) in own:
-            items += own[id(message)]
-        elif message["role"] == "tool":
-            items.append({**outputs[message["tool_call_id"]], "output": message["content"]})
-        else:
-            items.append({"role": message["role"], "content": message["content"]})
-    return items

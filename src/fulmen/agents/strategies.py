@@ -146,15 +146,26 @@ def at_every_call(strategy: Strategy) -> Strategy:
 
     It is applied before each assistant's message to what it had kept until then, and in the end to the rest.
     Otherwise `discard_all`, once it is due, would discard every later result at once, and the work never end.
+
+    What was kept last time is remembered: a history that goes on from there is counted and summarised from
+    there.
     """
+    known: tuple[tuple[int, Counter] | None, list[Message], list[Message]] = (None, [], [])
 
     def managed(messages: Sequence[Message], budget: int, count: Counter) -> list[Message]:
-        kept: list[Message] = []
-        for message in messages:
-            if message["role"] == "assistant":
-                kept = strategy(kept, budget, count)
-            kept.append(message)
-        return strategy(kept, budget, count)
+        nonlocal known
+        settings, given, history = known
+        is_applied = settings == (budget, count) and _goes_on(messages, given)
+        start = len(given) if is_applied else 0
+        history = history if is_applied else []
+        for message in messages[start:]:
+            if message["role"] == "assistant" and not is_applied:
+                history = strategy(history, budget, count)
+            history, is_applied = [*history, message], False
+        if not is_applied:
+            history = strategy(history, budget, count)
+        known = ((budget, count), list(messages), history)
+        return list(history)
 
     return managed
 
@@ -244,3 +255,9 @@ def _fitting(messages: Sequence[Message], budget: int, count: Counter) -> list[M
 def _has_ended(history: Sequence[Message]) -> bool:
     check_messages(history)
     return bool(history) and history[-1]["role"] == "assistant" and not calls_of(history[-1])
+
+
+def _goes_on(messages: Sequence[Message], given: Sequence[Message]) -> bool:
+    """Whether messages are those given before, and perhaps a reply to them and what came since."""
+    rest = messages[len(given) :]
+    return list(messages[: len(given)]) == list(given) and (not rest or rest[0]["role"] == "assistant")
