@@ -75,22 +75,25 @@ def decode(text: str, thinking: bool | None = None, calls_before: int = 0) -> di
 
 def joined(deltas: Iterable[Delta]) -> dict[str, Any]:
     """The message that deltas of one reply add up to."""
-    message: dict[str, Any] = {
-        "role": "assistant",
-        "content": "",
-        "reasoning_content": "",
-        "tool_calls": [],
-    }
+    said: dict[str, list[str]] = {"content": [], "reasoning_content": []}
+    calls: list[tuple[dict[str, Any], list[str]]] = []
     for delta in deltas:
-        for key in ("content", "reasoning_content"):
-            message[key] += delta.get(key, "")
+        for key in said.keys() & delta.keys():
+            said[key].append(delta[key])
         for call in delta.get("tool_calls", ()):
             if "id" in call:
-                kept = {key: value for key, value in call.items() if key != "index"}
-                message["tool_calls"].append({**kept, "function": dict(call["function"])})
-            else:
-                message["tool_calls"][-1]["function"]["arguments"] += call["function"]["arguments"]
-    return message
+                calls.append((call, []))
+            calls[-1][1].append(call["function"]["arguments"])
+    return {
+        "role": "assistant",
+        **{key: "".join(texts) for key, texts in said.items()},
+        "tool_calls": [_whole_call(call, arguments) for call, arguments in calls],
+    }
+
+
+def _whole_call(begun: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+    function = {**begun["function"], "arguments": "".join(arguments)}
+    return {"id": begun["id"], "type": begun["type"], "function": function}
 
 
 class ReplyParser:
