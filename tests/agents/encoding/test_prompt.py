@@ -243,6 +243,13 @@ def test_two_results_of_one_call_are_refused():
         encode([USER, calling, RESULT, RESULT])
 
 
+def test_messages_are_counted_as_they_were_sent():
+    with pytest.raises(MessageError, match=r"^messages\[1\] has neither"):
+        encode([USER, {"role": "assistant", "content": "21"}], tools=TOOLS, thinking=True)
+    with pytest.raises(MessageError, match=r"^encode.tools has no function"):
+        encode([USER], tools=["f"])
+
+
 def test_tools_in_two_places_are_refused():
     with pytest.raises(MessageError, match="tools stands in messages"):
         encode([{"role": "system", "tools": TOOLS}, USER], tools=TOOLS)

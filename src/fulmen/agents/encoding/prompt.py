@@ -63,10 +63,14 @@ def encode(
 
     Raises MessageError that names the message.
     """
-    said = _with_offer(messages, tools, response_format)
-    results = {step.start: results_in_order(said, step) for step in tool_steps(said)}
-    last = max((index for index, message in enumerate(said) if message["role"] in ASKING), default=-1)
-    parts = [BOS]
+    results = {step.start: results_in_order(messages, step) for step in tool_steps(messages)}
+    last = max((index for index, message in enumerate(messages) if message["role"] in ASKING), default=-1)
+    said, parts = list(messages), [BOS]
+    offer = {key: value for key, value in (("tools", tools), ("response_format", response_format)) if value}
+    if said and said[0]["role"] == "system":
+        said[0] = _with_offer(said[0], offer)
+    else:
+        parts.append(_offer(offer, "encode"))
     for index, message in enumerate(said):
         name, thinks = f"messages[{index}]", thinking and index >= last
         if message["role"] not in ("system", "developer") and message.get("tools"):
@@ -79,18 +83,11 @@ def encode(
     return "".join(parts)
 
 
-def _with_offer(
-    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, response_format: Any
-) -> list[Message]:
-    """The messages, the first a system message with what is offered to the model, if anything is."""
-    offer = {key: value for key, value in (("tools", tools), ("response_format", response_format)) if value}
-    if not offer:
-        return list(messages)
-    is_system = bool(messages) and isinstance(messages[0], Mapping) and messages[0].get("role") == "system"
-    first = messages[0] if is_system else {"role": "system"}
-    if twice := [key for key in offer if first.get(key)]:
+def _with_offer(message: Message, offer: Mapping[str, Any]) -> Message:
+    """A first system message with what is offered to the model; MessageError if it offers the same itself."""
+    if twice := [key for key in offer if message.get(key)]:
         raise MessageError(f"{twice[0]} stands in messages[0] and beside messages; send it once")
-    return [{**first, **offer}, *messages[is_system:]]
+    return {**message, **offer}
 
 
 def _system(message: Message, name: str, thinks: bool) -> str:
