@@ -15,7 +15,7 @@ from fulmen.cli.main import app
 from tests.tiny_source import save_tiny_source
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/python.md", "docs/ops.md"]
+PAGES = ["README.md", "docs/python.md", "docs/ops.md", "docs/agents.md"]
 # Of these pages no block is run here: one asks a server (tests/serving), one needs a package that we do not.
 ELSEWHERE = ["docs/serving.md", "docs/evaluation.md"]
 # Commands of the log are those of their day.
@@ -54,7 +54,7 @@ def test_python_runs(page, source, tmp_path, monkeypatch, capsys):
             block = block.replace(model, str(source))
         block = re.sub(r'budget="\w+"|steps=\d+', "steps=1", block)
         exec(compile(block, page, "exec"), names)
-    assert "fulmen" in names or "out" in names
+    assert names.keys() & {"fulmen", "out", "encode"}
 
 
 def commands_of(page):

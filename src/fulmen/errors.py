@@ -14,6 +14,8 @@
     ├── BackendError                 a pinned backend that cannot run here
     ├── EndpointError                a model server that cannot be reached, or lacks the model
     ├── EngineError                  the engine behind `fulmen serve` is not installed, or does not start
+    ├── MessageError                 chat messages that cannot be written, or a reply that cannot be read
+    │   └── ContextBudgetError       messages that must be kept and take more tokens than there are
     ├── AccountError                 a key or key file that cannot be used, or an account that is not there
     └── LedgerError                  a ledger that cannot be opened, or does not fit what is asked of it
         └── InsufficientBalance      an account whose deposits are used up
@@ -106,6 +108,14 @@ class EndpointError(FulmenError):
 
 class EngineError(FulmenError):
     """The engine that serves a model is not installed, or ends before it answers."""
+
+
+class MessageError(FulmenError):
+    """Chat messages that no encoding can write, or a model's reply that cannot be read."""
+
+
+class ContextBudgetError(MessageError):
+    """What must be kept of a conversation takes more tokens than its budget has."""
 
 
 class AccountError(FulmenError):

@@ -1,0 +1,8 @@
+"""Agents over long contexts: how a model reads and writes tool calls, and what it keeps of a long history.
+
+    encoding      DeepSeek-V3.2's chat format: messages to text, a model's reply to a message
+    strategies    what stays of a history that outgrows the context
+    replay        what recorded calls would have cost under a strategy
+
+Messages are plain dicts in the shape of OpenAI's chat completions. It needs neither torch nor a model.
+"""
