@@ -1,4 +1,4 @@
-"""The house's order, read from the imports: errors <- config <- ops, data <- modeling <- three rooms <-
+"""The house's order, read from the imports: errors <- config <- ops, data <- modeling <- four rooms <-
 pipeline <- cli.
 
 A room imports what lies below it, never a room of its own floor.
@@ -19,7 +19,7 @@ FLOORS = [
     ("config", "files"),
     ("ops", "data"),
     ("modeling",),
-    ("training", "evaluation", "serving"),
+    ("training", "evaluation", "serving", "agents"),
     ("pipeline",),
     ("cli",),
 ]

@@ -8,6 +8,7 @@ from fulmen.cli.chat import chat_command
 from fulmen.cli.console import FulmenGroup
 from fulmen.cli.convert import convert_command
 from fulmen.cli.cost import cost_command
+from fulmen.cli.docs import docs_app
 from fulmen.cli.doctor import doctor_command
 from fulmen.cli.evaluate import evaluate_command
 from fulmen.cli.inspect import inspect_command
@@ -62,6 +63,7 @@ app.command("chat")(chat_command)
 app.command("cost")(cost_command)
 app.command("doctor")(doctor_command)
 app.command("serve", context_settings=EXTRA_FLAGS)(serve_command)
+app.add_typer(docs_app, name="docs")
 app.add_typer(keys_app, name="keys")
 app.command("usage")(usage_command)
 
