@@ -17,7 +17,7 @@ READ_ONLY = types.ToolAnnotations(read_only_hint=True, open_world_hint=False)
 
 
 def serve_documents(tools: DocumentTools) -> None:
-    """Serve until stdin ends. Nothing but the protocol is written to stdout; mistakes of a call are its answer."""
+    """Serve until stdin ends. stdout has the protocol alone; a mistake in a call is its answer."""
     anyio.run(_serve, tools)
 
 

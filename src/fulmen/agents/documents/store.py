@@ -1,4 +1,4 @@
-"""The file of an index: where it lies, its tables, and a new one where it is damaged or of another version."""
+"""The file of an index: where it lies, its tables, and a new one where it is damaged or outdated."""
 
 import hashlib
 import os

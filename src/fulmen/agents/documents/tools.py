@@ -80,8 +80,8 @@ class DocumentTools:
     def call(self, name: str, arguments: Any) -> str:
         """A tool's answer.
 
-        Raises DocumentError for a tool or an argument that is none, a document that is not there, a folder that
-        cannot be read any more.
+        Raises DocumentError for a tool or an argument that is none, a document that is not there, a folder
+        that cannot be read any more.
         """
         if name not in TOOLS:
             raise DocumentError(f"tool {name[:80]!r} is none; call one of {', '.join(TOOLS)}")

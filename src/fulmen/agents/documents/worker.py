@@ -1,4 +1,4 @@
-"""Text of HTML and PDF, in a process of its own: a file that makes a parser slow or greedy ends this process.
+"""Text of HTML and PDF, in a process of its own: a file that makes a parser slow ends this process.
 
 Run as a script by `reader`, which writes a line of JSON ({"kind", "size"}) and the bytes; for each one line of
 JSON comes back, {"text"} or {"reason"}. Standard library, and pypdf if it is installed; nothing of fulmen.
@@ -7,6 +7,7 @@ JSON comes back, {"text"} or {"reason"}. Standard library, and pypdf if it is in
 import io
 import json
 import logging
+import re
 import resource
 import sys
 from html.parser import HTMLParser
@@ -16,52 +17,10 @@ MEMORY_BYTES = 2 * 2**30
 MAX_PAGES = 5000
 MAX_TEXT = 16 * 2**20
 SILENT = frozenset({"script", "style", "template", "noscript", "svg"})
-BLOCKS = frozenset(
-    [
-        "address",
-        "article",
-        "aside",
-        "blockquote",
-        "body",
-        "br",
-        "caption",
-        "dd",
-        "div",
-        "dl",
-        "dt",
-        "fieldset",
-        "figcaption",
-        "figure",
-        "footer",
-        "form",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "h6",
-        "head",
-        "header",
-        "hr",
-        "html",
-        "li",
-        "main",
-        "nav",
-        "ol",
-        "option",
-        "p",
-        "pre",
-        "section",
-        "table",
-        "tbody",
-        "td",
-        "tfoot",
-        "th",
-        "thead",
-        "title",
-        "tr",
-        "ul",
-    ]
+BLOCK = re.compile(
+    "address|article|aside|blockquote|body|br|caption|d[dlt]|details|div|fieldset|figcaption|figure|footer|form|"
+    "h[1-6r]|head|header|html|legend|li|main|nav|ol|option|p|pre|section|select|summary|table|tbody|t[dhr]|"
+    "textarea|tfoot|thead|title|ul"
 )
 
 
@@ -77,20 +36,20 @@ class HtmlText(HTMLParser):
     def handle_starttag(self, tag: str, attrs: Any) -> None:
         """A block begins a line."""
         self._silent += tag in SILENT
-        if tag in BLOCKS:
+        if BLOCK.fullmatch(tag):
             self._end_line()
         self._preformatted += tag == "pre"
 
     def handle_endtag(self, tag: str) -> None:
         """And ends one."""
         self._silent = max(0, self._silent - (tag in SILENT))
-        if tag in BLOCKS:
+        if BLOCK.fullmatch(tag):
             self._end_line()
         self._preformatted = max(0, self._preformatted - (tag == "pre"))
 
     def handle_startendtag(self, tag: str, attrs: Any) -> None:
         """As an element that holds nothing."""
-        if tag in BLOCKS:
+        if BLOCK.fullmatch(tag):
             self._end_line()
 
     def handle_data(self, data: str) -> None:
