@@ -1,7 +1,7 @@
 """Text of HTML and PDF, in a process of its own: a file that makes a parser slow ends this process.
 
-Run as a script by `reader`, which writes a line of JSON ({"kind", "size"}) and the bytes; for each one line of
-JSON comes back, {"text"} or {"reason"}. Standard library, and pypdf if it is installed; nothing of fulmen.
+Run as a script by `reader`, which writes a line of JSON ({"kind", "size"}) and the bytes; for each a line of
+JSON comes back, {"text"} or {"reason"}. Standard library, and pypdf if it is there; nothing of fulmen.
 """
 
 import io
