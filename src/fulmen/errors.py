@@ -7,7 +7,7 @@
     ├── CheckpointError              unreadable, truncated, of an unsupported type, or with NaN weights
     ├── CorpusError                  empty, binary, too small to split
     │   └── DocumentTooShortError    a document shorter than the window that was asked for
-    ├── DocumentError                a folder of documents that is missing, empty or huge, or a request about it
+    ├── DocumentError                a folder of documents that is missing, empty or huge
     ├── OutputError                  the output exists, is not writable, or the disk is full
     ├── ResumeError                  a half-finished run with other settings lies in the output directory
     ├── TrainingDivergedError        NaN or Inf in a loss

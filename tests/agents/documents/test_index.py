@@ -212,7 +212,7 @@ def test_folders_that_cannot_be(folder, tmp_path, monkeypatch):
 def test_a_page_that_takes_too_long_is_named_and_the_next_one_read():
     reader = TextReader(time_limit_s=0.5)
     # Quadratic in Python's parser.
-    with pytest.raises(Unreadable, match="not read within 0.5 s"):
+    with pytest.raises(Unreadable, match="not read within"):
         reader.read("slow.html", b"<!--" * 200_000)
     assert TextReader().read("page.html", b"<p>after</p>").text == "after\n"
     reader.close()

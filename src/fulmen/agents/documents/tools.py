@@ -66,10 +66,15 @@ def tool_schema(name: str) -> dict[str, Any]:
 
 
 class DocumentTools:
-    """Answers calls of the tools from an index, which is refreshed before each."""
+    """Answers calls of the tools from an index, which is refreshed before each.
 
-    def __init__(self, index: DocumentIndex) -> None:
-        self._index = index
+    Args:
+        index: of the folder.
+        result_limit: characters that an answer may have, but for its last lines on what is not shown.
+    """
+
+    def __init__(self, index: DocumentIndex, result_limit: int = RESULT_LIMIT) -> None:
+        self._index, self._limit = index, result_limit
         self._methods: dict[str, Callable[..., str]] = {
             "list": self._list,
             "search": self._search,
@@ -100,7 +105,7 @@ class DocumentTools:
         head = f"{len(documents):,} documents"
         if len(shown) < len(documents):
             head += f", {start:,} to {start - 1 + len(shown):,} shown; go on with start={start + LIST_ROWS}"
-        return _within_limit([head, *lines, *passed_over_lines(self._index)])
+        return _within_limit([head, *lines, *passed_over_lines(self._index)], self._limit)
 
     def _search(self, query: str, glob: str = "*", limit: int = SEARCH_PASSAGES) -> str:
         found = self._index.search(query, glob, limit)
@@ -110,7 +115,7 @@ class DocumentTools:
         for one in found:
             part = framed(one.path, one.text, one.span)
             size += len(part)
-            if size <= RESULT_LIMIT:
+            if size <= self._limit:
                 parts.append(part)
             else:
                 left_out.append(f"not shown for length: {one.path}, {span_text(one.span)}")
@@ -137,21 +142,28 @@ class DocumentTools:
             raise DocumentError(
                 f"path={path!r} has nothing there; it has {lines:,} lines, {len(text):,} characters"
             )
-        return _opened(path, text, begin, end)
+        return _opened(path, text, begin, min(end, _cut(text, begin, self._limit)))
 
     def _grep(self, pattern: str, glob: str = "*", ignore_case: bool = False) -> str:
         search = compiled(pattern, ignore_case)
         paths = [one.path for one in self._index.documents(glob)]
         result = grep(paths, self._index.text, search, GREP_LINES)
         by_path: dict[str, list[str]] = {}
+        size, shown = 0, 0
         for match in result.matches:
-            by_path.setdefault(match.path, []).append(f"{match.line}: {_line_within_limit(match.text)}\n")
-        head = f"{len(result.matches)} lines in {len(by_path)} of {len(paths)} documents"
+            line = f"{match.line}: {_line_within_limit(match.text)}\n"
+            size += len(line)
+            if size > self._limit:
+                break
+            by_path.setdefault(match.path, []).append(line)
+            shown += 1
         parts = [framed(path, "".join(lines)) for path, lines in by_path.items()]
+        if left := len(result.matches) - shown:
+            parts.append(f"not shown for length: {left} more lines; narrow the pattern")
         if result.unread:
             reason = f"{TIME_LIMIT_S:g} s" if result.is_out_of_time else f"{GREP_LINES} lines"
             parts.append(f"ended after {reason}; not searched to the end: {_named(result.unread)}")
-        return _within_limit([head, *parts])
+        return "\n".join([f"{len(result.matches)} lines found in {len(paths)} documents", *parts])
 
 
 def passed_over_lines(index: DocumentIndex) -> list[str]:
@@ -169,15 +181,18 @@ def _named(paths: list[str]) -> str:
     return ", ".join(paths[:NAMED_FILES]) + (f" and {more:,} more" if more > 0 else "")
 
 
+def _cut(text: str, begin: int, limit: int) -> int:
+    """Where an answer that begins there has to end: at the end of a line, if there is one."""
+    if len(text) - begin <= limit:
+        return len(text)
+    return text.rfind("\n", begin, begin + limit) + 1 or begin + limit
+
+
 def _opened(path: str, text: str, begin: int, end: int) -> str:
-    """Part of a text, as far as an answer may go: to the end of a line, if there is one."""
-    cut = end
-    if end - begin > RESULT_LIMIT:
-        cut = text.rfind("\n", begin, begin + RESULT_LIMIT) + 1 or begin + RESULT_LIMIT
-    shown = framed(path, text[begin:cut], span_of(text, begin, cut))
-    if cut == len(text):
+    shown = framed(path, text[begin:end], span_of(text, begin, end))
+    if end == len(text):
         return f"{shown}This is the end of the document."
-    return f"{shown}The document has {len(text):,} characters; go on with first_character={cut}"
+    return f"{shown}The document has {len(text):,} characters; go on with first_character={end}"
 
 
 def _characters_of_lines(text: str, first: int, last: int | None) -> tuple[int, int]:
@@ -191,13 +206,13 @@ def _line_within_limit(line: str) -> str:
     return line if more <= 0 else f"{line[:LINE_LIMIT]} [{more:,} more characters]"
 
 
-def _within_limit(lines: Iterable[str]) -> str:
+def _within_limit(lines: Iterable[str], limit: int) -> str:
     """Lines as one text, those beyond the limit counted at its end."""
     shown: list[str] = []
     size, left_out = 0, 0
     for line in lines:
         size += len(line) + 1
-        if size <= RESULT_LIMIT:
+        if size <= limit:
             shown.append(line)
         else:
             left_out += 1
