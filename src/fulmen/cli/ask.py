@@ -89,6 +89,4 @@ def _print(answer: "FolderAnswer") -> None:
         more = "…" if len(quote) > QUOTE_SHOWN else ""
         typer.echo(f"{one.file}:{one.span.first_line}-{one.span.last_line}  “{quote[:QUOTE_SHOWN]}{more}”")
     if answer.dropped:
-        typer.echo(
-            f"{len(answer.dropped)} quotes dropped: not found in the documents, or too short", err=True
-        )
+        typer.echo(f"{len(answer.dropped)} quotes dropped: not in the documents, or too short", err=True)
