@@ -154,11 +154,11 @@ def test_the_last_step_must_answer(large):
 
 def test_a_full_context_must_answer(large):
     opened = call(("open", {"path": "long.txt"}))
-    with ChatServer([opened] * 5 + [RIGHT], context=4096) as server:
+    with ChatServer([opened, opened, RIGHT], context=4096) as server:
         result = ask(server, large)
     assert result.answer == "Forty-two."
     assert server.requests[-1]["tool_choice"]["function"]["name"] == "answer"
-    assert any("the context is full after 5 steps" in note for note in result.notes)
+    assert any("the context is full after 2 steps" in note for note in result.notes)
 
 
 def test_a_server_without_tools_is_asked_for_text(folder):
@@ -198,11 +198,15 @@ def test_what_the_server_may_have_cut_is_told(folder):
 
 def test_an_answer_that_reaches_the_limit_is_kept_and_marked(folder):
     whole = json.dumps({"quotes": [{"file": COUNT[0], "quote": COUNT[1]}], "answer": "Forty-two ships"})
-    for cut, text, citations in ((-4, "Forty-two shi", 1), (35, "", 0)):
-        with ChatServer([call(("answer", whole[:cut]), finish_reason="length")]) as server:
-            result = ask(server, folder, max_new_tokens=64)
-        assert (result.answer, result.is_complete, len(result.citations)) == (text, False, citations)
-        assert "reached max_new_tokens=64" in result.notes[-1]
+    with ChatServer([call(("answer", whole[:-4]), finish_reason="length")]) as server:
+        result = ask(server, folder, max_new_tokens=64)
+    assert (result.answer, result.is_complete, len(result.citations)) == ("Forty-two shi", False, 1)
+    assert "reached max_new_tokens=64" in result.notes[-1]
+    with (
+        ChatServer([call(("answer", whole[:35]), finish_reason="length")]) as server,
+        pytest.raises(EndpointError, match=r"max_new_tokens=64 were written before an answer .*so far: "),
+    ):
+        ask(server, folder, max_new_tokens=64)
 
 
 def test_a_busy_or_broken_server_is_asked_again_and_the_bill_stays_right(large):

@@ -185,12 +185,15 @@ class _Asking:
         self._look_for_cut(messages)
         call = next((call for call in reply.calls if is_answer(call.name)), None)
         written = written_as_call(call.arguments, reply.is_cut) if call else written_as_text(reply.text)
-        if written is None or not (written.text or reply.is_cut):
-            said = call.arguments if call else json.dumps(reply.text)
+        if written is not None and written.text:
+            return written, reply.is_cut
+        if reply.is_cut:
             raise EndpointError(
-                f"{self._endpoint.model} gave no answer but {said[:120]}; ask again, or a larger model"
+                f"max_new_tokens={self._max_new_tokens} were written before an answer began; raise it",
+                arguments=["max_new_tokens"],
             )
-        return written, reply.is_cut
+        said = call.arguments if call else json.dumps(reply.text)
+        raise EndpointError(f"{self._endpoint.model} gave no answer but {said[:120]}; ask a larger model")
 
     def _look_for_cut(self, messages: list[dict[str, Any]]) -> None:
         """Say so if the server counted fewer tokens than a prompt of so many words can have."""

@@ -48,8 +48,8 @@ _ANSWER_SCHEMA = {
     "additionalProperties": False,
 }
 _QUOTE_LINE = re.compile(r"^\W{0,3}QUOTE \[(.+?)\]:? (.+)$", re.MULTILINE)
-# What may end JSON that was cut: in a string, in the list of quotes, in the object.
-_ENDS = ('"}', "}", '"}]}', "}]}", "]}", '""}', '""}]}')
+# What may end JSON that was cut in the answer, which is last in it.
+_ENDS = ('"}', "}")
 
 
 class Written(NamedTuple):
@@ -104,10 +104,10 @@ def written_as_call(arguments: str, is_cut: bool) -> Written | None:
             found = json.loads(arguments.rstrip("\\") + end)
         except ValueError:
             continue
-        if isinstance(found, dict) and (isinstance(found.get("answer"), str) or is_cut):
+        if isinstance(found, dict) and isinstance(found.get("answer"), str):
             quotes = found.get("quotes")
             listed = quotes if isinstance(quotes, list) else []
-            return Written(str(found.get("answer") or "").strip(), tuple(filter(None, map(_quote, listed))))
+            return Written(found["answer"].strip(), tuple(filter(None, map(_quote, listed))))
     return None
 
 

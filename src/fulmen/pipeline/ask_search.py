@@ -21,6 +21,8 @@ from fulmen.pipeline.ask_prompt import (
 )
 
 SHOWN = 100
+# Beyond this share of the room the next result might not fit.
+FULL_SHARE = 0.75
 
 
 class Search:
@@ -49,12 +51,12 @@ class Search:
     def run(self, question: str, overview: str, max_steps: int, room: int) -> tuple[Written, bool]:
         """The answer as the model wrote it, and whether it was cut.
 
-        In the last step, or when the conversation has more than `room` bytes, nothing but an answer is asked
-        for. Raises EndpointError if there is none then.
+        In the last step, or when most of the `room` for the conversation (in bytes) is taken, nothing but an
+        answer is asked for. Raises EndpointError if there is none then.
         """
         messages = tool_messages(question, overview)
         for step in range(1, max_steps + 1):
-            is_full = len(json.dumps(messages, ensure_ascii=False).encode()) > room
+            is_full = len(json.dumps(messages, ensure_ascii=False).encode()) > FULL_SHARE * room
             if is_full:
                 self._on_note(f"the context is full after {step - 1} steps; the model has to answer")
             reply = self._reply(messages, must_answer=is_full or step == max_steps)
@@ -65,7 +67,7 @@ class Search:
                 break
             messages += self._results(reply)
         raise EndpointError(
-            f"{self._endpoint.model} gave no answer in {max_steps} steps; allow more with max_steps, "
+            f"{self._endpoint.model} gave no answer in {step} steps; allow more with max_steps, "
             "or ask a larger model",
             arguments=["max_steps"],
         )

@@ -17,15 +17,15 @@ LINES = "".join(f"line {number} of many\n" for number in range(1, 3001))
 def test_each_tool_answers_with_places(tools):
     assert tools.call("list", {}).splitlines() == [
         "3 documents",
-        "code/ships.py  2 lines, 58 characters",
-        "guide.md  4 lines, 79 characters",
+        "code/ships.py  2 lines, 56 characters",
+        "guide.md  4 lines, 78 characters",
         "page.html  4 lines, 41 characters",
     ]
     found = tools.call("search", {"query": "lighthouse"})
-    assert 'file="guide.md" lines 1-4, characters 0-79' in found
+    assert 'file="guide.md" lines 1-4, characters 0-78' in found
     assert GUIDE in found
     opened = tools.call("open", {"path": "guide.md", "first_line": 3, "last_line": 3})
-    assert "lines 3-3, characters 11-65>\nThe lighthouse keeper counts forty-two ships.\n</document" in opened
+    assert "lines 3-3, characters 11-57>\nThe lighthouse keeper counts forty-two ships.\n</document" in opened
     assert tools.call("open", {"path": "guide.md", "first_character": 11, "end_character": 14}).count(
         "\nThe\n"
     )
@@ -50,7 +50,7 @@ def test_the_folder_is_read_anew_for_each_call(tools, folder):
         ("open", {"path": 7}, "path='7' cannot be; it is of type string"),
         ("open", {"path": "guide.md", "first_line": True}, "of type integer"),
         ("open", {"path": "guide.md", "first_line": 0}, "first_line=0 cannot be; it is at least 1"),
-        ("open", {"path": "guide.md", "first_line": 9}, "nothing there; it has 4 lines, 79 characters"),
+        ("open", {"path": "guide.md", "first_line": 9}, "nothing there; it has 4 lines, 78 characters"),
         ("open", {"path": "guide.md", "first_line": 1, "end_character": 2}, "lines or characters, not both"),
         ("open", {"path": "../guide.md"}, "lies outside the folder"),
         ("search", {"query": "?"}, "query='?'"),
@@ -102,7 +102,7 @@ def test_what_is_not_shown_is_told(tools, folder, monkeypatch):
         small.call("search", {"query": "line", "limit": 5}).count("not shown for length: long.txt, lines")
         == 5
     )
-    assert "not shown for length: 79 more lines" in small.call("grep", {"pattern": "line .* many"})
+    assert "not shown for length: 70 more lines" in small.call("grep", {"pattern": "line .* many"})
 
 
 def test_a_pattern_that_never_ends_is_ended():
