@@ -291,6 +291,17 @@ def test_json_has_answer_citations_usage_and_cost(folder):
     assert Decimal(told["cost"]["deepseek_list"]["amount"]) > 0
 
 
+def test_nothing_that_a_terminal_obeys_is_printed(large):
+    (large / "guide.md").write_text("A \x1b]0;owned\x07 title and a \x1b[31mred sail.\n")
+    said = answer("It is \x1b[2Jred.", ("guide.md", "a \x1b[31mred sail"))
+    with ChatServer([call(("\x1b[2J", {})), said], context=4096) as server:
+        result = run(server, large)
+    assert "It is �[2Jred.\n" in result.stdout
+    assert "a �[31mred sail" in result.stdout
+    assert "step 1: �[2J {}: error: tool" in result.stderr
+    assert "\x1b" not in result.output
+
+
 def test_a_server_without_prices_has_deepseeks_beside_none(folder):
     with ChatServer([RIGHT], is_priced=False) as server:
         told = json.loads(run(server, folder, "--json").stdout)

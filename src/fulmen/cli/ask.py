@@ -81,11 +81,13 @@ def ask_command(
 
 
 def _print(answer: "FolderAnswer") -> None:
-    typer.echo(answer.answer)
+    from fulmen.pipeline.ask_answer import printable
+
+    typer.echo(printable(answer.answer))
     if answer.citations:
         typer.echo()
     for one in answer.citations:
-        quote = " ".join(one.quote.split())
+        quote = printable(" ".join(one.quote.split()))
         more = "…" if len(quote) > QUOTE_SHOWN else ""
         typer.echo(f"{one.file}:{one.span.first_line}-{one.span.last_line}  “{quote[:QUOTE_SHOWN]}{more}”")
     if answer.dropped:

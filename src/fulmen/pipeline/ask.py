@@ -14,7 +14,7 @@ from fulmen.agents.documents.tools import RESULT_LIMIT, DocumentTools, passed_ov
 from fulmen.config import require_positive_int
 from fulmen.errors import ConfigError, DocumentError, EndpointError
 from fulmen.pipeline.arguments import Place, place_argument
-from fulmen.pipeline.ask_answer import FolderAnswer
+from fulmen.pipeline.ask_answer import FolderAnswer, printable
 from fulmen.pipeline.ask_endpoint import ChatEndpoint, RequestRefused
 from fulmen.pipeline.ask_prompt import (
     IN_TEXT,
@@ -209,6 +209,7 @@ class _Asking:
         return f"The folder has {len(self._documents):,} documents with {size:,} characters."
 
     def _step(self, text: str) -> None:
+        text = printable(text)
         self._steps.append(text)
         self._reporter.note(f"step {len(self._steps)}: {text}")
 

@@ -8,6 +8,11 @@ from fulmen.agents.documents.folder import PassedOver
 from fulmen.pipeline.ask_bill import Bill
 
 
+def printable(text: str) -> str:
+    """Text for a terminal: documents and models may write what a terminal obeys."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "�" for letter in text)
+
+
 @dataclass(frozen=True)
 class FolderAnswer:
     """An answer about a folder of documents, with what backs it and what it took.

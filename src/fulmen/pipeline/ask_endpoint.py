@@ -119,7 +119,7 @@ class ChatEndpoint:
                 return self._call(path, body)
             except _TryAgain as error:
                 self.bill.broken_off += error.broke_off
-                wait = min(LONGEST_WAIT_S, 2.0**attempt if error.wait_s is None else error.wait_s)
+                wait = min(LONGEST_WAIT_S, 0.5 * 2**attempt if error.wait_s is None else error.wait_s)
                 self._reporter.note(f"{error}; asked again in {wait:g} s")
                 time.sleep(wait)
         return self._call(path, body)

@@ -1,6 +1,7 @@
 """A file's bytes as text: plain text and source code here, HTML and PDF in a worker with a time limit."""
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -97,8 +98,11 @@ class TextReader:
         finally:
             timer.cancel()
         if not line:
+            status = worker.wait()
             self.close()
-            raise Unreadable(f"not read within {self._time_limit_s:g} s")
+            is_out_of_time = status == -signal.SIGKILL
+            limit = f"not read within {self._time_limit_s:g} s"
+            raise Unreadable(limit if is_out_of_time else f"its reader ended with status {status}")
         answer = json.loads(line)
         if "reason" in answer:
             raise Unreadable(answer["reason"])
