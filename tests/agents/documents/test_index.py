@@ -80,7 +80,7 @@ def test_what_is_no_document_is_counted_and_named(folder, tmp_path):
         "large.txt": "larger than 16 MiB",
         "noise.txt": "no text in UTF-8",
         "bad�.md": "a name that cannot be written",
-        "new\nline.md": "a name that cannot be written",
+        "new�line.md": "a name that cannot be written",
     }
     (latin,) = index.documents("latin.txt")
     assert latin.remark == "bad UTF-8: 1 places shown as �"

@@ -58,6 +58,7 @@ def test_the_folder_is_read_anew_for_each_call(tools, folder):
         ("grep", {"pattern": "("}, "is no regular expression"),
         ("grep", {"pattern": ""}, "1 to 500 characters"),
         ("list", {"start": "many"}, "of type integer"),
+        ("list", {"start": 4}, "start=4 cannot be; there are 3 documents"),
     ],
 )
 def test_mistakes_in_a_call_are_told(tools, name, arguments, said):
@@ -97,6 +98,7 @@ def test_what_is_not_shown_is_told(tools, folder, monkeypatch):
     answer = tools.call("list", {})
     assert answer.startswith("5 documents, 1 to 2 shown; go on with start=3")
     assert answer.endswith("not read, hidden (the name begins with a dot): 1 (.hidden)")
+    assert tools.call("list", {"start": 5}).startswith("5 documents, 5 to 5 shown\nwide.txt  1 lines")
     small = tools_module.DocumentTools(tools._index, 600)
     assert (
         small.call("search", {"query": "line", "limit": 5}).count("not shown for length: long.txt, lines")

@@ -103,7 +103,7 @@ def _reason_against(entry: "os.DirEntry[str]", depth: int) -> str:
         return HIDDEN
     if entry.is_symlink():
         return LINK
-    if _readable_name(entry.name) != entry.name or not entry.name.isprintable():
+    if _readable_name(entry.name) != entry.name:
         return "a name that cannot be written"
     if entry.is_dir(follow_symlinks=False):
         return "" if depth < MAX_DEPTH else f"deeper than {MAX_DEPTH} folders"
@@ -111,4 +111,5 @@ def _reason_against(entry: "os.DirEntry[str]", depth: int) -> str:
 
 
 def _readable_name(path: str) -> str:
-    return os.fsencode(path).decode("utf-8", "replace")
+    text = os.fsencode(path).decode("utf-8", "replace")
+    return "".join(letter if letter.isprintable() else "�" for letter in text)

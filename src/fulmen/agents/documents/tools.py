@@ -96,15 +96,21 @@ class DocumentTools:
 
     def _list(self, glob: str = "*", start: int = 1) -> str:
         documents = self._index.documents(glob)
-        shown = documents[start - 1 : start - 1 + LIST_ROWS]
-        lines = [
-            f"{one.path}  {one.lines:,} lines, {one.characters:,} characters"
-            + (f" ({one.remark})" if one.remark else "")
-            for one in shown
-        ]
-        head = f"{len(documents):,} documents"
-        if len(shown) < len(documents):
-            head += f", {start:,} to {start - 1 + len(shown):,} shown; go on with start={start + LIST_ROWS}"
+        if start > max(1, len(documents)):
+            raise DocumentError(f"start={start} cannot be; there are {len(documents):,} documents")
+        lines: list[str] = []
+        # Half of the room: files that are not read follow.
+        while (
+            len(lines) < min(LIST_ROWS, len(documents) - start + 1) and sum(map(len, lines)) < self._limit / 2
+        ):
+            one = documents[start - 1 + len(lines)]
+            remark = f" ({one.remark})" if one.remark else ""
+            lines.append(f"{one.path}  {one.lines:,} lines, {one.characters:,} characters{remark}")
+        head, end = f"{len(documents):,} documents", start - 1 + len(lines)
+        if len(lines) < len(documents):
+            head += f", {start:,} to {end:,} shown"
+        if end < len(documents):
+            head += f"; go on with start={end + 1}"
         return _within_limit([head, *lines, *passed_over_lines(self._index)], self._limit)
 
     def _search(self, query: str, glob: str = "*", limit: int = SEARCH_PASSAGES) -> str:
