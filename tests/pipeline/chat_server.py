@@ -79,7 +79,8 @@ class ChatServer(ThreadingHTTPServer):
 
 def _common(one, other):
     """Characters with which both begin."""
-    return next((place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), 0)
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (left, right) in pairs if left != right), min(len(one), len(other)))
 
 
 class _Handler(BaseHTTPRequestHandler):
