@@ -21,6 +21,7 @@ from fulmen.errors import (
     ConfigError,
     ContextBudgetError,
     CorpusError,
+    DocumentError,
     DocumentTooShortError,
     EndpointError,
     EngineError,
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from fulmen.pipeline.api import convert, train
     from fulmen.pipeline.api_evaluate import evaluate
     from fulmen.pipeline.api_load import inspect, load
+    from fulmen.pipeline.ask import ask
+    from fulmen.pipeline.ask_answer import FolderAnswer
     from fulmen.pipeline.conversion import Conversion
     from fulmen.pipeline.description import ModelDescription
     from fulmen.pipeline.reporter import LineReporter, Reporter, SilentReporter
@@ -57,10 +60,12 @@ __all__ = [
     "ContextBudgetError",
     "Conversion",
     "CorpusError",
+    "DocumentError",
     "DocumentTooShortError",
     "DsaConfig",
     "EndpointError",
     "EngineError",
+    "FolderAnswer",
     "FulmenError",
     "InsufficientBalance",
     "LedgerError",
@@ -76,6 +81,7 @@ __all__ = [
     "TrainingDivergedError",
     "UnsupportedModelError",
     "__version__",
+    "ask",
     "convert",
     "evaluate",
     "inspect",
@@ -87,12 +93,14 @@ __all__ = [
 # Where each name is, which is imported when it is asked for.
 _PLACES = {
     "Conversion": "fulmen.pipeline.conversion",
+    "FolderAnswer": "fulmen.pipeline.ask_answer",
     "LineReporter": "fulmen.pipeline.reporter",
     "ModelDescription": "fulmen.pipeline.description",
     "ParityReport": "fulmen.evaluation.parity.report",
     "Reporter": "fulmen.pipeline.reporter",
     "SilentReporter": "fulmen.pipeline.reporter",
     "SuiteReport": "fulmen.evaluation.suites.report",
+    "ask": "fulmen.pipeline.ask",
     "convert": "fulmen.pipeline.api",
     "evaluate": "fulmen.pipeline.api_evaluate",
     "inspect": "fulmen.pipeline.api_load",

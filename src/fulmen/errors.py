@@ -7,6 +7,7 @@
     ├── CheckpointError              unreadable, truncated, of an unsupported type, or with NaN weights
     ├── CorpusError                  empty, binary, too small to split
     │   └── DocumentTooShortError    a document shorter than the window that was asked for
+    ├── DocumentError                a folder of documents that is missing, empty or huge
     ├── OutputError                  the output exists, is not writable, or the disk is full
     ├── ResumeError                  a half-finished run with other settings lies in the output directory
     ├── TrainingDivergedError        NaN or Inf in a loss
@@ -60,6 +61,10 @@ class CorpusError(FulmenError):
 
 class DocumentTooShortError(CorpusError):
     """A document with fewer tokens than the window that was asked for."""
+
+
+class DocumentError(FulmenError):
+    """A folder of documents that is missing, empty or too large, or a request about it that cannot be met."""
 
 
 class OutputError(FulmenError):

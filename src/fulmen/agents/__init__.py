@@ -2,6 +2,7 @@
 
     encoding      DeepSeek-V3.2's chat format: messages to text, a model's reply to a message
     strategies    what stays of a history that outgrows the context
+    documents     a folder that a model lists, searches and opens
     replay        what recorded calls would have cost under a strategy
 
 Messages are plain dicts in the shape of OpenAI's chat completions. It needs neither torch nor a model.

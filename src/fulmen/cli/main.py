@@ -4,10 +4,12 @@ from typing import Annotated
 
 import typer
 
+from fulmen.cli.ask import ask_command
 from fulmen.cli.chat import chat_command
 from fulmen.cli.console import FulmenGroup
 from fulmen.cli.convert import convert_command
 from fulmen.cli.cost import cost_command
+from fulmen.cli.docs import docs_app
 from fulmen.cli.doctor import doctor_command
 from fulmen.cli.evaluate import evaluate_command
 from fulmen.cli.inspect import inspect_command
@@ -49,7 +51,8 @@ def fulmen(
 
     inspect a model, convert it, train it further, eval the result against the dense model, chat with it,
     serve it. suite runs tests on any model, cost prices its tokens, doctor shows what computes here.
-    For a server: keys makes its API keys, usage shows what they used.
+    For a server: keys makes its API keys, usage shows what they used. ask answers questions about a folder
+    of documents, docs serves one as tools.
     """
 
 
@@ -59,9 +62,11 @@ app.command("train")(train_command)
 app.command("eval")(evaluate_command)
 app.command("suite")(suite_command)
 app.command("chat")(chat_command)
+app.command("ask")(ask_command)
 app.command("cost")(cost_command)
 app.command("doctor")(doctor_command)
 app.command("serve", context_settings=EXTRA_FLAGS)(serve_command)
+app.add_typer(docs_app, name="docs")
 app.add_typer(keys_app, name="keys")
 app.command("usage")(usage_command)
 

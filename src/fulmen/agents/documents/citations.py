@@ -1,0 +1,82 @@
+"""Quotes that a model gave, looked up in the documents: those found word for word become citations."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fulmen.agents.documents.index import DocumentIndex
+from fulmen.agents.documents.passages import PassageSpan, span_of
+from fulmen.errors import DocumentError
+
+# Fewer characters are found in any document.
+SHORTEST = 8
+# What models put around a quote.
+AROUND = " \t\n\"'`“”‘’«»…"
+
+
+@dataclass(frozen=True)
+class Quote:
+    """Words that a model says are in a file."""
+
+    file: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Citation:
+    """Words that are in a document.
+
+    file: its path in the folder. quote: as the document has them. span: where: lines from 1, both ends
+    included; characters from 0, the end not included.
+    """
+
+    file: str
+    quote: str
+    span: PassageSpan
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A quote that is no citation, and why."""
+
+    file: str
+    quote: str
+    reason: str
+
+
+def checked_citations(quotes: Iterable[Quote], index: DocumentIndex) -> tuple[list[Citation], list[Dropped]]:
+    """Split quotes into citations and those that are dropped.
+
+    Words must be the same; white space may differ, since lines are broken otherwise. A quote from another
+    document than the one named is cited from where it is.
+    """
+    found: list[Citation] = []
+    dropped: list[Dropped] = []
+    for quote in quotes:
+        words = quote.text.strip(AROUND)
+        if len(words) < SHORTEST:
+            dropped.append(Dropped(quote.file, quote.text, f"shorter than {SHORTEST} characters"))
+        elif (citation := _found(quote.file, words, index)) is None:
+            dropped.append(Dropped(quote.file, quote.text, "not in the documents"))
+        elif citation not in found:
+            found.append(citation)
+    return found, dropped
+
+
+def _found(file: str, words: str, index: DocumentIndex) -> Citation | None:
+    pattern = re.compile(r"\s+".join(map(re.escape, words.split())))
+    for path in dict.fromkeys([file, *_likely_files(words, index)]):
+        try:
+            text = index.text(path)
+        except DocumentError:
+            continue
+        if match := pattern.search(text):
+            return Citation(path, match[0], span_of(text, *match.span()))
+    return None
+
+
+def _likely_files(words: str, index: DocumentIndex) -> list[str]:
+    try:
+        return [found.path for found in index.search(words[:400])]
+    except DocumentError:
+        return []

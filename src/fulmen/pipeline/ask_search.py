@@ -1,0 +1,124 @@
+"""A model that looks for an answer with tools: its calls are run, their results go back, until it answers.
+
+Messages are only ever added at the end, so that each step finds the ones before it in the prefix cache.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from fulmen.agents.documents.tools import DocumentTools
+from fulmen.errors import DocumentError, EndpointError
+from fulmen.pipeline.ask_endpoint import Call, ChatEndpoint, Reply, RequestRefused
+from fulmen.pipeline.ask_prompt import (
+    NO_CALL,
+    Written,
+    is_answer,
+    search_tools,
+    tool_messages,
+    written_as_call,
+    written_as_text,
+)
+
+SHOWN = 100
+# Beyond this share of the room the next result might not fit.
+FULL_SHARE = 0.75
+
+
+class Search:
+    """The steps of one question.
+
+    Args:
+        endpoint: whom to ask.
+        tools: what the model may call besides `answer`.
+        max_new_tokens: of each message.
+        on_step: gets each step in a line; on_note: what else there is to know.
+    """
+
+    def __init__(
+        self,
+        endpoint: ChatEndpoint,
+        tools: DocumentTools,
+        max_new_tokens: int,
+        on_step: Callable[[str], None],
+        on_note: Callable[[str], None],
+    ) -> None:
+        self._endpoint, self._tools, self._max_new_tokens = endpoint, tools, max_new_tokens
+        self._on_step, self._on_note = on_step, on_note
+        # Whether each message has to be a call, until the server refuses that.
+        self._choice = "required"
+
+    def run(self, question: str, overview: str, max_steps: int, room: int) -> tuple[Written, bool]:
+        """The answer as the model wrote it, and whether it was cut.
+
+        In the last step, or when most of the `room` for the conversation (in bytes) is taken, nothing but an
+        answer is asked for. Raises EndpointError if there is none then.
+        """
+        messages = tool_messages(question, overview)
+        for step in range(1, max_steps + 1):
+            is_full = len(json.dumps(messages, ensure_ascii=False).encode()) > FULL_SHARE * room
+            if is_full:
+                self._on_note(f"the context is full after {step - 1} steps; the model has to answer")
+            reply = self._reply(messages, must_answer=is_full or step == max_steps)
+            if written := _written(reply):
+                self._on_step("answer")
+                return written, reply.is_cut
+            if is_full:
+                break
+            messages += self._results(reply)
+        raise EndpointError(
+            f"{self._endpoint.model} gave no answer in {step} steps; allow more with max_steps, "
+            "or ask a larger model",
+            arguments=["max_steps"],
+        )
+
+    def _reply(self, messages: list[dict[str, Any]], must_answer: bool) -> Reply:
+        choice = "answer" if must_answer and self._choice != "auto" else self._choice
+        try:
+            return self._endpoint.complete(messages, self._max_new_tokens, search_tools(choice))
+        except RequestRefused as refused:
+            if refused.is_too_long or self._choice == "auto":
+                raise
+            self._on_note(f"{refused}; calls are left to the model")
+            self._choice = "auto"
+            return self._endpoint.complete(messages, self._max_new_tokens, search_tools("auto"))
+
+    def _results(self, reply: Reply) -> list[dict[str, Any]]:
+        """The model's message and what its calls brought."""
+        if not reply.calls:
+            self._on_step("neither call nor answer")
+            return [{"role": "assistant", "content": reply.text}, {"role": "user", "content": NO_CALL}]
+        calls, results = [], []
+        for call in reply.calls:
+            arguments, result = self._result(call)
+            self._on_step(f"{call.name[:40]} {_shown(arguments)}: {_shown(result)}")
+            # Servers read the arguments that come back to them, and refuse what is no JSON.
+            function = {"name": call.name, "arguments": arguments}
+            calls.append({"id": call.id, "type": "function", "function": function})
+            results.append({"role": "tool", "tool_call_id": call.id, "content": result})
+        thought = {"reasoning_content": reply.reasoning} if reply.reasoning else {}
+        return [{"role": "assistant", "content": reply.text, **thought, "tool_calls": calls}, *results]
+
+    def _result(self, call: Call) -> tuple[str, str]:
+        """A call's arguments as JSON, and its result; a mistake in a call is told to the model."""
+        try:
+            arguments = json.loads(call.arguments)
+        except ValueError as error:
+            return "{}", f"error: the arguments are no JSON ({error}); call again"
+        try:
+            return json.dumps(arguments), self._tools.call(call.name, arguments)
+        except DocumentError as error:
+            return json.dumps(arguments), f"error: {error}"
+
+
+def _written(reply: Reply) -> Written | None:
+    """The answer in a message: a call of `answer`, or text where there is no call."""
+    for call in reply.calls:
+        if is_answer(call.name):
+            return written_as_call(call.arguments, reply.is_cut)
+    return written_as_text(reply.text) if reply.text.strip() and not reply.calls else None
+
+
+def _shown(text: str) -> str:
+    line = text.strip().split("\n")[0]
+    return line if len(line) <= SHOWN else f"{line[:SHOWN]}…"
