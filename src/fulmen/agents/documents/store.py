@@ -75,7 +75,7 @@ def _is_of(store: sqlite3.Connection, version: str) -> bool:
     tables = {name for (name,) in store.execute("SELECT name FROM sqlite_master")}
     if not {"documents", "passages", "readers"} <= tables:
         return False
-    return store.execute("SELECT version FROM readers").fetchone() == (version,)
+    return bool(store.execute("SELECT version FROM readers").fetchone() == (version,))
 
 
 def _make_anew(store: sqlite3.Connection, version: str) -> None:
