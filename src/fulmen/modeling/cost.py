@@ -39,6 +39,7 @@ from fulmen.config import COARSE_FROM, DsaConfig, require_positive_int
 from fulmen.modeling.cache import CacheBytes
 from fulmen.modeling.families import family_like
 from fulmen.modeling.family import IndexerCost
+from fulmen.modeling.windows import layer_windows
 
 PREFILL_BLOCK = 128
 
@@ -233,14 +234,6 @@ def read_weights(config: PreTrainedConfig, batch: int) -> float:
     chosen, experts = config.num_experts_per_tok, config.n_routed_experts
     visited = experts * (1 - (1 - chosen / experts) ** batch)
     return weights + n_moe * (visited - chosen) * _expert_weights(config)
-
-
-def layer_windows(config: PreTrainedConfig) -> list[int | None]:
-    """For each layer the number of tokens that its queries see; None: all."""
-    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    if not kinds:
-        return [window] * config.num_hidden_layers
-    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def layer_steps(config: PreTrainedConfig, dsa: DsaConfig, position: int) -> list[LayerStep]:

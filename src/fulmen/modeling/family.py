@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fulmen.config import DsaConfig
 from fulmen.errors import ConfigError
+from fulmen.modeling.forward_checks import require_no_dropout
 
 
 class AttentionLayout(NamedTuple):
@@ -151,10 +152,7 @@ class Family(ABC):
 
     def require_trainable(self, config: PreTrainedConfig) -> None:
         """Raise ConfigError for a model that the sparse stage cannot train, which its config tells."""
-        if dropout := getattr(config, "attention_dropout", 0):
-            raise ConfigError(
-                f"attention_dropout={dropout} is not supported in training; set it to 0 in the config"
-            )
+        require_no_dropout(config, training=True)
 
     @abstractmethod
     def from_dense(self, dense: PreTrainedModel, dsa: DsaConfig) -> PreTrainedModel:
@@ -252,13 +250,3 @@ def even_width(widest: int, narrowest: int) -> int:
 def all_layers(config: PreTrainedConfig) -> list[int]:
     """Every layer has full attention."""
     return list(range(config.num_hidden_layers))
-
-
-def layers_by_type(config: PreTrainedConfig) -> list[int]:
-    """Layers that `config.layer_types` calls "full_attention" (the others slide)."""
-    return [layer for layer, kind in enumerate(config.layer_types) if kind == "full_attention"]
-
-
-def layers_unless_sliding(config: PreTrainedConfig) -> list[int]:
-    """Every layer, or none where one `config.sliding_window` holds for all."""
-    return all_layers(config) if config.sliding_window is None else []

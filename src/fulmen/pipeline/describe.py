@@ -15,12 +15,12 @@ from fulmen.modeling.cost import (
     index_key_share,
     indexer_cost,
     layer_weights,
-    layer_windows,
     token_bytes,
 )
 from fulmen.modeling.families import dsa_of, family_like, has_dsa
 from fulmen.modeling.index_shape import default_dsa
 from fulmen.modeling.rope_tables import full_attention_rope
+from fulmen.modeling.windows import layer_windows
 from fulmen.pipeline.description import ModelDescription, layer_ranges
 from fulmen.pipeline.model_config import quantized_types, read_config
 

@@ -11,9 +11,10 @@ from transformers import PreTrainedConfig
 from fulmen.config import DsaConfig
 from fulmen.errors import CheckpointError, UnsupportedModelError
 from fulmen.modeling.cache import CacheBytes
-from fulmen.modeling.cost import attention_cost, index_key_bytes, layer_windows, token_bytes
+from fulmen.modeling.cost import attention_cost, index_key_bytes, token_bytes
 from fulmen.modeling.families import dsa_of, family_like
 from fulmen.modeling.weight_files import PICKLES, require_sound_files
+from fulmen.modeling.windows import layer_windows
 
 DEFAULT_CONTEXT = 8192
 # What a dense model's cache is measured with: no layer has index keys.
