@@ -6,7 +6,7 @@ Nothing else in fulmen asks what kind of attention a model has: a fork on it bel
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
@@ -88,6 +88,7 @@ class Family(ABC):
         dsa_types: `model_type`s of DSA models, the first being what a conversion makes.
         serving_classes: names of the DSA models' classes, in Transformers and in vLLM, one for each type.
         full_attention_layers: indices of the layers whose attention sees all of the past.
+        mlp_matrices: of a plain MLP: gate, up and down, or the last two alone.
         is_stock: a converted model is a class of Transformers' and vLLM's own, and runs without fulmen.
         varies_topk: layers may keep different numbers of tokens, `topk` on average.
         packs_index_keys: a cache keeps index keys in 8 bits (`fulmen.ops.common.index_keys`).
@@ -97,6 +98,7 @@ class Family(ABC):
     dsa_types: tuple[str, ...]
     serving_classes: tuple[str, ...]
     full_attention_layers: Callable[[PreTrainedConfig], list[int]]
+    mlp_matrices: int = field(default=3, kw_only=True)
 
     is_stock: ClassVar[bool] = False
     varies_topk: ClassVar[bool] = False

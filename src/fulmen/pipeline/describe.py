@@ -17,6 +17,7 @@ from fulmen.modeling.cost import (
     layer_weights,
     token_bytes,
 )
+from fulmen.modeling.experts import experts_of
 from fulmen.modeling.families import dsa_of, family_like, has_dsa
 from fulmen.modeling.index_shape import default_dsa
 from fulmen.modeling.rope_tables import full_attention_rope
@@ -47,6 +48,7 @@ def describe(source: str) -> ModelDescription:
     indexer = indexer_cost(config, dsa)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    token_weights = layer_weights(config) + head_weights(config)
     return ModelDescription(
         source=str(found),
         converted=converted,
@@ -54,7 +56,8 @@ def describe(source: str) -> ModelDescription:
         architecture=type(model).__name__,
         parameters=model.num_parameters(),
         indexer_parameters=(indexer.key_weights + indexer.query_weights) * len(dsa.layers),
-        step_weights=(layer_weights(config) + head_weights(config)) * dtype.itemsize,
+        active_parameters=token_weights if experts_of(config) else None,
+        step_weights=token_weights * dtype.itemsize,
         layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,

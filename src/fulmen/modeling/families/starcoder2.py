@@ -9,4 +9,4 @@ from fulmen.modeling.gqa.family import gqa_family
 Starcoder2DsaConfig, Starcoder2DsaModel, Starcoder2DsaForCausalLM = dsa_classes(
     __name__, Starcoder2ForCausalLM, project=project_heads
 )
-FAMILY = gqa_family(Starcoder2DsaForCausalLM)
+FAMILY = gqa_family(Starcoder2DsaForCausalLM, mlp_matrices=2)

@@ -198,8 +198,11 @@ class GqaFamily(Family):
         return DsaCache(config, max_length)
 
 
-def gqa_family(causal_lm_class: Any) -> GqaFamily:
-    """The family of a DSA language model (`dsa_classes`): its class leads to all others."""
+def gqa_family(causal_lm_class: Any, mlp_matrices: int = 3) -> GqaFamily:
+    """The family of a DSA language model (`dsa_classes`): its class leads to all others.
+
+    mlp_matrices: as in `Family`.
+    """
     model_class, source_class = causal_lm_class.model_class, causal_lm_class.__bases__[-1]
 
     def full_attention_layers(config: PreTrainedConfig) -> list[int]:
@@ -216,6 +219,7 @@ def gqa_family(causal_lm_class: Any) -> GqaFamily:
         model_class=model_class,
         causal_lm_class=causal_lm_class,
         source_class=source_class,
+        mlp_matrices=mlp_matrices,
     )
 
 

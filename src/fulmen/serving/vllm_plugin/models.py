@@ -1,23 +1,27 @@
-"""vLLM's own models with the attention of their converted layers swapped (`fulmen.modeling.gqa.model`)."""
+"""vLLM's own models with the attention of their converted layers swapped (`fulmen.modeling.gqa.model`).
+
+A family's class is made when it is asked for, as an attribute of this module: `models.LlamaDsaForCausalLM`.
+"""
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import vllm
 from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
+from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
-from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
-from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 
 from fulmen.config import DsaConfig
 from fulmen.errors import ConfigError
+from fulmen.modeling.families import dsa_family_for
 from fulmen.modeling.gqa.model import require_dsa
+from fulmen.serving.vllm_plugin import served_classes
 from fulmen.serving.vllm_plugin.attention import DsaAttention
-from fulmen.serving.vllm_plugin.rope import require_same_rope, scale_longrope
+from fulmen.serving.vllm_plugin.rope import no_rotation_like, require_same_rope, scale_longrope
 from fulmen.serving.vllm_plugin.weights import HeadWatch
 
 # The interfaces used here are internal to vLLM and change between its versions.
@@ -33,12 +37,17 @@ class DsaServingMixin:
         dsa, config = _require_servable(vllm_config), vllm_config.model_config
         scale_longrope(config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        turns = dsa_family_for(config.hf_config).model_class.attention_class.turns  # type: ignore[attr-defined]
         for layer in dsa.layers:
             block = self.model.layers[layer]
             if not isinstance(block, PPMissingLayer):
-                require_same_rope(block.self_attn.rotary_emb, config.hf_config, config.max_model_len)
+                rotary = block.self_attn.rotary_emb
+                if turns(config.hf_config, layer):
+                    require_same_rope(rotary, config.hf_config, config.max_model_len)
+                else:
+                    rotary = no_rotation_like(rotary)
                 name = f"{maybe_prefix(prefix, 'model')}.layers.{layer}.self_attn"
-                block.self_attn = DsaAttention(block.self_attn, layer, dsa, vllm_config, name)
+                block.self_attn = DsaAttention(block.self_attn, rotary, layer, dsa, vllm_config, name)
         self._head_watch = HeadWatch()
         if hasattr(self, "logits_processor"):  # the last rank of a pipeline
             self.logits_processor.register_forward_pre_hook(self._head_watch.before_use)
@@ -50,31 +59,25 @@ class DsaServingMixin:
         return loaded
 
     def _load(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        if isinstance(self, MistralForCausalLM):
+            # It takes any `wq` for one of Mistral's own file format; the indexer has one.
+            return LlamaForCausalLM.load_weights(self, weights)
         return super().load_weights(weights)  # type: ignore[misc]
 
 
-class Gemma3DsaForCausalLM(DsaServingMixin, Gemma3ForCausalLM):
-    """`fulmen.modeling.families.gemma3_text` in vLLM."""
+@cache
+def served_class(name: str) -> type:
+    """The class of this name: vLLM's own of the stock architecture, with fulmen's attention."""
+    stock = ModelRegistry.models[served_classes()[name]].load_model_cls()
+    about = f"{stock.__name__} with an indexer in the converted layers."
+    return type(name, (DsaServingMixin, stock), {"__module__": __name__, "__doc__": about})
 
 
-class LlamaDsaForCausalLM(DsaServingMixin, LlamaForCausalLM):
-    """`fulmen.modeling.families.llama` in vLLM."""
-
-
-class MistralDsaForCausalLM(DsaServingMixin, MistralForCausalLM):
-    """`fulmen.modeling.families.mistral` in vLLM."""
-
-    def _load(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        # MistralForCausalLM takes any `wq` for one of Mistral's own file format; the indexer has one.
-        return LlamaForCausalLM.load_weights(self, weights)
-
-
-class Qwen2DsaForCausalLM(DsaServingMixin, Qwen2ForCausalLM):
-    """`fulmen.modeling.families.qwen2` in vLLM."""
-
-
-class Qwen3DsaForCausalLM(DsaServingMixin, Qwen3ForCausalLM):
-    """`fulmen.modeling.families.qwen3` in vLLM."""
+def __getattr__(name: str) -> type:
+    """vLLM looks for a class here by name; only that one's model code is imported."""
+    if name not in served_classes():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return served_class(name)
 
 
 def _require_servable(vllm_config: VllmConfig) -> DsaConfig:
