@@ -1,5 +1,7 @@
 """Families: who is known, what may be converted, what the errors say."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ from fulmen.modeling.families import (
     family_for,
     family_for_type,
     full_attention_layers,
+    known_types,
 )
 from fulmen.modeling.gqa.family import GqaFamily
 from fulmen.modeling.gqa.model import require_dsa
@@ -126,9 +129,30 @@ def test_a_model_with_windows_everywhere_has_nothing_to_convert():
         full_attention_layers(config)
 
 
-def test_unknown_architecture_names_itself_and_the_known_ones():
-    with pytest.raises(UnsupportedModelError, match=r"'gemma' has no family; supported: .*llama.*CONTRIB"):
+def test_unknown_architecture_names_itself_and_what_it_would_take():
+    with pytest.raises(UnsupportedModelError) as info:
         family_for(GemmaConfig())
+    needed = (
+        "'gemma' has no family; an entry is a file of about ten lines, which says how GemmaAttention makes "
+    )
+    assert needed in str(info.value)
+    assert "'Add a model family'" in str(info.value)
+    assert str(info.value).endswith(f"supported: {', '.join(known_types())}")
+    assert {"deepseek_v3", "gemma3_text", "llama", "qwen3_moe"} < set(known_types())
+    for model_type in ("vit", "no_such", None, ["llama"]):
+        with pytest.raises(UnsupportedModelError, match="Transformers has no language model of that type"):
+            family_for_type(model_type)
+
+
+def test_only_the_family_that_is_asked_for_is_imported():
+    code = """
+import sys
+from fulmen.modeling.families import family_for_type
+family_for_type("qwen3_moe")
+print(*sorted(name for name in sys.modules if name.startswith("fulmen.modeling.families.")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["fulmen.modeling.families.qwen3_moe"]
 
 
 def test_a_model_of_images_says_how_to_get_its_text_model(tmp_path):

@@ -5,8 +5,10 @@ What is registered are the names of the families' serving classes; those of vLLM
 model code is imported, of vLLM or Transformers, until a converted model is loaded.
 """
 
+from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from fulmen.errors import UnsupportedModelError
 from fulmen.modeling.families import family_names
 from fulmen.serving.vllm_plugin.lifeline import end_with_parent
 
@@ -20,6 +22,15 @@ def served_classes() -> dict[str, str]:
     named = set(family_names()) & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - set(NOT_IN_VLLM)
     stock = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] for name in sorted(named))
     return {name.replace("ForCausalLM", "DsaForCausalLM"): name for name in stock}
+
+
+def require_in_vllm(config: PreTrainedConfig) -> None:
+    """Raise UnsupportedModelError for a converted model whose layers vLLM has no code for."""
+    if (name := config.model_type.removesuffix("_dsa")) in NOT_IN_VLLM:
+        raise UnsupportedModelError(
+            f"model_type {config.model_type!r} cannot be served: vLLM has no class for {name!r}; "
+            "use `fulmen chat` or Transformers"
+        )
 
 
 def register() -> None:
