@@ -116,6 +116,10 @@ class Family(ABC):
         """Heads as dense attention reads a prompt."""
         return self.attention_layout(config)
 
+    def layers_without_rope(self, config: PreTrainedConfig) -> list[int]:
+        """Indices of the layers whose heads no rotary table turns."""
+        return []
+
     @abstractmethod
     def attention_weights(self, config: PreTrainedConfig) -> int:
         """Weights of one layer's projections, queries to output."""

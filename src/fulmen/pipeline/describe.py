@@ -87,6 +87,8 @@ def _dense_layers(config: PreTrainedConfig, dsa: DsaConfig) -> dict[str, str]:
 def _rope_in_words(config: PreTrainedConfig) -> str:
     sliding = (config.rope_parameters or {}).get("sliding_attention")
     words = _one_rope_in_words(full_attention_rope(config))
+    if still := family_like(config).layers_without_rope(config):
+        words += f"; none in layers {layer_ranges(still)}"
     return f"{words}; sliding layers: {_one_rope_in_words(sliding)}" if sliding else words
 
 

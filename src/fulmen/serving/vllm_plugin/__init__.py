@@ -5,12 +5,14 @@ What is registered are the names of the families' serving classes; those of vLLM
 model code is imported, of vLLM or Transformers, until a converted model is loaded.
 """
 
-from transformers import PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from typing import TYPE_CHECKING
 
 from fulmen.errors import UnsupportedModelError
 from fulmen.modeling.families import family_names
 from fulmen.serving.vllm_plugin.lifeline import end_with_parent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 MODELS = "fulmen.serving.vllm_plugin.models"
 # Families that vLLM has no class of its own for: it would run Transformers' dense code.
@@ -19,12 +21,14 @@ NOT_IN_VLLM = ("ministral", "olmo2", "olmo3", "seed_oss", "smollm3", "starcoder2
 
 def served_classes() -> dict[str, str]:
     """Names of the classes in `MODELS`, each with that of the stock class that it goes before."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     named = set(family_names()) & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - set(NOT_IN_VLLM)
     stock = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] for name in sorted(named))
     return {name.replace("ForCausalLM", "DsaForCausalLM"): name for name in stock}
 
 
-def require_in_vllm(config: PreTrainedConfig) -> None:
+def require_in_vllm(config: "PreTrainedConfig") -> None:
     """Raise UnsupportedModelError for a converted model whose layers vLLM has no code for."""
     if (name := config.model_type.removesuffix("_dsa")) in NOT_IN_VLLM:
         raise UnsupportedModelError(

@@ -3,12 +3,13 @@
 A family's class is made when it is asked for, as an attribute of this module: `models.LlamaDsaForCausalLM`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
 import vllm
 from torch import Tensor
+from transformers import PreTrainedConfig
 from vllm.config import VllmConfig
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.llama import LlamaForCausalLM
@@ -19,6 +20,7 @@ from fulmen.config import DsaConfig
 from fulmen.errors import ConfigError
 from fulmen.modeling.families import dsa_family_for
 from fulmen.modeling.gqa.model import require_dsa
+from fulmen.modeling.windows import layer_windows
 from fulmen.serving.vllm_plugin import served_classes
 from fulmen.serving.vllm_plugin.attention import DsaAttention
 from fulmen.serving.vllm_plugin.rope import no_rotation_like, require_same_rope, scale_longrope
@@ -37,15 +39,16 @@ class DsaServingMixin:
         dsa, config = _require_servable(vllm_config), vllm_config.model_config
         scale_longrope(config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        turns = dsa_family_for(config.hf_config).model_class.attention_class.turns  # type: ignore[attr-defined]
+        require_windows(self.model.layers, config.hf_config, config.max_model_len)
+        still = dsa_family_for(config.hf_config).layers_without_rope(config.hf_config)
         for layer in dsa.layers:
             block = self.model.layers[layer]
             if not isinstance(block, PPMissingLayer):
                 rotary = block.self_attn.rotary_emb
-                if turns(config.hf_config, layer):
-                    require_same_rope(rotary, config.hf_config, config.max_model_len)
-                else:
+                if layer in still:
                     rotary = no_rotation_like(rotary)
+                else:
+                    require_same_rope(rotary, config.hf_config, config.max_model_len)
                 name = f"{maybe_prefix(prefix, 'model')}.layers.{layer}.self_attn"
                 block.self_attn = DsaAttention(block.self_attn, rotary, layer, dsa, vllm_config, name)
         self._head_watch = HeadWatch()
@@ -78,6 +81,21 @@ def __getattr__(name: str) -> type:
     if name not in served_classes():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return served_class(name)
+
+
+def require_windows(layers: Sequence[Any], config: PreTrainedConfig, length: int) -> None:
+    """Raise ConfigError for a sliding layer that vLLM's code of it lets see more than its window.
+
+    layers: vLLM's own, before any is converted; length: tokens that a request may have.
+    """
+    for number, window in enumerate(layer_windows(config)):
+        if window is None or window >= length or isinstance(layers[number], PPMissingLayer):
+            continue
+        if layers[number].self_attn.attn.sliding_window is None:
+            raise ConfigError(
+                f"layer {number} of model_type {config.model_type!r} sees {window} tokens, and in vLLM all; "
+                f"use max_model_len={window} or less, `fulmen chat` or Transformers"
+            )
 
 
 def _require_servable(vllm_config: VllmConfig) -> DsaConfig:
