@@ -34,7 +34,10 @@ MORE_NAMES = (
 # Each engine takes seconds; a family without norms and biases and one with norms meet dense vLLM too.
 BESIDE_DENSE = ("llama", "qwen3")
 # What vLLM has otherwise than Transformers: no windows, and windows of one token more.
-CHANGES = {"qwen2-moe": {"layer_types": ["full_attention"] * 3}, "cohere2": {"sliding_window": 600}}
+CHANGES = {
+    "qwen2-moe": {"use_sliding_window": False, "sliding_window": 0, "layer_types": ["full_attention"] * 3},
+    "cohere2": {"sliding_window": 600},
+}
 TOPK, NEW = 16, 24
 LENGTHS = (3, 14, 40, 130, 201)
 PROMPTS = [random_ids(1, length, seed=length)[0].tolist() for length in LENGTHS]
