@@ -46,7 +46,7 @@ else:
 
 
 def test_a_checkpoint_works_without_fulmen(tokenizer, tmp_path):  # noqa: F811
-    names = ["llama3-rope", "qwen2-mixed", "qwen3", "mistral", "gemma3"]
+    names = ["llama3-rope", "qwen2-mixed", "qwen3", "gemma3", "qwen3-moe", "phi3", "smollm3", "glm4"]
     models = {name: make_dsa(make_dense(name), topk=6) for name in names}
     for name, model in models.items():
         save_converted(model, tokenizer, tmp_path / name, CARD)

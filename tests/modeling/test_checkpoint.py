@@ -25,7 +25,15 @@ from fulmen.modeling.checkpoint import (
     save_converted,
 )
 from fulmen.modeling.gguf.weights import read_sound_gguf
-from tests.modeling.gqa.tiny_gqa import CONFIGS, FAMILIES, VOCAB, make_dense, make_dsa, make_v32, random_ids
+from tests.modeling.gqa.tiny_gqa import (
+    FAMILIES,
+    VOCAB,
+    make_config,
+    make_dense,
+    make_dsa,
+    make_v32,
+    random_ids,
+)
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
 CARD = "# A tiny model\n"
@@ -329,7 +337,7 @@ def test_config_survives_json():
     values = json.loads(model.config.to_json_string())
     again = AutoConfig.for_model(**values)
     assert again.dsa == model.config.dsa
-    assert again.rope_parameters == CONFIGS["llama3-rope"]().rope_parameters
+    assert again.rope_parameters == make_config("llama3-rope").rope_parameters
 
 
 class TestRehearsal:

@@ -22,14 +22,16 @@ from fulmen.modeling.cost import (
     index_key_share,
     layer_weights,
     prefill_cost,
+    read_weights,
     token_bytes,
 )
+from fulmen.modeling.experts import experts_of
 from fulmen.modeling.families import dsa_of, family_for_type
 from fulmen.modeling.gqa.cache import DsaCache
 from fulmen.modeling.index_shape import default_dsa
 from fulmen.modeling.mla.attention import fulmen_attention
 from fulmen.modeling.mla.cache import MlaCache
-from tests.modeling.gqa.tiny_gqa import SHAPE, make_dense, make_dsa, random_ids
+from tests.modeling.gqa.tiny_gqa import CONFIGS, SHAPE, VOCAB, make_dense, make_dsa, random_ids
 from tests.modeling.mla.tiny_mla import make_mla, mla_ids
 
 SMOLLM2 = {
@@ -66,6 +68,21 @@ def test_linear_weights_are_the_models_own(smollm2):
         model = LlamaForCausalLM(smollm2)
     matrices = sum(p.numel() for name, p in model.model.layers.named_parameters() if p.ndim == 2)
     assert layer_weights(smollm2) == matrices == 30 * LAYER
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_token_is_multiplied_with_the_matrices_of_its_layers_and_experts(name):
+    """Every matrix of every layer, and of the experts as many as a token visits."""
+    model = make_dense(name)
+    experts = experts_of(model.config)
+    share = experts.chosen / experts.total if experts else 1
+    layers = model.model.layers.named_parameters()
+    matrices = sum(p.numel() * (share if ".experts." in name else 1) for name, p in layers if p.ndim > 1)
+    assert layer_weights(model.config) == matrices
+    every_token = model.config.hidden_size * VOCAB + matrices
+    assert read_weights(model.config, 1) == pytest.approx(every_token)
+    all_experts = (experts.total - experts.chosen) * experts.weights * experts.layers if experts else 0
+    assert read_weights(model.config, 10_000) == pytest.approx(every_token + all_experts)
 
 
 def test_mla_linear_weights_are_the_models_own():

@@ -124,4 +124,5 @@ def _names_bound_by(node: ast.stmt, module: str) -> dict[str, str]:
     if isinstance(node, ast.ClassDef | ast.FunctionDef):
         return {node.name: f"{module}.{node.name}"}
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-    return {target.id: f"{module}.{target.id}" for target in targets if isinstance(target, ast.Name)}
+    bound = [name for target in targets if target is not None for name in ast.walk(target)]
+    return {name.id: f"{module}.{name.id}" for name in bound if isinstance(name, ast.Name)}

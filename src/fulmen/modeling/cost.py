@@ -37,8 +37,10 @@ from transformers import PreTrainedConfig
 
 from fulmen.config import COARSE_FROM, DsaConfig, require_positive_int
 from fulmen.modeling.cache import CacheBytes
+from fulmen.modeling.experts import experts_of
 from fulmen.modeling.families import family_like
 from fulmen.modeling.family import IndexerCost
+from fulmen.modeling.windows import layer_windows
 
 PREFILL_BLOCK = 128
 
@@ -207,13 +209,12 @@ def indexer_cost(config: PreTrainedConfig, dsa: DsaConfig) -> IndexerCost:
 def layer_weights(config: PreTrainedConfig) -> int:
     """Weights of all layers that one token is multiplied with: attention's projections and the MLPs."""
     attention = attention_cost(config).weights * config.num_hidden_layers
-    n_moe = _moe_layers(config)
-    dense = 3 * config.hidden_size * config.intermediate_size * (config.num_hidden_layers - n_moe)
-    if not n_moe:
-        return attention + dense
-    experts = config.num_experts_per_tok + (config.n_shared_experts or 0)
-    router = config.hidden_size * config.n_routed_experts
-    return attention + dense + n_moe * (experts * _expert_weights(config) + router)
+    plain = family_like(config).mlp_matrices * config.hidden_size * config.intermediate_size
+    experts = experts_of(config)
+    if experts is None:
+        return attention + plain * config.num_hidden_layers
+    mixture = experts.always + experts.chosen * experts.weights
+    return attention + plain * (config.num_hidden_layers - experts.layers) + mixture * experts.layers
 
 
 def head_weights(config: PreTrainedConfig) -> int:
@@ -228,19 +229,10 @@ def read_weights(config: PreTrainedConfig, batch: int) -> float:
     itself visit n (1 - (1 - m/n)^batch) on average.
     """
     weights = layer_weights(config) + head_weights(config)
-    if not (n_moe := _moe_layers(config)):
+    if not (experts := experts_of(config)):
         return weights
-    chosen, experts = config.num_experts_per_tok, config.n_routed_experts
-    visited = experts * (1 - (1 - chosen / experts) ** batch)
-    return weights + n_moe * (visited - chosen) * _expert_weights(config)
-
-
-def layer_windows(config: PreTrainedConfig) -> list[int | None]:
-    """For each layer the number of tokens that its queries see; None: all."""
-    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    if not kinds:
-        return [window] * config.num_hidden_layers
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    visited = experts.total * (1 - (1 - experts.chosen / experts.total) ** batch)
+    return weights + experts.layers * (visited - experts.chosen) * experts.weights
 
 
 def layer_steps(config: PreTrainedConfig, dsa: DsaConfig, position: int) -> list[LayerStep]:
@@ -309,17 +301,6 @@ class _IndexLevel(NamedTuple):
             position * self.coarse_bytes + candidates * self.key_bytes,
             position * self.coarse_flops + candidates * self.pair_flops,
         )
-
-
-def _expert_weights(config: PreTrainedConfig) -> int:
-    return 3 * config.hidden_size * config.moe_intermediate_size
-
-
-def _moe_layers(config: PreTrainedConfig) -> int:
-    if kinds := getattr(config, "mlp_layer_types", None):
-        return kinds.count("sparse")
-    first = getattr(config, "first_k_dense_replace", None)
-    return 0 if first is None else max(0, config.num_hidden_layers - first)
 
 
 def _indexer_layers(config: PreTrainedConfig, dsa: DsaConfig) -> set[int]:

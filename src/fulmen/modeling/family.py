@@ -6,7 +6,7 @@ Nothing else in fulmen asks what kind of attention a model has: a fork on it bel
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fulmen.config import CoarseShape, DsaConfig
 from fulmen.errors import ConfigError
+from fulmen.modeling.forward_checks import require_no_dropout
 
 
 class AttentionLayout(NamedTuple):
@@ -91,6 +92,7 @@ class Family(ABC):
         dsa_types: `model_type`s of DSA models, the first being what a conversion makes.
         serving_classes: names of the DSA models' classes, in Transformers and in vLLM, one for each type.
         full_attention_layers: indices of the layers whose attention sees all of the past.
+        mlp_matrices: of a plain MLP: gate, up and down, or the last two alone.
         is_stock: a converted model is a class of Transformers' and vLLM's own, and runs without fulmen.
         varies_topk: layers may keep different numbers of tokens, `topk` on average.
         packs_index_keys: a cache keeps index keys in 8 bits (`fulmen.ops.common.index_keys`).
@@ -100,6 +102,7 @@ class Family(ABC):
     dsa_types: tuple[str, ...]
     serving_classes: tuple[str, ...]
     full_attention_layers: Callable[[PreTrainedConfig], list[int]]
+    mlp_matrices: int = field(default=3, kw_only=True)
 
     is_stock: ClassVar[bool] = False
     varies_topk: ClassVar[bool] = False
@@ -116,6 +119,10 @@ class Family(ABC):
     def prefill_layout(self, config: PreTrainedConfig) -> AttentionLayout:
         """Heads as dense attention reads a prompt."""
         return self.attention_layout(config)
+
+    def layers_without_rope(self, config: PreTrainedConfig) -> list[int]:
+        """Indices of the layers whose heads no rotary table turns."""
+        return []
 
     @abstractmethod
     def attention_weights(self, config: PreTrainedConfig) -> int:
@@ -155,10 +162,7 @@ class Family(ABC):
 
     def require_trainable(self, config: PreTrainedConfig) -> None:
         """Raise ConfigError for a model that the sparse stage cannot train, which its config tells."""
-        if dropout := getattr(config, "attention_dropout", 0):
-            raise ConfigError(
-                f"attention_dropout={dropout} is not supported in training; set it to 0 in the config"
-            )
+        require_no_dropout(config, training=True)
 
     @abstractmethod
     def from_dense(self, dense: PreTrainedModel, dsa: DsaConfig) -> PreTrainedModel:
@@ -256,13 +260,3 @@ def even_width(widest: int, narrowest: int) -> int:
 def all_layers(config: PreTrainedConfig) -> list[int]:
     """Every layer has full attention."""
     return list(range(config.num_hidden_layers))
-
-
-def layers_by_type(config: PreTrainedConfig) -> list[int]:
-    """Layers that `config.layer_types` calls "full_attention" (the others slide)."""
-    return [layer for layer, kind in enumerate(config.layer_types) if kind == "full_attention"]
-
-
-def layers_unless_sliding(config: PreTrainedConfig) -> list[int]:
-    """Every layer, or none where one `config.sliding_window` holds for all."""
-    return all_layers(config) if config.sliding_window is None else []

@@ -1,5 +1,7 @@
 """What a forward pass of a DSA model cannot do, said before it begins."""
 
+from typing import Any
+
 from fulmen.errors import ConfigError
 
 
@@ -12,7 +14,8 @@ def require_no_attention_weights(*wanted: bool | None) -> None:
         )
 
 
-def require_no_dropout(dropout: float, *, training: bool) -> None:
-    """Raise ConfigError for attention dropout in training: no op has it."""
-    if training and dropout:
-        raise ConfigError(f"attention_dropout={dropout} is not supported in training; set it to 0")
+def require_no_dropout(config: Any, *, training: bool) -> None:
+    """Raise ConfigError for an attention's dropout in training: no op has it."""
+    for key in ("attention_dropout", "residual_dropout"):
+        if training and (dropout := getattr(config, key, None)):
+            raise ConfigError(f"{key}={dropout} is not supported in training; set it to 0 in the config")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 # What a block leaves between its matrix products stays in a CPU's cache, and its memory is used again.
 TOKENS_PER_BLOCK = 1024
-FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+FEED_FORWARD = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"), ("c_fc", "c_proj"))
 
 
 @contextmanager
@@ -18,12 +18,10 @@ def feed_forward_in_blocks(model: nn.Module) -> Iterator[None]:
     """On a CPU, let the feed-forward layers of `model` take `TOKENS_PER_BLOCK` tokens after the other.
 
     Every token's numbers are the same but for rounding; long texts take up to half as long. Without gradient,
-    and for those of three matrices alone: a mixture of experts would read its weights anew in each block.
+    and for plain ones alone: a mixture of experts would read its weights anew in each block.
     """
-    layers: list[Any] = [
-        module for module in model.modules() if all(hasattr(module, name) for name in FEED_FORWARD)
-    ]
-    layers = [layer for layer in layers if layer.gate_proj.weight.device.type == "cpu"]
+    layers: list[Any] = [module for module in model.modules() if _is_feed_forward(module)]
+    layers = [layer for layer in layers if next(layer.parameters()).device.type == "cpu"]
     for layer in layers:
         layer.forward = partial(_in_blocks, layer.forward)
     try:
@@ -31,6 +29,11 @@ def feed_forward_in_blocks(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
+
+
+def _is_feed_forward(module: nn.Module) -> bool:
+    """Experts have parameters of such names, not modules."""
+    return any(all(name in module._modules for name in names) for names in FEED_FORWARD)
 
 
 @torch.no_grad()

@@ -15,12 +15,13 @@ from fulmen.modeling.cost import (
     index_key_share,
     indexer_cost,
     layer_weights,
-    layer_windows,
     token_bytes,
 )
+from fulmen.modeling.experts import experts_of
 from fulmen.modeling.families import dsa_of, family_like, has_dsa
 from fulmen.modeling.index_shape import default_dsa
 from fulmen.modeling.rope_tables import full_attention_rope
+from fulmen.modeling.windows import layer_windows
 from fulmen.pipeline.description import ModelDescription, layer_ranges
 from fulmen.pipeline.model_config import quantized_types, read_config
 
@@ -47,6 +48,7 @@ def describe(source: str) -> ModelDescription:
     indexer = indexer_cost(config, dsa)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    token_weights = layer_weights(config) + head_weights(config)
     return ModelDescription(
         source=str(found),
         converted=converted,
@@ -54,7 +56,8 @@ def describe(source: str) -> ModelDescription:
         architecture=type(model).__name__,
         parameters=model.num_parameters(),
         indexer_parameters=(indexer.key_weights + indexer.query_weights) * len(dsa.layers),
-        step_weights=(layer_weights(config) + head_weights(config)) * dtype.itemsize,
+        active_parameters=token_weights if experts_of(config) else None,
+        step_weights=token_weights * dtype.itemsize,
         layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
@@ -84,6 +87,8 @@ def _dense_layers(config: PreTrainedConfig, dsa: DsaConfig) -> dict[str, str]:
 def _rope_in_words(config: PreTrainedConfig) -> str:
     sliding = (config.rope_parameters or {}).get("sliding_attention")
     words = _one_rope_in_words(full_attention_rope(config))
+    if still := family_like(config).layers_without_rope(config):
+        words += f"; none in layers {layer_ranges(still)}"
     return f"{words}; sliding layers: {_one_rope_in_words(sliding)}" if sliding else words
 
 

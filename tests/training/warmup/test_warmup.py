@@ -112,7 +112,7 @@ def test_nan_stops_it_and_names_the_layer(tmp_path):
 
 
 # Beside the plain one, capped logits and sinks: of the target, and not trained.
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-oss"])
 def test_gradient_reaches_the_indexers_alone(name):
     model = make_dsa(make_dense(name), topk=8)
     IndexerStack(model, 16)(TRAIN[0][None])["loss"].backward()

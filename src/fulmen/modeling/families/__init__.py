@@ -39,8 +39,14 @@ def import_family(name: str) -> Any:
 
 
 def all_families() -> "list[Family]":
-    """Every family, in the order of their modules' names."""
+    """Every family, in the order of their modules' names. Imports the model code of all."""
     return [import_family(name) for name in family_names()]
+
+
+def known_types() -> list[str]:
+    """`model_type`s of the dense models that convert."""
+    named = [name for name in family_names() if _is_model_type(name)]
+    return sorted([*named, *(source for family in _families_of_many() for source in family.source_types)])
 
 
 def family_for(config: "PreTrainedConfig") -> "Family":
@@ -55,37 +61,75 @@ def family_for(config: "PreTrainedConfig") -> "Family":
 
 def family_for_type(model_type: str) -> "Family":
     """`family_for`, where only the `model_type` is known yet."""
-    for family in all_families():
-        if model_type in family.source_types:
-            return family
-        if model_type in family.dsa_types:
-            raise AlreadyConvertedError(
-                f"model_type {model_type!r} has DSA already; use it as it is, or go on with fulmen train"
-            )
+    family = _family_with(model_type)
+    if family is not None and model_type in family.source_types:
+        return family
+    if family is not None:
+        raise AlreadyConvertedError(
+            f"model_type {model_type!r} has DSA already; use it as it is, or go on with fulmen train"
+        )
     _require_no_text_model_inside(model_type)
-    known = ", ".join(sorted(source for family in all_families() for source in family.source_types))
     raise UnsupportedModelError(
-        f"model_type {model_type!r} has no family; supported: {known}; "
-        "see 'Add a model family' in CONTRIBUTING.md"
+        f"model_type {model_type!r} has no family; supported: {', '.join(known_types())}; "
+        f"{_needed_for(model_type)}"
     )
 
 
-def _require_no_text_model_inside(model_type: str) -> None:
+def _family_with(model_type: Any) -> "Family | None":
+    """The family of a dense or a converted model's type; only its own module is imported."""
+    # A damaged config may hold anything.
+    name = str(model_type).removesuffix("_dsa")
+    named = [import_family(name)] if name in family_names() and _is_model_type(name) else []
+    for family in named or _families_of_many():
+        if model_type in (*family.source_types, *family.dsa_types):
+            return family
+    return None
+
+
+def _needed_for(model_type: Any) -> str:
+    """What a family of this type would take."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) if isinstance(model_type, str) else None
+    if not stock:
+        return "Transformers has no language model of that type either, which an entry would be made from"
+    config_class: Any = CONFIG_MAPPING[model_type]
+    if "num_attention_heads" not in {*vars(config_class), *config_class.attribute_map}:
+        return "it has no attention that DSA could take the place of"
+    attention = stock.replace("ForCausalLM", "Attention")
+    return (
+        f"an entry is a file of about ten lines, which says how {attention} makes queries, keys and values "
+        "before RoPE: see 'Add a model family' in CONTRIBUTING.md"
+    )
+
+
+def _is_model_type(name: str) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return name in CONFIG_MAPPING
+
+
+def _families_of_many() -> "list[Family]":
+    """Those of several model types, whose modules have names of their own."""
+    return [import_family(name) for name in family_names() if not _is_model_type(name)]
+
+
+def _require_no_text_model_inside(model_type: Any) -> None:
     """Raise UnsupportedModelError for a model of images whose text model alone could be converted."""
     from transformers import CONFIG_MAPPING
 
-    # A damaged config may hold anything.
     is_known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
     parts = CONFIG_MAPPING[model_type].sub_configs if is_known else {}
     text_type = getattr(parts.get("text_config"), "model_type", None)
-    for family in all_families():
-        if text_type in family.source_types:
-            name = family.serving_classes[0].replace("Dsa", "")
-            raise UnsupportedModelError(
-                f"model_type {model_type!r} reads images too, and only its text model can be converted; save "
-                f"that by itself: {name}.from_pretrained(NAME, key_mapping={{'^language_model.': ''}})"
-                ".save_pretrained(DIR), beside its tokenizer"
-            )
+    family = _family_with(text_type)
+    if family is not None and text_type in family.source_types:
+        name = family.serving_classes[0].replace("Dsa", "")
+        raise UnsupportedModelError(
+            f"model_type {model_type!r} reads images too, and only its text model can be converted; save "
+            f"that by itself: {name}.from_pretrained(NAME, key_mapping={{'^language_model.': ''}})"
+            ".save_pretrained(DIR), beside its tokenizer"
+        )
 
 
 def dsa_family_for(config: "PreTrainedConfig") -> "Family":
@@ -95,24 +139,25 @@ def dsa_family_for(config: "PreTrainedConfig") -> "Family":
 
 def dsa_family_for_type(model_type: str) -> "Family":
     """`dsa_family_for`, where only the `model_type` is known."""
-    for family in all_families():
-        if model_type in family.dsa_types:
-            return family
-    raise UnsupportedModelError(f"model_type {model_type!r} is not a DSA model; convert it with fulmen first")
+    family = _family_with(model_type)
+    if family is None or model_type not in family.dsa_types:
+        raise UnsupportedModelError(
+            f"model_type {model_type!r} is not a DSA model; convert it with fulmen first"
+        )
+    return family
 
 
 def has_dsa(config: "PreTrainedConfig | None") -> bool:
     """Whether this is the config of a converted model."""
     model_type = getattr(config, "model_type", None)
-    return any(model_type in family.dsa_types for family in all_families())
+    family = _family_with(model_type)
+    return family is not None and model_type in family.dsa_types
 
 
 def family_like(config: "PreTrainedConfig") -> "Family":
     """The family of a dense or converted model; for a model that no family knows, one with the same heads."""
-    known = [
-        family for family in all_families() if config.model_type in (*family.source_types, *family.dsa_types)
-    ]
-    return next(iter(known), None) or next(family for family in all_families() if family.has_layout(config))
+    likes = (import_family(name) for name in family_names())
+    return _family_with(config.model_type) or next(like for like in likes if like.has_layout(config))
 
 
 def full_attention_layers(config: "PreTrainedConfig") -> list[int]:

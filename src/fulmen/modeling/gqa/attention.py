@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.cache_utils import Cache
@@ -15,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fulmen.config import DsaConfig, scaled_topk
 from fulmen.modeling.gqa.cache import DsaCache
-from fulmen.modeling.gqa.indexer import GqaIndexer
+from fulmen.modeling.gqa.indexer import GqaIndexer, rotary_width
 from fulmen.modeling.intervals import KeyIntervals, narrowed_intervals
 from fulmen.modeling.selectors import (
     CoarseInputs,
@@ -30,6 +31,7 @@ from fulmen.ops.common.index_keys import is_packed, pack_index_keys, round_index
 from fulmen.ops.common.rope import apply_rope
 
 ATTENTION_NAME = "fulmen"
+Projection = Callable[[Any, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def project_heads(attention: Any, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,19 +50,60 @@ def project_normed_heads(attention: Any, x_BTC: Tensor) -> tuple[Tensor, Tensor,
     return attention.q_norm(q_BTHD), attention.k_norm(k_BTGD), v_BTGD
 
 
+def project_heads_normed_if_asked(attention: Any, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where the config says whether there are norms (GLM-4.5)."""
+    project = project_normed_heads if attention.config.use_qk_norm else project_heads
+    return project(attention, x_BTC)
+
+
+def project_wholly_normed_heads(attention: Any, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with one norm over all query heads and one over all key heads (OLMo 2)."""
+    q_BTHD, k_BTGD, v_BTGD = project_heads(attention, x_BTC)
+    q_BTX, k_BTX = attention.q_norm(q_BTHD.flatten(2)), attention.k_norm(k_BTGD.flatten(2))
+    return q_BTX.view(q_BTHD.shape), k_BTX.view(k_BTGD.shape), v_BTGD
+
+
+def project_fused_heads(attention: Any, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where one projection gives queries, keys and values (Phi-3)."""
+    heads, key_heads = attention.config.num_attention_heads, attention.config.num_key_value_heads
+    qkv_BTXD = attention.qkv_proj(x_BTC).unflatten(-1, (-1, attention.head_dim))
+    q_BTHD, k_BTGD, v_BTGD = qkv_BTXD.split((heads, key_heads, key_heads), 2)
+    return q_BTHD, k_BTGD, v_BTGD
+
+
+def project_interleaved_heads(attention: Any, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where RoPE turns dims 2p and 2p + 1 as a pair (GLM-4): in an order that has them R/2 apart.
+
+    Logits do not depend on the order, as it is the same for queries and keys.
+    """
+    q_BTHD, k_BTGD, v_BTGD = project_heads(attention, x_BTC)
+    order_D = pairs_apart(attention.head_dim, rotary_width(attention.config))
+    return q_BTHD[..., order_D], k_BTGD[..., order_D], v_BTGD
+
+
+def pairs_apart(width: int, rotary: int) -> list[int]:
+    """Dims of a head, those rotated first: the first of each neighbouring pair, then the second ones."""
+    return [*range(0, rotary, 2), *range(1, rotary, 2), *range(rotary, width)]
+
+
+def turns_every_layer(config: PreTrainedConfig, layer: int) -> bool:
+    """RoPE turns the heads of all layers."""
+    return True
+
+
 class DsaAttentionMixin:
     """Goes before a stock attention class, whose weights it keeps, and adds `indexer`.
 
-    A family sets `project` to the function that yields its heads before RoPE, and `output_norm_name` to the
-    name of its decoder layer's norm between the output and the residual stream, if there is one.
+    What differs between families is set by `fulmen.modeling.gqa.classes.dsa_classes`.
     """
 
     config: Any
     layer_idx: int
     scaling: float
     o_proj: Any
-    project: ClassVar[Callable[..., tuple[Tensor, Tensor, Tensor]]] = project_heads
-    output_norm_name: ClassVar[str | None] = None
+    project: ClassVar[Callable[..., tuple[Tensor, Tensor, Tensor]]]
+    output_norm_name: ClassVar[str | None]
+    turns: ClassVar[Callable[[Any, int], bool]]
     selector: Selector = IndexerSelector()
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
@@ -74,12 +117,23 @@ class DsaAttentionMixin:
         """Take the place of the attention in its decoder layer."""
         if self.output_norm_name is not None:
             self._output_norms = (getattr(decoder_layer, self.output_norm_name),)
+        self._multiplier = getattr(decoder_layer, "residual_multiplier", 1.0)
         decoder_layer.self_attn = self  # type: ignore[assignment]
 
-    @property
-    def output_norm(self) -> Any:
-        """The norm between the output and the residual stream; of no effect where there is none."""
-        return self._output_norms[0] if self._output_norms else nn.Identity()
+    def to_stream(self, out_BTC: Tensor) -> Tensor:
+        """What the decoder layer adds to the residual stream for this output: normed, or a multiple."""
+        for norm in self._output_norms:
+            out_BTC = norm(out_BTC)
+        return out_BTC * self._multiplier
+
+    def rotary_table(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """cos_BTR and sin_BTR of this layer; a layer without RoPE has one that turns nothing."""
+        cos_BTR, sin_BTR = position_embeddings
+        if 2 * cos_BTR.shape[-1] == rotary_width(self.config):  # gpt-oss has each angle once
+            cos_BTR, sin_BTR = (torch.cat((table, table), -1) for table in (cos_BTR, sin_BTR))
+        if type(self).turns(self.config, self.layer_idx):
+            return cos_BTR, sin_BTR
+        return torch.ones_like(cos_BTR), torch.zeros_like(sin_BTR)
 
     @property
     def softmax(self) -> tuple[float, float | None, Tensor | None]:
@@ -108,7 +162,7 @@ class DsaAttentionMixin:
         """As the stock attention; `visible` takes the place of `attention_mask`."""
         assert visible is not None, "a DSA attention runs inside its model, which computes the intervals"
         assert position_embeddings is not None
-        cos_BTR, sin_BTR = position_embeddings
+        cos_BTR, sin_BTR = self.rotary_table(position_embeddings)
         bare_q_BTHD, bare_k_BTGD, v_BSGV = self.project(hidden_states)
         rotation = self.indexer.rotation(cos_BTR, sin_BTR)
         # Detached here and below: the KL loss trains the indexer alone, the other losses all the rest.
@@ -117,7 +171,7 @@ class DsaAttentionMixin:
         coarse_k_BSX = None
         if coarse is not None:
             coarse_k_BSX = pack_index_keys(coarse.keys(bare_k_BTGD, cos_BTR, sin_BTR))
-        q_BTHD, k_BSGD = apply_rope(bare_q_BTHD, cos_BTR, sin_BTR), apply_rope(bare_k_BTGD, cos_BTR, sin_BTR)
+        q_BTHD, k_BSGD = (apply_rope(x, cos_BTR, sin_BTR).to(x.dtype) for x in (bare_q_BTHD, bare_k_BTGD))
         if past_key_values is not None:
             packed_BTIX = pack_index_keys(index_k_BSIE)
             k_BSGD, v_BSGV, index_k_BSIE = self._extend_cache(past_key_values, k_BSGD, v_BSGV, packed_BTIX)
@@ -163,9 +217,14 @@ class DsaAttentionMixin:
     def output_weight(self) -> Tensor:
         """out_weight_CN: from all heads' outputs, as `sparse_attention` gives them, to the residual stream.
 
-        Where a norm stands between, up to the factor that it gives each token.
+        Where a norm stands between, with its gain, and up to the factor that it gives each token.
         """
-        return self.o_proj.weight
+        weight_CN = self.o_proj.weight
+        for norm in self._output_norms:
+            # RMS norms all: what they make of equal numbers is their gain.
+            gain_C = norm(torch.ones_like(weight_CN[:, 0], dtype=torch.float32)).float()
+            weight_CN = (gain_C[:, None] * weight_CN).to(weight_CN.dtype)
+        return weight_CN
 
     def _extend_cache(
         self, cache: Cache, k_BTGD: Tensor, v_BTGV: Tensor, packed_BTIX: Tensor
@@ -206,7 +265,6 @@ def fulmen_attention_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
-    sliding_window: int | None = None,
     visible: KeyIntervals | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -217,7 +275,9 @@ def fulmen_attention_forward(
     softcap, s_aux: its names for a cap on the logits (Gemma 2) and for sinks (gpt-oss).
     """
     assert visible is not None, "a DSA model passes the intervals to all of its layers"
-    intervals = narrowed_intervals(visible, sliding_window, key.shape[2])
+    # Some modules keep their window to themselves, as their mask has it (Qwen2-MoE).
+    window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
+    intervals = narrowed_intervals(visible, window, key.shape[2])
     q_BTHD, k_BSGD, v_BSGV = (heads.transpose(1, 2) for heads in (query, key, value))
     return attend_to_visible(module, q_BTHD, k_BSGD, v_BSGV, intervals, scaling, softcap, s_aux), None
 

@@ -32,7 +32,7 @@ def convert_gqa(
     model.model.rotary_emb = copy.deepcopy(dense.model.rotary_emb)
     for layer in dsa.layers:
         attention = model.model.layers[layer].self_attn
-        weight = attention.q_proj.weight
+        weight = attention.o_proj.weight
         attention.indexer.to_empty(device=weight.device).to(weight.dtype).apply(model._init_weights)
     model.generation_config = copy.deepcopy(dense.generation_config)
     return model.train(dense.training)

@@ -28,6 +28,7 @@ from fulmen.modeling.gqa.topk_ratios import fit_topk_ratios
 from fulmen.modeling.gqa.topk_trial import try_topk_ratios
 from fulmen.modeling.lengths import short_text_topk
 from fulmen.modeling.selectors import dsa_attentions
+from fulmen.modeling.windows import full_layers
 from fulmen.ops.common.index_keys import SCALE_BYTES
 
 # Dims of a coarse head. The least chose nearly as well as twice as many (docs/log.md); the most are a row of
@@ -42,11 +43,13 @@ class GqaFamily(Family):
     Attributes:
         project: `(attention, x_BTC) -> q_BTHD, k_BTGD, v_BTGD` after bias or norm and before RoPE; takes the
             dense and the DSA attention module.
+        turns: `(config, layer)`: whether RoPE turns the heads of a layer.
         config_class, model_class, causal_lm_class: the DSA classes.
         source_class: the stock language model.
     """
 
     project: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    turns: Callable[[Any, int], bool]
     config_class: type[PreTrainedConfig]
     model_class: type[PreTrainedModel]
     causal_lm_class: type[PreTrainedModel]
@@ -60,9 +63,10 @@ class GqaFamily(Family):
 
     def attention_layout(self, config: PreTrainedConfig) -> AttentionLayout:
         width, heads = model_head_width(config), config.num_attention_heads
-        # Gemma's word for the number whose root divides the logits; elsewhere that is the width.
-        scale = (getattr(config, "query_pre_attn_scalar", None) or width) ** -0.5
-        return AttentionLayout(heads, config.num_key_value_heads, width, width, False, scale)
+        return AttentionLayout(heads, config.num_key_value_heads, width, width, False, _scale(config))
+
+    def layers_without_rope(self, config: PreTrainedConfig) -> list[int]:
+        return [layer for layer in range(config.num_hidden_layers) if not self.turns(config, layer)]
 
     def attention_weights(self, config: PreTrainedConfig) -> int:
         heads: int = config.num_attention_heads + config.num_key_value_heads
@@ -212,19 +216,35 @@ class GqaFamily(Family):
         return DsaCache(config, max_length)
 
 
-def gqa_family(
-    causal_lm_class: Any, full_attention_layers: Callable[[PreTrainedConfig], list[int]]
-) -> GqaFamily:
-    """The family of a DSA language model: its class leads to the three others and to the stock one."""
+def gqa_family(causal_lm_class: Any, mlp_matrices: int = 3) -> GqaFamily:
+    """The family of a DSA language model (`dsa_classes`): its class leads to all others.
+
+    mlp_matrices: as in `Family`.
+    """
     model_class, source_class = causal_lm_class.model_class, causal_lm_class.__bases__[-1]
+
+    def full_attention_layers(config: PreTrainedConfig) -> list[int]:
+        model_class.require(config)
+        return full_layers(config)
+
     return GqaFamily(
         source_types=(source_class.config_class.model_type,),
         dsa_types=(causal_lm_class.config_class.model_type,),
         serving_classes=(causal_lm_class.__name__,),
         full_attention_layers=full_attention_layers,
         project=model_class.attention_class.project,
+        turns=model_class.attention_class.turns,
         config_class=causal_lm_class.config_class,
         model_class=model_class,
         causal_lm_class=causal_lm_class,
         source_class=source_class,
+        mlp_matrices=mlp_matrices,
     )
+
+
+def _scale(config: PreTrainedConfig) -> float:
+    """Granite says what the logits are multiplied with, Gemma whose root divides them: else the width's."""
+    multiplier: float | None = getattr(config, "attention_multiplier", None)
+    if multiplier is not None:
+        return multiplier
+    return (getattr(config, "query_pre_attn_scalar", None) or model_head_width(config)) ** -0.5

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from fulmen.config import CoarseShape, DsaConfig
 from fulmen.modeling.gqa.coarse import CoarseIndexer, ModelWidths
+from fulmen.modeling.rope_tables import full_attention_rope
 from fulmen.ops.common.rope import rotate_half_split
 
 
@@ -73,7 +74,7 @@ class GqaIndexer(nn.Module):
         self.head_dim = dsa.index_head_dim
         model_head_dim = model_head_width(config)
         n_q, n_k = config.num_attention_heads * model_head_dim, config.num_key_value_heads * model_head_dim
-        self.n_rotary_pairs = model_head_dim // 2
+        self.n_rotary_pairs = rotary_width(config) // 2
         self.wq = IndexProjection(n_q, self.n_heads * self.head_dim, bias=False)
         self.wk = IndexProjection(n_k, self.n_kv_heads * self.head_dim, bias=False)
         self.weights_proj = IndexProjection(config.hidden_size, self.n_heads)
@@ -131,3 +132,9 @@ class GqaIndexer(nn.Module):
 def model_head_width(config: PreTrainedConfig) -> int:
     """Width D of the model's own heads."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def rotary_width(config: PreTrainedConfig) -> int:
+    """How many dims of a head RoPE turns: the first R, mostly all of them."""
+    share: float = full_attention_rope(config).get("partial_rotary_factor") or 1.0
+    return int(model_head_width(config) * share)

@@ -159,7 +159,7 @@ def _read_densely(model: PreTrainedModel, input_ids_BT: Tensor, fit: Callable[..
 
 
 def _fit_layer(attention: Any, kwargs: dict, topk: int) -> InheritedGqaLayer:
-    rotary = kwargs["position_embeddings"]
+    rotary = attention.rotary_table(kwargs["position_embeddings"])
     observations = _observe(attention, kwargs["hidden_states"], rotary, topk)
     cov_HFF = torch.stack([_pair_covariance(one, attention.scaling) for one in observations]).sum(0)
     n_groups = len(observations[0].k_GTD)
@@ -195,7 +195,7 @@ def inherit_coarse_gqa(
     def fit(attention: Any, _: Any, kwargs: dict) -> None:
         nonlocal done
         layer_topk = _fitted_topk(topk * dsa.layer_topk(attention.layer_idx) / dsa.topk, length)
-        rotary = kwargs["position_embeddings"]
+        rotary = attention.rotary_table(kwargs["position_embeddings"])
         observations = _observe(attention, kwargs["hidden_states"], rotary, layer_topk)
         _fit_coarse(attention, observations, layer_topk, rotary)
         done += 1

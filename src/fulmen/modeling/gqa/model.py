@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from fulmen.config import DsaConfig
-from fulmen.errors import CacheError, ConfigError
+from fulmen.errors import CacheError, ConfigError, UnsupportedModelError
 from fulmen.modeling.forward_checks import require_no_attention_weights, require_no_dropout
 from fulmen.modeling.gqa.attention import ATTENTION_NAME
 from fulmen.modeling.gqa.cache import DsaCache, require_index_key_layers
@@ -19,6 +19,20 @@ from fulmen.modeling.gqa.indexer import GqaIndexer, IndexProjection
 from fulmen.modeling.intervals import visible_intervals
 from fulmen.modeling.lengths import PREFILL_CHUNK
 from fulmen.modeling.rope_tables import rope_for_length
+from fulmen.modeling.windows import full_layers
+
+
+def accept_any_config(config: PreTrainedConfig) -> None:
+    """Whatever the stock classes do with it, the DSA classes do too."""
+
+
+def require_causal(config: PreTrainedConfig) -> None:
+    """Raise UnsupportedModelError for attention that sees later tokens, which some Gemma models have."""
+    if getattr(config, "use_bidirectional_attention", None):
+        raise UnsupportedModelError(
+            f"model_type {config.model_type!r} with use_bidirectional_attention=True is not supported; "
+            "only causal attention is"
+        )
 
 
 class DsaPreTrainedMixin:
@@ -36,6 +50,13 @@ class DsaPreTrainedMixin:
         elif isinstance(module, IndexProjection):
             module.reset_parameters(self.config.initializer_range)
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """As the stock class: Transformers reads the source of a class's module to find out."""
+        stock: Any = cls.__bases__[-1]
+        can: bool = stock._can_set_experts_implementation()
+        return can
+
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """A DSA model has one attention. Raises ConfigError for any other."""
         _require_own_attention(attn_implementation)
@@ -45,11 +66,13 @@ class DsaModelMixin(DsaPreTrainedMixin):
     """Goes before a stock base model: swaps the attention of converted layers, makes intervals and caches."""
 
     attention_class: ClassVar[type[nn.Module]]
+    require: ClassVar[Callable[[Any], None]]
     layers: nn.ModuleList
     training: bool
     gradient_checkpointing: bool
 
     def __init__(self, config: PreTrainedConfig) -> None:
+        type(self).require(config)
         dsa = require_dsa(config)
         _set_own_attention(config)
         super().__init__(config)  # type: ignore[call-arg]
@@ -76,7 +99,7 @@ class DsaModelMixin(DsaPreTrainedMixin):
                 attention weights asked for.
         """
         require_no_attention_weights(kwargs.get("output_attentions"), self.config.output_attentions)
-        require_no_dropout(self.config.attention_dropout, training=self.training)
+        require_no_dropout(self.config, training=self.training)
         use_cache = self._wants_cache(use_cache)
         if use_cache and past_key_values is None:
             past_key_values = DsaCache(self.config)
@@ -118,10 +141,10 @@ class DsaGenerationMixin(DsaPreTrainedMixin):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         _set_own_attention(config)
-        # Past the stock class, which would build its dense model first.
-        PreTrainedModel.__init__(self, config)  # type: ignore[arg-type]
+        # The stock class keeps what it needs of the config; its dense model costs nothing there.
+        with torch.device("meta"):
+            super().__init__(config)  # type: ignore[call-arg]
         self.model = self.model_class(config)
-        self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -175,7 +198,7 @@ def require_dsa(config: PreTrainedConfig) -> DsaConfig:
             f"dsa layers {list(dsa.layers)} do not fit num_hidden_layers={config.num_hidden_layers}; "
             f"list some of 0 to {config.num_hidden_layers - 1}, ascending"
         )
-    if sliding := [layer for layer in dsa.layers if _slides(config, layer)]:
+    if sliding := sorted(set(dsa.layers) - set(full_layers(config))):
         raise ConfigError(f"dsa layers {sliding} have a sliding window; list full-attention layers only")
     return dsa
 
@@ -201,11 +224,6 @@ def _require_own_attention(name: str | dict) -> None:
         raise ConfigError(
             f"attn_implementation={name!r} cannot be set; DSA models run {ATTENTION_NAME!r}, leave it out"
         )
-
-
-def _slides(config: PreTrainedConfig, layer: int) -> bool:
-    kinds = getattr(config, "layer_types", None)
-    return kinds[layer] != "full_attention" if kinds else getattr(config, "sliding_window", None) is not None
 
 
 def _tokens_at_once(planned: float | None, config: PreTrainedConfig) -> int | None:

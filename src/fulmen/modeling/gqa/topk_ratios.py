@@ -113,7 +113,7 @@ def _streams(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 def _errors(attention: Any, kwargs: dict, stream_BTC: Tensor, ks: list[int]) -> list[float]:
     """e(k) of one layer for each k, the mean over sequences and queries."""
-    x_BTC, rotary = kwargs["hidden_states"], kwargs["position_embeddings"]
+    x_BTC, rotary = kwargs["hidden_states"], attention.rotary_table(kwargs["position_embeddings"])
     q_BTHD, k_BTGD, v_BTGD = attention.project(x_BTC)
     q_BTHD, k_BTGD = (apply_rope(heads, *rotary).float() for heads in (q_BTHD, k_BTGD))
     length = x_BTC.shape[1]
@@ -146,4 +146,4 @@ def _output(attention: Any, logits_HRS: Tensor, v_SGV: Tensor) -> Tensor:
     probs_HRS = softmax_with_sinks(logits_HRS, attention.softmax[2])
     probs_GMRS = probs_HRS.unflatten(0, (v_SGV.shape[1], -1))
     heads_RN = torch.einsum("gmrs,sgv->rgmv", probs_GMRS, v_SGV).flatten(1)
-    return attention.output_norm(heads_RN @ attention.o_proj.weight.float().T)
+    return attention.to_stream(heads_RN @ attention.o_proj.weight.float().T)

@@ -300,7 +300,7 @@ def _mask_to_intervals(
     """Before the stock model builds its T x S mask: hand it the visible intervals in the mask's place."""
     names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
     given = dict.fromkeys(names) | dict(zip(names, args, strict=False)) | kwargs
-    require_no_dropout(model.config.attention_dropout, training=model.training)
+    require_no_dropout(model.config, training=model.training)
     require_no_attention_weights(given.get("output_attentions"), model.config.output_attentions)
     if given["use_cache"] is None:
         given["use_cache"] = bool(model.config.use_cache) and not model.training

@@ -11,9 +11,11 @@ from transformers import PreTrainedConfig
 from fulmen.config import DsaConfig
 from fulmen.errors import CheckpointError, UnsupportedModelError
 from fulmen.modeling.cache import CacheBytes
-from fulmen.modeling.cost import attention_cost, index_key_bytes, layer_windows, token_bytes
+from fulmen.modeling.cost import attention_cost, index_key_bytes, token_bytes
 from fulmen.modeling.families import dsa_of, family_like
 from fulmen.modeling.weight_files import PICKLES, require_sound_files
+from fulmen.modeling.windows import layer_windows
+from fulmen.serving.vllm_plugin import require_in_vllm
 
 DEFAULT_CONTEXT = 8192
 # What a dense model's cache is measured with: no layer has index keys.
@@ -109,9 +111,12 @@ class ServedModel:
 def served_model(place: Path, config: PreTrainedConfig) -> ServedModel:
     """Read what a server needs of the model at `place`.
 
-    Raises CheckpointError if the directory has no tokenizer.json, which the engine needs, or its weights are
-    pickles, an adapter, or cut short.
+    Raises:
+        CheckpointError: the directory has no tokenizer.json, which the engine needs, or its weights are
+            pickles, an adapter, or cut short.
+        UnsupportedModelError: a converted model that vLLM has no class for.
     """
+    require_in_vllm(config)
     if any(file.suffix in (*PICKLES, ".safetensors") for file in place.iterdir()):
         require_sound_files(place)
     tokenizer = _read_json(place / "tokenizer.json")

@@ -1,19 +1,41 @@
 """Converted models in vLLM, with an index-key cache beside keys and values.
 
 vLLM finds `register` by the entry-point group `vllm.general_plugins` and calls it in each of its processes.
-What is registered are the names of the families' serving classes; those of vLLM's own need no plugin. No vLLM
-model is imported until a converted one is loaded.
+What is registered are the names of the families' serving classes; those of vLLM's own need no plugin. No
+model code is imported, of vLLM or Transformers, until a converted model is loaded.
 """
 
-from fulmen.modeling.families import all_families
+from typing import TYPE_CHECKING
+
+from fulmen.errors import UnsupportedModelError
+from fulmen.modeling.families import family_names
 from fulmen.serving.vllm_plugin.lifeline import end_with_parent
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 MODELS = "fulmen.serving.vllm_plugin.models"
+# Families that vLLM has no class of its own for: it would run Transformers' dense code. It has one of gpt-oss,
+# whose layers name their parts otherwise.
+NOT_IN_VLLM = ("gpt_oss", "ministral", "olmo2", "olmo3", "seed_oss", "smollm3", "starcoder2")
 
 
-def served_classes() -> list[str]:
-    """Names of the classes in `MODELS`, one for each family whose DSA model is not stock."""
-    return [name for family in all_families() if not family.is_stock for name in family.serving_classes]
+def served_classes() -> dict[str, str]:
+    """Names of the classes in `MODELS`, each with that of the stock class that it goes before."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    named = set(family_names()) & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - set(NOT_IN_VLLM)
+    stock = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] for name in sorted(named))
+    return {name.replace("ForCausalLM", "DsaForCausalLM"): name for name in stock}
+
+
+def require_in_vllm(config: "PreTrainedConfig") -> None:
+    """Raise UnsupportedModelError for a converted model whose layers vLLM has no code for."""
+    if (name := config.model_type.removesuffix("_dsa")) in NOT_IN_VLLM:
+        raise UnsupportedModelError(
+            f"model_type {config.model_type!r} cannot be served: vLLM has no fitting class for {name!r}; "
+            "use `fulmen chat` or Transformers"
+        )
 
 
 def register() -> None:

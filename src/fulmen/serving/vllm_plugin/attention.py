@@ -10,6 +10,7 @@ from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from fulmen.config import COARSE_FROM, DsaConfig
+from fulmen.modeling.gqa.attention import pairs_apart
 from fulmen.modeling.gqa.indexer import GqaIndexer
 from fulmen.ops.common.index_keys import SCALE_BYTES
 from fulmen.ops.paged import paged_attention
@@ -49,13 +50,16 @@ class DsaAttention(nn.Module):
     selects the same tokens; each then attends with its own heads.
     """
 
-    def __init__(self, stock: Any, layer: int, dsa: DsaConfig, vllm_config: VllmConfig, name: str) -> None:
+    def __init__(
+        self, stock: Any, rotary: Any, layer: int, dsa: DsaConfig, vllm_config: VllmConfig, name: str
+    ) -> None:
         super().__init__()
-        self.qkv_proj, self.o_proj, self.rotary_emb = stock.qkv_proj, stock.o_proj, stock.rotary_emb
+        self.qkv_proj, self.o_proj, self.rotary_emb = stock.qkv_proj, stock.o_proj, rotary
         self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
         self.head_dim, self.heads, self.kv_heads = stock.head_dim, stock.num_heads, stock.num_kv_heads
         self.total_kv_heads, self.scale = stock.total_num_kv_heads, stock.scaling
         self.softcap = getattr(vllm_config.model_config.hf_config, "attn_logit_softcapping", None)
+        self._pairs_apart = None if rotary.is_neox_style else pairs_apart(self.head_dim, rotary.rotary_dim)
         self.topk, self.layer_topk = dsa.topk, dsa.layer_topk(layer)
         self.indexer = GqaIndexer(vllm_config.model_config.hf_config, dsa).requires_grad_(False)
         # Before any weights come: biases are then read in the precision that the checkpoint has.
@@ -84,6 +88,10 @@ class DsaAttention(nn.Module):
             q, k, v = self._heads(qkv)
             normed = (self.q_norm(q.contiguous()), self.k_norm(k.contiguous()), v)
             qkv = torch.cat([x.flatten(1) for x in normed], -1)
+        if self._pairs_apart is not None:
+            q, k, v = self._heads(qkv)
+            reordered = (q[..., self._pairs_apart], k[..., self._pairs_apart], v)
+            qkv = torch.cat([x.flatten(1) for x in reordered], -1)
         out = qkv.new_empty(qkv.shape[0], self.heads * self.head_dim)
         if torch.compiler.is_compiling():
             torch.ops.vllm.fulmen_dsa_attention(qkv, hidden_states, positions, out, self.name)

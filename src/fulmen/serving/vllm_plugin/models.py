@@ -1,25 +1,29 @@
-"""vLLM's own models with the attention of their converted layers swapped (`fulmen.modeling.gqa.model`)."""
+"""vLLM's own models with the attention of their converted layers swapped (`fulmen.modeling.gqa.model`).
 
-from collections.abc import Iterable
+A family's class is made when it is asked for, as an attribute of this module: `models.LlamaDsaForCausalLM`.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import vllm
 from torch import Tensor
+from transformers import PreTrainedConfig
 from vllm.config import VllmConfig
-from vllm.model_executor.models.gemma2 import Gemma2ForCausalLM
-from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
-from vllm.model_executor.models.gpt_oss import GptOssForCausalLM
+from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
-from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
-from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 
 from fulmen.config import DsaConfig
 from fulmen.errors import ConfigError
+from fulmen.modeling.families import dsa_family_for
 from fulmen.modeling.gqa.model import require_dsa
+from fulmen.modeling.windows import layer_windows
+from fulmen.serving.vllm_plugin import served_classes
 from fulmen.serving.vllm_plugin.attention import DsaAttention
-from fulmen.serving.vllm_plugin.rope import require_same_rope, scale_longrope
+from fulmen.serving.vllm_plugin.rope import no_rotation_like, require_same_rope, scale_longrope
 from fulmen.serving.vllm_plugin.weights import HeadWatch
 
 # The interfaces used here are internal to vLLM and change between its versions.
@@ -35,12 +39,18 @@ class DsaServingMixin:
         dsa, config = _require_servable(vllm_config), vllm_config.model_config
         scale_longrope(config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        require_windows(self.model.layers, config.hf_config, config.max_model_len)
+        still = dsa_family_for(config.hf_config).layers_without_rope(config.hf_config)
         for layer in dsa.layers:
             block = self.model.layers[layer]
             if not isinstance(block, PPMissingLayer):
-                require_same_rope(block.self_attn.rotary_emb, config.hf_config, config.max_model_len)
+                rotary = block.self_attn.rotary_emb
+                if layer in still:
+                    rotary = no_rotation_like(rotary)
+                else:
+                    require_same_rope(rotary, config.hf_config, config.max_model_len)
                 name = f"{maybe_prefix(prefix, 'model')}.layers.{layer}.self_attn"
-                block.self_attn = DsaAttention(block.self_attn, layer, dsa, vllm_config, name)
+                block.self_attn = DsaAttention(block.self_attn, rotary, layer, dsa, vllm_config, name)
         self._head_watch = HeadWatch()
         if hasattr(self, "logits_processor"):  # the last rank of a pipeline
             self.logits_processor.register_forward_pre_hook(self._head_watch.before_use)
@@ -52,44 +62,40 @@ class DsaServingMixin:
         return loaded
 
     def _load(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        if isinstance(self, MistralForCausalLM):
+            # It takes any `wq` for one of Mistral's own file format; the indexer has one.
+            return LlamaForCausalLM.load_weights(self, weights)
         return super().load_weights(weights)  # type: ignore[misc]
 
 
-class Gemma2DsaForCausalLM(DsaServingMixin, Gemma2ForCausalLM):
-    """`fulmen.modeling.families.gemma2` in vLLM."""
+@cache
+def served_class(name: str) -> type:
+    """The class of this name: vLLM's own of the stock architecture, with fulmen's attention."""
+    stock = ModelRegistry.models[served_classes()[name]].load_model_cls()
+    about = f"{stock.__name__} with an indexer in the converted layers."
+    return type(name, (DsaServingMixin, stock), {"__module__": __name__, "__doc__": about})
 
 
-class Gemma3DsaForCausalLM(DsaServingMixin, Gemma3ForCausalLM):
-    """`fulmen.modeling.families.gemma3_text` in vLLM."""
+def __getattr__(name: str) -> type:
+    """vLLM looks for a class here by name; only that one's model code is imported."""
+    if name not in served_classes():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return served_class(name)
 
 
-class GptOssDsaForCausalLM(DsaServingMixin, GptOssForCausalLM):
-    """`fulmen.modeling.families.gpt_oss` is not served yet: vLLM names its layers' parts otherwise."""
+def require_windows(layers: Sequence[Any], config: PreTrainedConfig, length: int) -> None:
+    """Raise ConfigError for a sliding layer that vLLM's code of it lets see more than its window.
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        raise ConfigError(
-            "model_type 'gpt_oss_dsa' is not served by vLLM yet; run it by `generate` of Transformers"
-        )
-
-
-class LlamaDsaForCausalLM(DsaServingMixin, LlamaForCausalLM):
-    """`fulmen.modeling.families.llama` in vLLM."""
-
-
-class MistralDsaForCausalLM(DsaServingMixin, MistralForCausalLM):
-    """`fulmen.modeling.families.mistral` in vLLM."""
-
-    def _load(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        # MistralForCausalLM takes any `wq` for one of Mistral's own file format; the indexer has one.
-        return LlamaForCausalLM.load_weights(self, weights)
-
-
-class Qwen2DsaForCausalLM(DsaServingMixin, Qwen2ForCausalLM):
-    """`fulmen.modeling.families.qwen2` in vLLM."""
-
-
-class Qwen3DsaForCausalLM(DsaServingMixin, Qwen3ForCausalLM):
-    """`fulmen.modeling.families.qwen3` in vLLM."""
+    layers: vLLM's own, before any is converted; length: tokens that a request may have.
+    """
+    for number, window in enumerate(layer_windows(config)):
+        if window is None or window >= length or isinstance(layers[number], PPMissingLayer):
+            continue
+        if layers[number].self_attn.attn.sliding_window is None:
+            raise ConfigError(
+                f"layer {number} of model_type {config.model_type!r} sees {window} tokens, and in vLLM all; "
+                f"use max_model_len={window} or less, `fulmen chat` or Transformers"
+            )
 
 
 def _require_servable(vllm_config: VllmConfig) -> DsaConfig:

@@ -4,16 +4,17 @@ vLLM keeps one table for all lengths up to `max_model_len`. Where Transformers c
 text, it has the one of a text of that length: LongRoPE's long factors, for short texts too.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from fulmen.errors import ConfigError
-from fulmen.modeling.gqa.indexer import model_head_width
+from fulmen.modeling.gqa.indexer import model_head_width, rotary_width
 from fulmen.modeling.rope_tables import full_attention_rope
 
 # Their positions tell tables apart that agree at the first ones; the tables may be bfloat16.
@@ -23,6 +24,24 @@ COMPARED, CLOSE = 64, 0.02
 def rotary_rows(rotary: Any, positions_T: Tensor) -> Tensor:
     """Cosines and sines `[T, R]` of vLLM's table."""
     return _table(rotary)[positions_T + _first_row(rotary)]
+
+
+@cache
+def no_rotation_like(rotary: Any) -> "NoRotation":
+    """In place of a table of vLLM's where a layer has no RoPE; one for all layers that share the table."""
+    return NoRotation(rotary)
+
+
+class NoRotation(nn.Module):
+    """A table of the same shape that turns nothing; all its rows are one in memory."""
+
+    is_neox_style = True
+
+    def __init__(self, rotary: Any) -> None:
+        super().__init__()
+        rows, width = _table(rotary).shape
+        still_R = torch.cat((torch.ones(width // 2), torch.zeros(width // 2)))
+        self.cos_sin_cache = still_R.to(_table(rotary)).expand(rows, -1)
 
 
 def scale_longrope(config: PreTrainedConfig) -> None:
@@ -62,12 +81,16 @@ def _is_same(rotary: Any, config: Any, length: int) -> bool:
 
 def _one_table(config: Any) -> LlamaConfig:
     """As much of a config as a rotary table is made from: that of the layers that see all."""
+    rope, width = dict(full_attention_rope(config)), model_head_width(config)
+    if rope.get("rope_type", "default") == "default":
+        # Llama's own way to make it knows no share of the dims, those of the other kinds do.
+        width, _ = rotary_width(config), rope.pop("partial_rotary_factor", None)
     return LlamaConfig(
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
-        head_dim=model_head_width(config),
+        head_dim=width,
         max_position_embeddings=config.max_position_embeddings,
-        rope_parameters=dict(full_attention_rope(config)),
+        rope_parameters=rope,
     )
 
 

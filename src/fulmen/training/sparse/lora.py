@@ -12,7 +12,7 @@ from fulmen.errors import ConfigError
 from fulmen.modeling.selectors import dsa_attentions
 
 # The linear maps of attention and MLP; the indexers are trained in full, embeddings and norms not at all.
-TARGETS = r"(?!.*\.indexer\.).*\.(self_attn|mlp)\..*_proj(_with_mqa)?"
+TARGETS = r"(?!.*\.indexer\.).*\.(self_attn|mlp)\.(.*_proj(_with_mqa)?|c_fc)"
 
 
 def add_lora(model: PreTrainedModel, rank: int, seed: int) -> None:
