@@ -1,5 +1,6 @@
 """Without a GPU, Triton interprets its kernels. It must be told before anything imports it, and torch may."""
 
+import gc
 import os
 import signal
 
@@ -12,6 +13,17 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish():
+    """What is imported stays: half a million objects that each run of Trainer's would look through again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    """Else libraries complain of leaks when the interpreter ends."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

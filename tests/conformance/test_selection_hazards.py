@@ -62,6 +62,15 @@ def hard_rows(S):
     }
 
 
+@cache  # for all backends
+def hard_case(S, topk):
+    """Scores, start and stop, and what is to be selected."""
+    scores = torch.stack(list(hard_rows(S).values()))[:, None]
+    start = torch.full((len(scores), 1), 7)
+    stop = torch.full_like(start, S - 5)
+    return scores, start, stop, best_by_hand(scores, start, stop, topk)
+
+
 @pytest.mark.parametrize("topk", [1, 64, 500])
 def test_hazard_4_no_winner_is_lost(backend, topk, monkeypatch):
     """Mutations: `scores_TS.bfloat16()` in _rank_scores of topk/torch_blocked.py; `bits &= ~0xffff` in
@@ -75,11 +84,8 @@ def test_hazard_4_no_winner_is_lost(backend, topk, monkeypatch):
 
         S = 700
         monkeypatch.setitem(KERNEL_SIZES["select"], "columns", 256)
-    scores = torch.stack(list(hard_rows(S).values()))[:, None]
-    start = torch.full((len(scores), 1), 7)
-    stop = torch.full_like(start, S - 5)
-    expected = best_by_hand(scores, start, stop, topk)
-    found = select_topk(scores, start, stop, topk)
+    *inputs, expected = hard_case(S, topk)
+    found = select_topk(*inputs, topk)
     wrong = [
         name for name, one, other in zip(hard_rows(S), found, expected, strict=True) if not one.equal(other)
     ]

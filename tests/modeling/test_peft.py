@@ -1,12 +1,10 @@
 """PEFT's defaults on converted models: as for the dense family, and every adapter learns."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.fork_server import Forked
 from tests.modeling.gqa.tiny_gqa import CONFIGS, FAMILIES, make_dense, make_dsa, random_ids
 
 peft = pytest.importorskip("peft")
@@ -105,5 +103,7 @@ def test_peft_may_be_imported_first():
         "import peft, fulmen, peft.utils.constants as tables\n"
         "print(sorted(t for t in tables.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING if '_dsa' in t))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == str(types)
+    program = Forked(code)
+    printed, errors = program.communicate()
+    assert program.returncode == 0, errors
+    assert printed.splitlines()[-1] == str(types)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from fulmen.ops.losses.indexer import indexer_loss, indexer_loss_selected
 from fulmen.ops.losses.selection import selection_loss
 from fulmen.ops.scores import index_scores
 from fulmen.ops.topk import index_topk, select_topk
+from tests.ops.cpp_levels import EACH_LEVEL
 
 # Largest allowed difference, relative and absolute, by the dtype of the inputs. For bfloat16 the results
 # themselves are rounded to 8 bits.
@@ -21,6 +23,14 @@ TOLERANCE = {
     torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
 }
 DTYPES = list(TOLERANCE)
+# In place of the fixture's own parameters. cpp has no kernels for float64: torch would compute it again.
+EACH_BACKEND_AND_DTYPE = pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [(name, x) for name in ("torch", *EACH_LEVEL) for x in DTYPES if name == "torch" or x != torch.float64],
+    indirect=["backend"],
+    scope="module",
+    ids=str,
+)
 
 
 def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -57,12 +67,12 @@ def random_selection(batch: int, queries: int, keys: int, topk: int, seed: int =
 
 
 def gradients(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], seed: int = 9) -> tuple[Tensor, ...]:
-    """Of a random weighting of the finite numbers among the outputs."""
+    """Of a random weighting of the finite numbers among the outputs, which may be asked again."""
     total = sum(
         (normal(*out.shape, seed=seed + i).to(out) * out.masked_fill(~out.isfinite(), 0)).sum()
         for i, out in enumerate(outputs)
     )
-    return torch.autograd.grad(total, inputs)
+    return torch.autograd.grad(total, inputs, retain_graph=True)
 
 
 def with_gradients(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,9 +1,5 @@
 """Backends: the default, pins, and reasons."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -20,6 +16,7 @@ from fulmen.ops.dispatch import (
     resolve,
 )
 from fulmen.ops.topk import select_topk
+from tests.fork_server import Forked
 
 CPU = torch.device("cpu")
 NOT_BUILT = "its library was not built; install fulmen where there is a C++ compiler"
@@ -69,11 +66,9 @@ import torch
 from fulmen.ops.dispatch import resolve
 print(resolve("indexer_loss", "cpu", torch.float32))
 """
-    environment = {**os.environ, "FULMEN_BACKEND": "cpu"}
-    command = [sys.executable, "-c", program]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert run.stdout == "torch\n"
-    assert run.stderr == "the backend 'cpu' is now 'torch'; the old name goes with the next release\n"
+    printed, said = Forked(program, environment={"FULMEN_BACKEND": "cpu"}).communicate()
+    assert printed == "torch\n"
+    assert said == "the backend 'cpu' is now 'torch'; the old name goes with the next release\n"
 
 
 def test_a_pin_ends_with_an_exception():

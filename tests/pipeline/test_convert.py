@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from fulmen.evaluation.parity.needles import needle_samples, score_by_forward, s
 from fulmen.modeling.checkpoint import find_source
 from fulmen.modeling.families import accelerated
 from fulmen.pipeline.settings import EvalSettings
+from tests.fork_server import Forked
 from tests.modeling.gqa.tiny_gqa import make_dense
 from tests.modeling.mla.tiny_mla import make_mla
 from tests.pipeline.tiny_runs import (
@@ -32,6 +31,7 @@ from tests.pipeline.tiny_runs import (
     save_tiny,
     settings,
 )
+from tests.training.forks import two_ranks
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-mixed", "qwen3", "mistral", "gemma3"])
@@ -61,8 +61,9 @@ def test_mla_becomes_stock_deepseek_v32(tmp_path, corpus_dir):
         "import sys, torch; from transformers import AutoModelForCausalLM as A;"
         f"m = A.from_pretrained({str(out)!r}); assert 'fulmen' not in sys.modules; print(m.config.model_type)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "deepseek_v32"
+    stranger = Forked(code)
+    printed, errors = stranger.communicate()
+    assert (stranger.returncode, printed.strip()) == (0, "deepseek_v32"), errors
     assert "Of tokens with equal index scores" in (out / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(out)
     ids = torch.randint(2, VOCAB, (1, 40))
@@ -128,9 +129,14 @@ MOMENTS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, corpus_dir, llama_dir) -> Path:
+    """A conversion of six steps that nothing stops."""
+    return convert(settings(llama_dir, tmp_path_factory.mktemp("whole") / "out", corpus_dir, steps=6))
+
+
 @pytest.mark.skipif(os.name != "posix", reason="interrupts itself by a signal")
-def test_interrupted_then_resumed_gives_the_same(tmp_path, corpus_dir, llama_dir):
-    whole = convert(settings(llama_dir, tmp_path / "whole", corpus_dir, steps=6))
+def test_interrupted_then_resumed_gives_the_same(tmp_path, corpus_dir, llama_dir, whole):
     out, run = tmp_path / "out", tmp_path / ".out.run"
     moment = ("SIGINT", "transformers.trainer", "Trainer.training_step", "4")
     process = run_convert(llama_dir, out, corpus_dir, "--steps", "6", before=moment, code=SIGNALLED_AT)
@@ -148,8 +154,7 @@ def test_interrupted_then_resumed_gives_the_same(tmp_path, corpus_dir, llama_dir
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills itself by a signal")
-def test_killed_again_and_again_and_still_the_same(tmp_path, corpus_dir, llama_dir):
-    whole = convert(settings(llama_dir, tmp_path / "whole", corpus_dir, steps=6))
+def test_killed_again_and_again_and_still_the_same(tmp_path, corpus_dir, llama_dir, whole):
     out = tmp_path / "out"
     for module, name, count in MOMENTS:
         process = run_convert(
@@ -166,24 +171,19 @@ def test_killed_again_and_again_and_still_the_same(tmp_path, corpus_dir, llama_d
         assert not out.exists()
     convert(settings(llama_dir, out, corpus_dir, steps=6))
     assert_same_model(whole, out)
-    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     logs = [(folder / "stages/warmup-layers.jsonl").read_text() for folder in (whole, out)]
     assert logs[0] == logs[1]
 
 
 def test_two_processes_make_one_model(tmp_path, corpus_dir, llama_dir):
     out = tmp_path / "out"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    asked = ["--out", str(out), "--topk", "8", "--length", str(LENGTH), "--data", str(corpus_dir)]
-    done = subprocess.run(
-        [*launcher, "-m", "fulmen.cli.main", "convert", str(llama_dir), *asked, "--steps", "4"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("Wrote ") == 1
+    ranks = [
+        run_convert(llama_dir, out, corpus_dir, "--steps", "4", environment=rank) for rank in two_ranks()
+    ]
+    said = "".join(rank.communicate()[1] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert said.count("Wrote ") == 1
     rows = [json.loads(line) for line in (out / "stages/warmup-layers.jsonl").read_text().splitlines()]
     assert [(row["step"], row["layer"]) for row in rows] == [(s, i) for s in range(1, 5) for i in range(3)]
     assert AutoModelForCausalLM.from_pretrained(out).config.dsa["topk"] == 8
@@ -210,14 +210,13 @@ def no_file_above(n_bytes: int):
         (200_000, "out"),
     ],
 )
-def test_a_full_disk_is_one_line_and_then_it_goes_on(n_bytes, file, tmp_path, corpus_dir, llama_dir):
-    whole = convert(settings(llama_dir, tmp_path / "whole", corpus_dir))
+def test_a_full_disk_is_one_line_and_then_it_goes_on(n_bytes, file, tmp_path, corpus_dir, llama_dir, whole):
     out = tmp_path / "out"
     with no_file_above(n_bytes), pytest.raises(OutputError, match=f"/{file} cannot be written .*make room"):
-        convert(settings(llama_dir, out, corpus_dir))
+        convert(settings(llama_dir, out, corpus_dir, steps=6))
     assert not out.exists()
     assert not list(tmp_path.rglob("*.part"))
-    convert(settings(llama_dir, out, corpus_dir))
+    convert(settings(llama_dir, out, corpus_dir, steps=6))
     assert_same_model(whole, out)
 
 

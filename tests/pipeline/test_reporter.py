@@ -3,8 +3,6 @@
 import os
 import pty
 import re
-import subprocess
-import sys
 import threading
 from contextlib import contextmanager
 from io import StringIO
@@ -17,7 +15,7 @@ from fulmen.pipeline.reporter import LineReporter, Pace, TrainingView, in_minute
 from fulmen.pipeline.settings import EvalSettings
 from tests.modeling.gqa.tiny_gqa import make_dense
 from tests.modeling.mla.tiny_mla import make_mla
-from tests.pipeline.tiny_runs import LENGTH, SIGNALLED_AT, VOCAB, convert, evaluate, save_tiny, settings
+from tests.pipeline.tiny_runs import SIGNALLED_AT, VOCAB, convert, evaluate, run_convert, save_tiny, settings
 
 STAGES = ["Read data", "Load", "Share k", "Inherit", "Warm-up", "Sparse", "Save"]
 
@@ -226,19 +224,15 @@ def test_every_stage_is_reported_to_its_end(name, tmp_path, corpus_dir):
 def test_on_a_terminal_bars_end_full_and_ctrl_c_leaves_it_clean(tmp_path, corpus_dir):
     source = save_tiny(make_dense("qwen2-mixed"), tmp_path / "dense")
     moment = ("SIGINT", "transformers.trainer", "Trainer.training_step", "3")
-    asked = [source, "--out", tmp_path / "out", "--topk", 8, "--length", LENGTH, "--data", corpus_dir]
-    arguments = [*moment, "convert", *map(str, asked), "--steps", "6"]
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", SIGNALLED_AT, *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "TERM": "xterm"},
-        stdout=subprocess.PIPE,
-        stderr=theirs,
+    process = run_convert(
+        *(source, tmp_path / "out", corpus_dir, "--steps", "6"),
+        **{"before": moment, "code": SIGNALLED_AT, "environment": {"TERM": "xterm"}, "stderr": theirs},
     )
     os.close(theirs)
     said = read_all(ours)
-    assert process.wait(timeout=600) == 130
-    assert process.stdout.read() == b""
+    assert process.communicate() == ("", "")
+    assert process.returncode == 130
     ends = {title: re.findall(rf"{title} .*? (\d+/\d+), ", said)[-1] for title in STAGES[2:5]}
     assert ends == {"Share k": "2/2", "Inherit": "2/2", "Warm-up": "2/6"}
     assert said.rfind("\x1b[?25h") > said.rfind("\x1b[?25l"), "the cursor is shown again"

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,11 @@ import torch
 from fulmen.errors import ConfigError
 from fulmen.pipeline.run_dir import RunDir
 from fulmen.training.checkpoints import last_complete_checkpoint
+from tests.fork_server import Forked
 from tests.modeling.gqa.tiny_gqa import make_dense
 from tests.pipeline.test_train import train_settings, weights
 from tests.pipeline.tiny_runs import convert, save_tiny, settings, train
+from tests.training.forks import launchers_environment, two_ranks
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -59,9 +63,12 @@ def test_fsdp2_killed_and_resumed_is_one_process_with_twice_the_texts(tmp_path, 
     out = tmp_path / "two"
     arguments = ["train", str(tied_dir), "--out", str(out), "--data", str(corpus_dir), "--length", "64"]
     arguments += ["--steps", "4", "--lr", "1e-3", "--save-every", "1", "--checkpointing"]
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
-    assert launch(str(script), *arguments).returncode != 0
+    launcher = launchers_environment(*FSDP2)
+    first, second = (Forked(KILLED, *arguments, environment={**launcher, **rank}) for rank in two_ranks())
+    assert first.wait(timeout=400) == -signal.SIGKILL, first.communicate()[1]
+    with suppress(ProcessLookupError):  # It may have heard of it.
+        os.kill(second.pid, signal.SIGTERM)
+    second.wait(timeout=400)
     last = Path(last_complete_checkpoint(RunDir(out).path / "sparse"))
     assert last.name == "checkpoint-2"
     # FSDP's own files: Accelerate did not fall back on DDP.

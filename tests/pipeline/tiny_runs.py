@@ -1,8 +1,5 @@
 """Runs of tiny models with a tokenizer of 97 words, in this process or in one of their own."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from fulmen.pipeline.reporter import SilentReporter
 from fulmen.pipeline.settings import ConvertSettings, EvalSettings
 from fulmen.pipeline.train import run_training
 from fulmen.pipeline.train_settings import TrainSettings
+from tests.fork_server import Forked
 
 VOCAB = 97
 LENGTH = 64
@@ -60,26 +58,17 @@ PROGRAM = "from fulmen.cli.main import main; main()"
 
 
 def run_convert(
-    source: Path, out: Path, corpus_dir: Path, *more: str, before: tuple[str, ...] = (), code: str = PROGRAM
-) -> subprocess.Popen:
-    arguments = [
-        str(source),
-        "--out",
-        str(out),
-        "--topk",
-        "8",
-        "--length",
-        str(LENGTH),
-        "--data",
-        str(corpus_dir),
-    ]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *before, "convert", *arguments, *more],
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    source: Path,
+    out: Path,
+    corpus_dir: Path,
+    *more: str,
+    before: tuple[str, ...] = (),
+    code: str = PROGRAM,
+    **forked: Any,
+) -> Forked:
+    """`fulmen convert`; `before` are arguments of the code itself, `forked` those of `Forked`."""
+    arguments = [source, "--out", out, "--topk", 8, "--length", LENGTH, "--data", corpus_dir]
+    return Forked(code, *before, "convert", *arguments, *more, **forked)
 
 
 SIGNALLED_AT = """

@@ -17,6 +17,12 @@ from tests.ops.paged.test_paged import BATCH, scatter, scattered_rows
 # H, G, D, J, I, E
 SHAPES = [(9, 3, 64, 9, 3, 24), (4, 4, 20, 6, 2, 8), (6, 2, 32, 4, 1, 62), (8, 1, 128, 3, 3, 2)]
 DTYPES = [torch.float32, torch.bfloat16]
+# T, S, K, dense_up_to: queries that select, that see few keys or up to `dense_up_to`, that keep all of those
+# they see; one query, fewer than a tile has, several tiles.
+SIZES = [
+    *((1, 1, 24, 24), (1, 300, 24, 24), (1, 300, 500, 20), (7, 150, 9, 100)),
+    *((70, 75, 24, 24), (70, 75, 500, 20), (150, 400, 24, 24), (150, 400, 9, 100)),
+]
 
 
 def sparse_case(shape, queries, keys, topk, dense_up_to, dtype):
@@ -53,8 +59,7 @@ def attended(layer, key_rows, inputs):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 300), (7, 150), (70, 75), (150, 400)])
-@pytest.mark.parametrize(("topk", "dense_up_to"), [(24, 24), (9, 100), (500, 20)])
+@pytest.mark.parametrize(("queries", "keys", "topk", "dense_up_to"), SIZES)
 def test_one_call_is_selection_and_attention(backend, dtype, shape, queries, keys, topk, dense_up_to):
     layer, key_rows, inputs = sparse_case(shape, queries, keys, topk, dense_up_to, dtype)
     check_one_call(layer, key_rows, inputs)

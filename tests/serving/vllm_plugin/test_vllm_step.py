@@ -5,11 +5,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-vllm_step = pytest.importorskip("fulmen.serving.vllm_plugin.step", reason="needs the extra serve-cpu")
 BLOCK, PER_BLOCK = 16, (16, 24)
 
 
-def step_of(starts, lengths, device):
+@pytest.fixture
+def vllm_step():
+    """The module, imported here: every test process would import vLLM to find the tests of this file."""
+    return pytest.importorskip("fulmen.serving.vllm_plugin.step", reason="needs the extra serve-cpu")
+
+
+def step_of(vllm_step, starts, lengths, device):
     n_tokens, n_blocks = starts[-1], -(-max(lengths) // BLOCK)
     common = SimpleNamespace(
         query_start_loc_cpu=torch.tensor(starts),
@@ -32,8 +37,8 @@ def tensors_in(value):
     [([0, 1, 2], [4000, 5000]), ([0, 7], [300]), ([0, 1, 2, 9, 10], [40, 50, 60, 70])],
     ids=["decodes", "prompt", "both"],
 )
-def test_nothing_of_a_step_lies_elsewhere_than_its_caches(starts, lengths):
-    step = step_of(starts, lengths, "meta")
+def test_nothing_of_a_step_lies_elsewhere_than_its_caches(vllm_step, starts, lengths):
+    step = step_of(vllm_step, starts, lengths, "meta")
     rotary = SimpleNamespace(cos_sin_cache=torch.zeros(8192, 64, device="meta"))
     position_T = torch.zeros(starts[-1], dtype=torch.int64, device="meta")
     layout = step.layout((step, step), (*PER_BLOCK, 48), rotary, position_T, torch.bfloat16)
