@@ -59,7 +59,9 @@ class DsaAttention(nn.Module):
         self.head_dim, self.heads, self.kv_heads = stock.head_dim, stock.num_heads, stock.num_kv_heads
         self.total_kv_heads, self.scale = stock.total_num_kv_heads, stock.scaling
         self.softcap = getattr(vllm_config.model_config.hf_config, "attn_logit_softcapping", None)
-        self._pairs_apart = None if rotary.is_neox_style else pairs_apart(self.head_dim, rotary.rotary_dim)
+        # LongRoPE's table has no such word: it turns halves.
+        halves = getattr(rotary, "is_neox_style", True)
+        self._pairs_apart = None if halves else pairs_apart(self.head_dim, rotary.rotary_dim)
         self.topk, self.layer_topk = dsa.topk, dsa.layer_topk(layer)
         self.indexer = GqaIndexer(vllm_config.model_config.hf_config, dsa).requires_grad_(False)
         # Before any weights come: biases are then read in the precision that the checkpoint has.
