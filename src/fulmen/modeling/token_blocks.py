@@ -23,7 +23,6 @@ def feed_forward_in_blocks(model: nn.Module) -> Iterator[None]:
     layers: list[Any] = [
         module for module in model.modules() if all(hasattr(module, name) for name in FEED_FORWARD)
     ]
-    layers = [layer for layer in layers if layer.gate_proj.weight.device.type == "cpu"]
     for layer in layers:
         layer.forward = partial(_in_blocks, layer.forward)
     try:
@@ -35,6 +34,8 @@ def feed_forward_in_blocks(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def _in_blocks(forward: Callable[[Tensor], Tensor], x_BTC: Tensor) -> Tensor:
+    if x_BTC.device.type != "cpu":
+        return forward(x_BTC)
     out_NC = torch.empty_like(x_BTC).flatten(0, -2)
     for some_NC, x_NC in zip(
         out_NC.split(TOKENS_PER_BLOCK), x_BTC.flatten(0, -2).split(TOKENS_PER_BLOCK), strict=True

@@ -29,7 +29,10 @@ from fulmen.pipeline.train import RECORD_FILE, STAGES_DIR, record_of
 
 INHERITED = f"{STAGES_DIR}/inherit.safetensors"
 # What only a conversion from the beginning can change.
-CONVERSION_ONLY = {"topk": None, "steps": None, "index_heads": None, "index_head_dim": None, "dtype": "auto"}
+CONVERSION_ONLY = {
+    **dict.fromkeys(("topk", "steps", "index_heads", "index_head_dim", "by_layers")),
+    "dtype": "auto",
+}
 
 
 def is_index_change(settings: ConvertSettings) -> bool:

@@ -140,11 +140,16 @@ def calibration_texts(
     documents: Sequence[Document], tokenizer: Any, length: int, context: int | None, seed: int
 ) -> list[TokenSequence]:
     """Twice as long as the training texts where the text allows: thresholds must hold far out too."""
-    longer = min(2 * length, context or length)
-    # All of them are in memory at once, layer by layer.
-    count = max(FEWEST_SEQUENCES, min(CALIBRATION_SEQUENCES, CALIBRATION_TOKENS // longer))
+    count, longer = calibration_shape(length, context)
     drawn = list(islice(iter_sequences(documents, tokenizer, longer, seed=seed), count))
     return drawn if len(drawn) == count else up_to(documents, tokenizer, length, count, seed)
+
+
+def calibration_shape(length: int, context: int | None) -> tuple[int, int]:
+    """Calibration texts, and tokens of each, where training texts have `length` and the text allows."""
+    longer = min(2 * length, context or length)
+    # All of them are in memory at once, layer by layer.
+    return max(FEWEST_SEQUENCES, min(CALIBRATION_SEQUENCES, CALIBRATION_TOKENS // longer)), longer
 
 
 class Asker:

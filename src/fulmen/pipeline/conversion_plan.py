@@ -1,0 +1,186 @@
+"""What a conversion will do on this machine, before any weight is read: k, lengths, whole or by layers.
+
+The rule: where the weights, the indexers and the work on the calibration text are estimated to take more
+memory than is free, one layer at a time is in memory, and inherit is the only stage. Where even that has no
+room, the texts are shortened.
+"""
+
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedConfig
+
+from fulmen.config import DsaConfig
+from fulmen.modeling.families import family_for
+from fulmen.modeling.index_shape import default_dsa
+from fulmen.modeling.inherit_cost import InheritCost, WeightSizes, inherit_cost, weight_sizes
+from fulmen.modeling.lengths import context_of, untrained_topk
+from fulmen.pipeline.memory import available_bytes
+from fulmen.pipeline.model_source import DenseSource
+from fulmen.pipeline.reporter import Reporter
+from fulmen.pipeline.run_dir import RunDir
+from fulmen.pipeline.settings import ConvertSettings
+from fulmen.pipeline.texts import calibration_shape, lengths_to_try
+
+INHERIT_ALONE = ("inherit",)
+# Of the products that tell the machine's speed: long enough to count, short enough not to be noticed.
+TIMED_SHAPE, TIMED_TIMES = (1024, 2048), 3
+
+
+class Plan(NamedTuple):
+    """What a conversion will do, as far as the config tells. lengths: of sequences, to be tried in turn."""
+
+    dsa: DsaConfig
+    lengths: list[int]
+    context: int | None
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """What `fulmen convert` with defaults would do on this machine now. Bytes and seconds are estimates.
+
+    Attributes:
+        topk: tokens that each query keeps.
+        stages: that would run.
+        length: tokens of a training text.
+        calibration: texts to calibrate on, and tokens of each.
+        by_layers: whether one layer at a time would be in memory.
+        weight_bytes: of the whole model.
+        whole_bytes, layers_bytes: peak of inherit with the whole model, and layer by layer.
+        free_bytes: of memory now.
+        inherit_seconds: of inherit here.
+    """
+
+    topk: int
+    stages: tuple[str, ...]
+    length: int
+    calibration: tuple[int, int]
+    by_layers: bool
+    weight_bytes: int
+    whole_bytes: int
+    layers_bytes: int
+    free_bytes: int
+    inherit_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+
+def plan_conversion(settings: ConvertSettings, config: PreTrainedConfig) -> Plan:
+    """Raises what the config has against these settings, before weights are loaded."""
+    topk = settings.topk
+    if topk is None and not settings.trains:
+        topk = untrained_topk(config, settings.length)
+    dsa = default_dsa(config, topk, settings.index_heads, settings.index_head_dim, settings.index)
+    family_for(config).require_convertible(config, dsa)
+    if "sparse" in settings.asked_stages:
+        family_for(config).require_trainable(config)
+    return Plan(dsa, lengths_to_try(settings.length, config, dsa.topk), context_of(config))
+
+
+class Planner:
+    """Fits conversions of one source into the memory that is free when it is made."""
+
+    def __init__(self, source: DenseSource, run: RunDir, device: torch.device | None) -> None:
+        """Take what `run` began with, if there is one, as decided: what goes on must not change its mind."""
+        self._source, self._config, self._begun = source, source.config, run.settings()
+        self.free_bytes = available_bytes(device) + source.loaded_bytes
+
+    @cached_property
+    def sizes(self) -> WeightSizes:
+        """Those of the dense model; reckoned after all that the config itself has against a conversion."""
+        return weight_sizes(self._config)
+
+    def settled(self, settings: ConvertSettings) -> ConvertSettings:
+        """The settings with their stages, and with `by_layers` decided."""
+        by_layers = settings.by_layers
+        if by_layers is None:
+            by_layers = self._may_be_by_layers(settings) and self._is_by_layers(settings)
+        if by_layers:
+            return replace(settings, by_layers=True, stages=INHERIT_ALONE, budget_s=None)
+        return replace(settings, by_layers=False, stages=settings.asked_stages)
+
+    def plan(self, settings: ConvertSettings) -> Plan:
+        """`plan_conversion` without lengths that have no room, where nobody asked for one."""
+        plan = plan_conversion(settings, self._config)
+        if settings.length is not None:
+            return plan
+        if begun := self._begun.get("length"):
+            return plan._replace(lengths=[one for one in plan.lengths if one <= begun] or plan.lengths)
+
+        def has_room(length: int) -> bool:
+            cost = self.cost(plan, length)
+            return (cost.layers_bytes if settings.by_layers else cost.whole_bytes) <= self.free_bytes
+
+        return plan._replace(lengths=[*filter(has_room, plan.lengths)] or plan.lengths[-1:])
+
+    def cost(self, plan: Plan, length: int) -> InheritCost:
+        """Of inherit, where training texts have `length` tokens."""
+        shape, itemsize = calibration_shape(length, plan.context), _dtype(self._config).itemsize
+        return inherit_cost(self._config, plan.dsa, self.sizes, *shape, itemsize)
+
+    def _may_be_by_layers(self, settings: ConvertSettings) -> bool:
+        plain = settings.stages in (None, INHERIT_ALONE) and settings.dtype == "auto"
+        return plain and self._source.has_layers
+
+    def _is_by_layers(self, settings: ConvertSettings) -> bool:
+        if "by_layers" in self._begun:
+            return bool(self._begun["by_layers"])
+        plan = plan_conversion(settings, self._config)
+        # Shorter texts do not make a model smaller.
+        return self.cost(plan, plan.lengths[-1]).whole_bytes > self.free_bytes
+
+
+def left_out(asked: ConvertSettings, settings: ConvertSettings, reporter: Reporter) -> dict[str, str]:
+    """The stages that would run if the model had room in memory, and why they do not; said too."""
+    if not settings.by_layers:
+        return {}
+    if asked.by_layers is None:
+        reporter.note("The model has no room in memory: one layer at a time is read (by_layers decides)")
+    if asked.stages is not None:
+        return {}
+    reason = "it trains a model that is in memory as a whole"
+    reporter.note(f"Left out: warmup, as {reason}; k is that of an index that nothing trained")
+    return {"warmup": reason}
+
+
+def describe_plan(source: DenseSource, device: torch.device | None = None) -> ConversionPlan:
+    """What a conversion with defaults would do now. Raises as `plan_conversion`."""
+    # No run lies at such a place.
+    planner = Planner(source, RunDir(Path("none")), device)
+    settings = planner.settled(ConvertSettings(source.name, Path("none")))
+    plan, dtype = planner.plan(settings), _dtype(source.config)
+    cost = planner.cost(plan, plan.lengths[0])
+    return ConversionPlan(
+        topk=plan.dsa.topk,
+        stages=settings.asked_stages,
+        length=plan.lengths[0],
+        calibration=calibration_shape(plan.lengths[0], plan.context),
+        by_layers=bool(settings.by_layers),
+        weight_bytes=planner.sizes.model * dtype.itemsize,
+        whole_bytes=cost.whole_bytes,
+        layers_bytes=cost.layers_bytes,
+        free_bytes=planner.free_bytes,
+        inherit_seconds=cost.flops / _flops_per_second(dtype),
+    )
+
+
+def _dtype(config: PreTrainedConfig) -> Any:
+    # A config without a dtype means float32.
+    return config.dtype or torch.float32
+
+
+def _flops_per_second(dtype: torch.dtype) -> float:
+    rows, width = TIMED_SHAPE
+    x, y = torch.ones(rows, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
+    seconds = []
+    for _ in range(TIMED_TIMES):
+        began = time.perf_counter()
+        x @ y
+        seconds.append(time.perf_counter() - began)
+    return 2 * rows * width * width / min(seconds)
