@@ -3,7 +3,7 @@
 All that runs a model runs this one as it is: each decoder layer has weights while it computes, and only then.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
@@ -25,9 +26,9 @@ from fulmen.modeling.weights import EMBEDDING, HEAD, require_held
 
 
 class LayeredModel(NamedTuple):
-    """A DSA model with its embedding and last norm, whose layers are on `meta`; and where they are read.
+    """A DSA model without gradient whose layers, embedding and head are on `meta`, and where they are read.
 
-    Without a gradient. dtype: of all weights as they run.
+    dtype: of all weights as they run.
     """
 
     model: PreTrainedModel
@@ -39,6 +40,17 @@ class LayeredModel(NamedTuple):
     def layers(self) -> Any:
         """The decoder layers."""
         return self.model.base_model.layers
+
+    @property
+    def head_name(self) -> str:
+        """Where the head's weight is stored."""
+        tied = self.model.config.tie_word_embeddings
+        return HEAD if not tied or EMBEDDING not in self.shards.held else EMBEDDING
+
+    @property
+    def embedding_name(self) -> str:
+        """Where the embedding is stored."""
+        return EMBEDDING if EMBEDDING in self.shards.held else HEAD
 
     def prefix(self, layer: int) -> str:
         """What the names of a layer's weights begin with."""
@@ -82,7 +94,7 @@ def layered_gqa(
     own.architectures = [type(model).__name__]
     layered = LayeredModel(model, shards, dtype, device)
     _require_held(layered, config)
-    _fill_ends(layered)
+    _fill_rest(layered)
     name = str(shards.folder)
     if (settings := read_generation_config(name, config.vocab_size)) is not None:
         model.generation_config = settings
@@ -99,13 +111,17 @@ def layers_as_they_run(
 
     indexer_of: the tensors of a layer's indexer by their names in the model; None: random ones.
     """
+    embedding: Any = layered.model.get_input_embeddings()
+    head: Any = layered.model.get_output_embeddings()
     for number, layer in enumerate(layered.layers):
         layer.forward = partial(_run_filled, layered, number, indexer_of, layer.forward)
+    embedding.forward = partial(_embed, layered, embedding, embedding.forward)
+    head.forward = partial(_logits, layered)
     try:
         yield
     finally:
-        for layer in layered.layers:
-            del layer.forward
+        for module in (*layered.layers, embedding, head):
+            del module.forward
 
 
 @contextmanager
@@ -152,7 +168,7 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     assert not unmatched.unexpected_keys, unmatched
 
 
-def _read(layered: LayeredModel, names: Mapping[str, str]) -> dict[str, Tensor]:
+def _read(layered: LayeredModel, names: Iterable[str]) -> dict[str, Tensor]:
     """Tensors of the files, of the dtype and on the device that the model runs in."""
     return {
         name: x.to(layered.device, layered.dtype if x.is_floating_point() else x.dtype)
@@ -160,18 +176,37 @@ def _read(layered: LayeredModel, names: Mapping[str, str]) -> dict[str, Tensor]:
     }
 
 
-def _fill_ends(layered: LayeredModel) -> None:
-    """Embedding, last norm and head: of the first the rows that are used, of the last what asks for it."""
-    model, held = layered.model, layered.shards.held
-    inside = f"{model.base_model_prefix}.layers."
-    names = {name: name for name in model.state_dict() if name in held and not name.startswith(inside)}
-    tied = model.config.tie_word_embeddings
-    if tied:
-        names.pop(HEAD, None)
-    if tied and EMBEDDING not in held:
-        names[HEAD] = EMBEDDING
-    _fill(model, {names[name]: x for name, x in _read(layered, names).items()})
-    model.tie_weights()
+def _embed(
+    layered: LayeredModel, embedding: Any, forward: Callable[[Tensor], Tensor], ids_BT: Tensor
+) -> Tensor:
+    """As the embedding, of which the rows that are used are read."""
+    used_N, places_BT = ids_BT.unique(return_inverse=True)
+    used_N, rows, first = used_N.cpu(), [], 0
+    for block_VC in layered.shards.blocks(layered.embedding_name):
+        inside_N = used_N[(used_N >= first) & (used_N < first + len(block_VC))]
+        rows.append(block_VC[inside_N - first])
+        first += len(block_VC)
+    weight, padding = embedding.weight, embedding.padding_idx
+    table_NC = torch.cat(rows).to(layered.device, layered.dtype)
+    embedding.weight = nn.Parameter(table_NC, requires_grad=False)
+    embedding.padding_idx = None  # of use with a gradient alone, and the rows have other numbers
+    try:
+        return forward(places_BT)
+    finally:
+        embedding.weight, embedding.padding_idx = weight, padding
+
+
+def _logits(layered: LayeredModel, hidden_NC: Tensor) -> Tensor:
+    """As the head, some rows of it after the other."""
+    blocks = layered.shards.blocks(layered.head_name)
+    return torch.cat([linear(hidden_NC, x.to(layered.device, layered.dtype)) for x in blocks], dim=-1)
+
+
+def _fill_rest(layered: LayeredModel) -> None:
+    """What is neither in a layer nor embedding or head: the last norm."""
+    model = layered.model
+    inside = (f"{model.base_model_prefix}.layers.", HEAD, EMBEDDING)
+    _fill(model, _read(layered, [name for name in model.state_dict() if not name.startswith(inside)]))
 
 
 def _require_held(layered: LayeredModel, config: PreTrainedConfig) -> None:

@@ -22,6 +22,8 @@ PROGRAM_BYTES = 700 * 2**20
 STATES, QUERIES, KEYS = 5, 4, 3
 # Queries of which logits to all keys are there at once, and how often (float32).
 PAIR_ROWS, PAIR_COPIES = 48, 4
+# Matrices of hidden size by hidden size that the regression of the thresholds holds (float64).
+RIDGE_COPIES = 3
 # The fit of one layer and sequence costs as much as this many queries attending to all of it.
 FIT_QUERIES = 3000
 
@@ -61,7 +63,7 @@ def inherit_cost(
     tokens = sequences * length
     work = tokens * (numbers * itemsize + 4 * key_width)
     work += 3 * TOKENS_PER_BLOCK * config.intermediate_size * itemsize
-    work += 4 * PAIR_COPIES * PAIR_ROWS * layout.heads * length
+    work += 4 * PAIR_COPIES * PAIR_ROWS * layout.heads * length + 8 * RIDGE_COPIES * config.hidden_size**2
     once = PROGRAM_BYTES + work
     index = indexer_cost(config, dsa)
     indexer = index.key_weights + index.query_weights

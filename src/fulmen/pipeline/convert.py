@@ -223,7 +223,7 @@ def _inherit(model: PreTrainedModel, texts: ConversionTexts, work: _Work) -> lis
     with feed_forward_in_blocks(model):
         share_k(model, ids_BT, work.reporter)
         record = fit_layers(model, ids_BT, work.reporter)
-        tried = try_splits(model, texts.answered, work.reporter)
+        tried = try_splits(model, texts.answered, model.device, work.reporter)
     if tried:
         work.run.save_record("splits", [split._asdict() for split in tried])
     record = with_shares(record, tried)

@@ -38,7 +38,7 @@ def inherit_by_layers(
         with layers_as_they_run(layered, store.indexer), feed_forward_in_blocks(model):
             _share_k_once(layered, ids_BT, run, reporter)
             record = _fit_rest(layered, ids_BT, store, reporter)
-            tried = try_splits(model, texts.answered, reporter)
+            tried = try_splits(model, texts.answered, layered.device, reporter)
         store.join(run.stage("inherit"))
         if tried:
             run.save_record("splits", [split._asdict() for split in tried])

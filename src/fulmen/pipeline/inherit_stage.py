@@ -48,10 +48,13 @@ def fit_layers(
 
 
 def try_splits(
-    model: PreTrainedModel, answered: Sequence[TokenSequence], reporter: Reporter
+    model: PreTrainedModel, answered: Sequence[TokenSequence], device: torch.device, reporter: Reporter
 ) -> list[TriedSplit]:
-    """Keep the split of k with which the model answers best, the first of those returned."""
-    texts = [AnsweredText(one.input_ids.to(model.device), before_answers(one.answers)) for one in answered]
+    """Keep the split of k with which the model answers best, the first of those returned.
+
+    device: that it runs on.
+    """
+    texts = [AnsweredText(one.input_ids.to(device), before_answers(one.answers)) for one in answered]
     if not (texts and dsa_family_for(model.config).varies_topk):
         return []
     with reporter.stage("Try splits of k"):
