@@ -24,7 +24,7 @@ from fulmen.pipeline.model_source import DenseSource
 from fulmen.pipeline.reporter import Reporter
 from fulmen.pipeline.run_dir import RunDir
 from fulmen.pipeline.settings import ConvertSettings
-from fulmen.pipeline.texts import calibration_shape, lengths_to_try
+from fulmen.pipeline.texts import calibration_shape, calibration_sizes, lengths_to_try
 
 INHERIT_ALONE = ("inherit",)
 # Of the products that tell the machine's speed: long enough to count, short enough not to be noticed.
@@ -37,6 +37,15 @@ class Plan(NamedTuple):
     dsa: DsaConfig
     lengths: list[int]
     context: int | None
+
+
+class FittedPlan(NamedTuple):
+    """A plan that has room. calibration_tokens: of all calibration texts, at most."""
+
+    dsa: DsaConfig
+    lengths: list[int]
+    context: int | None
+    calibration_tokens: int
 
 
 @dataclass(frozen=True)
@@ -105,24 +114,32 @@ class Planner:
             return replace(settings, by_layers=True, stages=INHERIT_ALONE, budget_s=None)
         return replace(settings, by_layers=False, stages=settings.asked_stages)
 
-    def plan(self, settings: ConvertSettings) -> Plan:
-        """`plan_conversion` without lengths that have no room, where nobody asked for one."""
+    def plan(self, settings: ConvertSettings) -> FittedPlan:
+        """`plan_conversion` with the longest texts that have room, at least with the shortest.
+
+        Calibration gives way before the training texts do, and these only where nobody asked for a length.
+        """
         plan = plan_conversion(settings, self._config)
-        if settings.length is not None:
-            return plan
-        if begun := self._begun.get("length"):
-            return plan._replace(lengths=[one for one in plan.lengths if one <= begun] or plan.lengths)
+        if self._begun:
+            most = settings.length or self._begun["length"]
+            lengths = [length for length in plan.lengths if length <= most] or plan.lengths
+            return FittedPlan(plan.dsa, lengths, plan.context, self._begun["calibration_tokens"])
+        fitted = [
+            FittedPlan(plan.dsa, plan.lengths[place:], plan.context, tokens)
+            for place, length in enumerate(plan.lengths)
+            for tokens in calibration_sizes(length, plan.context)
+        ]
+        return next((one for one in fitted if self._has_room(one, settings)), fitted[-1])
 
-        def has_room(length: int) -> bool:
-            cost = self.cost(plan, length)
-            return (cost.layers_bytes if settings.by_layers else cost.whole_bytes) <= self.free_bytes
-
-        return plan._replace(lengths=[*filter(has_room, plan.lengths)] or plan.lengths[-1:])
-
-    def cost(self, plan: Plan, length: int) -> InheritCost:
-        """Of inherit, where training texts have `length` tokens."""
-        shape, itemsize = calibration_shape(length, plan.context), _dtype(self._config).itemsize
+    def cost(self, plan: FittedPlan) -> InheritCost:
+        """Of inherit with the longest texts of a plan."""
+        shape = calibration_shape(plan.lengths[0], plan.context, plan.calibration_tokens)
+        itemsize = _dtype(self._config).itemsize
         return inherit_cost(self._config, plan.dsa, self.sizes, *shape, itemsize)
+
+    def _has_room(self, plan: FittedPlan, settings: ConvertSettings) -> bool:
+        cost = self.cost(plan)
+        return (cost.layers_bytes if settings.by_layers else cost.whole_bytes) <= self.free_bytes
 
     def _may_be_by_layers(self, settings: ConvertSettings) -> bool:
         plain = settings.stages in (None, INHERIT_ALONE) and settings.dtype == "auto"
@@ -131,9 +148,9 @@ class Planner:
     def _is_by_layers(self, settings: ConvertSettings) -> bool:
         if "by_layers" in self._begun:
             return bool(self._begun["by_layers"])
-        plan = plan_conversion(settings, self._config)
-        # Shorter texts do not make a model smaller.
-        return self.cost(plan, plan.lengths[-1]).whole_bytes > self.free_bytes
+        # Less text than this does not help: the model is what has no room.
+        least = self.plan(replace(settings, by_layers=False))
+        return not self._has_room(least, settings)
 
 
 def left_out(asked: ConvertSettings, settings: ConvertSettings, reporter: Reporter) -> dict[str, str]:
@@ -155,12 +172,12 @@ def describe_plan(source: DenseSource, device: torch.device | None = None) -> Co
     planner = Planner(source, RunDir(Path("none")), device)
     settings = planner.settled(ConvertSettings(source.name, Path("none")))
     plan, dtype = planner.plan(settings), _dtype(source.config)
-    cost = planner.cost(plan, plan.lengths[0])
+    cost = planner.cost(plan)
     return ConversionPlan(
         topk=plan.dsa.topk,
         stages=settings.asked_stages,
         length=plan.lengths[0],
-        calibration=calibration_shape(plan.lengths[0], plan.context),
+        calibration=calibration_shape(plan.lengths[0], plan.context, plan.calibration_tokens),
         by_layers=bool(settings.by_layers),
         weight_bytes=planner.sizes.model * dtype.itemsize,
         whole_bytes=cost.whole_bytes,

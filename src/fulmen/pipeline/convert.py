@@ -19,7 +19,7 @@ from fulmen.modeling.checkpoint import require_free_output, require_savable, sav
 from fulmen.modeling.families import accelerated, dsa_family_for, dsa_of, family_for
 from fulmen.modeling.token_blocks import feed_forward_in_blocks
 from fulmen.pipeline.conversion import Conversion
-from fulmen.pipeline.conversion_plan import Plan, Planner, left_out
+from fulmen.pipeline.conversion_plan import FittedPlan, Planner, left_out
 from fulmen.pipeline.devices import CPU, training_device
 from fulmen.pipeline.inherit_by_layers import inherit_by_layers
 from fulmen.pipeline.inherit_stage import fit_layers, share_k, try_splits, with_shares
@@ -81,7 +81,7 @@ def run_conversion(settings: ConvertSettings, reporter: Reporter) -> Conversion:
         corpus = read_corpus(settings.data, settings.texts)
         texts, sparse = _texts(plan, corpus, tokenizer, settings, reporter)
     work = _Work(settings, RunDir(out), reporter)
-    identity = _identity(settings, source, corpus, plan.dsa, texts.length)
+    identity = _identity(settings, source, corpus, plan, texts.length)
     if settings.by_layers:
         return _convert_by_layers(source, tokenizer, texts, work, identity, skipped)
     model = _load(source, settings, plan, device, reporter)
@@ -147,7 +147,7 @@ def _device(settings: ConvertSettings) -> torch.device | None:
 
 
 def _texts(
-    plan: Plan, corpus: Corpus, tokenizer: Any, settings: ConvertSettings, reporter: Reporter
+    plan: FittedPlan, corpus: Corpus, tokenizer: Any, settings: ConvertSettings, reporter: Reporter
 ) -> tuple[ConversionTexts, SparseTexts | None]:
     """All that the stages read. Raises as `conversion_texts` and `sparse_texts`."""
     source = None
@@ -156,7 +156,14 @@ def _texts(
 
     def draw(length: int) -> tuple[ConversionTexts, SparseTexts | None]:
         texts = conversion_texts(
-            corpus, tokenizer, length, plan.context, settings.seed, reporter, trains=settings.trains
+            corpus,
+            tokenizer,
+            length,
+            plan.context,
+            settings.seed,
+            reporter,
+            trains=settings.trains,
+            calibration_tokens=plan.calibration_tokens,
         )
         if source is None:
             return texts, None
@@ -168,7 +175,7 @@ def _texts(
 def _load(
     source: DenseSource,
     settings: ConvertSettings,
-    plan: Plan,
+    plan: FittedPlan,
     device: torch.device | None,
     reporter: Reporter,
 ) -> PreTrainedModel:
@@ -190,10 +197,15 @@ def _sparse(settings: ConvertSettings) -> SparseSettings:
 
 
 def _identity(
-    settings: ConvertSettings, source: DenseSource, corpus: Corpus, dsa: DsaConfig, length: int
+    settings: ConvertSettings, source: DenseSource, corpus: Corpus, plan: FittedPlan, length: int
 ) -> dict[str, Any]:
     """What must be equal for one run to be the continuation of another."""
-    chosen = {"length": length, "corpus": corpus.fingerprint, "dsa": dsa.to_dict()}
+    chosen = {
+        "length": length,
+        "calibration_tokens": plan.calibration_tokens,
+        "corpus": corpus.fingerprint,
+        "dsa": plan.dsa.to_dict(),
+    }
     return {**source.identity(), **settings.plain(), **chosen}
 
 
