@@ -91,6 +91,8 @@ def layered_gqa(
     # Parameters alone: the buffers are those that no file holds, and computed.
     with init_empty_weights(include_buffers=False):
         model = family.causal_lm_class(own).eval().requires_grad_(False)
+    for module in model.modules():
+        module._buffers.update({key: x.to(device) for key, x in module._buffers.items() if x is not None})
     own.architectures = [type(model).__name__]
     layered = LayeredModel(model, shards, dtype, device)
     _require_held(layered, config)

@@ -19,11 +19,12 @@ from fulmen.modeling.families import family_for
 from fulmen.modeling.index_shape import default_dsa
 from fulmen.modeling.inherit_cost import InheritCost, WeightSizes, inherit_cost, weight_sizes
 from fulmen.modeling.lengths import context_of, untrained_topk
+from fulmen.pipeline.devices import training_device
 from fulmen.pipeline.memory import available_bytes
 from fulmen.pipeline.model_source import DenseSource
 from fulmen.pipeline.reporter import Reporter
 from fulmen.pipeline.run_dir import RunDir
-from fulmen.pipeline.settings import ConvertSettings
+from fulmen.pipeline.settings import AUTO_DEVICE, ConvertSettings
 from fulmen.pipeline.texts import calibration_shape, calibration_sizes, lengths_to_try
 
 INHERIT_ALONE = ("inherit",)
@@ -166,8 +167,9 @@ def left_out(asked: ConvertSettings, settings: ConvertSettings, reporter: Report
     return {"warmup": reason}
 
 
-def describe_plan(source: DenseSource, device: torch.device | None = None) -> ConversionPlan:
+def describe_plan(source: DenseSource) -> ConversionPlan:
     """What a conversion with defaults would do now. Raises as `plan_conversion`."""
+    device = training_device(AUTO_DEVICE)
     # No run lies at such a place.
     planner = Planner(source, RunDir(Path("none")), device)
     settings = planner.settled(ConvertSettings(source.name, Path("none")))
@@ -183,7 +185,7 @@ def describe_plan(source: DenseSource, device: torch.device | None = None) -> Co
         whole_bytes=cost.whole_bytes,
         layers_bytes=cost.layers_bytes,
         free_bytes=planner.free_bytes,
-        inherit_seconds=cost.flops / _flops_per_second(dtype),
+        inherit_seconds=cost.flops / _flops_per_second(dtype, device),
     )
 
 
@@ -192,12 +194,13 @@ def _dtype(config: PreTrainedConfig) -> Any:
     return config.dtype or torch.float32
 
 
-def _flops_per_second(dtype: torch.dtype) -> float:
+def _flops_per_second(dtype: torch.dtype, device: torch.device) -> float:
     rows, width = TIMED_SHAPE
-    x, y = torch.ones(rows, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
+    x_NC, y_CC = (torch.ones(size, width, dtype=dtype, device=device) for size in (rows, width))
     seconds = []
     for _ in range(TIMED_TIMES):
         began = time.perf_counter()
-        x @ y
+        # Read, since a GPU only begins at once.
+        float((x_NC @ y_CC)[0, 0])
         seconds.append(time.perf_counter() - began)
     return 2 * rows * width * width / min(seconds)
