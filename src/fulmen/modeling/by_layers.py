@@ -6,6 +6,7 @@ All that runs a model runs this one as it is: each decoder layer has weights whi
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +56,12 @@ class LayeredModel(NamedTuple):
     def prefix(self, layer: int) -> str:
         """What the names of a layer's weights begin with."""
         return f"{self.model.base_model_prefix}.layers.{layer}."
+
+    def bytes_in(self, folder: Path) -> int:
+        """What a conversion takes of the disk of `folder`: files that have no links, indexers three times."""
+        state = self.model.state_dict()
+        indexers = sum(x.numel() for name, x in state.items() if _is_indexers(name)) * self.dtype.itemsize
+        return self.shards.bytes_to_copy(folder) + 3 * indexers
 
     def indexer_state(self, layer: int) -> dict[str, Tensor]:
         """The tensors of one layer's indexer, by their names in the model, while the layer runs."""

@@ -26,6 +26,7 @@ from fulmen.pipeline.reporter import Reporter
 from fulmen.pipeline.run_dir import RunDir
 from fulmen.pipeline.settings import AUTO_DEVICE, ConvertSettings
 from fulmen.pipeline.texts import calibration_shape, calibration_sizes, lengths_to_try
+from fulmen.training.processes import broadcast_from_main
 
 INHERIT_ALONE = ("inherit",)
 # Of the products that tell the machine's speed: long enough to count, short enough not to be noticed.
@@ -98,8 +99,11 @@ class Planner:
 
     def __init__(self, source: DenseSource, run: RunDir, device: torch.device | None) -> None:
         """Take what `run` began with, if there is one, as decided: what goes on must not change its mind."""
-        self._source, self._config, self._begun = source, source.config, run.settings()
-        self.free_bytes = available_bytes(device) + source.loaded_bytes
+        self._source, self._config, begun = source, source.config, run.settings()
+        # Of a training, or of an earlier fulmen: nothing is decided there.
+        self._begun = begun if {"by_layers", "length", "calibration_tokens"} <= begun.keys() else {}
+        # All processes of a run must decide alike.
+        self.free_bytes = broadcast_from_main(available_bytes(device)) + source.loaded_bytes
 
     @cached_property
     def sizes(self) -> WeightSizes:
@@ -147,7 +151,7 @@ class Planner:
         return plain and self._source.has_layers
 
     def _is_by_layers(self, settings: ConvertSettings) -> bool:
-        if "by_layers" in self._begun:
+        if self._begun:
             return bool(self._begun["by_layers"])
         # Less text than this does not help: the model is what has no room.
         least = self.plan(replace(settings, by_layers=False))

@@ -115,7 +115,7 @@ def _convert_by_layers(
     with reporter.stage("Load"):
         device = _device(work.settings) or CPU
         layered = source.layered(DsaConfig.from_dict(identity["dsa"]), device)
-        require_savable(layered.model, tokenizer, out, layered.shards.bytes_to_copy)
+        require_savable(layered.model, tokenizer, out, layered.bytes_in)
     if len(kinds := layered.shards.kinds) > 1:
         reporter.note(f"Its weights are {', '.join(kinds)}: they stay so, and run in {layered.dtype}")
     _open_run(work, identity)
