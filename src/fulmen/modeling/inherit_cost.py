@@ -25,7 +25,7 @@ PAIR_ROWS, PAIR_COPIES = 48, 4
 # Matrices of hidden size by hidden size that the regression of the thresholds holds (float64).
 RIDGE_COPIES = 3
 # The fit of one layer and sequence costs as much as this many queries attending to all of it.
-FIT_QUERIES = 3000
+FIT_QUERIES = 9000
 
 
 class WeightSizes(NamedTuple):

@@ -2,9 +2,10 @@
 
 The rule: where the weights, the indexers and the work on the calibration text are estimated to take more
 memory than is free, one layer at a time is in memory, and inherit is the only stage. Where even that has no
-room, the texts are shortened.
+room, or cannot be, less text is read.
 """
 
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -153,9 +154,8 @@ class Planner:
     def _is_by_layers(self, settings: ConvertSettings) -> bool:
         if self._begun:
             return bool(self._begun["by_layers"])
-        # Less text than this does not help: the model is what has no room.
-        least = self.plan(replace(settings, by_layers=False))
-        return not self._has_room(least, settings)
+        cost = self.cost(FittedPlan(*plan_conversion(settings, self._config), sys.maxsize))
+        return cost.whole_bytes > self.free_bytes
 
 
 def left_out(asked: ConvertSettings, settings: ConvertSettings, reporter: Reporter) -> dict[str, str]:
@@ -194,8 +194,9 @@ def describe_plan(source: DenseSource) -> ConversionPlan:
 
 
 def _dtype(config: PreTrainedConfig) -> Any:
-    # A config without a dtype means float32.
-    return config.dtype or torch.float32
+    # A config without a dtype means float32; that of a model in memory may be a name.
+    dtype: Any = config.dtype or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def _flops_per_second(dtype: torch.dtype, device: torch.device) -> float:
