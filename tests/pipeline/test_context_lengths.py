@@ -12,7 +12,7 @@ from fulmen.data import Document, load_corpus
 from fulmen.errors import ConfigError
 from fulmen.modeling.checkpoint import find_source, load_tokenizer
 from fulmen.modeling.lengths import default_topk
-from fulmen.pipeline.convert import plan_conversion
+from fulmen.pipeline.conversion_plan import plan_conversion
 from fulmen.pipeline.evaluate import EvalSize, plan_evaluation
 from fulmen.pipeline.evaluate_lookups import plan_lookups
 from fulmen.pipeline.reporter import LineReporter, SilentReporter

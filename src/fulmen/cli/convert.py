@@ -13,7 +13,6 @@ from fulmen.pipeline.settings import (
     AUTO_DEVICE,
     DEFAULT_BUDGET,
     DEFAULT_SPARSE_BUDGET,
-    DEFAULT_STAGES,
     DTYPES,
     STAGES,
 )
@@ -44,13 +43,15 @@ def convert_command(
         ),
     ] = None,
     stages: Annotated[
-        str,
+        str | None,
         typer.Option(
             help=f"Stages to run, in this order, of {', '.join(STAGES)}. inherit builds the indexer from "
             "the model's own heads (about a minute); warmup trains it to match the dense attention; sparse "
-            "trains all weights under sparse attention, taught by the dense model (options: fulmen train).",
+            "trains all weights under sparse attention, taught by the dense model (options: fulmen train). "
+            "[dim]Default: inherit,warmup; inherit alone by layers.[/]",
+            show_default=False,
         ),
-    ] = DEFAULT_STAGES,
+    ] = None,
     budget: Annotated[
         str | None,
         typer.Option(
@@ -126,6 +127,15 @@ def convert_command(
             show_default=False,
         ),
     ] = None,
+    by_layers: Annotated[
+        bool | None,
+        typer.Option(
+            "--by-layers/--whole",
+            help="Have one layer at a time in memory, and link the source's files into --out as they are. "
+            "[dim]Default: where the model has no room (fulmen inspect says).[/]",
+            show_default=False,
+        ),
+    ] = None,
     window: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Convert a dense model: build an indexer from its own heads, train it, write a model directory.
@@ -151,6 +161,7 @@ def convert_command(
         index_head_dim=index_head_dim,
         index=index,
         length=renamed("window", window, "length", length),
+        by_layers=by_layers,
         reporter=told,
     )
     told.note(f"Wrote {out}; next: fulmen eval {out} --html report.html")

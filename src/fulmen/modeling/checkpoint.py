@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -74,7 +74,7 @@ def load_dense(source: str | Path, dtype: torch.dtype | str = "auto") -> tuple[P
         model, tokenizer = load_gguf(str(found), dtype)
         require_tokens_fit(tokenizer, model.config.vocab_size, str(found))
     else:
-        _require_supported_config(found)
+        require_supported_config(found)
         model, tokenizer = load_directory(found.place, dtype)
     require_finite(model, str(found))
     return model, tokenizer
@@ -156,12 +156,14 @@ def save_converted(
     *,
     overwrite: bool = False,
     extras: Mapping[str, Path] = MappingProxyType({}),
+    write_weights: Callable[[Path], Any] | None = None,
 ) -> Path:
     """Write a DSA model as a Hugging Face directory, complete or not at all.
 
     Config, safetensors, tokenizer with chat template, generation config and `card` as README.md; for fulmen's
     own types also a modeling file and `auto_map`: `trust_remote_code=True` then loads it without fulmen.
-    `extras` are files to copy into it, by their relative names there.
+    `extras` are files to copy into it, by their relative names there. `write_weights` writes the weights of a
+    model that is not in memory into a folder.
 
     Raises OutputError if `out_dir` exists (without `overwrite`), cannot be written, or the disk is full.
     """
@@ -173,7 +175,13 @@ def save_converted(
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        _write_model(model, tokenizer, temporary, card)
+        if write_weights is None:
+            model.save_pretrained(temporary)
+            _write_beside_weights(model, tokenizer, temporary, card)
+            follow_umask(temporary.glob("*.safetensors"), temporary / CARD_FILE)
+        else:
+            write_weights(temporary)
+            _write_beside_weights(model, tokenizer, temporary, card)
         for name, file in extras.items():
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, temporary / name)
@@ -207,8 +215,15 @@ def require_free_output(out_dir: str | Path, *, overwrite: bool = False) -> None
         raise OutputError(f"{target} is not a model directory, so it is not overwritten; name another")
 
 
-def require_savable(model: PreTrainedModel, tokenizer: Any, out_dir: str | Path) -> None:
+def require_savable(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    out_dir: str | Path,
+    size_in: Callable[[Path], int] | None = None,
+) -> None:
     """Rehearse `save_converted` before any work: write what libraries write but the weights, read it back.
+
+    size_in: bytes that the weights will take in a folder; None: those that the model has.
 
     Raises:
         CheckpointError: Transformers refuses to write or read a part, or the tokenizer then reads otherwise.
@@ -218,7 +233,8 @@ def require_savable(model: PreTrainedModel, tokenizer: Any, out_dir: str | Path)
     temporary = target.with_name(f".{target.name}.part")
     try:
         temporary.mkdir(parents=True, exist_ok=True)
-        _require_disk_space(sum(tensor.nbytes for tensor in model.parameters()), temporary, target)
+        nbytes = sum(x.nbytes for x in model.parameters()) if size_in is None else size_in(temporary)
+        _require_disk_space(nbytes, temporary, target)
         _write_settings(model, tokenizer, temporary)
         _require_same_when_read(model, tokenizer, temporary)
     except OSError as error:
@@ -250,7 +266,8 @@ def _small_model() -> ModelSource:
     return ModelSource(SMALL_MODEL_HUB_NAME)
 
 
-def _require_supported_config(source: ModelSource) -> None:
+def require_supported_config(source: ModelSource) -> None:
+    """Raise CheckpointError or UnsupportedModelError for a directory or hub model as `load_dense`."""
     try:
         values, _ = PreTrainedConfig.get_config_dict(source.place)
     except Exception as error:
@@ -315,11 +332,9 @@ def _unsavable(reason: str) -> CheckpointError:
     return CheckpointError(f"the model could not be saved ({reason}); fix its config and tokenizer files")
 
 
-def _write_model(model: PreTrainedModel, tokenizer: Any, folder: Path, card: str) -> None:
-    model.save_pretrained(folder)
+def _write_beside_weights(model: PreTrainedModel, tokenizer: Any, folder: Path, card: str) -> None:
     _write_settings(model, tokenizer, folder)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
-    follow_umask(folder.glob("*.safetensors"), folder / CARD_FILE)
     family = dsa_family_for(model.config)
     if isinstance(family, GqaFamily):
         (folder / f"{bundle_name(family)}.py").write_text(bundle_source(family), encoding="utf-8")

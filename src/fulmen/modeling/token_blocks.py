@@ -21,7 +21,6 @@ def feed_forward_in_blocks(model: nn.Module) -> Iterator[None]:
     and for plain ones alone: a mixture of experts would read its weights anew in each block.
     """
     layers: list[Any] = [module for module in model.modules() if _is_feed_forward(module)]
-    layers = [layer for layer in layers if next(layer.parameters()).device.type == "cpu"]
     for layer in layers:
         layer.forward = partial(_in_blocks, layer.forward)
     try:
@@ -38,6 +37,8 @@ def _is_feed_forward(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _in_blocks(forward: Callable[[Tensor], Tensor], x_BTC: Tensor) -> Tensor:
+    if x_BTC.device.type != "cpu":
+        return forward(x_BTC)
     out_NC = torch.empty_like(x_BTC).flatten(0, -2)
     for some_NC, x_NC in zip(
         out_NC.split(TOKENS_PER_BLOCK), x_BTC.flatten(0, -2).split(TOKENS_PER_BLOCK), strict=True

@@ -18,11 +18,18 @@ def require_sound_files(folder: Path) -> None:
     """Look at a model directory's files without reading a weight.
 
     Raises CheckpointError: a file that may not be read, an adapter, pickles only, no weights, a part that is
-    missing or cut short.
+    missing or cut short, an index that names weights which are not in their parts.
     """
     require_no_adapter(folder)
-    for file in weight_files(folder):
-        names_in(file)
+    held = {file.name: set(names_in(file)) for file in weight_files(folder)}
+    if WEIGHTS_FILE in held:
+        return
+    listed = _weight_map(folder / INDEX_FILE)
+    if absent := sorted(name for name, file in listed.items() if name not in held[file]):
+        raise CheckpointError(
+            f"{folder / INDEX_FILE} lists {len(absent)} weights that are not in their parts, the first "
+            f"{absent[0]} in {listed[absent[0]]}; get index and parts anew, of one model"
+        )
 
 
 def require_no_adapter(folder: Path) -> None:
@@ -70,11 +77,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         raise _no_weights(folder)
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted({str(name) for name in weight_map.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} lists no weights ({type(error).__name__}); get it anew") from error
+    names = sorted(set(_weight_map(index).values()))
     missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
@@ -82,6 +85,15 @@ def weight_files(folder: Path) -> list[Path]:
             f"the first {missing[0]}); get them"
         )
     return [folder / name for name in names]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Where an index says that each weight is. Raises CheckpointError if it says nothing of that."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} lists no weights ({type(error).__name__}); get it anew") from error
 
 
 def names_in(file: Path) -> list[str]:

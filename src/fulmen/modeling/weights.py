@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,6 +83,29 @@ def keep_caps(model: PreTrainedModel) -> None:
     capped = getattr(model.config, "attn_logit_softcapping", None) is not None
     if capped and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")
+
+
+def require_held(
+    place: str,
+    config: PreTrainedConfig,
+    wanted: Mapping[str, tuple[int, ...]],
+    held: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Hold the shapes of a directory's weights against those of a model, before any is read.
+
+    Raises CheckpointError as `load_all_weights` for those that do not fit.
+    """
+    known = _known_extras(place, config, r"(?!)")
+    extra = held.keys() - wanted.keys() - ({HEAD, EMBEDDING} if config.tie_word_embeddings else set())
+    shapes = [(name, held[name], wanted[name]) for name in sorted(wanted.keys() & held.keys())]
+    _require_fit(
+        place,
+        _Faults(
+            sorted(wanted.keys() - held.keys()),
+            sorted(name for name in extra if not known.search(name)),
+            [(name, has, wants) for name, has, wants in shapes if has != wants],
+        ),
+    )
 
 
 def local_file(place: str, file_name: str, **options: Any) -> Path | None:

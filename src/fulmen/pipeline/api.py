@@ -24,7 +24,6 @@ from fulmen.pipeline.conversion import Conversion
 from fulmen.pipeline.reporter import Reporter, reporter_of
 from fulmen.pipeline.settings import (
     AUTO_DEVICE,
-    INDEXER_STAGES,
     ConvertSettings,
     ModelInMemory,
     parse_stages,
@@ -43,7 +42,7 @@ def convert(
     out: Place,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     topk: int | None = None,
-    stages: Sequence[str] | str = INDEXER_STAGES,
+    stages: Sequence[str] | str | None = None,
     data: Data = (),
     texts: Sequence[str] | None = None,
     budget: Duration | None = None,
@@ -57,6 +56,7 @@ def convert(
     index_heads: int | None = None,
     index_head_dim: int | None = None,
     index: str | None = None,
+    by_layers: bool | None = None,
     overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> Conversion:
@@ -74,7 +74,7 @@ def convert(
             to 2048).
         stages: "inherit" builds the indexer from the model's own heads, "warmup" trains it to match the
             dense attention, "sparse" trains all weights under sparse attention, taught by the dense model.
-            Each needs the ones before it.
+            Each needs the ones before it. None: the first two, or "inherit" alone by layers.
         data: text to calibrate and train on: a file, a directory of them, hf:name, or several; a string with
             a line break is itself a text. Without any: the documentation and sources that come with Python.
         texts: texts in memory, instead of `data`.
@@ -93,6 +93,8 @@ def convert(
         index: "two-level": a coarse index looks at every key and leaves the indexer eight times `topk` of
             them; "one-level": the indexer looks at all. None: one level. Given to a converted
             `source`, it gets that index, in a minute, and stays otherwise as it is.
+        by_layers: have one layer at a time in memory, and link the source's files into `out` as they are;
+            None: where model and work have no room in the memory that is free (`inspect(source).plan`).
         overwrite: replace a model directory at `out`.
         reporter: whom to tell how far it is, as `fulmen.LineReporter()`; None: nobody.
 
@@ -109,7 +111,7 @@ def convert(
         source=_source(source, tokenizer),
         out=path_argument("out", out),
         topk=topk,
-        stages=parse_stages(stages),
+        stages=None if stages is None else parse_stages(stages),
         budget_s=seconds_argument("budget", budget),
         steps=steps,
         sparse_budget_s=seconds_argument("sparse_budget", sparse_budget),
@@ -124,6 +126,7 @@ def convert(
         index=index,
         length=length,
         device=device,
+        by_layers=None if by_layers is None else flag_argument("by_layers", by_layers),
     )
     reporter = reporter_of(reporter)
     with reporter.stage("Start"):

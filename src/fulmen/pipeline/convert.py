@@ -2,27 +2,27 @@
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fulmen.config import DsaConfig
-from fulmen.data import Corpus, TokenSequence
+from fulmen.data import Corpus
 from fulmen.errors import ConfigError
 from fulmen.evaluation.variants import indexer_state
 from fulmen.modeling.checkpoint import require_free_output, require_savable, save_converted
 from fulmen.modeling.families import accelerated, dsa_family_for, dsa_of, family_for
-from fulmen.modeling.family import AnsweredText, TriedSplit
-from fulmen.modeling.index_shape import default_dsa
-from fulmen.modeling.lengths import context_of, untrained_topk
 from fulmen.modeling.token_blocks import feed_forward_in_blocks
 from fulmen.pipeline.conversion import Conversion
-from fulmen.pipeline.devices import training_device
+from fulmen.pipeline.conversion_plan import FittedPlan, Planner, left_out
+from fulmen.pipeline.devices import CPU, training_device
+from fulmen.pipeline.inherit_by_layers import inherit_by_layers
+from fulmen.pipeline.inherit_stage import fit_layers, share_k, try_splits, with_shares
 from fulmen.pipeline.model_card import conversion_card
 from fulmen.pipeline.model_source import DenseSource, dense_source
 from fulmen.pipeline.reporter import Reporter
@@ -32,7 +32,6 @@ from fulmen.pipeline.texts import (
     ConversionTexts,
     conversion_texts,
     draw_longest,
-    lengths_to_try,
     read_corpus,
     read_stream,
 )
@@ -41,27 +40,17 @@ from fulmen.pipeline.train import (
     SPARSE_DIR,
     STAGES_DIR,
     SparseTexts,
+    record_of,
     sparse_stage,
     sparse_texts,
     stage_logs,
 )
 from fulmen.pipeline.warmup import warmup_stage
 from fulmen.training.processes import is_main_process, main_process_first, wait_for_all
-from fulmen.training.rows import before_answers
 from fulmen.training.sharding import is_sharded
 from fulmen.training.sparse.settings import SparseSettings
 from fulmen.training.warmup.settings import WarmupSettings
 from fulmen.version import __version__
-
-BUDGET_SEQUENCES = 2
-
-
-class _Plan(NamedTuple):
-    """What a conversion will do, as far as the config tells. lengths: of sequences, to be tried in turn."""
-
-    dsa: DsaConfig
-    lengths: list[int]
-    context: int | None
 
 
 @dataclass(frozen=True)
@@ -84,26 +73,70 @@ def run_conversion(settings: ConvertSettings, reporter: Reporter) -> Conversion:
     require_free_output(out, overwrite=settings.overwrite)
     with reporter.stage("Read data"):
         source = dense_source(settings.source)
-        plan = plan_conversion(settings, source.config)
+        asked, planner = settings, Planner(source, RunDir(out), device)
+        settings = planner.settled(asked)
+        skipped = left_out(asked, settings, reporter)
+        plan = planner.plan(settings)
         tokenizer = source.tokenizer()
         corpus = read_corpus(settings.data, settings.texts)
         texts, sparse = _texts(plan, corpus, tokenizer, settings, reporter)
+    work = _Work(settings, RunDir(out), reporter)
+    identity = _identity(settings, source, corpus, plan, texts.length)
+    if settings.by_layers:
+        return _convert_by_layers(source, tokenizer, texts, work, identity, skipped)
     model = _load(source, settings, plan, device, reporter)
     main_process_first(lambda: require_savable(model, tokenizer, out))
-    work = _Work(settings, RunDir(out), reporter)
-    identity = _identity(settings, source, corpus, plan.dsa, texts.length)
-    if main_process_first(lambda: work.run.open(identity, discard_other=settings.overwrite)):
-        reporter.note("Resuming an interrupted conversion")
+    main_process_first(lambda: _open_run(work, identity))
     with accelerated(model):
         records = _run_stages(model, texts, sparse, work)
-    dsa = dsa_of(model.config).to_dict()
-    record = {**identity, "dsa": dsa, "stages_done": records, "made_with": _versions()}
+    record = _record(model, identity, records)
     if is_main_process():
         with reporter.stage("Save"):
-            _save(model, tokenizer, out, record, work)
+            _save(model, tokenizer, record, work)
             work.run.remove()
     wait_for_all()
     return Conversion(out, record)
+
+
+def _convert_by_layers(
+    source: DenseSource,
+    tokenizer: Any,
+    texts: ConversionTexts,
+    work: _Work,
+    identity: dict[str, Any],
+    skipped: dict[str, str],
+) -> Conversion:
+    """One process does it all: what it computes with fits in one machine's memory."""
+    out, reporter = work.settings.out.expanduser().absolute(), work.reporter
+    if not is_main_process():
+        wait_for_all()
+        return Conversion(out, record_of(out))
+    reporter.note(f"Reading {source.name} layer by layer")
+    with reporter.stage("Load"):
+        device = _device(work.settings) or CPU
+        layered = source.layered(DsaConfig.from_dict(identity["dsa"]), device)
+        require_savable(layered.model, tokenizer, out, layered.bytes_in)
+    if len(kinds := layered.shards.kinds) > 1:
+        reporter.note(f"Its weights are {', '.join(kinds)}: they stay so, and run in {layered.dtype}")
+    _open_run(work, identity)
+    records = inherit_by_layers(layered, texts, work.run, reporter)
+    record = {**_record(layered.model, identity, records), "left_out": skipped}
+    with reporter.stage("Save"):
+        indexers = work.run.stage("inherit")
+        _save(layered.model, tokenizer, record, work, lambda to: layered.shards.put_into(to, indexers))
+        work.run.remove()
+    wait_for_all()
+    return Conversion(out, record)
+
+
+def _open_run(work: _Work, identity: dict[str, Any]) -> None:
+    if work.run.open(identity, discard_other=work.settings.overwrite):
+        work.reporter.note("Resuming an interrupted conversion")
+
+
+def _record(model: PreTrainedModel, identity: dict[str, Any], records: dict[str, Any]) -> dict[str, Any]:
+    dsa = dsa_of(model.config).to_dict()
+    return {**identity, "dsa": dsa, "stages_done": records, "made_with": _versions()}
 
 
 def _device(settings: ConvertSettings) -> torch.device | None:
@@ -113,30 +146,24 @@ def _device(settings: ConvertSettings) -> torch.device | None:
     return training_device(settings.device)
 
 
-def plan_conversion(settings: ConvertSettings, config: PreTrainedConfig) -> _Plan:
-    """Raises what the config has against these settings, before weights are loaded."""
-    topk = settings.topk
-    if topk is None and set(settings.stages) == {"inherit"}:
-        topk = untrained_topk(config, settings.length)
-    dsa = default_dsa(config, topk, settings.index_heads, settings.index_head_dim, settings.index)
-    family_for(config).require_convertible(config, dsa)
-    if "sparse" in settings.stages:
-        family_for(config).require_trainable(config)
-    return _Plan(dsa, lengths_to_try(settings.length, config, dsa.topk), context_of(config))
-
-
 def _texts(
-    plan: _Plan, corpus: Corpus, tokenizer: Any, settings: ConvertSettings, reporter: Reporter
+    plan: FittedPlan, corpus: Corpus, tokenizer: Any, settings: ConvertSettings, reporter: Reporter
 ) -> tuple[ConversionTexts, SparseTexts | None]:
     """All that the stages read. Raises as `conversion_texts` and `sparse_texts`."""
-    trains = set(settings.stages) != {"inherit"}
     source = None
-    if "sparse" in settings.stages:
+    if "sparse" in settings.asked_stages:
         source = read_stream(settings.data, settings.texts) or corpus
 
     def draw(length: int) -> tuple[ConversionTexts, SparseTexts | None]:
         texts = conversion_texts(
-            corpus, tokenizer, length, plan.context, settings.seed, reporter, trains=trains
+            corpus,
+            tokenizer,
+            length,
+            plan.context,
+            settings.seed,
+            reporter,
+            trains=settings.trains,
+            calibration_tokens=plan.calibration_tokens,
         )
         if source is None:
             return texts, None
@@ -148,7 +175,7 @@ def _texts(
 def _load(
     source: DenseSource,
     settings: ConvertSettings,
-    plan: _Plan,
+    plan: FittedPlan,
     device: torch.device | None,
     reporter: Reporter,
 ) -> PreTrainedModel:
@@ -156,7 +183,7 @@ def _load(
     reporter.note(f"Loading {source.name}")
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     with reporter.stage("Load"):
-        dense = source.load(dtype, device, to_change="sparse" in settings.stages)
+        dense = source.load(dtype, device, to_change="sparse" in settings.asked_stages)
         model: PreTrainedModel = family_for(dense.config).from_dense(dense, plan.dsa).eval()
     if types := source.quantized:
         loaded = str(dense.dtype).removeprefix("torch.")
@@ -170,10 +197,15 @@ def _sparse(settings: ConvertSettings) -> SparseSettings:
 
 
 def _identity(
-    settings: ConvertSettings, source: DenseSource, corpus: Corpus, dsa: DsaConfig, length: int
+    settings: ConvertSettings, source: DenseSource, corpus: Corpus, plan: FittedPlan, length: int
 ) -> dict[str, Any]:
     """What must be equal for one run to be the continuation of another."""
-    chosen = {"length": length, "corpus": corpus.fingerprint, "dsa": dsa.to_dict()}
+    chosen = {
+        "length": length,
+        "calibration_tokens": plan.calibration_tokens,
+        "corpus": corpus.fingerprint,
+        "dsa": plan.dsa.to_dict(),
+    }
     return {**source.identity(), **settings.plain(), **chosen}
 
 
@@ -184,7 +216,7 @@ def _run_stages(
     records: dict[str, Any] = {"inherit": main_process_first(lambda: _inherit(model, texts, work))}
     if work.run.record("splits").exists():
         records["splits"] = json.loads(work.run.record("splits").read_text(encoding="utf-8"))
-    if "warmup" in work.settings.stages:
+    if "warmup" in work.settings.asked_stages:
         records["warmup"] = _warm_up(model, texts, work)
     if sparse is not None:
         folder = work.run.path / SPARSE_DIR
@@ -201,50 +233,15 @@ def _inherit(model: PreTrainedModel, texts: ConversionTexts, work: _Work) -> lis
         return list(fits)
     ids_BT = torch.stack([text.input_ids for text in texts.calibration]).to(model.device)
     with feed_forward_in_blocks(model):
-        if family.varies_topk:
-            _share_k(model, ids_BT[:BUDGET_SEQUENCES], work.reporter)
-        record = [layer._asdict() for layer in _fit_layers(model, ids_BT, work.reporter)]
-        tried = _try_splits(model, texts.answered, work.reporter)
+        share_k(model, ids_BT, work.reporter)
+        record = fit_layers(model, ids_BT, work.reporter)
+        tried = try_splits(model, texts.answered, model.device, work.reporter)
     if tried:
         work.run.save_record("splits", [split._asdict() for split in tried])
-        kept = zip(record, tried[0].ratios, strict=True)
-        record = [{**layer, "topk_share": ratio} for layer, ratio in kept]
+    record = with_shares(record, tried)
     work.run.save_record("inherit", record)
     work.run.save_stage("inherit", indexer_state(model))
     return record
-
-
-def _fit_layers(model: PreTrainedModel, ids_BT: torch.Tensor, reporter: Reporter) -> Any:
-    n_layers = len(dsa_of(model.config).layers)
-    with reporter.stage("Inherit"):
-        reporter.advance(0, n_layers, f"{len(ids_BT)} sequences of {ids_BT.shape[1]} tokens")
-        fits: list[Any] = []
-
-        def on_layer(fit: Any) -> None:
-            fits.append(fit)
-            reporter.advance(len(fits), n_layers, f"KL {fit.kl:.2f}")
-
-        return dsa_family_for(model.config).inherit(model, ids_BT, on_layer)
-
-
-def _share_k(model: PreTrainedModel, ids_BT: torch.Tensor, reporter: Reporter) -> None:
-    n_layers = len(dsa_of(model.config).layers)
-    with reporter.stage("Share k"):
-        reporter.advance(0, n_layers)
-        dsa_family_for(model.config).fit_topk(model, ids_BT, lambda done: reporter.advance(done, n_layers))
-
-
-def _try_splits(
-    model: PreTrainedModel, answered: Sequence[TokenSequence], reporter: Reporter
-) -> list[TriedSplit]:
-    """Keep the split of k with which the model answers best, the first of those returned."""
-    texts = [AnsweredText(one.input_ids.to(model.device), before_answers(one.answers)) for one in answered]
-    if not (texts and dsa_family_for(model.config).varies_topk):
-        return []
-    with reporter.stage("Try splits of k"):
-        return dsa_family_for(model.config).try_topk(
-            model, texts, lambda done, total: reporter.advance(done, total, "texts")
-        )
 
 
 def _warm_up(model: PreTrainedModel, texts: ConversionTexts, work: _Work) -> dict[str, Any]:
@@ -253,13 +250,26 @@ def _warm_up(model: PreTrainedModel, texts: ConversionTexts, work: _Work) -> dic
     return warmup_stage(model, texts.training, texts.validation, warmup, work.run, work.reporter)
 
 
-def _save(model: PreTrainedModel, tokenizer: Any, out: Path, record: dict[str, Any], work: _Work) -> None:
+def _save(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    record: dict[str, Any],
+    work: _Work,
+    write_weights: Callable[[Path], None] | None = None,
+) -> None:
     run = work.run
     extras = {f"{STAGES_DIR}/inherit.safetensors": run.stage("inherit"), **stage_logs(run)}
     run.save_record("conversion", record)
     extras[RECORD_FILE] = run.record("conversion")
-    card = conversion_card(record, model.config.model_type)
-    save_converted(model, tokenizer, out, card, overwrite=work.settings.overwrite, extras=extras)
+    save_converted(
+        model,
+        tokenizer,
+        work.settings.out,
+        conversion_card(record, model.config.model_type),
+        overwrite=work.settings.overwrite,
+        extras=extras,
+        write_weights=write_weights,
+    )
 
 
 def _versions() -> dict[str, str]:

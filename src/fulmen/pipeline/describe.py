@@ -22,8 +22,10 @@ from fulmen.modeling.families import dsa_of, family_like, has_dsa
 from fulmen.modeling.index_shape import default_dsa
 from fulmen.modeling.rope_tables import full_attention_rope
 from fulmen.modeling.windows import layer_windows
+from fulmen.pipeline.conversion_plan import describe_plan
 from fulmen.pipeline.description import ModelDescription, layer_ranges
 from fulmen.pipeline.model_config import quantized_types, read_config
+from fulmen.pipeline.model_source import dense_source
 
 POSITIONS = (8 * 1024, 32 * 1024, 128 * 1024, 512 * 1024, 1024 * 1024)
 
@@ -71,6 +73,7 @@ def describe(source: str) -> ModelDescription:
         index_key_share=index_key_share(config, dsa, dtype.itemsize),
         token_bytes=token_bytes(config, dsa, dtype.itemsize),
         rows=cost_rows(config, dsa, POSITIONS, dtype.itemsize),
+        plan=None if converted else describe_plan(dense_source(source)),
     )
 
 

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from fulmen.config import DsaConfig
 from fulmen.evaluation.wording import percent
+from fulmen.pipeline.reporter import in_minutes
 
 if TYPE_CHECKING:
     from fulmen.modeling.cache import CacheBytes
     from fulmen.modeling.cost import CostRow
+    from fulmen.pipeline.conversion_plan import ConversionPlan
 
 SAVINGS_TITLE = "One decoded token, by the number of tokens it sees; cache in GiB"
 SAVINGS_HEADER = (
@@ -36,6 +38,7 @@ class ModelDescription:
         dense_layers: layers that keep dense attention, with the reason.
         index_key_share: index keys over keys and values in a converted layer.
         token_bytes: cache per token.
+        plan: what `fulmen convert` with defaults would do on this machine now; None: it has DSA already.
     """
 
     source: str
@@ -59,6 +62,7 @@ class ModelDescription:
     index_key_share: float
     token_bytes: "CacheBytes"
     rows: "list[CostRow]"
+    plan: "ConversionPlan | None"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -75,6 +79,7 @@ class ModelDescription:
             "dsa": self.dsa.to_dict(),
             "token_bytes": self.token_bytes._asdict(),
             "rows": rows,
+            "plan": self.plan.to_dict() if self.plan else None,
         }
         return {**vars(self), **changed}
 
@@ -145,7 +150,23 @@ def _facts(model: ModelDescription) -> list[tuple[str, str]]:
         f"{_bytes(model.token_bytes.kv)} a token, index keys {_bytes(model.token_bytes.index_keys)} more "
         f"({percent(model.index_key_share, 1)} of a converted layer)"
     )
-    return [*facts, ("indexer", shape), ("index levels", levels), ("cache", share)]
+    facts += [("indexer", shape), ("index levels", levels), ("cache", share)]
+    return [*facts, *_planned(model.plan)] if model.plan else facts
+
+
+def _planned(plan: "ConversionPlan") -> list[tuple[str, str]]:
+    count, tokens = plan.calibration
+    peak = plan.layers_bytes if plan.by_layers else plan.whole_bytes
+    where = "layer by layer" if plan.by_layers else "the whole model in memory"
+    steps = (
+        f"{' and '.join(plan.stages)}; k {plan.topk:,}, texts of {plan.length:,} tokens, "
+        f"calibration {count} x {tokens:,}"
+    )
+    cost = (
+        f"inherit takes about {in_minutes(plan.inherit_seconds)} min and {_bytes(peak)} of the "
+        f"{_bytes(plan.free_bytes)} that are free, {where}"
+    )
+    return [("conversion", steps), ("here", cost)]
 
 
 def _active(model: ModelDescription) -> str:

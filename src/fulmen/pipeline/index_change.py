@@ -24,7 +24,7 @@ from fulmen.pipeline.devices import training_device
 from fulmen.pipeline.load import load_converted_model, load_converted_tokenizer
 from fulmen.pipeline.model_config import read_config
 from fulmen.pipeline.reporter import Reporter
-from fulmen.pipeline.settings import DEFAULT_BUDGET, INDEXER_STAGES, ConvertSettings
+from fulmen.pipeline.settings import DEFAULT_BUDGET, ConvertSettings
 from fulmen.pipeline.texts import calibration_texts, draw_longest, lengths_to_try, read_corpus
 from fulmen.pipeline.train import RECORD_FILE, STAGES_DIR, record_of
 
@@ -32,8 +32,8 @@ INHERITED = f"{STAGES_DIR}/inherit.safetensors"
 # What only a conversion from the beginning can change.
 CONVERSION_ONLY = {
     **dict.fromkeys(("topk", "steps", "sparse_steps", "sparse_budget_s", "index_heads", "index_head_dim")),
-    "stages": INDEXER_STAGES,
     "budget_s": parse_duration(DEFAULT_BUDGET),
+    **dict.fromkeys(("stages", "by_layers")),
     "dtype": "auto",
 }
 

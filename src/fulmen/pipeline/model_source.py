@@ -8,10 +8,19 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from fulmen.config import DsaConfig
 from fulmen.errors import UnsupportedModelError
-from fulmen.modeling.checkpoint import ModelSource, load_dense, load_tokenizer, require_finite
+from fulmen.modeling.by_layers import LayeredModel, layered_gqa, require_layered
+from fulmen.modeling.checkpoint import (
+    ModelSource,
+    load_dense,
+    load_tokenizer,
+    require_finite,
+    require_supported_config,
+)
 from fulmen.modeling.config_checks import require_sound_config, require_tokens_fit
 from fulmen.modeling.families import family_for
+from fulmen.modeling.shards import open_shards
 from fulmen.pipeline.arguments import refused
 from fulmen.pipeline.devices import move
 from fulmen.pipeline.fingerprint import weights_fingerprint
@@ -45,6 +54,20 @@ class DenseSource(Protocol):
         self, dtype: torch.dtype | str, device: torch.device | None, *, to_change: bool
     ) -> PreTrainedModel:
         """The model on a device; one whose weights are not written to unless it is `to_change`."""
+        ...
+
+    @property
+    def loaded_bytes(self) -> int:
+        """What of it is in memory already."""
+        ...
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether `layered` has what it needs, as far as the config tells."""
+        ...
+
+    def layered(self, dsa: DsaConfig, device: torch.device) -> LayeredModel:
+        """A DSA model whose layers are read as they run. Raises UnsupportedModelError, CheckpointError."""
         ...
 
     def identity(self) -> dict[str, Any]:
@@ -91,6 +114,30 @@ class PlaceSource:
         model = load_dense(self.name, dtype)[0]
         return model if device is None else move(model, device)
 
+    @property
+    def loaded_bytes(self) -> int:
+        """As `DenseSource.loaded_bytes`."""
+        return 0
+
+    @property
+    def has_layers(self) -> bool:
+        """As `DenseSource.has_layers`."""
+        try:
+            require_layered(self.config)
+        except UnsupportedModelError:
+            return False
+        return self.found.gguf_file is None
+
+    def layered(self, dsa: DsaConfig, device: torch.device) -> LayeredModel:
+        """As `DenseSource.layered`. Raises as `layered_gqa`."""
+        if self.found.gguf_file:
+            raise UnsupportedModelError(
+                f"{self.found} cannot be converted layer by layer, as it is dequantized at once; leave "
+                "by_layers out, or name a directory of safetensors"
+            )
+        require_supported_config(self.found)
+        return layered_gqa(self.config, dsa, open_shards(self.found.place), device)
+
     def identity(self) -> dict[str, Any]:
         """As `DenseSource.identity`."""
         return {"source": self.name}
@@ -100,6 +147,7 @@ class LoadedSource:
     """A model in memory, which stays as it is: the result shares its weights where they stay the same."""
 
     quantized: list[str] = []  # noqa: RUF012 (what cannot be is refused)
+    has_layers = False
 
     def __init__(self, source: ModelInMemory) -> None:
         self._model, self._tokenizer = source.model, source.tokenizer
@@ -133,6 +181,15 @@ class LoadedSource:
         copied = copy.deepcopy(self._model)
         copied = copied if dtype == "auto" else copied.to(dtype)  # type: ignore[arg-type]
         return move(copied, device) if moves else copied  # type: ignore[arg-type]
+
+    @property
+    def loaded_bytes(self) -> int:
+        """As `DenseSource.loaded_bytes`."""
+        return sum(tensor.nbytes for tensor in self._model.parameters())
+
+    def layered(self, dsa: DsaConfig, device: torch.device) -> LayeredModel:
+        """As `DenseSource.layered`: never."""
+        raise UnsupportedModelError(f"source, {self.name}, is in memory as a whole; leave by_layers out")
 
     def identity(self) -> dict[str, Any]:
         """As `DenseSource.identity`."""

@@ -55,6 +55,12 @@ class RunDir:
             raise unwritable(self.path, error) from error
         return False
 
+    def settings(self) -> dict[str, Any]:
+        """Those of the run that lies there; none if there is no run."""
+        file = self.path / SETTINGS_FILE
+        kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return kept
+
     def stage(self, name: str) -> Path:
         """The file with the indexers after a stage."""
         return self.path / f"{name}.safetensors"

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 STAGES = ("inherit", "warmup", "sparse")
 INDEXES = ("two-level", "one-level")
 INDEXER_STAGES = STAGES[:2]
-DEFAULT_STAGES = "inherit,warmup"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # An accelerator if torch sees one, else the CPU.
 AUTO_DEVICE = "auto"
@@ -42,7 +41,7 @@ class ConvertSettings:
         source: model directory, hub name, GGUF file or "smollm2-135m"; or a model in memory.
         out: directory to write.
         topk, index_heads, index_head_dim: None lets the model's shape decide.
-        stages: STAGES, or the first of them.
+        stages: STAGES, or the first of them; None: INDEXER_STAGES, or "inherit" alone by layers.
         budget_s: seconds for the warm-up; None where `steps` says how long.
         steps: optimizer steps of the warm-up; None where `budget_s` says how long.
         sparse_budget_s, sparse_steps: the same of the sparse stage.
@@ -55,12 +54,13 @@ class ConvertSettings:
         length: tokens per training sequence; None: `default_length`, less where the text is scarce.
         index: one of INDEXES; None: one level. Named, a converted source
             is given that index and stays otherwise as it is.
+        by_layers: whether one layer at a time is in memory; None: where all of them have no room.
     """
 
     source: str | ModelInMemory
     out: Path
     topk: int | None = None
-    stages: tuple[str, ...] = INDEXER_STAGES
+    stages: tuple[str, ...] | None = None
     budget_s: float | None = None
     steps: int | None = None
     sparse_budget_s: float | None = None
@@ -75,6 +75,7 @@ class ConvertSettings:
     length: int | None = None
     device: "str | torch.device" = AUTO_DEVICE
     index: str | None = None
+    by_layers: bool | None = None
 
     def __post_init__(self) -> None:
         if self.index is not None:
@@ -84,13 +85,17 @@ class ConvertSettings:
         require_seed(self.seed)
         object.__setattr__(self, "data", require_existing(self.data))
         exclude_each_other(budget=self.budget_s, steps=self.steps)
-        trains = set(self.stages) != {"inherit"}
-        if not trains and (self.budget_s is not None or self.steps is not None):
+        given = (self.budget_s, self.steps, self.sparse_budget_s, self.sparse_steps)
+        if self.stages is None and any(value is not None for value in given):
+            object.__setattr__(self, "stages", INDEXER_STAGES)
+        if self.by_layers:
+            self._check_layers()
+        if not self.trains and (self.budget_s is not None or self.steps is not None):
             raise ConfigError(
                 "stages=inherit trains nothing, so budget and steps do not apply; leave them out",
                 arguments=["budget", "steps"],
             )
-        if trains and self.steps is None and self.budget_s is None:
+        if self.trains and self.steps is None and self.budget_s is None:
             object.__setattr__(self, "budget_s", parse_duration(DEFAULT_BUDGET))
         self._check_sparse()
 
@@ -98,18 +103,42 @@ class ConvertSettings:
         """What a run is, of plain JSON types: all but what is in memory, where it runs, where it goes."""
         left_out = ("source", "out", "texts", "overwrite", "device")
         values = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in left_out}
-        return {**values, "stages": list(self.stages), "data": list(self.data)}
+        return {**values, "stages": list(self.asked_stages), "data": list(self.data)}
+
+    @property
+    def asked_stages(self) -> tuple[str, ...]:
+        """The stages, those of a model that has room where nothing is said."""
+        return INDEXER_STAGES if self.stages is None else self.stages
+
+    @property
+    def trains(self) -> bool:
+        """Whether a stage trains."""
+        return self.asked_stages != ("inherit",)
+
+    def _check_layers(self) -> None:
+        if self.stages is not None and self.trains:
+            raise ConfigError(
+                f"stages={','.join(self.stages)} train a model that is in memory as a whole; with by_layers "
+                "use stages=inherit",
+                arguments=["stages", "by_layers"],
+            )
+        if self.dtype != DTYPES[0]:
+            raise ConfigError(
+                f"dtype={self.dtype} does not apply by layers, where the source's files stay as they are; "
+                "leave one of them out",
+                arguments=["dtype", "by_layers"],
+            )
 
     def _check_sparse(self) -> None:
         asked = self.sparse_budget_s is not None or self.sparse_steps is not None
         exclude_each_other(sparse_budget=self.sparse_budget_s, sparse_steps=self.sparse_steps)
-        if asked and "sparse" not in self.stages:
+        if asked and "sparse" not in self.asked_stages:
             raise ConfigError(
                 "stages have no sparse, so sparse_budget and sparse_steps do not apply; "
                 f"add it as in stages={','.join(STAGES)}",
                 arguments=["sparse_budget", "sparse_steps"],
             )
-        if "sparse" in self.stages and not asked:
+        if "sparse" in self.asked_stages and not asked:
             object.__setattr__(self, "sparse_budget_s", parse_duration(DEFAULT_SPARSE_BUDGET))
 
 

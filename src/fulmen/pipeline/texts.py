@@ -118,14 +118,17 @@ def conversion_texts(
     reporter: Reporter,
     *,
     trains: bool,
+    calibration_tokens: int = sys.maxsize,
 ) -> ConversionTexts:
     """The texts of a conversion; without those to train on unless it `trains`.
+
+    calibration_tokens: of all calibration texts at most, as far as `calibration_shape` can.
 
     Raises:
         CorpusError: there is not even one text to calibrate on (`DocumentTooShortError`).
         ConfigError: there is but one to train on.
     """
-    calibration = calibration_texts(corpus.calibration, tokenizer, length, context, seed)
+    calibration = calibration_texts(corpus.calibration, tokenizer, length, context, seed, calibration_tokens)
     shorter = up_to(corpus.calibration, tokenizer, min(length, ANSWERED_TOKENS), ANSWERED_SEQUENCES, seed)
     asked = Asker(tokenizer, seed, reporter, every=1).all(shorter)
     answered = [sequence for sequence in asked if sequence.answers]
@@ -137,14 +140,36 @@ def conversion_texts(
 
 
 def calibration_texts(
-    documents: Sequence[Document], tokenizer: Any, length: int, context: int | None, seed: int
+    documents: Sequence[Document],
+    tokenizer: Any,
+    length: int,
+    context: int | None,
+    seed: int,
+    most: int = sys.maxsize,
 ) -> list[TokenSequence]:
     """Twice as long as the training texts where the text allows: thresholds must hold far out too."""
-    longer = min(2 * length, context or length)
-    # All of them are in memory at once, layer by layer.
-    count = max(FEWEST_SEQUENCES, min(CALIBRATION_SEQUENCES, CALIBRATION_TOKENS // longer))
+    count, longer = calibration_shape(length, context, most)
     drawn = list(islice(iter_sequences(documents, tokenizer, longer, seed=seed), count))
     return drawn if len(drawn) == count else up_to(documents, tokenizer, length, count, seed)
+
+
+def calibration_shape(length: int, context: int | None, most: int = sys.maxsize) -> tuple[int, int]:
+    """Calibration texts, and tokens of each, where training texts have `length` and the text allows.
+
+    most: tokens of all; two texts of `length` are the least.
+    """
+    longer = min(2 * length, context or length)
+    if FEWEST_SEQUENCES * longer > most:
+        longer = length
+    # All of them are in memory at once, layer by layer.
+    within = min(CALIBRATION_TOKENS, most) // longer
+    return max(FEWEST_SEQUENCES, min(CALIBRATION_SEQUENCES, within)), longer
+
+
+def calibration_sizes(length: int, context: int | None) -> list[int]:
+    """Tokens of all calibration texts: as many as are wished for, and what less memory leaves of them."""
+    count, longer = calibration_shape(length, context)
+    return sorted({count * longer, FEWEST_SEQUENCES * longer, FEWEST_SEQUENCES * length}, reverse=True)
 
 
 class Asker:

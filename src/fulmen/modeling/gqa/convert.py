@@ -20,8 +20,7 @@ def convert_gqa(
         config_class, causal_lm_class: of the model's family.
     """
     tied = dense.config.tie_word_embeddings and not has_own_head(dense)
-    values = {**plain_config(dense.config), "dsa": dsa.to_dict(), "tie_word_embeddings": tied}
-    config = config_class.from_dict(values)
+    config = dsa_config_for(dense.config, dsa, tied, config_class)
     with torch.device("meta"):
         model = causal_lm_class(config)
     unmatched = model.load_state_dict(dense.state_dict(), assign=True, strict=False)
@@ -36,6 +35,15 @@ def convert_gqa(
         attention.indexer.to_empty(device=weight.device).to(weight.dtype).apply(model._init_weights)
     model.generation_config = copy.deepcopy(dense.generation_config)
     return model.train(dense.training)
+
+
+def dsa_config_for(
+    config: PreTrainedConfig, dsa: DsaConfig, tied: bool, config_class: Any
+) -> PreTrainedConfig:
+    """The config of a dense model with DSA. tied: whether the head is the embedding."""
+    values = {**plain_config(config), "dsa": dsa.to_dict(), "tie_word_embeddings": tied}
+    made: PreTrainedConfig = config_class.from_dict(values)
+    return made
 
 
 def _share_buffers(dense: nn.Module, model: nn.Module) -> None:

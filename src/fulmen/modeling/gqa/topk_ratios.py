@@ -11,7 +11,7 @@ most mean attention, r_i the residual stream it is added to: an error counts by 
 what the output is to the stream. The ratios minimise the sum of e_i(k_i).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -35,7 +35,6 @@ STEP_RATIO = 0.125
 MEASURED_QUERIES = 24
 
 
-@torch.no_grad()
 def fit_topk_ratios(
     model: PreTrainedModel,
     input_ids_BT: Tensor,
@@ -48,25 +47,47 @@ def fit_topk_ratios(
         input_ids_BT: int64 token ids of B sequences; 1.0 for all layers if T is below 4 `topk`.
         on_layer: called with the number of layers measured after each, for progress.
     """
-    half = input_ids_BT.shape[1] // 2
-    tried = [ratio for ratio in TRIED_RATIOS if ratio * topk <= half and round(ratio * topk) > 0]
-    layers = dsa_attentions(model)
-    if max(tried, default=0) < 2:
-        return (1.0,) * len(layers)
-    errors = []
+    tried = ratios_to_try(input_ids_BT.shape[1], topk)
+    if not tried:
+        return (1.0,) * len(dsa_attentions(model))
+    errors: list[list[float]] = []
+
+    def note(_: int, found: list[float]) -> None:
+        errors.append(found)
+        on_layer(len(errors))
+
+    measure_topk_errors(model, input_ids_BT, topk, tried, note)
+    return least_error_ratios(np.array(errors), np.array(tried))
+
+
+def ratios_to_try(length: int, topk: int) -> list[float]:
+    """Budgets in units of `topk`, ascending, that texts of `length` tokens tell apart; none: they do not."""
+    tried = [ratio for ratio in TRIED_RATIOS if ratio * topk <= length // 2 and round(ratio * topk) > 0]
+    return tried if max(tried, default=0) >= 2 else []
+
+
+@torch.no_grad()
+def measure_topk_errors(
+    model: PreTrainedModel,
+    input_ids_BT: Tensor,
+    topk: int,
+    tried: Sequence[float],
+    on_layer: Callable[[int, list[float]], None],
+) -> None:
+    """One dense pass; `on_layer` is told each layer's number and its error at each ratio of `tried`."""
+    ks = [round(ratio * topk) for ratio in tried]
     with use_selector(model, DenseSelector()), _streams(model) as stream:
 
         def measure(attention: Any, _: Any, kwargs: dict) -> None:
-            errors.append(_errors(attention, kwargs, stream["BTC"], [round(s * topk) for s in tried]))
-            on_layer(len(errors))
+            on_layer(attention.layer_idx, _errors(attention, kwargs, stream["BTC"], ks))
 
+        layers = dsa_attentions(model)
         hooks = [layer.register_forward_pre_hook(measure, with_kwargs=True) for layer in layers]
         try:
             model.base_model(input_ids_BT, use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
-    return least_error_ratios(np.array(errors), np.array(tried))
 
 
 def least_error_ratios(errors_LK: np.ndarray, tried_K: np.ndarray) -> tuple[float, ...]:

@@ -1,0 +1,243 @@
+"""A GQA DSA model that is never whole in memory: its layers are read from the source's files as they run.
+
+All that runs a model runs this one as it is: each decoder layer has weights while it computes, and only then.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+from fulmen.config import DsaConfig
+from fulmen.errors import UnsupportedModelError
+from fulmen.modeling.families import family_for
+from fulmen.modeling.generation_settings import fix_generation_config, read_generation_config
+from fulmen.modeling.gqa.convert import dsa_config_for
+from fulmen.modeling.gqa.family import GqaFamily
+from fulmen.modeling.shards import SHARD_DTYPES, Shards
+from fulmen.modeling.weights import EMBEDDING, HEAD, require_held
+
+
+class LayeredModel(NamedTuple):
+    """A DSA model without gradient whose layers, embedding and head are on `meta`, and where they are read.
+
+    dtype: of all weights as they run.
+    """
+
+    model: PreTrainedModel
+    shards: Shards
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def layers(self) -> Any:
+        """The decoder layers."""
+        return self.model.base_model.layers
+
+    @property
+    def head_name(self) -> str:
+        """Where the head's weight is stored."""
+        tied = self.model.config.tie_word_embeddings
+        return HEAD if not tied or EMBEDDING not in self.shards.held else EMBEDDING
+
+    @property
+    def embedding_name(self) -> str:
+        """Where the embedding is stored."""
+        return EMBEDDING if EMBEDDING in self.shards.held else HEAD
+
+    def prefix(self, layer: int) -> str:
+        """What the names of a layer's weights begin with."""
+        return f"{self.model.base_model_prefix}.layers.{layer}."
+
+    def bytes_in(self, folder: Path) -> int:
+        """What a conversion takes of the disk of `folder`: files that have no links, indexers three times."""
+        state = self.model.state_dict()
+        indexers = sum(x.numel() for name, x in state.items() if _is_indexers(name)) * self.dtype.itemsize
+        return self.shards.bytes_to_copy(folder) + 3 * indexers
+
+    def indexer_state(self, layer: int) -> dict[str, Tensor]:
+        """The tensors of one layer's indexer, by their names in the model, while the layer runs."""
+        own = self.layers[layer].state_dict()
+        return {self.prefix(layer) + name: x for name, x in own.items() if _is_indexers(name)}
+
+
+def require_layered(config: PreTrainedConfig) -> None:
+    """Raise UnsupportedModelError for a family whose weights in files are not those of its modules."""
+    if not isinstance(family_for(config), GqaFamily) or get_checkpoint_conversion_mapping(config.model_type):
+        raise UnsupportedModelError(
+            f"model_type {config.model_type!r} cannot be converted layer by layer, its weights are stored in "
+            "another form than they run in; leave by_layers out"
+        )
+
+
+def layered_gqa(
+    config: PreTrainedConfig, dsa: DsaConfig, shards: Shards, device: torch.device
+) -> LayeredModel:
+    """The DSA model of a dense model's config and files, with random indexers.
+
+    Its dtype is the config's, or else that of the first weights.
+
+    Raises:
+        UnsupportedModelError: as `require_layered`.
+        CheckpointError: weights that are not those of the config, or an unusable generation config.
+    """
+    require_layered(config)
+    family: Any = family_for(config)
+    tied = config.tie_word_embeddings and not _has_other_head(shards)
+    own = dsa_config_for(config, dsa, tied, family.config_class)
+    dtype: Any = config.dtype or _first_dtype(shards)
+    own.dtype = dtype
+    # Parameters alone: the buffers are those that no file holds, and computed.
+    with init_empty_weights(include_buffers=False):
+        model = family.causal_lm_class(own).eval().requires_grad_(False)
+    for module in model.modules():
+        module._buffers.update({key: x.to(device) for key, x in module._buffers.items() if x is not None})
+    own.architectures = [type(model).__name__]
+    layered = LayeredModel(model, shards, dtype, device)
+    _require_held(layered, config)
+    _fill_rest(layered)
+    name = str(shards.folder)
+    if (settings := read_generation_config(name, config.vocab_size)) is not None:
+        model.generation_config = settings
+    else:
+        fix_generation_config(model, name)
+    return layered
+
+
+@contextmanager
+def layers_as_they_run(
+    layered: LayeredModel, indexer_of: Callable[[int], Mapping[str, Tensor] | None]
+) -> Iterator[None]:
+    """Let the model run in the `with` block; a layer's weights are gone when it has run.
+
+    indexer_of: the tensors of a layer's indexer by their names in the model; None: random ones.
+    """
+    embedding: Any = layered.model.get_input_embeddings()
+    head: Any = layered.model.get_output_embeddings()
+    for number, layer in enumerate(layered.layers):
+        layer.forward = partial(_run_filled, layered, number, indexer_of, layer.forward)
+    embedding.forward = partial(_embed, layered, embedding, embedding.forward)
+    head.forward = partial(_logits, layered)
+    try:
+        yield
+    finally:
+        for module in (*layered.layers, embedding, head):
+            del module.forward
+
+
+@contextmanager
+def layers_skipped(layered: LayeredModel, last: int, x_BTC: Tensor) -> Iterator[None]:
+    """Let no layer up to `last` run in the `with` block: what comes out of it is `x_BTC`."""
+    skipped = layered.layers[: last + 1]
+    before = [layer.forward for layer in skipped]
+    for layer in skipped:
+        layer.forward = lambda *args, **kwargs: x_BTC
+    try:
+        yield
+    finally:
+        for layer, forward in zip(skipped, before, strict=True):
+            layer.forward = forward
+
+
+def _run_filled(
+    layered: LayeredModel,
+    number: int,
+    indexer_of: Callable[[int], Mapping[str, Tensor] | None],
+    forward: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    layer = layered.layers[number]
+    empty = layer.state_dict()
+    prefix = layered.prefix(number)
+    names = {prefix + name: name for name in empty if not _is_indexers(name)}
+    _fill(layer, {names[name]: x for name, x in _read(layered, names).items()})
+    if any(map(_is_indexers, empty)):
+        if (own := indexer_of(number)) is None:
+            indexer = layer.self_attn.indexer.to_empty(device=layered.device).to(layered.dtype)
+            indexer.apply(layered.model._init_weights)
+        else:
+            _fill(layer, {name.removeprefix(prefix): x.to(layered.device) for name, x in own.items()})
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        _fill(layer, empty)
+
+
+def _fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    unmatched = module.load_state_dict(tensors, strict=False, assign=True)
+    assert not unmatched.unexpected_keys, unmatched
+
+
+def _read(layered: LayeredModel, names: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors of the files, of the dtype and on the device that the model runs in."""
+    return {
+        name: x.to(layered.device, layered.dtype if x.is_floating_point() else x.dtype)
+        for name, x in layered.shards.tensors(names).items()
+    }
+
+
+def _embed(
+    layered: LayeredModel, embedding: Any, forward: Callable[[Tensor], Tensor], ids_BT: Tensor
+) -> Tensor:
+    """As the embedding, of which the rows that are used are read."""
+    used_N, places_BT = ids_BT.unique(return_inverse=True)
+    used_N, rows, first = used_N.cpu(), [], 0
+    for block_VC in layered.shards.blocks(layered.embedding_name):
+        inside_N = used_N[(used_N >= first) & (used_N < first + len(block_VC))]
+        rows.append(block_VC[inside_N - first])
+        first += len(block_VC)
+    weight, padding = embedding.weight, embedding.padding_idx
+    table_NC = torch.cat(rows).to(layered.device, layered.dtype)
+    embedding.weight = nn.Parameter(table_NC, requires_grad=False)
+    embedding.padding_idx = None  # of use with a gradient alone, and the rows have other numbers
+    try:
+        return forward(places_BT)
+    finally:
+        embedding.weight, embedding.padding_idx = weight, padding
+
+
+def _logits(layered: LayeredModel, hidden_NC: Tensor) -> Tensor:
+    """As the head, some rows of it after the other."""
+    blocks = layered.shards.blocks(layered.head_name)
+    return torch.cat([linear(hidden_NC, x.to(layered.device, layered.dtype)) for x in blocks], dim=-1)
+
+
+def _fill_rest(layered: LayeredModel) -> None:
+    """What is neither in a layer nor embedding or head: the last norm."""
+    model = layered.model
+    inside = (f"{model.base_model_prefix}.layers.", HEAD, EMBEDDING)
+    _fill(model, _read(layered, [name for name in model.state_dict() if not name.startswith(inside)]))
+
+
+def _require_held(layered: LayeredModel, config: PreTrainedConfig) -> None:
+    model, shapes = layered.model, layered.shards.shapes
+    wanted = {name: tuple(x.shape) for name, x in model.state_dict().items() if not _is_indexers(name)}
+    if model.config.tie_word_embeddings:
+        # Stored once, under either name, or twice.
+        absent = {HEAD, EMBEDDING} - shapes.keys()
+        for name in absent if len(absent) == 1 else ():
+            del wanted[name]
+    require_held(str(layered.shards.folder), config, wanted, shapes)
+
+
+def _has_other_head(shards: Shards) -> bool:
+    """Whether head and embedding are both there and differ, whatever the config says."""
+    return {HEAD, EMBEDDING} <= shards.held.keys() and not shards.are_equal(HEAD, EMBEDDING)
+
+
+def _first_dtype(shards: Shards) -> torch.dtype:
+    kinds = (SHARD_DTYPES.get(held.kind) for held in shards.held.values())
+    return next((kind for kind in kinds if kind is not None), torch.float32)
+
+
+def _is_indexers(name: str) -> bool:
+    return ".indexer." in name
