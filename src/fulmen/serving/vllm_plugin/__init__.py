@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 MODELS = "fulmen.serving.vllm_plugin.models"
-# Families that vLLM has no class of its own for: it would run Transformers' dense code. That of gpt-oss names its
-# layers' parts otherwise.
+# Families that vLLM has no class for whose layers fulmen can change; mostly it would run Transformers' dense
+# code.
 NOT_IN_VLLM = ("gpt_oss", "ministral", "olmo2", "olmo3", "seed_oss", "smollm3", "starcoder2")
 
 
