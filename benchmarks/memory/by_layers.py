@@ -74,7 +74,11 @@ def _write_checkpoint(folder: Path, layers: int) -> None:
 
 @app.command()
 def main(
-    folder: Path, layers: int = 36, sequences: int = 2, length: int = 2048, write_only: bool = False
+    folder: Path,
+    layers: int = 36,
+    sequences: int = 2,
+    length: int = 2048,
+    write_only: bool = False,
 ) -> None:
     """Measure one inherit, or what is left of a killed one."""
     if write_only:

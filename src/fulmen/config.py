@@ -11,7 +11,7 @@ MEAN_TOLERANCE = 0.01
 DEFAULT_CANDIDATE_FACTOR = 8
 # A coarse level is asked where a query sees more than this many times the candidates: with fewer it costs
 # more than it saves (docs/log.md).
-COARSE_FROM = 8
+COARSE_FROM = 4
 # What a config may leave out.
 OPTIONAL_KEYS = {"topk_shares", "coarse_head_dim", "coarse_n_heads", "candidate_factor"}
 

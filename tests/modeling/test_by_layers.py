@@ -46,7 +46,8 @@ def dense_logits(model, ids):
     return model.get_output_embeddings()(hidden)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# Of Granite MoE and gpt-oss experts are stored otherwise than they run: refused.
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("granite-moe", "gpt-oss")])
 def test_computes_and_inherits_as_the_whole_model(name, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "BLOCK_BYTES", 3000)
     dense = make_dense(name, torch.bfloat16)

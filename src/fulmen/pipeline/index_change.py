@@ -77,7 +77,7 @@ def run_index_change(settings: ConvertSettings, reporter: Reporter) -> Conversio
 def _changed(config: Any, settings: ConvertSettings) -> DsaConfig:
     """Raises ConfigError for what would change more, AlreadyConvertedError where nothing would change."""
     for name, default in CONVERSION_ONLY.items():
-        if getattr(settings, name) != default:
+        if getattr(settings, name) not in (None, default):
             argument = name.removesuffix("_s")
             raise ConfigError(
                 f"{argument} does not apply to a converted model, whose index alone is changed; leave it out"

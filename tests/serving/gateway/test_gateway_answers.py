@@ -182,7 +182,9 @@ def test_reading_is_what_a_count_by_hand_gives(tokens):
 @pytest.mark.parametrize("tokens", [Tokens(0, 50, 9), Tokens(48, 100, 30), Tokens(0, 3, 1), Tokens(15, 4, 0)])
 def test_reading_of_an_index_in_two_levels(tokens):
     config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3)
-    dsa = DsaConfig(8, 4, 2, 4, (0, 1, 2), (1.5, 0.5, 1), coarse_head_dim=6, candidate_factor=1)
+    dsa = DsaConfig(
+        8, 4, 2, 4, (0, 1, 2), (1.5, 0.5, 1), coarse_head_dim=6, coarse_n_heads=4, candidate_factor=1
+    )
     found = count_attention_reads(served(config, dsa), tokens)
     assert found == count_by_hand(config, dsa, tokens, [None] * 3)
 

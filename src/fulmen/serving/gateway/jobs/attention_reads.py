@@ -2,7 +2,7 @@
 
 A query at position s (the s-th token, itself included) sees s tokens, or the window of a sliding layer. With
 DSA a converted layer reads its k tokens where s > max(topk, k), all s before. Of an index in two levels it
-reads, beyond 8 c k tokens, the coarse keys of all and the index keys of c k. The tokens of the prompt that
+reads, beyond 4 c k tokens, the coarse keys of all and the index keys of c k. The tokens of the prompt that
 lay in the cache had their queries in an earlier request; the last generated token has none yet. Several
 answers to one request (`n`) are counted as if one followed the other.
 """
