@@ -98,7 +98,7 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "exaone4": ("exaone4", {"sliding_window": None, "layer_types": [FULL] * 3}),
     "exaone4-mixed": ("exaone4", SLIDES_BETWEEN),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1], "initializer_range": 0.15}),
-    "glm4": ("glm4", {"head_dim": 24, "eos_token_id": None, "pad_token_id": None}),
+    "glm4": ("glm4", {"head_dim": 24, "eos_token_id": 2, "pad_token_id": 0}),
     "glm4-moe": ("glm4_moe", {"head_dim": 24, **GLM4_MOE, **EXPERTS}),
     "cohere2": ("cohere2", SLIDES_BETWEEN),
     "ernie4-5": ("ernie4_5", {"head_dim": 24}),
