@@ -40,11 +40,6 @@ class KeyRows:
         check_fields(self, **rows, stop_BT=torch.int64)
 
     @cached_property
-    def longest(self) -> int:
-        """The most keys that a query sees."""
-        return int(self.stop_BT.max())
-
-    @cached_property
     def struct(self) -> KeyRowsStruct:
         """For the kernels; valid as long as this object."""
         return KeyRowsStruct(self.rows_BS.shape[1], *(x if x is None else x.data_ptr() for x in self._held))

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from vllm.config import VllmConfig
+from vllm.config import CompilationConfig, VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
@@ -20,6 +20,9 @@ from fulmen.ops.paged.sparse import KeyRows, paged_sparse_attention
 from fulmen.serving.vllm_plugin.caches import IndexKeyCache, KeyValueCache
 from fulmen.serving.vllm_plugin.step import Span, Step
 from fulmen.serving.vllm_plugin.weights import IndexerWeights
+
+# As torch.compile's graphs name it.
+OPERATION = "vllm::fulmen_dsa_attention"
 
 
 class Kept(NamedTuple):
@@ -82,6 +85,7 @@ class DsaAttention(nn.Module):
             self.coarse_name = self.coarse_cache.name
         self.n_candidates = dsa.candidates(layer)
         vllm_config.compilation_config.static_forward_context[self.name].attention = [self]
+        keep_out_of_graphs(vllm_config.compilation_config)
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         """As the stock attention: hidden states `[T, C]`, positions `[T]`."""
@@ -201,6 +205,15 @@ def fulmen_dsa_attention(
     coarse_step = None if attention.coarse_name is None else steps[attention.coarse_name]
     index_steps = (steps[attention.index_name], coarse_step)
     attention.attend(qkv, hidden_states, positions, step, index_steps, out)
+
+
+def keep_out_of_graphs(compilation: CompilationConfig) -> None:
+    """Where vLLM cuts a model at its own attention, to capture the pieces as CUDA graphs, cut it here, too.
+
+    In a piece that is captured, this attention would be what it is while vLLM captures: zeros.
+    """
+    if compilation.splitting_ops and OPERATION not in compilation.splitting_ops:
+        compilation.splitting_ops.append(OPERATION)
 
 
 def _fake(qkv: Tensor, hidden_states: Tensor, positions: Tensor, out: Tensor, layer_name: str) -> None:

@@ -2,6 +2,9 @@
 
 A cache is a list of rows; a token's row holds all that a layer keeps of it. Token s of a request lies in row
 `block_table[s // block_size] * rows_per_block + s % block_size`.
+
+Nothing is read back from the caches' device, which would have to finish its work first: how a step is cut up
+follows from what vLLM has on the host, how many keys a query sees stays on the device.
 """
 
 from collections.abc import Callable
@@ -31,7 +34,8 @@ class Span(NamedTuple):
     Attributes:
         tokens: their queries among those of the step.
         requests: the requests among those of the step.
-        longest: the most keys that one of the requests has.
+        longest: the most keys that one of the requests may have. While vLLM does not know yet how many drafts
+            of the step before were taken, more than it has.
         stop_BT: keys that each query sees, itself the last (int64).
     """
 
@@ -85,12 +89,13 @@ class Step(AttentionMetadata):
     @cached_property
     def spans(self) -> list[Span]:
         """The queries, cut up."""
-        lengths = self._common.seq_lens.tolist()
-        return cut_spans(self._starts, lengths, self._common.block_table_tensor.device)
+        bounds = self._common.seq_lens_cpu_upper_bound
+        assert bounds is not None, "vLLM's runners give it for every target model"
+        return cut_spans(self._starts, bounds.tolist(), self._common.seq_lens)
 
     @cached_property
     def longest(self) -> int:
-        """The most keys that a request has."""
+        """The most keys that a request may have."""
         return max((span.longest for span in self.spans), default=0)
 
     @cached_property
@@ -168,10 +173,12 @@ def _of_span(span: Span, rows: Rows, index_rows: Rows, coarse_rows: Rows | None)
     return KeyRows(rows.all_BS[at], index_rows.all_BS[at], span.stop_BT, coarse_BS)
 
 
-def cut_spans(starts: list[int], lengths: list[int], device: torch.device) -> list[Span]:
-    """Request r has `lengths[r]` keys and the queries `starts[r]` to `starts[r + 1]`, its last tokens.
+def cut_spans(starts: list[int], bounds: list[int], length_B: Tensor) -> list[Span]:
+    """Request r has `length_B[r]` keys and the queries `starts[r]` to `starts[r + 1]`, its last tokens.
 
-    What the layers take of it lies on `device`, where the caches are.
+    Args:
+        bounds: at least those lengths, known on the host.
+        length_B: integers, on the device of the caches, where they stay.
     """
     counts = [stop - start for start, stop in pairwise(starts)]
     spans, request = [], 0
@@ -180,10 +187,10 @@ def cut_spans(starts: list[int], lengths: list[int], device: torch.device) -> li
         while counts[request] == 1 and end < len(counts) and counts[end] == 1:
             end += 1
         if counts[request]:
-            stop_BT = torch.tensor(lengths[request:end], device=device)[:, None]
+            stop_BT = length_B[request:end, None].long()
             if counts[request] > 1:
-                stop_BT = stop_BT + torch.arange(1 - counts[request], 1, device=device)
-            tokens, longest = slice(starts[request], starts[end]), max(lengths[request:end])
+                stop_BT = stop_BT + torch.arange(1 - counts[request], 1, device=length_B.device)
+            tokens, longest = slice(starts[request], starts[end]), max(bounds[request:end])
             spans.append(Span(tokens, slice(request, end), longest, stop_BT))
         request = end
     return spans
