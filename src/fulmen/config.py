@@ -107,12 +107,8 @@ class DsaConfig:
         return CoarseShape(self.coarse_n_heads, self.coarse_head_dim)
 
     def candidates(self, layer: int) -> int:
-        """Keys that the coarse heads of a converted layer leave to the indexer (C).
-
-        Of a layer that keeps fewer than `topk`, as many as if it kept those: to find very few keys among all
-        is what a coarse level is worst at (docs/log.md), and more of them cost little.
-        """
-        return self.candidate_factor * max(self.layer_topk(layer), self.topk)
+        """Keys that the coarse heads of a converted layer leave to the indexer (`candidates_left`)."""
+        return candidates_left(self.candidate_factor, self.layer_topk(layer), self.topk)
 
     def layer_topk(self, layer: int) -> int:
         """Tokens that a query keeps in a converted layer."""
@@ -122,6 +118,15 @@ class DsaConfig:
 def scaled_topk(topk: int, ratios: Sequence[float] | None, index: int) -> int:
     """Tokens that a query keeps in converted layer number `index`."""
     return max(1, round(topk * ratios[index])) if ratios else topk
+
+
+def candidates_left(factor: int, layer_topk: int, topk: int) -> int:
+    """Keys that a coarse level leaves to the indexer of a layer that keeps `layer_topk` (C).
+
+    Of a layer that keeps fewer than the model's `topk`, as many as if it kept those: to find very few keys
+    among all is what a coarse level is worst at (docs/log.md), and more of them cost little.
+    """
+    return factor * max(layer_topk, topk)
 
 
 def require_positive_int(name: str, value: object) -> int:

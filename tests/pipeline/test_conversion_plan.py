@@ -51,7 +51,7 @@ def small_dir(tmp_path) -> Path:
 
 def planner_with(monkeypatch, place, free, run=None) -> Planner:
     monkeypatch.setattr("fulmen.pipeline.conversion_plan.available_bytes", lambda device: free)
-    return Planner(dense_source(str(place)), run or RunDir(Path("none")), None)
+    return Planner(dense_source(str(place)), run.settings() if run else {}, None)
 
 
 def test_sizes_are_counted_without_weights():
@@ -128,7 +128,7 @@ class TestRoom:
     def test_a_model_in_memory_takes_no_more(self):
         model = make_dense("llama")
         source = dense_source(ModelInMemory(model, tiny_tokenizer()))
-        planner = Planner(source, RunDir(Path("none")), None)
+        planner = Planner(source, {}, None)
         assert source.loaded_bytes == sum(x.nbytes for x in model.parameters())
         assert planner.settled(ConvertSettings(ModelInMemory(model, 1), Path("o"))).by_layers is False
 

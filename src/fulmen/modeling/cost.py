@@ -35,7 +35,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedConfig
 
-from fulmen.config import COARSE_FROM, DsaConfig, require_positive_int
+from fulmen.config import COARSE_FROM, DsaConfig, candidates_left, require_positive_int
 from fulmen.modeling.cache import CacheBytes
 from fulmen.modeling.experts import experts_of
 from fulmen.modeling.families import family_like
@@ -294,7 +294,7 @@ class _IndexLevel(NamedTuple):
 
     def scoring(self, dsa: DsaConfig, layer: LayerStep, position: int) -> Work:
         """Of one query and all keys that it sees."""
-        candidates = dsa.candidate_factor * max(layer.topk or 0, dsa.topk)
+        candidates = candidates_left(dsa.candidate_factor, layer.topk or 0, dsa.topk)
         if not self.coarse_bytes or position <= COARSE_FROM * candidates:
             return Work(position * self.key_bytes, position * self.pair_flops)
         return Work(

@@ -7,6 +7,7 @@ room, or cannot be, less text is read.
 
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,6 @@ from fulmen.pipeline.devices import training_device
 from fulmen.pipeline.memory import available_bytes
 from fulmen.pipeline.model_source import DenseSource
 from fulmen.pipeline.reporter import Reporter
-from fulmen.pipeline.run_dir import RunDir
 from fulmen.pipeline.settings import AUTO_DEVICE, ConvertSettings
 from fulmen.pipeline.texts import calibration_shape, calibration_sizes, lengths_to_try
 from fulmen.training.processes import broadcast_from_main
@@ -98,9 +98,9 @@ def plan_conversion(settings: ConvertSettings, config: PreTrainedConfig) -> Plan
 class Planner:
     """Fits conversions of one source into the memory that is free when it is made."""
 
-    def __init__(self, source: DenseSource, run: RunDir, device: torch.device | None) -> None:
-        """Take what `run` began with, if there is one, as decided: what goes on must not change its mind."""
-        self._source, self._config, begun = source, source.config, run.settings()
+    def __init__(self, source: DenseSource, begun: Mapping[str, Any], device: torch.device | None) -> None:
+        """Take what an unfinished run began with (none: empty) as decided: it must not change its mind."""
+        self._source, self._config = source, source.config
         # Of a training, or of an earlier fulmen: nothing is decided there.
         self._begun = begun if {"by_layers", "length", "calibration_tokens"} <= begun.keys() else {}
         # All processes of a run must decide alike.
@@ -174,8 +174,7 @@ def left_out(asked: ConvertSettings, settings: ConvertSettings, reporter: Report
 def describe_plan(source: DenseSource) -> ConversionPlan:
     """What a conversion with defaults would do now. Raises as `plan_conversion`."""
     device = training_device(AUTO_DEVICE)
-    # No run lies at such a place.
-    planner = Planner(source, RunDir(Path("none")), device)
+    planner = Planner(source, {}, device)
     settings = planner.settled(ConvertSettings(source.name, Path("none")))
     plan, dtype = planner.plan(settings), _dtype(source.config)
     cost = planner.cost(plan)

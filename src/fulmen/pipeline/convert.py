@@ -73,7 +73,7 @@ def run_conversion(settings: ConvertSettings, reporter: Reporter) -> Conversion:
     require_free_output(out, overwrite=settings.overwrite)
     with reporter.stage("Read data"):
         source = dense_source(settings.source)
-        asked, planner = settings, Planner(source, RunDir(out), device)
+        asked, planner = settings, Planner(source, RunDir(out).settings(), device)
         settings = planner.settled(asked)
         skipped = left_out(asked, settings, reporter)
         plan = planner.plan(settings)

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from fulmen.config import DsaConfig, scaled_topk
+from fulmen.config import DsaConfig, candidates_left, scaled_topk
 from fulmen.modeling.gqa.cache import DsaCache
 from fulmen.modeling.gqa.indexer import GqaIndexer, rotary_width
 from fulmen.modeling.intervals import KeyIntervals, narrowed_intervals
@@ -200,7 +200,7 @@ class DsaAttentionMixin:
             if coarse is not None and coarse_k_BSX is not None:
                 of_token = (hidden_states.detach(), bare_q_BTHD.detach())
                 coarse_q_BTMN, coarse_b_BTM = coarse.queries(*of_token, cos_BTR, sin_BTR)
-                count = self.config.dsa["candidate_factor"] * max(self.layer_topk, self.topk)
+                count = candidates_left(self.config.dsa["candidate_factor"], self.layer_topk, self.topk)
                 inputs = replace(
                     inputs, coarse=CoarseInputs(coarse_q_BTMN, coarse_k_BSX, coarse_b_BTM, count)
                 )

@@ -167,9 +167,7 @@ def _fit_layer(attention: Any, kwargs: dict, topk: int) -> InheritedGqaLayer:
     picked_GP, coef_HP2, key_fit = pick_pairs(cov_HFF.cpu(), attention.indexer.head_dim // 2, n_groups)
     _set_directions(attention, picked_GP, coef_HP2, rotary[0].shape[-1])
     index = [_index_heads(attention, observation, rotary) for observation in observations]
-    targets = [_boundary_targets(*pair, attention.scaling) for pair in zip(observations, index, strict=True)]
-    x_NC = torch.cat([observation.x_RC for observation in observations])
-    weight_CJ, bias_J, fit = ridge(x_NC, torch.cat(targets))
+    weight_CJ, bias_J, fit = _regressed_thresholds(attention, observations, index)
     _write(attention.indexer.shift_proj.weight, -weight_CJ.T)
     _write(attention.indexer.shift_proj.bias, -bias_J)
     kl = _set_scale(attention, observations, index)
@@ -219,8 +217,7 @@ def _fit_coarse(
     cpu = [Moments(*(part.cpu() for part in one)) for one in moments]
     write_coarse(attention, best_mix(cpu, coarse.width // 2), rotary[0].shape[-1])
     index = [_coarse_heads(attention, one, rotary) for one in observations]
-    targets = [_boundary_targets(*pair, attention.scaling) for pair in zip(observations, index, strict=True)]
-    weight_CM, bias_M, _ = ridge(torch.cat([one.x_RC for one in observations]), torch.cat(targets))
+    weight_CM, bias_M, _ = _regressed_thresholds(attention, observations, index)
     _write(coarse.w_shift, pad(-weight_CM.T, (0, 0, 0, 1)))
     _write(coarse.b_shift, pad(-bias_M, (0, 1), value=ALWAYS_OPEN))
 
@@ -316,6 +313,14 @@ def _index_heads(attention: Any, observation: _Observation, rotary: tuple[Tensor
     q_1RJE, _, _ = indexer.queries(x_1RC, observation.bare_q_RHD[None], rows_rotation)
     k_1TIE = round_index_keys(indexer.keys(observation.bare_k_TGD[None], indexer.rotation(*tables)))
     return _IndexHeads(q_1RJE[0].float(), k_1TIE[0].float())
+
+
+def _regressed_thresholds(
+    attention: Any, observations: list[_Observation], index: list[_IndexHeads]
+) -> tuple[Tensor, Tensor, float]:
+    """`ridge` of the heads' thresholds on the hidden states."""
+    targets = [_boundary_targets(*pair, attention.scaling) for pair in zip(observations, index, strict=True)]
+    return ridge(torch.cat([one.x_RC for one in observations]), torch.cat(targets))
 
 
 def _boundary_targets(observation: _Observation, index: _IndexHeads, scale: float) -> Tensor:
