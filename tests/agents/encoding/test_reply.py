@@ -187,6 +187,10 @@ RECOVERED = {
         ONE_TWO,
     ),
     "no arguments": (block(call()), [("f", {})]),
+    "names that look like a tag's end": (
+        block(call(X.replace('"x"', '"> "'), name=">")),
+        [(">", {"> ": "one"})],
+    ),
     "two calls": (block(call(X), call(N, name="g")), [("f", {"x": "one"}), ("g", {"n": 2})]),
 }
 
@@ -222,6 +226,8 @@ REFUSED = {
     "text for arguments": (block(call("x=1")), "'x=1' stands where"),
     "a list for arguments": (block(call("[1]")), "should be"),
     "a tag without a name": (block(f'{INVOKE} tool="f">\n{INVOKE_CLOSE}'), "a tag is"),
+    "a name without end": (block(call(X.replace('"x"', '"x'))), "a tag is"),
+    "a tag of more": (block(call(X.replace(" string", " kind=text string"))), "a tag is"),
     "a tag without end": (f"\n\n{CALLS_OPEN}\n{INVOKE} name={'f' * 2000}", "does not end"),
 }
 

@@ -36,9 +36,9 @@ Delta = dict[str, Any]
 
 # A tag with a longer name is none.
 MAX_TAG = 1024
-_INVOKE_TAG = re.compile(r'\s+name="(.*?)"\s*>', re.DOTALL)
-_PARAMETER_TAG = re.compile(r'\s+name="(.*?)"(?:\s+string="(\w*)")?\s*>', re.DOTALL)
-_TAG_END = re.compile(r'"\s*>')
+_INVOKE_TAG = re.compile(r'\s+name="([^"]*)"\s*>')
+_PARAMETER_TAG = re.compile(r'\s+name="([^"]*)"(?:\s+string="(\w*)")?\s*>')
+_ANY_TAG = re.compile(r'(?:\s+name="[^"]*"|(?!\s+name="))[^>]*>')
 
 
 def _after_lines(mark: str, lines: int) -> list[str]:
@@ -280,13 +280,13 @@ class ReplyParser:
 
     def _take_tag(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
         """The rest of a tag, taken; None as long as it is incomplete."""
-        if (end := _TAG_END.search(self._held, 0, MAX_TAG)) is None:
+        if (tag := pattern.match(self._held, 0, MAX_TAG)) is None:
+            if other := _ANY_TAG.match(self._held, 0, MAX_TAG):
+                raise _unreadable(f"a tag is {other[0]!r:.80}")
             if len(self._held) >= MAX_TAG:
                 raise _unreadable(f"a tag does not end: {self._held[:40]!r}")
             return None
-        if (tag := pattern.fullmatch(self._held, 0, end.end())) is None:
-            raise _unreadable(f"a tag is {self._held[: end.end()]!r:.80}")
-        self._held = self._held[end.end() :]
+        self._held = self._held[tag.end() :]
         return tag
 
 
