@@ -1,4 +1,4 @@
-"""The house's order, read from the imports: errors <- config <- ops, data <- modeling <- four rooms <-
+"""The house's order, read from the imports: errors <- config <- ops, data, tasks <- modeling <- four rooms <-
 pipeline <- cli.
 
 A room imports what lies below it, never a room of its own floor.
@@ -17,7 +17,7 @@ ROOT = Path(fulmen.__file__).parent
 FLOORS = [
     ("errors", "version"),
     ("config", "files"),
-    ("ops", "data"),
+    ("ops", "data", "tasks"),
     ("modeling",),
     ("training", "evaluation", "serving", "agents"),
     ("pipeline",),
