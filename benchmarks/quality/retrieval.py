@@ -11,17 +11,29 @@ interval that knows which questions share a text.
 
 import json
 import time
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fulmen.data import LookupText, load_corpus, lookup_texts
+from fulmen.data.lookup_words import JUDGED, JUDGED_IN_WORDS
 from fulmen.evaluation.parity.lookups import is_right, write_answers
 from fulmen.evaluation.statistics import clustered_difference_interval
 from fulmen.evaluation.variants import VariantRunner
 from fulmen.modeling.families import accelerated
 from fulmen.pipeline.load import load_converted
+
+
+class Answers(StrEnum):
+    """What is asked for: a code, or a colour and an animal."""
+
+    DIGITS = "digits"
+    WORDS = "words"
+
+
+WORDINGS = {Answers.DIGITS: JUDGED, Answers.WORDS: JUDGED_IN_WORDS}
 
 
 def main(
@@ -31,6 +43,7 @@ def main(
     topk: Annotated[int | None, typer.Option(help="k, instead of --over.")] = None,
     texts: Annotated[int, typer.Option(help="Texts per length.")] = 8,
     keys: Annotated[int, typer.Option(help="Sentences and questions per text.")] = 16,
+    answers: Annotated[Answers, typer.Option(help="What is asked for.")] = Answers.DIGITS,
     variants: str = "dense,dsa",
     data: Annotated[list[str] | None, typer.Option(help="Text; its held-out part is read.")] = None,
     kind: Annotated[str | None, typer.Option(help="Of text; default: the kinds take turns.")] = None,
@@ -49,12 +62,15 @@ def main(
         runners["dense"] = VariantRunner(load_converted(dense)[0], None)
     heldout = load_corpus(*(data or ())).heldout
     for length in map(int, lengths.split(",")):
-        asked = lookup_texts(heldout, tokenizer, length, texts, n_keys=keys, kind=kind)
+        asked = lookup_texts(
+            heldout, tokenizer, length, texts, n_keys=keys, kind=kind, wordings=WORDINGS[answers]
+        )
         ks = [topk] if topk else [length // int(part) for part in over.split(",")]
         for number, text in enumerate(asked):
             for variant, runner in runners.items():
                 for k in [length] if variant == "dense" else ks:
-                    row = {"length": length, "variant": variant, "k": k, "text": number, "name": text.name}
+                    row = {"length": length, "answers": answers, "variant": variant, "k": k, "text": number}
+                    row["name"] = text.name
                     if any(row.items() <= done.items() for done in rows):
                         continue
                     rows.append({**row, **answered(runner, variant, k, text, tokenizer)})
@@ -73,15 +89,21 @@ def answered(runner: VariantRunner, variant: str, k: int, text: LookupText, toke
     return {"right": right, "written": written, "seconds": round(time.perf_counter() - clock, 1)}
 
 
+def asked_in(row: dict[str, Any]) -> tuple[int, str, int]:
+    """Which text was asked what."""
+    return row["length"], row["answers"], row["text"]
+
+
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Per length, variant and k: right answers, lost and gained against dense, difference in points."""
-    dense = {(row["length"], row["text"]): row["right"] for row in rows if row["variant"] == "dense"}
-    for length, variant, k in sorted({(row["length"], row["variant"], row["k"]) for row in rows}):
+    """Per length, answers, variant and k: right ones, lost and gained against dense, difference in points."""
+    dense = {asked_in(row): row["right"] for row in rows if row["variant"] == "dense"}
+    groups = sorted({(row["length"], row["answers"], row["variant"], row["k"]) for row in rows})
+    for length, answers, variant, k in groups:
         same = [
             (row["text"], one, other)
             for row in rows
-            if (row["length"], row["variant"], row["k"]) == (length, variant, k)
-            for one, other in zip(row["right"], dense.get((length, row["text"]), []), strict=False)
+            if (row["length"], row["answers"], row["variant"], row["k"]) == (length, answers, variant, k)
+            for one, other in zip(row["right"], dense.get(asked_in(row), []), strict=False)
         ]
         if not same:
             continue
@@ -91,8 +113,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         gained = sum(one and not other for _, one, other in same)
         points = " ".join(f"{value:+.1f}" for value in interval)
         print(
-            f"{length} {variant} k={k}: {sum(ours)} of {len(ours)}, dense {sum(theirs)}; lost {lost}, gained "
-            f"{gained}; points: mean and interval {points}"
+            f"{length} {answers} {variant} k={k}: {sum(ours)} of {len(ours)}, dense {sum(theirs)}; lost {lost}, "
+            f"gained {gained}; points: mean and interval {points}"
         )
 
 

@@ -10,7 +10,16 @@ import torch
 from fulmen.data import Document, draw_sequences, lookup_sequences, lookup_texts, token_ids
 from fulmen.data.conversations import FRAME, ChatFormat, PlainFormat, keeps_turns
 from fulmen.data.lookup_training import FRAMES
-from fulmen.data.lookup_words import DRAWERS, JUDGED, NAMES, TRAINED, Wording
+from fulmen.data.lookup_words import (
+    ANIMALS,
+    COLOURS,
+    DRAWERS,
+    JUDGED,
+    JUDGED_IN_WORDS,
+    NAMES,
+    TRAINED,
+    Wording,
+)
 from fulmen.errors import ConfigError, CorpusError
 from tests.data.byte_tokenizer import byte_tokenizer
 
@@ -279,8 +288,10 @@ class TestTraining:
 class TestWordings:
     def test_judged_and_trained_share_nothing(self):
         for part in ("statement", "question", "keys"):
-            judged, trained = ({getattr(one, part) for one in wordings} for wordings in (JUDGED, TRAINED))
-            assert not judged & trained, part
+            judged, in_words, trained = (
+                {getattr(one, part) for one in wordings} for wordings in (JUDGED, JUDGED_IN_WORDS, TRAINED)
+            )
+            assert not (judged | in_words) & trained, part
 
     def test_no_judged_key_is_trained(self):
         generator = random.Random(0)
@@ -288,8 +299,14 @@ class TestWordings:
         words = {word for key in trained for word in re.findall(r"\w+", key)}
         assert not words & set(NAMES)
 
+    def test_no_judged_value_in_words_is_trained(self):
+        generator = random.Random(0)
+        kinds = {one.values for one in TRAINED}
+        trained = {word for kind in kinds for _ in range(500) for word in DRAWERS[kind](generator).split()}
+        assert not trained & {*COLOURS, *ANIMALS}
+
     def test_placeholders(self):
-        for wording in (*JUDGED, *TRAINED):
+        for wording in (*JUDGED, *JUDGED_IN_WORDS, *TRAINED):
             assert "{key}" in wording.statement
             assert "{value}" in wording.statement
             given = "value" if wording.asks == "key" else "key"

@@ -18,6 +18,21 @@ NAMES = (
     *("Umber", "Velda", "Wexford", "Yarrow", "Zephyr", "Ashdown", "Birkett", "Calder", "Dunmore", "Ennis"),
     *("Farrow", "Goswin", "Harker", "Ingram", "Jarrow", "Kelso", "Lydgate", "Merrin", "Norwood", "Osric"),
 )
+# Values of what is judged in words.
+COLOURS = (
+    "auburn",
+    "beige",
+    "crimson",
+    "cyan",
+    "ebony",
+    "indigo",
+    "khaki",
+    "maroon",
+    "pink",
+    "teal",
+    "violet",
+)
+ANIMALS = ("badger", "bison", "cormorant", "ferret", "gecko", "hedgehog", "ibex", "lynx", "otter", "walrus")
 # Keys of what is trained.
 FIRST_NAMES = (
     *("Amir", "Beatriz", "Chen", "Daria", "Emeka", "Farah", "Gustav", "Hana", "Ilse", "Jonas", "Kavita"),
@@ -89,6 +104,7 @@ def _phrase(random: random.Random) -> str:
 
 DRAWERS: dict[str, Drawer] = {
     "judged name": lambda random: random.choice(NAMES),
+    "judged animal": _pair(COLOURS, ANIMALS),
     "name": _pair(FIRST_NAMES, SURNAMES),
     "place": _pair(("North", "South", "East", "West", "Old", "New", "Upper", "Lower"), PLACES),
     "project": _pair(ADJECTIVES, NOUNS),
@@ -118,6 +134,16 @@ JUDGED = (
         "judged name",
         "5 digits",
         "Answer with the code only.",
+    ),
+)
+# Another relation and another kind of answer.
+JUDGED_IN_WORDS = (
+    Wording(
+        "Travellers to {key} were welcomed by a {value}.",
+        "By which animal were travellers to {key} welcomed?",
+        "judged name",
+        "judged animal",
+        "Answer with its colour and its kind only.",
     ),
 )
 
