@@ -113,8 +113,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         gained = sum(one and not other for _, one, other in same)
         points = " ".join(f"{value:+.1f}" for value in interval)
         print(
-            f"{length} {answers} {variant} k={k}: {sum(ours)} of {len(ours)}, dense {sum(theirs)}; lost {lost}, "
-            f"gained {gained}; points: mean and interval {points}"
+            f"{length} {answers} {variant} k={k}: {sum(ours)} of {len(ours)}, dense {sum(theirs)}; "
+            f"lost {lost}, gained {gained}; points: mean and interval {points}"
         )
 
 
