@@ -31,6 +31,7 @@ from fulmen.errors import (
     MessageError,
     OutputError,
     ResumeError,
+    RolloutError,
     TrainingDivergedError,
     UnsupportedModelError,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "ParityReport",
     "Reporter",
     "ResumeError",
+    "RolloutError",
     "SilentReporter",
     "SuiteReport",
     "TrainingDivergedError",
