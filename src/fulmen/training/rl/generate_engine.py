@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,13 +49,17 @@ class GenerateRollouts:
 
         Raises RolloutError for a name or a shape that the policy does not have.
         """
-        own = {name: tensor.shape for name, tensor in policy_weights(self.model)}
+        own = self._own_shapes
         given = {name: tensor.shape for name, tensor in weights}
         if mismatched := sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name)):
             raise RolloutError(
                 f"weights of another model were given to the engine: {mismatched[0]} is "
                 f"{given.get(mismatched[0])}, here {own.get(mismatched[0])}; give all of the policy's"
             )
+
+    @cached_property
+    def _own_shapes(self) -> dict[str, torch.Size]:
+        return {name: tensor.shape for name, tensor in policy_weights(self.model)}
 
     def close(self) -> None:
         """As `RolloutEngine.close`: the model is not the engine's."""
