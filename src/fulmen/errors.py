@@ -11,7 +11,7 @@
     ├── OutputError                  the output exists, is not writable, or the disk is full
     ├── ResumeError                  a half-finished run with other settings lies in the output directory
     ├── TrainingDivergedError        NaN or Inf in a loss
-    ├── RolloutError                 a rollout engine that disagrees with the trainer, or cannot do what is asked
+    ├── RolloutError                 a rollout engine that disagrees with the trainer, or cannot do as asked
     ├── CacheError                   a cache that has no room for index keys
     ├── BackendError                 a pinned backend that cannot run here
     ├── EndpointError                a model server that cannot be reached, or lacks the model

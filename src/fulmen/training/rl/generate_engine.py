@@ -1,4 +1,4 @@
-"""Rollouts by Transformers' `generate` on the policy itself: one copy of the weights, no server, any device."""
+"""Rollouts by Transformers' `generate` on the policy itself: one copy of the weights, any device."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,7 +51,9 @@ class GenerateRollouts:
         """
         own = self._own_shapes
         given = {name: tensor.shape for name, tensor in weights}
-        if mismatched := sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name)):
+        if mismatched := sorted(
+            name for name in own.keys() | given.keys() if own.get(name) != given.get(name)
+        ):
             raise RolloutError(
                 f"weights of another model were given to the engine: {mismatched[0]} is "
                 f"{given.get(mismatched[0])}, here {own.get(mismatched[0])}; give all of the policy's"
@@ -82,7 +84,7 @@ class GenerateRollouts:
             disable_compile=True,
         )
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
-            written = self.model.generate(
+            written = self.model.generate(  # type: ignore[operator]
                 ids,
                 attention_mask=mask,
                 generation_config=config,

@@ -4,7 +4,7 @@ import copy
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -231,7 +231,7 @@ class RlWatch(RunWatch):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._clock = time.monotonic()
 
-    def step_rows(self, step: int) -> list[Mapping[str, Any]]:
+    def step_rows(self, step: int) -> list[dict[str, Any]]:
         seconds = round(time.monotonic() - self._clock, 3)
         self.rows.append({"step": step, **self.trainer.step_row(), "seconds": seconds})
         if step == UNLEARNABLE_AFTER:

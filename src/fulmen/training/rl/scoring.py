@@ -1,8 +1,9 @@
 """Log-probabilities of sampled tokens over what sampling kept, from those rows of the head alone."""
 
 import functools
+from collections.abc import Callable
 from types import MethodType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,8 +51,8 @@ class Replies(NamedTuple):
 
 
 class TokenScores(NamedTuple):
-    """Of sampled tokens: natural log-probability and entropy (nats) over the kept tokens, float32 [B, T]; what
-    share of the whole distribution those hold, of some tokens [M]."""
+    """Of sampled tokens: natural log-probability and entropy (nats) over the kept ones, float32 [B, T], and,
+    of a few, what share of the whole distribution was kept, [M]."""
 
     logp_BT: Tensor
     entropy_BT: Tensor
@@ -93,7 +94,7 @@ def let_score(model: PreTrainedModel, temperature: float) -> None:
     own = model.forward
 
     @functools.wraps(own)
-    def forward(self, *args, scored: Replies | None = None, **kwargs):
+    def forward(self: PreTrainedModel, *args: Any, scored: Replies | None = None, **kwargs: Any) -> Any:
         if scored is None:
             return own(*args, **kwargs)
         return score_replies(self, scored, temperature)
@@ -153,7 +154,9 @@ def _full_logits(head: Head, hidden_NC: Tensor) -> Tensor:
     return head.finish(torch.nn.functional.linear(hidden_NC, head.weight_VC.to(hidden_NC.dtype), bias_V))
 
 
-def _in_chunks(score, head: Head, hidden_NC: Tensor, size: int, *parts: Tensor) -> tuple[Tensor, Tensor]:
+def _in_chunks(
+    score: Callable[..., Any], head: Head, hidden_NC: Tensor, size: int, *parts: Tensor
+) -> tuple[Tensor, Tensor]:
     """`score` of a few tokens at a time, done again in the backward pass: only hidden states are kept."""
     pieces = zip(hidden_NC.split(size), *(part.split(size) for part in parts), strict=True)
     if torch.is_grad_enabled():

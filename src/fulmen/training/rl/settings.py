@@ -75,7 +75,7 @@ class RlSettings:
                 f"micro_batch={self.micro_batch} does not divide a step's {self.replies} replies "
                 f"(prompts={self.prompts} x group={self.group}); use a divisor"
             )
-        if not 0 < self.temperature:
+        if not self.temperature > 0:
             raise ConfigError(f"temperature={self.temperature} cannot be; use a number above 0, as 1")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} cannot be; use a share above 0, at most 1")

@@ -28,7 +28,11 @@ class StepTally:
         """One forward pass."""
         n_replies = len(counts_BT)
         by_token = [x[counts_BT].sum() for x in (found.kl_BT, found.ratio_BT, scores.entropy_BT)]
-        by_reply = [(~found.keeps_B).sum(), found.loss.detach() * n_replies, indexer_loss.detach() * n_replies]
+        by_reply = [
+            (~found.keeps_B).sum(),
+            found.loss.detach() * n_replies,
+            indexer_loss.detach() * n_replies,
+        ]
         mass = [scores.mass_M.sum(), torch.tensor(len(scores.mass_M))]
         counts = [counts_BT.sum(), torch.tensor(n_replies)]
         self._sums += torch.tensor([float(x) for x in (*by_token, *by_reply, *mass, *counts)]).double()

@@ -1,7 +1,7 @@
 """TRL's GRPO trainer with the four changes of DeepSeek-V3.2, and with an engine of one's own.
 
-TRL's are the data order, buffers, accumulation, checkpoints and logs; ours are generation, scores, loss, and the
-engine's weights. Importing it takes seconds: `fulmen.training.rl.run` does.
+TRL's are the data order, buffers, accumulation, checkpoints and logs; ours are generation, scores, loss, and
+the engine's weights. Importing it takes seconds: `fulmen.training.rl.run` does.
 """
 
 import copy
@@ -89,7 +89,7 @@ class RlTrainer(SafeCheckpoints, GRPOTrainer):
             batch["kept"] = kept_BTK.to(device)
         batch["kl"] = torch.tensor([self.domains[row["task"]].kl for row in inputs], device=device)
         batch["reference_logps"] = self._reference_logps(batch)
-        batch["advantages"] = group_advantages(self._rewards.view(-1, self.num_generations)).flatten()
+        batch["advantages"] = group_advantages(self._rewards.view(-1, self.settings.group)).flatten()
         return batch
 
     def _problems(self, inputs: list[dict[str, Any]]) -> list[Problem]:
@@ -127,13 +127,13 @@ class RlTrainer(SafeCheckpoints, GRPOTrainer):
         self, inputs: list[dict[str, Any]], prompts: Any, completions: Any, completion_ids_list: Any
     ) -> Tensor:
         """Strict scores, NaN where scoring failed; float32 [replies of all processes, 1]."""
-        texts = self.processing_class.batch_decode(completion_ids_list, skip_special_tokens=True)
+        texts = self._tokenizer.batch_decode(completion_ids_list, skip_special_tokens=True)
         scored = []
         for row, text, rollout in zip(inputs, texts, self._rollouts, strict=True):
             score = self.scorer.score(row["problem"], text)
             strict, lenient = (None, None) if score is None else (score.strict, score.lenient)
             scored.append(ScoredReply(row["task"], strict, lenient, len(rollout.tokens), rollout.ended))
-        self.figures = figures_of(gather_object(scored), self.num_generations)
+        self.figures = figures_of(gather_object(scored), self.settings.group)
         rewards = [math.nan if reply.strict is None else reply.strict for reply in scored]
         self._rewards = torch.tensor(rewards, device=self.accelerator.device)
         return self.accelerator.gather(self._rewards[:, None])
@@ -263,8 +263,13 @@ class RlTrainer(SafeCheckpoints, GRPOTrainer):
 
 def replies_of(inputs: Mapping[str, Any]) -> Replies:
     """A micro-batch as `Replies`."""
-    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-    return behind_prompts(*(inputs[name] for name in names), inputs.get("kept"))
+    return behind_prompts(
+        inputs["prompt_ids"],
+        inputs["prompt_mask"],
+        inputs["completion_ids"],
+        inputs["completion_mask"],
+        inputs.get("kept"),
+    )
 
 
 def trained_state(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -337,6 +342,6 @@ def _padded_kept(rollouts: Sequence[Rollout]) -> Tensor | None:
     return pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
-def _task(**_: Any) -> list[float]:
+def _task(**_: Any) -> list[float | None]:
     """TRL asks for a reward, whose name its logs show; `_calculate_rewards` gives it."""
     raise AssertionError

@@ -1,4 +1,4 @@
-"""The policy's weights as an engine takes them: by the model's own names, adapters merged, tied ones twice."""
+"""The policy's weights as an engine takes them: by the model's own names, with adapters merged."""
 
 from collections.abc import Iterator
 
