@@ -54,7 +54,8 @@ class RlPlan:
             f"Plan: {settings.steps} steps of {settings.prompts} prompts x {settings.group} replies of up to "
             f"{settings.max_new_tokens} tokens; tasks: {names}",
             f"Trains {self.trained:,} of {self.parameters:,} parameters ({how}), "
-            f"indexers {settings.indexer}; learning rate {settings.rate:g}, top-p {settings.top_p:g}, top-k {settings.top_k}",
+            f"indexers {settings.indexer}; learning rate {settings.rate:g}, top-p {settings.top_p:g}, "
+            f"top-k {settings.top_k}",
             f"Memory: weights {_gb(self.weights)}, optimizer {_gb(self.optimizer)}, reference "
             f"{_gb(self.reference)}, activations {_gb(self.activations)}, engine {_gb(self.engine)}; "
             f"together {_gb(self.total)} of {_gb(self.free)} free",
