@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 HELD_OUT_BATCH = 64
+SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 SHOWN = ("reward", "kl", "entropy", "length")
 
 # Scores of held-out problems, by task: in each list the strict and the lenient one of a problem.
@@ -140,13 +141,15 @@ def _prepare(model: PreTrainedModel, settings: RlSettings) -> PreTrainedModel | 
 
 @contextmanager
 def _own_ids(model: PreTrainedModel) -> Iterator[None]:
-    """TRL gives the model its tokenizer's id for padding; in the end it has its own again."""
-    config, settings = model.config.get_text_config(), model.generation_config
-    own = config.pad_token_id, settings.pad_token_id
+    """Trainer and TRL give the model its tokenizer's special ids; in the end it has its own again."""
+    config, settings = model.config.get_text_config(), copy.deepcopy(model.generation_config)
+    own = {name: getattr(config, name, None) for name in SPECIAL_IDS}
     try:
         yield
     finally:
-        config.pad_token_id, settings.pad_token_id = own
+        model.generation_config = settings
+        for name, value in own.items():
+            setattr(config, name, value)
 
 
 def _trainer(

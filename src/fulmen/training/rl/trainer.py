@@ -28,7 +28,7 @@ from fulmen.training.rl.indexer import IndexerLoss
 from fulmen.training.rl.objective import group_advantages, grpo_loss
 from fulmen.training.rl.prompts import prompt_tokens
 from fulmen.training.rl.rewards import ScoredReply, Scorer, figures_of
-from fulmen.training.rl.scoring import Replies, TokenScores, behind_prompts, let_score
+from fulmen.training.rl.scoring import Replies, TokenScores, behind_prompts, let_score, score_replies
 from fulmen.training.rl.settings import Domain, RlSettings
 from fulmen.training.rl.tally import StepTally
 from fulmen.training.rl.weights import policy_weights
@@ -155,7 +155,8 @@ class RlTrainer(SafeCheckpoints, GRPOTrainer):
         parts = {name: batch[name].split(self.settings.micro_batch) for name in names if name in batch}
         pieces = [dict(zip(parts, piece, strict=True)) for piece in zip(*parts.values(), strict=True)]
         with self.accelerator.autocast():
-            return torch.cat([model(scored=replies_of(piece)).logp_BT for piece in pieces])
+            scores = [score_replies(model, replies_of(piece), self.settings.temperature) for piece in pieces]
+        return torch.cat([one.logp_BT for one in scores])
 
     def _get_per_token_logps_and_entropies(self, model: Any, input_ids: Tensor, *_: Any, **__: Any) -> Any:
         """The policy's own scores of what it wrote, which only TRL's loss needs."""
