@@ -31,7 +31,7 @@ class Silent(fulmen.SilentReporter):
 
 def test_a_converted_model_and_its_report(tmp_path, corpus_dir):
     source = save_tiny(make_dense("llama3-rope"), tmp_path / "dense")
-    converted = convert(settings(source, tmp_path / "dsa", corpus_dir, stages=("inherit",)))
+    converted = convert(settings(source, tmp_path / "dsa", corpus_dir, stages=("inherit",), steps=None))
     told, out = Silent(), tmp_path / "rl"
     tasks = [Graded("low"), Graded("other")]
     done = fulmen.rl(converted, tasks=tasks, out=out, steps=2, kl=0.01, reporter=told, **TINY)

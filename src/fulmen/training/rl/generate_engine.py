@@ -77,6 +77,7 @@ class GenerateRollouts:
         kept = KeptTokens(sampling)
         config = GenerationConfig(
             do_sample=True,
+            use_cache=True,
             top_k=0,
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=self.ends or None,

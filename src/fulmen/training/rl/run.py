@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 HELD_OUT_BATCH = 64
-SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+TRAINERS_OWN = ("pad_token_id", "bos_token_id", "eos_token_id", "use_cache")
 SHOWN = ("reward", "kl", "entropy", "length")
 
 # Scores of held-out problems, by task: in each list the strict and the lenient one of a problem.
@@ -86,7 +86,7 @@ def train_rl(
     scorer = Scorer(tasks, note)
     reference = _prepare(model, settings)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with _own_ids(model), in_float32(trained):
+    with _own_config(model), in_float32(trained):
         engine = make_engine(model, settings)
         try:
             ask = _Asker(engine, tokenizer, domains, scorer, settings, on_part)
@@ -140,10 +140,10 @@ def _prepare(model: PreTrainedModel, settings: RlSettings) -> PreTrainedModel | 
 
 
 @contextmanager
-def _own_ids(model: PreTrainedModel) -> Iterator[None]:
-    """Trainer and TRL give the model its tokenizer's special ids; in the end it has its own again."""
+def _own_config(model: PreTrainedModel) -> Iterator[None]:
+    """Trainer and TRL change special ids and more in the model's config; in the end it is as before."""
     config, settings = model.config.get_text_config(), copy.deepcopy(model.generation_config)
-    own = {name: getattr(config, name, None) for name in SPECIAL_IDS}
+    own = {name: getattr(config, name, None) for name in TRAINERS_OWN}
     try:
         yield
     finally:
