@@ -99,6 +99,7 @@ def _line(axes: Any, points: Sequence[tuple[int, float | None]], label: str, col
 
 def _finish(axes: Any, is_many: bool) -> None:
     axes.set_xlabel("step", color=INK)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.margins(x=0.02)
     if is_many:
         legend_above(axes)
