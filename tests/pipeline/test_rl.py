@@ -122,7 +122,7 @@ def test_the_plan_counts_what_is_trained_and_refuses_what_has_no_room():
     lora, full = RlSettings(lora=8, **own), RlSettings(lora=None, **own)
 
     def plan(options, free, **more):
-        return plan_rl(config, torch.float32, options, 30, free, **{"is_engine_apart": False, **more})
+        return plan_rl(config, options, 30, free, **{"is_engine_apart": False, **more})
 
     maps = 3 * 8 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96))
     assert plan(lora, 1).trained == maps

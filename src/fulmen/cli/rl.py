@@ -92,7 +92,8 @@ def rl_command(
         bool, typer.Option("--checkpointing", help="Recompute layers: less memory, a third slower.")
     ] = False,
     bf16: Annotated[
-        bool, typer.Option("--bf16", help="Compute in bfloat16, as is done anyway where weights are.")
+        bool,
+        typer.Option("--bf16", help="Compute in bfloat16; else in float32, whatever the weights are in."),
     ] = False,
     device: Device = AUTO_DEVICE,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 10,

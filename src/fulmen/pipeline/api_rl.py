@@ -83,7 +83,8 @@ def rl(
         memory_gib: of vLLM's cache; None: what it needs.
         held_out: problems of each task, never trained on, that are answered before and after.
         checkpointing: recompute layers: less memory, a third slower.
-        bf16: compute in bfloat16, as is done anyway where weights are.
+        bf16: compute in bfloat16: faster where the machine is made for it, and engine and trainer agree less.
+            Weights are held in float32 either way.
         device: where to compute, as "cpu" or "cuda"; "auto": on a GPU if torch sees one.
         save_every: steps between checkpoints.
         report_to: "none", "tensorboard" or "wandb"; `metrics.jsonl` is written anyway.

@@ -67,7 +67,7 @@ def run_rl(settings: RlRunSettings, reporter: Reporter) -> Conversion:
             dsa_family_for(config).require_trainable(config)
         tokenizer = load_tokenizer(found, config.get_text_config().vocab_size)
         domains = [Domain(task_of(asked.task), asked.kl) for asked in settings.tasks]
-        length = _require_plan(settings, found, config, options, domains, tokenizer, device, reporter)
+        length = _require_plan(settings, config, options, domains, tokenizer, device, reporter)
         require_engine(settings.rollouts)
     reporter.note(f"Loading {settings.model}")
     with reporter.stage("Load"):
@@ -83,11 +83,11 @@ def run_rl(settings: RlRunSettings, reporter: Reporter) -> Conversion:
         f"Metrics of each step: {run.path / RL_DIR / METRICS_FILE}, in the end {out / METRICS_FILE}"
     )
 
-    def engine(policy: PreTrainedModel, used: RlSettings) -> RolloutEngine:
+    def engine(policy: PreTrainedModel) -> RolloutEngine:
         if settings.rollouts == "vllm":
-            return _vllm(settings, found, policy, tokenizer, length, run)
+            return _vllm(settings, options, found, policy, tokenizer, length, run)
         ends, pad = ends_of(policy, tokenizer), pad_of(policy, tokenizer)
-        return GenerateRollouts(policy, ends, pad, GENERATE_AT_ONCE, bf16=used.bf16)
+        return GenerateRollouts(policy, ends, pad, GENERATE_AT_ONCE, bf16=options.bf16)
 
     with reporter.stage("RL"), accelerated(model):
         view = TrainingView(reporter)
@@ -129,7 +129,6 @@ def require_engine(rollouts: str) -> None:
 
 def _require_plan(
     settings: RlRunSettings,
-    found: ModelSource,
     config: PreTrainedConfig,
     options: RlSettings,
     domains: list[Domain],
@@ -142,10 +141,8 @@ def _require_plan(
     prompt = max(
         len(prompt_tokens(tokenizer, domain.task.problem(index))) for domain in domains for index in indices
     )
-    own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    dtype = torch.bfloat16 if found.gguf_file else own
     free, is_engine_apart = available_bytes(device), settings.rollouts != "generate"
-    plan = plan_rl(config, dtype, options, prompt, free, is_engine_apart=is_engine_apart)
+    plan = plan_rl(config, options, prompt, free, is_engine_apart=is_engine_apart)
     for line in plan.lines(options, domains):
         reporter.note(line)
     plan.require_room()
@@ -160,6 +157,7 @@ def _load(source: str, config: PreTrainedConfig, device: torch.device) -> PreTra
 
 def _vllm(
     settings: RlRunSettings,
+    options: RlSettings,
     found: ModelSource,
     policy: PreTrainedModel,
     tokenizer: Any,
@@ -170,7 +168,7 @@ def _vllm(
     place = Path(found.place)
     if found.gguf_file or not place.is_dir():
         place = run.path / ENGINE_DIR
-        source = load_dense(settings.model, policy.dtype)[0]
+        source = load_dense(settings.model)[0]
         main_process_first(lambda: save_converted(source, tokenizer, place, "", overwrite=True))
     context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
     # Longer prompts than those that were looked at may come.
@@ -179,8 +177,8 @@ def _vllm(
         place,
         max_model_len=most,
         memory_gib=settings.memory_gib,
-        dtype=str(policy.dtype).removeprefix("torch."),
-        seed=settings.options.get("seed", 0),
+        dtype="bfloat16" if options.bf16 else "float32",
+        seed=options.seed,
     )
     return engine
 

@@ -12,6 +12,8 @@ from fulmen.training.rl.settings import Domain, RlSettings
 from fulmen.training.sparse.lora import TARGETS
 
 GB = 1e9
+# Weights are held in float32; gradients and two averages beside those that change.
+FLOAT_BYTES, STATES = 4, 3
 # Numbers that a layer keeps for the backward pass: so many times a token's hidden size, and its MLP's width.
 HIDDEN_TIMES, MLP_TIMES = 18, 5
 # Copies of the logits of a step of writing: the model's, in float32, sorted, as probabilities.
@@ -25,7 +27,7 @@ class RlPlan:
 
     Attributes:
         parameters, trained: of the model, and those that change.
-        weights: of the policy. optimizer: gradients, averages and float32 copies of what is trained.
+        weights: of the policy. optimizer: gradients and averages of what is trained.
         reference: a copy of the model, where adapters cannot be switched off instead.
         activations: of a forward and backward pass. engine: of what writes the replies, in this process.
         length: tokens of the longest prompt looked at and its reply.
@@ -73,7 +75,6 @@ class RlPlan:
 
 def plan_rl(
     config: PreTrainedConfig,
-    dtype: torch.dtype,
     settings: RlSettings,
     prompt: int,
     free: int,
@@ -100,15 +101,14 @@ def plan_rl(
         model = AutoModelForCausalLM.from_config(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = _trained(model, settings)
-    size = 2 if settings.bf16 or dtype.itemsize == 2 else 4
+    size = 2 if settings.bf16 else 4
     is_apart = settings.lora is None or settings.indexer == "trained"
-    copies = 16 if dtype.itemsize == 2 else 12
     return RlPlan(
         parameters=parameters,
         trained=trained,
-        weights=parameters * dtype.itemsize,
-        optimizer=trained * copies,
-        reference=parameters * dtype.itemsize if is_apart else 0,
+        weights=parameters * FLOAT_BYTES,
+        optimizer=trained * STATES * FLOAT_BYTES,
+        reference=parameters * FLOAT_BYTES if is_apart else 0,
         activations=_activations(text, settings, length, size),
         engine=_generate_bytes(text, settings, length, size) + is_engine_apart * parameters * size,
         length=length,

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from fulmen.training.rl.generate_engine import GenerateRollouts
 from fulmen.training.rl.run import train_rl
 from fulmen.training.rl.settings import Domain
 from tests.modeling.gqa.tiny_gqa import make_dense
-from tests.training.forks import run_killed
+from tests.training.forks import run_killed, run_two_processes
 from tests.training.rl import tiny_rl
 from tests.training.rl.tiny_rl import (
     KILLED,
@@ -96,10 +97,7 @@ def test_the_engine_is_given_each_steps_weights(tmp_path):
             given.append({name: tensor.clone() for name, tensor in weights})
             super().update(given[-1].items())
 
-    def engine(model, settings):
-        return Watched(model, [1], 0)
-
-    model, _ = run(tmp_path, engine=engine, steps=2)
+    model, _ = run(tmp_path, engine=lambda model: generate_engine(model, Watched), steps=2)
     name = "model.layers.0.self_attn.q_proj.weight"
     assert len(given) == 3
     assert not torch.equal(given[0][name], given[1][name])
@@ -123,6 +121,22 @@ def test_all_weights_of_a_dense_model(tmp_path):
         not torch.equal(one, other) for one, other in zip(model.parameters(), first.parameters(), strict=True)
     ]
     assert all(moved)
+
+
+def test_weights_of_16_bits_are_trained_in_float32_or_under_autocast(tmp_path):
+    for name, more in (("float32", {}), ("bf16", {"bf16": True})):
+        # Of small weights: else a random model's selections and logits jump with its rounding.
+        model = make_dense("llama", torch.bfloat16, initializer_range=0.05)
+        first = copy.deepcopy(model)
+
+        def engine(policy, more=more):
+            return generate_engine(policy, **more)
+
+        run(tmp_path / name, model, engine=engine, steps=1, learning_rate=3e-2, **more)
+        assert {tensor.dtype for tensor in model.parameters()} == {torch.bfloat16}
+        assert not equal_weights(model, first)
+    gaps = [metric_rows(tmp_path / name)[0]["engine_trainer_gap"] for name in ("float32", "bf16")]
+    assert gaps[0] < 1e-5 < gaps[1] < 2e-2
 
 
 def test_indexers_can_be_trained_by_their_own_loss(tmp_path):
@@ -198,3 +212,16 @@ def test_what_does_not_fit_is_said_before_any_work(tmp_path):
     ]:
         with pytest.raises(ConfigError, match=words):
             train_rl(model, TOKENIZER, domains, generate_engine, tmp_path, replace(quick(), **changes))
+
+
+@pytest.mark.skipif("FULMEN_SLOW_TESTS" not in os.environ, reason="a minute; FULMEN_SLOW_TESTS=1 runs it")
+def test_two_processes_share_the_prompts(tmp_path):
+    run_two_processes(tiny_rl.run_in_processes, (str(tmp_path),), "--cpu")
+    rows = metric_rows(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    # Of both: the log has the replies of all prompts.
+    assert all(row["groups"] == 4 for row in rows)
+    assert all(row["tokens"] == pytest.approx(16 * row["length"]) for row in rows)
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert rows[2]["kl"] > 1e-3
+    assert all(row["engine_trainer_gap"] < 1e-5 for row in rows)

@@ -47,8 +47,8 @@ def fresh_model(name: str = "llama"):
     return make_dsa(make_dense(name), topk=8)
 
 
-def generate_engine(model, settings) -> GenerateRollouts:
-    return GenerateRollouts(model, ends_of(model, TOKENIZER), pad_of(model, TOKENIZER), bf16=settings.bf16)
+def generate_engine(model, kind=GenerateRollouts, **more) -> GenerateRollouts:
+    return kind(model, ends_of(model, TOKENIZER), pad_of(model, TOKENIZER), **more)
 
 
 def quick(**changes) -> RlSettings:
@@ -73,10 +73,7 @@ def run_until_killed(run_dir: str) -> None:
                 die()
             return super().generate(prompts, sampling)
 
-    def engine(model, settings):
-        return Deadly(model, ends_of(model, TOKENIZER), pad_of(model, TOKENIZER))
-
-    run(Path(run_dir), engine=engine, **KILLED)
+    run(Path(run_dir), engine=lambda model: generate_engine(model, Deadly), **KILLED)
 
 
 class StaleEngine(GenerateRollouts):
@@ -87,8 +84,8 @@ class StaleEngine(GenerateRollouts):
         return [replace(one, logprobs=tuple(x - 0.01 for x in one.logprobs)) for one in found]
 
 
-def stale_engine(model, settings):
-    return StaleEngine(model, ends_of(model, TOKENIZER), pad_of(model, TOKENIZER))
+def stale_engine(model) -> StaleEngine:
+    return generate_engine(model, StaleEngine)
 
 
 def metric_rows(run_dir: Path) -> list[dict]:
@@ -96,3 +93,8 @@ def metric_rows(run_dir: Path) -> list[dict]:
     for row in rows:
         del row["seconds"]
     return rows
+
+
+def run_in_processes(run_dir: str) -> None:
+    """A run of which each process has half of the prompts."""
+    run(Path(run_dir), steps=3, prompts=4)

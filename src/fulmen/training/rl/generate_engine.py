@@ -3,9 +3,11 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from fulmen.errors import RolloutError
@@ -38,7 +40,7 @@ class GenerateRollouts:
             raise RolloutError(f"top_p={sampling.top_p} needs a top_k, which bounds the kept tokens; as 64")
         asked = [number for number in range(len(prompts)) for _ in range(sampling.per_prompt)]
         found: list[Rollout] = []
-        with torch.random.fork_rng(), _in_eval(self.model), torch.no_grad():
+        with torch.random.fork_rng(), _in_eval(self.model), _float32_head(self.model), torch.no_grad():
             torch.manual_seed(sampling.seed)
             for begin in range(0, len(asked), self.at_once):
                 found += self._write(prompts, asked[begin : begin + self.at_once], sampling)
@@ -149,6 +151,24 @@ class KeptTokens(LogitsProcessor):
 
 def _ids(row_K: Tensor) -> tuple[int, ...]:
     return tuple(one for one in row_K.tolist() if one >= 0)
+
+
+@contextmanager
+def _float32_head(model: PreTrainedModel) -> Iterator[None]:
+    """Logits in float32, as the trainer computes them: in bfloat16 they are too coarse to compare."""
+    head: Any = model.get_output_embeddings()
+    weight_VC = head.weight.detach().float()
+    bias_V = None if head.bias is None else head.bias.detach().float()
+
+    def forward(hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return linear(hidden.float(), weight_VC, bias_V)
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
 
 
 @contextmanager

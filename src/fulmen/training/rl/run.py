@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from fulmen.errors import ConfigError
 from fulmen.modeling.families import has_dsa
 from fulmen.modeling.rollouts import RolloutEngine
 from fulmen.tasks.base import HELD_OUT, Score
-from fulmen.training.precision import are_half, in_float32
+from fulmen.training.precision import in_float32
 from fulmen.training.processes import processes
 from fulmen.training.rl.prompts import prompt_tokens, training_rows
 from fulmen.training.rl.rewards import UNLEARNABLE_AFTER, Scorer, unlearnable
@@ -52,7 +52,7 @@ def train_rl(
     model: PreTrainedModel,
     tokenizer: Any,
     domains: Sequence[Domain],
-    make_engine: Callable[[PreTrainedModel, RlSettings], RolloutEngine],
+    make_engine: Callable[[PreTrainedModel], RolloutEngine],
     run_dir: Path,
     settings: RlSettings,
     on_step: OnStep = lambda *_: None,
@@ -66,8 +66,8 @@ def train_rl(
 
     Args:
         domains: tasks of different names; each step's prompts are theirs in turn.
-        make_engine: makes what writes the replies, from the model (with adapters, if there are some) and the
-            settings as they are used. It is closed in the end.
+        make_engine: makes what writes the replies, from the model as it is trained (with adapters, if there
+            are some, and in float32). It is closed in the end.
         run_dir: checkpoints and `metrics.jsonl`, a line a step.
         on_step, on_part: told of progress (`fulmen.training.run`). note: told what the user should know.
 
@@ -80,14 +80,13 @@ def train_rl(
     began = time.monotonic()
     state = processes()
     _require_fitting(model, domains, settings, state.num_processes)
-    settings = replace(settings, bf16=settings.bf16 or are_half(model.parameters()))
     checkpoint = open_run(run_dir)
     tasks = {domain.task.name: domain.task for domain in domains}
     scorer = Scorer(tasks, note)
-    reference = _prepare(model, settings)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with _own_config(model), in_float32(trained):
-        engine = make_engine(model, settings)
+    # All of them: where weights of 16 bits are added up, engine and trainer round apart.
+    with _own_config(model), in_float32(model.parameters()):
+        reference = _prepare(model, settings)
+        engine = make_engine(model)
         try:
             ask = _Asker(engine, tokenizer, domains, scorer, settings, on_part)
             before = run_plan(run_dir, lambda: {"before": ask("before")})["before"]
@@ -244,8 +243,3 @@ class RlWatch(RunWatch):
 
     def step_figures(self) -> dict[str, float]:
         return {name: self.rows[-1][name] for name in SHOWN if self.rows[-1][name] is not None}
-
-
-def settings_record(settings: RlSettings) -> dict[str, Any]:
-    """The settings in plain JSON types."""
-    return asdict(settings)

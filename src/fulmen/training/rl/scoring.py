@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -26,8 +27,8 @@ class Head(NamedTuple):
     temperature: float
 
     def finish(self, raw: Tensor) -> Tensor:
-        """Logits in float32 from products with the weight."""
-        logits = raw.float() * self.scale
+        """Logits from products with the weight, float32."""
+        logits = raw * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits / self.temperature
@@ -143,15 +144,22 @@ def kept_mass(head: Head, hidden_MC: Tensor, kept_MK: Tensor) -> Tensor:
 def kept_logits(head: Head, hidden_NC: Tensor, kept_NK: Tensor) -> Tensor:
     """Logits of the kept tokens, float32 [N, K]; -inf where there is none."""
     ids_NK = kept_NK.clamp(min=0)
-    raw_NK = torch.einsum("nc,nkc->nk", hidden_NC, head.weight_VC[ids_NK].to(hidden_NC.dtype))
+    with _no_autocast(hidden_NC):
+        raw_NK = torch.einsum("nc,nkc->nk", hidden_NC.float(), head.weight_VC[ids_NK].float())
     if head.bias_V is not None:
-        raw_NK = raw_NK + head.bias_V[ids_NK]
+        raw_NK = raw_NK + head.bias_V[ids_NK].float()
     return head.finish(raw_NK).masked_fill(kept_NK < 0, -torch.inf)
 
 
 def _full_logits(head: Head, hidden_NC: Tensor) -> Tensor:
-    bias_V = None if head.bias_V is None else head.bias_V.to(hidden_NC.dtype)
-    return head.finish(torch.nn.functional.linear(hidden_NC, head.weight_VC.to(hidden_NC.dtype), bias_V))
+    bias_V = None if head.bias_V is None else head.bias_V.float()
+    with _no_autocast(hidden_NC):
+        return head.finish(linear(hidden_NC.float(), head.weight_VC.float(), bias_V))
+
+
+def _no_autocast(tensor: Tensor) -> torch.autocast:
+    """Logits in bfloat16 are a multiple of an eighth where they are above 16: no log-probability is right."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _in_chunks(

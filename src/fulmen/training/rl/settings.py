@@ -35,8 +35,8 @@ class RlSettings:
     clip_low, clip_high: how far below and above 1 the ratio has a gradient.
     off_policy: mean log(engine / policy), in nats a token, above which a reply that was worse than its group
     leaves the policy's term.
-    checkpointing: recompute layers in the backward pass. bf16: autocast to bfloat16, as is done anyway where
-    weights are.
+    checkpointing: recompute layers in the backward pass. bf16: autocast to bfloat16; weights are held in
+    float32, whatever they are in.
     save_every: steps between checkpoints. report_to: as Trainer's: "none", "tensorboard", "wandb".
     held_out: problems of each task that are answered before and after. seed: of every random choice.
     """

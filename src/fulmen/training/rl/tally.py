@@ -45,6 +45,11 @@ class StepTally:
         self._gap[1] += len(gap_N)
         self._gap[2] = max(float(self._gap[2]), float(gap_N.max()))
 
+    @property
+    def gap(self) -> tuple[float, float]:
+        """Mean and largest of `add_gap` in this step and process."""
+        return float(self._gap[0] / self._gap[1]), float(self._gap[2])
+
     def row(self, accelerator: Any) -> dict[str, float]:
         """The means over all processes, by the names that the log has."""
         device = accelerator.device

@@ -196,13 +196,14 @@ class RlTrainer(SafeCheckpoints, GRPOTrainer):
 
     def _check_gap(self, logp_BT: Tensor, engine_BT: Tensor, counts_BT: Tensor) -> None:
         """Raise RolloutError if engine and trainer do not give the sampled tokens the same probabilities."""
-        gap_N = (logp_BT - engine_BT)[counts_BT].abs()
-        self.tally.add_gap(gap_N)
-        if not (mean := float(gap_N.mean())) <= (largest := self.settings.largest_gap):
+        self.tally.add_gap((logp_BT - engine_BT)[counts_BT].abs())
+        is_last = (self._step + 1) % self.current_gradient_accumulation_steps == 0
+        mean, most, largest = *self.tally.gap, self.settings.largest_gap
+        if is_last and not mean <= largest:
             raise RolloutError(
-                f"engine and trainer differ by {mean:.2g} nats a token (at most {float(gap_N.max()):.2g}) "
+                f"engine and trainer differ by {mean:.2g} nats a token (at most {most:.2g}) "
                 f"before step {self.state.global_step + 1}, more than {largest:.0e}: the engine has other "
-                "weights or computes otherwise; use another engine, or another dtype"
+                "weights or computes otherwise; use another engine, or no bf16"
             )
 
     def step_row(self) -> dict[str, Any]:
