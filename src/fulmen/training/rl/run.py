@@ -175,7 +175,7 @@ def _trainer(
         settings,
         scorer,
         args=rl_arguments(run_dir, settings, processes().num_processes, model.device),
-        train_dataset=Dataset.from_dict(training_rows(domains, settings.steps * settings.prompts)),
+        train_dataset=Dataset.from_dict(training_rows(domains, settings.all_prompts)),
     )
     silence(trainer)
     return trainer

@@ -90,6 +90,12 @@ class RlSettings:
         return self.prompts * self.group
 
     @property
+    def all_prompts(self) -> int:
+        """Of the run: TRL leaves out those that fill no whole call of the engine."""
+        calls = -(-self.steps // self.updates)
+        return calls * self.updates * self.prompts
+
+    @property
     def rate(self) -> float:
         """`learning_rate`, or its default."""
         if self.learning_rate is not None:
