@@ -28,7 +28,7 @@ def run(code):
     return done.stdout.split()
 
 
-FUNCTIONS = {"ask", "convert", "evaluate", "inspect", "load", "set_topk", "train"}
+FUNCTIONS = {"ask", "convert", "evaluate", "inspect", "load", "rl", "set_topk", "train"}
 CLASSES = {"Conversion", "DsaConfig", "FolderAnswer", "ModelDescription", "ParityReport", "SuiteReport"}
 CLASSES |= {"LineReporter", "Reporter", "SilentReporter"}
 

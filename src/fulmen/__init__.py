@@ -31,6 +31,7 @@ from fulmen.errors import (
     MessageError,
     OutputError,
     ResumeError,
+    RolloutError,
     TrainingDivergedError,
     UnsupportedModelError,
 )
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from fulmen.pipeline.api import convert, train
     from fulmen.pipeline.api_evaluate import evaluate
     from fulmen.pipeline.api_load import inspect, load
+    from fulmen.pipeline.api_rl import rl
     from fulmen.pipeline.ask import ask
     from fulmen.pipeline.ask_answer import FolderAnswer
     from fulmen.pipeline.conversion import Conversion
@@ -76,6 +78,7 @@ __all__ = [
     "ParityReport",
     "Reporter",
     "ResumeError",
+    "RolloutError",
     "SilentReporter",
     "SuiteReport",
     "TrainingDivergedError",
@@ -86,6 +89,7 @@ __all__ = [
     "evaluate",
     "inspect",
     "load",
+    "rl",
     "set_topk",
     "train",
 ]
@@ -105,6 +109,7 @@ _PLACES = {
     "evaluate": "fulmen.pipeline.api_evaluate",
     "inspect": "fulmen.pipeline.api_load",
     "load": "fulmen.pipeline.api_load",
+    "rl": "fulmen.pipeline.api_rl",
     "set_topk": "fulmen.modeling.families",
     "train": "fulmen.pipeline.api",
 }

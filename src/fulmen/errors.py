@@ -11,6 +11,7 @@
     ├── OutputError                  the output exists, is not writable, or the disk is full
     ├── ResumeError                  a half-finished run with other settings lies in the output directory
     ├── TrainingDivergedError        NaN or Inf in a loss
+    ├── RolloutError                 a rollout engine that disagrees with the trainer, or cannot do as asked
     ├── CacheError                   a cache that has no room for index keys
     ├── BackendError                 a pinned backend that cannot run here
     ├── EndpointError                a model server that cannot be reached, or lacks the model
@@ -77,6 +78,10 @@ class ResumeError(FulmenError):
 
 class TrainingDivergedError(FulmenError):
     """A loss became NaN or infinite; the best weights so far are kept."""
+
+
+class RolloutError(FulmenError):
+    """A rollout engine whose log-probabilities are not the trainer's, or that cannot do what it is asked."""
 
 
 class CacheError(FulmenError):

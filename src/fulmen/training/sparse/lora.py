@@ -9,7 +9,6 @@ import torch
 from transformers import PreTrainedModel
 
 from fulmen.errors import ConfigError
-from fulmen.modeling.selectors import dsa_attentions
 
 # The linear maps of attention and MLP; the indexers are trained in full, embeddings and norms not at all.
 TARGETS = r"(?!.*\.indexer\.).*\.(self_attn|mlp)\.(.*_proj(_with_mqa)?|c_fc)"
@@ -28,15 +27,13 @@ def add_lora(model: PreTrainedModel, rank: int, seed: int) -> None:
         torch.manual_seed(seed)
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS), model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    for attention in dsa_attentions(model):
-        attention.indexer.requires_grad_(True)
+        parameter.requires_grad_("lora_" in name or ".indexer." in name)
 
 
 @contextmanager
 def without_lora(model: PreTrainedModel) -> Iterator[None]:
     """The model without its adapters, as it was, in the `with` block."""
-    layers = _lora_layers(model)
+    layers = lora_layers(model)
     for _, layer in layers:
         layer.enable_adapters(False)
     try:
@@ -48,7 +45,7 @@ def without_lora(model: PreTrainedModel) -> Iterator[None]:
 
 def merge_lora(model: PreTrainedModel) -> None:
     """Add the adapters to the weights and take them away; nothing happens where there are none."""
-    for name, layer in _lora_layers(model):
+    for name, layer in lora_layers(model):
         layer.merge()
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
@@ -56,7 +53,8 @@ def merge_lora(model: PreTrainedModel) -> None:
         vars(model).pop(leftover, None)
 
 
-def _lora_layers(model: PreTrainedModel) -> list[tuple[str, Any]]:
+def lora_layers(model: PreTrainedModel) -> list[tuple[str, Any]]:
+    """The linear maps that have adapters beside them, with their names; none without peft."""
     if importlib.util.find_spec("peft") is None:
         return []
     from peft.tuners.lora import LoraLayer

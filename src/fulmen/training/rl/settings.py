@@ -1,0 +1,116 @@
+"""How reinforcement learning trains."""
+
+from dataclasses import dataclass
+
+from fulmen.config import require_positive_int
+from fulmen.errors import ConfigError
+from fulmen.modeling.rollouts import Sampling
+from fulmen.tasks.base import Task
+
+INDEXERS = ("frozen", "trained")
+RATE, LORA_RATE = 1e-5, 1e-4
+# Mean |log(engine / trainer)| of a sampled token, in nats, that is still rounding.
+GAP_FLOAT32, GAP_BFLOAT16 = 1e-4, 2e-2
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A task, and the strength of the KL on its replies."""
+
+    task: Task
+    kl: float = 1e-3
+
+
+@dataclass(frozen=True)
+class RlSettings:
+    """How long, on how much and how hard to train.
+
+    steps: optimizer steps. prompts: per step, of all processes. group: replies to each, G.
+    updates: optimizer steps on one call of the engine; above 1 the later ones are off-policy.
+    micro_batch: replies in one forward pass.
+    max_new_tokens, temperature, top_p, top_k: as `Sampling`.
+    learning_rate: None: RATE, with LoRA LORA_RATE. lora: rank; None trains all weights.
+    indexer: one of INDEXERS: "frozen", or "trained" by a loss of its own (`fulmen.training.sparse.losses`).
+    indexer_learning_rate: where it is trained. n_rows: query rows a layer and reply for its loss.
+    clip_low, clip_high: how far below and above 1 the ratio has a gradient.
+    off_policy: mean log(engine / policy), in nats a token, above which a reply that was worse than its group
+    leaves the policy's term.
+    checkpointing: recompute layers in the backward pass. bf16: autocast to bfloat16; weights are held in
+    float32, whatever they are in.
+    save_every: steps between checkpoints. report_to: as Trainer's: "none", "tensorboard", "wandb".
+    held_out: problems of each task that are answered before and after. seed: of every random choice.
+    """
+
+    steps: int
+    prompts: int = 8
+    group: int = 8
+    updates: int = 1
+    micro_batch: int = 8
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_p: float = 0.95
+    top_k: int = 64
+    learning_rate: float | None = None
+    lora: int | None = 16
+    indexer: str = "frozen"
+    indexer_learning_rate: float = 3e-5
+    n_rows: int = 64
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    off_policy: float = 0.05
+    checkpointing: bool = False
+    bf16: bool = False
+    save_every: int = 10
+    report_to: str = "none"
+    held_out: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "prompts", "group", "updates", "micro_batch", "max_new_tokens", "save_every"):
+            require_positive_int(name, getattr(self, name))
+        if self.group < 2:
+            raise ConfigError(f"group={self.group} cannot be compared with itself; use 2 or more")
+        if self.replies % self.micro_batch:
+            raise ConfigError(
+                f"micro_batch={self.micro_batch} does not divide a step's {self.replies} replies "
+                f"(prompts={self.prompts} x group={self.group}); use a divisor"
+            )
+        if not self.temperature > 0:
+            raise ConfigError(f"temperature={self.temperature} cannot be; use a number above 0, as 1")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p} cannot be; use a share above 0, at most 1")
+        if self.top_p < 1 and not self.top_k:
+            raise ConfigError(f"top_p={self.top_p} needs a top_k, which bounds the kept tokens; use 64")
+        if self.indexer not in INDEXERS:
+            raise ConfigError(f"indexer={self.indexer!r} is not known; choose from {', '.join(INDEXERS)}")
+
+    @property
+    def replies(self) -> int:
+        """Of a step, in all processes."""
+        return self.prompts * self.group
+
+    @property
+    def all_prompts(self) -> int:
+        """Of the run: TRL leaves out those that fill no whole call of the engine."""
+        calls = -(-self.steps // self.updates)
+        return calls * self.updates * self.prompts
+
+    @property
+    def rate(self) -> float:
+        """`learning_rate`, or its default."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return RATE if self.lora is None else LORA_RATE
+
+    @property
+    def largest_gap(self) -> float:
+        """Of engine and trainer, mean nats a token."""
+        return GAP_BFLOAT16 if self.bf16 else GAP_FLOAT32
+
+    def sampling(self, seed: int) -> Sampling:
+        """How a step's replies are sampled."""
+        return Sampling(self.group, self.max_new_tokens, self.temperature, self.top_p, self.top_k, seed)
+
+    def greedy(self) -> Sampling:
+        """How held-out problems are answered: the likeliest token each time."""
+        return Sampling(1, self.max_new_tokens, top_k=1, seed=self.seed)
