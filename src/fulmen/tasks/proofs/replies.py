@@ -94,6 +94,11 @@ def lenient_assessment(reply: str) -> Assessment | None:
     return Assessment(text, int(steps[-1]) if is_named else None, scores[-1])
 
 
+def readable_assessment(reply: str) -> Assessment | None:
+    """By the form, else as far as it can be read."""
+    return strict_assessment(reply) or lenient_assessment(reply)
+
+
 def assessment_value(said: Assessment, findings: Sequence[Finding], needs_real_fault: bool = True) -> float:
     """How near an assessment's score is to the truth; 0 if the fault that it cites is not there."""
     nearness = 1 - abs(said.score - worst(findings))
