@@ -5,8 +5,8 @@
     verify_label("http://127.0.0.1:8000/v1", "proofs.jsonl", out="labels.jsonl")
     verify_refine("http://127.0.0.1:8000/v1", "problems.jsonl", out="refined.jsonl")
 
-Replies are kept in a journal beside the output; interrupted, or with a server that was down, the same call goes
-on where it was.
+Replies are kept in a journal beside the output; interrupted, or with a server that was down, the same call
+goes on where it was.
 """
 
 import json
@@ -104,6 +104,7 @@ def verify_score(
         EndpointError: the server cannot be reached, or refuses; what it answered is kept in `out`.
         CheckpointError, UnsupportedModelError, OutputError, ResumeError: model or folder cannot be used.
     """
+    _require_counts(concurrency=concurrency, max_new_tokens=max_new_tokens)
     told = reporter_of(reporter)
     if data is None:
         rows = _made(n, kind, min_steps, max_steps, True, False, seed)
@@ -148,8 +149,14 @@ def verify_label(
 
     Raises as `verify_score`.
     """
-    for name_, value in (("analyses", analyses), ("votes", votes), ("uphold", uphold)):
-        require_positive_int(name_, value)
+    _require_counts(
+        analyses=analyses,
+        votes=votes,
+        uphold=uphold,
+        concurrency=concurrency,
+        max_new_tokens=max_new_tokens,
+    )
+    heat = _temperature(temperature)
     if uphold > analyses:
         raise refused("uphold", uphold, f"use 1 to analyses={analyses}")
     rows, told = read_rows(path_argument("data", data), "problem", "proof"), reporter_of(reporter)
@@ -161,7 +168,7 @@ def verify_label(
         told,
         concurrency,
         max_new_tokens,
-        _temperature(temperature),
+        heat,
     )
     labelled = label_proofs(rows, asking, analyses, votes, uphold)
     write_rows(path, labelled)
@@ -197,13 +204,15 @@ def verify_refine(
 
     Raises as `verify_score`.
     """
-    for name_, value in (("pool", pool), ("verifications", verifications)):
-        require_positive_int(name_, value)
+    _require_counts(
+        pool=pool, verifications=verifications, concurrency=concurrency, max_new_tokens=max_new_tokens
+    )
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
         raise refused("rounds", rounds, "use 0 or more")
     rows, told = read_rows(path_argument("data", data), "problem"), reporter_of(reporter)
     path = _file_argument("out", out)
-    journal, heat = ReplyJournal(_journal_of(path)), _temperature(temperature)
+    heat = _temperature(temperature)
+    journal = ReplyJournal(_journal_of(path))
     prover = writer_for(model, name, told, device)
     verifier = prover if judge is None else writer_for(judge, judge_name, told, device)
     refined = refine_proofs(
@@ -237,8 +246,6 @@ def _asking(
     max_new_tokens: int,
     temperature: float,
 ) -> Asking:
-    require_positive_int("concurrency", concurrency)
-    require_positive_int("max_new_tokens", max_new_tokens)
     return Asking(
         writer,
         journal,
@@ -247,6 +254,11 @@ def _asking(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
     )
+
+
+def _require_counts(**values: object) -> None:
+    for name, value in values.items():
+        require_positive_int(name, value)
 
 
 def _temperature(value: object) -> float:

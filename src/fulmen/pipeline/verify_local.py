@@ -40,7 +40,7 @@ class LocalWriter:
         ids_1S = encoded["input_ids"].to(self._model.device)
         sampled: dict[str, Any] = {"do_sample": False}
         if drawing.temperature:
-            sampled: dict[str, Any] = {
+            sampled |= {
                 "do_sample": True,
                 "temperature": drawing.temperature,
                 "top_k": 0,
