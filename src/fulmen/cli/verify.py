@@ -8,21 +8,26 @@ import typer
 
 from fulmen.cli.device_option import Device
 from fulmen.cli.progress import STARTING, console, reporter
+from fulmen.errors import ConfigError
 from fulmen.pipeline.settings import AUTO_DEVICE
 
 verify_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     help="Verifiers of proofs: make proofs with known faults, score a verifier, label by votes, refine.",
-    epilog="MODEL is an OpenAI-compatible address (its key in FULMEN_API_KEY) or a model's directory or name. "
-    "Replies are kept beside the output: interrupted, the same command goes on where it was.",
+    epilog="MODEL is an OpenAI-compatible address (its key in FULMEN_API_KEY) or a model's directory or "
+    "name. Replies are kept beside the output: interrupted, the same command goes on where it was.",
 )
 
 Writer = Annotated[
-    str,
+    str | None,
     typer.Argument(
         metavar="MODEL", help="An address, as http://127.0.0.1:8000/v1, or a model.", show_default=False
     ),
+]
+Url = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="An address, in place of MODEL.", show_default=False),
 ]
 Name = Annotated[
     str | None,
@@ -82,7 +87,7 @@ def make_command(
 
 @verify_app.command("score")
 def score_command(
-    model: Writer,
+    model: Writer = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -91,6 +96,7 @@ def score_command(
             show_default=False,
         ),
     ] = None,
+    url: Url = None,
     name: Name = None,
     n: Count = 200,
     kind: Kind = "all",
@@ -112,7 +118,7 @@ def score_command(
     with told.stage(STARTING):
         from fulmen.pipeline.verify import verify_score
     report = verify_score(
-        model,
+        _one_of(model, url),
         data=data,
         name=name,
         n=n,
@@ -138,12 +144,14 @@ def score_command(
 
 @verify_app.command("label")
 def label_command(
-    model: Writer,
+    *,
+    model: Writer = None,
     data: Annotated[
         Path,
         typer.Option(metavar="FILE", help="JSON lines with problem and proof.", show_default=False),
     ],
     out: OutFile,
+    url: Url = None,
     name: Name = None,
     analyses: Annotated[int, typer.Option(help="Analyses of each proof.")] = 8,
     votes: Annotated[int, typer.Option(help="Votes on each analysis that finds a fault.")] = 3,
@@ -163,7 +171,7 @@ def label_command(
     with told.stage(STARTING):
         from fulmen.pipeline.verify import verify_label
     rows = verify_label(
-        model,
+        _one_of(model, url),
         data,
         out=out,
         name=name,
@@ -187,9 +195,11 @@ def label_command(
 
 @verify_app.command("refine")
 def refine_command(
-    model: Writer,
+    *,
+    model: Writer = None,
     data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with problem.", show_default=False)],
     out: OutFile,
+    url: Url = None,
     name: Name = None,
     judge: Annotated[
         str | None,
@@ -213,13 +223,13 @@ def refine_command(
 ) -> None:
     """Prove problems, have the proofs verified, write them anew from what was found.
 
-    Example: [bold]fulmen verify refine http://127.0.0.1:8000/v1 --data p.jsonl --pool 8 --out refined.jsonl[/]
+    Example: [bold]fulmen verify refine http://127.0.0.1:8000/v1 --data p.jsonl --pool 8 --out new.jsonl[/]
     """
     told = reporter()
     with told.stage(STARTING):
         from fulmen.pipeline.verify import verify_refine
     rows = verify_refine(
-        model,
+        _one_of(model, url),
         data,
         out=out,
         name=name,
@@ -239,3 +249,12 @@ def refine_command(
     checked = [row["machine_score"] for row in rows if "machine_score" in row]
     if checked:
         told.note(f"checked by machine: {sum(score == 1 for score in checked)} of {len(checked)} are right")
+
+
+def _one_of(model: str | None, url: str | None) -> str:
+    """A model or an address. Raises ConfigError."""
+    if (model is None) == (url is None):
+        raise ConfigError("give MODEL, or an address with --url; one of the two")
+    if url is not None and "://" not in url:
+        raise ConfigError(f"url={url!r} is no address; write it as http://127.0.0.1:8000/v1")
+    return model or str(url)
