@@ -6,12 +6,15 @@ from typing import Annotated
 
 import typer
 
+from fulmen.cli.console import FulmenGroup
 from fulmen.cli.device_option import Device
 from fulmen.cli.progress import STARTING, console, reporter
 from fulmen.errors import ConfigError
 from fulmen.pipeline.settings import AUTO_DEVICE
 
 verify_app = typer.Typer(
+    # Mistakes are told by its commands' options.
+    cls=FulmenGroup,
     no_args_is_help=True,
     rich_markup_mode="rich",
     help="Verifiers of proofs: make proofs with known faults, score a verifier, label by votes, refine.",
@@ -79,6 +82,7 @@ def make_command(
         held_out=held_out,
         chat=chat,
         seed=seed,
+        reporter=reporter(),
     )
     counts = Counter(row["fault"] or "sound" for row in rows)
     said = ", ".join(f"{count} {name}" for name, count in counts.most_common())
@@ -137,8 +141,9 @@ def score_command(
     told.note(f"Wrote {out / 'score.json'}")
     print_table(report.table(), report.model)
     console.print(
-        "accuracy: told sound or faulty as it is; cited step: of the faults that were seen; brackets: 95 %",
+        "accuracy: told sound or faulty as it is; cited step: of the faults that were seen",
         highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -33,6 +33,7 @@ from fulmen.pipeline.verify_rows import (
 from fulmen.pipeline.verify_score import VerifierReport, score_verifier
 from fulmen.pipeline.verify_writers import Writer, writer_for
 from fulmen.tasks.proofs.factory import ALL_KINDS, DEFAULT_LONGEST, DEFAULT_SHORTEST, proof_source
+from fulmen.tasks.proofs.labelled import ProofSource
 
 DEFAULT_PROOFS, DEFAULT_NEW_TOKENS, DEFAULT_CONCURRENCY = 200, 1024, 4
 # Of samples that shall differ.
@@ -49,6 +50,7 @@ def write_proofs(
     held_out: bool = False,
     chat: bool = False,
     seed: int = 0,
+    reporter: Reporter | None = None,
 ) -> list[Row]:
     """Write labelled proofs as JSON lines, half of them sound, no two alike; return the rows.
 
@@ -59,13 +61,17 @@ def write_proofs(
         held_out: those that no training sees, whose problems are others.
         chat: with the request and the right reply as `messages`, for training.
         seed: 0 to 99; each has other proofs.
+        reporter: whom to tell how far it is; None: nobody.
 
     Raises:
         ConfigError: an argument that cannot be, or more proofs than there are.
         OutputError: the file cannot be written.
     """
     path = _file_argument("out", out)
-    rows = _made(n, kind, min_steps, max_steps, flag_argument("held_out", held_out), chat, seed)
+    source = _source(n, kind, min_steps, max_steps, seed)
+    row = chat_row if flag_argument("chat", chat) else proof_row
+    made = labelled_proofs(source, n, flag_argument("held_out", held_out), seed, reporter_of(reporter))
+    rows = [row(*one) for one in made]
     write_rows(path, rows)
     return rows
 
@@ -107,7 +113,8 @@ def verify_score(
     _require_counts(concurrency=concurrency, max_new_tokens=max_new_tokens)
     told = reporter_of(reporter)
     if data is None:
-        rows = _made(n, kind, min_steps, max_steps, True, False, seed)
+        source = _source(n, kind, min_steps, max_steps, seed)
+        rows = [proof_row(*one) for one in labelled_proofs(source, n, True, seed, told)]
     else:
         place = path_argument("data", data)
         rows = read_rows(place, "problem", "proof")
@@ -227,15 +234,12 @@ def verify_refine(
     return refined
 
 
-def _made(
-    n: int, kind: str, min_steps: int, max_steps: int, held_out: bool, chat: bool, seed: int
-) -> list[Row]:
+def _source(n: int, kind: str, min_steps: int, max_steps: int, seed: int) -> ProofSource:
+    """Raises ConfigError for numbers that cannot be."""
     require_positive_int("n", n)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
         raise refused("seed", seed, f"use 0 to {LARGEST_SEED}")
-    source = proof_source(kind, min_steps, max_steps)
-    row = chat_row if flag_argument("chat", chat) else proof_row
-    return [row(index, made) for index, made in labelled_proofs(source, n, held_out, seed)]
+    return proof_source(kind, min_steps, max_steps)
 
 
 def _asking(

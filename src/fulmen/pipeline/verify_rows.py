@@ -8,6 +8,7 @@ from typing import Any
 
 from fulmen.errors import ConfigError, CorpusError
 from fulmen.files import write_file
+from fulmen.pipeline.reporter import Reporter
 from fulmen.tasks.base import HELD_OUT
 from fulmen.tasks.proofs.labelled import LabelledProof, ProofSource
 from fulmen.tasks.proofs.proof import SCORES
@@ -43,7 +44,7 @@ def chat_row(index: int, made: LabelledProof) -> Row:
 
 
 def labelled_proofs(
-    source: ProofSource, n: int, held_out: bool, seed: int = 0
+    source: ProofSource, n: int, held_out: bool, seed: int, reporter: Reporter
 ) -> list[tuple[int, LabelledProof]]:
     """`n` different proofs with their indices; another seed, up to 99, begins elsewhere.
 
@@ -51,7 +52,11 @@ def labelled_proofs(
     """
     first = (HELD_OUT if held_out else 0) + seed * APART
     indices = range(first, first + min(APART, 20 * n + 1000))
-    found = list(islice(_different(source, indices), n))
+    found = []
+    with reporter.stage("Make"):
+        for one in islice(_different(source, indices), n):
+            found.append(one)
+            reporter.advance(len(found), n)
     if len(found) < n:
         raise ConfigError(
             f"n={n} cannot be: there are about {len(found)} such proofs; lower it, or raise max_steps",

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fulmen.evaluation.statistics import IntervalRow, interval_row, mean_interval, wilson_interval
-from fulmen.evaluation.wording import percent
 from fulmen.pipeline.verify_asking import Asking, Request
 from fulmen.pipeline.verify_rows import Row
 from fulmen.tasks.proofs.proof import RIGHT
@@ -16,7 +15,7 @@ from fulmen.tasks.proofs.replies import (
     verify_messages,
 )
 
-SOUND = "none"
+SOUND = "sound"
 
 
 @dataclass(frozen=True)
@@ -74,16 +73,13 @@ class VerifierReport:
         values = self.to_dict()
         groups = [("all", values["all"]), *values["by_kind"].items(), *values["by_fault"].items()]
         return [
-            ["proofs", "n", "sound", "accuracy", "lenient", "cited step", "in form", "reward"],
+            ["proofs", "n", "accuracy %", "lenient", "cited step %", "form", "reward"],
             *([name, *_cells(figures)] for name, figures in groups),
         ]
 
     def _grouped(self, field: str) -> dict[str, Any]:
         names = sorted({_group(one, field) for one in self.judged})
-        return {
-            f"{field} {name}": _figures([one for one in self.judged if _group(one, field) == name])
-            for name in names
-        }
+        return {name: _figures([one for one in self.judged if _group(one, field) == name]) for name in names}
 
 
 def score_verifier(name: str, rows: Sequence[Row], asking: Asking) -> VerifierReport:
@@ -123,13 +119,20 @@ def _figures(judged: Sequence[Judged]) -> dict[str, Any]:
 
 
 def _cells(figures: dict[str, Any]) -> list[str]:
-    def with_limits(row: IntervalRow | None) -> str:
-        if row is None:
-            return "-"
-        low, high = row["low"], row["high"]
-        limits = "" if low is None or high is None else f" ({percent(low, 0)} to {percent(high, 0)})"
-        return f"{percent(row['estimate'], 0)}{limits}"
+    """Shares in percent, two of them with their limits."""
 
-    names = ("accuracy", "accuracy_lenient", "cited_step_right", "in_form")
-    shares = [with_limits(figures[name]) for name in names]
-    return [str(figures["n"]), str(figures["sound"]), *shares, f"{figures['reward']['estimate']:.2f}"]
+    def share(name: str) -> str:
+        return f"{100 * figures[name]['estimate']:.0f}" if figures[name] else "-"
+
+    def with_limits(name: str) -> str:
+        row = figures[name]
+        return f"{share(name)} ({100 * row['low']:.0f}-{100 * row['high']:.0f})" if row else "-"
+
+    return [
+        str(figures["n"]),
+        with_limits("accuracy"),
+        share("accuracy_lenient"),
+        with_limits("cited_step_right"),
+        share("in_form"),
+        f"{figures['reward']['estimate']:.2f}",
+    ]
