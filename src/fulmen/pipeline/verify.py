@@ -31,7 +31,7 @@ from fulmen.pipeline.verify_rows import (
     write_rows,
 )
 from fulmen.pipeline.verify_score import VerifierReport, score_verifier
-from fulmen.pipeline.verify_writers import Writer, writer_for
+from fulmen.pipeline.verify_writers import EndpointWriter, Writer
 from fulmen.tasks.proofs.factory import ALL_KINDS, DEFAULT_LONGEST, DEFAULT_SHORTEST, proof_source
 from fulmen.tasks.proofs.labelled import ProofSource
 
@@ -121,7 +121,7 @@ def verify_score(
         require_labels(place, rows)
     folder = None if out is None else path_argument("out", out).expanduser()
     journal = ReplyJournal(None if folder is None else folder / "replies.jsonl")
-    writer = writer_for(model, name, told, device)
+    writer = _writer(model, name, told, device)
     asking = _asking(writer, journal, told, concurrency, max_new_tokens, 0.0)
     report = score_verifier(writer.name, rows, asking)
     if folder is not None:
@@ -170,7 +170,7 @@ def verify_label(
     path = _file_argument("out", out)
     journal = ReplyJournal(_journal_of(path))
     asking = _asking(
-        writer_for(model, name, told, device),
+        _writer(model, name, told, device),
         journal,
         told,
         concurrency,
@@ -220,8 +220,8 @@ def verify_refine(
     path = _file_argument("out", out)
     heat = _temperature(temperature)
     journal = ReplyJournal(_journal_of(path))
-    prover = writer_for(model, name, told, device)
-    verifier = prover if judge is None else writer_for(judge, judge_name, told, device)
+    prover = _writer(model, name, told, device)
+    verifier = prover if judge is None else _writer(judge, judge_name, told, device)
     refined = refine_proofs(
         rows,
         _asking(prover, journal, told, concurrency, max_new_tokens, heat),
@@ -240,6 +240,25 @@ def _source(n: int, kind: str, min_steps: int, max_steps: int, seed: int) -> Pro
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
         raise refused("seed", seed, f"use 0 to {LARGEST_SEED}")
     return proof_source(kind, min_steps, max_steps)
+
+
+def _writer(model: str, name: str | None, reporter: Reporter, device: object) -> Writer:
+    """By an address (http...), or a model's place.
+
+    Args:
+        model: address, or a model's directory or name, converted or not.
+        name: what the server calls the model; None: the first that it names.
+
+    Raises:
+        EndpointError: as `EndpointWriter`.
+        CheckpointError, UnsupportedModelError: a model that cannot be read.
+    """
+    if "://" in model:
+        return EndpointWriter(model, name, reporter)
+    from fulmen.pipeline.verify_local import LocalWriter
+
+    with reporter.stage("Load"):
+        return LocalWriter(model, device)
 
 
 def _asking(

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, Protocol
 from fulmen.endpoints import Endpoint, EndpointBusy
 from fulmen.errors import EndpointError
 from fulmen.pipeline.reporter import Reporter
-from fulmen.pipeline.settings import AUTO_DEVICE
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -30,25 +29,6 @@ class Writer(Protocol):
     def write(self, messages: Messages, drawing: Drawing) -> str:
         """The reply's text."""
         ...
-
-
-def writer_for(model: str, name: str | None, reporter: Reporter, device: object = AUTO_DEVICE) -> Writer:
-    """By an address (http...), or a model's place.
-
-    Args:
-        model: address, or a model's directory or name, converted or not.
-        name: what the server calls the model; None: the first that it names.
-
-    Raises:
-        EndpointError: as `EndpointWriter`.
-        CheckpointError, UnsupportedModelError: a model that cannot be read.
-    """
-    if "://" in model:
-        return EndpointWriter(model, name, reporter)
-    from fulmen.pipeline.verify_local import LocalWriter
-
-    with reporter.stage("Load"):
-        return LocalWriter(model, device)
 
 
 class EndpointWriter:
