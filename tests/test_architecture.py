@@ -1,5 +1,5 @@
-"""The house's order, read from the imports: errors <- config, files, endpoints <- ops, data, tasks <- modeling <-
-four rooms <- pipeline <- cli.
+"""The house's order, read from the imports: errors <- config, files, endpoints <- ops, data, tasks <-
+modeling <- four rooms <- pipeline <- cli.
 
 A room imports what lies below it, never a room of its own floor.
 """
