@@ -5,6 +5,7 @@ import re
 import threading
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fulmen.cli.main import app
@@ -243,10 +244,22 @@ def test_a_proof_that_never_passes_ends_with_the_rounds(tmp_path):
 
 
 def test_a_model_that_runs_here(tmp_path):
-    source = str(save_tiny_source(tmp_path / "tiny"))
-    report = verify_score(source, n=2, kind="words", max_new_tokens=3, device="cpu", out=tmp_path / "score")
-    assert report.to_dict()["all"]["in_form"]["estimate"] == 0
-    assert len(lines_of(tmp_path / "score" / "replies.jsonl")) == 2
+    source, replies = save_tiny_source(tmp_path / "tiny"), tmp_path / "score" / "replies.jsonl"
+
+    def score():
+        return verify_score(
+            str(source), n=2, kind="words", max_new_tokens=3, device="cpu", out=tmp_path / "score"
+        )
+
+    assert score().to_dict()["all"]["in_form"]["estimate"] == 0
+    assert score() == score()
+    assert len(lines_of(replies)) == 2
+    # Trained further, it is asked anew.
+    weights = load_file(source / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    score()
+    assert len(lines_of(replies)) == 4
 
 
 def run(*arguments):

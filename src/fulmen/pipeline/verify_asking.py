@@ -137,5 +137,5 @@ class Asking:
         return Drawing(self._max_new_tokens, self._temperature, request.number)
 
     def _key(self, request: Request) -> str:
-        asked = [self._writer.name, [dict(one) for one in request.messages], self._drawing(request)]
+        asked = [self._writer.identity, [dict(one) for one in request.messages], self._drawing(request)]
         return sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]

@@ -9,6 +9,7 @@ from fulmen.errors import UnsupportedModelError
 from fulmen.modeling.checkpoint import load_dense
 from fulmen.modeling.families import accelerate_model, dsa_of
 from fulmen.pipeline.devices import device_of, move
+from fulmen.pipeline.fingerprint import weights_fingerprint
 from fulmen.pipeline.load import load_converted
 from fulmen.pipeline.model_config import read_config
 from fulmen.pipeline.verify_writers import Drawing, Messages
@@ -23,12 +24,16 @@ class LocalWriter:
     def __init__(self, source: str, device: object) -> None:
         self.name = source
         place = device_of(device)
-        if _is_converted(source):
+        is_converted = _is_converted(source)
+        if is_converted:
             model, self._tokenizer = load_converted(source)
             accelerate_model(model)
         else:
             model, self._tokenizer = load_dense(source)
         self._model: Any = model.eval() if place is None else move(model.eval(), place)
+        # Trained anew, or with another k, it is another one at the same place.
+        dsa = dsa_of(model.config).to_dict() if is_converted else None
+        self.identity = f"{source} {weights_fingerprint(model.state_dict())} {dsa}"
         # Torch's generator is one, and so are its threads.
         self._lock = threading.Lock()
 

@@ -21,10 +21,11 @@ class Drawing(NamedTuple):
 class Writer(Protocol):
     """Writes replies to chat messages, the same for the same arguments as far as it can; from any thread.
 
-    name: what tells it from others.
+    name: for a reader. identity: what tells it from others, whose replies are not taken for its own.
     """
 
     name: str
+    identity: str
 
     def write(self, messages: Messages, drawing: Drawing) -> str:
         """The reply's text."""
@@ -45,7 +46,7 @@ class EndpointWriter:
                 f"{self._server.url}/models is an empty list; pass model", arguments=["model"]
             )
         self._model = model or str(known[0].get("id"))
-        self.name = f"{self._model} at {self._server.url}"
+        self.name = self.identity = f"{self._model} at {self._server.url}"
 
     def write(self, messages: Messages, drawing: Drawing) -> str:
         """As `Writer.write`. Raises EndpointError, also for a server that is busy again and again."""

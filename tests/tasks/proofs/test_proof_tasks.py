@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fulmen.errors import ConfigError
 from fulmen.tasks.base import HELD_OUT
-from fulmen.tasks.proofs.factory import proof_task
+from fulmen.tasks.proofs.factory import named_proof_task, proof_task
 from fulmen.tasks.proofs.replies import Assessment, lenient_assessment, strict_assessment, strict_proof
 
 N = 120
@@ -180,6 +180,13 @@ def test_two_tasks_of_the_same_settings_are_the_same():
     short = proof_task("verify_proof", kind="equations", min_steps=2, max_steps=2).problem(0)
     assert "\n2. " in short.messages[0]["content"]
     assert "\n3. " not in short.messages[0]["content"]
+
+
+def test_tasks_of_one_run_have_the_names_that_they_were_asked_for_with():
+    spec = "verify_proof:kind=logic,meta=false"
+    task = named_proof_task(spec, {"kind": "logic", "meta": False})
+    assert task.name == task.problem(3).task == spec
+    assert task.problem(3).data["kind"] == "logic"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The tasks about proofs by their names: `verify_proof` and `prove`."""
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -38,6 +39,13 @@ def proof_task(name: str, **parameters: Any) -> Task:
         raise ConfigError(f"meta={meta!r} cannot be; use True or False")
     source = proof_source(**parameters)
     return VerifyProof(source, meta) if name == "verify_proof" else Prove(source)
+
+
+def named_proof_task(spec: str, parameters: Mapping[str, Any]) -> Task:
+    """The task of `verify_proof:kind=logic,...`, which has that as its name. Raises as `proof_task`."""
+    task = proof_task(spec.partition(":")[0], **parameters)
+    task.name = spec
+    return task
 
 
 def proof_source(
