@@ -75,14 +75,13 @@ class Words:
             sentences.append(sentence)
             written = _sum(change, amounts, numbers, fault if place == at else None, random)
             result = linear(written).constant if written else Fraction(0)
+            if place == at and fault == "arithmetic":
+                result += random.choice([-10, -2, -1, 1, 2, 10])
             if result.denominator != 1 or not 0 < result <= LARGEST:
                 return None
-            shown = int(result)
-            if place == at and fault == "arithmetic":
-                shown += random.choice([-10, -2, -1, 1, 2, 10])
-            amounts.append(shown)
+            amounts.append(int(result))
             reason = _misquoted(sentence, numbers, random) if place == at and fault == REASON else sentence
-            steps.append(Step(reason, f"{written} = {shown}"))
+            steps.append(Step(reason, f"{written} = {amounts[-1]}"))
         problem = ". ".join([f"{name} has {amounts[0]} {things}", *map(_capital, sentences)])
         return Proof(self.name, f"{problem}. How many {things} are there now?", tuple(steps))
 
