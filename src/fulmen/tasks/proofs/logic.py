@@ -1,7 +1,7 @@
 """Propositional deduction: premises A1, A2, ... and steps that cite them and one another."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 
 from fulmen.tasks.proofs.formulas import Formula, formula_of, joined, negation
@@ -40,7 +40,10 @@ class Logic:
         drawing = _Drawing(random)
         at = random.randrange(n_steps) if fault else None
         while len(drawing.steps) < n_steps:
-            drawing.add(n_steps, fault if len(drawing.steps) == at else None)
+            now = fault if len(drawing.steps) == at else None
+            if drawing.is_in_chain and now not in (None, REASON, "negation"):
+                return None
+            drawing.add(n_steps, now)
         return drawing.proof()
 
     def check(self, problem: str, steps: Sequence[Step]) -> list[Finding]:
@@ -113,14 +116,20 @@ class _Drawing:
         if self._before_chain is not None:
             self._finish_chain(fault)
         elif fault in (None, REASON):
-            moves = [self._ponens, self._tollens, self._elimination]
-            if len(self.steps) + 1 < n_steps:
-                moves += [self._begin_chain, self._conjunction]
-            self._random.choice(moves)()
+            self._random.choice([*self._short_moves(), *self._long_moves(n_steps)])()
+        elif fault == "negation":
+            # Of the moves that the other faults do not have: all come as often as in sound proofs.
+            self._random.choice(self._long_moves(n_steps) or self._short_moves())()
+            self._negate()
         else:
             self._faulty(str(fault))
         if fault == REASON:
             self._spoil_reason()
+
+    @property
+    def is_in_chain(self) -> bool:
+        """Whether the next step goes on with the implication that a chain gave."""
+        return self._before_chain is not None
 
     def proof(self) -> Proof | None:
         """The proof, its premises in some order."""
@@ -133,6 +142,13 @@ class _Drawing:
             for rule, lines, claim in self.steps
         )
         return Proof(Logic.name, f"Premises:\n{premises}\nShow: {steps[-1].claim}", steps)
+
+    def _short_moves(self) -> list[Callable[[], None]]:
+        return [self._ponens, self._tollens, self._elimination]
+
+    def _long_moves(self, n_steps: int) -> list[Callable[[], None]]:
+        """Those that a proof cannot end with."""
+        return [self._begin_chain, self._conjunction] if len(self.steps) + 1 < n_steps else []
 
     def _literal(self) -> Formula:
         letter = Formula(next(self._letters))
@@ -173,8 +189,9 @@ class _Drawing:
         """Modus ponens with the implication that a chain gave."""
         assert self._before_chain is not None
         (_, line), self._before_chain = self._before_chain, None
-        end = self._now.parts[1]
-        self._claim("modus ponens", line, end if fault in (None, REASON) else negation(end))
+        self._claim("modus ponens", line, self._now.parts[1])
+        if fault == "negation":
+            self._negate()
 
     def _faulty(self, fault: str) -> None:
         new = self._literal()
@@ -183,13 +200,17 @@ class _Drawing:
         elif fault == "inverse":
             premise = joined(negation(self._now), "->", new)
             self._claim("modus tollens", self._assume(premise), negation(new))
-        elif fault == "disjunct":
-            self._claim("elimination", self._assume(self._either(self._now, new)), negation(new))
         else:
-            self._random.choice([self._ponens, self._tollens, self._elimination])()
-            rule, lines, claim = self.steps[-1]
+            self._claim("elimination", self._assume(self._either(self._now, new)), negation(new))
+
+    def _negate(self) -> None:
+        """Of what the newest step claims the opposite, of two parts that of the second."""
+        rule, lines, claim = self.steps[-1]
+        if len(claim.parts) == 2:
+            self._now = joined(claim.parts[0], claim.sign, negation(claim.parts[1]))
+        else:
             self._now = negation(claim)
-            self.steps[-1] = rule, lines, self._now
+        self.steps[-1] = rule, lines, self._now
 
     def _either(self, one: Formula, other: Formula) -> Formula:
         pair = [one, other]
