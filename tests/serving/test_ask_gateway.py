@@ -7,7 +7,8 @@ import pytest
 if not find_spec("vllm"):
     pytest.skip("vLLM is not installed: pip install 'fulmen[serve-cpu]'", allow_module_level=True)
 
-from fulmen.pipeline.ask_endpoint import ChatEndpoint, RequestRefused
+from fulmen.endpoints import RequestRefused
+from fulmen.pipeline.ask_endpoint import ChatEndpoint
 from fulmen.pipeline.ask_prompt import (
     answer_tools,
     documents_text,

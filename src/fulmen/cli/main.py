@@ -19,6 +19,7 @@ from fulmen.cli.serve import EXTRA_FLAGS, serve_command
 from fulmen.cli.suite import suite_command
 from fulmen.cli.train import train_command
 from fulmen.cli.usage import usage_command
+from fulmen.cli.verify import verify_app
 from fulmen.version import __version__
 
 app = typer.Typer(
@@ -54,7 +55,7 @@ def fulmen(
     model, chat with it, serve it. suite runs tests on any model, cost prices its tokens, doctor shows what
     computes here.
     For a server: keys makes its API keys, usage shows what they used. ask answers questions about a folder
-    of documents, docs serves one as tools.
+    of documents, docs serves one as tools. verify makes and scores verifiers of proofs.
     """
 
 
@@ -72,6 +73,7 @@ app.command("serve", context_settings=EXTRA_FLAGS)(serve_command)
 app.add_typer(docs_app, name="docs")
 app.add_typer(keys_app, name="keys")
 app.command("usage")(usage_command)
+app.add_typer(verify_app, name="verify")
 
 
 def main() -> None:

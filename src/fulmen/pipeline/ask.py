@@ -12,10 +12,11 @@ from fulmen.agents.documents.citations import checked_citations
 from fulmen.agents.documents.index import Document, DocumentIndex
 from fulmen.agents.documents.tools import RESULT_LIMIT, DocumentTools, passed_over_lines
 from fulmen.config import require_positive_int
+from fulmen.endpoints import RequestRefused
 from fulmen.errors import ConfigError, DocumentError, EndpointError
 from fulmen.pipeline.arguments import Place, place_argument
 from fulmen.pipeline.ask_answer import FolderAnswer, printable
-from fulmen.pipeline.ask_endpoint import ChatEndpoint, RequestRefused
+from fulmen.pipeline.ask_endpoint import ChatEndpoint
 from fulmen.pipeline.ask_prompt import (
     IN_TEXT,
     Written,

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from fulmen.agents.documents.tools import DocumentTools
+from fulmen.endpoints import RequestRefused
 from fulmen.errors import DocumentError, EndpointError
-from fulmen.pipeline.ask_endpoint import Call, ChatEndpoint, Reply, RequestRefused
+from fulmen.pipeline.ask_endpoint import Call, ChatEndpoint, Reply
 from fulmen.pipeline.ask_prompt import (
     NO_CALL,
     Written,

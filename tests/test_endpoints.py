@@ -1,0 +1,62 @@
+"""One client for all that ask a model: what it sends, and what it says of servers that fail."""
+
+import re
+
+import pytest
+
+from fulmen.endpoints import ATTEMPTS, Endpoint, EndpointBusy, RequestRefused
+from fulmen.errors import EndpointError
+from tests.pipeline.chat_server import BREAK_OFF, MODEL, ChatServer, fail, say
+
+BODY = {"messages": []}
+
+
+def test_addresses_are_completed_and_looked_at():
+    assert Endpoint("http://127.0.0.1:8000").url == Endpoint("http://127.0.0.1:8000/v1/").url
+    assert Endpoint("https://example.org/api").url == "https://example.org/api"
+    for url in ("127.0.0.1:8000", "ftp://example.org", "http://", "http://[", ""):
+        with pytest.raises(EndpointError, match=f"url={re.escape(repr(url))} is no address"):
+            Endpoint(url)
+
+
+def test_it_sends_the_key_and_reads_the_answer(monkeypatch):
+    monkeypatch.setenv("FULMEN_API_KEY", "of-the-user")
+    with ChatServer([say("Hello"), say("Hello")]) as server:
+        assert [row["id"] for row in Endpoint(server.url).models()] == [MODEL]
+        answer = Endpoint(server.url).call("/chat/completions", BODY)
+        Endpoint(server.url, "another").call("/chat/completions", BODY)
+    assert answer["choices"][0]["message"]["content"] == "Hello"
+    assert server.keys == ["Bearer of-the-user", "Bearer another"]
+
+
+def test_a_busy_server_is_asked_again_but_not_for_ever():
+    busy = fail(503, "starting", Retry_After="0")
+    told = []
+    with ChatServer([busy, busy, say("Hello"), *[busy] * ATTEMPTS]) as server:
+        endpoint = Endpoint(server.url)
+
+        def note(error, wait_s):
+            told.append((str(error), wait_s))
+
+        assert "choices" in endpoint.call_again("/chat/completions", BODY, note)
+        assert told == [(f"{server.url}/chat/completions answered 503: starting", 0)] * 2
+        with pytest.raises(EndpointBusy, match="answered 503: starting"):
+            endpoint.call_again("/chat/completions", BODY, note)
+        assert server.script == []
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "said"),
+    [
+        (fail(400, "the context is 10 tokens"), RequestRefused, "answered 400: the context is 10 tokens"),
+        (fail(401, "no key"), EndpointError, "answered 401: no key; set FULMEN_API_KEY"),
+        (fail(500, "no\nmore"), EndpointError, "answered 500: no more"),
+        (BREAK_OFF, EndpointBusy, "broke off"),
+    ],
+)
+def test_failures_are_one_line(line, error, said):
+    with ChatServer([line]) as server, pytest.raises(EndpointError, match=said) as caught:
+        Endpoint(server.url).call("/chat/completions", BODY)
+    assert type(caught.value) is error
+    assert "\n" not in str(caught.value)
+    assert getattr(caught.value, "is_too_long", False) == (error is RequestRefused)
