@@ -18,7 +18,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from fulmen.agents.encoding.markup import (
+from fulmen.errors import MessageError
+from fulmen.messages.encoding.markup import (
     CALLS_CLOSE,
     CALLS_OPEN,
     EOS,
@@ -29,7 +30,6 @@ from fulmen.agents.encoding.markup import (
     THINK_CLOSE,
     THINK_OPEN,
 )
-from fulmen.errors import MessageError
 
 # A part of an assistant's message: `delta` of OpenAI's streams, with DeepSeek's `reasoning_content`.
 Delta = dict[str, Any]
