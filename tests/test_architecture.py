@@ -1,5 +1,6 @@
-"""The order of the house, by its imports: errors <- config <- ops, data, tasks, messages <- modeling <- four rooms
-<- pipeline <- cli.
+"""The order of the house, read from the imports.
+
+errors <- config <- ops, data, tasks, messages <- modeling <- four rooms <- pipeline <- cli
 
 A room imports what lies below it, never a room of its own floor.
 """
