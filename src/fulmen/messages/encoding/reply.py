@@ -118,8 +118,7 @@ class ReplyParser:
         self._held += piece
         while self._state():
             pass
-        deltas, self._deltas = self._deltas, []
-        return deltas
+        return self.take()
 
     def close(self) -> list[Delta]:
         """What was held back, when nothing comes any more. Raises MessageError within a call."""
@@ -130,6 +129,10 @@ class ReplyParser:
         elif self._state != self._ended:
             raise _unreadable("it ends within a call")
         self._state, self._held = self._ended, ""
+        return self.take()
+
+    def take(self) -> list[Delta]:
+        """What was read and is not returned yet: after a MessageError what came before it."""
         deltas, self._deltas = self._deltas, []
         return deltas
 
