@@ -24,11 +24,13 @@ AROUND = 16
 Tools = Sequence[Mapping[str, Any]]
 _USER: Message = {"role": "user", "content": "x"}
 _REPLY: Message = {"role": "assistant", "content": "x"}
+_CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "x", "arguments": "{}"}}
 # What a message of each role is put behind.
 _BEFORE: dict[str, tuple[Message, ...]] = {
     "assistant": (_USER,),
     "user": (_USER, _REPLY),
     "developer": (_USER, _REPLY),
+    "tool": (_USER, {"role": "assistant", "content": "", "tool_calls": [_CALL]}),
 }
 
 
@@ -90,11 +92,16 @@ class MessageTokens:
         role = message["role"]
         try:
             if role == "system":
-                return self._tokens([message, _USER]) - self._tokens([_USER])
-            before = _calling(message) if role == "tool" else _BEFORE[role]
-            return self._tokens([*before, message]) - self._tokens(before)
+                return self._tokens([message, _USER]) - self._lead("assistant")
+            if role == "tool":
+                message = {**message, "tool_call_id": _CALL["id"]}
+            return self._tokens([*_BEFORE[role], message]) - self._lead(role)
         except MessageError:
             return self._text_tokens(json.dumps(message, ensure_ascii=False)) + AROUND
+
+    def _lead(self, role: str) -> int:
+        """Tokens of what a message of a role is put behind."""
+        return self._remembered(hash(role), lambda: self._tokens(_BEFORE[role]))
 
     def _tokens(self, messages: Sequence[Message], tools: Tools = (), reply: bool = False) -> int:
         """Tokens of a prompt. Raises MessageError where the template refuses the messages."""
@@ -110,19 +117,12 @@ class MessageTokens:
         return self._text_tokens(text)
 
     def _text_tokens(self, text: str) -> int:
-        return len(self._read_tokenizer()(text, add_special_tokens=False)["input_ids"])
+        return len(self._read_tokenizer().backend_tokenizer.encode(text, add_special_tokens=False))
 
     def _read_tokenizer(self) -> Any:
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(find_source(str(self._model.place)))
         return self._tokenizer
-
-
-def _calling(result: Message) -> tuple[Message, ...]:
-    """Messages that a tool's result may follow."""
-    call_id = result.get("tool_call_id") or "call_0"
-    call = {"id": call_id, "type": "function", "function": {"name": "x", "arguments": "{}"}}
-    return _USER, {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
 def _key(message: Message) -> int:
