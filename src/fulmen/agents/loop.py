@@ -20,7 +20,7 @@ ANSWER_TOOL: Mapping[str, Any] = {
         "description": "Give the answer.",
         "parameters": {
             "type": "object",
-            "properties": {"answer": {"type": "string", "maxLength": 200}},
+            "properties": {"answer": {"type": "string"}},
             "required": ["answer"],
             "additionalProperties": False,
         },

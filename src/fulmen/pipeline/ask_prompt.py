@@ -25,8 +25,6 @@ BY_TOOLS = (
 )
 IN_TEXT = "\n\nWrite the answer. Below it, write each quote on a line of its own, as: QUOTE [file] words"
 NO_CALL = "Call a tool, or answer."
-# Letters of a query, a pattern or a path.
-LONGEST_ARGUMENT = 200
 ANSWER = "answer"
 _ANSWER_SCHEMA = {
     "type": "object",
@@ -89,21 +87,12 @@ def answer_tools() -> dict[str, Any]:
 def search_tools(choice: str) -> dict[str, Any]:
     """Fields of a request that may call all tools. choice: "required", "auto", or the name of one tool."""
     answered = answer_tools()
-    tools = [_function(name, TOOLS[name][0], _short_texts(tool_schema(name))) for name in TOOLS]
+    tools = [_function(name, TOOLS[name][0], tool_schema(name)) for name in TOOLS]
     is_name = choice not in ("required", "auto")
     named = {"type": "function", "function": {"name": choice}} if is_name else choice
     # Where calls are forced a small model may go on calling to the end of its room.
     single = {} if choice == "auto" else {"parallel_tool_calls": False}
     return {"tools": [*tools, *answered["tools"]], "tool_choice": named, **single}
-
-
-def _short_texts(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema whose texts end: where a server holds calls to it, so do those of a small model."""
-    limited = {
-        name: {**one, "maxLength": LONGEST_ARGUMENT} if one.get("type") == "string" else one
-        for name, one in schema["properties"].items()
-    }
-    return {**schema, "properties": limited}
 
 
 def is_answer(name: str) -> bool:

@@ -38,7 +38,7 @@ _TABLES = ("ships", "captains", "ports")
 TOOLS: dict[str, tuple[str, dict[str, Any]]] = {
     "find": (
         "The id of the ship, captain or port with this name.",
-        {"table": {"type": "string", "enum": list(_TABLES)}, "name": {"type": "string", "maxLength": 40}},
+        {"table": {"type": "string", "enum": list(_TABLES)}, "name": {"type": "string"}},
     ),
     "get": ("The record with this id.", {"id": {"type": "string", "maxLength": 8}}),
     "ships_at": (
