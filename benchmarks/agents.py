@@ -3,6 +3,7 @@
     fulmen serve out/qwen-dsa --port 8123
     python -m benchmarks.agents run http://127.0.0.1:8123/v1 out/agents.jsonl --tasks 60 --budget 1500
     python -m benchmarks.agents replay out/agents.jsonl --budget 1500
+    python -m benchmarks.agents solutions out/solutions.jsonl
 
 `run` lets a served model work on made-up tasks, whose calls are forced, with each strategy in the gateway;
 every task and strategy is a line of the file, and the same command goes on where it was. Half of the tasks
@@ -15,7 +16,7 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -29,7 +30,7 @@ from fulmen.agents import strategies
 from fulmen.agents.documents.index import DocumentIndex
 from fulmen.agents.documents.tools import TOOLS, DocumentTools, tool_schema
 from fulmen.agents.encoding import encode
-from fulmen.agents.loop import run_agent
+from fulmen.agents.loop import ANSWER, run_agent
 from fulmen.agents.replay import replay
 from fulmen.errors import ContextBudgetError, DocumentError, EndpointError, ResumeError
 from fulmen.evaluation.statistics import Interval, mean_interval, wilson_interval
@@ -51,6 +52,7 @@ READ_RULES = (
     "You answer questions about a folder of documents by calling tools, one at a time: search by words, open "
     "to read. Call answer when you know: a number or a name, nothing else."
 )
+UNBOUNDED = 10**9
 app = typer.Typer(no_args_is_help=True)
 
 
@@ -103,6 +105,38 @@ def run(
     typer.echo(_table(summary["rows"]))
 
 
+@app.command()
+def solutions(
+    out: Annotated[Path, typer.Argument(help="Where the histories are written.")],
+    tasks: Annotated[int, typer.Option(help="How many.")] = 60,
+    remarks: Annotated[int, typer.Option(help="Sentences in each record that nobody asks for.")] = 4,
+) -> None:
+    """Write what an agent without a mistake does in worlds of all levels, for `replay`; no model is asked."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", encoding="utf-8") as file:
+        for task in range(tasks):
+            world = make_world(HELD_OUT + task, 1 + task % LEVELS, remarks)
+            replies = [
+                _call(number, *one)
+                for number, one in enumerate([*world.solution, (ANSWER, {"answer": world.answer})])
+            ]
+            chat, call = _played(replies), world.start().call
+            made = run_agent(chat, call, world.messages, tool_schemas(), len(replies) + 1)
+            file.write(json.dumps({"messages": made.messages}) + "\n")
+
+
+def _played(replies: Iterable[dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """A chat that says these replies one after the other."""
+    left = iter(replies)
+    return lambda messages, tools, choice: next(left)
+
+
+def _call(number: int, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    function = {"name": name, "arguments": json.dumps(arguments)}
+    calls = [{"id": f"call_{number}", "type": "function", "function": function}]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
 @app.command(name="replay")
 def replay_command(
     traces: Annotated[Path, typer.Argument(help="Lines of JSON with messages, in OpenAI's shape.")],
@@ -123,12 +157,15 @@ def replay_command(
         "| strategy | over budget | hit | missed | written | CNY, DSA | CNY, dense |\n|---|" + "---:|" * 6
     )
     for name in only.split(","):
+        strategy = getattr(strategies, name)
         counted, over = [], 0
         for history in histories:
             try:
-                counted.append(replay(history, getattr(strategies, name), budget, tokenize))
+                counted.append(replay(history, strategy, budget, tokenize))
             except ContextBudgetError:
                 over += 1
+                # What it would have taken in a context without bounds.
+                counted.append(replay(history, strategies.none, UNBOUNDED, tokenize))
         tokens = Tokens(*map(sum, zip(*counted, strict=True))) if counted else Tokens(0, 0, 0)
         prices = DEFAULT_PRICES.cost(tokens), DEFAULT_PRICES.dense_cost(tokens)
         shown = [str(over), *(f"{number:,}" for number in tokens), *(f"{price:.6f}" for price in prices)]

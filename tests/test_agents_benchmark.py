@@ -54,19 +54,14 @@ def test_runs_are_counted_kept_and_go_on(tmp_path):
 
 @pytest.mark.usefixtures("smollm2")
 def test_recorded_histories_are_priced_under_each_strategy(tmp_path):
-    world = make_world(0, 6)
-    registry, messages = world.start(), list(world.messages)
-    for number, (name, arguments) in enumerate(world.solution):
-        function = {"name": name, "arguments": json.dumps(arguments)}
-        calls = [{"id": f"c{number}", "type": "function", "function": function}]
-        messages.append({"role": "assistant", "content": "", "tool_calls": calls})
-        result = registry.call(name, arguments)
-        messages.append({"role": "tool", "tool_call_id": f"c{number}", "content": result})
-    messages.append({"role": "assistant", "content": world.answer})
     file = tmp_path / "traces.jsonl"
-    file.write_text(json.dumps({"messages": messages}) + "\n")
+    CliRunner().invoke(agents.app, ["solutions", str(file), "--tasks", "7"], catch_exceptions=False)
+    assert len(file.read_text().splitlines()) == 7
     done = CliRunner().invoke(agents.app, ["replay", str(file), "--budget", "700"], catch_exceptions=False)
     cells = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][1:]
     counted = {name: (int(over), int(hit.replace(",", ""))) for name, over, hit, *_ in cells}
-    assert counted["none"] == (1, 0)
-    assert counted["discard_all"][0] == 0 < counted["discard_all"][1]
+    # The harder worlds do not fit without a strategy.
+    assert counted["none"][0] > 0
+    assert counted["discard_all"][0] == 0
+    # Nothing hits as much as a history that is only added to.
+    assert counted["none"][1] > counted["discard_all"][1] > 0

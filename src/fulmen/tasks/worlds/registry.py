@@ -64,8 +64,8 @@ def tool_schemas() -> list[dict[str, Any]]:
     """The tools in OpenAI's shape; `answer`, which ends a run, is for the loop to add."""
     schemas = []
     for name, (purpose, arguments) in TOOLS.items():
-        parameters = {"type": "object", "properties": arguments, "required": list(arguments)}
-        parameters |= {"additionalProperties": False}
+        parameters: dict[str, Any] = {"type": "object", "properties": arguments}
+        parameters |= {"required": list(arguments), "additionalProperties": False}
         function = {"name": name, "description": purpose, "parameters": parameters}
         schemas.append({"type": "function", "function": function})
     return schemas
