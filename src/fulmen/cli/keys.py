@@ -76,11 +76,12 @@ def list_command(state: State = DEFAULT_STATE, ledger: LedgerUrl = None) -> None
     Example: [bold]fulmen keys list[/]
     """
     store = open_store(state, ledger)
-    table = Table("account", "key", "at a time", "long histories", "balance", box=None)
+    managed = any(record.strategy for _, record in store.accounts)
+    table = Table("account", "key", "at a time", "balance", *["long histories"] * managed, box=None)
     for name, record in store.accounts:
         limit = "server's limit" if record.concurrency is None else str(record.concurrency)
-        strategy = record.strategy or "as they are"
-        table.add_row(name, _key_in_words(record), limit, strategy, _balance(store, name))
+        strategy = [record.strategy or "as they are"] if managed else []
+        table.add_row(name, _key_in_words(record), limit, _balance(store, name), *strategy)
     Console(highlight=False).print(table if table.rows else f"no accounts in {state}; fulmen keys add NAME")
 
 
