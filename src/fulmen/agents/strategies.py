@@ -1,6 +1,10 @@
 """What an agent keeps of a long history: what `fulmen.messages.strategies` has, where agents look for it."""
 
 from fulmen.messages.strategies import (
+    OMITTED,
+    SUMMARY_HEAD,
+    SUMMARY_NAME,
+    TRIGGER,
     Counter,
     Strategy,
     at_every_call,
@@ -15,6 +19,10 @@ from fulmen.messages.strategies import (
 )
 
 __all__ = [
+    "OMITTED",
+    "SUMMARY_HEAD",
+    "SUMMARY_NAME",
+    "TRIGGER",
     "Counter",
     "Strategy",
     "at_every_call",
