@@ -1,5 +1,6 @@
-"""The house's order, read from the imports: errors <- config, files, endpoints <- ops, data, tasks <-
-modeling <- four rooms <- pipeline <- cli.
+"""The order of the house, read from the imports.
+
+errors <- config, files, endpoints <- ops, data, tasks, messages <- modeling <- four rooms <- pipeline <- cli
 
 A room imports what lies below it, never a room of its own floor.
 """
@@ -17,7 +18,7 @@ ROOT = Path(fulmen.__file__).parent
 FLOORS = [
     ("errors", "version"),
     ("config", "files", "endpoints"),
-    ("ops", "data", "tasks"),
+    ("ops", "data", "tasks", "messages"),
     ("modeling",),
     ("training", "evaluation", "serving", "agents"),
     ("pipeline",),

@@ -58,6 +58,12 @@ def contents(request):
     return [message["content"] for message in request["messages"]]
 
 
+def chosen(server):
+    """The tool that each request forces, or its choice."""
+    choices = [request["tool_choice"] for request in server.requests]
+    return [choice if isinstance(choice, str) else choice["function"]["name"] for choice in choices]
+
+
 def test_a_small_folder_goes_whole_in_front_of_the_question(folder):
     with ChatServer([RIGHT]) as server:
         result = ask(server, folder)
@@ -129,7 +135,7 @@ def test_a_large_folder_is_searched_and_messages_are_only_added(large):
     assert [one["id"] for one in calls] == [one["tool_call_id"] for one in results]
     assert all(isinstance(json.loads(one["function"]["arguments"]), dict) for one in calls)
     assert last[-1] == {"role": "user", "content": "Call a tool, or answer."}
-    assert {request["tool_choice"] for request in server.requests} == {"required"}
+    assert chosen(server) == ["search", *["required"] * 4]
     assert len(result.steps) == 6
     assert [line for line in told.lines if line.startswith("step ")] == [
         f"step {number}: {step}" for number, step in enumerate(result.steps, 1)
@@ -143,13 +149,23 @@ def test_the_last_step_must_answer(large):
     listed = call(("list", {}))
     with ChatServer([listed, listed, RIGHT], context=4096) as server:
         assert ask(server, large, max_steps=3).answer == "Forty-two."
-    assert [str(request["tool_choice"]) for request in server.requests][:2] == ["required"] * 2
-    assert server.requests[2]["tool_choice"]["function"]["name"] == "answer"
+    assert chosen(server) == ["search", "required", "answer"]
     with (
         ChatServer([listed, listed], context=4096) as server,
         pytest.raises(EndpointError, match=r"no answer in 2 steps; .*so far: prompt .* in 2 requests"),
     ):
         ask(server, large, max_steps=2)
+
+
+def test_a_step_has_little_room_and_an_answer_that_needs_more_gets_it(large):
+    begun = call(("answer", '{"quotes": [], "answer": "Forty'), finish_reason="length")
+    with ChatServer([call(("list", {})), begun, RIGHT], context=4096) as server:
+        result = ask(server, large)
+    assert result.answer == "Forty-two."
+    assert [request["max_tokens"] for request in server.requests] == [192, 192, 1024]
+    assert server.requests[2]["messages"] == server.requests[1]["messages"]
+    assert chosen(server) == ["search", "required", "answer"]
+    assert not any(request["parallel_tool_calls"] for request in server.requests)
 
 
 def test_a_full_context_must_answer(large):
@@ -178,7 +194,7 @@ def test_a_server_that_forces_no_calls_leaves_them_to_the_model(large):
     script = [fail(400, "required is unknown"), call(("list", {})), say("Forty-two.")]
     with ChatServer(script, context=4096) as server:
         assert ask(server, large).answer == "Forty-two."
-    assert [request["tool_choice"] for request in server.requests] == ["required", "auto", "auto"]
+    assert chosen(server) == ["search", "auto", "auto"]
 
 
 def test_documents_that_the_server_finds_too_long_are_searched(folder):

@@ -57,12 +57,23 @@ def state_folder():
         yield Path(folder)
 
 
-def start(model, state):
+def start(model, state, *options):
     """Start the server on a free port; return its process and the lines it printed until it was ready."""
     keys = f"alice:{ALICE},bob:{BOB},eve:{EVE}"
     chosen = {"PYTHONPATH": str(Path(fulmen.__file__).parents[1]), "FULMEN_API_KEYS": keys}
     process = subprocess.Popen(
-        [sys.executable, "-m", "fulmen.cli.main", "serve", str(model), "--port", "0", "--state", str(state)],
+        [
+            sys.executable,
+            "-m",
+            "fulmen.cli.main",
+            "serve",
+            str(model),
+            "--port",
+            "0",
+            "--state",
+            str(state),
+            *options,
+        ],
         env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **chosen},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

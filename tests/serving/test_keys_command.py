@@ -75,6 +75,15 @@ def test_list_shows_every_account_its_key_limit_and_balance(state, monkeypatch):
     assert PLAIN not in text
 
 
+def test_a_key_may_have_a_strategy_which_the_list_shows(state):
+    done("keys", "add", "alice", "--strategy", "keep_newest")
+    done("keys", "add", "bob")
+    assert [words[-1] for words in words_of(done("keys", "list"))[1:]] == ["keep_newest", "are"]
+    refused = call("keys", "add", "carl", "--strategy", "best")
+    assert refused.exit_code == 2
+    assert "summary, discard_75" in refused.stderr
+
+
 def test_no_accounts_says_how_to_make_one():
     assert "fulmen keys add NAME" in done("keys", "list")
 

@@ -5,5 +5,6 @@
     documents     a folder that a model lists, searches and opens
     replay        what recorded calls would have cost under a strategy
 
-Messages are plain dicts in the shape of OpenAI's chat completions. It needs neither torch nor a model.
+The first two stand in `fulmen.messages`, which serving and training use too. Messages are plain dicts in the
+shape of OpenAI's chat completions. It needs neither torch nor a model.
 """

@@ -7,9 +7,9 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fulmen.agents.messages import Message
-from fulmen.agents.strategies import Counter, Strategy, at_every_call
 from fulmen.errors import MessageError
+from fulmen.messages.message import Message
+from fulmen.messages.strategies import Counter, Strategy, at_every_call
 
 # An item of OpenAI's Responses API, as openai-agents keeps its history.
 Item = Mapping[str, Any]

@@ -6,9 +6,9 @@ Exact without a model, as far as the record goes: a model that had seen less mig
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from fulmen.agents.messages import Message, check_messages
-from fulmen.agents.strategies import Strategy
 from fulmen.errors import ConfigError
+from fulmen.messages.message import Message, check_messages
+from fulmen.messages.strategies import Strategy
 
 # Tokens that a prefix cache keeps or drops together, as in vLLM.
 BLOCK_TOKENS = 16

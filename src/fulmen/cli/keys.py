@@ -43,6 +43,15 @@ def add_command(
             metavar="N", help="Requests at a time. [dim]Default: the server's limit.[/]", show_default=False
         ),
     ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Keeps long histories within the context: summary, discard_75, discard_all, keep_newest or "
+            "hierarchical. [dim]Default: nothing; a request may name one.[/]",
+            show_default=False,
+        ),
+    ] = None,
     state: State = DEFAULT_STATE,
     ledger: LedgerUrl = None,
 ) -> None:
@@ -53,7 +62,7 @@ def add_command(
     amount = None if balance is None else parse_amount(balance)
     store = open_store(state, ledger)
     # The key is shown last: without its deposit it would have no limit.
-    key = store.accounts.issue(name, concurrency)
+    key = store.accounts.issue(name, concurrency, strategy)
     if amount is not None:
         store.ledger.deposit(name, amount, "keys add")
     typer.echo(key)
@@ -62,15 +71,17 @@ def add_command(
 
 @keys_app.command("list")
 def list_command(state: State = DEFAULT_STATE, ledger: LedgerUrl = None) -> None:
-    """List accounts: state of the key, limit, balance. Keys themselves are not kept.
+    """List accounts: state of the key, limit, what keeps long histories short, balance. Keys are not kept.
 
     Example: [bold]fulmen keys list[/]
     """
     store = open_store(state, ledger)
-    table = Table("account", "key", "at a time", "balance", box=None)
+    managed = any(record.strategy for _, record in store.accounts)
+    table = Table("account", "key", "at a time", "balance", *["long histories"] * managed, box=None)
     for name, record in store.accounts:
         limit = "server's limit" if record.concurrency is None else str(record.concurrency)
-        table.add_row(name, _key_in_words(record), limit, _balance(store, name))
+        strategy = [record.strategy or "as they are"] if managed else []
+        table.add_row(name, _key_in_words(record), limit, _balance(store, name), *strategy)
     Console(highlight=False).print(table if table.rows else f"no accounts in {state}; fulmen keys add NAME")
 
 

@@ -27,6 +27,15 @@ def serve_command(
         str, typer.Option(help="Address to serve at; others than this machine's need keys.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    chat_encoding: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="How chats are written: deepseek-v3.2, for a model that was trained on it, or template, the "
+            "model's own. [dim]Default: chat_encoding of its config, else template.[/]",
+            show_default=False,
+        ),
+    ] = None,
     state: State = DEFAULT_STATE,
     ledger: LedgerUrl = None,
 ) -> None:
@@ -47,7 +56,8 @@ def serve_command(
             from fulmen.serving.server import serve
         except ModuleNotFoundError as error:
             raise missing_extra(error) from error
-    settings = EngineSettings(served_model(Path(found.place), config), tuple(context.args))
+    model = served_model(Path(found.place), config, chat_encoding)
+    settings = EngineSettings(model, tuple(context.args))
     require_vllm()
     store = open_store(state, ledger)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
@@ -62,10 +72,12 @@ def describe(settings: "EngineSettings", store: "BillingStore") -> list[str]:
     kept = f"DSA, k = {model.dsa.topk:,}" if model.dsa else "dense attention"
     rates = prices.rates
     shown = f"{rates.hit} prompt in cache, {rates.miss} prompt computed, {rates.output} output"
+    encoding = ["chats in DeepSeek-V3.2's encoding"] if model.chat_encoding else []
     return [
         f"{model.name}: {kept}, context {settings.context:,} tokens",
         f"{prices.currency} per million tokens: {shown}",
         f"{keys} keys" if keys else "no keys: everybody on this machine is one anonymous account",
+        *encoding,
         *longrope_note(model.config, settings.context),
     ]
 

@@ -25,7 +25,7 @@ BY_TOOLS = (
 )
 IN_TEXT = "\n\nWrite the answer. Below it, write each quote on a line of its own, as: QUOTE [file] words"
 NO_CALL = "Call a tool, or answer."
-_ANSWER = "answer"
+ANSWER = "answer"
 _ANSWER_SCHEMA = {
     "type": "object",
     "properties": {
@@ -80,21 +80,24 @@ def tool_messages(question: str, overview: str) -> list[dict[str, Any]]:
 
 def answer_tools() -> dict[str, Any]:
     """Fields of a request that has to be answered with a call of `answer`."""
-    tools = [_function(_ANSWER, "Give the answer, with quotes.", _ANSWER_SCHEMA)]
-    return {"tools": tools, "tool_choice": {"type": "function", "function": {"name": _ANSWER}}}
+    tools = [_function(ANSWER, "Give the answer, with quotes.", _ANSWER_SCHEMA)]
+    return {"tools": tools, "tool_choice": {"type": "function", "function": {"name": ANSWER}}}
 
 
 def search_tools(choice: str) -> dict[str, Any]:
-    """Fields of a request that may call all tools. choice: "required", "auto", or "answer": that one."""
+    """Fields of a request that may call all tools. choice: "required", "auto", or the name of one tool."""
     answered = answer_tools()
     tools = [_function(name, TOOLS[name][0], tool_schema(name)) for name in TOOLS]
-    named = answered["tool_choice"] if choice == _ANSWER else choice
-    return {"tools": [*tools, *answered["tools"]], "tool_choice": named}
+    is_name = choice not in ("required", "auto")
+    named = {"type": "function", "function": {"name": choice}} if is_name else choice
+    # Where calls are forced a small model may go on calling to the end of its room.
+    single = {} if choice == "auto" else {"parallel_tool_calls": False}
+    return {"tools": [*tools, *answered["tools"]], "tool_choice": named, **single}
 
 
 def is_answer(name: str) -> bool:
     """Whether a call is the one that ends a search."""
-    return name == _ANSWER
+    return name == ANSWER
 
 
 def written_as_call(arguments: str, is_cut: bool) -> Written | None:

@@ -12,6 +12,7 @@ from fulmen.endpoints import RequestRefused
 from fulmen.errors import DocumentError, EndpointError
 from fulmen.pipeline.ask_endpoint import Call, ChatEndpoint, Reply
 from fulmen.pipeline.ask_prompt import (
+    ANSWER,
     NO_CALL,
     Written,
     is_answer,
@@ -21,7 +22,10 @@ from fulmen.pipeline.ask_prompt import (
     written_as_text,
 )
 
+FIRST = "search"
 SHOWN = 100
+# Enough for any call but an answer: a small model may not end the text of an argument by itself.
+STEP_TOKENS = 192
 # Beyond this share of the room the next result might not fit.
 FULL_SHARE = 0.75
 
@@ -46,8 +50,8 @@ class Search:
     ) -> None:
         self._endpoint, self._tools, self._max_new_tokens = endpoint, tools, max_new_tokens
         self._on_step, self._on_note = on_step, on_note
-        # Whether each message has to be a call, until the server refuses that.
-        self._choice = "required"
+        # Until the server refuses to.
+        self._forces = True
 
     def run(self, question: str, overview: str, max_steps: int, room: int) -> tuple[Written, bool]:
         """The answer as the model wrote it, and whether it was cut.
@@ -60,7 +64,11 @@ class Search:
             is_full = len(json.dumps(messages, ensure_ascii=False).encode()) > FULL_SHARE * room
             if is_full:
                 self._on_note(f"the context is full after {step - 1} steps; the model has to answer")
-            reply = self._reply(messages, must_answer=is_full or step == max_steps)
+            must_answer = is_full or step == max_steps
+            # A small model would answer without a look.
+            reply = self._reply(messages, ANSWER if must_answer else FIRST if step == 1 else "required")
+            if not must_answer and _is_cut_answer(reply):
+                reply = self._reply(messages, ANSWER)
             if written := _written(reply):
                 self._on_step("answer")
                 return written, reply.is_cut
@@ -73,15 +81,17 @@ class Search:
             arguments=["max_steps"],
         )
 
-    def _reply(self, messages: list[dict[str, Any]], must_answer: bool) -> Reply:
-        choice = "answer" if must_answer and self._choice != "auto" else self._choice
+    def _reply(self, messages: list[dict[str, Any]], choice: str) -> Reply:
+        """The model's next message: a call of any tool or of the named one, if the server forces it."""
+        is_short = choice != ANSWER and self._forces
+        limit = min(STEP_TOKENS, self._max_new_tokens) if is_short else self._max_new_tokens
         try:
-            return self._endpoint.complete(messages, self._max_new_tokens, search_tools(choice))
+            return self._endpoint.complete(messages, limit, search_tools(choice if self._forces else "auto"))
         except RequestRefused as refused:
-            if refused.is_too_long or self._choice == "auto":
+            if refused.is_too_long or not self._forces:
                 raise
             self._on_note(f"{refused}; calls are left to the model")
-            self._choice = "auto"
+            self._forces = False
             return self._endpoint.complete(messages, self._max_new_tokens, search_tools("auto"))
 
     def _results(self, reply: Reply) -> list[dict[str, Any]]:
@@ -110,6 +120,11 @@ class Search:
             return json.dumps(arguments), self._tools.call(call.name, arguments)
         except DocumentError as error:
             return json.dumps(arguments), f"error: {error}"
+
+
+def _is_cut_answer(reply: Reply) -> bool:
+    """Whether an answer was begun that had no room for its end."""
+    return reply.is_cut and any(is_answer(call.name) for call in reply.calls)
 
 
 def _written(reply: Reply) -> Written | None:

@@ -46,6 +46,12 @@ def test_the_folder_is_read_anew_for_each_call(tools, folder):
         ("open", [], "are no JSON object"),
         ("open", {}, "'path' is missing"),
         ("open", {"path": None}, "'path' is missing"),
+        (
+            "search",
+            {"query": "ships", "glob": "docs/*"},
+            "leave glob out. There are: code/ships.py, guide.md",
+        ),
+        ("grep", {"pattern": "ships", "glob": "docs/*"}, "no document's path fits"),
         ("open", {"file": "guide.md"}, "'file' is none; use path"),
         ("open", {"path": 7}, "path='7' cannot be; it is of type string"),
         ("open", {"path": "guide.md", "first_line": True}, "of type integer"),

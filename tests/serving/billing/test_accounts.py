@@ -59,6 +59,20 @@ def test_keys_are_long_random_and_never_kept(accounts, tmp_path, caplog):
     assert account.salt not in repr(account) + str(account)
 
 
+def test_a_strategy_stays_with_the_account_and_its_key(tmp_path):
+    accounts = Accounts(tmp_path)
+    key = accounts.issue("alice", strategy="discard_all")
+    assert accounts.find(key).strategy == "discard_all"
+    assert Accounts(tmp_path).get("alice").strategy == "discard_all"
+    assert accounts.find(accounts.issue("bob")).strategy is None
+    with pytest.raises(ConfigError, match=r"strategy='none' is none; use one of summary, discard_75"):
+        accounts.issue("carl", strategy="none")
+    file = tmp_path / "keys.json"
+    file.write_text(file.read_text().replace("discard_all", "best"))
+    with pytest.raises(AccountError, match="strategy='best' of alice"):
+        Accounts(tmp_path)
+
+
 def test_files_are_their_owners_alone(accounts, tmp_path):
     accounts.issue("alice")
     state = tmp_path / "state"

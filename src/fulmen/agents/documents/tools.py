@@ -10,7 +10,7 @@ from typing import Any
 from fulmen.agents.documents.arguments import checked_arguments
 from fulmen.agents.documents.framing import framed, span_text
 from fulmen.agents.documents.grep import TIME_LIMIT_S, compiled, grep
-from fulmen.agents.documents.index import DocumentIndex
+from fulmen.agents.documents.index import Document, DocumentIndex
 from fulmen.agents.documents.passages import span_of
 from fulmen.errors import DocumentError
 
@@ -116,6 +116,7 @@ class DocumentTools:
     def _search(self, query: str, glob: str = "*", limit: int = SEARCH_PASSAGES) -> str:
         found = self._index.search(query, glob, limit)
         if not found:
+            self._fitting(glob)
             return "no passage has any of these words; try others, or grep"
         parts, left_out, size = [], [], 0
         for one in found:
@@ -126,6 +127,13 @@ class DocumentTools:
             else:
                 left_out.append(f"not shown for length: {one.path}, {span_text(one.span)}")
         return "\n".join([f"{len(found)} passages, best first", *parts, *left_out])
+
+    def _fitting(self, glob: str) -> list[Document]:
+        """The documents whose path fits. Raises DocumentError, with paths that there are, if none does."""
+        if fitting := self._index.documents(glob):
+            return fitting
+        there = _named([one.path for one in self._index.documents()]) or "none"
+        raise DocumentError(f"no document's path fits glob={glob!r:.80}; leave glob out. There are: {there}")
 
     def _open(
         self,
@@ -152,7 +160,7 @@ class DocumentTools:
 
     def _grep(self, pattern: str, glob: str = "*", ignore_case: bool = False) -> str:
         search = compiled(pattern, ignore_case)
-        paths = [one.path for one in self._index.documents(glob)]
+        paths = [one.path for one in self._fitting(glob)]
         result = grep(paths, self._index.text, search, GREP_LINES)
         by_path: dict[str, list[str]] = {}
         size, shown = 0, 0

@@ -9,16 +9,18 @@ import hmac
 import secrets
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 
 from fulmen.config import require_positive_int
-from fulmen.errors import AccountError
+from fulmen.errors import AccountError, ConfigError
 from fulmen.serving.billing.key_file import (
     KEYS,
     NAME,
+    STRATEGIES,
+    STRATEGIES_TEXT,
     KeyRecord,
     hash_key,
     locked,
@@ -39,6 +41,7 @@ class Account:
     id: str
     concurrency: int | None
     salt: str = field(repr=False)
+    strategy: str | None = None
 
     @property
     def name(self) -> str:
@@ -83,7 +86,7 @@ class Accounts:
         record = self._refresh().get(name)
         if record is None:
             raise AccountError(f"there is no account {name[:80]!r}; `fulmen keys list` shows them")
-        return Account(name, record.concurrency, self._derive(f"salt:{name}"))
+        return Account(name, record.concurrency, self._derive(f"salt:{name}"), record.strategy)
 
     def __iter__(self) -> Iterator[tuple[str, KeyRecord]]:
         """Names and records of all accounts, those with a revoked key too."""
@@ -96,19 +99,26 @@ class Accounts:
         """
         return len(self._refresh())
 
-    def issue(self, name: str, concurrency: int | None = None) -> str:
+    def issue(self, name: str, concurrency: int | None = None, strategy: str | None = None) -> str:
         """Make a key for a new account, or for one whose key was revoked, and return it: it is kept nowhere.
 
-        Raises AccountError if the name cannot be or has a key, ConfigError for a limit below 1, OutputError.
+        Args:
+            concurrency: requests at a time; None: the server's limit.
+            strategy: one of STRATEGIES, for histories that outgrow the context; None: nothing is done.
+
+        Raises AccountError if the name cannot be or has a key, ConfigError for a limit below 1 or a strategy
+        that is none, OutputError.
         """
         require_name(name)
+        if strategy is not None and strategy not in STRATEGIES:
+            raise ConfigError(f"strategy={strategy!r:.80} is none; {STRATEGIES_TEXT}", arguments=["strategy"])
         if concurrency is not None:
             require_positive_int("concurrency", concurrency)
         key = KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
         with locked(self._folder):
             self._require_free(name)
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            record = KeyRecord(hash_key(key), concurrency, now)
+            record = KeyRecord(hash_key(key), concurrency, now, strategy)
             write_keys(self._folder, {**read_keys(self._folder), name: record})
         return key
 
@@ -121,7 +131,7 @@ class Accounts:
             if name not in records or records[name].key_sha256 is None:
                 raise AccountError(f"{name[:80]!r} has no key to revoke; `fulmen keys list` shows all")
             old = records[name]
-            write_keys(self._folder, {**records, name: KeyRecord(None, old.concurrency, old.issued)})
+            write_keys(self._folder, {**records, name: replace(old, key_sha256=None)})
 
     def _require_free(self, name: str) -> None:
         if name in self._environment:

@@ -22,6 +22,9 @@ from fulmen.files import write_file
 
 KEYS, SECRET, LOCK = "keys.json", "secret", ".lock"
 SECRET_BYTES = 32
+# Of `fulmen.messages.strategies`, for the requests of a key that do not name one themselves.
+STRATEGIES = ("summary", "discard_75", "discard_all", "keep_newest", "hierarchical")
+STRATEGIES_TEXT = f"use one of {', '.join(STRATEGIES)}"
 # What begins like a key is none: a mix-up of the two would put the key on show.
 NAME = re.compile(r"(?!sk-)[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -29,11 +32,19 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class KeyRecord:
-    """One account of the file: its key's hash (None: revoked), its limit, when the key was issued (ISO)."""
+    """One account of the file.
+
+    Attributes:
+        key_sha256: its key's hash; None: revoked.
+        concurrency: requests at a time; None: the server's limit.
+        issued: when the key was issued (ISO).
+        strategy: what keeps its histories within the context, one of STRATEGIES; None: nothing.
+    """
 
     key_sha256: str | None
     concurrency: int | None
     issued: str
+    strategy: str | None = None
 
 
 def hash_key(key: str) -> str:
@@ -125,4 +136,6 @@ def _record(file: Path, name: str, fields: dict[str, Any]) -> KeyRecord:
         raise AccountError(f"{file}: key_sha256 of {name} is no SHA-256 hash; remove it and add a new key")
     if limit is not None and (type(limit) is not int or limit < 1):
         raise AccountError(f"{file}: concurrency={limit!r} of {name} cannot be; use an integer of at least 1")
+    if record.strategy is not None and record.strategy not in STRATEGIES:
+        raise AccountError(f"{file}: strategy={record.strategy!r:.80} of {name} is none; {STRATEGIES_TEXT}")
     return record

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedConfig
 
 from fulmen.config import DsaConfig
-from fulmen.errors import CheckpointError, UnsupportedModelError
+from fulmen.errors import CheckpointError, ConfigError, UnsupportedModelError
 from fulmen.modeling.cache import CacheBytes
 from fulmen.modeling.cost import attention_cost, index_key_bytes, token_bytes
 from fulmen.modeling.families import dsa_of, family_like
@@ -20,6 +20,8 @@ from fulmen.serving.vllm_plugin import require_in_vllm
 DEFAULT_CONTEXT = 8192
 # What a dense model's cache is measured with: no layer has index keys.
 _NO_DSA = DsaConfig(1, 1, 1, 2, ())
+# How chats are written: in DeepSeek-V3.2's encoding, or by the tokenizer's template.
+V32, TEMPLATE = "deepseek-v3.2", "template"
 _USER_TOKEN = "<｜User｜>"
 
 
@@ -56,6 +58,7 @@ class ServedModel:
         context: tokens of prompt and answer together.
         chat_template: the tokenizer's, or "" if it has none.
         special_tokens: the tokenizer's added tokens.
+        chat_encoding: V32, where chats are written in DeepSeek-V3.2's encoding whatever the template; or "".
     """
 
     place: Path
@@ -65,6 +68,7 @@ class ServedModel:
     context: int
     chat_template: str
     special_tokens: frozenset[str]
+    chat_encoding: str = ""
 
     @cached_property
     def token_bytes(self) -> CacheBytes:
@@ -108,10 +112,14 @@ class ServedModel:
         return next((known for known in KNOWN_FIM if self.special_tokens >= set(known)), None)
 
 
-def served_model(place: Path, config: PreTrainedConfig) -> ServedModel:
+def served_model(place: Path, config: PreTrainedConfig, chat_encoding: str | None = None) -> ServedModel:
     """Read what a server needs of the model at `place`.
 
+    Args:
+        chat_encoding: V32 or TEMPLATE; None: what the config says under `chat_encoding`, else TEMPLATE.
+
     Raises:
+        ConfigError: another chat encoding.
         CheckpointError: the directory has no tokenizer.json, which the engine needs, or its weights are
             pickles, an adapter, or cut short.
         UnsupportedModelError: a converted model that vLLM has no class for.
@@ -128,7 +136,17 @@ def served_model(place: Path, config: PreTrainedConfig) -> ServedModel:
         dsa = None
     context = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
     added = frozenset(str(token.get("content")) for token in tokenizer.get("added_tokens", []))
-    return ServedModel(place, place.resolve().name, config, dsa, context, _chat_template(place), added)
+    encoding = _chat_encoding(chat_encoding or getattr(config, "chat_encoding", None) or TEMPLATE)
+    name = place.resolve().name
+    return ServedModel(place, name, config, dsa, context, _chat_template(place), added, encoding)
+
+
+def _chat_encoding(name: str) -> str:
+    if name not in (V32, TEMPLATE):
+        raise ConfigError(
+            f"chat_encoding={name!r:.80} cannot be; use {V32} or {TEMPLATE}", arguments=["chat_encoding"]
+        )
+    return V32 if name == V32 else ""
 
 
 def _chat_template(place: Path) -> str:

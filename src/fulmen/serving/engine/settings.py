@@ -4,6 +4,7 @@ import os
 import secrets
 import sys
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
@@ -47,6 +48,8 @@ CALL_MARKS = {
     "mistral": ("[TOOL_CALLS]",),
     "llama3_json": ("<|python_tag|>",),
 }
+# A chat template for a message that is a whole prompt.
+HAND_ON = "{{ messages[0]['content'] }}"
 # For grammars that came before: each made-up schema adds to it, until it is full.
 GRAMMAR_CACHE_MB = 64
 # Memory in pages of 2 MiB, from a process's start on: a token reads much of weights and caches.
@@ -72,9 +75,9 @@ class EngineSettings:
     def __post_init__(self) -> None:
         require_harmless(self.extra)
 
-    @property
+    @cached_property
     def context(self) -> int:
-        """Tokens of prompt and answer that fit the model and, on a CPU, the cache."""
+        """Tokens of prompt and answer that fit the model and, on a CPU, the cache, by the memory now free."""
         if _has_gpu():
             return self.model.context
         return min(self.model.context, kv_gib(self.model) * GIB // sum(self.model.token_bytes))
@@ -104,7 +107,8 @@ class EngineSettings:
             folder: for sockets between the engine's processes.
         """
         chosen = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-        chosen["VLLM_MAX_STOP_STRINGS"] = str(MOST_STOPS)
+        # And one for the end of a turn in V3.2's encoding.
+        chosen["VLLM_MAX_STOP_STRINGS"] = str(MOST_STOPS + 1)
         chosen["VLLM_XGRAMMAR_CACHE_MB"] = str(GRAMMAR_CACHE_MB)
         if not _has_gpu():
             chosen["VLLM_CPU_KVCACHE_SPACE"] = str(kv_gib(self.model))
@@ -142,6 +146,10 @@ def _on_this_machine() -> dict[str, str]:
 def parser_flags(model: ServedModel) -> list[str]:
     """vLLM's parsers for the way the model writes tool calls and thoughts, and its chat encoding."""
     flags = ["--enable-auto-tool-choice", "--tool-call-parser", tool_parser(model)]
+    if model.chat_encoding:
+        # The gateway writes and reads the text.
+        flags += ["--tokenizer-mode", "hf", "--chat-template", HAND_ON]
+        return [*flags, "--chat-template-content-format", "string"]
     if model.config.model_type == "deepseek_v32":
         # vLLM would take V3.2's encoding by the architecture; a converted V3 has a template of its own.
         flags += ["--tokenizer-mode", "deepseek_v32" if model.speaks_v32 else "hf"]
@@ -159,7 +167,7 @@ def thinks(model: ServedModel) -> bool:
 
 def tool_parser(model: ServedModel) -> str:
     """The name of vLLM's parser for the model's tool calls."""
-    if model.speaks_v32:
+    if model.speaks_v32 or model.chat_encoding:
         return "deepseek_v32"
     found = (parser for mark, parser in TOOL_MARKS if mark in model.chat_template)
     return next(found, DEFAULT_TOOL_PARSER)

@@ -26,6 +26,7 @@ from fulmen.serving.gateway.dialects.anthropic import (
     require_known,
 )
 from fulmen.serving.gateway.dialects.assembled_message import AssembledMessage
+from fulmen.serving.gateway.dialects.base import Cleaner
 from fulmen.serving.gateway.dialects.deepseek import chat_body, completion_body
 from fulmen.serving.gateway.dialects.openai import OpenAiDialect
 from fulmen.serving.gateway.dialects.requests import (
@@ -37,7 +38,8 @@ from fulmen.serving.gateway.dialects.requests import (
 )
 from fulmen.serving.gateway.dialects.responses import ResponsesRequest, chat_of, in_our_words
 from fulmen.serving.gateway.dialects.responses_stream import ResponsesDialect
-from fulmen.serving.gateway.dialects.tool_call_text import CleanChat, Cleaner, CleanMessages
+from fulmen.serving.gateway.dialects.tool_call_text import CleanChat, CleanMessages
+from fulmen.serving.gateway.dialects.v32_chat import V32Reader
 from fulmen.serving.gateway.errors import ApiError
 from fulmen.serving.gateway.gateway import Gateway
 from fulmen.serving.gateway.jobs.engine_job import EngineRequest
@@ -90,9 +92,12 @@ def _model_routes(gateway: Gateway) -> APIRouter:
     @routes.post("/chat/completions", response_model=None, responses=ANSWERS)
     async def chat(request: ChatRequest, account: Asking) -> Response:
         """An answer to a conversation."""
+        with gateway.limiter.hold(account):
+            request, notes = await gateway.contexts.managed(request, account)
         body = chat_body(request, model, account.salt)
-        cleaner = _cleaner(CleanChat, body, model)
-        return StreamingReply(gateway, EngineRequest(CHAT, body, account, _openai(request), cleaner=cleaner))
+        cleaner = _chat_cleaner(request, body, model)
+        asked = EngineRequest(CHAT, body, account, _openai(request), cleaner=cleaner, notes=notes)
+        return StreamingReply(gateway, asked)
 
     @routes.post("/completions", response_model=None, responses=ANSWERS)
     async def complete(request: CompletionRequest, account: Asking) -> Response:
@@ -108,12 +113,14 @@ def _model_routes(gateway: Gateway) -> APIRouter:
         """An answer to a conversation, as OpenAI's newer API has it."""
         identity = uuid.uuid4().hex
         try:
-            body = chat_body(chat_of(request), model, account.salt)
+            with gateway.limiter.hold(account):
+                chat, notes = await gateway.contexts.managed(chat_of(request), account)
+            body = chat_body(chat, model, account.salt)
         except ApiError as error:
             raise in_our_words(error) from error
         dialect = ResponsesDialect(request, model.name, identity)
         asked = EngineRequest(CHAT, body, account, dialect, id=identity, explain=in_our_words)
-        return StreamingReply(gateway, replace(asked, cleaner=_cleaner(CleanChat, body, model)))
+        return StreamingReply(gateway, replace(asked, cleaner=_chat_cleaner(chat, body, model), notes=notes))
 
     @routes.get("/models", responses=ERRORS)
     async def models(account: Asking, anthropic_version: AnthropicVersion = None) -> dict[str, Any]:
@@ -137,9 +144,11 @@ def _model_routes(gateway: Gateway) -> APIRouter:
     return routes
 
 
-def _cleaner(kind: type[Cleaner], body: dict[str, Any], model: ServedModel) -> Cleaner | None:
+def _chat_cleaner(request: ChatRequest, body: dict[str, Any], model: ServedModel) -> Cleaner | None:
     """Of the answer to a request with tools; in others the marks of calls are text like any."""
-    return kind(call_marks(model)) if "tools" in body else None
+    if model.chat_encoding:
+        return V32Reader(body, sum(len(message.tool_calls or ()) for message in request.messages))
+    return CleanChat(call_marks(model)) if "tools" in body else None
 
 
 def _openai(request: Sampling) -> OpenAiDialect:
@@ -155,13 +164,12 @@ def _anthropic_routes(gateway: Gateway) -> APIRouter:
         """Anthropic's messages, as vLLM answers them."""
         body = messages_body(request, model, account.salt)
         assembled = "tools" in body and not request.stream
+        cleaner = CleanMessages(call_marks(model)) if "tools" in body else None
         dialect = AssembledMessage() if assembled else AnthropicDialect()
         asked = EngineRequest(
             "/v1/messages", body | {"stream": assembled or bool(request.stream)}, account, dialect
         )
-        return StreamingReply(
-            gateway, replace(asked, assembled=assembled, cleaner=_cleaner(CleanMessages, body, model))
-        )
+        return StreamingReply(gateway, replace(asked, assembled=assembled, cleaner=cleaner))
 
     @routes.post("/messages/count_tokens", responses=ERRORS)
     async def count(request: CountTokensRequest, account: Asking) -> dict[str, int]:

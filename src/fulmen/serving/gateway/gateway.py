@@ -13,6 +13,7 @@ from fulmen.serving.engine.process import Engine
 from fulmen.serving.engine.served_model import ServedModel
 from fulmen.serving.gateway.admission.auth import Keys
 from fulmen.serving.gateway.admission.concurrency import ConcurrencyLimiter
+from fulmen.serving.gateway.context.managed_context import ManagedContexts
 from fulmen.serving.gateway.errors import ApiError, engine_error, read_json_object
 from fulmen.serving.gateway.metrics import Metrics
 from fulmen.serving.gateway.schemas.grammar_check import GrammarCheck
@@ -46,6 +47,7 @@ class Gateway:
         transport = self.engine.transport(limits)
         self.client = httpx.AsyncClient(transport=transport, timeout=timeout, trust_env=False)
         self.grammars = GrammarCheck(self.model)
+        self.contexts = ManagedContexts(self.model, self.engine.settings)
         self._kept: set[asyncio.Future[Any]] = set()
 
     async def ask(self, endpoint: str, body: dict[str, Any]) -> Any:
@@ -72,4 +74,5 @@ class Gateway:
         if self._kept:
             await asyncio.wait(self._kept, timeout=LAST_JOBS_S)
         await self.grammars.close()
+        self.contexts.close()
         await self.client.aclose()

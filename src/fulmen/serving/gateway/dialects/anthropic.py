@@ -30,6 +30,16 @@ def messages_body(request: MessagesRequest, model: ServedModel, salt: str) -> di
 def count_body(request: CountTokensRequest, model: ServedModel) -> dict[str, Any]:
     """The engine's body for a count of tokens, and what messages have in common with it."""
     require_known(request.model, model)
+    if request.fulmen_context is not None:
+        field = "fulmen_context"
+        raise ApiError(422, f"{field} is for /v1/chat/completions and /v1/responses; leave it out", field)
+    if model.chat_encoding:
+        raise ApiError(
+            400,
+            f"{model.name} is served in DeepSeek-V3.2's chat encoding, which messages of this API are not "
+            "written in; use /v1/chat/completions or /v1/responses",
+            "messages",
+        )
     body = request.model_dump(exclude_none=True) | {"model": model.name}
     if (thinking := request.thinking) is not None:
         body["thinking"] = _engine_thinking(thinking.type, thinking.budget_tokens, model)

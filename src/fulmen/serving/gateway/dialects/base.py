@@ -35,6 +35,14 @@ class Dialect(Protocol):
     def broken(self, error: ApiError) -> bytes: ...
 
 
+class Cleaner(Protocol):
+    """Rewrites the engine's answer before the dialect reads it: events of a stream, or a whole answer."""
+
+    def event(self, event: Event) -> list[Event]: ...
+
+    def answer(self, answer: dict[str, Any]) -> None: ...
+
+
 async def events_of(pieces: AsyncIterator[bytes]) -> AsyncIterator[Event]:
     """The events of a stream, however its bytes are cut. Comments are left out."""
     rest = b""

@@ -1,16 +1,18 @@
 """What a request becomes before the engine reads it: DeepSeek's extras in vLLM's words."""
 
+from copy import deepcopy
 from typing import Any
 
 from fulmen.serving.engine.served_model import ServedModel
 from fulmen.serving.gateway.dialects.requests import ChatRequest, CompletionRequest, Message
+from fulmen.serving.gateway.dialects.v32_chat import v32_body
 from fulmen.serving.gateway.errors import ApiError
 from fulmen.serving.gateway.schemas.forced_calls import enforce_chat
 
 # DeepSeek's two names, for the examples in its documentation: the same model, without and with thinking.
 ALIASES = {"deepseek-chat": False, "deepseek-reasoner": True}
 # Consumed here; the engine would not know them or take them for something else.
-_OURS = {"thinking", "stream_options", "suffix", "model"}
+_OURS = {"thinking", "stream_options", "suffix", "model", "fulmen_context"}
 _STREAM_OPTIONS = {"include_usage": True, "continuous_usage_stats": True}
 
 
@@ -23,7 +25,13 @@ def chat_body(request: ChatRequest, model: ServedModel, salt: str) -> dict[str, 
     if thinking is not None:
         body["chat_template_kwargs"] = {"thinking": thinking, "enable_thinking": thinking}
         _check_thoughts(request.messages, thinking)
-    if _prefixed(request.messages):
+    is_prefixed = _prefixed(request.messages)
+    if model.chat_encoding:
+        offered = deepcopy(body.get("tools", []))
+        enforce_chat(body)
+        body["messages"][-1]["prefix"] = is_prefixed
+        return v32_body(body, body["messages"], offered, bool(thinking))
+    if is_prefixed:
         if model.speaks_v32:
             why = "prefix: vLLM's encoding for DeepSeek-V3.2 cannot continue a message; leave it out"
             raise ApiError(400, why, f"messages[{len(request.messages) - 1}].prefix")

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fulmen.messages.strategies import TRIGGER
 from fulmen.serving.engine.settings import MOST_STOPS
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -91,6 +92,17 @@ class Thinking(Model):
     type: Literal["enabled", "disabled"]
 
 
+class ContextOptions(Model):
+    """How a history that outgrows the context is kept within it; see `fulmen.messages.strategies`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    strategy: Literal["none", "summary", "discard_75", "discard_all", "keep_newest", "hierarchical"]
+    trigger: Annotated[float, Field(ge=0, le=1)] = TRIGGER
+    newest: Annotated[int, Field(ge=0, le=1000)] | None = None
+    budget: Count | None = None
+
+
 class Sampling(Model):
     """What chat and completions share."""
 
@@ -126,6 +138,7 @@ class ChatRequest(Sampling):
     parallel_tool_calls: bool | None = None
     thinking: Thinking | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
+    fulmen_context: ContextOptions | None = None
 
 
 class CompletionRequest(Sampling):
@@ -158,6 +171,7 @@ class CountTokensRequest(Model):
     thinking: MessagesThinking | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
+    fulmen_context: Any = None
 
 
 class MessagesRequest(CountTokensRequest):

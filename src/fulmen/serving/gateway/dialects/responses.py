@@ -9,7 +9,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from fulmen.serving.gateway.dialects.requests import ChatRequest, Count, Model, ResponseFormat, Role, ToolName
+from fulmen.serving.gateway.dialects.requests import (
+    ChatRequest,
+    ContextOptions,
+    Count,
+    Model,
+    ResponseFormat,
+    Role,
+    ToolName,
+)
 from fulmen.serving.gateway.errors import ApiError
 
 # Fields that ask for what is not kept here, or not done.
@@ -139,6 +147,7 @@ class ResponsesRequest(Model):
     conversation: str | dict[str, Any] | None = None
     background: bool | None = None
     prompt: dict[str, Any] | None = None
+    fulmen_context: ContextOptions | None = None
 
 
 def chat_of(request: ResponsesRequest) -> ChatRequest:
@@ -160,6 +169,7 @@ def chat_of(request: ResponsesRequest) -> ChatRequest:
         "response_format": _format(request.text),
         "reasoning_effort": request.reasoning.effort if request.reasoning else None,
         "stream": request.stream,
+        "fulmen_context": request.fulmen_context,
     }
     return ChatRequest.model_validate(fields)
 

@@ -106,6 +106,3 @@ class CleanMessages:
             if block.get("type") == "text":
                 text = Unmarked(self._marks)
                 block["text"] = text.feed(block["text"]) + text.end()
-
-
-Cleaner = CleanChat | CleanMessages

@@ -19,8 +19,7 @@ import httpx
 from fulmen.errors import FulmenError, InsufficientBalance
 from fulmen.serving.billing.accounts import Account
 from fulmen.serving.billing.prices import Tokens
-from fulmen.serving.gateway.dialects.base import Dialect, Event, events_of
-from fulmen.serving.gateway.dialects.tool_call_text import Cleaner
+from fulmen.serving.gateway.dialects.base import Cleaner, Dialect, Event, events_of
 from fulmen.serving.gateway.errors import ApiError, engine_error, read_json_object
 from fulmen.serving.gateway.gateway import Gateway
 from fulmen.serving.gateway.jobs.attention_reads import count_attention_reads
@@ -46,6 +45,7 @@ class EngineRequest:
         explain: puts what the engine refuses into the words of the API that was asked.
         cleaner: rewrites the engine's answer before the dialect reads it.
         assembled: the client gets one piece, which the dialect makes of the engine's stream.
+        notes: what the bill says besides.
     """
 
     endpoint: str
@@ -58,6 +58,7 @@ class EngineRequest:
     explain: Callable[[ApiError], ApiError] = lambda error: error
     cleaner: Cleaner | None = None
     assembled: bool = False
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def engine_streams(self) -> bool:
@@ -219,7 +220,7 @@ class EngineJob:
         )
         self._settled = True
         gateway.metrics.billed(tokens, float(charge), gateway.billing.prices.currency, reads)
-        return bill_for_client(gateway.billing.prices, tokens, charge, reads)
+        return bill_for_client(gateway.billing.prices, tokens, charge, reads) | self._request.notes
 
     async def _fail(self, error: ApiError, outcome: str) -> None:
         """Charge for what the client got, and tell it what went wrong."""

@@ -5,7 +5,7 @@ decode(text)                                    # the message that it wrote
 ReplyParser(thinking=True).feed(piece)          # the same, piece by piece
 """
 
-from fulmen.agents.encoding.prompt import encode
-from fulmen.agents.encoding.reply import ReplyParser, decode, joined
+from fulmen.messages.encoding.prompt import encode
+from fulmen.messages.encoding.reply import ReplyParser, decode, joined
 
 __all__ = ["ReplyParser", "decode", "encode", "joined"]

@@ -4,7 +4,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fulmen.agents.encoding.markup import (
+from fulmen.errors import MessageError, one_line
+from fulmen.messages.encoding.markup import (
     AFTER_TOOLS,
     ASSISTANT,
     BEFORE_SCHEMA,
@@ -26,8 +27,7 @@ from fulmen.agents.encoding.markup import (
     THINK_OPEN,
     USER,
 )
-from fulmen.agents.messages import Message, calls_of, results_in_order, text_of, tool_steps
-from fulmen.errors import MessageError, one_line
+from fulmen.messages.message import Message, calls_of, results_in_order, text_of, tool_steps
 
 ASKING = ("user", "developer")
 

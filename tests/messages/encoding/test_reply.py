@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fulmen.agents.encoding import ReplyParser, decode, encode, joined
-from fulmen.agents.encoding.markup import (
+from fulmen.errors import MessageError
+from fulmen.messages.encoding import ReplyParser, decode, encode, joined
+from fulmen.messages.encoding.markup import (
     CALLS_CLOSE,
     CALLS_OPEN,
     DSML,
@@ -21,8 +22,7 @@ from fulmen.agents.encoding.markup import (
     THINK_CLOSE,
     THINK_OPEN,
 )
-from fulmen.errors import MessageError
-from tests.agents.conversations import conversation, step, words
+from tests.messages.conversations import conversation, step, words
 
 USER = {"role": "user", "content": "How warm is it?"}
 X = f'{PARAMETER} name="x" string="true">one{PARAMETER_CLOSE}'

@@ -18,7 +18,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from fulmen.agents.encoding.markup import (
+from fulmen.errors import MessageError
+from fulmen.messages.encoding.markup import (
     CALLS_CLOSE,
     CALLS_OPEN,
     EOS,
@@ -29,7 +30,6 @@ from fulmen.agents.encoding.markup import (
     THINK_CLOSE,
     THINK_OPEN,
 )
-from fulmen.errors import MessageError
 
 # A part of an assistant's message: `delta` of OpenAI's streams, with DeepSeek's `reasoning_content`.
 Delta = dict[str, Any]
@@ -118,8 +118,7 @@ class ReplyParser:
         self._held += piece
         while self._state():
             pass
-        deltas, self._deltas = self._deltas, []
-        return deltas
+        return self.take()
 
     def close(self) -> list[Delta]:
         """What was held back, when nothing comes any more. Raises MessageError within a call."""
@@ -130,6 +129,10 @@ class ReplyParser:
         elif self._state != self._ended:
             raise _unreadable("it ends within a call")
         self._state, self._held = self._ended, ""
+        return self.take()
+
+    def take(self) -> list[Delta]:
+        """What was read and is not returned yet: after a MessageError what came before it."""
         deltas, self._deltas = self._deltas, []
         return deltas
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from fulmen.agents.encoding import decode
-from fulmen.agents.encoding.markup import CALLS_CLOSE, CALLS_OPEN, EOS
-from tests.agents.encoding.test_reply import RECOVERED, calls_in, reply, written
+from fulmen.messages.encoding import decode
+from fulmen.messages.encoding.markup import CALLS_CLOSE, CALLS_OPEN, EOS
+from tests.messages.encoding.test_reply import RECOVERED, calls_in, reply, written
 
 REQUEST = SimpleNamespace(tools=None, tool_choice="auto", skip_special_tokens=True)
 # vLLM keeps the line end before a mark, drops a value without an end, knows no JSON in place of parameters,

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fulmen.agents import strategies
-from fulmen.agents.messages import tool_steps
-from fulmen.agents.strategies import OMITTED, SUMMARY_HEAD, SUMMARY_NAME
 from fulmen.errors import ConfigError, ContextBudgetError, MessageError
-from tests.agents.conversations import conversation, step
+from fulmen.messages import strategies
+from fulmen.messages.message import tool_steps
+from fulmen.messages.strategies import OMITTED, SUMMARY_HEAD, SUMMARY_NAME
+from tests.messages.conversations import conversation, step
 
 STRATEGIES = {
     "none": strategies.none,

@@ -7,9 +7,9 @@ from random import Random
 
 import pytest
 
-from fulmen.agents.encoding import encode
 from fulmen.errors import MessageError
-from tests.agents.conversations import conversation, step, tools
+from fulmen.messages.encoding import encode
+from tests.messages.conversations import conversation, step, tools
 
 USER = {"role": "user", "content": "How warm is it?"}
 CALL = {
