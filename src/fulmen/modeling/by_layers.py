@@ -1,4 +1,4 @@
-"""A GQA DSA model that is never whole in memory: its layers are read from the source's files as they run.
+"""A DSA model that is never whole in memory: its layers are read from the source's files as they run.
 
 All that runs a model runs this one as it is: each decoder layer has weights while it computes, and only then.
 """
@@ -14,7 +14,6 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from fulmen.config import DsaConfig
 from fulmen.errors import UnsupportedModelError
@@ -22,6 +21,9 @@ from fulmen.modeling.families import family_for
 from fulmen.modeling.generation_settings import fix_generation_config, read_generation_config
 from fulmen.modeling.gqa.convert import dsa_config_for
 from fulmen.modeling.gqa.family import GqaFamily
+from fulmen.modeling.merged_weights import can_merge
+from fulmen.modeling.model_shards import UNPACKED_DTYPE
+from fulmen.modeling.quantization.formats import lists_left_out, quantization_of, quantization_without
 from fulmen.modeling.shards import SHARD_DTYPES, Shards
 from fulmen.modeling.weights import EMBEDDING, HEAD, require_held
 
@@ -46,12 +48,12 @@ class LayeredModel(NamedTuple):
     def head_name(self) -> str:
         """Where the head's weight is stored."""
         tied = self.model.config.tie_word_embeddings
-        return HEAD if not tied or EMBEDDING not in self.shards.held else EMBEDDING
+        return HEAD if not tied or EMBEDDING not in self.shards.shapes else EMBEDDING
 
     @property
     def embedding_name(self) -> str:
         """Where the embedding is stored."""
-        return EMBEDDING if EMBEDDING in self.shards.held else HEAD
+        return EMBEDDING if EMBEDDING in self.shards.shapes else HEAD
 
     def prefix(self, layer: int) -> str:
         """What the names of a layer's weights begin with."""
@@ -71,7 +73,7 @@ class LayeredModel(NamedTuple):
 
 def require_layered(config: PreTrainedConfig) -> None:
     """Raise UnsupportedModelError for a family whose weights in files are not those of its modules."""
-    if not isinstance(family_for(config), GqaFamily) or get_checkpoint_conversion_mapping(config.model_type):
+    if not isinstance(family_for(config), GqaFamily) or not can_merge(config.model_type):
         raise UnsupportedModelError(
             f"model_type {config.model_type!r} cannot be converted layer by layer, its weights are stored in "
             "another form than they run in; leave by_layers out"
@@ -93,7 +95,7 @@ def layered_gqa(
     family: Any = family_for(config)
     tied = config.tie_word_embeddings and not _has_other_head(shards)
     own = dsa_config_for(config, dsa, tied, family.config_class)
-    dtype: Any = config.dtype or _first_dtype(shards)
+    dtype: Any = config.dtype or (UNPACKED_DTYPE if quantization_of(config) else _first_dtype(shards))
     own.dtype = dtype
     # Parameters alone: the buffers are those that no file holds, and computed.
     with init_empty_weights(include_buffers=False):
@@ -103,6 +105,7 @@ def layered_gqa(
     own.architectures = [type(model).__name__]
     layered = LayeredModel(model, shards, dtype, device)
     _require_held(layered, config)
+    _keep_quantization(layered, config)
     _fill_rest(layered)
     name = str(shards.folder)
     if (settings := read_generation_config(name, config.vocab_size)) is not None:
@@ -219,19 +222,27 @@ def _fill_rest(layered: LayeredModel) -> None:
 
 
 def _require_held(layered: LayeredModel, config: PreTrainedConfig) -> None:
-    model, shapes = layered.model, layered.shards.shapes
-    wanted = {name: tuple(x.shape) for name, x in model.state_dict().items() if not _is_indexers(name)}
-    if model.config.tie_word_embeddings:
-        # Stored once, under either name, or twice.
-        absent = {HEAD, EMBEDDING} - shapes.keys()
-        for name in absent if len(absent) == 1 else ():
-            del wanted[name]
-    require_held(str(layered.shards.folder), config, wanted, shapes)
+    state = layered.model.state_dict()
+    wanted = {name: tuple(x.shape) for name, x in state.items() if not _is_indexers(name)}
+    require_held(str(layered.shards.folder), config, wanted, layered.shards.shapes)
+
+
+def _keep_quantization(layered: LayeredModel, config: PreTrainedConfig) -> None:
+    """The files stay as they are, and the indexers are not quantized."""
+    if (settings := quantization_of(config)) is None:
+        return
+    state = layered.model.state_dict()
+    left_alone = sorted({name.partition(".indexer.")[0] + ".indexer" for name in state if _is_indexers(name)})
+    head = layered.shards.held.get(HEAD)
+    if not lists_left_out(settings) and (head is None or head.kind in SHARD_DTYPES):
+        # Loaders leave it alone where nothing is listed.
+        left_alone.append(HEAD.removesuffix(".weight"))
+    layered.model.config.quantization_config = quantization_without(settings, left_alone)
 
 
 def _has_other_head(shards: Shards) -> bool:
     """Whether head and embedding are both there and differ, whatever the config says."""
-    return {HEAD, EMBEDDING} <= shards.held.keys() and not shards.are_equal(HEAD, EMBEDDING)
+    return {HEAD, EMBEDDING} <= shards.shapes.keys() and not shards.are_equal(HEAD, EMBEDDING)
 
 
 def _first_dtype(shards: Shards) -> torch.dtype:

@@ -72,10 +72,15 @@ def load_all_weights(
             sorted(info["mismatched_keys"]),
         ),
     )
+    settle_loaded(model)
+    return model
+
+
+def settle_loaded(model: PreTrainedModel) -> None:
+    """Let the config of a loaded model say what its weights are, and its attention be what the config says."""
     if model.config.tie_word_embeddings and has_own_head(model):
         model.config.tie_word_embeddings = False
     keep_caps(model)
-    return model
 
 
 def keep_caps(model: PreTrainedModel) -> None:
@@ -90,13 +95,19 @@ def require_held(
     config: PreTrainedConfig,
     wanted: Mapping[str, tuple[int, ...]],
     held: Mapping[str, tuple[int, ...]],
+    left_out: str = r"(?!)",
 ) -> None:
     """Hold the shapes of a directory's weights against those of a model, before any is read.
 
+    A head that is the embedding may be stored under either name, or twice.
+
     Raises CheckpointError as `load_all_weights` for those that do not fit.
     """
-    known = _known_extras(place, config, r"(?!)")
-    extra = held.keys() - wanted.keys() - ({HEAD, EMBEDDING} if config.tie_word_embeddings else set())
+    known = _known_extras(place, config, left_out)
+    both = {HEAD, EMBEDDING} if config.tie_word_embeddings else set()
+    if len(absent := both - held.keys()) == 1:
+        wanted = {name: shape for name, shape in wanted.items() if name not in absent}
+    extra = held.keys() - wanted.keys() - both
     shapes = [(name, held[name], wanted[name]) for name in sorted(wanted.keys() & held.keys())]
     _require_fit(
         place,

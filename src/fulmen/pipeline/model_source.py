@@ -20,7 +20,8 @@ from fulmen.modeling.checkpoint import (
 )
 from fulmen.modeling.config_checks import require_sound_config, require_tokens_fit
 from fulmen.modeling.families import family_for
-from fulmen.modeling.shards import open_shards
+from fulmen.modeling.model_shards import ModelShards
+from fulmen.modeling.shards import folder_of_shards
 from fulmen.pipeline.arguments import refused
 from fulmen.pipeline.devices import move
 from fulmen.pipeline.fingerprint import weights_fingerprint
@@ -136,7 +137,8 @@ class PlaceSource:
                 "by_layers out, or name a directory of safetensors"
             )
         require_supported_config(self.found)
-        return layered_gqa(self.config, dsa, open_shards(self.found.place), device)
+        shards = ModelShards(folder_of_shards(self.found.place), self.config)
+        return layered_gqa(self.config, dsa, shards, device)
 
     def identity(self) -> dict[str, Any]:
         """As `DenseSource.identity`."""
