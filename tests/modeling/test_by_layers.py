@@ -11,8 +11,8 @@ from fulmen.modeling.checkpoint import load_dense
 from fulmen.modeling.config_checks import read_own_config
 from fulmen.modeling.families import dsa_family_for, family_for
 from fulmen.modeling.index_shape import default_dsa
+from fulmen.modeling.model_shards import ModelShards
 from fulmen.modeling.selectors import DenseSelector, use_selector
-from fulmen.modeling.shards import Shards
 from tests.modeling.gqa.tiny_gqa import FAMILIES, make_dense, random_ids
 from tests.modeling.mla.tiny_mla import make_mla
 from tests.modeling.tiny_source import (
@@ -35,7 +35,7 @@ def both_of(folder):
     """(layered, whole) of a source."""
     config = read_own_config(str(folder))
     dsa = default_dsa(config, 8)
-    layered = layered_gqa(config, dsa, Shards(folder), CPU)
+    layered = layered_gqa(config, dsa, ModelShards(folder, config), CPU)
     return layered, family_for(config).from_dense(load_dense(folder)[0], dsa)
 
 
@@ -46,8 +46,8 @@ def dense_logits(model, ids):
     return model.get_output_embeddings()(hidden)
 
 
-# Of Granite MoE and gpt-oss experts are stored otherwise than they run: refused.
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("granite-moe", "gpt-oss")])
+# And experts that are stored one by one, under two kinds of names.
+@pytest.mark.parametrize("name", [*FAMILIES, "qwen3-moe", "mixtral"])
 def test_computes_and_inherits_as_the_whole_model(name, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "BLOCK_BYTES", 3000)
     dense = make_dense(name, torch.bfloat16)
@@ -114,7 +114,7 @@ class TestTiedWeights:
 class TestRefused:
     def refusal(self, folder, error=CheckpointError):
         config = read_own_config(str(folder))
-        dsa, held = default_dsa(config, 8), Shards(folder)
+        dsa, held = default_dsa(config, 8), ModelShards(folder, config)
         with pytest.raises(error) as info:
             layered_gqa(config, dsa, held, CPU)
         return str(info.value)

@@ -27,12 +27,12 @@ from fulmen.modeling.gguf.file import first_part, read_gguf
 from fulmen.modeling.gguf.tokenizer import gguf_tokenizer
 from fulmen.modeling.gguf.weights import load_gguf
 from fulmen.modeling.gqa.family import GqaFamily
+from fulmen.modeling.load_unpacked import load_unpacked
 from fulmen.modeling.quantization.formats import (
     is_readable_quantization,
     quantization_in,
     require_readable_quantization,
 )
-from fulmen.modeling.quantization.load import load_unpacked
 from fulmen.modeling.weight_files import (
     follow_umask,
     not_readable,

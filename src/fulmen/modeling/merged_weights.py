@@ -85,14 +85,10 @@ def arrangement_of(model_type: str, shapes: Mapping[str, tuple[int, ...]]) -> Ar
         else:
             if new != name:
                 renamed[new] = name
-    return Arrangement(
-        renamed, {target: _put_together(held, shapes) for target, held in pieces.items()}
-    )
+    return Arrangement(renamed, {target: _put_together(held, shapes) for target, held in pieces.items()})
 
 
-def _put_together(
-    held: Mapping[tuple[int, int], str], shapes: Mapping[str, tuple[int, ...]]
-) -> MergedWeight:
+def _put_together(held: Mapping[tuple[int, int], str], shapes: Mapping[str, tuple[int, ...]]) -> MergedWeight:
     """What is missing or of another shape makes a shape that is not the model's."""
     experts, matrices = sorted({key[0] for key in held}), sorted({key[1] for key in held})
     sources = tuple(

@@ -1,5 +1,6 @@
-"""A model's weights as its modules have them, from files that hold them packed, in pieces, or by other names."""
+"""A model's weights as its modules have them, from files where they may be packed, in pieces, or renamed."""
 
+import copy
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from fulmen.modeling.merged_weights import arrangement_of
 from fulmen.modeling.quantization.formats import (
@@ -18,6 +19,7 @@ from fulmen.modeling.quantization.formats import (
 )
 from fulmen.modeling.quantization.packed import PackedWeight
 from fulmen.modeling.shards import Shards
+from fulmen.modeling.weights import require_shapes
 
 # What a quantized model computes in, if its config does not say.
 UNPACKED_DTYPE = torch.bfloat16
@@ -88,3 +90,13 @@ class ModelShards(Shards):
         weight = self._packed[name]
         parts = super().tensors(weight.parts.values())
         return weight.unpack({part: parts[held] for part, held in weight.parts.items()}, self._dtype)
+
+
+def require_same_shapes(shards: ModelShards, config: PreTrainedConfig) -> None:
+    """Raise CheckpointError for weights of other shapes than those of the dense model with this config."""
+    config = copy.deepcopy(config)
+    config.quantization_config = None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    wanted = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    require_shapes(str(shards.folder), wanted, shards.shapes)

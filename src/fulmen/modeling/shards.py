@@ -95,7 +95,9 @@ class Shards:
         """Raise CheckpointError that names the first of these tensors with a NaN or an infinity."""
         for name in names:
             # By the extremes, which NaN spoils; those of 8 bits have none of their own.
-            blocks = (x.float() if x.dtype.itemsize == 1 else x for x in self.stored_blocks(name) if x.numel())
+            blocks = (
+                x.float() if x.dtype.itemsize == 1 else x for x in self.stored_blocks(name) if x.numel()
+            )
             if self.held[name].kind in CHECKED_KINDS and not all(
                 bool(torch.isfinite(end)) for x in blocks for end in x.aminmax()
             ):

@@ -77,7 +77,7 @@ def load_all_weights(
 
 
 def settle_loaded(model: PreTrainedModel) -> None:
-    """Let the config of a loaded model say what its weights are, and its attention be what the config says."""
+    """Let a loaded model's config say what its weights are, and its attention do what the config says."""
     if model.config.tie_word_embeddings and has_own_head(model):
         model.config.tie_word_embeddings = False
     keep_caps(model)
@@ -108,15 +108,28 @@ def require_held(
     if len(absent := both - held.keys()) == 1:
         wanted = {name: shape for name, shape in wanted.items() if name not in absent}
     extra = held.keys() - wanted.keys() - both
-    shapes = [(name, held[name], wanted[name]) for name in sorted(wanted.keys() & held.keys())]
     _require_fit(
         place,
         _Faults(
             sorted(wanted.keys() - held.keys()),
             sorted(name for name in extra if not known.search(name)),
-            [(name, has, wants) for name, has, wants in shapes if has != wants],
+            _mismatched(wanted, held),
         ),
     )
+
+
+def require_shapes(
+    place: str, wanted: Mapping[str, tuple[int, ...]], held: Mapping[str, tuple[int, ...]]
+) -> None:
+    """As `require_held`, of the weights alone that both sides have."""
+    _require_fit(place, _Faults([], [], _mismatched(wanted, held)))
+
+
+def _mismatched(
+    wanted: Mapping[str, tuple[int, ...]], held: Mapping[str, tuple[int, ...]]
+) -> list[tuple[str, Any, Any]]:
+    both = sorted(wanted.keys() & held.keys())
+    return [(name, held[name], wanted[name]) for name in both if held[name] != wanted[name]]
 
 
 def local_file(place: str, file_name: str, **options: Any) -> Path | None:

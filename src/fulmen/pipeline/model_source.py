@@ -3,6 +3,7 @@
 import copy
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +21,9 @@ from fulmen.modeling.checkpoint import (
 )
 from fulmen.modeling.config_checks import require_sound_config, require_tokens_fit
 from fulmen.modeling.families import family_for
-from fulmen.modeling.model_shards import ModelShards
+from fulmen.modeling.merged_weights import can_merge
+from fulmen.modeling.model_shards import ModelShards, require_same_shapes
+from fulmen.modeling.quantization.formats import quantization_of, require_readable_quantization
 from fulmen.modeling.shards import folder_of_shards
 from fulmen.pipeline.arguments import refused
 from fulmen.pipeline.devices import move
@@ -55,6 +58,20 @@ class DenseSource(Protocol):
         self, dtype: torch.dtype | str, device: torch.device | None, *, to_change: bool
     ) -> PreTrainedModel:
         """The model on a device; one whose weights are not written to unless it is `to_change`."""
+        ...
+
+    @property
+    def stays_quantized(self) -> bool:
+        """Whether a conversion by layers leaves its weights quantized, where loading dequantizes them."""
+        ...
+
+    def require_fitting_files(self) -> None:
+        """Look at its files without reading a weight.
+
+        Raises:
+            CheckpointError: parts that are missing, cut short, or not of one model with the config.
+            UnsupportedModelError: quantized in a format that cannot be read.
+        """
         ...
 
     @property
@@ -102,7 +119,7 @@ class PlaceSource:
     @property
     def quantized(self) -> list[str]:
         """As `DenseSource.quantized`."""
-        return quantized_types(self.found)
+        return quantized_types(self.found, self.config)
 
     def tokenizer(self) -> Any:
         """As `DenseSource.tokenizer`."""
@@ -114,6 +131,20 @@ class PlaceSource:
         """As `DenseSource.load`; None: on the CPU. Raises as `load_dense` and `move`."""
         model = load_dense(self.name, dtype)[0]
         return model if device is None else move(model, device)
+
+    @property
+    def stays_quantized(self) -> bool:
+        """As `DenseSource.stays_quantized`."""
+        return self.found.gguf_file is None and quantization_of(self.config) is not None
+
+    def require_fitting_files(self) -> None:
+        """As `DenseSource.require_fitting_files`; those of the hub are looked at as they are loaded."""
+        if self.found.gguf_file:
+            return
+        if (settings := quantization_of(self.config)) is not None:
+            require_readable_quantization(settings, self.name)
+        if Path(self.found.place).is_dir() and can_merge(self.config.model_type):
+            require_same_shapes(ModelShards(Path(self.found.place), self.config), self.config)
 
     @property
     def loaded_bytes(self) -> int:
@@ -149,7 +180,7 @@ class LoadedSource:
     """A model in memory, which stays as it is: the result shares its weights where they stay the same."""
 
     quantized: list[str] = []  # noqa: RUF012 (what cannot be is refused)
-    has_layers = False
+    stays_quantized = has_layers = False
 
     def __init__(self, source: ModelInMemory) -> None:
         self._model, self._tokenizer = source.model, source.tokenizer
@@ -188,6 +219,9 @@ class LoadedSource:
     def loaded_bytes(self) -> int:
         """As `DenseSource.loaded_bytes`."""
         return sum(tensor.nbytes for tensor in self._model.parameters())
+
+    def require_fitting_files(self) -> None:
+        """As `DenseSource.require_fitting_files`: it has none."""
 
     def layered(self, dsa: DsaConfig, device: torch.device) -> LayeredModel:
         """As `DenseSource.layered`: never."""

@@ -14,7 +14,7 @@ from tests.modeling.gqa.tiny_gqa import make_dense
 from tests.modeling.tiny_source import WEIGHTS, make_tokenizer
 
 GROUP = 32
-FP8_BLOCK = (32, 48)
+FP8_BLOCK = (32, 32)
 AWQ_PACKING = (0, 2, 4, 6, 1, 3, 5, 7)
 Parts = dict[str, Tensor]
 
@@ -87,11 +87,11 @@ def pack_asymmetric(weight_NK: Tensor) -> tuple[Parts, Tensor]:
     codes_NK, zero_NG, scale_NG = rounded_groups(weight_NK, 4, symmetric=False)
     parts = {
         "weight_packed": packed_along_columns(codes_NK, 4),
-        "weight_scale": scale_NG,
+        "weight_scale": scale_NG.bfloat16(),
         "weight_zero_point": packed_along_columns(zero_NG.T, 4).T,
         "weight_shape": torch.tensor(weight_NK.shape),
     }
-    return parts, meant(codes_NK, zero_NG, scale_NG)
+    return parts, meant(codes_NK, zero_NG, scale_NG.bfloat16().float())
 
 
 def int8_rows(weight_NK: Tensor) -> tuple[Parts, Tensor]:

@@ -1,6 +1,4 @@
-"""compressed-tensors: FP8 or INT8 as they are, or integers of 4 or 8 bits packed; scales for tensor, row, group
-or block.
-"""
+"""compressed-tensors: FP8, INT8, or 4 and 8 bits in int32; scales for tensors, rows, groups or blocks."""
 
 import math
 from collections.abc import Mapping

@@ -35,7 +35,7 @@ OTHER_SCALES = re.compile(r"\.([qkv]|prob|input|output|activation)_(scale|zero_p
 
 def quantization_of(config: Any) -> dict[str, Any] | None:
     """What a model's config says of a quantization; None: nothing."""
-    held = getattr(config, "quantization_config", None)
+    held: Any = getattr(config, "quantization_config", None)
     return quantization_in({"quantization_config": held.to_dict() if hasattr(held, "to_dict") else held})
 
 
@@ -55,8 +55,8 @@ def require_readable_quantization(settings: Mapping[str, Any], place: str) -> No
     """Raise UnsupportedModelError for a format, or a kind of one, that cannot be read here."""
     if (reason := _why_unreadable(settings)) is not None:
         raise UnsupportedModelError(
-            f"{place} is quantized ({settings.get('quant_method')}){reason}; convert the unquantized weights, "
-            f"or those in {READABLE_IN_WORDS}"
+            f"{place} is quantized ({settings.get('quant_method')}){reason}; convert the unquantized "
+            f"weights, or those in {READABLE_IN_WORDS}"
         )
 
 
@@ -78,7 +78,7 @@ def packed_weights(settings: Mapping[str, Any], held: Mapping[str, Held]) -> dic
 
 def quantization_in_words(settings: Mapping[str, Any]) -> str:
     """ "fp8, 128 x 128", "compressed-tensors, int-quantized", "gptq, 4 bits"."""
-    words = [str(settings["quant_method"])]
+    words = [str(settings.get("quant_method"))]
     if block := settings.get("weight_block_size"):
         words.append(" x ".join(map(str, block)))
     if kind := settings.get("format"):

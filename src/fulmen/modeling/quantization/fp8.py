@@ -1,4 +1,4 @@
-"""FP8 (E4M3) with a scale for each block of 128 x 128 weights, as in DeepSeek-V3's files, or for each tensor."""
+"""FP8 (E4M3) with a scale for each block of 128 x 128 weights, as in DeepSeek-V3's files, or for a tensor."""
 
 import math
 from collections.abc import Mapping

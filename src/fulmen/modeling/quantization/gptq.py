@@ -1,4 +1,4 @@
-"""GPTQ and AWQ: integers of a few bits packed along inputs (GPTQ) or outputs (AWQ), scales by groups of inputs."""
+"""GPTQ and AWQ: integers of a few bits, packed along inputs or outputs; scales by groups of inputs."""
 
 from collections.abc import Mapping
 from functools import partial

@@ -1,4 +1,4 @@
-"""MXFP4, in which gpt-oss has its experts: two numbers of 4 bits a byte, a power of two for each 32 of them."""
+"""MXFP4, in which gpt-oss has its experts: numbers of 4 bits, and a power of two for each 32 of them."""
 
 from collections.abc import Mapping
 from functools import partial

@@ -49,8 +49,8 @@ class PackedModule(NamedTuple):
         """The error for a part that does not fit the others."""
         held = self.held[part]
         return CheckpointError(
-            f"{held.file.parent} has {self.name}.{part} of the shape {list(held.shape)}, where the other parts "
-            f"ask for {wanted}; get it anew"
+            f"{held.file.parent} has {self.name}.{part} of the shape {list(held.shape)}, where the other "
+            f"parts ask for {wanted}; get it anew"
         )
 
 
@@ -67,7 +67,7 @@ def packed_modules(held: Mapping[str, Held]) -> list[PackedModule]:
 
 
 def unpacked_codes(packed: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
-    """The unsigned codes that each int32 of the last axis holds, lowest bits first: [..., n * 32 / bits], uint8.
+    """The codes, uint8, that the int32 of the last axis hold, lowest bits first: [..., n * 32 / bits].
 
     order: where the codes of one int32 belong, if not in their own order.
     """

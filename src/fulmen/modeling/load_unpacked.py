@@ -1,7 +1,6 @@
 """A quantized model whole in memory: its weights unpacked, by every format that is read, on any machine."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,7 +59,5 @@ def _state(shards: ModelShards, names: list[str]) -> dict[str, Tensor]:
     state = shards.tensors(names)
     for name, tensor in state.items():
         if tensor.is_floating_point() and not all(map(torch.isfinite, tensor.aminmax())):
-            raise CheckpointError(
-                f"{shards.folder} has NaN or infinite values in {name}; get intact weights"
-            )
+            raise CheckpointError(f"{shards.folder} has NaN or infinite values in {name}; get intact weights")
     return state
