@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from fulmen.errors import CheckpointError
 from fulmen.modeling.merged_weights import arrangement_of
 from fulmen.modeling.quantization.formats import (
     OTHER_SCALES,
@@ -18,7 +19,7 @@ from fulmen.modeling.quantization.formats import (
     require_readable_quantization,
 )
 from fulmen.modeling.quantization.packed import PackedWeight
-from fulmen.modeling.shards import Shards
+from fulmen.modeling.shards import SHARD_DTYPES, Shards
 from fulmen.modeling.weights import require_shapes
 
 # What a quantized model computes in, if its config does not say.
@@ -90,6 +91,20 @@ class ModelShards(Shards):
         weight = self._packed[name]
         parts = super().tensors(weight.parts.values())
         return weight.unpack({part: parts[held] for part, held in weight.parts.items()}, self._dtype)
+
+
+def require_float_weights(shards: ModelShards) -> None:
+    """Raise CheckpointError for weights that are neither quantized, by the config, nor floating-point numbers.
+
+    Tensors of one number are counters, and of no use to a language model.
+    """
+    parts = shards.packed_names
+    for name, held in shards.held.items():
+        if held.kind not in SHARD_DTYPES and name not in parts and len(held.shape) > 1:
+            raise CheckpointError(
+                f"{shards.folder} has {name} in {held.kind}, and its config.json says nothing of a quantization "
+                "that would explain it; get the config that belongs to the weights"
+            )
 
 
 def require_same_shapes(shards: ModelShards, config: PreTrainedConfig) -> None:

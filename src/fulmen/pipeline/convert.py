@@ -52,6 +52,9 @@ from fulmen.training.sparse.settings import SparseSettings
 from fulmen.training.warmup.settings import WarmupSettings
 from fulmen.version import __version__
 
+# DeepSeek's chats are written by code, not by a template.
+V32_USER_TOKEN = "<｜User｜>"
+
 
 @dataclass(frozen=True)
 class _Work:
@@ -77,8 +80,10 @@ def run_conversion(settings: ConvertSettings, reporter: Reporter) -> Conversion:
         settings = planner.settled(asked)
         skipped = left_out(asked, settings, source, reporter)
         plan = planner.plan(settings)
-        source.require_fitting_files()
+        unusual = source.look_at_files()
         tokenizer = source.tokenizer()
+        for line in [*unusual, *_missing_template(tokenizer)]:
+            reporter.note(line)
         corpus = read_corpus(settings.data, settings.texts)
         texts, sparse = _texts(plan, corpus, tokenizer, settings, reporter)
     work = _Work(settings, RunDir(out), reporter)
@@ -97,6 +102,13 @@ def run_conversion(settings: ConvertSettings, reporter: Reporter) -> Conversion:
             work.run.remove()
     wait_for_all()
     return Conversion(out, record)
+
+
+def _missing_template(tokenizer: Any) -> list[str]:
+    """A line if chats cannot be written: neither by a template nor as DeepSeek's models have them."""
+    if tokenizer.chat_template or V32_USER_TOKEN in tokenizer.get_vocab():
+        return []
+    return ["Its tokenizer has no chat template: it completes text, and cannot be asked in chats"]
 
 
 def _convert_by_layers(

@@ -22,9 +22,10 @@ from fulmen.modeling.checkpoint import (
 from fulmen.modeling.config_checks import require_sound_config, require_tokens_fit
 from fulmen.modeling.families import family_for
 from fulmen.modeling.merged_weights import can_merge
-from fulmen.modeling.model_shards import ModelShards, require_same_shapes
+from fulmen.modeling.model_shards import ModelShards, require_float_weights, require_same_shapes
 from fulmen.modeling.quantization.formats import quantization_of, require_readable_quantization
-from fulmen.modeling.shards import folder_of_shards
+from fulmen.modeling.shards import SHARD_DTYPES, folder_of_shards
+from fulmen.modeling.weights import EMBEDDING, HEAD
 from fulmen.pipeline.arguments import refused
 from fulmen.pipeline.devices import move
 from fulmen.pipeline.fingerprint import weights_fingerprint
@@ -65,8 +66,8 @@ class DenseSource(Protocol):
         """Whether a conversion by layers leaves its weights quantized, where loading dequantizes them."""
         ...
 
-    def require_fitting_files(self) -> None:
-        """Look at its files without reading a weight.
+    def look_at_files(self) -> list[str]:
+        """What is unusual about its files, a line each; no weight is read.
 
         Raises:
             CheckpointError: parts that are missing, cut short, or not of one model with the config.
@@ -137,14 +138,18 @@ class PlaceSource:
         """As `DenseSource.stays_quantized`."""
         return self.found.gguf_file is None and quantization_of(self.config) is not None
 
-    def require_fitting_files(self) -> None:
-        """As `DenseSource.require_fitting_files`; those of the hub are looked at as they are loaded."""
+    def look_at_files(self) -> list[str]:
+        """As `DenseSource.look_at_files`; those of the hub are looked at as they are loaded."""
         if self.found.gguf_file:
-            return
+            return []
         if (settings := quantization_of(self.config)) is not None:
             require_readable_quantization(settings, self.name)
-        if Path(self.found.place).is_dir() and can_merge(self.config.model_type):
-            require_same_shapes(ModelShards(Path(self.found.place), self.config), self.config)
+        if not Path(self.found.place).is_dir() or not can_merge(self.config.model_type):
+            return []
+        shards = ModelShards(Path(self.found.place), self.config)
+        require_float_weights(shards)
+        require_same_shapes(shards, self.config)
+        return _unusual(shards, self.config)
 
     @property
     def loaded_bytes(self) -> int:
@@ -220,8 +225,9 @@ class LoadedSource:
         """As `DenseSource.loaded_bytes`."""
         return sum(tensor.nbytes for tensor in self._model.parameters())
 
-    def require_fitting_files(self) -> None:
-        """As `DenseSource.require_fitting_files`: it has none."""
+    def look_at_files(self) -> list[str]:
+        """As `DenseSource.look_at_files`: it has none."""
+        return []
 
     def layered(self, dsa: DsaConfig, device: torch.device) -> LayeredModel:
         """As `DenseSource.layered`: never."""
@@ -234,6 +240,17 @@ class LoadedSource:
     @cached_property
     def _fingerprint(self) -> str:
         return weights_fingerprint(self._model.state_dict())
+
+
+def _unusual(shards: ModelShards, config: PreTrainedConfig) -> list[str]:
+    said = []
+    if len(kinds := [kind for kind in shards.kinds if kind in SHARD_DTYPES]) > 1 and not shards.packed_names:
+        said.append(f"Its weights are of several types ({', '.join(kinds)}); loaded, all are of one")
+    if config.tie_word_embeddings and {HEAD, EMBEDDING} <= shards.shapes.keys():
+        said.append(
+            "Head and embedding are both stored, where config.json calls them one; if they differ, both stay"
+        )
+    return said
 
 
 def _require_model(model: Any) -> None:
