@@ -11,20 +11,18 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fulmen.config import DsaConfig
 from fulmen.errors import UnsupportedModelError
-from fulmen.modeling.families import family_for
+from fulmen.modeling.families import dsa_family_for, family_for
 from fulmen.modeling.generation_settings import fix_generation_config, read_generation_config
-from fulmen.modeling.gqa.convert import dsa_config_for
-from fulmen.modeling.gqa.family import GqaFamily
-from fulmen.modeling.merged_weights import can_merge
 from fulmen.modeling.model_shards import UNPACKED_DTYPE
 from fulmen.modeling.quantization.formats import lists_left_out, quantization_of, quantization_without
-from fulmen.modeling.shards import SHARD_DTYPES, Shards
+from fulmen.modeling.shards import INDEXERS_FILE, SHARD_DTYPES, Shards, save_tensors
 from fulmen.modeling.weights import EMBEDDING, HEAD, require_held
 
 
@@ -55,6 +53,11 @@ class LayeredModel(NamedTuple):
         """Where the embedding is stored."""
         return EMBEDDING if EMBEDDING in self.shards.shapes else HEAD
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What a weight runs in: the model's dtype, but for those that its class keeps in float32."""
+        kept = (self.model._keep_in_fp32_modules, self.model._keep_in_fp32_modules_strict)
+        return torch.float32 if any(part in name for some in kept for part in some or ()) else self.dtype
+
     def prefix(self, layer: int) -> str:
         """What the names of a layer's weights begin with."""
         return f"{self.model.base_model_prefix}.layers.{layer}."
@@ -65,6 +68,20 @@ class LayeredModel(NamedTuple):
         indexers = sum(x.numel() for name, x in state.items() if _is_indexers(name)) * self.dtype.itemsize
         return self.shards.bytes_to_copy(folder) + 3 * indexers
 
+    def put_into(self, folder: Path, indexers: Path) -> None:
+        """As `Shards.put_into`, of indexers as a quantized model has them. Raises OSError, SafetensorError."""
+        settings = quantization_of(self.model.config)
+        family = dsa_family_for(self.model.config)
+        if settings is None or not family.quantizes_indexers(settings):
+            self.shards.put_into(folder, indexers)
+            return
+        published = folder / f".{INDEXERS_FILE}"
+        save_tensors(family.stored_indexers(load_file(indexers), settings), published)
+        # As any other file that is written here, not for its owner alone.
+        published.chmod(indexers.stat().st_mode)
+        self.shards.put_into(folder, published)
+        published.unlink()
+
     def indexer_state(self, layer: int) -> dict[str, Tensor]:
         """The tensors of one layer's indexer, by their names in the model, while the layer runs."""
         own = self.layers[layer].state_dict()
@@ -73,14 +90,14 @@ class LayeredModel(NamedTuple):
 
 def require_layered(config: PreTrainedConfig) -> None:
     """Raise UnsupportedModelError for a family whose weights in files are not those of its modules."""
-    if not isinstance(family_for(config), GqaFamily) or not can_merge(config.model_type):
+    if not family_for(config).runs_as_stored(config):
         raise UnsupportedModelError(
             f"model_type {config.model_type!r} cannot be converted layer by layer, its weights are stored in "
             "another form than they run in; leave by_layers out"
         )
 
 
-def layered_gqa(
+def layered_model(
     config: PreTrainedConfig, dsa: DsaConfig, shards: Shards, device: torch.device
 ) -> LayeredModel:
     """The DSA model of a dense model's config and files, with random indexers.
@@ -94,7 +111,7 @@ def layered_gqa(
     require_layered(config)
     family: Any = family_for(config)
     tied = config.tie_word_embeddings and not _has_other_head(shards)
-    own = dsa_config_for(config, dsa, tied, family.config_class)
+    own = family.dsa_config(config, dsa, tied)
     dtype: Any = config.dtype or (UNPACKED_DTYPE if quantization_of(config) else _first_dtype(shards))
     own.dtype = dtype
     # Parameters alone: the buffers are those that no file holds, and computed.
@@ -165,7 +182,9 @@ def _run_filled(
     _fill(layer, {names[name]: x for name, x in _read(layered, names).items()})
     if any(map(_is_indexers, empty)):
         if (own := indexer_of(number)) is None:
-            indexer = layer.self_attn.indexer.to_empty(device=layered.device).to(layered.dtype)
+            indexer = layer.self_attn.indexer.to_empty(device=layered.device)
+            for name, parameter in indexer.named_parameters():
+                parameter.data = parameter.data.to(layered.dtype_of(f"indexer.{name}"))
             indexer.apply(layered.model._init_weights)
         else:
             _fill(layer, {name.removeprefix(prefix): x.to(layered.device) for name, x in own.items()})
@@ -183,7 +202,7 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def _read(layered: LayeredModel, names: Iterable[str]) -> dict[str, Tensor]:
     """Tensors of the files, of the dtype and on the device that the model runs in."""
     return {
-        name: x.to(layered.device, layered.dtype if x.is_floating_point() else x.dtype)
+        name: x.to(layered.device, layered.dtype_of(name) if x.is_floating_point() else x.dtype)
         for name, x in layered.shards.tensors(names).items()
     }
 
@@ -228,10 +247,13 @@ def _require_held(layered: LayeredModel, config: PreTrainedConfig) -> None:
 
 
 def _keep_quantization(layered: LayeredModel, config: PreTrainedConfig) -> None:
-    """The files stay as they are, and the indexers are not quantized."""
+    """The files stay as they are, and the indexers are mostly not quantized."""
     if (settings := quantization_of(config)) is None:
         return
     state = layered.model.state_dict()
+    if dsa_family_for(layered.model.config).quantizes_indexers(settings):
+        layered.model.config.quantization_config = settings
+        return
     left_alone = sorted({name.partition(".indexer.")[0] + ".indexer" for name in state if _is_indexers(name)})
     head = layered.shards.held.get(HEAD)
     if not lists_left_out(settings) and (head is None or head.kind in SHARD_DTYPES):

@@ -136,7 +136,7 @@ def _convert_by_layers(
     record = {**_record(layered.model, identity, records), "left_out": skipped}
     with reporter.stage("Save"):
         indexers = work.run.stage("inherit")
-        _save(layered.model, tokenizer, record, work, lambda to: layered.shards.put_into(to, indexers))
+        _save(layered.model, tokenizer, record, work, lambda to: layered.put_into(to, indexers))
         work.run.remove()
     wait_for_all()
     return Conversion(out, record)

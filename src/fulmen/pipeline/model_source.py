@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from fulmen.config import DsaConfig
 from fulmen.errors import UnsupportedModelError
-from fulmen.modeling.by_layers import LayeredModel, layered_gqa, require_layered
+from fulmen.modeling.by_layers import LayeredModel, layered_model, require_layered
 from fulmen.modeling.checkpoint import (
     ModelSource,
     load_dense,
@@ -166,7 +166,7 @@ class PlaceSource:
         return self.found.gguf_file is None
 
     def layered(self, dsa: DsaConfig, device: torch.device) -> LayeredModel:
-        """As `DenseSource.layered`. Raises as `layered_gqa`."""
+        """As `DenseSource.layered`. Raises as `layered_model`."""
         if self.found.gguf_file:
             raise UnsupportedModelError(
                 f"{self.found} cannot be converted layer by layer, as it is dequantized at once; leave "
@@ -174,7 +174,7 @@ class PlaceSource:
             )
         require_supported_config(self.found)
         shards = ModelShards(folder_of_shards(self.found.place), self.config)
-        return layered_gqa(self.config, dsa, shards, device)
+        return layered_model(self.config, dsa, shards, device)
 
     def identity(self) -> dict[str, Any]:
         """As `DenseSource.identity`."""

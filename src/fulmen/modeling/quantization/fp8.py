@@ -51,10 +51,12 @@ def _scaled(parts: Mapping[str, Tensor], dtype: torch.dtype, *, scale: str, bloc
     return weight_NK.mul_(scales).to(dtype)
 
 
-def fp8_blocks(weight_NK: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def fp8_blocks(
+    weight_NK: Tensor, block: tuple[int, int], *, powers_of_two: bool = False
+) -> tuple[Tensor, Tensor]:
     """A weight in E4M3 with a scale for each block, as it lies in files: weight, weight_scale_inv (float32).
 
-    The largest number of a block becomes the format's largest.
+    The largest number of a block becomes the format's largest, or the next below it that a power of two gives.
     """
     most = torch.finfo(torch.float8_e4m3fn).max
     rows, columns = (math.ceil(size / step) for size, step in zip(weight_NK.shape, block, strict=True))
@@ -63,5 +65,7 @@ def fp8_blocks(weight_NK: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tenso
     blocks = padded.unflatten(1, (columns, block[1])).unflatten(0, (rows, block[0]))
     # A block of zeros has any scale.
     scale_RC = blocks.abs().amax((1, 3)).div_(most).clamp_min_(torch.finfo(torch.float32).tiny)
+    if powers_of_two:
+        scale_RC = scale_RC.log2().ceil_().exp2_()
     codes = (blocks / scale_RC[:, None, :, None]).to(torch.float8_e4m3fn).flatten(2).flatten(0, 1)
     return codes[: weight_NK.shape[0], : weight_NK.shape[1]].contiguous(), scale_RC
