@@ -5,10 +5,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, DeepseekV32ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV32ForCausalLM
 
 import fulmen
-from fulmen.modeling.index_shape import default_dsa
 from fulmen.modeling.model_shards import ModelShards
 from fulmen.modeling.quantization.fp8 import fp8_blocks
 from fulmen.modeling.weight_files import INDEX_FILE
@@ -117,9 +116,3 @@ def test_indexers_are_those_of_the_whole_model(made, source, corpus_dir, tmp_pat
     for name, x in expected.items():
         error = (rounded.state_dict()[name].float() - x.float()).abs()
         assert bool((error <= x.float().abs() / 16 + x.float().abs().max() * 2**-9).all()), name
-
-
-def test_the_published_shape_is_the_default():
-    dsa = default_dsa(DeepseekV3Config())
-    assert (dsa.index_n_heads, dsa.index_n_kv_heads, dsa.index_head_dim) == (64, 1, 128)
-    assert default_dsa(DeepseekV3Config(max_position_embeddings=163840)).topk == 2048

@@ -69,7 +69,7 @@ class LayeredModel(NamedTuple):
         return self.shards.bytes_to_copy(folder) + 3 * indexers
 
     def put_into(self, folder: Path, indexers: Path) -> None:
-        """As `Shards.put_into`, of indexers as a quantized model has them. Raises OSError, SafetensorError."""
+        """As `Shards.put_into`, of indexers as a quantized model has them."""
         settings = quantization_of(self.model.config)
         family = dsa_family_for(self.model.config)
         if settings is None or not family.quantizes_indexers(settings):

@@ -178,7 +178,7 @@ class Family(ABC):
         """The config that `from_dense` makes. tied: whether the head is the embedding."""
 
     def quantizes_indexers(self, settings: Mapping[str, Any]) -> bool:
-        """Whether a model that is quantized by these settings has quantized indexers, as published ones have."""
+        """Whether a model that is quantized by these settings has quantized indexers."""
         return False
 
     def stored_indexers(self, state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:

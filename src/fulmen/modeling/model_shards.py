@@ -94,7 +94,7 @@ class ModelShards(Shards):
 
 
 def require_float_weights(shards: ModelShards) -> None:
-    """Raise CheckpointError for weights that are neither quantized, by the config, nor floating-point numbers.
+    """Raise CheckpointError for weights that are no floating-point numbers, nor quantized by the config.
 
     Tensors of one number are counters, and of no use to a language model.
     """
@@ -102,8 +102,8 @@ def require_float_weights(shards: ModelShards) -> None:
     for name, held in shards.held.items():
         if held.kind not in SHARD_DTYPES and name not in parts and len(held.shape) > 1:
             raise CheckpointError(
-                f"{shards.folder} has {name} in {held.kind}, and its config.json says nothing of a quantization "
-                "that would explain it; get the config that belongs to the weights"
+                f"{shards.folder} has {name} in {held.kind}, and its config.json says nothing of a "
+                "quantization that would explain it; get the config that belongs to the weights"
             )
 
 

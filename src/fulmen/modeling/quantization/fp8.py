@@ -56,7 +56,7 @@ def fp8_blocks(
 ) -> tuple[Tensor, Tensor]:
     """A weight in E4M3 with a scale for each block, as it lies in files: weight, weight_scale_inv (float32).
 
-    The largest number of a block becomes the format's largest, or the next below it that a power of two gives.
+    The largest number of a block becomes the format's largest, or what the next power of two leaves of it.
     """
     most = torch.finfo(torch.float8_e4m3fn).max
     rows, columns = (math.ceil(size / step) for size, step in zip(weight_NK.shape, block, strict=True))
