@@ -23,7 +23,7 @@ def is_published_in_fp8(settings: Mapping[str, Any]) -> bool:
 def published_indexers(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of all indexers as they are stored. settings: for which `is_published_in_fp8`."""
     rows, columns = settings["weight_block_size"]
-    stored = {}
+    stored: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name.endswith(_IN_BLOCKS):
             powers = settings.get("scale_fmt") == "ue8m0"
