@@ -132,7 +132,7 @@ def convert_command(
         typer.Option(
             "--by-layers/--whole",
             help="Have one layer at a time in memory, and link the source's files into --out as they are. "
-            "[dim]Default: where the model has no room, or is quantized (fulmen inspect says).[/]",
+            "[dim]Default: if it has no room, or is quantized (fulmen inspect says).[/]",
             show_default=False,
         ),
     ] = None,

@@ -89,7 +89,7 @@ def convert(
             where it lies.
         seed: of every random choice.
         index_heads: index heads per layer; None: one per attention head (MLA: at most 64).
-        index_head_dim: width of an index head, even; None: index keys take up to a fifth of the cache (MLA: 128).
+        index_head_dim: width of an index head, even; None: a fifth of the cache at most (MLA: 128).
         index: "two-level": a coarse index looks at every key and leaves the indexer eight times `topk` of
             them; "one-level": the indexer looks at all. None: one level. Given to a converted
             `source`, it gets that index, in a minute, and stays otherwise as it is.
