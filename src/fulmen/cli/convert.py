@@ -106,7 +106,7 @@ def convert_command(
     index_head_dim: Annotated[
         int | None,
         typer.Option(
-            help="Width of an index head, even. [dim]Default: a fifth of the cache at most (MLA: 128 dims).[/]",
+            help="Width of an index head, even. [dim]Default: a fifth of the cache at most (MLA: 128).[/]",
             show_default=False,
         ),
     ] = None,
