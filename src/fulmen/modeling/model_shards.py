@@ -110,7 +110,7 @@ def require_float_weights(shards: ModelShards) -> None:
 def require_same_shapes(shards: ModelShards, config: PreTrainedConfig) -> None:
     """Raise CheckpointError for weights of other shapes than those of the dense model with this config."""
     config = copy.deepcopy(config)
-    config.quantization_config = None
+    vars(config).pop("quantization_config", None)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     wanted = {name: tuple(x.shape) for name, x in model.state_dict().items()}
