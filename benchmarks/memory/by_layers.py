@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 from benchmarks.machine import describe_machine
 from fulmen.data import TokenSequence
-from fulmen.modeling.by_layers import layered_gqa
+from fulmen.modeling.by_layers import layered_model
 from fulmen.modeling.index_shape import default_dsa
 from fulmen.modeling.inherit_cost import inherit_cost, weight_sizes
 from fulmen.modeling.lengths import untrained_topk
@@ -98,7 +98,7 @@ def main(
     began = time.perf_counter()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     inherit_by_layers(
-        layered_gqa(config, dsa, Shards(folder), torch.device("cpu")), texts, run, LineReporter()
+        layered_model(config, dsa, Shards(folder), torch.device("cpu")), texts, run, LineReporter()
     )
     cost = inherit_cost(config, dsa, weight_sizes(config), sequences, length, 2)
     found = {

@@ -6,15 +6,16 @@ from transformers.utils.logging import disable_progress_bar
 
 from fulmen import CheckpointError, UnsupportedModelError
 from fulmen.modeling import shards
-from fulmen.modeling.by_layers import layered_gqa, layers_as_they_run, layers_skipped
+from fulmen.modeling.by_layers import layered_model, layers_as_they_run, layers_skipped
 from fulmen.modeling.checkpoint import load_dense
 from fulmen.modeling.config_checks import read_own_config
 from fulmen.modeling.families import dsa_family_for, family_for
 from fulmen.modeling.index_shape import default_dsa
+from fulmen.modeling.mla.attention import fulmen_attention
+from fulmen.modeling.model_shards import ModelShards
 from fulmen.modeling.selectors import DenseSelector, use_selector
-from fulmen.modeling.shards import Shards
 from tests.modeling.gqa.tiny_gqa import FAMILIES, make_dense, random_ids
-from tests.modeling.mla.tiny_mla import make_mla
+from tests.modeling.mla.tiny_mla import make_mla, mla_ids
 from tests.modeling.tiny_source import (
     EMBEDDING,
     HEAD,
@@ -35,7 +36,7 @@ def both_of(folder):
     """(layered, whole) of a source."""
     config = read_own_config(str(folder))
     dsa = default_dsa(config, 8)
-    layered = layered_gqa(config, dsa, Shards(folder), CPU)
+    layered = layered_model(config, dsa, ModelShards(folder, config), CPU)
     return layered, family_for(config).from_dense(load_dense(folder)[0], dsa)
 
 
@@ -46,8 +47,8 @@ def dense_logits(model, ids):
     return model.get_output_embeddings()(hidden)
 
 
-# Of Granite MoE and gpt-oss experts are stored otherwise than they run: refused.
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("granite-moe", "gpt-oss")])
+# And experts that are stored one by one, under two kinds of names.
+@pytest.mark.parametrize("name", [*FAMILIES, "qwen3-moe", "mixtral"])
 def test_computes_and_inherits_as_the_whole_model(name, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "BLOCK_BYTES", 3000)
     dense = make_dense(name, torch.bfloat16)
@@ -69,6 +70,26 @@ def test_computes_and_inherits_as_the_whole_model(name, tmp_path, monkeypatch):
     assert all(torch.equal(whole.state_dict()[key], x) for key, x in made.items())
     assert all(x.is_meta for x in layered.layers.parameters())
     assert not any("forward" in vars(module) for module in layered.model.modules())
+
+
+def test_mla_computes_and_inherits_as_the_whole_model(tmp_path):
+    """Experts are stored one by one; what its class keeps in float32 stays so."""
+    dense = make_mla("v3").bfloat16()
+    dense.config.dtype = torch.bfloat16
+    dense.save_pretrained(tmp_path, max_shard_size="40KB")
+    make_tokenizer(dense.config.vocab_size).save_pretrained(tmp_path)
+    (layered, whole), ids, made = both_of(tmp_path), mla_ids(2, 64), {}
+
+    def keep(fit):
+        made.update({key: x.clone() for key, x in layered.indexer_state(fit.layer).items()})
+
+    with layers_as_they_run(layered, lambda layer: None):
+        fits = dsa_family_for(whole.config).inherit(layered.model, ids, keep)
+        with fulmen_attention(layered.model), fulmen_attention(whole):
+            assert torch.equal(dense_logits(layered.model, ids), dense_logits(whole, ids))
+    assert fits == dsa_family_for(whole.config).inherit(whole, ids)
+    assert made.keys() == {key for key in whole.state_dict() if ".indexer." in key}
+    assert all(torch.equal(whole.state_dict()[key], x) for key, x in made.items())
 
 
 def test_skipped_layers_give_what_they_gave(tmp_path):
@@ -114,9 +135,9 @@ class TestTiedWeights:
 class TestRefused:
     def refusal(self, folder, error=CheckpointError):
         config = read_own_config(str(folder))
-        dsa, held = default_dsa(config, 8), Shards(folder)
+        dsa, held = default_dsa(config, 8), ModelShards(folder, config)
         with pytest.raises(error) as info:
-            layered_gqa(config, dsa, held, CPU)
+            layered_model(config, dsa, held, CPU)
         return str(info.value)
 
     def test_a_part_of_another_model(self, tmp_path):
@@ -138,8 +159,8 @@ class TestRefused:
         edit_json(folder / "config.json", tie_word_embeddings=False)
         assert "lacks 1 weights, the first lm_head.weight" in self.refusal(folder)
 
-    def test_a_family_stored_in_another_form(self, tmp_path):
-        folder = save_source(tmp_path, make_mla("v3"))
+    def test_weights_that_a_conversion_changes(self, tmp_path):
+        folder = save_source(tmp_path, make_mla("v3", q_lora_rank=None))
         said = self.refusal(folder, UnsupportedModelError)
         assert "'deepseek_v3' cannot be converted layer by layer" in said
 

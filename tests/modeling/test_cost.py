@@ -243,8 +243,6 @@ class TestDefaultShape:
             (Qwen3Config(num_attention_heads=16, num_key_value_heads=8, head_dim=128), (1024, 16, 8, 96)),
             (Qwen2Config(hidden_size=896, num_attention_heads=14, num_key_value_heads=2), (1024, 14, 2, 48)),
             (MistralConfig(sliding_window=None, max_position_embeddings=131_072), (2048, 32, 8, 96)),
-            (DeepseekV2Config(max_position_embeddings=163_840), (2048, 32, 1, 112)),
-            (V3, (256, 64, 1, 112)),
         ],
         ids=lambda value: getattr(value, "model_type", None),
     )
@@ -252,6 +250,18 @@ class TestDefaultShape:
         dsa = default_dsa(config)
         assert (dsa.topk, dsa.index_n_heads, dsa.index_n_kv_heads, dsa.index_head_dim) == shape
         assert 0.15 < index_key_share(config, dsa) <= 0.2
+
+    @pytest.mark.parametrize(
+        ("config", "shape"),
+        [
+            (DeepseekV2Config(max_position_embeddings=163_840), (2048, 32, 1, 128)),
+            (V3, (256, 64, 1, 128)),
+        ],
+    )
+    def test_index_heads_of_mla_are_as_v32_has_them(self, config, shape):
+        dsa = default_dsa(config)
+        assert (dsa.topk, dsa.index_n_heads, dsa.index_n_kv_heads, dsa.index_head_dim) == shape
+        assert index_key_share(config, dsa) == 128 / 576
 
     def test_what_is_given_is_taken(self, smollm2):
         dsa = default_dsa(smollm2, topk=64, index_n_heads=3, index_head_dim=16)

@@ -133,7 +133,7 @@ class TestRoom:
         assert planner.settled(ConvertSettings(ModelInMemory(model, 1), Path("o"))).by_layers is False
 
     def test_some_sources_have_no_layers_to_read(self, small_dir, tmp_path):
-        DeepseekV3Config(**MLA_SHAPE).save_pretrained(tmp_path / "mla")
+        DeepseekV3Config(**{**MLA_SHAPE, "q_lora_rank": None}).save_pretrained(tmp_path / "mla")
         assert dense_source(str(small_dir)).has_layers
         assert not dense_source(str(tmp_path / "mla")).has_layers
         found = dense_source(str(small_dir)).found._replace(gguf_file="a.gguf")

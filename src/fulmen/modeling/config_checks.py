@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import TemplateSyntaxError
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fulmen.errors import CheckpointError, one_line
 
@@ -47,6 +48,7 @@ def require_sound_config(config: PreTrainedConfig, name: str) -> None:
         raise CheckpointError(
             f"{name}: num_hidden_layers={text.num_hidden_layers} cannot be; fix config.json"
         )
+    _require_known_rope(text, name)
     for key in SPECIAL_IDS:
         value = getattr(text, key, None)
         for token_id in value if isinstance(value, list) else [value]:
@@ -54,6 +56,19 @@ def require_sound_config(config: PreTrainedConfig, name: str) -> None:
                 raise CheckpointError(
                     f"{name}: {key}={token_id} is not in the vocabulary of {text.vocab_size}; fix config.json"
                 )
+
+
+def _require_known_rope(config: Any, name: str) -> None:
+    """Kinds of layers may have rotary tables of their own."""
+    values = getattr(config, "rope_parameters", None) or {}
+    for one in (values, *(part for part in values.values() if isinstance(part, dict))):
+        kind = one.get("rope_type", "default")
+        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+            known = ", ".join(["default", *sorted(ROPE_INIT_FUNCTIONS)])
+            raise CheckpointError(
+                f"{name}: rope_parameters has rope_type={kind!r}, which Transformers does not know; fix "
+                f"config.json to say one of {known}"
+            )
 
 
 def require_tokens_fit(tokenizer: Any, vocab_size: int, name: str) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fulmen.config import CoarseShape, DsaConfig
 from fulmen.errors import ConfigError
 from fulmen.modeling.forward_checks import require_no_dropout
+from fulmen.modeling.merged_weights import can_merge
 
 
 class AttentionLayout(NamedTuple):
@@ -167,6 +168,22 @@ class Family(ABC):
     @abstractmethod
     def from_dense(self, dense: PreTrainedModel, dsa: DsaConfig) -> PreTrainedModel:
         """A DSA model with the weights of `dense` and a random indexer in each layer of `dsa.layers`."""
+
+    def runs_as_stored(self, config: PreTrainedConfig) -> bool:
+        """Whether each layer can be read by itself from a dense model's files."""
+        return can_merge(config.model_type)
+
+    @abstractmethod
+    def dsa_config(self, config: PreTrainedConfig, dsa: DsaConfig, tied: bool) -> PreTrainedConfig:
+        """The config that `from_dense` makes. tied: whether the head is the embedding."""
+
+    def quantizes_indexers(self, settings: Mapping[str, Any]) -> bool:
+        """Whether a model that is quantized by these settings has quantized indexers."""
+        return False
+
+    def stored_indexers(self, state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
+        """All indexers' tensors as they lie in the files of a quantized model."""
+        return dict(state)
 
     @abstractmethod
     def dsa_of(self, config: PreTrainedConfig) -> DsaConfig:

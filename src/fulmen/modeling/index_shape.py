@@ -1,7 +1,8 @@
 """The indexer that fits a dense model.
 
 Index keys are read for every visible token, so they bound what DSA can save; by default they take a fifth of
-the keys and values at most. Heads follow the model's own, from which the indexer is built.
+the keys and values at most, or in MLA the width that V3.2 has published. Heads follow the model's own, from
+which the indexer is built.
 """
 
 from transformers import PreTrainedConfig

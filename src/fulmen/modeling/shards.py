@@ -1,9 +1,11 @@
 """The safetensors files of a model as they lie: what each holds, a few tensors at a time, links to them."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +22,8 @@ from fulmen.modeling.weights import unreadable
 # A file of this name would hide the index; both begin as the files of every other model do.
 LINKED_FILE, INDEXERS_FILE = "model-dense.safetensors", "model-indexers.safetensors"
 SHARD_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+KIND_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
+CHECKED_KINDS = {*SHARD_DTYPES, "F8_E4M3", "F8_E5M2"}
 # Of a tensor that is compared or searched, at once.
 BLOCK_BYTES = 1 << 26
 
@@ -41,7 +45,7 @@ class Shards:
         self.folder, self.files = folder, weight_files(folder)
         self.held = {name: held for file in self.files for name, held in _header(file).items()}
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor."""
         return {name: held.shape for name, held in self.held.items()}
@@ -65,28 +69,37 @@ class Shards:
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """The rows of one tensor, some megabytes after the other."""
+        return self.stored_blocks(name)
+
+    def stored_blocks(self, name: str) -> Iterator[Tensor]:
+        """`blocks` of what lies in the files by this name."""
         held = self.held[name]
         rows = held.shape[0] if held.shape else 0
         if not rows:
-            yield self.tensors([name])[name]
+            with safe_open(held.file, "pt") as opened:
+                yield opened.get_tensor(name)
             return
-        step = max(1, BLOCK_BYTES // max(1, self.tensors([name])[name].nbytes // rows))
+        row_bytes = KIND_BYTES.get(held.kind, 1) * math.prod(held.shape[1:])
+        step = max(1, BLOCK_BYTES // max(1, row_bytes))
         for low in range(0, rows, step):
             with safe_open(held.file, "pt") as opened:
                 yield opened.get_slice(name)[low : low + step]
 
     def are_equal(self, one: str, other: str) -> bool:
         """Whether two tensors are the same, number for number."""
-        return self.held[one].shape == self.held[other].shape and all(
+        return self.shapes[one] == self.shapes[other] and all(
             torch.equal(*pair) for pair in zip(self.blocks(one), self.blocks(other), strict=True)
         )
 
     def require_finite(self, names: Iterable[str]) -> None:
         """Raise CheckpointError that names the first of these tensors with a NaN or an infinity."""
         for name in names:
-            # By the extremes, which NaN spoils.
-            if self.held[name].kind in SHARD_DTYPES and not all(
-                bool(torch.isfinite(end)) for x in self.blocks(name) if x.numel() for end in x.aminmax()
+            # By the extremes, which NaN spoils; those of 8 bits have none of their own.
+            blocks = (
+                x.float() if x.dtype.itemsize == 1 else x for x in self.stored_blocks(name) if x.numel()
+            )
+            if self.held[name].kind in CHECKED_KINDS and not all(
+                bool(torch.isfinite(end)) for x in blocks for end in x.aminmax()
             ):
                 raise CheckpointError(
                     f"{self.folder} has NaN or infinite values in {name}; get intact weights"
@@ -111,15 +124,15 @@ class Shards:
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def open_shards(place: str) -> Shards:
-    """Those of a directory, or of a hub model, which are fetched. Raises CheckpointError as `Shards`."""
+def folder_of_shards(place: str) -> Path:
+    """A directory, or that of a hub model's weights, which are fetched. Raises CheckpointError."""
     if Path(place).is_dir():
-        return Shards(Path(place))
+        return Path(place)
     try:
         folder = snapshot_download(place, allow_patterns=["*.safetensors", INDEX_FILE], ignore_patterns="*/*")
     except Exception as error:
         raise unreadable(place, one_line(error)) from error
-    return Shards(Path(folder))
+    return Path(folder)
 
 
 def link_or_copy(file: Path, to: Path) -> None:

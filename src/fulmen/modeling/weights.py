@@ -72,10 +72,15 @@ def load_all_weights(
             sorted(info["mismatched_keys"]),
         ),
     )
+    settle_loaded(model)
+    return model
+
+
+def settle_loaded(model: PreTrainedModel) -> None:
+    """Let a loaded model's config say what its weights are, and its attention do what the config says."""
     if model.config.tie_word_embeddings and has_own_head(model):
         model.config.tie_word_embeddings = False
     keep_caps(model)
-    return model
 
 
 def keep_caps(model: PreTrainedModel) -> None:
@@ -90,22 +95,41 @@ def require_held(
     config: PreTrainedConfig,
     wanted: Mapping[str, tuple[int, ...]],
     held: Mapping[str, tuple[int, ...]],
+    left_out: str = r"(?!)",
 ) -> None:
     """Hold the shapes of a directory's weights against those of a model, before any is read.
 
+    A head that is the embedding may be stored under either name, or twice.
+
     Raises CheckpointError as `load_all_weights` for those that do not fit.
     """
-    known = _known_extras(place, config, r"(?!)")
-    extra = held.keys() - wanted.keys() - ({HEAD, EMBEDDING} if config.tie_word_embeddings else set())
-    shapes = [(name, held[name], wanted[name]) for name in sorted(wanted.keys() & held.keys())]
+    known = _known_extras(place, config, left_out)
+    both = {HEAD, EMBEDDING} if config.tie_word_embeddings else set()
+    if len(absent := both - held.keys()) == 1:
+        wanted = {name: shape for name, shape in wanted.items() if name not in absent}
+    extra = held.keys() - wanted.keys() - both
     _require_fit(
         place,
         _Faults(
             sorted(wanted.keys() - held.keys()),
             sorted(name for name in extra if not known.search(name)),
-            [(name, has, wants) for name, has, wants in shapes if has != wants],
+            _mismatched(wanted, held),
         ),
     )
+
+
+def require_shapes(
+    place: str, wanted: Mapping[str, tuple[int, ...]], held: Mapping[str, tuple[int, ...]]
+) -> None:
+    """As `require_held`, of the weights alone that both sides have."""
+    _require_fit(place, _Faults([], [], _mismatched(wanted, held)))
+
+
+def _mismatched(
+    wanted: Mapping[str, tuple[int, ...]], held: Mapping[str, tuple[int, ...]]
+) -> list[tuple[str, Any, Any]]:
+    both = sorted(wanted.keys() & held.keys())
+    return [(name, held[name], wanted[name]) for name in both if held[name] != wanted[name]]
 
 
 def local_file(place: str, file_name: str, **options: Any) -> Path | None:

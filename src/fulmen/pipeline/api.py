@@ -89,12 +89,13 @@ def convert(
             where it lies.
         seed: of every random choice.
         index_heads: index heads per layer; None: one per attention head (MLA: at most 64).
-        index_head_dim: width of an index head, even; None: index keys take up to a fifth of the cache.
+        index_head_dim: width of an index head, even; None: a fifth of the cache at most (MLA: 128).
         index: "two-level": a coarse index looks at every key and leaves the indexer eight times `topk` of
             them; "one-level": the indexer looks at all. None: one level. Given to a converted
             `source`, it gets that index, in a minute, and stays otherwise as it is.
         by_layers: have one layer at a time in memory, and link the source's files into `out` as they are;
-            None: where model and work have no room in the memory that is free (`inspect(source).plan`).
+            None: where model and work have no room in the memory that is free (`inspect(source).plan`), or
+            the weights are quantized, which they stay.
         overwrite: replace a model directory at `out`.
         reporter: whom to tell how far it is, as `fulmen.LineReporter()`; None: nobody.
 

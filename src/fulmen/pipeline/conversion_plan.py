@@ -1,8 +1,8 @@
 """What a conversion will do on this machine, before any weight is read: k, lengths, whole or by layers.
 
 The rule: where the weights, the indexers and the work on the calibration text are estimated to take more
-memory than is free, one layer at a time is in memory, and inherit is the only stage. Where even that has no
-room, or cannot be, less text is read.
+memory than is free, or the weights are quantized and are to stay so, one layer at a time is in memory, and
+inherit is the only stage. Where even that has no room, or cannot be, less text is read.
 """
 
 import sys
@@ -61,6 +61,7 @@ class ConversionPlan:
         length: tokens of a training text.
         calibration: texts to calibrate on, and tokens of each.
         by_layers: whether one layer at a time would be in memory.
+        stays_quantized: whether the result's weights would be as quantized as the source's.
         weight_bytes: of the whole model.
         whole_bytes, layers_bytes: peak of inherit with the whole model, and layer by layer.
         free_bytes: of memory now.
@@ -72,6 +73,7 @@ class ConversionPlan:
     length: int
     calibration: tuple[int, int]
     by_layers: bool
+    stays_quantized: bool
     weight_bytes: int
     whole_bytes: int
     layers_bytes: int
@@ -154,16 +156,23 @@ class Planner:
     def _is_by_layers(self, settings: ConvertSettings) -> bool:
         if self._begun:
             return bool(self._begun["by_layers"])
+        if self._source.stays_quantized:
+            return True
         cost = self.cost(FittedPlan(*plan_conversion(settings, self._config), sys.maxsize))
         return cost.whole_bytes > self.free_bytes
 
 
-def left_out(asked: ConvertSettings, settings: ConvertSettings, reporter: Reporter) -> dict[str, str]:
+def left_out(
+    asked: ConvertSettings, settings: ConvertSettings, source: DenseSource, reporter: Reporter
+) -> dict[str, str]:
     """The stages that would run if the model had room in memory, and why they do not; said too."""
     if not settings.by_layers:
         return {}
     if asked.by_layers is None:
-        reporter.note("The model has no room in memory: one layer at a time is read (by_layers decides)")
+        why = "The model has no room in memory"
+        if source.stays_quantized:
+            why = f"The weights stay quantized ({', '.join(source.quantized)})"
+        reporter.note(f"{why}: one layer at a time is read (by_layers decides)")
     if asked.stages is not None:
         return {}
     reason = "it trains a model that is in memory as a whole"
@@ -184,6 +193,7 @@ def describe_plan(source: DenseSource) -> ConversionPlan:
         length=plan.lengths[0],
         calibration=calibration_shape(plan.lengths[0], plan.context, plan.calibration_tokens),
         by_layers=bool(settings.by_layers),
+        stays_quantized=bool(settings.by_layers) and source.stays_quantized,
         weight_bytes=planner.sizes.model * dtype.itemsize,
         whole_bytes=cost.whole_bytes,
         layers_bytes=cost.layers_bytes,

@@ -52,6 +52,9 @@ from fulmen.training.sparse.settings import SparseSettings
 from fulmen.training.warmup.settings import WarmupSettings
 from fulmen.version import __version__
 
+# DeepSeek's chats are written by code, not by a template.
+V32_USER_TOKEN = "<｜User｜>"
+
 
 @dataclass(frozen=True)
 class _Work:
@@ -75,9 +78,12 @@ def run_conversion(settings: ConvertSettings, reporter: Reporter) -> Conversion:
         source = dense_source(settings.source)
         asked, planner = settings, Planner(source, RunDir(out).settings(), device)
         settings = planner.settled(asked)
-        skipped = left_out(asked, settings, reporter)
+        skipped = left_out(asked, settings, source, reporter)
         plan = planner.plan(settings)
+        unusual = source.look_at_files()
         tokenizer = source.tokenizer()
+        for line in [*unusual, *_missing_template(tokenizer)]:
+            reporter.note(line)
         corpus = read_corpus(settings.data, settings.texts)
         texts, sparse = _texts(plan, corpus, tokenizer, settings, reporter)
     work = _Work(settings, RunDir(out), reporter)
@@ -96,6 +102,13 @@ def run_conversion(settings: ConvertSettings, reporter: Reporter) -> Conversion:
             work.run.remove()
     wait_for_all()
     return Conversion(out, record)
+
+
+def _missing_template(tokenizer: Any) -> list[str]:
+    """A line if chats cannot be written: neither by a template nor as DeepSeek's models have them."""
+    if tokenizer.chat_template or V32_USER_TOKEN in tokenizer.get_vocab():
+        return []
+    return ["Its tokenizer has no chat template: it completes text, and cannot be asked in chats"]
 
 
 def _convert_by_layers(
@@ -123,7 +136,7 @@ def _convert_by_layers(
     record = {**_record(layered.model, identity, records), "left_out": skipped}
     with reporter.stage("Save"):
         indexers = work.run.stage("inherit")
-        _save(layered.model, tokenizer, record, work, lambda to: layered.shards.put_into(to, indexers))
+        _save(layered.model, tokenizer, record, work, lambda to: layered.put_into(to, indexers))
         work.run.remove()
     wait_for_all()
     return Conversion(out, record)

@@ -67,7 +67,7 @@ def describe(source: str) -> ModelDescription:
         rope=_rope_in_words(config),
         context=getattr(config, "max_position_embeddings", None),
         dtype=str(dtype).removeprefix("torch."),
-        quantized=quantized_types(found),
+        quantized=quantized_types(found, config),
         dsa=dsa,
         dense_layers=_dense_layers(config, dsa),
         index_key_share=index_key_share(config, dsa, dtype.itemsize),

@@ -30,7 +30,8 @@ class ModelDescription:
         converted: whether the model has DSA already; then `dsa` is its own, else the one we would use.
         heads: "9 query, 3 key/value, width 64" or MLA's ranks.
         dtype: of the weights after loading, which is that of the cache.
-        quantized: types of a GGUF file's weights, which are dequantized when loaded.
+        quantized: types of a GGUF file's weights, or the format of quantized safetensors; dequantized when
+            loaded.
         parameters: of the whole model, an indexer that it has included.
         active_parameters: of a mixture of experts, those that a token is multiplied with; None of another.
         step_weights: bytes of weights that a decoding step reads, shared by its batch.
@@ -174,7 +175,11 @@ def _active(model: ModelDescription) -> str:
 
 
 def _dequantized(model: ModelDescription) -> str:
-    return f", dequantized from {', '.join(model.quantized)} (dtype decides)" if model.quantized else ""
+    if not model.quantized:
+        return ""
+    stays = model.plan is not None and model.plan.stays_quantized
+    words = "the files stay so" if stays else "dtype decides"
+    return f", dequantized from {', '.join(model.quantized)} ({words})"
 
 
 def _saving(row: "CostRow", beyond_context: bool) -> list[str]:

@@ -71,7 +71,8 @@ def _share_k(
         _set_shares(layered, _read(run, "shares"))
         return
     dsa = dsa_of(layered.model.config)
-    tried = ratios_to_try(ids_BT.shape[1], dsa.topk)
+    varies = dsa_family_for(layered.model.config).varies_topk
+    tried = ratios_to_try(ids_BT.shape[1], dsa.topk) if varies else []
     errors = {layer: store.found("share", layer) for layer in _done(layered, store, "share")}
     with reporter.stage("Share k"), _kept_readings(layered, store, "share"):
         reporter.advance(len(errors), len(dsa.layers))

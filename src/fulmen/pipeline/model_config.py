@@ -13,6 +13,7 @@ from fulmen.modeling.config_checks import read_own_config
 from fulmen.modeling.families import family_for_type
 from fulmen.modeling.gguf.file import read_gguf
 from fulmen.modeling.gguf.weights import read_sound_gguf
+from fulmen.modeling.quantization.formats import quantization_in_words, quantization_of
 
 
 def read_config(source: str | Path) -> tuple[ModelSource, PreTrainedConfig]:
@@ -34,9 +35,12 @@ def read_config(source: str | Path) -> tuple[ModelSource, PreTrainedConfig]:
     return found, read_own_config(found.place)
 
 
-def quantized_types(found: ModelSource) -> list[str]:
-    """Names of the quantized types in a GGUF file, as "Q4_K"; empty for anything else."""
-    return read_gguf(str(found)).quantized_types if found.gguf_file else []
+def quantized_types(found: ModelSource, config: PreTrainedConfig) -> list[str]:
+    """Names of the quantized types in a GGUF file, as "Q4_K", or the format of a directory's; else empty."""
+    if found.gguf_file:
+        return read_gguf(str(found)).quantized_types
+    settings = quantization_of(config)
+    return [] if settings is None else [quantization_in_words(settings)]
 
 
 def _readable(found: ModelSource, read: Callable[[], Any]) -> Any:

@@ -3,6 +3,7 @@
 import copy
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from fulmen.config import DsaConfig
 from fulmen.errors import UnsupportedModelError
-from fulmen.modeling.by_layers import LayeredModel, layered_gqa, require_layered
+from fulmen.modeling.by_layers import LayeredModel, layered_model, require_layered
 from fulmen.modeling.checkpoint import (
     ModelSource,
     load_dense,
@@ -20,7 +21,11 @@ from fulmen.modeling.checkpoint import (
 )
 from fulmen.modeling.config_checks import require_sound_config, require_tokens_fit
 from fulmen.modeling.families import family_for
-from fulmen.modeling.shards import open_shards
+from fulmen.modeling.merged_weights import can_merge
+from fulmen.modeling.model_shards import ModelShards, require_float_weights, require_same_shapes
+from fulmen.modeling.quantization.formats import quantization_of, require_readable_quantization
+from fulmen.modeling.shards import SHARD_DTYPES, folder_of_shards
+from fulmen.modeling.weights import EMBEDDING, HEAD
 from fulmen.pipeline.arguments import refused
 from fulmen.pipeline.devices import move
 from fulmen.pipeline.fingerprint import weights_fingerprint
@@ -54,6 +59,20 @@ class DenseSource(Protocol):
         self, dtype: torch.dtype | str, device: torch.device | None, *, to_change: bool
     ) -> PreTrainedModel:
         """The model on a device; one whose weights are not written to unless it is `to_change`."""
+        ...
+
+    @property
+    def stays_quantized(self) -> bool:
+        """Whether a conversion by layers leaves its weights quantized, where loading dequantizes them."""
+        ...
+
+    def look_at_files(self) -> list[str]:
+        """What is unusual about its files, a line each; no weight is read.
+
+        Raises:
+            CheckpointError: parts that are missing, cut short, or not of one model with the config.
+            UnsupportedModelError: quantized in a format that cannot be read.
+        """
         ...
 
     @property
@@ -101,7 +120,7 @@ class PlaceSource:
     @property
     def quantized(self) -> list[str]:
         """As `DenseSource.quantized`."""
-        return quantized_types(self.found)
+        return quantized_types(self.found, self.config)
 
     def tokenizer(self) -> Any:
         """As `DenseSource.tokenizer`."""
@@ -113,6 +132,24 @@ class PlaceSource:
         """As `DenseSource.load`; None: on the CPU. Raises as `load_dense` and `move`."""
         model = load_dense(self.name, dtype)[0]
         return model if device is None else move(model, device)
+
+    @property
+    def stays_quantized(self) -> bool:
+        """As `DenseSource.stays_quantized`."""
+        return self.found.gguf_file is None and quantization_of(self.config) is not None
+
+    def look_at_files(self) -> list[str]:
+        """As `DenseSource.look_at_files`; those of the hub are looked at as they are loaded."""
+        if self.found.gguf_file:
+            return []
+        if (settings := quantization_of(self.config)) is not None:
+            require_readable_quantization(settings, self.name)
+        if not Path(self.found.place).is_dir() or not can_merge(self.config.model_type):
+            return []
+        shards = ModelShards(Path(self.found.place), self.config)
+        require_float_weights(shards)
+        require_same_shapes(shards, self.config)
+        return _unusual(shards, self.config)
 
     @property
     def loaded_bytes(self) -> int:
@@ -129,14 +166,15 @@ class PlaceSource:
         return self.found.gguf_file is None
 
     def layered(self, dsa: DsaConfig, device: torch.device) -> LayeredModel:
-        """As `DenseSource.layered`. Raises as `layered_gqa`."""
+        """As `DenseSource.layered`. Raises as `layered_model`."""
         if self.found.gguf_file:
             raise UnsupportedModelError(
                 f"{self.found} cannot be converted layer by layer, as it is dequantized at once; leave "
                 "by_layers out, or name a directory of safetensors"
             )
         require_supported_config(self.found)
-        return layered_gqa(self.config, dsa, open_shards(self.found.place), device)
+        shards = ModelShards(folder_of_shards(self.found.place), self.config)
+        return layered_model(self.config, dsa, shards, device)
 
     def identity(self) -> dict[str, Any]:
         """As `DenseSource.identity`."""
@@ -147,7 +185,7 @@ class LoadedSource:
     """A model in memory, which stays as it is: the result shares its weights where they stay the same."""
 
     quantized: list[str] = []  # noqa: RUF012 (what cannot be is refused)
-    has_layers = False
+    stays_quantized = has_layers = False
 
     def __init__(self, source: ModelInMemory) -> None:
         self._model, self._tokenizer = source.model, source.tokenizer
@@ -187,6 +225,10 @@ class LoadedSource:
         """As `DenseSource.loaded_bytes`."""
         return sum(tensor.nbytes for tensor in self._model.parameters())
 
+    def look_at_files(self) -> list[str]:
+        """As `DenseSource.look_at_files`: it has none."""
+        return []
+
     def layered(self, dsa: DsaConfig, device: torch.device) -> LayeredModel:
         """As `DenseSource.layered`: never."""
         raise UnsupportedModelError(f"source, {self.name}, is in memory as a whole; leave by_layers out")
@@ -198,6 +240,17 @@ class LoadedSource:
     @cached_property
     def _fingerprint(self) -> str:
         return weights_fingerprint(self._model.state_dict())
+
+
+def _unusual(shards: ModelShards, config: PreTrainedConfig) -> list[str]:
+    said = []
+    if len(kinds := [kind for kind in shards.kinds if kind in SHARD_DTYPES]) > 1 and not shards.packed_names:
+        said.append(f"Its weights are of several types ({', '.join(kinds)}); loaded, all are of one")
+    if config.tie_word_embeddings and {HEAD, EMBEDDING} <= shards.shapes.keys():
+        said.append(
+            "Head and embedding are both stored, where config.json calls them one; if they differ, both stay"
+        )
+    return said
 
 
 def _require_model(model: Any) -> None:

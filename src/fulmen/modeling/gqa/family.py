@@ -20,7 +20,7 @@ from fulmen.modeling.family import (
     even_width,
 )
 from fulmen.modeling.gqa.cache import DsaCache
-from fulmen.modeling.gqa.convert import convert_gqa, plain_config
+from fulmen.modeling.gqa.convert import convert_gqa, dsa_config_for, plain_config
 from fulmen.modeling.gqa.indexer import model_head_width
 from fulmen.modeling.gqa.inherit import InheritedGqaLayer, inherit_coarse_gqa, inherit_gqa
 from fulmen.modeling.gqa.model import set_topk_ratios
@@ -147,6 +147,9 @@ class GqaFamily(Family):
     def from_dense(self, dense: PreTrainedModel, dsa: DsaConfig) -> PreTrainedModel:
         """`convert_gqa`: the weights are shared, not copied."""
         return convert_gqa(dense, dsa, self.config_class, self.causal_lm_class)
+
+    def dsa_config(self, config: PreTrainedConfig, dsa: DsaConfig, tied: bool) -> PreTrainedConfig:
+        return dsa_config_for(config, dsa, tied, self.config_class)
 
     def dense_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The stock config inside that of a converted model."""

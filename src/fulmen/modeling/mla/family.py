@@ -19,10 +19,12 @@ from fulmen.modeling.family import (
     TriedSplit,
     even_width,
 )
+from fulmen.modeling.gqa.convert import plain_config
 from fulmen.modeling.mla.attention import accelerate_mla, fulmen_attention
 from fulmen.modeling.mla.cache import MlaCache
 from fulmen.modeling.mla.convert import convert_mla, require_mla_config
 from fulmen.modeling.mla.inherit import InheritedMlaLayer, inherit_mla
+from fulmen.modeling.mla.published import is_published_in_fp8, published_indexers
 
 MAX_INDEX_HEADS = 64
 
@@ -32,6 +34,7 @@ class MlaFamily(Family):
     """A family whose DSA class is stock: one index key head, no shift, an indexer in every layer."""
 
     is_stock: ClassVar[bool] = True
+    causal_lm_class: ClassVar[Any] = DeepseekV32ForCausalLM
 
     def has_layout(self, config: PreTrainedConfig) -> bool:
         return getattr(config, "kv_lora_rank", None) is not None
@@ -72,10 +75,11 @@ class MlaFamily(Family):
         return dsa.index_head_dim * dtype_bytes
 
     def default_index(self, config: PreTrainedConfig, key_share: float) -> IndexHeads:
-        """An index head holds the rotary key, one direction of the latent and the constant 1 at least."""
-        widest = int(key_share * self.attention_layout(config).token_width)
+        """As published (V3.2: 64 heads of 128 dims): the rotary key, and as many dims of the latent and for
+        the constant 1, whatever they take.
+        """
         heads = min(config.num_attention_heads, MAX_INDEX_HEADS)
-        return IndexHeads(heads, 1, even_width(widest, config.qk_rope_head_dim + 2))
+        return IndexHeads(heads, 1, even_width(2 * config.qk_rope_head_dim, config.qk_rope_head_dim + 2))
 
     def require_inheritable(self, config: PreTrainedConfig, dsa: DsaConfig) -> None:
         """An index key holds the model's rotary key, and more."""
@@ -102,6 +106,29 @@ class MlaFamily(Family):
         return convert_mla(
             dense, topk=dsa.topk, index_n_heads=dsa.index_n_heads, index_head_dim=dsa.index_head_dim
         )
+
+    def runs_as_stored(self, config: PreTrainedConfig) -> bool:
+        """Not where `convert_mla` changes weights."""
+        kept = config.q_lora_rank is not None and getattr(config, "rope_interleave", True)
+        return bool(kept) and super().runs_as_stored(config)
+
+    def dsa_config(self, config: PreTrainedConfig, dsa: DsaConfig, tied: bool) -> PreTrainedConfig:
+        """With all that the source's config says besides, by which vLLM reads DeepSeek's files."""
+        own = require_mla_config(config, dsa.topk, dsa.index_n_heads, dsa.index_head_dim)
+        own.tie_word_embeddings = tied
+        known = own.to_dict()
+        for key, value in plain_config(config).items():
+            if key not in known:
+                setattr(own, key, value)
+        return own
+
+    def quantizes_indexers(self, settings: Mapping[str, Any]) -> bool:
+        return is_published_in_fp8(settings)
+
+    def stored_indexers(self, state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
+        if not is_published_in_fp8(settings):
+            return dict(state)
+        return published_indexers(state, settings)
 
     def dsa_of(self, config: PreTrainedConfig) -> DsaConfig:
         layers = tuple(range(config.num_hidden_layers))
@@ -137,7 +164,7 @@ class MlaFamily(Family):
         on_layer: Callable[[InheritedMlaLayer], None] = lambda _: None,
     ) -> list[InheritedMlaLayer]:
         """`inherit_mla`. Raises as that does."""
-        return inherit_mla(model, [input_ids_BT], on_layer)
+        return inherit_mla(model, input_ids_BT, on_layer)
 
     def empty_cache(self, config: PreTrainedConfig, max_length: int | None = None) -> MlaCache:
         return MlaCache(config, max_length)

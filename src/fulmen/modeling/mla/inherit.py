@@ -14,8 +14,9 @@ Its threshold is mean + 1 standard deviation of those logits, by regression on t
 """
 
 import math
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from transformers import DeepseekV32ForCausalLM, PreTrainedModel
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Attention
 
 from fulmen.errors import ConfigError, UnsupportedModelError
-from fulmen.modeling.intervals import KeyIntervals, visible_intervals
+from fulmen.modeling.intervals import KeyIntervals
 from fulmen.modeling.mla.attention import (
     Rotary,
     fulmen_attention,
@@ -51,12 +52,14 @@ _LOG2_SCALES = (-10.0, 6.0)
 class InheritedMlaLayer(NamedTuple):
     """How well one layer's indexer fits its attention on the calibration text.
 
+    layer: its index in the model.
     key_fit: share of the latent logits' variance that the index keys carry, 0 to 1.
     gate_positive: share of tokens whose head weights came out positive; the others rank their keys upside
         down. Below 0.9 or so the indexer needs its warm-up before use.
     kl: KL(p || softmax(I)) in nats, the warm-up loss before its first step.
     """
 
+    layer: int
     key_fit: float
     gate_positive: float
     kl: float
@@ -65,18 +68,20 @@ class InheritedMlaLayer(NamedTuple):
 @torch.no_grad()
 def inherit_mla(
     model: PreTrainedModel,
-    batches: Iterable[Tensor],
+    input_ids_BT: Tensor,
     on_layer: Callable[[InheritedMlaLayer], None] = lambda _: None,
 ) -> list[InheritedMlaLayer]:
     """Set every indexer of `model` from its attention and calibration text; nothing else changes.
 
+    The model reads the text once; each layer's indexer is built as the layer's attention is about to run.
+
     Args:
         model: a DeepseekV32ForCausalLM, such as `convert_mla` returns.
-        batches: token ids, each [B, T] without padding; together some thousand tokens.
+        input_ids_BT: int64 token ids without padding, together some thousand.
         on_layer: called after each layer, for progress.
 
     Returns:
-        One InheritedMlaLayer per layer.
+        One InheritedMlaLayer per layer that ran.
 
     Raises:
         UnsupportedModelError: another architecture.
@@ -92,26 +97,20 @@ def inherit_mla(
             f"index_head_dim={config.index_head_dim} leaves no room beside "
             f"qk_rope_head_dim={config.qk_rope_head_dim}; use at least 2 more"
         )
-    hidden = [model.model.embed_tokens(ids) for ids in batches if ids.numel()]
-    if not hidden:
-        raise ConfigError("batches holds no calibration tokens; give at least one [B, T] tensor of token ids")
-    visible = [
-        visible_intervals(None, None, states.shape[0], states.shape[1], 0, states.device) for states in hidden
-    ]
-    rotary = [
-        model.model.rotary_emb(states, torch.arange(states.shape[1], device=states.device)[None])
-        for states in hidden
-    ]
-    reports = []
-    with fulmen_attention(model), use_selector(model, DenseSelector()):
+    if not input_ids_BT.numel():
+        raise ConfigError("input_ids_BT holds no calibration tokens; give a [B, T] tensor of token ids")
+    reports: list[InheritedMlaLayer] = []
+
+    def build(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = (kwargs["hidden_states"], kwargs["position_embeddings"], kwargs["attention_mask"])
+        reports.append(_inherit_layer(attention, *inputs))
+        on_layer(reports[-1])
+
+    with fulmen_attention(model), use_selector(model, DenseSelector()), ExitStack() as hooks:
         for layer in model.model.layers:
-            inputs = [layer.input_layernorm(states) for states in hidden]
-            reports.append(_inherit_layer(layer.self_attn, inputs, rotary, visible))
-            on_layer(reports[-1])
-            hidden = [
-                layer(states, attention_mask=keys, position_embeddings=angles)
-                for states, keys, angles in zip(hidden, visible, rotary, strict=True)
-            ]
+            hook = layer.self_attn.register_forward_pre_hook(build, with_kwargs=True)
+            hooks.callback(hook.remove)
+        model.model(input_ids_BT, use_cache=False)
     return reports
 
 
@@ -139,22 +138,22 @@ class _IndexQueries(NamedTuple):
 
 
 def _inherit_layer(
-    attention: DeepseekV32Attention, inputs: list[Tensor], rotary: list[Rotary], visible: list[KeyIntervals]
+    attention: DeepseekV32Attention, x_BTC: Tensor, rotary: Rotary, visible: KeyIntervals
 ) -> InheritedMlaLayer:
-    table = _token_table(attention, inputs)
+    table = _token_table(attention, x_BTC)
     queries = _index_queries(attention, table)
     one_C = ridge_regression(table.x_NC, torch.ones_like(table.x_NC[:, :1]), _RIDGE)[:, 0]
     query_weight_LL = _latent_query_weight(queries, table)
     _set_index_keys(attention, table, query_weight_LL, one_C)
     key_fit = _set_index_queries(attention, table, queries, query_weight_LL)
-    _set_thresholds(attention, inputs, rotary, queries.level_J)
-    kl = _set_head_weights(attention, one_C, inputs[0], rotary[0], visible[0])
+    _set_thresholds(attention, x_BTC, rotary, queries.level_J)
+    kl = _set_head_weights(attention, one_C, x_BTC, rotary, visible)
     gate_positive = float((table.x_NC @ one_C > 0).double().mean())
-    return InheritedMlaLayer(key_fit, gate_positive, kl)
+    return InheritedMlaLayer(attention.layer_idx, key_fit, gate_positive, kl)
 
 
-def _token_table(attention: DeepseekV32Attention, inputs: list[Tensor]) -> _TokenTable:
-    x_NC = torch.cat([x_BTC.flatten(0, 1) for x_BTC in inputs])
+def _token_table(attention: DeepseekV32Attention, x_BTC: Tensor) -> _TokenTable:
+    x_NC = x_BTC.flatten(0, 1)
     raw_NL, rope_NR = attention.kv_a_proj_with_mqa(x_NC).split(
         [attention.kv_lora_rank, attention.qk_rope_head_dim], -1
     )
@@ -252,24 +251,21 @@ def _set_index_queries(
     return float(1 - missed / total)
 
 
-def _set_thresholds(
-    attention: DeepseekV32Attention, inputs: list[Tensor], rotary: list[Rotary], level_J: Tensor
-) -> None:
+def _set_thresholds(attention: DeepseekV32Attention, x_BTC: Tensor, rotary: Rotary, level_J: Tensor) -> None:
     """Makes the constant key dim times its query -(mean + level * standard deviation) of the logits."""
     indexer = attention.indexer
     n_inputs, n_heads = indexer.wq_b.in_features, indexer.n_heads
     gram_CC = torch.zeros(n_inputs, n_inputs, dtype=torch.float64, device=level_J.device)
     cross_CJ = torch.zeros(n_inputs, n_heads, dtype=torch.float64, device=level_J.device)
-    for x_BTC, angles in zip(inputs, rotary, strict=True):
-        # The first queries see too few keys for a standard deviation.
-        first = x_BTC.shape[1] // 8
-        for x_TC in x_BTC:
-            q_resid_1TC = attention.q_a_layernorm(attention.q_a_proj(x_TC[None]))
-            index = mla_index_inputs(indexer, x_TC[None], q_resid_1TC, angles)
-            threshold_TJ = _logit_thresholds(index.q_BTJE[0].float(), index.k_BTIE[0, :, 0].float(), level_J)
-            q_resid_TC = q_resid_1TC[0, first:].double()
-            gram_CC += q_resid_TC.T @ q_resid_TC
-            cross_CJ += q_resid_TC.T @ threshold_TJ[first:].double()
+    # The first queries see too few keys for a standard deviation.
+    first = x_BTC.shape[1] // 8
+    for x_TC in x_BTC:
+        q_resid_1TC = attention.q_a_layernorm(attention.q_a_proj(x_TC[None]))
+        index = mla_index_inputs(indexer, x_TC[None], q_resid_1TC, rotary)
+        threshold_TJ = _logit_thresholds(index.q_BTJE[0].float(), index.k_BTIE[0, :, 0].float(), level_J)
+        q_resid_TC = q_resid_1TC[0, first:].double()
+        gram_CC += q_resid_TC.T @ q_resid_TC
+        cross_CJ += q_resid_TC.T @ threshold_TJ[first:].double()
     rows_JEC = indexer.wq_b.weight.unflatten(0, (n_heads, -1))
     # A logit is q . k / sqrt(E), and the constant key is 1.
     rows_JEC[:, -1] = -math.sqrt(indexer.head_dim) * ridge_solution(gram_CC, cross_CJ, _RIDGE).T.to(rows_JEC)
