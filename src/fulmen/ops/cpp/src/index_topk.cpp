@@ -1,9 +1,10 @@
 // Index scores and the exact selection of the K best keys of every query; see ops/README.md for both rules.
 //
 // A score's bits depend on its query and its key alone, whatever else is computed: every sum has
-// one order, by vectors (index_vectors.h) and by tiles (index_query.h, index_block.h).
+// one order, by vectors (index_vectors.h), by integers (index_integers.h) and by tiles (index_query.h, index_block.h).
 
 #include "index_block.h"
+#include "index_integers.h"
 #include "index_query.h"
 #include "index_vectors.h"
 #include "selection.h"
@@ -98,6 +99,9 @@ template <class Work> void with_scorer(const IndexInputs &in, const Work &work) 
 #ifdef FULMEN_TILES
     if (in.by_tiles() && in.shape.queries == 1) return work(ScorerType<QueryScorer>{});
     if (in.by_tiles()) return work(ScorerType<BlockScorer>{});
+#endif
+#ifdef __AVX512VNNI__
+    if (in.shape.key_kind == PACKED && in.shape.width <= IntegerScorer::MOST_WIDTH) return work(ScorerType<IntegerScorer>{});
 #endif
     work(ScorerType<VectorScorer>{});
 }

@@ -115,6 +115,9 @@ const char *fulmen_simd() {
 #ifdef __AVX512F__
         "AVX512F "
 #endif
+#ifdef __AVX512VNNI__
+        "AVX512VNNI "
+#endif
 #ifdef __AVX512BF16__
         "AVX512BF16 "
 #endif
@@ -163,6 +166,9 @@ const char *fulmen_lacks() {
 #endif
 #ifdef __AVX512VL__
     if (!__builtin_cpu_supports("avx512vl")) return "AVX512VL";
+#endif
+#ifdef __AVX512VNNI__
+    if (!__builtin_cpu_supports("avx512vnni")) return "AVX512VNNI";
 #endif
 #ifdef __AVX512BF16__
     if (!__builtin_cpu_supports("avx512bf16")) return "AVX512BF16";
