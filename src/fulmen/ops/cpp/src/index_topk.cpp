@@ -11,8 +11,9 @@
 
 namespace {
 
-// Scores of one block of queries: they should stay in a core's level 2 cache.
-constexpr int64_t BLOCK_SCORES = 1 << 18;
+// Scores of one block of queries: up to some thousand keys they stay in a core's level 2 cache. Beyond, blocks that share
+// their packed keys and candidates are worth more.
+constexpr int64_t BLOCK_SCORES = 1 << 20;
 
 // Scores of a block in rows of `stride`; column 0 is the first key of the block's first tile.
 template <class Scorer>
@@ -139,7 +140,8 @@ struct RowChooser {
     }
 };
 
-// A block of queries that all see more keys than they leave to the indexer, by two levels: what the coarse scores leave to each query is scored together, each key once.
+// A block of queries that all see more keys than they leave to the indexer, by two levels: what the coarse scores leave to
+// each query is scored together, each key once.
 template <class Scorer> class TwoLevels {
     const IndexInputs &in;
     const QueryRows &block;
