@@ -15,14 +15,14 @@ SOURCES = (
 )
 HEADERS = (
     *("vectors", "tiles", "threads", "attention", "attention_tiles"),
-    *("index_inputs", "index_vectors", "index_tiles", "index_query", "index_block"),
-    *("selection", "paged"),
+    *("index_inputs", "index_codes", "index_vectors", "index_integers", "index_tiles", "index_query"),
+    *("index_block", "selection", "paged"),
 )
 # A library for each level of instructions, the best of which is chosen when fulmen runs (ops/cpp/library.py).
 # So what is built on one machine runs on any other of its kind, and every level is tested where it can run.
 # ops/cpp/src/library.cpp asks the CPU for what is named here.
 AVX2 = ("-mavx2", "-mfma", "-mbmi2")
-AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
 AMX = (*AVX512, "-mavx512bf16", "-mavx512fp16", "-mamx-tile", "-mamx-int8", "-mamx-bf16")
 X86_LEVELS = {"_kernels_avx2": AVX2, "_kernels_avx512": AVX512, "_kernels_amx": AMX}
 # Of the machine that is built for, which `_PYTHON_HOST_PLATFORM` names where it is another one.

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fulmen.errors import CheckpointError, ConfigError, ResumeError
 from fulmen.modeling.lengths import short_text_topk
+from fulmen.modeling.selectors import use_selector
+from fulmen.pipeline.load import load_converted
 from fulmen.pipeline.reporter import LineReporter
 from fulmen.pipeline.run_dir import RunDir
 from fulmen.pipeline.texts import lengths_to_try
@@ -17,7 +19,8 @@ from fulmen.pipeline.train import DEFAULT_LENGTH
 from fulmen.pipeline.train_settings import TrainSettings
 from fulmen.training.sparse import run
 from fulmen.training.sparse.settings import SparseSettings
-from tests.modeling.gqa.tiny_gqa import make_dense
+from tests.modeling.gqa.test_coarse import RecallOfCandidates
+from tests.modeling.gqa.tiny_gqa import make_dense, random_ids
 from tests.pipeline.tiny_runs import convert, save_tiny, settings, train
 
 STEPS = 4
@@ -53,6 +56,32 @@ def test_three_stages_in_one_run_or_two_give_the_same(tmp_path, corpus_dir, llam
         assert (folder / "stages" / "inherit.safetensors").exists()
         assert "All weights were trained" in (folder / "README.md").read_text()
         assert not RunDir(folder).path.exists()
+
+
+def test_after_training_the_coarse_level_is_fitted_to_the_trained_model(tmp_path, corpus_dir, llama_dir):
+    asked = {"stages": ("inherit",), "steps": None, "index": "two-level"}
+    two = convert(settings(llama_dir, tmp_path / "two", corpus_dir, **asked))
+    fast = {"learning_rate": 0.01}
+    out = train(train_settings(two, tmp_path / "out", corpus_dir, options=fast))
+    before, after = weights(two), weights(out)
+    coarse = [name for name in after if ".indexer.coarse.w" in name]
+    assert coarse
+    assert not any(torch.equal(before[name], after[name]) for name in coarse)
+    # What fits the model that was, fits the one that is no more.
+    model, _ = load_converted(out)
+    fitted = candidate_recall(model)
+    model.load_state_dict({name: before[name] for name in coarse}, strict=False)
+    assert fitted > candidate_recall(model)
+    assert fitted > candidate_recall(load_converted(two)[0]) - 0.05
+
+
+def candidate_recall(model):
+    """By 3 k candidates of texts that the model has not seen."""
+    seen = RecallOfCandidates(3)
+    model.config.dsa = {**model.config.dsa, "candidate_factor": 1}  # it is asked in short texts, too
+    with torch.no_grad(), use_selector(model, seen):
+        model.base_model(random_ids(2, 160, seed=9), use_cache=False)
+    return sum(seen.recalls) / len(seen.recalls)
 
 
 def test_resume_says_what_differs(tmp_path, corpus_dir, converted, monkeypatch):

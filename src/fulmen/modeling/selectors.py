@@ -84,6 +84,14 @@ class IndexerSelector(Selector):
         return two_level_topk(*coarse[:3], *_index_inputs(inputs), topk, count, COARSE_FROM * count)
 
 
+def asks_coarse(n_keys: int, n_candidates: int) -> bool:
+    """Whether a query may see so many of `n_keys` that a coarse level is asked for its candidates.
+
+    By the keys that there are; how many are seen may lie on a device. A compiler would make a case of each.
+    """
+    return torch.compiler.is_compiling() or n_keys > COARSE_FROM * n_candidates
+
+
 class OneLevelSelector(Selector):
     """The same indexer without a coarse level: what that costs is the difference."""
 

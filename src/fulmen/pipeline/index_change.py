@@ -17,8 +17,8 @@ from fulmen.modeling.checkpoint import CARD_FILE, require_free_output, require_s
 from fulmen.modeling.families import dsa_family_for, dsa_of, has_dsa
 from fulmen.modeling.index_shape import coarse_shape
 from fulmen.modeling.lengths import context_of
-from fulmen.modeling.token_blocks import feed_forward_in_blocks
 from fulmen.pipeline.arguments import parse_duration
+from fulmen.pipeline.coarse_stage import fit_coarse
 from fulmen.pipeline.conversion import Conversion
 from fulmen.pipeline.devices import training_device
 from fulmen.pipeline.load import load_converted_model, load_converted_tokenizer
@@ -67,7 +67,7 @@ def run_index_change(settings: ConvertSettings, reporter: Reporter) -> Conversio
         require_savable(model, tokenizer, out)
     dsa_family_for(config).set_coarse(model, dsa)
     if dsa.coarse_head_dim:
-        _fit(model, torch.stack([text.input_ids for text in texts]).to(model.device), reporter)
+        fit_coarse(model, torch.stack([text.input_ids for text in texts]).to(model.device), reporter)
     record = {**record, "dsa": dsa.to_dict()}
     with reporter.stage("Save"):
         _save(model, tokenizer, Path(source), out, record, settings.overwrite)
@@ -90,14 +90,6 @@ def _changed(config: Any, settings: ConvertSettings) -> DsaConfig:
         )
     changed = {"coarse_head_dim": coarse.width, "coarse_n_heads": coarse.heads}
     return DsaConfig.from_dict({**dsa.to_dict(), **changed})
-
-
-def _fit(model: PreTrainedModel, ids_BT: torch.Tensor, reporter: Reporter) -> None:
-    n_layers = len(dsa_of(model.config).layers)
-    with reporter.stage("Coarse level"), feed_forward_in_blocks(model):
-        reporter.advance(0, n_layers, f"{len(ids_BT)} sequences of {ids_BT.shape[1]} tokens")
-        family = dsa_family_for(model.config)
-        family.inherit_coarse(model, ids_BT, lambda done: reporter.advance(done, n_layers))
 
 
 def _save(

@@ -22,6 +22,7 @@ from fulmen.modeling.checkpoint import (
 )
 from fulmen.modeling.families import accelerated, dsa_family_for, dsa_of, set_topk
 from fulmen.modeling.lengths import short_text_topk
+from fulmen.pipeline.coarse_stage import refit_coarse, refit_sequences
 from fulmen.pipeline.conversion import Conversion
 from fulmen.pipeline.devices import CPU, move, training_device
 from fulmen.pipeline.fingerprint import weights_fingerprint
@@ -104,12 +105,17 @@ def sparse_stage(
     reporter: Reporter,
     teacher: PreTrainedModel | None = None,
 ) -> SparseResult:
-    """Train `model` in place, with `short_text_topk`. Raises what `train_sparse` does."""
+    """Train `model` in place, with `short_text_topk`; its coarse level, if any, is fitted anew.
+
+    Raises what `train_sparse` does.
+    """
     topk = short_text_topk(dsa_of(model.config).topk, texts.length)
     with reporter.stage("Sparse"), use_topk(model, topk):
         view = TrainingView(reporter)
         drawn = (texts.train, texts.validation)
         result = train_sparse(model, *drawn, run_dir, settings, teacher, view.step, view.part)
+    if processes().is_main_process:  # which saves the model
+        refit_coarse(model, _first_sequences(texts.train, refit_sequences(texts.length)), reporter)
     # A stream leaves out more as it is read.
     skipped = texts.train.skipped if isinstance(texts.train, SequenceStream) else texts.skipped
     result = replace(result, skipped=dict(skipped))

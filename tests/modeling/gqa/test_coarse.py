@@ -104,6 +104,17 @@ def test_with_many_candidates_it_is_the_one_level_model():
         assert not torch.equal(few(ids).logits, found)
 
 
+def test_up_to_the_asking_point_no_coarse_query_is_made(monkeypatch):
+    model, ids = two_level_model(factor=2), random_ids(1, 65)
+    with torch.no_grad():
+        expected = model(ids).logits
+        attention = model.model.layers[0].self_attn
+        monkeypatch.setattr(attention.indexer.coarse, "queries", None)
+        assert torch.equal(model(ids[:, :64]).logits, expected[:, :64])
+        with pytest.raises(TypeError):
+            model(ids)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
 def test_token_by_token_and_in_chunks_it_is_the_prompt_at_once(name):
     model, ids = two_level_model(name), random_ids(2, 60)

@@ -19,7 +19,7 @@ from tests.ops.cpp_levels import EACH_LEVEL, cpp_level
 NEEDS = {
     "plain": set(),
     "avx2": {"avx", "avx2", "fma", "bmi2"},
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"},
     "amx": {"avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"},
 }
 # As the libraries name what they were built for.

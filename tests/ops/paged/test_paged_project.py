@@ -44,12 +44,16 @@ def project_case(shape, count, dtype, extra=(9, 5, 67), seed=0):
     return layer, Projections(*(matrix.to(dtype) for matrix in matrices), bias), tokens, inputs
 
 
+def length_that(selects):
+    return 10**6 if selects else 1
+
+
 @cache  # for all backends
 def expected_of(shape, count, dtype, selects):
     """The caches that are written, and what is returned."""
     layer, *case, inputs = project_case(shape, count, dtype)
     with pin_backend("reference"):
-        q_THD, index = project_and_store(layer, *case, **inputs, selects=selects)
+        q_THD, index = project_and_store(layer, *case, **inputs, longest=length_that(selects))
     return layer, (q_THD, *(index or ()))
 
 
@@ -61,7 +65,7 @@ def expected_of(shape, count, dtype, selects):
 )
 def test_one_pass_is_projecting_rotating_and_storing(backend, dtype, shape, count, selects):
     ours, *case, inputs = project_case(shape, count, dtype)
-    q_THD, index = project_and_store(ours, *case, **inputs, selects=selects)
+    q_THD, index = project_and_store(ours, *case, **inputs, longest=length_that(selects))
     assert (index is not None) == selects
     reference, expected_made = expected_of(shape, count, dtype, selects)
     for one, expected in zip((q_THD, *(index or ())), expected_made, strict=True):
@@ -80,9 +84,9 @@ def test_one_pass_is_projecting_rotating_and_storing(backend, dtype, shape, coun
 def test_a_token_does_not_feel_its_neighbours(backend):
     """One that is not finite makes NaN of itself alone."""
     layer, *case, inputs = project_case(SHAPES[0], 40, torch.bfloat16, extra=(0, 0, 64))
-    clean, clean_index = project_and_store(layer, *case, **inputs, selects=True)
+    clean, clean_index = project_and_store(layer, *case, **inputs, longest=length_that(selects=True))
     inputs["qkv_TX"][7] = inputs["all_qk_TX"][7] = inputs["x_TC"][7] = torch.nan
-    poisoned, poisoned_index = project_and_store(layer, *case, **inputs, selects=True)
+    poisoned, poisoned_index = project_and_store(layer, *case, **inputs, longest=length_that(selects=True))
     others = [t for t in range(40) if t != 7]
     for one, other in zip((clean, *clean_index[:3]), (poisoned, *poisoned_index[:3]), strict=True):
         torch.testing.assert_close(other[others], one[others], rtol=0, atol=0)
@@ -97,7 +101,9 @@ def test_inputs_that_do_not_fit_are_refused():
         ("all_qk_TX", inputs["all_qk_TX"].bfloat16(), "all_qk_TX has .* torch.bfloat16"),
     ):
         with pytest.raises(ConfigError, match=message):
-            project_and_store(layer, projections, tokens, **(inputs | {name: wrong}), selects=True)
+            project_and_store(
+                layer, projections, tokens, **(inputs | {name: wrong}), longest=length_that(selects=True)
+            )
     fewer = Projections(projections.q_YX[1:], projections.k_YX, projections.w_YC, projections.bias_Y)
     with pytest.raises(ConfigError, match=r"projections have .* rows; the layer asks for"):
-        project_and_store(layer, fewer, tokens, **inputs, selects=True)
+        project_and_store(layer, fewer, tokens, **inputs, longest=length_that(selects=True))

@@ -120,19 +120,34 @@ def test_paged_selection_is_that_of_gathered_keys(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("selects", [True, False])
-def test_prompts_store_what_decoding_stores(backend, dtype, selects):
+@pytest.mark.parametrize(("longest", "made"), [(8, 0), (9, 3), (40, 3), (41, 5)])
+def test_prompts_store_what_decoding_stores(backend, dtype, longest, made):
     layer, (projections, tokens, _), inputs = coarse_decode_case(SHAPES[0], 300, 8, 8, dtype, 24, 40)
     by_parts = coarse_copied(layer)
-    found = project_and_store(layer, projections, tokens, **inputs, selects=selects)
+    found = project_and_store(layer, projections, tokens, **inputs, longest=longest)
     with pin_backend("torch"):
-        expected = project_and_store(by_parts, projections, tokens, **inputs, selects=selects)
+        expected = project_and_store(by_parts, projections, tokens, **inputs, longest=longest)
     codes = layer.coarse.packed_RX[..., :-2].int() - by_parts.coarse.packed_RX[..., :-2].int()
     assert codes.abs().max() <= 1  # products are added in other orders
-    assert (found[1] is None) is (expected[1] is None) is not selects
-    if selects:
-        assert_near(found[1].coarse_q_TMN, expected[1].coarse_q_TMN, dtype)
-        assert_near(found[1].coarse_b_TM, expected[1].coarse_b_TM, dtype)
+    ours, theirs = ([x for x in index or () if x is not None] for _, index in (found, expected))
+    assert len(ours) == len(theirs) == made
+    for one, other in zip(ours, theirs, strict=True):
+        assert_near(one, other, dtype)
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_where_no_query_has_candidates_none_asks_the_coarse_level(backend, queries):
+    layer, key_rows, inputs = sparse_case(SPARSE_SHAPES[0], queries, 300, 9, 20, torch.bfloat16)
+    packed = scatter(
+        pack_index_keys(normal(BATCH, 300, 1, 24, seed=21)).flatten(2), scattered_rows(300, 9), 99
+    )
+    coarse = CoarseCache(packed, torch.zeros(12, dtype=torch.int64), HEADS, 40, 300)
+    two_levels = dataclasses.replace(layer, coarse=coarse)
+    rows = dataclasses.replace(key_rows, coarse_rows_BS=scattered_rows(300, 9))
+    assert torch.equal(attended(two_levels, rows, inputs), attended(layer, key_rows, inputs))
+    few = dataclasses.replace(two_levels, coarse=dataclasses.replace(coarse, all_up_to=299))
+    with pytest.raises(ConfigError, match="coarse_q_BTMN is missing; the layer has one coarse level"):
+        attended(few, rows, inputs)
 
 
 def test_a_coarse_level_needs_its_rows_and_queries():

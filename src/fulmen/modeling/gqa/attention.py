@@ -14,7 +14,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from fulmen.config import DsaConfig, candidates_left, scaled_topk
+from fulmen.config import DEFAULT_CANDIDATE_FACTOR, DsaConfig, candidates_left, scaled_topk
 from fulmen.modeling.gqa.cache import DsaCache
 from fulmen.modeling.gqa.indexer import GqaIndexer, rotary_width
 from fulmen.modeling.intervals import KeyIntervals, narrowed_intervals
@@ -23,6 +23,7 @@ from fulmen.modeling.selectors import (
     IndexerSelector,
     SelectionInputs,
     Selector,
+    asks_coarse,
     keep_short_pasts,
 )
 from fulmen.ops.attention.dense import dense_attention
@@ -150,6 +151,12 @@ class DsaAttentionMixin:
         """Keys that a query keeps of a longer past in this layer."""
         return scaled_topk(self.topk, self.config.dsa.get("topk_shares"), self._layer_number)
 
+    @property
+    def n_candidates(self) -> int:
+        """Keys that this layer's coarse level leaves to the indexer, if it has one."""
+        factor = self.config.dsa.get("candidate_factor", DEFAULT_CANDIDATE_FACTOR)
+        return candidates_left(factor, self.layer_topk, self.topk)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -197,10 +204,10 @@ class DsaAttentionMixin:
                 softcap=softcap,
                 sinks_H=sinks_H,
             )
-            if coarse is not None and coarse_k_BSX is not None:
+            count = self.n_candidates
+            if coarse is not None and coarse_k_BSX is not None and asks_coarse(k_BSGD.shape[1], count):
                 of_token = (hidden_states.detach(), bare_q_BTHD.detach())
                 coarse_q_BTMN, coarse_b_BTM = coarse.queries(*of_token, cos_BTR, sin_BTR)
-                count = candidates_left(self.config.dsa["candidate_factor"], self.layer_topk, self.topk)
                 inputs = replace(
                     inputs, coarse=CoarseInputs(coarse_q_BTMN, coarse_k_BSX, coarse_b_BTM, count)
                 )

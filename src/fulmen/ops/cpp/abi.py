@@ -14,7 +14,7 @@ CPP_LEVELS = {
     "amx": "_kernels_amx",
 }
 # Raised with every change of a function's arguments, and with new functions (`cpp/src/library.cpp`).
-ABI_VERSION = 13
+ABI_VERSION = 14
 # Numbers, as in `cpp/src/attention.h`: gradients have rows of full vectors.
 ROW_MULTIPLE = 16
 

@@ -103,8 +103,8 @@ def paged_decode_composed(
 ) -> None:
     """The specification, on any device."""
     # By the keys there are; to ask how many are seen would wait for the device.
-    selects = key_rows.rows_BS.shape[1] > layer.dense_up_to
-    q_BHD, index = project_and_store(layer, projections, tokens, qkv_TX, all_qk_TX, x_TC, selects)
+    longest = key_rows.rows_BS.shape[1]
+    q_BHD, index = project_and_store(layer, projections, tokens, qkv_TX, all_qk_TX, x_TC, longest)
     out_B1HD = out_TX.view(len(q_BHD), 1, *q_BHD.shape[1:])
     if index is None:
         inputs = (layer.kv_RGC, key_rows.rows_BS, key_rows.stop_BT, None, *layer.softmax)

@@ -130,6 +130,14 @@ class PagedLayer:
         """Numbers of a coarse key; 0 where the index has one level."""
         return 0 if self.coarse is None else self.coarse.width
 
+    def selects(self, n_keys: int) -> bool:
+        """Whether a query that sees so many keys keeps but some of them."""
+        return n_keys > self.dense_up_to
+
+    def asks_coarse(self, n_keys: int) -> bool:
+        """Whether it has candidates; if not, no coarse query is read."""
+        return self.coarse is not None and n_keys > self.coarse.numbers[1]
+
     @cached_property
     def coarse_heads(self) -> int:
         """Heads of coarse queries; 0 where the index has one level."""

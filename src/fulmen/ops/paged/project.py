@@ -85,7 +85,8 @@ class Projections:
 class NewIndexQueries(NamedTuple):
     """What a step's tokens select by: index queries, rotated, weights and shifts, in the model's dtype.
 
-    coarse_q_TMN, coarse_b_TM: the same of the coarse level; None where the index has one level.
+    coarse_q_TMN, coarse_b_TM: the same of the coarse level; None where the index has one level, or where no
+        query sees so many keys that it is asked.
     """
 
     q_TJE: Tensor
@@ -103,14 +104,15 @@ def project_and_store(
     qkv_TX: Tensor,
     all_qk_TX: Tensor,
     x_TC: Tensor,
-    selects: bool,
+    longest: int,
 ) -> tuple[Tensor, NewIndexQueries | None]:
-    """Store keys, values and index keys of both levels; return q_THD, rotated, and what it `selects` by.
+    """Store keys, values and index keys of both levels; return q_THD, rotated, and what they select by.
 
     Args:
         qkv_TX: queries, keys and values before RoPE, head after head: X = (H + 2 G) D; of the cache's dtype.
         all_qk_TX, x_TC: what index heads are made of: queries and keys of all heads, and hidden states. The
             former is `qkv_TX` again, unless this process has but some of the heads; what follows is not read.
+        longest: at least the keys that any of the tokens sees. Of what selects among so many, all is made.
 
     Raises:
         ConfigError: axes or dtypes that do not fit together.
@@ -118,7 +120,7 @@ def project_and_store(
     """
     check_projected(layer, projections, tokens, qkv_TX, all_qk_TX, x_TC)
     backend = implementation("project_and_store", *layer.device_and_dtype)
-    return backend.run(layer, projections, tokens, qkv_TX, all_qk_TX, x_TC, selects)
+    return backend.run(layer, projections, tokens, qkv_TX, all_qk_TX, x_TC, longest)
 
 
 @implements("project_and_store", "cpp", dtypes=CACHE_DTYPES)
@@ -129,18 +131,18 @@ def project_and_store_cpp(
     qkv_TX: Tensor,
     all_qk_TX: Tensor,
     x_TC: Tensor,
-    selects: bool,
+    longest: int,
 ) -> tuple[Tensor, NewIndexQueries | None]:
     """By matrix tiles, where the CPU has them and numbers are bfloat16; else torch multiplies."""
     inputs = (qkv_TX, all_qk_TX, x_TC)
     if not has_tiles() or layer.kv_RGC.dtype != torch.bfloat16:
-        return project_and_store_composed(layer, projections, tokens, *inputs, selects)
+        return project_and_store_composed(layer, projections, tokens, *inputs, longest)
     count, heads, new = tokens.count, layer.n_index_heads, qkv_TX.new_empty
     q_THD = new(count, *layer.shapes["q"])
     index = None
-    if selects:
+    if layer.selects(longest):
         parts: list[Tensor] = [new(count, *layer.shapes["index_q"]), new(count, heads), new(count, heads)]
-        if layer.coarse is not None:
+        if layer.asks_coarse(longest):
             parts += (new(count, *layer.shapes["coarse_q"]), new(count, layer.coarse_heads))
         index = NewIndexQueries(*parts)
     call_cpp_by_numbers(
@@ -163,7 +165,7 @@ def project_and_store_composed(
     qkv_TX: Tensor,
     all_qk_TX: Tensor,
     x_TC: Tensor,
-    selects: bool,
+    longest: int,
 ) -> tuple[Tensor, NewIndexQueries | None]:
     """The specification, on any device."""
     n_heads, kv_heads, width = layer.n_heads, layer.kv_RGC.shape[1], layer.shapes["q"][1]
@@ -171,12 +173,13 @@ def project_and_store_composed(
     all_q_TX, all_k_TX, _ = all_qk_TX.tensor_split((projections.q_YX.shape[1], projections.widths[0]), 1)
     index_k_TIE = linear(all_k_TX, projections.k_YX).unflatten(1, layer.shapes["index_k"])
     coarse_k_TN = None if projections.coarse_k_YX is None else linear(all_k_TX, projections.coarse_k_YX)
-    if not selects:
+    if not layer.selects(longest):
         keys = (index_k_TIE, None, coarse_k_TN)
         return store_tokens(layer, tokens, q_THD, k_TGD, v_TGD, None, *keys)[0], None
     index_q_TJE = linear(all_q_TX, projections.q_YX).unflatten(1, layer.shapes["index_q"])
     coarse_q_TMN = None
-    if projections.coarse_q_YX is not None:
+    if layer.asks_coarse(longest):
+        assert projections.coarse_q_YX is not None
         coarse_q_TMN = linear(all_q_TX, projections.coarse_q_YX).unflatten(1, layer.shapes["coarse_q"])
     bias_Y = projections.bias_Y.to(projections.w_YC.dtype)
     n_index_heads = layer.n_index_heads

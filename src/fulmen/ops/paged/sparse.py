@@ -68,7 +68,8 @@ def paged_sparse_attention(
         q_BTHD, index_q_BTJE, w_BTJ, b_BTJ: queries and index queries, rotated, and the indexer's
             weights and shifts; all of the cache's dtype.
         out_BTHD: contiguous, written.
-        coarse_q_BTMN, coarse_b_BTM: coarse queries, rotated, and shifts, of an index in two levels.
+        coarse_q_BTMN, coarse_b_BTM: coarse queries, rotated, and shifts, of an index in two levels; they may
+            be left out where no query sees so many keys that the coarse level is asked.
 
     Raises:
         ConfigError: axes or dtypes that do not fit together.
@@ -133,6 +134,8 @@ def _check_coarse_inputs(
     layer: PagedLayer, coarse_q_BTMN: Tensor | None, coarse_b_BTM: Tensor | None, key_rows: KeyRows
 ) -> None:
     """What the coarse level needs, all of it or nothing, in its shapes and of the cache's dtype."""
+    if coarse_q_BTMN is None and coarse_b_BTM is None and not layer.asks_coarse(key_rows.rows_BS.shape[1]):
+        return
     shapes = {"coarse_q_BTMN": layer.shapes["coarse_q"], "coarse_b_BTM": (layer.coarse_heads,)}
     for (name, numbers), x in zip(shapes.items(), (coarse_q_BTMN, coarse_b_BTM), strict=True):
         require_coarse(layer, x, name)

@@ -126,9 +126,10 @@ class DsaAttention(nn.Module):
             inputs = (qkv, all_qk_TX, x_TC, out_TX)
             where.decode(layer, self._projections, where.tokens, where.sequences[0], *inputs)
             return
-        # While every context fits k nothing is selected; the index keys are stored for later all the same.
+        # While every context fits k nothing is selected, and while all keys are candidates the coarse level
+        # is not asked; keys of both levels are stored for later all the same.
         new = (self._projections, where.tokens, qkv, all_qk_TX, x_TC)
-        q_THD, index = project_and_store(layer, *new, selects=step.longest > self.topk)
+        q_THD, index = project_and_store(layer, *new, longest=step.longest)
         for span, sequences in zip(step.spans, where.sequences, strict=True):
             self._attend_span(layer, q_THD, index, span, sequences, out_TX[span.tokens])
 

@@ -101,9 +101,12 @@ class BlockScorer {
         alignas(64) float sums[TOGETHER * 4 * SUMS];
         for (int64_t j = first; j < first + in.shared(); j += TOGETHER) {
             const int64_t some = std::min(TOGETHER, first + in.shared() - j);
+            // Four tiles of sums at once: of two tiles of queries, or of two heads.
             for (int64_t i = 0; i < some; i++) {
-                if (tiles == 1) multiply<1>(j + i, keys, sums + i * 4 * SUMS);
-                else multiply<2>(j + i, keys, sums + i * 4 * SUMS);
+                float *to = sums + i * 4 * SUMS;
+                if (tiles > 1) multiply<2>(j + i, keys, to, 2 * SUMS);
+                else if (i + 1 < some) multiply<2>(j + i, keys, to, 4 * SUMS), i++;
+                else multiply<1>(j + i, keys, to, 0);
             }
             for (int64_t t = 0; t < tiles; t++) {
                 float *to = total + t * TILE_ROWS * 32;
@@ -116,8 +119,9 @@ class BlockScorer {
         }
     }
 
-    // Of T tiles of queries and two vectors of keys: sums [tile][vector][query][key].
-    template <int T> void multiply(int64_t head, const Line *keys, float *sums) const {
+    // Of T tiles of queries, the first of them this head's first, and two vectors of keys: sums [tile][vector][query][key],
+    // tiles `apart`.
+    template <int T> void multiply(int64_t head, const Line *keys, float *sums, int64_t apart) const {
         const Line *left = numbers.get() + head * tiles * query_lines(), *other = left + query_lines();
         settle_memory();
         zero_tiles<T>();
@@ -129,8 +133,8 @@ class BlockScorer {
         _tile_stored(0, sums, TILE_BYTES);
         _tile_stored(1, sums + SUMS, TILE_BYTES);
         if constexpr (T > 1) {
-            _tile_stored(2, sums + 2 * SUMS, TILE_BYTES);
-            _tile_stored(3, sums + 3 * SUMS, TILE_BYTES);
+            _tile_stored(2, sums + apart, TILE_BYTES);
+            _tile_stored(3, sums + apart + SUMS, TILE_BYTES);
         }
         settle_memory();
     }

@@ -1,17 +1,19 @@
 // Index scores and the exact selection of the K best keys of every query; see ops/README.md for both rules.
 //
 // A score's bits depend on its query and its key alone, whatever else is computed: every sum has
-// one order, by vectors (index_vectors.h) and by tiles (index_query.h, index_block.h).
+// one order, by vectors (index_vectors.h), by integers (index_integers.h) and by tiles (index_query.h, index_block.h).
 
 #include "index_block.h"
+#include "index_integers.h"
 #include "index_query.h"
 #include "index_vectors.h"
 #include "selection.h"
 
 namespace {
 
-// Scores of one block of queries: they should stay in a core's level 2 cache.
-constexpr int64_t BLOCK_SCORES = 1 << 18;
+// Scores of one block of queries: up to some thousand keys they stay in a core's level 2 cache. Beyond, blocks that share
+// their packed keys and candidates are worth more.
+constexpr int64_t BLOCK_SCORES = 1 << 20;
 
 // Scores of a block in rows of `stride`; column 0 is the first key of the block's first tile.
 template <class Scorer>
@@ -99,6 +101,9 @@ template <class Work> void with_scorer(const IndexInputs &in, const Work &work) 
     if (in.by_tiles() && in.shape.queries == 1) return work(ScorerType<QueryScorer>{});
     if (in.by_tiles()) return work(ScorerType<BlockScorer>{});
 #endif
+#ifdef __AVX512VNNI__
+    if (in.shape.key_kind == PACKED && in.shape.width <= IntegerScorer::MOST_WIDTH) return work(ScorerType<IntegerScorer>{});
+#endif
     work(ScorerType<VectorScorer>{});
 }
 
@@ -135,7 +140,8 @@ struct RowChooser {
     }
 };
 
-// A block of queries that all see more keys than they leave to the indexer, by two levels: what the coarse scores leave to each query is scored together, each key once.
+// A block of queries that all see more keys than they leave to the indexer, by two levels: what the coarse scores leave to
+// each query is scored together, each key once.
 template <class Scorer> class TwoLevels {
     const IndexInputs &in;
     const QueryRows &block;

@@ -2,7 +2,7 @@
 // one after the other, and whatever else is computed lies in other lanes.
 #pragma once
 
-#include "index_inputs.h"
+#include "index_codes.h"
 
 template <class Number> float to_float(Number x) {
     if constexpr (sizeof(Number) == 2) return bf16_to_float(x);
@@ -50,7 +50,7 @@ class VectorScorer {
 
     // Tile of keys to [key head][E][TILE], zero beyond the last key.
     static void pack(const IndexInputs &in, int64_t batch, int64_t tile, Line *to) {
-        if (in.shape.key_kind == PACKED) pack_levels(in, batch, tile, (float *)to);
+        if (in.shape.key_kind == PACKED) pack_codes(in, batch, tile, (float *)to);
         else if (in.shape.key_kind == BFLOAT16) pack_numbers<uint16_t>(in, batch, tile, (float *)to);
         else pack_numbers<float>(in, batch, tile, (float *)to);
     }
@@ -82,15 +82,19 @@ class VectorScorer {
         }
     }
 
-    static void pack_levels(const IndexInputs &in, int64_t batch, int64_t tile, float *to) {
-        const int64_t first = tile * TILE, count = std::min<int64_t>(TILE, in.shape.keys - first);
+    static void pack_codes(const IndexInputs &in, int64_t batch, int64_t tile, float *to) {
         const int64_t width = in.shape.width;
+        const TileKeys tile_keys(in, batch, tile);
         for (int64_t i = 0; i < in.shape.key_heads; i++, to += width * TILE) {
-            std::fill(to, to + width * TILE, 0.0f);
-            for (int64_t c = 0; c < count; c++) {
-                const int8_t *row = in.key<int8_t>(batch, first + c, i);
-                const float scale = scale_of_packed(row, width);
-                for (int64_t e = 0; e < width; e++) to[e * TILE + c] = float(row[e]) * scale;
+            const int64_t at = i * in.shape.k_stride_i;
+            float scales[TILE];
+            tile_keys.copy_scales(at, width, scales);
+            for (int64_t c = 0; c < TILE; c += LANES) {
+                const Vec scale = load(scales + c);
+                for_fours(tile_keys.keys + c, at, width, [&](int64_t four, IntVec codes) {
+                    for (int64_t e = 4 * four; e < std::min(4 * four + 4, width); e++, codes >>= 8)
+                        store(to + e * TILE + c, __builtin_convertvector((codes << 24) >> 24, Vec) * scale);
+                });
             }
         }
     }

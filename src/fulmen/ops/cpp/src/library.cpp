@@ -92,7 +92,7 @@ std::string step() {
 extern "C" {
 
 // Raised with every change of a function's arguments, and with new functions; `abi.py` expects the same number.
-int fulmen_abi_version() { return 13; }
+int fulmen_abi_version() { return 14; }
 
 // The structures that callers fill in, a line each; `abi.py` compares them with its own.
 const char *fulmen_layouts() {
@@ -114,6 +114,9 @@ const char *fulmen_simd() {
 #endif
 #ifdef __AVX512F__
         "AVX512F "
+#endif
+#ifdef __AVX512VNNI__
+        "AVX512VNNI "
 #endif
 #ifdef __AVX512BF16__
         "AVX512BF16 "
@@ -163,6 +166,9 @@ const char *fulmen_lacks() {
 #endif
 #ifdef __AVX512VL__
     if (!__builtin_cpu_supports("avx512vl")) return "AVX512VL";
+#endif
+#ifdef __AVX512VNNI__
+    if (!__builtin_cpu_supports("avx512vnni")) return "AVX512VNNI";
 #endif
 #ifdef __AVX512BF16__
     if (!__builtin_cpu_supports("avx512bf16")) return "AVX512BF16";

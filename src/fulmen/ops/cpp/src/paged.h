@@ -41,7 +41,7 @@ struct KeyRows {
 struct PagedQueries {
     int64_t batch, count, threads;
     const void *q, *index_q, *w, *b;   // [B, T, H, D], [B, T, J, E], [B, T, J]
-    const void *coarse_q, *coarse_b;  // [B, T, M, N], [B, T, M]
+    const void *coarse_q, *coarse_b;  // [B, T, M, N], [B, T, M]; null: no query has candidates
 };
 
 // Mirrored by `ProjectionsStruct` in abi.py: matrices of the model's dtype, row after row.
@@ -150,7 +150,7 @@ template <class Number> struct TokenHeads {
 
 // Of all tokens, in the model's dtype: rotated queries, and what the indexer selects by (null: nothing is selected).
 template <class Number> struct SelectionInputs {
-    Number *q, *index_q, *coarse_q;  // the last: null where there is one level
+    Number *q, *index_q, *coarse_q;  // the last: null where there is one level, or none asks the other
 };
 
 // Keys, values and index keys into their caches, token by token; queries and index queries, rotated, to those of all tokens.
@@ -177,7 +177,7 @@ template <class Number> class TokenWriter {
         if (!heads.index_q) return;
         rotary.rotate_index_heads(heads.index_q, layer.index_heads, to.index_q + token * layer.index_heads * layer.index_width);
         const int64_t numbers = layer.coarse_heads * layer.coarse_width;
-        if (numbers) rotary.rotate_coarse(heads.coarse_q, layer.coarse_heads, to.coarse_q + token * numbers);
+        if (numbers && to.coarse_q) rotary.rotate_coarse(heads.coarse_q, layer.coarse_heads, to.coarse_q + token * numbers);
     }
 
   private:

@@ -122,12 +122,12 @@ class StoringProjector {
     StoringProjector(const PagedLayer &layer, const NewTokens &tokens, const Projections &by, const Heads &qkv,
                          const Heads &all_qk, const Heads &x, const SelectionInputs<Number> &to, Number *w, Number *b, Number *coarse_b)
         : layer(layer), tokens(tokens), qkv(qkv), to(to), w(w), b(b), coarse_b(coarse_b), q_width(layer.index_heads * layer.index_width),
-          k_width(layer.index_key_heads * layer.index_width), w_width(2 * layer.index_heads + layer.coarse_heads),
-          coarse_q_width(layer.coarse_heads * layer.coarse_width), coarse_k_width(layer.coarse_width) {
+          k_width(layer.index_key_heads * layer.index_width), w_width(2 * layer.index_heads + (to.coarse_q ? layer.coarse_heads : 0)),
+          coarse_q_width(to.coarse_q ? layer.coarse_heads * layer.coarse_width : 0), coarse_k_width(layer.coarse_width) {
         const int64_t coarse = k_width + q_width + w_width;
         const Heads keys = all_qk.from<Number>(by.q_width);
         if (coarse_k_width) add(by.coarse_k, coarse_k_width, by.k_width, coarse + coarse_q_width, keys, nullptr);
-        if (coarse_q_width && to.index_q) add(by.coarse_q, coarse_q_width, by.q_width, coarse, all_qk, nullptr);
+        if (coarse_q_width) add(by.coarse_q, coarse_q_width, by.q_width, coarse, all_qk, nullptr);
         add(by.k, k_width, by.k_width, 0, keys, nullptr);
         if (!to.index_q) return;
         add(by.q, q_width, by.q_width, k_width, all_qk, nullptr);

@@ -37,7 +37,7 @@ AttentionInputs attention_inputs(const PagedLayer &layer, const PagedQueries &qu
 
 void attend_to_paged(const PagedLayer &layer, const PagedQueries &queries, const KeyRows &key_rows, void *out) {
     IndexInputs index = index_inputs(layer, queries, key_rows);
-    if (layer.coarse_heads) index.add_coarse(coarse_level(layer, queries, key_rows));
+    if (layer.coarse_heads && queries.coarse_q) index.add_coarse(coarse_level(layer, queries, key_rows));
     AttentionInputs in = attention_inputs(layer, queries, key_rows);
     const Results results(in.shape, out, nullptr, layer.sinks);
     if (comes_in_blocks(in)) {

@@ -69,6 +69,34 @@ static inline void store_some(float *to, Vec x, int64_t count) {
 
 static inline Vec broadcast(float x) { return x - Vec{}; }
 
+#ifdef __AVX512F__
+// 16 x 16 numbers of 32 bits, rows to columns, in place.
+static inline void transpose_dwords(__m512i *rows) {
+    __m512i x[16];
+    for (int i = 0; i < 8; i++) {
+        x[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+        x[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; i++)
+        for (int half = 0; half < 2; half++) {
+            rows[4 * i + 2 * half] = _mm512_unpacklo_epi64(x[4 * i + half], x[4 * i + 2 + half]);
+            rows[4 * i + 2 * half + 1] = _mm512_unpackhi_epi64(x[4 * i + half], x[4 * i + 2 + half]);
+        }
+    // Now rows[4 * i + j] holds, in its block b, column 4 * b + j of the rows 4 * i and up.
+    for (int j = 0; j < 4; j++) {
+        const __m512i low = _mm512_shuffle_i32x4(rows[j], rows[4 + j], 0x44);
+        const __m512i high = _mm512_shuffle_i32x4(rows[j], rows[4 + j], 0xee);
+        const __m512i low2 = _mm512_shuffle_i32x4(rows[8 + j], rows[12 + j], 0x44);
+        const __m512i high2 = _mm512_shuffle_i32x4(rows[8 + j], rows[12 + j], 0xee);
+        x[j] = _mm512_shuffle_i32x4(low, low2, 0x88);
+        x[4 + j] = _mm512_shuffle_i32x4(low, low2, 0xdd);
+        x[8 + j] = _mm512_shuffle_i32x4(high, high2, 0x88);
+        x[12 + j] = _mm512_shuffle_i32x4(high, high2, 0xdd);
+    }
+    for (int i = 0; i < 16; i++) rows[i] = x[i];
+}
+#endif
+
 // Memory for numbers, kept for the next ones; what it holds is anything.
 class FloatWorkspace {
     std::unique_ptr<float[]> numbers;
