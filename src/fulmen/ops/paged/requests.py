@@ -115,24 +115,52 @@ implements_by_name(
 )
 
 
-def require_paged_kernels(layer_of: str, device: torch.device, dtype: torch.dtype, width: int, topk: int) -> None:
+def require_paged_kernels(
+    what: str, device: torch.device | str, dtype: torch.dtype, width: int, topk: int, two_levels: bool
+) -> None:
     """Raise BackendError unless the kernels for GPUs can serve such a layer on `device`, without a copy.
 
-    layer_of: what the error names; width: of an attention head; topk: the most keys that a query keeps.
+    what: the layer's name; width: of an attention head; topk: the most keys that a query keeps.
     """
     reason = reason_against_backend("triton", "attend_requests", device, dtype)
-    reason = reason or reason_against_shape(width, topk)
+    reason = reason or reason_against_shape(width, topk, two_levels)
     if reason:
-        raise BackendError(f"{layer_of} cannot be served on {device}: {reason}; `fulmen chat` runs it anywhere")
+        raise BackendError(f"{what} cannot be served on device {str(device)!r}: {reason}")
 
 
-def reason_against_shape(width: int, topk: int) -> str | None:
-    """Why the paged kernels for GPUs cannot take heads of `width`, or keep `topk` keys; None if they can."""
-    if width > WIDEST_PAGED_HEAD or width % 2:
-        return f"head_dim={width} has no kernel; even widths up to {WIDEST_PAGED_HEAD} have"
+def reason_against_shape(width: int, topk: int, two_levels: bool) -> str | None:
+    """Why the paged kernels for GPUs cannot compute such a layer; None if they can."""
+    if width > WIDEST_PAGED_HEAD:
+        return f"head_dim={width} has no kernel, widths up to {WIDEST_PAGED_HEAD} have; serve it on a CPU"
     if topk > MOST_PAGED_SELECTED:
-        return f"topk={topk} has no kernel; up to {MOST_PAGED_SELECTED} have"
+        return f"topk={topk} has no kernel, up to {MOST_PAGED_SELECTED} have; set less by `fulmen convert --topk`"
+    if two_levels:
+        return "an index in two levels has no kernel; convert with --index one-level, or serve it on a CPU"
     return None
+
+
+def reserve_workspace(
+    out_THD: Tensor, topk: int, all_up_to: int, most_keys: int, most_requests: int
+) -> None:
+    """Allocate on its device, and free, as much as `attend_requests` takes beside its inputs and outputs.
+
+    For servers that measure how much memory a step takes. topk, all_up_to: keys that a query keeps of more
+    than `all_up_to`; most_keys: of any request; most_requests: of a step.
+    """
+    run = implementation("reserve_workspace", out_THD.device, out_THD.dtype).run
+    run(out_THD, topk, all_up_to, most_keys, most_requests)
+
+
+@implements("reserve_workspace", "reference", "torch")
+def reserve_nothing(
+    out_THD: Tensor, topk: int, all_up_to: int, most_keys: int, most_requests: int
+) -> None:
+    """The composed operation takes no more than its gathered keys."""
+
+
+implements_by_name(
+    "reserve_workspace", "triton", "fulmen.ops.paged.triton_requests:reserve_workspace_triton"
+)
 
 
 def _parts(index: NewIndexQueries) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:

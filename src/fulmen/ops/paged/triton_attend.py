@@ -70,6 +70,11 @@ def launch_paged_attend(
         _merge_parts(layer, out_NTHD, lse_NTH, out_THD)
 
 
+def part_bytes(out_THD: Tensor, all_up_to: int) -> int:
+    """What parts take until they are merged, if `out_THD` is of few queries a request."""
+    return triton.cdiv(all_up_to, PART_KEYS) * out_THD[..., 0].numel() * 4 * (out_THD.shape[2] + 1)
+
+
 def _merge_parts(layer: PagedLayer, out_NTHD: Tensor, lse_NTH: Tensor, out_THD: Tensor) -> None:
     launch(
         *(_paged_merge_kernel, (lse_NTH[0].numel(),), out_NTHD, lse_NTH, sinks_of(layer, out_THD), out_THD),

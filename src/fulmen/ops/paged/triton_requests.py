@@ -7,10 +7,10 @@ from fulmen.errors import BackendError
 from fulmen.ops.paged.layer import PagedLayer
 from fulmen.ops.paged.project import NewIndexQueries
 from fulmen.ops.paged.requests import Requests, reason_against_shape
-from fulmen.ops.paged.triton_attend import FEW_QUERIES, launch_paged_attend
+from fulmen.ops.paged.triton_attend import FEW_QUERIES, launch_paged_attend, part_bytes
 from fulmen.ops.paged.triton_dense import launch_paged_dense
 from fulmen.ops.paged.triton_scores import launch_paged_scores
-from fulmen.ops.paged.triton_select import launch_paged_select
+from fulmen.ops.paged.triton_select import candidate_bytes, launch_paged_select
 
 # Scores that are held at a time: 256 MB.
 HELD_PAGED_SCORES = 2**26
@@ -20,7 +20,7 @@ def attend_requests_triton(
     layer: PagedLayer, requests: Requests, q_THD: Tensor, index: NewIndexQueries | None, out_THD: Tensor
 ) -> None:
     """See `fulmen.ops.paged.requests.attend_requests`."""
-    if reason := reason_against_shape(q_THD.shape[2], layer.topk):
+    if reason := reason_against_shape(q_THD.shape[2], layer.topk, layer.coarse is not None):
         raise BackendError(f"backend 'triton' cannot run attend_requests: {reason}; pin 'torch'")
     if not len(q_THD):
         return
@@ -48,3 +48,13 @@ def select_keys(layer: PagedLayer, requests: Requests, index: NewIndexQueries) -
         launch_paged_scores(*parts, *caches, tokens, more_than, scores_TS)  # type: ignore[misc]
         launch_paged_select(scores_TS, requests, tokens, more_than, layer.topk, chosen_TK)
     return chosen_TK
+
+
+def reserve_workspace_triton(
+    out_THD: Tensor, topk: int, all_up_to: int, most_keys: int, most_requests: int
+) -> None:
+    """See `fulmen.ops.paged.requests.reserve_workspace`."""
+    at_once = min(max(HELD_PAGED_SCORES // most_keys, 1), len(out_THD))
+    selection = at_once * (4 * most_keys + candidate_bytes(most_keys, topk))
+    most = max(selection, part_bytes(out_THD[: FEW_QUERIES * most_requests], all_up_to))
+    torch.empty(most, dtype=torch.uint8, device=out_THD.device)

@@ -79,7 +79,7 @@ def score_tiles(shared: int, width: int, most_queries: int) -> tuple[int, dict[s
         "BLOCK_QUERIES": block_queries,
         "BLOCK_HEADS": block_heads,
         "BLOCK_KEYS": sizes["columns"],
-        "BLOCK_HALF": power_of_2(width // 2, SMALLEST_PRODUCT),
+        "BLOCK_WORDS": SMALLEST_PRODUCT,
         **compile_options(sizes),
     }
 
@@ -112,7 +112,7 @@ def _paged_scores_kernel(
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     request, token, n_left, stop = request_of(
@@ -140,7 +140,7 @@ def _paged_scores_kernel(
             weighted_RS = _weighted(
                 *(q_TJE, w_TJ, b_TJ, head_R + key_head * SHARED, present_R),
                 *(words_RW + key_head * (WIDTH // 2 + 1), row_S * row_stride, present_S, scale),
-                *(WIDTH, BLOCK_HALF, DTYPE),
+                *(WIDTH, BLOCK_WORDS, DTYPE),
             )
             scores_QS += tl.sum(tl.reshape(weighted_RS, [BLOCK_QUERIES, BLOCK_HEADS, BLOCK_KEYS]), 1)
         tl.store(row_T[:, None] + key_S[None, :], scores_QS, mask=key_S[None, :] < stop_T[:, None])
@@ -158,21 +158,24 @@ def _weighted(
     present_S,
     scale,
     WIDTH: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """Of one index key head: w * ReLU(q . k * scale + b) of all its pairs of a query and a head."""
-    column_W = tl.arange(0, BLOCK_HALF)
-    inside_W = column_W < WIDTH // 2
-    place_RW = head_R[:, None] * WIDTH + 2 * column_W[None, :]
-    inside_RW = present_R[:, None] & inside_W[None, :]
-    even_RW = _finite_or_nan(tl.load(q_TJE + place_RW, mask=inside_RW, other=0.0), DTYPE)
-    odd_RW = _finite_or_nan(tl.load(q_TJE + place_RW + 1, mask=inside_RW, other=0.0), DTYPE)
-    words_SW = words_W + offset_S[:, None] + column_W[None, :]
-    word_SW = tl.load(words_SW, mask=present_S[:, None] & inside_W[None, :], other=0)
-    low_SW = ((word_SW << 8) >> 8).to(tl.float32).to(DTYPE)
-    high_SW = (word_SW >> 8).to(tl.float32).to(DTYPE)
-    sums_RS = product(even_RW, tl.trans(low_SW)) + product(odd_RW, tl.trans(high_SW))
+    sums_RS = tl.zeros([head_R.shape[0], offset_S.shape[0]], tl.float32)
+    # By few words at a time: of all of them the addresses alone would take the registers.
+    for first in tl.static_range(0, WIDTH // 2, BLOCK_WORDS):
+        column_W = first + tl.arange(0, BLOCK_WORDS)
+        inside_W = column_W < WIDTH // 2
+        place_RW = head_R[:, None] * WIDTH + 2 * column_W[None, :]
+        inside_RW = present_R[:, None] & inside_W[None, :]
+        even_RW = _finite_or_nan(tl.load(q_TJE + place_RW, mask=inside_RW, other=0.0), DTYPE)
+        odd_RW = _finite_or_nan(tl.load(q_TJE + place_RW + 1, mask=inside_RW, other=0.0), DTYPE)
+        words_SW = words_W + offset_S[:, None] + column_W[None, :]
+        word_SW = tl.load(words_SW, mask=present_S[:, None] & inside_W[None, :], other=0)
+        low_SW = ((word_SW << 8) >> 8).to(tl.float32).to(DTYPE)
+        high_SW = (word_SW >> 8).to(tl.float32).to(DTYPE)
+        sums_RS += product(even_RW, tl.trans(low_SW)) + product(odd_RW, tl.trans(high_SW))
     bits_S = tl.load(words_W + offset_S + WIDTH // 2, mask=present_S, other=0).to(tl.int32)
     scale_S = (bits_S << 16).to(tl.float32, bitcast=True)
     logits_RS = sums_RS * scale_S[None, :] * scale

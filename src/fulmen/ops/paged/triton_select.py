@@ -36,7 +36,7 @@ def launch_paged_select(
         chosen_TK: int32, of all tokens.
     """
     sizes = kernel_sizes("paged_select")
-    block = max(sizes["columns"], power_of_2(LEAST_GROUP * topk))
+    block = _block_of(topk)
     group, span = block // topk, block
     n_parts = triton.cdiv(requests.most_keys, span)
     first_tile, n_tiles = tiles_of(tokens.start, tokens.stop, requests.count, 1)
@@ -64,6 +64,17 @@ def launch_paged_select(
             return
         is_first, ranks_TC, positions_TC = False, ranks_out, positions_out
         n_parts, span = triton.cdiv(n_parts, group), span * group
+
+
+def candidate_bytes(most_keys: int, topk: int) -> int:
+    """Of a query: what rounds of the selection hand on, two of which are held at a time."""
+    block = _block_of(topk)
+    n_parts = triton.cdiv(most_keys, block)
+    return 0 if n_parts == 1 else 8 * topk * (n_parts + triton.cdiv(n_parts, block // topk))
+
+
+def _block_of(topk: int) -> int:
+    return max(kernel_sizes("paged_select")["columns"], power_of_2(LEAST_GROUP * topk))
 
 
 _LENGTHS = ["n_requests", "first_tile", "first", "end", "more_than", "topk", "group", "span"]
