@@ -7,6 +7,7 @@ compiled as the step starts it, decoding and reading a prompt, and not launched:
 run interpreted (TRITON_INTERPRET unset). With `--markdown` the table of docs/gpu.md is printed.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -22,10 +23,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks.gpu.shapes import BLOCK_SIZE, MODELS, ModelShape, decoding_step
 from fulmen.files import atomic_write
-from fulmen.ops.paged.layer import NewTokens, PagedLayer
-from fulmen.ops.paged.project import NewIndexQueries
-from fulmen.ops.paged.requests import Requests
+from fulmen.ops.paged.layer import NewTokens
 from fulmen.ops.paged.triton_requests import attend_requests_triton
 from fulmen.ops.paged.triton_store import store_tokens_triton
 
@@ -38,28 +38,7 @@ TARGETS = {
 # Bytes of shared memory that a block of threads may have; registers of a thread.
 SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 MOST_REGISTERS = {"sm_80": 255, "sm_90": 255, "sm_100": 255, "gfx942": 512}
-BLOCK_SIZE, KEYS = 16, 131072
-
-
-class ModelShape(NamedTuple):
-    """Heads H over G key heads of D on one GPU, index heads J over I of E, and k."""
-
-    heads: int
-    key_heads: int
-    width: int
-    index_heads: int
-    index_key_heads: int
-    index_width: int
-    topk: int
-
-
-MODELS = {
-    "smollm2": ModelShape(9, 3, 64, 9, 3, 48, 512),
-    "qwen3-8b": ModelShape(32, 8, 128, 32, 8, 96, 2048),
-    "qwen3-32b": ModelShape(64, 8, 128, 64, 8, 96, 2048),
-    # Its attention heads are split over the GPUs, its index is whole on each.
-    "llama-70b-tp8": ModelShape(8, 1, 128, 64, 8, 96, 2048),
-}
+KEYS = 131072
 
 
 class Compiled(NamedTuple):
@@ -132,25 +111,16 @@ def compile_model(target: str, model: str, steps: tuple[str, ...] = ("decode", "
 
 
 def start_all(shape: ModelShape, queries: int) -> None:
-    """A step of two requests, the caches of a few blocks standing for all."""
-    count, rows = 2 * queries, 4 * BLOCK_SIZE
-    floats: dict[str, Any] = {"dtype": torch.bfloat16}
-    kv_RGC = torch.zeros(rows, shape.key_heads, 2 * shape.width, **floats)
-    packed_RX = torch.zeros(rows, shape.index_key_heads * (shape.index_width + 2), dtype=torch.int8)
-    pairs_IP = torch.zeros(shape.index_key_heads, shape.index_width // 2, dtype=torch.int64)
-    heads, budget = (shape.heads, shape.index_heads), (shape.topk, shape.topk)
-    layer = PagedLayer(kv_RGC, packed_RX, pairs_IP, *heads, *budget, shape.width**-0.5)
-    block_BN = torch.zeros(2, KEYS // BLOCK_SIZE, dtype=torch.int32)
-    start_Z = torch.tensor([0, queries, count], dtype=torch.int32)
-    length_B = torch.full((2,), KEYS, dtype=torch.int32)
-    apart = (BLOCK_SIZE, BLOCK_SIZE)
-    requests = Requests(block_BN, start_Z, length_B, BLOCK_SIZE, *apart, queries, KEYS)
-    angles_TP = torch.zeros(count, shape.width // 2, **floats)
+    """A step of two requests as long as can be, of which the compiler learns nothing but sizes."""
+    layer, requests, q_THD, index = decoding_step(shape, 2, 2 * queries, "cpu", queries)
+    block_BN = requests.block_BN.repeat(1, KEYS // BLOCK_SIZE)
+    requests = dataclasses.replace(requests, block_BN=block_BN, most_keys=KEYS)
+    count = len(q_THD)
+    angles_TP = torch.zeros(count, shape.width // 2, dtype=q_THD.dtype)
     tokens = NewTokens(*[torch.zeros(count, dtype=torch.int64)] * 2, angles_TP, angles_TP)
-    new = {name: torch.zeros(count, *numbers, **floats) for name, numbers in layer.shapes.items()}
-    index = NewIndexQueries(new["index_q"], *[torch.zeros(count, shape.index_heads, **floats)] * 2)
-    store_tokens_triton(layer, tokens, *(new[name] for name in ("q", "k", "v", "index_q", "index_k")))
-    attend_requests_triton(layer, requests, new["q"], index, torch.zeros_like(new["q"]))
+    heads = [q_THD.new_zeros(count, *layer.shapes[name]) for name in ("q", "k", "v", "index_q", "index_k")]
+    store_tokens_triton(layer, tokens, *heads)
+    attend_requests_triton(layer, requests, q_THD, index, torch.empty_like(q_THD))
 
 
 def resources(target: str, kernel: Any) -> tuple[int, int, int]:
@@ -158,7 +128,11 @@ def resources(target: str, kernel: Any) -> tuple[int, int, int]:
     shared = kernel.metadata.shared
     if target.startswith("gfx"):
         text = kernel.asm["amdgcn"]
-        return number_in(text, r"\.vgpr_count:\s+(\d+)"), number_in(text, r"\.vgpr_spill_count:\s+(\d+)"), shared
+        return (
+            number_in(text, r"\.vgpr_count:\s+(\d+)"),
+            number_in(text, r"\.vgpr_spill_count:\s+(\d+)"),
+            shared,
+        )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()

@@ -123,7 +123,7 @@ def test_pinned_cpp_that_was_not_built_raises_with_the_reason():
 
 
 def test_every_operation_has_a_specification_and_plain_torch():
-    assert len(operations()) == 15
+    assert len(operations()) == 17
     assert operations("reference") == operations("torch") == operations()
     assert set(operations("triton")) < set(operations("cpp")) < set(operations())
 

@@ -41,6 +41,8 @@ KERNEL_SIZES = {
     "paged_attend": {"rows": 64, "columns": 64, "num_warps": 4, "num_stages": 2},
     # rows: queries x heads that read one key
     "paged_dense": {"rows": 64, "columns": 64, "num_warps": 4, "num_stages": 2},
+    "paged_attend_wide": {"rows": 64, "columns": 32, "num_warps": 8, "num_stages": 1},
+    "paged_dense_wide": {"rows": 64, "columns": 32, "num_warps": 8, "num_stages": 1},
     "paged_merge": {"num_warps": 4, "num_stages": 1},
     # rows: heads of a token
     "paged_store": {"rows": 8, "num_warps": 2, "num_stages": 1},
@@ -82,7 +84,7 @@ def on_device_of(x: Tensor) -> AbstractContextManager:
     return nullcontext() if x.device.type == "cpu" else getattr(torch, x.device.type).device(x.device)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+def launch(kernel: Any, grid: Any, *arguments: Any, **options: Any) -> None:
     """Start a kernel, whose first argument is a tensor, on that one's device.
 
     Tensors on "meta" hold no numbers: for them all is done but the launch.

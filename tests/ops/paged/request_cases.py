@@ -53,15 +53,15 @@ def request_case(shape, step, topk, dense_up_to, dtype=torch.float32, **more):
     for request, (_, length) in enumerate(step):
         at_S = torch.arange(length)
         block_S = requests.block_BN[request, at_S // BLOCK_SIZE].long()
-        kv[block_S * APART + at_S % BLOCK_SIZE] = normal(length, kv_heads, 2 * width, seed=request, dtype=dtype)
+        kv[block_S * APART + at_S % BLOCK_SIZE] = normal(
+            length, kv_heads, 2 * width, seed=request, dtype=dtype
+        )
         keys = normal(length, index_kv_heads, index_width, seed=10 + request)
         keys[length // 2 :: 3] = keys[:1]
         rows_S = block_S * INDEX_APART + at_S % BLOCK_SIZE
         packed[rows_S] = pack_index_keys(keys[None])[0].flatten(1)
     pairs = torch.zeros(index_kv_heads, index_width // 2, dtype=torch.int64)
-    layer = PagedLayer(
-        kv, packed, pairs, n_heads, index_heads, topk, dense_up_to, width**-0.5, **more
-    )
+    layer = PagedLayer(kv, packed, pairs, n_heads, index_heads, topk, dense_up_to, width**-0.5, **more)
     count = int(requests.start_Z[-1]) + PADDING
     q_THD = normal(count, n_heads, width, seed=20, dtype=dtype)
     index = NewIndexQueries(

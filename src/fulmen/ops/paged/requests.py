@@ -106,13 +106,11 @@ def attend_requests_composed(
             inputs = (layer.kv_RGC, key_rows.rows_BS, key_rows.stop_BT, None, *layer.softmax)
             out_BTHD.copy_(paged_attention(q_BTHD, *inputs))
             continue
-        own, coarse = ([None if x is None else x[None, low:high] for x in part] for part in _parts(index))
-        paged_sparse_attention(layer, q_BTHD, *own, key_rows, out_BTHD, *coarse)  # type: ignore[arg-type]
+        q_BTJE, w_BTJ, b_BTJ = (x[None, low:high] for x in (index.q_TJE, index.w_TJ, index.b_TJ))
+        paged_sparse_attention(layer, q_BTHD, q_BTJE, w_BTJ, b_BTJ, key_rows, out_BTHD)
 
 
-implements_by_name(
-    "attend_requests", "triton", "fulmen.ops.paged.triton_requests:attend_requests_triton"
-)
+implements_by_name("attend_requests", "triton", "fulmen.ops.paged.triton_requests:attend_requests_triton")
 
 
 def require_paged_kernels(
@@ -133,15 +131,13 @@ def reason_against_shape(width: int, topk: int, two_levels: bool) -> str | None:
     if width > WIDEST_PAGED_HEAD:
         return f"head_dim={width} has no kernel, widths up to {WIDEST_PAGED_HEAD} have; serve it on a CPU"
     if topk > MOST_PAGED_SELECTED:
-        return f"topk={topk} has no kernel, up to {MOST_PAGED_SELECTED} have; set less by `fulmen convert --topk`"
+        return f"topk={topk} has no kernel, up to {MOST_PAGED_SELECTED} have; convert with a lower --topk"
     if two_levels:
         return "an index in two levels has no kernel; convert with --index one-level, or serve it on a CPU"
     return None
 
 
-def reserve_workspace(
-    out_THD: Tensor, topk: int, all_up_to: int, most_keys: int, most_requests: int
-) -> None:
+def reserve_workspace(out_THD: Tensor, topk: int, all_up_to: int, most_keys: int, most_requests: int) -> None:
     """Allocate on its device, and free, as much as `attend_requests` takes beside its inputs and outputs.
 
     For servers that measure how much memory a step takes. topk, all_up_to: keys that a query keeps of more
@@ -152,20 +148,11 @@ def reserve_workspace(
 
 
 @implements("reserve_workspace", "reference", "torch")
-def reserve_nothing(
-    out_THD: Tensor, topk: int, all_up_to: int, most_keys: int, most_requests: int
-) -> None:
+def reserve_nothing(out_THD: Tensor, topk: int, all_up_to: int, most_keys: int, most_requests: int) -> None:
     """The composed operation takes no more than its gathered keys."""
 
 
-implements_by_name(
-    "reserve_workspace", "triton", "fulmen.ops.paged.triton_requests:reserve_workspace_triton"
-)
-
-
-def _parts(index: NewIndexQueries) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
-    """Of the indexer, and of its coarse level."""
-    return index[:3], index[3:]
+implements_by_name("reserve_workspace", "triton", "fulmen.ops.paged.triton_requests:reserve_workspace_triton")
 
 
 def _key_rows(requests: Requests, request: int, n_keys: int, n_queries: int) -> KeyRows:
@@ -190,10 +177,13 @@ def _check_requests(
     }
     if index is not None:
         given["index.q_TJE"] = (index.q_TJE, layer.shapes["index_q"])
-        given |= {name: (x, (layer.n_index_heads,)) for name, x in (("index.w_TJ", index.w_TJ), ("index.b_TJ", index.b_TJ))}
+        given |= {
+            name: (x, (layer.n_index_heads,))
+            for name, x in (("index.w_TJ", index.w_TJ), ("index.b_TJ", index.b_TJ))
+        }
     elif requests.most_keys > layer.dense_up_to:
         raise ConfigError(
-            f"most_keys={requests.most_keys} is above dense_up_to={layer.dense_up_to}; selecting needs `index`"
+            f"most_keys={requests.most_keys} is above dense_up_to={layer.dense_up_to}: give `index`"
         )
     for name, (x, numbers) in given.items():
         if x.shape != (count, *numbers) or x.dtype is not like.dtype or x.device != like.device:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fulmen.ops.paged.layer import PagedLayer
 from fulmen.ops.paged.requests import Requests
-from fulmen.ops.paged.triton_blocks import request_of, rows_of
+from fulmen.ops.paged.triton_blocks import request_of, requests_held, rows_of
 from fulmen.ops.triton_kit import (
     KERNEL_LOG2_E,
     SMALLEST_PRODUCT,
@@ -32,6 +32,8 @@ LOWEST = tl.constexpr(-3.0e38)
 # Up to so many queries a request, what a query keeps is cut into parts of so many keys.
 FEW_QUERIES = 8
 PART_KEYS = 256
+# Heads wider than this take smaller tiles.
+WIDE_PAGED_HEAD = 128
 
 
 def launch_paged_attend(
@@ -44,7 +46,7 @@ def launch_paged_attend(
             None: no query does.
     Of many queries a request, those that keep all keys are left to `launch_paged_dense`.
     """
-    count, heads, width = q_THD.shape
+    count, heads, _ = q_THD.shape
     all_up_to = max(layer.topk, layer.dense_up_to)
     few = requests.most_queries <= FEW_QUERIES
     n_parts = triton.cdiv(all_up_to, PART_KEYS) if few else 1
@@ -63,7 +65,7 @@ def launch_paged_attend(
         ALL_ELSEWHERE=not few,
         IN_PARTS=n_parts > 1,
         PAGE=requests.block_size,
-        BLOCK_REQUESTS=power_of_2(requests.count),
+        BLOCK_REQUESTS=requests_held(requests.count),
         **tiles,
     )
     if n_parts > 1:
@@ -91,7 +93,7 @@ def _merge_parts(layer: PagedLayer, out_NTHD: Tensor, lse_NTH: Tensor, out_THD: 
 def attend_tiles(name: str, layer: PagedLayer, block_queries: int) -> dict[str, Any]:
     """How a kernel over queries of `layer` is cut and compiled."""
     (heads, width), n_key_heads = layer.shapes["q"], layer.kv_RGC.shape[1]
-    sizes = kernel_sizes(name)
+    sizes = kernel_sizes(name if width <= WIDE_PAGED_HEAD else f"{name}_wide")
     shared = heads // n_key_heads
     block_heads = min(power_of_2(shared, SMALLEST_PRODUCT // block_queries), sizes["rows"] // block_queries)
     return {
@@ -226,7 +228,7 @@ def attend_to(
     BLOCK_WIDTH: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """One tile of keys more: the highest logit (by log2 e) so far, the weights' sum, and that of the values."""
+    """One tile of keys more: the highest logit (by log2 e) so far, the sums of weights and of values."""
     k_KD = load_rows(kv_RGC, offset_K, present_K, 0, WIDTH, BLOCK_WIDTH, DTYPE)
     logits_RK = product(q_RD, tl.trans(k_KD))
     if CAPPED:

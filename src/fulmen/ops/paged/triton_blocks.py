@@ -9,11 +9,21 @@ request a tile more than it may need.
 import triton
 import triton.language as tl
 
+from fulmen.ops.triton_kit import power_of_2
+
+# A kernel is compiled once for all smaller numbers of requests.
+FEWEST_REQUESTS = 32
+
 
 def tiles_of(first: int, end: int, n_requests: int, block_queries: int) -> tuple[int, int]:
     """Of tokens `first` to `end`: the first tile that may hold some, and how many tiles may."""
     first_tile = first // block_queries
     return first_tile, (max(end, 1) - 1) // block_queries + n_requests - first_tile
+
+
+def requests_held(n_requests: int) -> int:
+    """As many as a kernel looks through at once."""
+    return power_of_2(n_requests, FEWEST_REQUESTS)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from torch import Tensor
 from fulmen.ops.paged.layer import PagedLayer
 from fulmen.ops.paged.requests import Requests
 from fulmen.ops.paged.triton_attend import LOWEST, attend_tiles, attend_to, share_of, sinks_of, softmax_of
-from fulmen.ops.paged.triton_blocks import request_of, rows_of, tiles_of
+from fulmen.ops.paged.triton_blocks import request_of, requests_held, rows_of, tiles_of
 from fulmen.ops.triton_kit import kernel_sizes, launch, load_rows, power_of_2
 
 
@@ -30,7 +30,7 @@ def launch_paged_dense(layer: PagedLayer, requests: Requests, q_THD: Tensor, out
         *(*layer.kv_RGC.stride()[:2], requests.block_BN.stride(0), requests.rows_per_block, requests.count),
         *(max(layer.topk, layer.dense_up_to), layer.scale, layer.softcap or 0.0),
         PAGE=requests.block_size,
-        BLOCK_REQUESTS=power_of_2(requests.count),
+        BLOCK_REQUESTS=requests_held(requests.count),
         BLOCK_QUERIES=block_queries,
         **tiles,
     )

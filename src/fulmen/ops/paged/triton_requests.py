@@ -1,6 +1,7 @@
 """A step's attention on a GPU: scores, selection and attention over paged caches, each by its kernels."""
 
 import torch
+import triton
 from torch import Tensor
 
 from fulmen.errors import BackendError
@@ -39,13 +40,15 @@ def select_keys(layer: PagedLayer, requests: Requests, index: NewIndexQueries) -
     """
     count, more_than = len(index.q_TJE), max(layer.topk, layer.dense_up_to)
     chosen_TK = torch.empty(count, layer.topk, dtype=torch.int32, device=index.q_TJE.device)
-    parts = [x.contiguous() for x in index[:3] if x is not None]
+    q_TJE, w_TJ, b_TJ = (x.contiguous() for x in (index.q_TJE, index.w_TJ, index.b_TJ))
     at_once = min(max(HELD_PAGED_SCORES // requests.most_keys, 1), count)
-    scores_TS = torch.empty(at_once, requests.most_keys, dtype=torch.float32, device=chosen_TK.device)
+    # Rows as Triton likes them: it would compile a kernel for others, too.
+    width = triton.cdiv(requests.most_keys, 16) * 16
+    scores_TS = torch.empty(at_once, width, dtype=torch.float32, device=chosen_TK.device)
     for low in range(0, count, at_once):
         tokens = slice(low, min(low + at_once, count))
         caches = (layer.packed_RX, requests, requests.index_rows_per_block)
-        launch_paged_scores(*parts, *caches, tokens, more_than, scores_TS)  # type: ignore[misc]
+        launch_paged_scores(q_TJE, w_TJ, b_TJ, *caches, tokens, more_than, scores_TS)
         launch_paged_select(scores_TS, requests, tokens, more_than, layer.topk, chosen_TK)
     return chosen_TK
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fulmen.ops.common.index_keys import SCALE_BYTES
 from fulmen.ops.paged.requests import Requests
-from fulmen.ops.paged.triton_blocks import request_of, rows_of, tiles_of
+from fulmen.ops.paged.triton_blocks import request_of, requests_held, rows_of, tiles_of
 from fulmen.ops.triton_kit import (
     SMALLEST_PRODUCT,
     compile_options,
@@ -60,7 +60,7 @@ def launch_paged_scores(
         *(more_than, width**-0.5),
         KEY_HEADS=n_key_heads,
         PAGE=requests.block_size,
-        BLOCK_REQUESTS=power_of_2(requests.count),
+        BLOCK_REQUESTS=requests_held(requests.count),
         DTYPE=product_dtype(q_TJE),
         **tiles,
     )

@@ -12,12 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fulmen.ops.paged.requests import Requests
-from fulmen.ops.paged.triton_blocks import request_of, tiles_of
+from fulmen.ops.paged.triton_blocks import request_of, requests_held, tiles_of
 from fulmen.ops.topk.triton import DIGIT_BITS, DIGIT_VALUES, DIGITS, ranks_of, threshold_digit
 from fulmen.ops.triton_kit import compile_options, kernel_sizes, launch, power_of_2
 
 # A tile of candidates holds those of at least so many tiles before.
-LEAST_GROUP = 4
+LEAST_GROUP = 2
 
 
 def launch_paged_select(
@@ -44,7 +44,7 @@ def launch_paged_select(
     positions_TC = chosen_TK
     options = {
         "BLOCK": block,
-        "BLOCK_REQUESTS": power_of_2(requests.count),
+        "BLOCK_REQUESTS": requests_held(requests.count),
         **compile_options(sizes),
     }
     is_first, count = True, tokens.stop - tokens.start
@@ -114,7 +114,9 @@ def _paged_select_kernel(
         entry_C = tl.arange(0, BLOCK)
         if IS_FIRST:
             n_entries = n_keys
-            scores_C = tl.load(ranks_TC + row * in_stride + low + entry_C, mask=entry_C < n_entries, other=0.0)
+            scores_C = tl.load(
+                ranks_TC + row * in_stride + low + entry_C, mask=entry_C < n_entries, other=0.0
+            )
             rank_C = ranks_of(scores_C)
             position_C = low + entry_C
         else:

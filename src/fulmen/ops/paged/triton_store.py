@@ -204,7 +204,7 @@ def _product_of(a, b):
 @triton.jit
 def _rounded(x, DTYPE: tl.constexpr):
     """float32, rounded to what DTYPE has. To bfloat16 by integers, as the interpreter would cut off."""
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         bits = x.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         return tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)

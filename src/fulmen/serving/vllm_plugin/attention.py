@@ -88,7 +88,8 @@ class DsaAttention(nn.Module):
         self._bounds = (vllm_config.model_config.max_model_len, vllm_config.scheduler_config.max_num_seqs)
         if (kind := vllm_config.device_config.device_type) != "cpu":
             shape = (self.head_dim, max(self.topk, self.layer_topk), bool(dsa.coarse_head_dim))
-            require_paged_kernels(name, kind, vllm_config.model_config.dtype, *shape)
+            dtype: Any = vllm_config.model_config.dtype  # resolved by now
+            require_paged_kernels(name, kind, dtype, *shape)
         vllm_config.compilation_config.static_forward_context[self.name].attention = [self]
         keep_out_of_graphs(vllm_config.compilation_config)
 

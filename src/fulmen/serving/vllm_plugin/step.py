@@ -162,7 +162,8 @@ class Step(AttentionMetadata):
             tables = (common.block_table_tensor, common.query_start_loc, common.seq_lens)
             room = common.block_table_tensor.shape[1] * self.block_size
             bounds = (common.max_query_len, min(common.max_seq_len, room))
-            requests = Requests(*tables, self.block_size, *rows_per_block[:2], *bounds)
+            apart = (self.block_size, rows_per_block[0], rows_per_block[1])
+            requests = Requests(*tables, *apart, *bounds)
             self._device_layouts[key] = DeviceLayout(tokens, requests)
         return self._device_layouts[key]
 
