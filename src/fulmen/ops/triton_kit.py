@@ -34,13 +34,13 @@ KERNEL_SIZES = {
     "key_gradients_wide": {"rows": 8, "num_warps": 8, "num_stages": 1},
     # Over paged caches (`ops/paged/triton_*.py`). rows: queries x index heads of one key head, of prompts and
     # of decoding; columns: keys
-    "paged_scores": {"rows": 64, "columns": 64, "num_warps": 8, "num_stages": 2},
+    "paged_scores": {"rows": 64, "columns": 32, "num_warps": 8, "num_stages": 1},
     "paged_scores_few": {"rows": 16, "columns": 64, "num_warps": 4, "num_stages": 2},
     # columns: scores, or candidates, that a program holds in registers
     "paged_select": {"columns": 8192, "num_warps": 16, "num_stages": 1},
     "paged_attend": {"rows": 64, "columns": 64, "num_warps": 4, "num_stages": 2},
     # rows: queries x heads that read one key
-    "paged_dense": {"rows": 64, "columns": 64, "num_warps": 4, "num_stages": 2},
+    "paged_dense": {"rows": 64, "columns": 64, "num_warps": 8, "num_stages": 2},
     "paged_attend_wide": {"rows": 64, "columns": 32, "num_warps": 8, "num_stages": 1},
     "paged_dense_wide": {"rows": 64, "columns": 32, "num_warps": 8, "num_stages": 1},
     "paged_merge": {"num_warps": 4, "num_stages": 1},
