@@ -82,10 +82,12 @@ def main(
         for model in models.split(","):
             for one in compile_model(target, model):
                 found.append(one)
-                print(*(row_of(one) if markdown else one), flush=True)
+                print(*one, flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps([one._asdict() for one in found], indent=1)
     atomic_write(out, lambda temporary: temporary.write_text(text))
+    if markdown:
+        print("\n".join(table_of(found)))
     raise typer.Exit(int(any(reason_against(one) for one in found)))
 
 
@@ -159,9 +161,26 @@ def reason_against(one: Compiled) -> str | None:
     return None
 
 
-def row_of(one: Compiled) -> tuple[str, ...]:
-    """A line of a Markdown table."""
-    return ("| " + " | ".join(str(x) for x in one) + " |",)
+def table_of(found: list[Compiled]) -> list[str]:
+    """A Markdown table: a line for each target and model, a column for each kernel of a step."""
+    columns = sorted({(one.kernel.removeprefix("paged_"), one.step) for one in found})
+    lines = ["| target | model | " + " | ".join(", ".join(column) for column in columns) + " |"]
+    lines.append("|---" * (len(columns) + 2) + "|")
+    for target, model in dict.fromkeys((one.target, one.model) for one in found):
+        own = {
+            (one.kernel.removeprefix("paged_"), one.step): one
+            for one in found
+            if (one.target, one.model) == (target, model)
+        }
+        cells = [cell_of(own[column]) if column in own else "" for column in columns]
+        lines.append(f"| {target} | {model} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def cell_of(one: Compiled) -> str:
+    """Registers, KB of shared memory, and what is spilled, if something is."""
+    spilled = f", {one.spilled} spilled" if one.spilled else ""
+    return f"{one.registers}, {round(one.shared / 1024)}{spilled}"
 
 
 if __name__ == "__main__":
