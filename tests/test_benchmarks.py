@@ -1,6 +1,7 @@
 """What the benchmarks compute from what they measure, and the weights that they give to dense peers."""
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,34 @@ def test_a_gguf_file_is_the_same_model(tmp_path):
     ):
         assert name == wanted_name
         assert torch.equal(found, wanted), name
+
+
+def test_a_run_on_a_gpu_goes_on_where_it_stopped_and_tries_again_what_failed(tmp_path, capsys):
+    from benchmarks.gpu.run import run_parts
+
+    ran = []
+
+    def part(name, result):
+        def run():
+            ran.append(name)
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        return run
+
+    parts = {
+        "check of a": part("a", {"failure": None}),
+        "check of b": part("b", {"failure": "3 of 9 queries differ"}),
+        "decode, 8 tokens": part("c", {"ms": {"dsa": 1.0}}),
+        "prefill": part("d", MemoryError("no room")),
+    }
+    assert run_parts(parts, tmp_path, 100)
+    assert run_parts(parts, tmp_path, 100)
+    assert ran == [*"abcd", *"bd"]
+    assert '"error": "MemoryError: no room"' in capsys.readouterr().out
+    assert not run_parts({**parts, "late": part("e", {})}, tmp_path, 0)
+    assert ran == [*"abcd", *"bd"]
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert written["missing"] == ["check of b", "prefill", "late"]
+    assert written["results"] == {"check of a": {"failure": None}, "decode, 8 tokens": {"ms": {"dsa": 1.0}}}

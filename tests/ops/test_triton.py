@@ -309,7 +309,7 @@ def test_no_queries_and_no_keys_are_allowed():
 
 def test_pinned_triton_raises_where_it_has_no_kernel():
     for name, dtype, reason in [
-        ("indexer_loss", torch.float32, "it has kernels for index_scores, .* alone"),
+        ("indexer_loss", torch.float32, "it has kernels for attend_requests, index_scores, .* alone"),
         ("index_topk", torch.float64, r"compute in float32, dtype torch\.float64 needs more"),
     ]:
         with pytest.raises(BackendError, match=reason):

@@ -16,6 +16,7 @@ from fulmen.ops.functional import (
 )
 from fulmen.ops.losses.indexer.reference import IndexerLoss
 from fulmen.ops.paged.decode import paged_decode  # the operations on caches, for serving, register themselves
+from fulmen.ops.paged.requests import attend_requests  # likewise
 from fulmen.ops.two_level import two_level_topk  # likewise: for fulmen's models
 
 __all__ = [

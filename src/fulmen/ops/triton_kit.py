@@ -32,6 +32,20 @@ KERNEL_SIZES = {
     # rows: queries x heads that read one key
     "key_gradients": {"rows": 32, "num_warps": 4, "num_stages": 1},
     "key_gradients_wide": {"rows": 8, "num_warps": 8, "num_stages": 1},
+    # Over paged caches (`ops/paged/triton_*.py`). rows: queries x index heads of one key head, of prompts and
+    # of decoding; columns: keys
+    "paged_scores": {"rows": 64, "columns": 32, "num_warps": 8, "num_stages": 1},
+    "paged_scores_few": {"rows": 16, "columns": 64, "num_warps": 4, "num_stages": 2},
+    # columns: scores, or candidates, that a program holds in registers
+    "paged_select": {"columns": 8192, "num_warps": 16, "num_stages": 1},
+    "paged_attend": {"rows": 64, "columns": 64, "num_warps": 4, "num_stages": 2},
+    # rows: queries x heads that read one key
+    "paged_dense": {"rows": 64, "columns": 64, "num_warps": 8, "num_stages": 2},
+    "paged_attend_wide": {"rows": 64, "columns": 32, "num_warps": 8, "num_stages": 1},
+    "paged_dense_wide": {"rows": 64, "columns": 32, "num_warps": 8, "num_stages": 1},
+    "paged_merge": {"num_warps": 4, "num_stages": 1},
+    # rows: heads of a token
+    "paged_store": {"rows": 8, "num_warps": 2, "num_stages": 1},
 }
 # Heads wider than this (absorbed latents) take the table's "_wide" entries.
 WIDE_HEAD = 256
@@ -68,6 +82,19 @@ def split_width(width: int) -> tuple[int, int]:
 def on_device_of(x: Tensor) -> AbstractContextManager:
     """Kernels go to the current device; inside this context that is the device of `x`."""
     return nullcontext() if x.device.type == "cpu" else getattr(torch, x.device.type).device(x.device)
+
+
+def launch(kernel: Any, grid: Any, *arguments: Any, **options: Any) -> None:
+    """Start a kernel, whose first argument is a tensor, on that one's device.
+
+    Tensors on "meta" hold no numbers: for them all is done but the launch.
+    """
+    first = arguments[0]
+    assert all(x.device == first.device for x in arguments if isinstance(x, Tensor)), kernel
+    if first.device.type == "meta" or not all(grid):
+        return
+    with on_device_of(first):
+        kernel[grid](*arguments, **options)
 
 
 def product_dtype(x: Tensor) -> tl.dtype:

@@ -4,8 +4,6 @@ The other device is "meta", whose tensors hold no numbers: what passes there has
 watches that nothing of a step lies elsewhere, is made elsewhere, or is read back by the host.
 """
 
-import traceback
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,13 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import fulmen
 from fulmen.ops.dispatch import pin_backend
-from fulmen.ops.paged import paged_attention
 from fulmen.ops.paged.layer import CoarseCache, PagedLayer
 from fulmen.ops.paged.project import Projections
 
-FULMEN = Path(fulmen.__file__).parent
 BLOCK = 16
 HEADS, KEY_HEADS, WIDTH, HIDDEN = 4, 2, 32, 24
 INDEX_HEADS, INDEX_WIDTH, COARSE_HEADS, COARSE_WIDTH = 4, 16, 2, 8
@@ -30,6 +25,7 @@ STEPS = {
     "short decodes": ([0, 1, 2], [8, 3]),
     "prompt": ([0, 7], [30]),
     "short prompt": ([0, 7], [7]),
+    "long prompt": ([0, 12], [30]),
     "both": ([0, 1, 2, 9, 10], [40, 5, 27, 20]),
     "drafts": ([0, 3, 6], [33, 18]),
     "padded": ([0, 1, 2, 2, 2], [40, 23, 0, 0]),
@@ -45,11 +41,25 @@ def vllm_step():
 
 
 @pytest.fixture
-def torch_on_meta(monkeypatch):
-    """The registry refuses "meta", where nothing can be computed; here nothing is to be."""
+def triton_on_meta(monkeypatch):
+    """The registry refuses "meta", where nothing can be computed; here nothing is to be: the kernels that
+    would start are noted, with their grids.
+    """
+    pytest.importorskip("triton")
+    from fulmen.ops import triton_kit
+    from fulmen.ops.paged import triton_attend, triton_dense, triton_scores, triton_select, triton_store
+
+    started = []
+
+    def noted(kernel, grid, *arguments, **options):
+        started.append((kernel.__name__.removeprefix("_paged_").removesuffix("_kernel"), grid))
+        triton_kit.launch(kernel, grid, *arguments, **options)
+
+    for module in (triton_attend, triton_dense, triton_scores, triton_select, triton_store):
+        monkeypatch.setattr(module, "launch", noted)
     monkeypatch.setattr("fulmen.ops.dispatch.reason_against_backend", lambda *given: None)
-    with pin_backend("torch"):
-        yield
+    with pin_backend("triton"):
+        yield started
 
 
 class HostRead(Exception):
@@ -172,12 +182,6 @@ def attend(attention, step, tokens, coarse):
     return out_TX
 
 
-def functions_on_the_way_to(error):
-    """Those of fulmen."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return [frame.name for frame in frames if Path(frame.filename).is_relative_to(FULMEN)]
-
-
 def tensors_in(value):
     if isinstance(value, torch.Tensor):
         return [value]
@@ -231,43 +235,46 @@ def test_how_many_drafts_were_taken_need_not_be_known_on_the_host(vllm_step, nam
 
 
 @every_step
-@levels
-def test_all_of_a_layer_reads_nothing_back_before_torch_plans_its_blocks(
-    vllm_step, torch_on_meta, name, coarse
-):
-    """The torch backend cuts intervals of keys into blocks on the host: at the first `tolist` of these, that
-    of selection where a context is longer than k, else of dense attention, "meta" ends. All before has
-    passed by then: the layout, projections, RoPE, and storing in each of the caches.
-    """
+def test_all_of_a_layer_on_a_device_reads_nothing_back(vllm_step, triton_on_meta, name):
+    """Projections, RoPE and stores, scores, selection and attention, up to the launch of each kernel."""
     starts, lengths = STEPS[name]
     step = step_of(starts, lengths, "meta")
-    attention, tokens = attention_over_caches("meta", coarse), tokens_of(step, "meta")
-    with OneDevice() as watched, pytest.raises(HostRead, match="_to_copy") as stop:
-        attend(attention, step, tokens, coarse)
-    path = functions_on_the_way_to(stop.value)
-    assert path[-1] == "interval_blocks"
-    first_is_long = step.spans[0].longest > TOPK
-    assert ("paged_sparse_attention" in path) == first_is_long
-    assert watched.ran.count("index_put_") == (3 if coarse else 2)
+    attention, tokens = attention_over_caches("meta", False), tokens_of(step, "meta")
+    with OneDevice() as watched:
+        attend(attention, step, tokens, False)
+    names = [kernel for kernel, _ in triton_on_meta]
+    selecting = ["scores", "select"] if max(lengths) > TOPK else []
+    # Queries of a prompt that keep all of their keys share them.
+    sharing = ["dense"] if name == "long prompt" else []
+    assert names == ["store", "index", *selecting, *sharing, "attend"]
+    assert not {"index_select", "gather"} & set(watched.ran)
 
 
-@pytest.mark.parametrize("queries", [1, 3])
-def test_attention_over_selected_keys_reads_nothing_back_before_it_is_checked(
-    vllm_step, torch_on_meta, queries
-):
-    """The sparse attention that composes the paged one, off the CPU, refuses a position beyond the keys, and
-    asks for the largest to do so: there "meta" ends, after keys and values have been gathered. (The union of
-    the selected keys, whose size is a matter of numbers, too, would be the torch backend's next end.)
-    """
-    layer = attention_over_caches("meta", False)._kept.layer
-    q_BTHD = torch.zeros(2, queries, HEADS, WIDTH, device="meta")
-    rows_BS = torch.zeros(2, 40, dtype=torch.int32, device="meta")
-    stop_BT = torch.zeros(2, queries, dtype=torch.int64, device="meta")
-    topk_BTK = torch.zeros(2, queries, TOPK, dtype=torch.int32, device="meta")
-    with OneDevice() as watched, pytest.raises(HostRead) as stop:
-        paged_attention(q_BTHD, layer.kv_RGC, rows_BS, stop_BT, topk_BTK, *layer.softmax)
-    assert functions_on_the_way_to(stop.value)[-1] == "check_topk_below"
-    assert "index_select" in watched.ran
+def test_what_starts_depends_on_sizes_alone(vllm_step, triton_on_meta):
+    """As for a CUDA graph, which is captured once for all requests of a size: same kernels, same grids."""
+    started = []
+    for starts, lengths in [([0, 1, 2], [40, 40]), ([0, 1, 1], [40, 0]), ([0, 1, 2], [1, 40])]:
+        step = step_of(starts, lengths, "meta")
+        step.n_tokens, step._common.slot_mapping = 2, torch.zeros(2, dtype=torch.int64, device="meta")
+        attention, tokens = attention_over_caches("meta", False), tokens_of(step, "meta")
+        triton_on_meta.clear()
+        attend(attention, step, tokens, False)
+        started.append(list(triton_on_meta))
+    assert started[0] == started[1] == started[2]
+
+
+def test_decoding_can_be_captured_with_short_keys(vllm_step):
+    from vllm.v1.attention.backend import AttentionCGSupport
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from fulmen.serving.vllm_plugin.step import StepBuilder
+
+    common = step_of([0, 2, 4], [40, 30], "cpu")._common
+    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=KEY_HEADS, head_size=WIDTH, dtype=torch.float32)
+    builder = StepBuilder(spec, ["layer"], None, torch.device("cpu"))
+    assert builder.get_cudagraph_support(None, spec) == AttentionCGSupport.UNIFORM_BATCH
+    builder.build_for_cudagraph_capture(common)
+    assert common.seq_lens.tolist() == [2, 2]
 
 
 def test_vllm_cuts_the_graphs_that_it_captures_at_this_attention(vllm_step):

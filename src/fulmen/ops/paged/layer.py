@@ -24,7 +24,7 @@ from fulmen.ops.common.index_keys import SCALE_BYTES, is_packed
 from fulmen.ops.common.rope import apply_rope, rotate_half_split
 from fulmen.ops.cpp.abi import HeadsStruct, NewTokensStruct, PagedLayerStruct
 from fulmen.ops.cpp.library import call_cpp, has_tiles
-from fulmen.ops.dispatch import CACHE_DTYPES, implementation, implements
+from fulmen.ops.dispatch import CACHE_DTYPES, implementation, implements, implements_by_name
 from fulmen.ops.paged import store_index_keys
 
 
@@ -325,6 +325,9 @@ def store_tokens_composed(
     shared = layer.n_index_heads // len(layer.rope_pairs_IP)
     angles = (x_TIP.repeat_interleave(shared, 1) for x_TIP in (cos_TIP, sin_TIP))
     return q_THD, rotate_half_split(index_q_TJE, *angles), coarse_q_TMN
+
+
+implements_by_name("store_tokens", "triton", "fulmen.ops.paged.triton_store:store_tokens_triton")
 
 
 def _store_coarse(

@@ -157,7 +157,7 @@ def project_and_store_cpp(
     return q_THD, index
 
 
-@implements("project_and_store", "reference", "torch")
+@implements("project_and_store", "reference", "torch", "triton")
 def project_and_store_composed(
     layer: PagedLayer,
     projections: Projections,

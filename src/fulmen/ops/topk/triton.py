@@ -92,20 +92,29 @@ def _select_kernel(scores_RS, start_R, stop_R, topk_RK, n_keys, n_columns, BLOCK
 @triton.jit
 def _find_threshold(scores_S, start, stop, n_wanted, BLOCK: tl.constexpr):
     """The rank of the last key that is selected, and how many keys of just that rank are."""
-    digit_D = tl.arange(0, DIGIT_VALUES)
     prefix = start.to(tl.uint32) * 0
     for digit in tl.static_range(DIGITS):
         count_D = _count_digits(
             scores_S, start, stop, prefix, DIGIT_BITS * (DIGITS - 1 - digit), digit > 0, BLOCK
         )
-        # Keys whose digit is at least this one; the threshold's is the largest with enough of them. Digit 0
-        # always has: its own count, which is too high, is never looked at.
-        at_least_D = tl.sum(count_D, 0) - tl.cumsum(count_D, 0) + count_D
-        enough_D = (at_least_D >= n_wanted) & (digit_D > 0)
-        too_few_D = (at_least_D < n_wanted) & (digit_D > 0)
-        prefix = (prefix << DIGIT_BITS) | tl.sum(enough_D.to(tl.int32), 0).to(tl.uint32)
-        n_wanted -= tl.max(tl.where(too_few_D, at_least_D, 0), 0)
+        chosen, n_above = threshold_digit(count_D, n_wanted)
+        prefix = (prefix << DIGIT_BITS) | chosen.to(tl.uint32)
+        n_wanted -= n_above
     return prefix, n_wanted
+
+
+@triton.jit
+def threshold_digit(count_D, n_wanted):
+    """The threshold's digit, and how many keys have a higher one, from how many have each.
+
+    It is the largest with enough keys at least there. Digit 0 always has: its own count, which is too high,
+    is never looked at.
+    """
+    digit_D = tl.arange(0, DIGIT_VALUES)
+    at_least_D = tl.sum(count_D, 0) - tl.cumsum(count_D, 0) + count_D
+    enough_D = (at_least_D >= n_wanted) & (digit_D > 0)
+    too_few_D = (at_least_D < n_wanted) & (digit_D > 0)
+    return tl.sum(enough_D.to(tl.int32), 0), tl.max(tl.where(too_few_D, at_least_D, 0), 0)
 
 
 @triton.jit
@@ -147,12 +156,18 @@ def _write_best(scores_S, start, stop, threshold, n_equal, topk_K, n_columns, BL
 
 @triton.jit
 def _load_ranks(scores_S, key_C, start, stop):
-    """uint32, ordered as the scores: 0 is hidden, 1 NaN, -0.0 is 0.0. By integers: denormals count."""
+    """As `ranks_of`; 0 is hidden."""
     visible_C = (key_C >= start) & (key_C < stop)
-    bits_C = tl.load(scores_S + key_C, mask=visible_C, other=0.0).to(tl.int32, bitcast=True)
+    rank_C = ranks_of(tl.load(scores_S + key_C, mask=visible_C, other=0.0))
+    return tl.where(visible_C, rank_C, 0).to(tl.uint32)
+
+
+@triton.jit
+def ranks_of(scores_C):
+    """uint32 above 0, ordered as the scores: 1 is NaN, -0.0 is 0.0. By integers: denormals count."""
+    bits_C = scores_C.to(tl.int32, bitcast=True)
     size_C = bits_C & 0x7FFFFFFF
     # The bits of a float are ordered as an integer once those below the sign are flipped in negative numbers.
     ordered_C = tl.where(size_C == 0, 0, bits_C ^ ((bits_C >> 31) & 0x7FFFFFFF))
     rank_C = ordered_C.to(tl.uint32, bitcast=True) ^ 0x80000000
-    rank_C = tl.where(size_C > 0x7F800000, 1, rank_C)
-    return tl.where(visible_C, rank_C, 0).to(tl.uint32)
+    return tl.where(size_C > 0x7F800000, 1, rank_C).to(tl.uint32)

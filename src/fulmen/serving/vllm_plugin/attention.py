@@ -16,9 +16,10 @@ from fulmen.ops.common.index_keys import SCALE_BYTES
 from fulmen.ops.paged import paged_attention
 from fulmen.ops.paged.layer import CoarseCache, PagedLayer
 from fulmen.ops.paged.project import Projections, project_and_store
+from fulmen.ops.paged.requests import attend_requests, require_paged_kernels, reserve_workspace
 from fulmen.ops.paged.sparse import KeyRows, paged_sparse_attention
 from fulmen.serving.vllm_plugin.caches import IndexKeyCache, KeyValueCache
-from fulmen.serving.vllm_plugin.step import Span, Step
+from fulmen.serving.vllm_plugin.step import DeviceLayout, Span, Step
 from fulmen.serving.vllm_plugin.weights import IndexerWeights
 
 # As torch.compile's graphs name it.
@@ -84,6 +85,11 @@ class DsaAttention(nn.Module):
             self.coarse_cache = IndexKeyCache(f"{name}.coarse_keys", vllm_config, width)
             self.coarse_name = self.coarse_cache.name
         self.n_candidates = dsa.candidates(layer)
+        self._bounds = (vllm_config.model_config.max_model_len, vllm_config.scheduler_config.max_num_seqs)
+        if (kind := vllm_config.device_config.device_type) != "cpu":
+            shape = (self.head_dim, max(self.topk, self.layer_topk), bool(dsa.coarse_head_dim))
+            dtype: Any = vllm_config.model_config.dtype  # resolved by now
+            require_paged_kernels(name, kind, dtype, *shape)
         vllm_config.compilation_config.static_forward_context[self.name].attention = [self]
         keep_out_of_graphs(vllm_config.compilation_config)
 
@@ -120,6 +126,12 @@ class DsaAttention(nn.Module):
         """
         kept = self._kept_layer()
         layer = kept.layer
+        if qkv.device.type != "cpu":
+            where_all = step.device_layout(
+                index_steps[0], kept.rows_per_block, kept.rotary, positions_T, qkv.dtype
+            )
+            self._attend_on_device(layer, where_all, qkv, x_TC, out_TX)
+            return
         where = step.layout(index_steps, kept.rows_per_block, kept.rotary, positions_T, qkv.dtype)
         all_qk_TX = qkv if self._ranks == 1 else self._gathered(qkv)
         if step.only_decodes:
@@ -132,6 +144,23 @@ class DsaAttention(nn.Module):
         q_THD, index = project_and_store(layer, *new, longest=step.longest)
         for span, sequences in zip(step.spans, where.sequences, strict=True):
             self._attend_span(layer, q_THD, index, span, sequences, out_TX[span.tokens])
+
+    def reserve(self, out_TX: Tensor) -> None:
+        """Take and give back what a step of as many tokens may take beside its results, which are 0."""
+        out_TX.zero_()
+        if out_TX.device.type != "cpu":
+            most_kept = (self.layer_topk, max(self.topk, self.layer_topk))
+            reserve_workspace(out_TX.unflatten(1, (self.heads, self.head_dim)), *most_kept, *self._bounds)
+
+    def _attend_on_device(
+        self, layer: PagedLayer, where: DeviceLayout, qkv: Tensor, x_TC: Tensor, out_TX: Tensor
+    ) -> None:
+        """The same on a GPU: all requests at once, and nothing is asked of it."""
+        all_qk_TX = qkv if self._ranks == 1 else self._gathered(qkv)
+        new = (self._projections, where.tokens, qkv, all_qk_TX, x_TC)
+        selects = where.requests.most_keys > layer.dense_up_to
+        q_THD, index = project_and_store(layer, *new, selects=selects)
+        attend_requests(layer, where.requests, q_THD, index, out_TX.unflatten(1, q_THD.shape[1:]))
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q_THD, k_TGD, v_TGD before RoPE."""
@@ -194,10 +223,10 @@ def fulmen_dsa_attention(
     """One operation to torch.compile: all that depends on the step."""
     context = get_forward_context()
     steps: Any = context.attn_metadata
-    if steps is None:  # vLLM measures memory
-        out.zero_()
-        return
     (attention,) = context.no_compile_layers[layer_name].attention
+    if steps is None:  # vLLM measures memory
+        attention.reserve(out)
+        return
     step = steps[layer_name]
     if step.n_tokens != len(qkv):  # a padded batch
         qkv, hidden_states, positions, out = (

@@ -4,7 +4,8 @@ A cache is a list of rows; a token's row holds all that a layer keeps of it. Tok
 `block_table[s // block_size] * rows_per_block + s % block_size`.
 
 Nothing is read back from the caches' device, which would have to finish its work first: how a step is cut up
-follows from what vLLM has on the host, how many keys a query sees stays on the device.
+follows from what vLLM has on the host, how many keys a query sees stays on the device. On a GPU it is not cut
+up at all: the kernels find each request by vLLM's own buffers, which a CUDA graph reads anew when it replays.
 """
 
 from collections.abc import Callable
@@ -16,11 +17,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from fulmen.ops.dispatch import implementation
 from fulmen.ops.paged.layer import NewTokens
+from fulmen.ops.paged.requests import Requests
 from fulmen.ops.paged.sparse import KeyRows
 from fulmen.serving.vllm_plugin.rope import rotary_rows
 
@@ -73,18 +80,28 @@ class Layout:
         return implementation("paged_decode", self.tokens.rows_T.device, self.tokens.cos_TP.dtype).run
 
 
+class DeviceLayout(NamedTuple):
+    """The same for a GPU's kernels, which take all requests at once."""
+
+    tokens: NewTokens
+    requests: Requests
+
+
 class Step(AttentionMetadata):
     """What the layers need to know of a step; of that of an index cache they ask for rows alone.
 
     Attributes:
-        n_tokens: queries; a padded batch has more rows.
+        n_tokens: queries; a padded batch has more rows. On a GPU padding is computed, too: a CUDA graph is of
+            one size.
     """
 
     def __init__(self, common: CommonAttentionMetadata, block_size: int) -> None:
         self.block_size, self._common = block_size, common
         self._starts = common.query_start_loc_cpu.tolist()
-        self.n_tokens = self._starts[-1]
+        on_host = common.seq_lens.device.type == "cpu"
+        self.n_tokens = self._starts[-1] if on_host else common.num_actual_tokens
         self._layouts: dict[Any, Layout] = {}
+        self._device_layouts: dict[Any, DeviceLayout] = {}
 
     @cached_property
     def spans(self) -> list[Span]:
@@ -127,6 +144,29 @@ class Step(AttentionMetadata):
             self._layouts[key] = Layout(tokens, sequences)
         return self._layouts[key]
 
+    def device_layout(
+        self,
+        index_step: "Step",
+        rows_per_block: tuple[int, ...],
+        rotary: Any,
+        positions_T: Tensor,
+        dtype: torch.dtype,
+    ) -> DeviceLayout:
+        """As `layout`, for the kernels of a GPU: views of vLLM's buffers, and each new token's rows."""
+        key = (rows_per_block, id(rotary))
+        if key not in self._device_layouts:
+            cos_TP, sin_TP = rotary_rows(rotary, positions_T).to(dtype).chunk(2, -1)
+            new = (self._new_rows(rows_per_block[0]), index_step._new_rows(rows_per_block[1]))
+            tokens = NewTokens(*new, cos_TP, sin_TP)
+            common = self._common
+            tables = (common.block_table_tensor, common.query_start_loc, common.seq_lens)
+            room = common.block_table_tensor.shape[1] * self.block_size
+            bounds = (common.max_query_len, min(common.max_seq_len, room))
+            apart = (self.block_size, rows_per_block[0], rows_per_block[1])
+            requests = Requests(*tables, *apart, *bounds)
+            self._device_layouts[key] = DeviceLayout(tokens, requests)
+        return self._device_layouts[key]
+
     def _rows_of(self, other: "Step | None", apart: int, own: Rows, own_apart: int) -> Rows | None:
         """The rows of another cache, which are mostly the same; None: there is none."""
         if other is None:
@@ -143,14 +183,22 @@ class Step(AttentionMetadata):
         blocks_BN = self._common.block_table_tensor[:, : -(-self.longest // self.block_size)]
         row_P = torch.arange(self.block_size, dtype=torch.int32, device=blocks_BN.device)
         all_BNP = blocks_BN[:, :, None] * rows_per_block + row_P
+        return Rows(all_BNP.flatten(1), self._new_rows(rows_per_block))
+
+    def _new_rows(self, rows_per_block: int) -> Tensor:
+        """Rows of the new tokens; negative for padding, whose slots are -1."""
         new_T = self._common.slot_mapping[: self.n_tokens].long()
         if rows_per_block != self.block_size:  # else a slot is its row
             new_T = new_T // self.block_size * rows_per_block + new_T % self.block_size
-        return Rows(all_BNP.flatten(1), new_T)
+        return new_T
 
 
 class StepBuilder(AttentionMetadataBuilder[Step]):
     """Makes the `Step` of one cache."""
+
+    # A CUDA graph replays decoding for other requests, with drafts or without: sizes of launches follow from
+    # sizes of tensors and vLLM's bounds, which are those of the longest text while it captures.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(
         self,
@@ -165,6 +213,11 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Step:
         return Step(common_attn_metadata, self.kv_cache_spec.block_size)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Step:
+        """As `build`; the kernels that run while vLLM captures are to read few keys of its empty caches."""
+        common_attn_metadata.seq_lens.fill_(common_attn_metadata.max_query_len)
+        return self.build(0, common_attn_metadata)
 
 
 def _of_span(span: Span, rows: Rows, index_rows: Rows, coarse_rows: Rows | None) -> KeyRows:

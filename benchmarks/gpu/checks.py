@@ -1,0 +1,110 @@
+"""The paged kernels on this machine's GPU against the specification, before anything is timed."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.shapes import ModelShape, decoding_step
+from fulmen.ops.dispatch import pin_backend
+from fulmen.ops.paged.layer import NewTokens, store_tokens
+from fulmen.ops.paged.requests import attend_requests
+from fulmen.ops.paged.triton_requests import select_keys
+from fulmen.ops.paged.triton_scores import launch_paged_scores
+from fulmen.ops.topk.reference import select_topk_reference
+
+# Near in bfloat16, whose results are rounded to 8 bits.
+CLOSE = 2e-2
+
+
+def check_attention(shape: ModelShape, device: str, queries: int, length: int) -> str | None:
+    """A step of three requests of unequal lengths, one of them padding."""
+    layer, requests, q_THD, index = decoding_step(shape, 3, length, device, queries)
+    start_Z = torch.tensor([0, queries, 2 * queries, 2 * queries], dtype=torch.int32, device=device)
+    lengths = [length, max(length // 3, queries), 0]
+    length_B = torch.tensor(lengths, dtype=torch.int32, device=device)
+    requests = dataclasses.replace(requests, start_Z=start_Z, length_B=length_B)
+    found, wanted = torch.full_like(q_THD, torch.nan), torch.empty_like(q_THD)
+    with pin_backend("triton"):
+        attend_requests(layer, requests, q_THD, index, found)
+    with pin_backend("torch"):
+        attend_requests(layer, requests, q_THD, index, wanted)
+    # Two keys that score within a rounding may change places; then a query differs a little, and few do.
+    differs_T = (found.float() - wanted.float()).abs().amax((1, 2)) > CLOSE
+    differs_T |= found.isnan().any(-1).any(-1)
+    return f"{int(differs_T.sum())} of {len(found)} queries differ" if differs_T.any() else None
+
+
+def check_selection(shape: ModelShape, device: str, length: int) -> str | None:
+    """Of the kernel's own scores, whose ties are many: exactly the rule's."""
+    layer, requests, _, index = decoding_step(shape, 1, length, device, queries=2)
+    index = index._replace(b_TJ=index.b_TJ - 2)
+    chosen_TK = select_keys(layer, requests, index)
+    scores_TS = torch.full((2, length), -torch.inf, device=device)
+    caches = (layer.packed_RX, requests, requests.index_rows_per_block)
+    launch_paged_scores(index.q_TJE, index.w_TJ, index.b_TJ, *caches, slice(0, 2), layer.topk, scores_TS)
+    stop_1T = torch.tensor([[length - 1, length]])
+    given = (scores_TS[None].cpu(), torch.zeros_like(stop_1T), stop_1T)
+    wanted_TK = select_topk_reference(*given, layer.topk)[0]
+    return None if torch.equal(chosen_TK.cpu(), wanted_TK) else "other keys are selected than by the rule"
+
+
+def check_store(shape: ModelShape, device: str) -> str | None:
+    """Rotated queries, keys, values and packed index keys, to the bit."""
+    layer, _, _, _ = decoding_step(shape, 1, 64, device)
+    generator = torch.Generator(device).manual_seed(1)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator, device=device, dtype=torch.bfloat16)
+
+    rows_T = torch.randperm(64, generator=generator, device=device)[:5]
+    angles_TP = normal(5, shape.width // 2).float()
+    tokens = NewTokens(rows_T, rows_T, angles_TP.cos().bfloat16(), angles_TP.sin().bfloat16())
+    names = ("q", "k", "v", "index_q", "index_k")
+    heads = [normal(5, *layer.shapes[name]) for name in names]
+    made = []
+    for backend in ("torch", "triton"):
+        own = dataclasses.replace(layer, kv_RGC=layer.kv_RGC.clone(), packed_RX=layer.packed_RX.clone())
+        with pin_backend(backend):
+            q_THD, index_q_TJE, _ = store_tokens(own, tokens, *heads)
+        made.append((q_THD, index_q_TJE, own.kv_RGC, own.packed_RX))
+    wrong = [
+        name
+        for name, a, b in zip(("q", "index_q", "kv", "index keys"), *made, strict=True)
+        if not _same(a, b)
+    ]
+    return f"not the same bits: {', '.join(wrong)}" if wrong else None
+
+
+def check_graph(shape: ModelShape, device: str, length: int) -> str | None:
+    """A CUDA graph, captured for one step, replays another one's numbers."""
+    layer, requests, q_THD, index = decoding_step(shape, 2, length, device)
+    out_THD = torch.empty_like(q_THD)
+
+    def step() -> None:
+        with pin_backend("triton"):
+            attend_requests(layer, requests, q_THD, index, out_THD)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    requests.length_B.copy_(torch.tensor([length // 2, 5], dtype=torch.int32))
+    graph.replay()
+    replayed = out_THD.clone()
+    step()
+    return None if torch.equal(replayed, out_THD) else "a replay gives other numbers than an eager step"
+
+
+def _same(a: Any, b: Any) -> bool:
+    return torch.equal(a.nan_to_num(-7), b.nan_to_num(-7)) if a.is_floating_point() else torch.equal(a, b)
+
+
+def failure_of(check: Callable[..., str | None], *arguments: Any) -> str | None:
+    """What a check found; what it raises is a failure too, as a kernel that does not compile."""
+    try:
+        return check(*arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
