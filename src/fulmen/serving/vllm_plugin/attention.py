@@ -158,8 +158,7 @@ class DsaAttention(nn.Module):
         """The same on a GPU: all requests at once, and nothing is asked of it."""
         all_qk_TX = qkv if self._ranks == 1 else self._gathered(qkv)
         new = (self._projections, where.tokens, qkv, all_qk_TX, x_TC)
-        selects = where.requests.most_keys > layer.dense_up_to
-        q_THD, index = project_and_store(layer, *new, selects=selects)
+        q_THD, index = project_and_store(layer, *new, longest=where.requests.most_keys)
         attend_requests(layer, where.requests, q_THD, index, out_TX.unflatten(1, q_THD.shape[1:]))
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
