@@ -29,8 +29,8 @@ def main(
     dtype: str = "float32",
     updates: int = 5,
     step: Annotated[float, typer.Option(help="Of a weight, in spreads of its matrix.")] = 0.02,
-    length: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 600,
-    prompts: int = 4,
+    length: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 384,
+    prompts: int = 2,
     new: Annotated[int, typer.Option(help="Tokens of a reply.")] = 16,
     stale: Annotated[bool, typer.Option(help="Leave the engine its first weights, as a control.")] = False,
 ) -> None:
@@ -60,7 +60,7 @@ def main(
 
 @torch.no_grad()
 def move(model: PreTrainedModel, step: float, generator: torch.Generator) -> None:
-    """A random step of all weights; one at least, where a weight's numbers are coarse."""
+    """A random step of all weights."""
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
         spread = parameter.float().std(correction=0)
