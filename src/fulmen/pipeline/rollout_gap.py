@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from fulmen.errors import EngineError
 from fulmen.modeling.rollouts import Rollout
-from fulmen.modeling.selectors import IndexerSelector, SelectionInputs, use_selector
+from fulmen.modeling.selectors import IndexerSelector, SelectionInputs, dsa_attentions, use_selector
 from fulmen.serving.engine.rollouts import VllmRollouts
 
 # Mean difference that rounding explains, in nats a token, by the engine's dtype.
@@ -126,6 +126,7 @@ def selection_gap(
 @torch.no_grad()
 def own_selections(model: PreTrainedModel, tokens: Sequence[int]) -> dict[int, Tensor]:
     """As `VllmRollouts.selections`, by the Transformers model. Raises ConfigError for a dense one."""
+    dsa_attentions(model)
     recorder = _Recorder(model.config.dsa["topk"])
     with use_selector(model, recorder):
         model(torch.tensor([list(tokens)], device=model.device), use_cache=False, logits_to_keep=1)

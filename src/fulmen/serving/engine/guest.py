@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -38,7 +39,8 @@ def as_guest() -> Iterator[None]:
     torch, whether gradients are computed, functions of torch that vLLM replaces, and what the garbage
     collector looks at.
     """
-    with ExitStack() as stack:
+    with ExitStack() as stack, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         stack.enter_context(_own_environment())
         stack.enter_context(_own_random_states())
         stack.enter_context(_own_torch())

@@ -6,7 +6,7 @@ On a CPU its layers, its sampler and this plugin are deterministic: the same cal
 import gc
 import random
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -78,13 +78,12 @@ class VllmRollouts:
         self._expected = weight_shapes(place, self._is_tied)
         self._is_whole = True
         self._dtype = getattr(torch, dtype)
-        # Processes that train together have an engine each.
-        self._in_group = torch.distributed.is_initialized()
-        self._llm: Any = self._start(place, dtype, seed)
-        self._routing, self._expert_layers = self._watch_experts()
+        in_group = torch.distributed.is_initialized()
+        self._routing: Any = None
+        self._expert_layers: list[int] = []
+        self._llm: Any = self._start(place, seed)
         # At the latest when this object or the process ends, and before vLLM itself would.
-        core = self._llm.llm_engine.engine_core
-        self._shut_down = weakref.finalize(self, _shut_down, core, self._in_group)
+        self._shut_down = weakref.finalize(self, _shut_down, self._llm.llm_engine.engine_core, in_group)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Rollout]:
         """As `RolloutEngine.generate`.
@@ -97,13 +96,8 @@ class VllmRollouts:
         require_prompts(prompts, sampling.max_new_tokens, self.max_model_len, self._vocab_size)
         asked = [(prompt, reply) for prompt in range(len(prompts)) for reply in range(sampling.per_prompt)]
         with as_guest():
-            # What was cached before would be read in other pieces, and rounded otherwise.
-            self._llm.reset_prefix_cache()
-            answers = self._llm.generate(
-                [{"prompt_token_ids": list(prompts[prompt])} for prompt, _ in asked],
-                [self._params(sampling, *which) for which in asked],
-                use_tqdm=False,
-            )
+            params = [self._params(sampling, *which) for which in asked]
+            answers = _vllm().ask(self._llm, [prompts[prompt] for prompt, _ in asked], params)
         experts = self._experts(answers)
         return [
             _rollout(prompt, answer.outputs[0], experts.get(answer.request_id), bool(sampling.top_k))
@@ -113,19 +107,24 @@ class VllmRollouts:
     def update(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """As `RolloutEngine.update`; experts may be one tensor or many, a tied head may be left out.
 
-        Raises ConfigError: weights that are not the model's, or not all. The engine then has some of both,
-        and answers nothing until an update succeeds.
+        Raises:
+            ConfigError: weights that are not the model's, or not all. The engine then has some of both, and
+                answers nothing until an update succeeds.
+            EngineError: vLLM cannot take weights while it runs this model.
         """
         if self._llm is None:
             raise ConfigError("the engine is closed; start another")
         self._is_whole = False
+        checked = checked_weights(weights, self._expected, self._is_tied)
         with as_guest():
-            from fulmen.serving.vllm_plugin.weights import pack_head
-
-            checked = checked_weights(weights, self._expected, self._is_tied)
-            self._reload(rounded_biases(checked, self._dtype))
-            self._llm.apply_model(pack_head)
-            self._llm.reset_prefix_cache()
+            try:
+                _vllm().reload(self._llm, rounded_biases(checked, self._dtype))
+            except FulmenError:
+                raise
+            except Exception as error:
+                raise EngineError(
+                    f"vLLM cannot take these weights ({one_line(error)}); start another engine with them"
+                ) from error
         self._is_whole = True
 
     def selections(self, tokens: Sequence[int]) -> dict[int, Tensor]:
@@ -137,94 +136,46 @@ class VllmRollouts:
 
         Raises ConfigError: no tokens, or more than fit.
         """
-        once = Sampling(per_prompt=1, max_new_tokens=1)
         self._require_ready()
         require_prompts([tokens], 1, self.max_model_len, self._vocab_size)
         with as_guest():
-            from fulmen.serving.vllm_plugin.selections import stacked, told_selections
-
-            self._llm.reset_prefix_cache()
-            (model,) = self._llm.apply_model(lambda model: model)
-            with told_selections(model) as told:
-                asked = {"prompt_token_ids": list(tokens)}
-                self._llm.generate(asked, self._params(once, 0, 0), use_tqdm=False)
-        return {layer: stacked(parts) for layer, parts in told.items()}
+            return _vllm().selections(self._llm, tokens)
 
     def close(self) -> None:
         """As `RolloutEngine.close`; further calls do nothing."""
         self._llm = None
         self._shut_down()
 
-    def _reload(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        try:
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        except Exception as error:
-            # Without its end vLLM's reload leaves a model that no further one can mend.
-            self._llm.collective_rpc(_end_reload)
-            if isinstance(error, FulmenError):
-                raise
-            raise EngineError(
-                f"vLLM cannot take these weights ({one_line(error)}); start another engine with them"
-            ) from error
-
-    def _start(self, place: Path, dtype: str, seed: int) -> Any:
-        on_gpu = torch.cuda.is_available()
+    def _start(self, place: Path, seed: int) -> Any:
         settings: dict[str, Any] = {
             "max_model_len": self.max_model_len,
-            "dtype": dtype,
+            "dtype": self._dtype,
             "seed": seed,
             "kv_cache_memory_bytes": self.memory.cache_bytes,
             "gpu_memory_utilization": self.memory.share,
-            "logprobs_mode": "processed_logprobs",
-            "max_logprobs": -1,
-            "skip_tokenizer_init": True,
-            "enforce_eager": not on_gpu,
-            "disable_log_stats": True,
-            "use_tqdm_on_load": False,
-            "enable_return_routed_experts": self._has_experts and on_gpu,
-            "enable_prefix_caching": not self._has_experts or on_gpu,
         }
-        if self._in_group and torch.distributed.get_world_size() > 1:
-            settings["distributed_executor_backend"] = "external_launcher"
         with as_guest():
             try:
-                from vllm import LLM
-
-                return LLM(str(place), **settings)
+                llm = _vllm().start(place, self._has_experts, **settings)
             except Exception as error:
                 raise EngineError(
                     f"vLLM does not start for {place} ({one_line(error)}); see the reason there"
                 ) from error
+            if self._has_experts:
+                self._routing, self._expert_layers = _vllm().watch_experts(llm)
+        return llm
 
-    def _watch_experts(self) -> tuple[Any, list[int]]:
-        """What records experts where vLLM does not, and the layers that have some."""
-        if not self._has_experts:
-            return None, []
-        with as_guest():
-            from fulmen.serving.vllm_plugin.routing import RoutingRecord, numbers_of_expert_layers
-            from fulmen.serving.vllm_plugin.weights import pack_experts_anew
-
-            self._llm.apply_model(pack_experts_anew)
-            (layers,) = self._llm.apply_model(numbers_of_expert_layers)
-            if torch.cuda.is_available():
-                return None, layers
-            (record,) = self._llm.collective_rpc(lambda worker: RoutingRecord(worker.model_runner))
-        return record, layers
-
-    def _params(self, sampling: Sampling, prompt: int, reply: int) -> Any:
-        from vllm import SamplingParams
-
-        return SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=sampling.max_new_tokens,
-            logprobs=min(sampling.top_k + TIES, self._vocab_size) if sampling.top_k else 0,
-            flat_logprobs=True,
-            seed=random.Random(f"{sampling.seed} {prompt} {reply}").getrandbits(31),
-            stop_token_ids=self._stops,
-            detokenize=False,
-        )
+    def _params(self, sampling: Sampling, prompt: int, reply: int) -> dict[str, Any]:
+        """vLLM's settings for one reply."""
+        return {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "max_tokens": sampling.max_new_tokens,
+            "logprobs": min(sampling.top_k + TIES, self._vocab_size) if sampling.top_k else 0,
+            "seed": random.Random(f"{sampling.seed} {prompt} {reply}").getrandbits(31),
+            "stop_token_ids": self._stops,
+        }
 
     def _experts(self, answers: Sequence[Any]) -> dict[str, Any]:
         """The experts of each answer, by its request; empty for a model without."""
@@ -244,11 +195,11 @@ class VllmRollouts:
             raise ConfigError("an update of the engine failed and its weights are mixed; update it with all")
 
 
-def _end_reload(worker: Any) -> None:
-    """Give a model whose reload broke off its tensors back, with whatever is in them."""
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+def _vllm() -> Any:
+    """What vLLM can do; imported where it is needed, as a guest."""
+    from fulmen.serving.vllm_plugin import in_process
 
-    finalize_layerwise_reload(worker.model_runner.get_model(), worker.model_config)
+    return in_process
 
 
 def _shut_down(core: Any, in_group: bool) -> None:
