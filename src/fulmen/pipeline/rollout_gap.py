@@ -3,11 +3,14 @@
 They compute in different pieces and round differently; what is beyond that is a weight that did not arrive.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from fulmen.errors import EngineError
@@ -90,7 +93,8 @@ def rollout_logprobs(
     """logprobs_N, float32: of the reply's tokens under the model, normalised over the kept tokens."""
     count = len(rollout.tokens)
     ids_1T = torch.tensor([[*prompt, *rollout.tokens]], device=model.device)
-    output = model(ids_1T, use_cache=False, logits_to_keep=count + 1)
+    with _float32_head(model):
+        output = model(ids_1T, use_cache=False, logits_to_keep=count + 1)
     logits_NV: Tensor = output.logits[0, :-1].float() / temperature
     tokens_N = ids_1T[0, -count:]
     chosen_N = logits_NV.gather(1, tokens_N[:, None])[:, 0]
@@ -131,6 +135,23 @@ def own_selections(model: PreTrainedModel, tokens: Sequence[int]) -> dict[int, T
     with use_selector(model, recorder):
         model(torch.tensor([list(tokens)], device=model.device), use_cache=False, logits_to_keep=1)
     return recorder.found
+
+
+@contextmanager
+def _float32_head(model: PreTrainedModel) -> Iterator[None]:
+    """The model's head in float32, as the engine's is: in bfloat16 logits of 20 would be an eighth apart."""
+
+    def again(head: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if output.dtype == torch.float32:
+            return output
+        bias_V = None if head.bias is None else head.bias.float()
+        return linear(inputs[0].float(), head.weight.float(), bias_V)
+
+    handle = model.get_output_embeddings().register_forward_hook(again)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class _Recorder(IndexerSelector):

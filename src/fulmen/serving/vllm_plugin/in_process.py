@@ -24,6 +24,8 @@ def start(place: Path, has_experts: bool, **settings: Any) -> LLM:
         str(place),
         logprobs_mode="processed_logprobs",
         max_logprobs=-1,
+        # In bfloat16 logits of 20 would be an eighth apart.
+        hf_overrides={"head_dtype": "float32"},
         skip_tokenizer_init=True,
         enforce_eager=not on_gpu,
         disable_log_stats=True,
@@ -39,8 +41,9 @@ def ask(llm: LLM, prompts: Sequence[Sequence[int]], params: Sequence[dict[str, A
     """vLLM's answers to prompts (token ids), each with its own settings of sampling."""
     # What was cached before would be read in other pieces, and rounded otherwise.
     llm.reset_prefix_cache()
+    inputs: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
     return llm.generate(
-        [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+        inputs,
         [SamplingParams(**one, flat_logprobs=True, detokenize=False) for one in params],
         use_tqdm=False,
     )

@@ -90,7 +90,7 @@ class HeadWatch:
 
 def pack_head(model: Any) -> None:
     """The same at once, for vLLM's own models, which have no watch."""
-    head = getattr(model, "lm_head", None)
+    head: Any = getattr(model, "lm_head", None)
     if _is_packed(head):
         head.quant_method.process_weights_after_loading(head)
 
