@@ -40,7 +40,7 @@ class Rollout:
         kept: n lists of the ids that top-p and top-k kept, the sampled one among them; None where all were.
         ended: whether the reply ended by itself.
         experts: chosen experts [n_positions][n_layers][n_experts_per_token] of prompt and reply, at each
-            position whose output was used; None for a model without experts.
+            position whose output was used, in the layers that have experts; None for a model without.
     """
 
     prompt: int

@@ -96,6 +96,26 @@ def paged_sparse_attention_composed(
     coarse_b_BTM: Tensor | None = None,
 ) -> None:
     """The specification, on any device."""
+    index = (index_q_BTJE, w_BTJ, b_BTJ, key_rows, coarse_q_BTMN, coarse_b_BTM)
+    topk_BTK = paged_selection(layer, *index)
+    inputs = (layer.kv_RGC, key_rows.rows_BS, key_rows.stop_BT, topk_BTK, *layer.softmax)
+    out_BTHD.copy_(paged_attention(q_BTHD, *inputs))
+
+
+@torch.no_grad()
+def paged_selection(
+    layer: PagedLayer,
+    index_q_BTJE: Tensor,
+    w_BTJ: Tensor,
+    b_BTJ: Tensor,
+    key_rows: KeyRows,
+    coarse_q_BTMN: Tensor | None = None,
+    coarse_b_BTM: Tensor | None = None,
+) -> Tensor:
+    """topk_BTK, int32: the keys that `paged_sparse_attention` attends to: positions s, ascending, then -1.
+
+    Args and errors: as there.
+    """
     index = (index_q_BTJE, layer.packed_RX, key_rows.index_rows_BS, w_BTJ, b_BTJ, key_rows.stop_BT)
     coarse, rows_BS = None, key_rows.coarse_rows_BS
     if layer.coarse is not None and coarse_q_BTMN is not None:
@@ -103,9 +123,7 @@ def paged_sparse_attention_composed(
         assert rows_BS is not None
         kept = (layer.coarse.packed_RX, rows_BS, *layer.coarse.numbers[:2])
         coarse = PagedCoarse(coarse_q_BTMN, coarse_b_BTM, *kept)
-    topk_BTK = paged_index_topk(*index, layer.topk, layer.dense_up_to, coarse)
-    inputs = (layer.kv_RGC, key_rows.rows_BS, key_rows.stop_BT, topk_BTK, *layer.softmax)
-    out_BTHD.copy_(paged_attention(q_BTHD, *inputs))
+    return paged_index_topk(*index, layer.topk, layer.dense_up_to, coarse)
 
 
 @implements("paged_sparse_attention", "cpp", dtypes=CACHE_DTYPES)

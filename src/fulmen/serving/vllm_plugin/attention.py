@@ -1,5 +1,6 @@
 """The attention of a converted layer in vLLM: `fulmen.modeling.gqa.attention` over paged caches."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from fulmen.ops.paged import paged_attention
 from fulmen.ops.paged.layer import CoarseCache, PagedLayer
 from fulmen.ops.paged.project import Projections, project_and_store
 from fulmen.ops.paged.requests import attend_requests, require_paged_kernels, reserve_workspace
-from fulmen.ops.paged.sparse import KeyRows, paged_sparse_attention
+from fulmen.ops.paged.sparse import KeyRows, paged_selection, paged_sparse_attention
 from fulmen.serving.vllm_plugin.caches import IndexKeyCache, KeyValueCache
 from fulmen.serving.vllm_plugin.step import DeviceLayout, Span, Step
 from fulmen.serving.vllm_plugin.weights import IndexerWeights
@@ -38,12 +39,17 @@ class Kept(NamedTuple):
     cache: KeyValueCache
     kv_cache: Tensor
     index_buffers: dict[str, Tensor | None]
+    coarse_buffers: dict[str, Tensor | None]
 
     @property
     def holds(self) -> bool:
-        """Whether neither the cache nor the indexer's pairs have been replaced."""
-        pairs_IP = self.index_buffers["rope_pairs"]
-        return self.kv_cache is self.cache.kv_cache and self.layer.rope_pairs_IP is pairs_IP
+        """Whether neither the cache nor the indexer's pairs, of both levels, have been replaced."""
+        if self.kv_cache is not self.cache.kv_cache:
+            return False
+        coarse, buffers = self.layer.coarse, self.coarse_buffers
+        if coarse is not None and coarse.rope_pairs_P is not buffers["rope_pairs"]:
+            return False
+        return self.layer.rope_pairs_IP is self.index_buffers["rope_pairs"]
 
 
 class DsaAttention(nn.Module):
@@ -90,6 +96,8 @@ class DsaAttention(nn.Module):
             shape = (self.head_dim, max(self.topk, self.layer_topk), bool(dsa.coarse_head_dim))
             dtype: Any = vllm_config.model_config.dtype  # resolved by now
             require_paged_kernels(name, kind, dtype, *shape)
+        # Called with topk_BTK and stop_BT where a prompt's queries select; not for tokens that are decoded.
+        self.told: Callable[[Tensor, Tensor], None] | None = None
         vllm_config.compilation_config.static_forward_context[self.name].attention = [self]
         keep_out_of_graphs(vllm_config.compilation_config)
 
@@ -174,7 +182,8 @@ class DsaAttention(nn.Module):
             layer = PagedLayer(*caches, *heads, *budget, self.scale, self._coarse(), self.softcap)
             all_caches = (self.cache, self.index_cache, self.coarse_cache)
             apart = tuple(0 if one is None else one.rows_per_block for one in all_caches)
-            places = (self.cache, self.cache.kv_cache, self.indexer._buffers)
+            coarse_buffers = {} if self.indexer.coarse is None else self.indexer.coarse._buffers
+            places = (self.cache, self.cache.kv_cache, self.indexer._buffers, coarse_buffers)
             self._kept = Kept(layer, apart, self.rotary_emb, *places)
         return self._kept
 
@@ -200,8 +209,11 @@ class DsaAttention(nn.Module):
         out_BTHD = out_TX.unflatten(1, q_THD.shape[1:]).unflatten(0, shape)
         if index is not None and span.longest > self.topk:
             index_q_BTJE, w_BTJ, b_BTJ = (x[span.tokens].unflatten(0, shape) for x in index[:3])
-            coarse = (None if x is None else x[span.tokens].unflatten(0, shape) for x in index[3:])
+            coarse = [None if x is None else x[span.tokens].unflatten(0, shape) for x in index[3:]]
             paged_sparse_attention(layer, q_BTHD, index_q_BTJE, w_BTJ, b_BTJ, key_rows, out_BTHD, *coarse)
+            if self.told is not None:
+                topk_BTK = paged_selection(layer, index_q_BTJE, w_BTJ, b_BTJ, key_rows, *coarse)
+                self.told(topk_BTK, key_rows.stop_BT)
         else:
             dense = (layer.kv_RGC, key_rows.rows_BS, key_rows.stop_BT, None, *layer.softmax)
             out_BTHD.copy_(paged_attention(q_BTHD, *dense))

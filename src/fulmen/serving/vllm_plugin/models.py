@@ -24,7 +24,7 @@ from fulmen.modeling.windows import layer_windows
 from fulmen.serving.vllm_plugin import served_classes
 from fulmen.serving.vllm_plugin.attention import DsaAttention
 from fulmen.serving.vllm_plugin.rope import no_rotation_like, require_same_rope, scale_longrope
-from fulmen.serving.vllm_plugin.weights import HeadWatch
+from fulmen.serving.vllm_plugin.weights import HeadWatch, pack_experts_anew
 
 # The interfaces used here are internal to vLLM and change between its versions.
 VLLM_SERIES = "0.32."
@@ -51,6 +51,7 @@ class DsaServingMixin:
                     require_same_rope(rotary, config.hf_config, config.max_model_len)
                 name = f"{maybe_prefix(prefix, 'model')}.layers.{layer}.self_attn"
                 block.self_attn = DsaAttention(block.self_attn, rotary, layer, dsa, vllm_config, name)
+        pack_experts_anew(self)  # type: ignore[arg-type]
         self._head_watch = HeadWatch()
         if hasattr(self, "logits_processor"):  # the last rank of a pipeline
             self.logits_processor.register_forward_pre_hook(self._head_watch.before_use)

@@ -3,11 +3,14 @@
 vLLM loads a checkpoint anew, a trainer sends some weights by name, or they are written into the parameters.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from vllm.platforms import current_platform
 
 from fulmen.modeling.gqa.indexer import GqaIndexer
 from fulmen.ops.paged.project import Projections
@@ -75,12 +78,42 @@ class HeadWatch:
     def before_use(self, _module: Any, inputs: tuple[Any, ...]) -> None:
         """A hook of vLLM's logits processor, whose first input is the head."""
         head = inputs[0]
-        method: Any = getattr(head, "quant_method", None)
-        if not isinstance(head, ParallelLMHead) or not isinstance(method, UnquantizedEmbeddingMethod):
+        if not _is_packed(head):
             return
         weight: Any = head.weight
         changes = 0 if weight.is_inference() else weight._version
         now = (self._loads, weight.data_ptr(), changes)
         if now != self._packed:
-            method.process_weights_after_loading(head)
+            head.quant_method.process_weights_after_loading(head)
             self._packed = now
+
+
+def pack_head(model: Any) -> None:
+    """The same at once, for vLLM's own models, which have no watch."""
+    head: Any = getattr(model, "lm_head", None)
+    if _is_packed(head):
+        head.quant_method.process_weights_after_loading(head)
+
+
+def _is_packed(head: Any) -> bool:
+    method = getattr(head, "quant_method", None)
+    return isinstance(head, ParallelLMHead) and isinstance(method, UnquantizedEmbeddingMethod)
+
+
+def pack_experts_anew(model: nn.Module) -> None:
+    """Have vLLM pack a model's experts whenever it has loaded them.
+
+    On a CPU it does so only when it starts; later it puts plain matrices where its kernel reads packed ones.
+    """
+    if not current_platform.is_cpu():
+        return
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, UnquantizedFusedMoEMethod):
+            # An attribute of the object goes before the method of its class.
+            method.process_weights_after_loading = partial(_as_at_first, method)  # type: ignore[method-assign]
+
+
+def _as_at_first(method: UnquantizedFusedMoEMethod, layer: Any) -> None:
+    method.moe_kernel = None
+    type(method).process_weights_after_loading(method, layer)
