@@ -31,6 +31,7 @@ from fulmen.errors import (
     MessageError,
     OutputError,
     ResumeError,
+    SandboxError,
     TrainingDivergedError,
     UnsupportedModelError,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "ParityReport",
     "Reporter",
     "ResumeError",
+    "SandboxError",
     "SilentReporter",
     "SuiteReport",
     "TrainingDivergedError",

@@ -7,7 +7,7 @@ from fulmen.tasks.expressions import is_harmless
 
 HARMLESS = (
     *("1 2 3\n4 5 6", "3*x**2 + 2*x", "(x**2 + 1)**3", "sin(x)*exp(-x) + C", "[[0, 1], [-1, 2]]"),
-    *('["A", "B"]', "x**(1/2)", "Q _ _\n_ Q _", ""),
+    *('["A", "B"]', "x**(1/2)", "Q _ _\n_ Q _", "DACEB", ""),
 )
 HARMFUL = (
     *("__import__('os').system('id')", "open('x','w')", "exec(chr(105))", "9**9**9", "9**999999999"),
@@ -33,7 +33,9 @@ def test_calls_towers_and_repeats_are_not(text):
     assert not is_harmless(text)
 
 
-@pytest.mark.parametrize("name", ["binary_matrix", "countdown", "simple_integration", "n_queens", "puzzle24"])
+@pytest.mark.parametrize(
+    "name", ["binary_matrix", "countdown", "simple_integration", "n_queens", "string_insertion"]
+)
 def test_replies_are_not_run(name, tmp_path):
     task = named(name)
     problem, trace = task.problem(0), tmp_path / "trace"

@@ -111,6 +111,8 @@ def always_the_same(index):
         ("python:json:task", "has no task"),
         ("python:json:loads", "cannot be made"),
         ("python:json", "write python:FILE.py:NAME"),
+        ("code:tests=1", "2 to 100 tests"),
+        ("code:isolation=hope", "namespaces or limits"),
         (" ", "write NAME"),
     ],
 )

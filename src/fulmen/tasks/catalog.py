@@ -11,7 +11,11 @@ from fulmen.tasks.parameters import parse_parameters, unknown_task
 from fulmen.tasks.reasoning import ReasoningTask, reasoning_names, require_usable
 
 # fulmen's own tasks: the module with each, and the class in it, made with the spec and the parameters.
-OWN: dict[str, tuple[str, str]] = {"tools": ("fulmen.tasks.tools", "ToolsTask")}
+OWN: dict[str, tuple[str, str]] = {
+    "code": ("fulmen.tasks.code", "CodeTask"),
+    "humaneval": ("fulmen.tasks.humaneval", "HumanEvalTask"),
+    "tools": ("fulmen.tasks.tools", "ToolsTask"),
+}
 
 
 def named(spec: str) -> Task:

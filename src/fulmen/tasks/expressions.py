@@ -42,7 +42,7 @@ def _is_plain(node: ast.AST) -> bool:
     if isinstance(node, ast.Call):
         return isinstance(node.func, ast.Name) and node.func.id in FUNCTIONS and not node.keywords
     if isinstance(node, ast.Name):
-        return len(node.id) == 1 or node.id in FUNCTIONS or node.id == "pi"
+        return "__" not in node.id  # it is not called
     return isinstance(node, _ALLOWED)
 
 

@@ -17,18 +17,17 @@ from fulmen.tasks.forms import ASKED, candidates, in_form, inside_form
 from fulmen.tasks.parameters import checked_parameters
 from fulmen.tasks.split import problem_at
 
+_DIFFER = "its problems or answers differ from process to process"
 LEFT_OUT = {
     "composite": "it mixes tasks; name them one by one",
     "game_of_life_halting": "its scorer takes any reply for right",
-    "isomorphic_strings": "its problems differ from process to process",
-    "polynomial_multiplication": "its problems differ from process to process",
     "propositional_logic": "its problems have no answers",
-    "ransom_note": "its problems differ from process to process",
-    "word_ladder": "its answers differ from process to process",
+    **dict.fromkeys(("codeio", "intermediate_integration", "isomorphic_strings", "knight_swap"), _DIFFER),
+    **dict.fromkeys(("list_functions", "polynomial_multiplication", "ransom_note", "word_ladder"), _DIFFER),
 }
 # Their scorers evaluate what the model wrote.
 EVALUATED = {
-    *("binary_matrix", "countdown", "intermediate_integration", "n_queens", "puzzle24"),
+    *("binary_matrix", "countdown", "n_queens", "puzzle24"),
     *("simple_integration", "spiral_matrix", "string_insertion"),
 }
 # Some data sets make all of their problems, or a list of their kinds, when they are opened.
@@ -78,10 +77,11 @@ class ReasoningTask:
         return Problem(self.name, number, ({"role": "user", "content": prompt},), answer, {"entry": entry})
 
     def _worth(self, problem: Problem, answer: str) -> float:
-        if self._dataset in EVALUATED and not is_harmless(answer):
+        entry = problem.data["entry"]
+        if self._dataset in EVALUATED and answer != entry["answer"] and not is_harmless(answer):
             return 0.0
         try:
-            worth = float(self._open(0).score_answer(answer, problem.data["entry"]))
+            worth = float(self._open(0).score_answer(answer, entry))
         except Exception:  # of one of a hundred scorers, for what a model wrote
             return 0.0
         return min(1.0, max(0.0, worth)) if worth == worth else 0.0
