@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from fulmen.pipeline.api import convert, train
     from fulmen.pipeline.api_evaluate import evaluate
     from fulmen.pipeline.api_load import inspect, load
+    from fulmen.pipeline.api_recipe import distill, recipe, specialize
     from fulmen.pipeline.ask import ask
     from fulmen.pipeline.ask_answer import FolderAnswer
     from fulmen.pipeline.conversion import Conversion
@@ -85,10 +86,13 @@ __all__ = [
     "__version__",
     "ask",
     "convert",
+    "distill",
     "evaluate",
     "inspect",
     "load",
+    "recipe",
     "set_topk",
+    "specialize",
     "train",
 ]
 
@@ -104,10 +108,13 @@ _PLACES = {
     "SuiteReport": "fulmen.evaluation.suites.report",
     "ask": "fulmen.pipeline.ask",
     "convert": "fulmen.pipeline.api",
+    "distill": "fulmen.pipeline.api_recipe",
     "evaluate": "fulmen.pipeline.api_evaluate",
     "inspect": "fulmen.pipeline.api_load",
     "load": "fulmen.pipeline.api_load",
+    "recipe": "fulmen.pipeline.api_recipe",
     "set_topk": "fulmen.modeling.families",
+    "specialize": "fulmen.pipeline.api_recipe",
     "train": "fulmen.pipeline.api",
 }
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from fulmen.errors import CheckpointError, OutputError, UnsupportedModelError, one_line, unwritable
 from fulmen.modeling.bundle import bundle_auto_map, bundle_name, bundle_source
 from fulmen.modeling.config_checks import PROBE, read_own_config, require_sound_templates, require_tokens_fit
-from fulmen.modeling.families import dsa_family_for, family_for_type
+from fulmen.modeling.families import dsa_family_for, family_for_type, has_dsa
 from fulmen.modeling.generation_settings import fix_generation_config, read_generation_config
 from fulmen.modeling.gguf.file import first_part, read_gguf
 from fulmen.modeling.gguf.tokenizer import gguf_tokenizer
@@ -158,7 +158,7 @@ def save_converted(
     extras: Mapping[str, Path] = MappingProxyType({}),
     write_weights: Callable[[Path], Any] | None = None,
 ) -> Path:
-    """Write a DSA model as a Hugging Face directory, complete or not at all.
+    """Write a DSA model, or a dense one, as a Hugging Face directory, complete or not at all.
 
     Config, safetensors, tokenizer with chat template, generation config and `card` as README.md; for fulmen's
     own types also a modeling file and `auto_map`: `trust_remote_code=True` then loads it without fulmen.
@@ -335,6 +335,8 @@ def _unsavable(reason: str) -> CheckpointError:
 def _write_beside_weights(model: PreTrainedModel, tokenizer: Any, folder: Path, card: str) -> None:
     _write_settings(model, tokenizer, folder)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    if not has_dsa(model.config):
+        return
     family = dsa_family_for(model.config)
     if isinstance(family, GqaFamily):
         (folder / f"{bundle_name(family)}.py").write_text(bundle_source(family), encoding="utf-8")

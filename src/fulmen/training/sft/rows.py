@@ -53,7 +53,8 @@ def sft_row(tokenizer: Any, messages: Messages, reply: str) -> SftRow:
 
 def batches(rows: Sequence[SftRow], size: int, steps: int, seed: int) -> list[list[SftRow]]:
     """One batch a step; every row comes once before any comes again."""
-    draw, drawn = random.Random(seed), []
+    draw = random.Random(seed)
+    drawn: list[SftRow] = []
     found: list[list[SftRow]] = []
     while len(found) < steps:
         while len(drawn) < SORTED_BATCHES * size:

@@ -110,7 +110,7 @@ class SftTrainer(SafeCheckpoints, Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        loss: Any = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         self.watch.loss = float(loss.detach())
         if not math.isfinite(self.watch.loss):
             step = self.state.global_step + 1
