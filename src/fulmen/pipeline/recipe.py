@@ -43,7 +43,8 @@ from fulmen.pipeline.rejection import (
 )
 from fulmen.pipeline.reporter import Reporter
 from fulmen.tasks import named
-from fulmen.tasks.base import Problem, Task
+from fulmen.tasks.base import Problem
+from fulmen.tasks.rewards import GuardedTask
 
 REJECTION, DENSE_DISTILLED = "rejection", "dense-distilled"
 # How far a run goes.
@@ -79,7 +80,8 @@ class RecipeRun:
             )
         if recipe.convert and not self.is_dense:
             raise ConfigError(f"convert: is for a dense base, and {recipe.base} is converted; leave it out")
-        self.tasks = {spec: named(spec) for domain in recipe.domains for spec in domain.tasks}
+        specs = [spec for domain in recipe.domains for spec in domain.tasks]
+        self.tasks = {spec: GuardedTask(named(spec)) for spec in specs}
         self.held_out = {spec: held_out_problems(task, recipe.held_out) for spec, task in self.tasks.items()}
         self.folder = RecipeFolder(out)
         self.solved: dict[str, dict[str, Solved]] = {}
@@ -229,8 +231,11 @@ class RecipeRun:
 
     def _solved(self, answerer: Any, spec: str, domain: RecipeDomain) -> Solved:
         problems: list[Problem] = self.held_out[spec]
-        task: Task = self.tasks[spec]
-        return solved_by(answerer, task, problems, domain.max_new_tokens, self.reporter, spec)
+        task = self.tasks[spec]
+        found = solved_by(answerer, task, problems, domain.max_new_tokens, self.reporter, spec)
+        if task.failures:
+            self.reporter.note(f"{spec}: scores that could not be had: {dict(task.failures)}; not solved")
+        return found
 
     def _journal(self, spec: str) -> Path:
         number = list(self.tasks).index(spec)
@@ -243,7 +248,7 @@ class RecipeRun:
         pages = {
             stage: f"{stage}/{page}"
             for stage in stages
-            for page in (RL_PAGE, CARD)
+            for page in (CARD, RL_PAGE)  # the last one that is there
             if (self.folder.model(stage) / page).exists()
         }
         report = RecipeReport(self.solved, self.samples, curves, pages, about)
