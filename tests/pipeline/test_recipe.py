@@ -163,6 +163,12 @@ def test_an_interruption_in_any_stage_is_taken_up(asked, tmp_path):
             run.run("specialists")
     run = RecipeRun(read_recipe(asked), out, CPU, SilentReporter(), stages.recipe_stages())
     assert set(run.run("specialists").solved) == {"base", "high/cold", "high/rl"}
+    # What failed at once may be mended.
+    asked["distill"]["steps"] = 3
+    failing = RecipeStages(**{**vars(stages.recipe_stages()), "sft": stop})
+    with pytest.raises(Stop):
+        RecipeRun(read_recipe(asked), out, CPU, SilentReporter(), failing).run("distilled")
+    asked["distill"]["steps"] = 4
     # Killed after a model was in its place, and before that was written down.
     record = out / "stages" / "high.rl.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "done": False}))

@@ -141,7 +141,8 @@ class RecipeRun:
             "seed": self.recipe.seed,
             "specialists": dict(specialists),
         }
-        self.folder.run(REJECTION, settings, lambda: self._sample(specialists), self.reporter)
+        journals = [self._journal(spec) for spec in self.tasks]
+        self.folder.run(REJECTION, settings, lambda: self._sample(specialists), self.reporter, journals)
         for spec, task in self.tasks.items():
             held_out = [problem for some in self.held_out.values() for problem in some]
             some, counts = kept_lessons(task, self.recipe.rejection, self._journal(spec), held_out)

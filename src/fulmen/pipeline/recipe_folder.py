@@ -1,13 +1,14 @@
 """The folder of a recipe's run: a record of each stage, with which it is skipped or refused the next time."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fulmen.errors import ResumeError, unwritable
 from fulmen.evaluation.report_files import write_json
 from fulmen.pipeline.reporter import Reporter
+from fulmen.pipeline.run_dir import RunDir
 
 RECORDS = "stages"
 
@@ -34,15 +35,25 @@ class RecipeFolder:
         return found
 
     def run(
-        self, stage: str, settings: Mapping[str, Any], work: Callable[[], Any], reporter: Reporter
+        self,
+        stage: str,
+        settings: Mapping[str, Any],
+        work: Callable[[], Any],
+        reporter: Reporter,
+        traces: Sequence[Path] = (),
     ) -> Any:
         """What `work` returned for the stage, now or in an earlier run; plain JSON types.
 
-        Raises ResumeError if the stage was begun with other settings.
+        Args:
+            traces: what half of the work leaves behind, from which it would go on.
+
+        Raises ResumeError if the stage is done, or half done, with other settings.
         """
         asked, before = json.loads(json.dumps(settings)), self.record(stage)
         if before is not None:
-            self._require_same(stage, asked, before["settings"])
+            # A stage that failed at once, as for a setting that cannot be, may be begun with another.
+            if before["done"] or any(trace.exists() for trace in traces):
+                self._require_same(stage, asked, before["settings"])
             if before["done"]:
                 reporter.note(f"{stage}: done before")
                 return before["result"]
@@ -66,7 +77,7 @@ class RecipeFolder:
         record = self.record(stage)
         if record is not None and record["done"] and not place.exists():
             write_json({"settings": record["settings"], "done": False}, self._file(stage))
-        self.run(stage, settings, work, reporter)
+        self.run(stage, settings, work, reporter, (place, RunDir(place).path))
         return place
 
     def _file(self, stage: str) -> Path:
