@@ -52,7 +52,11 @@ def _solved(shares: Mapping[str, Mapping[str, Any]]) -> Plot:
 
 
 def _curve(name: str, curves: Mapping[str, Rows]) -> Plot | None:
-    known = {stage: [row for row in rows if row.get(name) is not None] for stage, rows in curves.items()}
+    # Reinforcement learning logs a loss, too: another quantity.
+    known = {
+        stage: [row for row in rows if row.get(name) is not None and not (name == "loss" and "reward" in row)]
+        for stage, rows in curves.items()
+    }
     known = {stage: rows for stage, rows in known.items() if rows}
     if not known:
         return None
@@ -61,6 +65,7 @@ def _curve(name: str, curves: Mapping[str, Rows]) -> Plot | None:
         steps, values = [row["step"] for row in rows], [row[name] for row in rows]
         axes.plot(steps, values, label=stage, markersize=3, linewidth=1.2, **_style(number))
     axes.set_xlabel("step", color=INK)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.margins(x=0.02)
     legend_above(axes)
     title, caption = CURVES[name]

@@ -22,7 +22,7 @@ from fulmen.training.sft.settings import SftSettings
 from fulmen.training.sparse.lora import add_lora, merge_lora
 
 LOG_FILE = "sft.jsonl"
-# The ends of a run over whose steps its loss is averaged.
+# Steps at either end of a run over which its loss is averaged, a quarter of them at most.
 ENDS = 10
 
 
@@ -153,5 +153,6 @@ def _switch_gradients(model: PreTrainedModel, settings: SftSettings) -> None:
 
 def _result(log_file: Path, tokens: int, seconds: float) -> SftResult:
     losses = [json.loads(line)["loss"] for line in log_file.read_text(encoding="utf-8").splitlines()]
-    first, last = losses[:ENDS], losses[-ENDS:]
+    ends = min(ENDS, max(1, len(losses) // 4))
+    first, last = losses[:ends], losses[-ends:]
     return SftResult(sum(first) / len(first), sum(last) / len(last), len(losses), tokens, seconds)
