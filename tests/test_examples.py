@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import fulmen
+from fulmen.pipeline.recipe_settings import read_recipe
 from tests.tiny_source import save_tiny_source
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -80,6 +81,13 @@ def test_the_notebook(source, tmp_path, monkeypatch):
     nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+
+
+def test_the_recipe_can_be_read():
+    """Its stages are run with tiny models in tests/pipeline/test_recipe.py."""
+    recipe = read_recipe(EXAMPLES / "recipe-small.yaml")
+    assert recipe.base == "smollm2-135m"
+    assert [domain.name for domain in recipe.domains] == ["spelling", "sums", "haystack"]
 
 
 def test_every_example_is_run_by_a_test():

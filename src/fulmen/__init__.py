@@ -32,6 +32,7 @@ from fulmen.errors import (
     OutputError,
     ResumeError,
     RolloutError,
+    SandboxError,
     TrainingDivergedError,
     UnsupportedModelError,
 )
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from fulmen.pipeline.api import convert, train
     from fulmen.pipeline.api_evaluate import evaluate
     from fulmen.pipeline.api_load import inspect, load
+    from fulmen.pipeline.api_recipe import distill, recipe, specialize
     from fulmen.pipeline.api_rl import rl
     from fulmen.pipeline.ask import ask
     from fulmen.pipeline.ask_answer import FolderAnswer
@@ -79,6 +81,7 @@ __all__ = [
     "Reporter",
     "ResumeError",
     "RolloutError",
+    "SandboxError",
     "SilentReporter",
     "SuiteReport",
     "TrainingDivergedError",
@@ -86,11 +89,14 @@ __all__ = [
     "__version__",
     "ask",
     "convert",
+    "distill",
     "evaluate",
     "inspect",
     "load",
+    "recipe",
     "rl",
     "set_topk",
+    "specialize",
     "train",
 ]
 
@@ -106,11 +112,14 @@ _PLACES = {
     "SuiteReport": "fulmen.evaluation.suites.report",
     "ask": "fulmen.pipeline.ask",
     "convert": "fulmen.pipeline.api",
+    "distill": "fulmen.pipeline.api_recipe",
     "evaluate": "fulmen.pipeline.api_evaluate",
     "inspect": "fulmen.pipeline.api_load",
     "load": "fulmen.pipeline.api_load",
+    "recipe": "fulmen.pipeline.api_recipe",
     "rl": "fulmen.pipeline.api_rl",
     "set_topk": "fulmen.modeling.families",
+    "specialize": "fulmen.pipeline.api_recipe",
     "train": "fulmen.pipeline.api",
 }
 

@@ -16,6 +16,7 @@
     ├── BackendError                 a pinned backend that cannot run here
     ├── EndpointError                a model server that cannot be reached, or lacks the model
     ├── EngineError                  the engine behind `fulmen serve` is not installed, or does not start
+    ├── SandboxError                 generated code cannot be isolated here, so it is not run
     ├── MessageError                 chat messages that cannot be written, or a reply that cannot be read
     │   └── ContextBudgetError       messages that must be kept and take more tokens than there are
     ├── AccountError                 a key or key file that cannot be used, or an account that is not there
@@ -118,6 +119,10 @@ class EndpointError(FulmenError):
 
 class EngineError(FulmenError):
     """The engine that serves a model is not installed, or ends before it answers."""
+
+
+class SandboxError(FulmenError):
+    """Generated code cannot be isolated on this machine, and nobody said to run it without."""
 
 
 class MessageError(FulmenError):

@@ -17,7 +17,20 @@ from fulmen.cli.main import app
 from fulmen.modeling.checkpoint import find_source
 from tests.cli.said import lines_that_stay
 
-COMMANDS = ["inspect", "convert", "train", "eval", "suite", "chat", "ask", "cost", "doctor", "serve"]
+COMMANDS = [
+    "inspect",
+    "convert",
+    "train",
+    "specialize",
+    "distill",
+    "eval",
+    "suite",
+    "chat",
+    "ask",
+    "cost",
+    "doctor",
+    "serve",
+]
 
 
 def call(*arguments, **options):

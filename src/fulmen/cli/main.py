@@ -14,6 +14,7 @@ from fulmen.cli.doctor import doctor_command
 from fulmen.cli.evaluate import evaluate_command
 from fulmen.cli.inspect import inspect_command
 from fulmen.cli.keys import keys_app
+from fulmen.cli.recipe import distill_command, recipe_app, specialize_command
 from fulmen.cli.rl import rl_command
 from fulmen.cli.serve import EXTRA_FLAGS, serve_command
 from fulmen.cli.suite import suite_command
@@ -51,17 +52,21 @@ def fulmen(
 ) -> None:
     """Give a dense language model DeepSeek Sparse Attention, and measure what that costs and saves.
 
-    inspect a model, convert it, train it further, by rewards too (rl), eval the result against the dense
-    model, chat with it, serve it. suite runs tests on any model, cost prices its tokens, doctor shows what
-    computes here.
+    inspect a model, convert it, train it further, eval the result against the dense model, chat with it,
+    serve it. suite runs tests on any model, cost prices its tokens, doctor shows what computes here.
+    rl goes on with rewards; recipe post-trains: specialists (specialize), one model of them (distill), mixed
+    RL; verify makes and scores verifiers of proofs.
     For a server: keys makes its API keys, usage shows what they used. ask answers questions about a folder
-    of documents, docs serves one as tools. verify makes and scores verifiers of proofs.
+    of documents, docs serves one as tools.
     """
 
 
 app.command("inspect")(inspect_command)
 app.command("convert")(convert_command)
 app.command("train")(train_command)
+app.add_typer(recipe_app, name="recipe")
+app.command("specialize")(specialize_command)
+app.command("distill")(distill_command)
 app.command("rl")(rl_command)
 app.command("eval")(evaluate_command)
 app.command("suite")(suite_command)

@@ -1,0 +1,80 @@
+"""A model that answers problems of tasks, by a rollout engine."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from fulmen.modeling.checkpoint import load_dense, load_tokenizer
+from fulmen.modeling.families import accelerate_model, has_dsa
+from fulmen.modeling.rollouts import RolloutEngine, Sampling
+from fulmen.pipeline.devices import move
+from fulmen.pipeline.load import load_converted_model
+from fulmen.pipeline.model_config import read_config
+from fulmen.tasks.base import Problem
+from fulmen.training.sft.rows import sft_row
+
+ENGINE_MODULE = "fulmen.training.rl.generate_engine"
+AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """A model with its tokenizer and engine."""
+
+    engine: RolloutEngine
+    tokenizer: Any
+
+    def replies(self, problems: Sequence[Problem], sampling: Sampling) -> list[list[str]]:
+        """The replies to each problem, as text."""
+        # The prompt is the same one that the model is trained on.
+        prompts = [sft_row(self.tokenizer, problem.messages, "-").prompt for problem in problems]
+        rollouts = self.engine.generate(prompts, sampling)
+        texts = self.tokenizer.batch_decode(
+            [list(rollout.tokens) for rollout in rollouts], skip_special_tokens=True
+        )
+        found: list[list[str]] = [[] for _ in problems]
+        for rollout, text in zip(rollouts, texts, strict=True):
+            found[rollout.prompt].append(text)
+        return found
+
+
+# Opens a model directory as what answers.
+OpenAnswerer = Callable[[Path, torch.device], Answerer]
+
+
+def open_model(place: str | Path, device: torch.device) -> tuple[PreTrainedModel, Any]:
+    """A model, dense or converted, in eval mode, and its tokenizer. Raises as reading one does."""
+    found, config = read_config(place)
+    tokenizer = load_tokenizer(found, config.get_text_config().vocab_size)
+    if has_dsa(config):
+        return load_converted_model(place, device), tokenizer
+    return move(load_dense(str(place))[0].eval(), device), tokenizer
+
+
+def generate_answerer(place: Path, device: torch.device) -> Answerer:
+    """A model that answers by Transformers' `generate`."""
+    model, tokenizer = open_model(place, device)
+    if has_dsa(model.config):
+        accelerate_model(model)
+    engine: RolloutEngine = import_module(ENGINE_MODULE).GenerateRollouts(
+        model, ends_of(model, tokenizer), pad_of(model, tokenizer), AT_ONCE
+    )
+    return Answerer(engine, tokenizer)
+
+
+def ends_of(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """Ids that end a reply: what the model's settings say, and the tokenizer's end of text."""
+    own = model.generation_config.eos_token_id if model.generation_config else None
+    ids = [own] if isinstance(own, int) else list(own or [])
+    return list(dict.fromkeys([*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]))
+
+
+def pad_of(model: PreTrainedModel, tokenizer: Any) -> int:
+    """An id for padding, which no layer ever sees."""
+    asked = (tokenizer.pad_token_id, *ends_of(model, tokenizer), 0)
+    return int(next(one for one in asked if one is not None))

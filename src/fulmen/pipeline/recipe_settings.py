@@ -1,0 +1,235 @@
+"""A recipe of post-training, as a YAML file or a mapping: which domains, how long, from which base model."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from importlib import import_module
+from importlib.util import find_spec
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from fulmen.config import require_positive_int
+from fulmen.errors import ConfigError, first_line
+from fulmen.pipeline.api import convert
+from fulmen.pipeline.settings import require_seed
+from fulmen.tasks import named
+from fulmen.training.sft.settings import SftSettings
+
+# What a stage gets from the recipe itself.
+OWN_OPTIONS = {"tasks", "out", "seed", "source", "overwrite", "device", "reporter", "kl"}
+RL_MODULE = "fulmen.pipeline.api_rl"
+DEFAULT_KL = 1e-3
+
+
+@dataclass(frozen=True)
+class ColdStart:
+    """Supervised fine-tuning: on how many problems' own answers (or kept samples), and how.
+
+    Attributes:
+        problems: of each domain; the distilled model learns all that was kept.
+        options: fields of `fulmen.training.sft.settings.SftSettings`.
+    """
+
+    problems: int
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RecipeDomain:
+    """Tasks that one specialist is for.
+
+    Attributes:
+        tasks: names and parameters, as `fulmen.tasks.named` reads them.
+        kl: strength of the KL to the model that RL begins with.
+        max_new_tokens: where replies are cut.
+        sft, rl: its cold start, and options of `fulmen.rl`.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    kl: float
+    max_new_tokens: int
+    sft: ColdStart
+    rl: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """What the specialists write for the distilled model.
+
+    Attributes:
+        problems: of each task. samples: replies to each. keep: right ones of a problem at most.
+        temperature: of sampling.
+    """
+
+    problems: int = 64
+    samples: int = 4
+    keep: int = 2
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("problems", "samples", "keep"):
+            require_positive_int(f"rejection.{name}", getattr(self, name))
+        if not (isinstance(self.temperature, (int, float)) and self.temperature > 0):
+            raise ConfigError(f"rejection.temperature={self.temperature!r} cannot be; use a number above 0")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run of specialists, distillation and mixed reinforcement learning.
+
+    Attributes:
+        base: the model, dense or converted. convert: options of `fulmen.convert` for a dense one.
+        distill: options of supervised fine-tuning on what the specialists wrote.
+        mixed: options of `fulmen.rl` over all domains.
+        held_out: problems of each task that every stage's model answers.
+        dense: whether the dense base is distilled and trained in the same way, to compare with.
+    """
+
+    base: str
+    domains: tuple[RecipeDomain, ...]
+    distill: Mapping[str, Any]
+    mixed: Mapping[str, Any]
+    convert: Mapping[str, Any] = field(default_factory=dict)
+    rejection: Rejection = field(default_factory=Rejection)
+    held_out: int = 64
+    dense: bool = False
+    seed: int = 0
+
+
+def read_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
+    """The recipe of a YAML file, or of a mapping with the same keys, all of it checked.
+
+    Raises ConfigError that names the key: one that is missing, not known, or has a value that cannot be; and
+    for tasks that are not known.
+    """
+    given = source if isinstance(source, Mapping) else _read_yaml(Path(source).expanduser())
+    places = [one.name for one in fields(Recipe)]
+    _require_keys("the recipe", given, [*places, "sft", "rl", "max_new_tokens"], ("base", "domains"))
+    domains = tuple(_domain(name, one, given) for name, one in _mapping("domains", given).items())
+    if not domains:
+        raise ConfigError("domains is empty; name at least one, with its tasks")
+    shared = _mapping("sft", given, {})
+    shared.pop("problems", None)
+    recipe = Recipe(
+        base=_text("base", given["base"]),
+        domains=domains,
+        distill={"steps": 50, **shared, **_mapping("distill", given, {})},
+        mixed={"steps": 20, **_mapping("rl", given, {}), **_mapping("mixed", given, {})},
+        convert=_mapping("convert", given, {}),
+        rejection=_rejection(_mapping("rejection", given, {})),
+        held_out=given.get("held_out", 64),
+        dense=given.get("dense", False),
+        seed=given.get("seed", 0),
+    )
+    _check(recipe)
+    return recipe
+
+
+def _check(recipe: Recipe) -> None:
+    require_positive_int("held_out", recipe.held_out)
+    require_seed(recipe.seed)
+    if not isinstance(recipe.dense, bool):
+        raise ConfigError(f"dense={recipe.dense!r} cannot be; use true or false")
+    _check_options(recipe)
+    tasks = [task for domain in recipe.domains for task in domain.tasks]
+    if twice := {task for task in tasks if tasks.count(task) > 1}:
+        raise ConfigError(f"task {min(twice)!r} stands in the recipe twice; name it once")
+
+
+def _check_options(recipe: Recipe) -> None:
+    """Of each stage: keys that it has, and values that can be told before anything runs."""
+    fine_tuned = {f"domains.{one.name}.sft": one.sft.options for one in recipe.domains}
+    learned = {f"domains.{one.name}.rl": one.rl for one in recipe.domains}
+    for place, options in {"distill": recipe.distill, **fine_tuned}.items():
+        _require_not_own(place, options)
+        _require_keys(place, options, [one.name for one in fields(SftSettings) if one.name != "seed"])
+        SftSettings(**options)
+    for place, options in {"mixed": recipe.mixed, **learned}.items():
+        _require_not_own(place, options)
+        require_positive_int(f"{place}.steps", options["steps"])
+        if find_spec(RL_MODULE) is not None:
+            _require_keys(place, options, list(signature(import_module(RL_MODULE).rl).parameters))
+    _require_not_own("convert", recipe.convert)
+    _require_keys("convert", recipe.convert, list(signature(convert).parameters))
+
+
+def _require_not_own(place: str, options: Mapping[str, Any]) -> None:
+    if own := OWN_OPTIONS & options.keys():
+        raise ConfigError(f"{place}.{min(own)} is set by the recipe itself; leave it out")
+
+
+def _domain(name: Any, given: Any, recipe: Mapping[str, Any]) -> RecipeDomain:
+    place = f"domains.{name}"
+    if not (isinstance(name, str) and name.replace("-", "_").isidentifier()):
+        raise ConfigError(f"domain {name!r} cannot be; use letters, digits and -")
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{place}={given!r} cannot be; give it tasks, and what differs from the rest")
+    _require_keys(place, given, ["tasks", "kl", "max_new_tokens", "sft", "rl"], ("tasks",))
+    tasks = given["tasks"]
+    tasks = [tasks] if isinstance(tasks, str) else tasks
+    if not (isinstance(tasks, Sequence) and tasks and all(isinstance(one, str) for one in tasks)):
+        raise ConfigError(f"{place}.tasks={given['tasks']!r} cannot be; give names, as spell_backward")
+    for task in tasks:
+        named(task)
+    kl, longest = given.get("kl", DEFAULT_KL), given.get("max_new_tokens", recipe.get("max_new_tokens", 64))
+    if isinstance(kl, bool) or not isinstance(kl, (int, float)) or not kl >= 0:
+        raise ConfigError(f"{place}.kl={kl!r} cannot be; use a number of 0 or more")
+    require_positive_int(f"{place}.max_new_tokens", longest)
+    sft = {"steps": 50, **_mapping("sft", recipe, {}), **_mapping("sft", given, {}, place)}
+    problems = sft.pop("problems", 200)
+    require_positive_int(f"{place}.sft.problems", problems)
+    rl = {"steps": 20, **_mapping("rl", recipe, {}), **_mapping("rl", given, {}, place)}
+    return RecipeDomain(name, tuple(tasks), float(kl), longest, ColdStart(problems, sft), rl)
+
+
+def _rejection(given: Mapping[str, Any]) -> Rejection:
+    _require_keys("rejection", given, [one.name for one in fields(Rejection)])
+    return Rejection(**given)
+
+
+def _read_yaml(file: Path) -> Mapping[str, Any]:
+    import yaml
+
+    try:
+        read = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"recipe {file} cannot be read ({first_line(error)}); name a YAML file") from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"recipe {file} is no YAML ({reason}); mend it there") from error
+    if not isinstance(read, Mapping):
+        raise ConfigError(
+            f"recipe {file} has no keys; it needs base and domains, as examples/recipe-small.yaml"
+        )
+    return read
+
+
+def _require_keys(
+    place: str, given: Mapping[str, Any], known: Sequence[str], needed: Sequence[str] = ()
+) -> None:
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            meant = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+            raise ConfigError(f"{place} has no key {key!r}; {meant}")
+    for key in needed:
+        if given.get(key) is None:
+            raise ConfigError(f"{place} lacks {key}; add it")
+
+
+def _mapping(
+    key: str, given: Mapping[str, Any], default: Mapping[str, Any] | None = None, place: str = ""
+) -> dict[str, Any]:
+    value = given.get(key, default)
+    if not isinstance(value, Mapping):
+        name = f"{place}.{key}" if place else key
+        raise ConfigError(f"{name}={value!r} cannot be; give it keys and values")
+    return dict(value)
+
+
+def _text(key: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigError(f"{key}={value!r} cannot be; name a model or its directory")
+    return value

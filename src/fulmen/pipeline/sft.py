@@ -1,0 +1,99 @@
+"""Supervised fine-tuning of a model directory, dense or converted, on prompts and replies; resumable."""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from fulmen.modeling.checkpoint import require_free_output, require_savable, save_converted
+from fulmen.modeling.families import accelerated, has_dsa
+from fulmen.pipeline.answers import open_model, pad_of
+from fulmen.pipeline.conversion import Conversion
+from fulmen.pipeline.fingerprint import weights_fingerprint
+from fulmen.pipeline.model_card import conversion_card
+from fulmen.pipeline.rejection import Lesson
+from fulmen.pipeline.reporter import Reporter, TrainingView
+from fulmen.pipeline.run_dir import RunDir
+from fulmen.pipeline.train import RECORD_FILE, STAGES_DIR, record_of
+from fulmen.training.sft.rows import sft_row
+from fulmen.training.sft.run import LOG_FILE, SftResult, train_sft
+from fulmen.training.sft.settings import SftSettings
+from fulmen.version import __version__
+
+SFT_DIR = "sft"
+
+
+def run_sft(
+    source: str,
+    lessons: Sequence[Lesson],
+    out: Path,
+    settings: SftSettings,
+    device: torch.device,
+    reporter: Reporter,
+) -> Conversion:
+    """Train `source` on the lessons and write it to `out`, whole or not at all.
+
+    Raises every FulmenError its parts raise; ResumeError for an unfinished run with other settings.
+    """
+    require_free_output(out, overwrite=False)
+    with reporter.stage("Load"):
+        model, tokenizer = open_model(source, device)
+        require_savable(model, tokenizer, out)
+        rows = [sft_row(tokenizer, lesson.messages, lesson.reply) for lesson in lessons]
+    record, run = record_before(source, has_dsa(model.config)), RunDir(out)
+    identity = {
+        **asdict(settings),
+        "source": source,
+        "rows": len(rows),
+        "model_weights": weights_fingerprint(model.state_dict()),
+    }
+    if run.open(identity, discard_other=False):
+        reporter.note("Resuming an interrupted run")
+    with reporter.stage("SFT"), accelerated(model):
+        view = TrainingView(reporter)
+        result = train_sft(model, rows, pad_of(model, tokenizer), run.path / SFT_DIR, settings, view.step)
+    reporter.note(
+        f"SFT on {len(rows)} replies: loss {result.loss_first:.4f} -> {result.loss_last:.4f} "
+        f"({result.steps} steps, {result.seconds:.0f} s)"
+    )
+    record = _record(record, settings, result, len(rows))
+    run.save_record("conversion", record)
+    extras = {f"{STAGES_DIR}/{LOG_FILE}": run.path / SFT_DIR / LOG_FILE}
+    for file in filter(Path.is_file, (Path(source).expanduser() / STAGES_DIR).glob("*")):
+        extras.setdefault(f"{STAGES_DIR}/{file.name}", file)
+    if has_dsa(model.config):
+        extras[RECORD_FILE] = run.record("conversion")
+        card = conversion_card(record, model.config.model_type)
+    else:
+        card = f"# {record['source']}\n"
+    save_converted(model, tokenizer, out, card + _card(result, settings, len(rows)), extras=extras)
+    run.remove()
+    return Conversion(out, record)
+
+
+def record_before(source: str, is_converted: bool) -> dict[str, Any]:
+    """How a model was made; of a dense one, its name."""
+    if is_converted:
+        return record_of(Path(source).expanduser())
+    versions = {"fulmen": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"source": source, "stages": [], "made_with": {**versions, "python": platform.python_version()}}
+
+
+def _record(before: dict[str, Any], settings: SftSettings, result: SftResult, replies: int) -> dict[str, Any]:
+    return {
+        **before,
+        "stages": [*before["stages"], "sft"],
+        "stages_done": {**before.get("stages_done", {}), "sft": asdict(result)},
+        "sft": {**asdict(settings), "replies": replies},
+    }
+
+
+def _card(result: SftResult, settings: SftSettings, replies: int) -> str:
+    return (
+        f"\n## Supervised fine-tuning\n\n{result.steps} steps of {settings.batch} on {replies} replies, "
+        f"seed {settings.seed}: loss {result.loss_first:.4f} to {result.loss_last:.4f} nats a token.\n"
+    )

@@ -1,0 +1,42 @@
+"""How supervised fine-tuning trains."""
+
+from dataclasses import dataclass
+
+from fulmen.config import require_positive_int
+from fulmen.errors import ConfigError
+
+RATE, LORA_RATE = 2e-5, 2e-4
+
+
+@dataclass(frozen=True)
+class SftSettings:
+    """How long, on how much and how hard to train.
+
+    steps: optimizer steps. batch: replies a step. learning_rate: None: RATE, with LoRA LORA_RATE.
+    lora: rank; None trains all weights but the indexers'.
+    bf16: autocast to bfloat16, as is done anyway where weights are. save_every: steps between checkpoints.
+    seed: of every random choice.
+    """
+
+    steps: int
+    batch: int = 8
+    learning_rate: float | None = None
+    lora: int | None = 16
+    bf16: bool = False
+    save_every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "save_every"):
+            require_positive_int(name, getattr(self, name))
+        if self.lora is not None:
+            require_positive_int("lora", self.lora)
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ConfigError(f"learning_rate={self.learning_rate} cannot be; use a number above 0, as 1e-4")
+
+    @property
+    def rate(self) -> float:
+        """`learning_rate`, or its default."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return RATE if self.lora is None else LORA_RATE
