@@ -9,7 +9,7 @@ import torch
 
 from fulmen.errors import ConfigError, ResumeError
 from fulmen.modeling.rollouts import Rollout
-from fulmen.pipeline.answers import Answerer, ends_of, open_model, pad_of
+from fulmen.pipeline.answers import Answerer, open_model
 from fulmen.pipeline.recipe import RecipeRun
 from fulmen.pipeline.recipe_settings import Rejection, read_recipe
 from fulmen.pipeline.recipe_stages import RecipeStages
@@ -17,6 +17,7 @@ from fulmen.pipeline.rejection import kept_lessons
 from fulmen.pipeline.reporter import SilentReporter
 from fulmen.tasks import named
 from fulmen.tasks.base import HELD_OUT
+from fulmen.training.prompts import ends_of, pad_of
 from tests.pipeline.tiny_runs import LENGTH
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from fulmen.pipeline.devices import move
 from fulmen.pipeline.load import load_converted_model
 from fulmen.pipeline.model_config import read_config
 from fulmen.tasks.base import Problem
-from fulmen.training.sft.rows import sft_row
+from fulmen.training.prompts import ends_of, pad_of, prompt_ids
 
 ENGINE_MODULE = "fulmen.training.rl.generate_engine"
 AT_ONCE = 64
@@ -31,8 +31,7 @@ class Answerer:
 
     def replies(self, problems: Sequence[Problem], sampling: Sampling) -> list[list[str]]:
         """The replies to each problem, as text."""
-        # The prompt is the same one that the model is trained on.
-        prompts = [sft_row(self.tokenizer, problem.messages, "-").prompt for problem in problems]
+        prompts = [prompt_ids(self.tokenizer, problem.messages) for problem in problems]
         rollouts = self.engine.generate(prompts, sampling)
         texts = self.tokenizer.batch_decode(
             [list(rollout.tokens) for rollout in rollouts], skip_special_tokens=True
@@ -65,16 +64,3 @@ def generate_answerer(place: Path, device: torch.device) -> Answerer:
         model, ends_of(model, tokenizer), pad_of(model, tokenizer), AT_ONCE
     )
     return Answerer(engine, tokenizer)
-
-
-def ends_of(model: PreTrainedModel, tokenizer: Any) -> list[int]:
-    """Ids that end a reply: what the model's settings say, and the tokenizer's end of text."""
-    own = model.generation_config.eos_token_id if model.generation_config else None
-    ids = [own] if isinstance(own, int) else list(own or [])
-    return list(dict.fromkeys([*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]))
-
-
-def pad_of(model: PreTrainedModel, tokenizer: Any) -> int:
-    """An id for padding, which no layer ever sees."""
-    asked = (tokenizer.pad_token_id, *ends_of(model, tokenizer), 0)
-    return int(next(one for one in asked if one is not None))

@@ -41,8 +41,9 @@ from fulmen.pipeline.run_dir import RunDir
 from fulmen.pipeline.train import RECORD_FILE, STAGES_DIR, record_of
 from fulmen.tasks.base import HELD_OUT, Task
 from fulmen.training.processes import main_process_first, processes
+from fulmen.training.prompts import ends_of, pad_of
 from fulmen.training.rl.generate_engine import GenerateRollouts
-from fulmen.training.rl.prompts import ends_of, pad_of, prompt_tokens
+from fulmen.training.rl.prompts import prompt_tokens
 from fulmen.training.rl.run import METRICS_FILE, RlResult, train_rl
 from fulmen.training.rl.settings import Domain, RlSettings
 from fulmen.version import __version__

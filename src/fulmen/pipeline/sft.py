@@ -11,7 +11,7 @@ import transformers
 
 from fulmen.modeling.checkpoint import require_free_output, require_savable, save_converted
 from fulmen.modeling.families import accelerated, has_dsa
-from fulmen.pipeline.answers import open_model, pad_of
+from fulmen.pipeline.answers import open_model
 from fulmen.pipeline.conversion import Conversion
 from fulmen.pipeline.fingerprint import weights_fingerprint
 from fulmen.pipeline.model_card import conversion_card
@@ -19,6 +19,7 @@ from fulmen.pipeline.rejection import Lesson
 from fulmen.pipeline.reporter import Reporter, TrainingView
 from fulmen.pipeline.run_dir import RunDir
 from fulmen.pipeline.train import RECORD_FILE, STAGES_DIR, record_of
+from fulmen.training.prompts import pad_of
 from fulmen.training.sft.rows import sft_row
 from fulmen.training.sft.run import LOG_FILE, SftResult, train_sft
 from fulmen.training.sft.settings import SftSettings

@@ -129,32 +129,33 @@ class GuardedTask:
         The time limit holds in a program's main thread.
         """
         try:
-            with _time_limit(self._seconds):
+            with time_limit(self._seconds):
                 score = self._task.score(problem, reply)
             if math.isfinite(score.strict) and math.isfinite(score.lenient):
                 return score
             self.failures["returned no finite number"] += 1
         except EndpointError:
             raise
-        except _TookTooLongError:
+        except TookTooLongError:
             self.failures[f"took more than {self._seconds:g} s"] += 1
         except Exception as error:  # the user's own code
             self.failures[f"raised {type(error).__name__}"] += 1
         return NO_REWARD
 
 
-class _TookTooLongError(Exception):
-    pass
+class TookTooLongError(Exception):
+    """Scoring has used up its time."""
 
 
 @contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TookTooLongError after so many seconds; in a program's main thread alone, elsewhere never."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
 
     def stop(*_: Any) -> None:
-        raise _TookTooLongError
+        raise TookTooLongError
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)

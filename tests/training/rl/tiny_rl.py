@@ -6,8 +6,8 @@ from pathlib import Path
 
 from fulmen.modeling.rollouts import Sampling
 from fulmen.tasks.base import Problem, Score
+from fulmen.training.prompts import ends_of, pad_of
 from fulmen.training.rl.generate_engine import GenerateRollouts
-from fulmen.training.rl.prompts import ends_of, pad_of
 from fulmen.training.rl.run import train_rl
 from fulmen.training.rl.settings import Domain, RlSettings
 from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa

@@ -47,6 +47,8 @@ class LearningReport:
 
     def verdict(self) -> str:
         """One sentence on the held-out problems."""
+        if not self.held_out:
+            return "No held-out problems were asked."
         found = [(task, kinds["strict"]["change"]) for task, kinds in self.held_out.items()]
         parts = [f"{task} {points_text(_in_points(change))} points" for task, change in found]
         return f"On held-out problems, strict score after - before: {'; '.join(parts)}."

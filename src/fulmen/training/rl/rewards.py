@@ -5,9 +5,12 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fulmen.errors import first_line
+from fulmen.errors import EndpointError, first_line
 from fulmen.tasks.base import Problem, Score, Task
+from fulmen.tasks.rewards import time_limit
 
+# For scoring one reply.
+SECONDS = 60.0
 # After so many steps a task that was never, or always, solved is spoken of.
 UNLEARNABLE_AFTER = 10
 
@@ -35,12 +38,18 @@ class Scorer:
         self._told: set[str] = set()
 
     def score(self, problem: Problem, reply: str) -> Score | None:
-        """As `Task.score`; None where it raises or returns what is no finite number."""
+        """As `Task.score`; None where it raises, hangs or returns what is no finite number.
+
+        Raises EndpointError for a judge that is down: a run resumes from that.
+        """
         try:
-            score = self.tasks[problem.task].score(problem, reply)
+            with time_limit(SECONDS):
+                score = self.tasks[problem.task].score(problem, reply)
             if math.isfinite(score.strict) and math.isfinite(score.lenient):
                 return score
             reason = f"returned {score.strict}"
+        except EndpointError:
+            raise
         except Exception as error:
             reason = f"raised {type(error).__name__}: {first_line(error)}"
         if problem.task not in self._told:

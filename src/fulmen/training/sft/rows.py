@@ -1,7 +1,7 @@
 """Prompts with the replies to learn, as token ids, in batches of like lengths."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from fulmen.errors import ConfigError
+from fulmen.training.prompts import Messages, prompt_ids
 
 IGNORED = -100
 # So many batches are drawn at random, and their rows sorted by length: little padding, still mixed.
 SORTED_BATCHES = 8
-
-Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -35,14 +34,7 @@ def sft_row(tokenizer: Any, messages: Messages, reply: str) -> SftRow:
     """
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no end-of-text token, so that no reply would end; set eos_token")
-    if getattr(tokenizer, "chat_template", None):
-        asked = [dict(message) for message in messages]
-        encoded = tokenizer.apply_chat_template(
-            asked, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-    else:
-        encoded = tokenizer("\n".join(str(message["content"]) for message in messages) + "\n")
-    prompt = tuple(encoded["input_ids"])
+    prompt = tuple(prompt_ids(tokenizer, messages))
     words = tuple(tokenizer(reply, add_special_tokens=False)["input_ids"])
     if not prompt or not words:
         raise ConfigError(
