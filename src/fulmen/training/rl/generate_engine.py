@@ -1,7 +1,8 @@
 """Rollouts by Transformers' `generate` on the policy itself: one copy of the weights, any device."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from fulmen.errors import RolloutError
 from fulmen.modeling.rollouts import Rollout, Sampling
+from fulmen.training.rl.routing import routing_of
 from fulmen.training.rl.weights import policy_weights
 
 
@@ -86,14 +88,32 @@ class GenerateRollouts:
             pad_token_id=self.pad,
             disable_compile=True,
         )
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
+        with (
+            torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16),
+            self._noting(len(rows)) as noted,
+        ):
             written = self.model.generate(  # type: ignore[operator]
                 ids,
                 attention_mask=mask,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([kept]),
             )
-        return kept.rollouts(asked, written[:, width:].cpu(), set(self.ends))
+        found = kept.rollouts(asked, written[:, width:].cpu(), set(self.ends))
+        if not noted:
+            return found
+        # Of padding none, and of a last token, which nothing was computed from.
+        starts = [width - len(prompts[one.prompt]) for one in found]
+        return [
+            replace(one, experts=experts_SLK[start : width + len(one.tokens) - 1].tolist())
+            for one, start, experts_SLK in zip(found, starts, noted[0], strict=True)
+        ]
+
+    def _noting(self, n_rows: int) -> AbstractContextManager[list[Tensor]]:
+        """Where experts are noted; nothing for a model without."""
+        if (routing := routing_of(self.model)) is None:
+            return nullcontext([])
+        routing.tell(None)
+        return routing.noting(n_rows)
 
 
 class KeptTokens(LogitsProcessor):

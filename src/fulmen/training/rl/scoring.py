@@ -11,6 +11,8 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from fulmen.training.rl.routing import routing_of
+
 # Tokens whose rows of the head are gathered at once: K rows each, 128 MB for K = 64 and C = 1,024 in float32.
 KEPT_CHUNK, FULL_CHUNK = 512, 256
 # Of a forward pass, tokens whose whole distribution is looked at to see how much of it was kept.
@@ -42,6 +44,7 @@ class Replies(NamedTuple):
         starts_B: where each reply begins.
         tokens_BT: the reply's tokens. counts_BT: bool, where there is one.
         kept_BTK: ids that sampling kept, -1 for none; None: all of the vocabulary.
+        experts_BSLK: experts that sampling chose, -1 for none; None: none are known.
     """
 
     input_ids: Tensor
@@ -49,6 +52,7 @@ class Replies(NamedTuple):
     tokens_BT: Tensor
     counts_BT: Tensor
     kept_BTK: Tensor | None
+    experts_BSLK: Tensor | None = None
 
 
 class TokenScores(NamedTuple):
@@ -76,6 +80,7 @@ def behind_prompts(
     completion_ids: Tensor,
     completion_mask: Tensor,
     kept_BTK: Tensor | None,
+    experts_BSLK: Tensor | None = None,
 ) -> Replies:
     """`Replies` from prompts padded on the left, int64 [B, P], and replies padded on the right [B, T]."""
     prompts_B, replies_B = prompt_mask.sum(-1), completion_mask.sum(-1)
@@ -84,7 +89,8 @@ def behind_prompts(
     ids = torch.cat([prompt_ids, completion_ids], dim=1)
     positions = torch.arange(longest, device=ids.device) + (prompt_ids.shape[1] - prompts_B)[:, None]
     input_ids = ids.gather(1, positions.clamp(max=ids.shape[1] - 1))
-    return Replies(input_ids, prompts_B, completion_ids, completion_mask.bool(), kept_BTK)
+    experts = None if experts_BSLK is None else experts_BSLK[:, :longest]
+    return Replies(input_ids, prompts_B, completion_ids, completion_mask.bool(), kept_BTK, experts)
 
 
 def let_score(model: PreTrainedModel, temperature: float) -> None:
@@ -105,6 +111,8 @@ def let_score(model: PreTrainedModel, temperature: float) -> None:
 
 def score_replies(model: PreTrainedModel, replies: Replies, temperature: float) -> TokenScores:
     """Scores of the replies' tokens under a model, divided by a temperature; 0 where there is none."""
+    if (routing := routing_of(model)) is not None:
+        routing.tell(replies.experts_BSLK)
     hidden_BSC = model.base_model(input_ids=replies.input_ids, use_cache=False)[0]
     counts_BT = replies.counts_BT
     rows, steps = counts_BT.nonzero(as_tuple=True)

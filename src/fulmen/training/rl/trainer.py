@@ -28,6 +28,7 @@ from fulmen.training.rl.indexer import IndexerLoss
 from fulmen.training.rl.objective import group_advantages, grpo_loss
 from fulmen.training.rl.prompts import prompt_tokens
 from fulmen.training.rl.rewards import ScoredReply, Scorer, figures_of
+from fulmen.training.rl.routing import routing_of
 from fulmen.training.rl.scoring import Replies, TokenScores, behind_prompts, let_score, score_replies
 from fulmen.training.rl.settings import Domain, RlSettings
 from fulmen.training.rl.tally import StepTally
@@ -87,6 +88,8 @@ class RlTrainer(SafeCheckpoints, GRPOTrainer):
         device = batch["completion_ids"].device
         if (kept_BTK := _padded_kept(self._rollouts)) is not None:
             batch["kept"] = kept_BTK.to(device)
+        if (experts_BSLK := _padded_experts(self._rollouts)) is not None:
+            batch["experts"] = experts_BSLK.to(device)
         batch["kl"] = torch.tensor([self.domains[row["task"]].kl for row in inputs], device=device)
         batch["reference_logps"] = self._reference_logps(batch)
         batch["advantages"] = group_advantages(self._rewards.view(-1, self.settings.group)).flatten()
@@ -151,7 +154,7 @@ class RlTrainer(SafeCheckpoints, GRPOTrainer):
             self.policy.train()
 
     def _in_micro_batches(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
-        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "kept")
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "kept", "experts")
         parts = {name: batch[name].split(self.settings.micro_batch) for name in names if name in batch}
         pieces = [dict(zip(parts, piece, strict=True)) for piece in zip(*parts.values(), strict=True)]
         with self.accelerator.autocast():
@@ -209,6 +212,8 @@ class RlTrainer(SafeCheckpoints, GRPOTrainer):
     def step_row(self) -> dict[str, Any]:
         """What the step that has ended came to; the next one begins anew."""
         self.row = {**self.figures, **self.tally.row(self.accelerator), "learning_rate": self._rate()}
+        if (routing := routing_of(self.policy)) is not None:
+            self.row["replaced_experts"] = routing.take_replaced()
         self.tally.begin()
         return self.row
 
@@ -271,6 +276,7 @@ def replies_of(inputs: Mapping[str, Any]) -> Replies:
         inputs["completion_ids"],
         inputs["completion_mask"],
         inputs.get("kept"),
+        inputs.get("experts"),
     )
 
 
@@ -347,3 +353,12 @@ def _padded_kept(rollouts: Sequence[Rollout]) -> Tensor | None:
 def _task(**_: Any) -> list[float | None]:
     """TRL asks for a reward, whose name its logs show; `_calculate_rewards` gives it."""
     raise AssertionError
+
+
+def _padded_experts(rollouts: Sequence[Rollout]) -> Tensor | None:
+    """experts_BSLK, int16, -1 for none: each reply's last token has none; None if they are not known."""
+    if any(rollout.experts is None for rollout in rollouts):
+        return None
+    rows = [torch.tensor(rollout.experts, dtype=torch.int16) for rollout in rollouts]
+    rows = [torch.cat([row, row.new_full((1, *row.shape[1:]), -1)]) for row in rows]
+    return pad_sequence(rows, batch_first=True, padding_value=-1)
