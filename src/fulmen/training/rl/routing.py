@@ -94,7 +94,8 @@ def routing_of(model: PreTrainedModel) -> Routing | None:
         if not routers:
             raise UnsupportedModelError(
                 f"model_type {model.config.model_type!r}: its experts are not chosen by one topk of a "
-                "router, so that training cannot choose those of sampling again; train one like Qwen3-MoE or Mixtral"
+                "router, so that training cannot choose those of sampling again; "
+                "train one like Qwen3-MoE or Mixtral"
             )
         _OF_MODEL[model] = Routing(routers)
     return _OF_MODEL[model]
