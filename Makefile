@@ -9,7 +9,7 @@ OUT := out/$(MODEL)-dsa
 WORKERS ?= 2
 # These share one server, beside which nothing runs that would not stand back: they ask what happens while an answer
 # is being made, and a starved engine hears of it late.
-SERVER_TESTS := $(patsubst %,tests/serving/gateway/test_%.py,gateway_server deepseek_docs gateway_clients forced_calls) $(patsubst %,tests/serving/test_%.py,serve_example ask_gateway)
+SERVER_TESTS := $(patsubst %,tests/serving/gateway/test_%.py,gateway_server gateway_context deepseek_docs gateway_clients forced_calls) $(patsubst %,tests/serving/test_%.py,serve_example ask_gateway)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup kernels demo serve bench test most-tests server-tests modest-lint lint docs clean

@@ -92,4 +92,5 @@ def test_benchmarks_have_the_options_that_they_are_shown_with(page):
         source = (ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
         for option in shown_options(shlex.split(arguments, comments=True)):
             name = option.removeprefix("--").replace("-", "_")
-            assert re.search(rf"^ +{name}: ", source, re.MULTILINE), f"{page}: {module} has no {option}"
+            known = re.search(rf"^ +{name}: |[\"']{option}[\"']", source, re.MULTILINE)
+            assert known, f"{page}: {module} has no {option}"

@@ -28,7 +28,8 @@ def run(code):
     return done.stdout.split()
 
 
-FUNCTIONS = {"ask", "convert", "evaluate", "inspect", "load", "rl", "set_topk", "train"}
+FUNCTIONS = {"ask", "convert", "distill", "evaluate", "inspect", "load", "recipe", "rl", "set_topk"}
+FUNCTIONS |= {"specialize", "train"}
 CLASSES = {"Conversion", "DsaConfig", "FolderAnswer", "ModelDescription", "ParityReport", "SuiteReport"}
 CLASSES |= {"LineReporter", "Reporter", "SilentReporter"}
 

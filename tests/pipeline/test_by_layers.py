@@ -217,7 +217,7 @@ class TestRefused:
         dense, tokenizer = make_dense("llama"), tiny_tokenizer()
         said = self.refusal(dense, corpus_dir, tmp_path, UnsupportedModelError, tokenizer=tokenizer)
         assert "is in memory as a whole; leave by_layers out" in said
-        source = save_tiny(make_mla("v3", vocab_size=VOCAB), tmp_path / "source")
+        source = save_tiny(make_mla("v3", vocab_size=VOCAB, q_lora_rank=None), tmp_path / "source")
         said = self.refusal(source, corpus_dir, tmp_path, UnsupportedModelError)
         assert "'deepseek_v3' cannot be converted layer by layer" in said
 

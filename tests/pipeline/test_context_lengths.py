@@ -22,7 +22,8 @@ from fulmen.pipeline.suites import lengths_of
 from fulmen.pipeline.texts import conversion_texts, draw_longest
 from fulmen.pipeline.train import plan_training
 from fulmen.pipeline.train_settings import TrainSettings
-from tests.cli.test_commands import refused
+from tests.cli.said import lines_that_stay
+from tests.cli.test_commands import call, refused
 from tests.data.byte_tokenizer import byte_tokenizer
 from tests.modeling.gqa.tiny_gqa import SHAPE, make_dense
 from tests.modeling.mla.tiny_mla import MLA_SHAPE
@@ -214,10 +215,11 @@ class TestBeforeTheLoad:
         assert words in refused("convert", model_dir, "--out", tmp_path / "out", *options)
 
     def test_texts_that_are_too_short(self, corpus_dir, long_dir, tmp_path):
-        tokenizer_dir = config_dir(tmp_path / "m", self.LLAMA)
-        load_tokenizer(find_source(long_dir)).save_pretrained(tokenizer_dir)
         asked = ["--out", tmp_path / "out", "--data", corpus_dir, "--topk", "64", "--length", "4096"]
-        assert "tokens, a sequence needs 4096" in refused("convert", tokenizer_dir, *asked)
+        result = call("convert", long_dir, *asked)
+        assert result.exit_code == 2
+        # The line before it says that there is no chat template.
+        assert "tokens, a sequence needs 4096" in lines_that_stay(result.stderr)[-1]
 
     def test_a_converted_model(self, tmp_path, long_dir):
         dsa = DsaConfig(2048, 4, 2, 8, (0, 1)).to_dict()

@@ -48,7 +48,17 @@ def specialize(
     device: "str | torch.device" = AUTO_DEVICE,
     reporter: Reporter | None = None,
 ) -> "RecipeReport":
-    """The first part of a recipe: a specialist for each domain. Arguments and errors as `recipe`."""
+    """The first part of a recipe: a specialist for each domain.
+
+    Args:
+        recipe: as `recipe` takes it.
+        out: the folder of the run; `recipe` with the same one goes on from there.
+        device: where to compute; "auto": on a GPU if torch sees one.
+        reporter: whom to tell how far it is; None: nobody.
+
+    Raises:
+        every error of `recipe`.
+    """
     return _run(recipe, out, device, reporter, "specialists")
 
 
@@ -59,7 +69,17 @@ def distill(
     device: "str | torch.device" = AUTO_DEVICE,
     reporter: Reporter | None = None,
 ) -> "RecipeReport":
-    """A recipe up to the distilled model, specialists first if need be. Arguments and errors as `recipe`."""
+    """A recipe up to the distilled model, specialists first if need be.
+
+    Args:
+        recipe: as `recipe` takes it.
+        out: the folder of the run; `recipe` with the same one goes on from there.
+        device: where to compute; "auto": on a GPU if torch sees one.
+        reporter: whom to tell how far it is; None: nobody.
+
+    Raises:
+        every error of `recipe`.
+    """
     return _run(recipe, out, device, reporter, "distilled")
 
 

@@ -155,10 +155,11 @@ def attention_over_caches(device, coarse):
             torch.nn.Module.__init__(self)
             apart = (BLOCK, BLOCK, BLOCK if coarse else 0)
             cache = SimpleNamespace(kv_cache=layer.kv_RGC)
-            self._kept = Kept(layer, apart, rotary, cache, layer.kv_RGC, {"rope_pairs": layer.rope_pairs_IP})
+            buffers = ({"rope_pairs": layer.rope_pairs_IP}, {"rope_pairs": first[1]})
+            self._kept = Kept(layer, apart, rotary, cache, layer.kv_RGC, *buffers)
             projections = Projections(*matrices[:3], random(layer.index_rows[2]), *matrices[3:])
             self._weights = SimpleNamespace(hold=True, projections=projections)
-            self._ranks, self.topk = 1, TOPK
+            self._ranks, self.topk, self.told = 1, TOPK, None
 
     return OverCaches()
 
