@@ -36,7 +36,7 @@ def recipe(
     Raises:
         ConfigError: a key or value of the recipe that cannot be, or a task that is not known.
         ResumeError: a stage in `out` was begun with other settings.
-        every error of `convert` and `rl`.
+        FulmenError: every error of `convert` and `rl`.
     """
     return _run(recipe, out, device, reporter, "all")
 
@@ -57,7 +57,7 @@ def specialize(
         reporter: whom to tell how far it is; None: nobody.
 
     Raises:
-        every error of `recipe`.
+        FulmenError: every error of `recipe`.
     """
     return _run(recipe, out, device, reporter, "specialists")
 
@@ -78,7 +78,7 @@ def distill(
         reporter: whom to tell how far it is; None: nobody.
 
     Raises:
-        every error of `recipe`.
+        FulmenError: every error of `recipe`.
     """
     return _run(recipe, out, device, reporter, "distilled")
 
