@@ -45,3 +45,9 @@ def test_one_task_has_no_figure_by_task():
     rows = [row(1, 0.2, spell=0.1)]
     assert [plot.name for plot in learning_plots(rows)] == [curve.name for curve in CURVES]
     assert len(learning_plots(ROWS)) == len(CURVES) + 1
+
+
+def test_without_held_out_problems_there_is_no_table_of_them():
+    report = learning_report(ROWS, {}, {}, {"model": "m"})
+    assert report.verdict() == "No held-out problems were asked."
+    assert "change in points" not in report.to_markdown() + report.to_html()

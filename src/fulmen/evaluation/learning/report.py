@@ -68,18 +68,24 @@ class LearningReport:
 
     def to_markdown(self) -> str:
         """Findings and table."""
-        parts = [self.verdict(), markdown_table(self.table()), *self.notes(), markdown_facts(self.about)]
+        table = [markdown_table(self.table())] if self.held_out else []
+        parts = [self.verdict(), *table, *self.notes(), markdown_facts(self.about)]
         return "\n\n".join(parts) + "\n"
 
     def to_html(self) -> str:
         """One page with plots, that needs no other file."""
         title = f"Reinforcement learning of {self.about.get('model', 'a model')}"
         rows = self.table()
+        scores = f'<div class="scroll">{html_table(rows, ["row"] * (len(rows) - 1))}</div>'
         body = [
             f"<h1>{escape(title)}</h1>",
             f'<p class="verdict">{escape(self.verdict())}</p>',
             *(f"<p>{escape(note)}</p>" for note in self.notes()),
-            f'<div class="scroll">{html_table(rows, ["row"] * (len(rows) - 1))}</div>',
+            *(
+                [f'<div class="scroll">{html_table(rows, ["row"] * (len(rows) - 1))}</div>']
+                if self.held_out
+                else []
+            ),
             f'<div class="figures">{"".join(map(html_figure, learning_plots(self.rows)))}</div>',
             f"<footer>{html_facts(self.about)}</footer>",
         ]
