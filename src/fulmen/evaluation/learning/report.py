@@ -81,11 +81,7 @@ class LearningReport:
             f"<h1>{escape(title)}</h1>",
             f'<p class="verdict">{escape(self.verdict())}</p>',
             *(f"<p>{escape(note)}</p>" for note in self.notes()),
-            *(
-                [f'<div class="scroll">{html_table(rows, ["row"] * (len(rows) - 1))}</div>']
-                if self.held_out
-                else []
-            ),
+            scores if self.held_out else "",
             f'<div class="figures">{"".join(map(html_figure, learning_plots(self.rows)))}</div>',
             f"<footer>{html_facts(self.about)}</footer>",
         ]
