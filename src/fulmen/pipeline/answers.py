@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from fulmen.pipeline.load import load_converted_model
 from fulmen.pipeline.model_config import read_config
 from fulmen.tasks.base import Problem
 from fulmen.training.prompts import ends_of, pad_of, prompt_ids
+from fulmen.training.rl.generate_engine import GenerateRollouts
 
-ENGINE_MODULE = "fulmen.training.rl.generate_engine"
+# Replies that are written together.
 AT_ONCE = 64
 
 
@@ -60,7 +60,5 @@ def generate_answerer(place: Path, device: torch.device) -> Answerer:
     model, tokenizer = open_model(place, device)
     if has_dsa(model.config):
         accelerate_model(model)
-    engine: RolloutEngine = import_module(ENGINE_MODULE).GenerateRollouts(
-        model, ends_of(model, tokenizer), pad_of(model, tokenizer), AT_ONCE
-    )
+    engine = GenerateRollouts(model, ends_of(model, tokenizer), pad_of(model, tokenizer), AT_ONCE)
     return Answerer(engine, tokenizer)

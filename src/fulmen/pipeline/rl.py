@@ -1,7 +1,5 @@
 """`fulmen rl`: a model, dense or converted, trained by what its tasks reward; resumable."""
 
-import json
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import import_module
@@ -10,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fulmen.errors import EngineError
@@ -27,18 +24,18 @@ from fulmen.modeling.checkpoint import (
 )
 from fulmen.modeling.families import accelerated, dsa_family_for, has_dsa
 from fulmen.modeling.rollouts import RolloutEngine
+from fulmen.pipeline.answers import AT_ONCE, open_model
 from fulmen.pipeline.conversion import Conversion
-from fulmen.pipeline.devices import move, training_device
+from fulmen.pipeline.devices import training_device
 from fulmen.pipeline.fingerprint import weights_fingerprint
-from fulmen.pipeline.load import load_converted_model
 from fulmen.pipeline.memory import available_bytes
-from fulmen.pipeline.model_card import conversion_card
 from fulmen.pipeline.model_config import read_config
+from fulmen.pipeline.post_trained import record_before, save_post_trained
 from fulmen.pipeline.reporter import Reporter, TrainingView
-from fulmen.pipeline.rl_plan import GENERATE_AT_ONCE, plan_rl
+from fulmen.pipeline.rl_plan import plan_rl
 from fulmen.pipeline.rl_settings import RlRunSettings
 from fulmen.pipeline.run_dir import RunDir
-from fulmen.pipeline.train import RECORD_FILE, STAGES_DIR, record_of
+from fulmen.tasks import named
 from fulmen.tasks.base import HELD_OUT, Task
 from fulmen.training.processes import main_process_first, processes
 from fulmen.training.prompts import ends_of, pad_of
@@ -46,7 +43,6 @@ from fulmen.training.rl.generate_engine import GenerateRollouts
 from fulmen.training.rl.prompts import prompt_tokens
 from fulmen.training.rl.run import METRICS_FILE, RlResult, train_rl
 from fulmen.training.rl.settings import Domain, RlSettings
-from fulmen.version import __version__
 
 RL_DIR, ENGINE_DIR = "rl", "engine-model"
 REPORT_FILES = {"json": "rl.json", "markdown": "rl.md", "html": "rl.html"}
@@ -63,7 +59,7 @@ def run_rl(settings: RlRunSettings, reporter: Reporter) -> Conversion:
     require_free_output(out, overwrite=settings.overwrite)
     with reporter.stage("Read tasks"):
         found, config = read_config(settings.model)
-        record = _record_before(settings.model, config)
+        record = record_before(settings.model, has_dsa(config))
         if has_dsa(config):
             dsa_family_for(config).require_trainable(config)
         tokenizer = load_tokenizer(found, config.get_text_config().vocab_size)
@@ -72,7 +68,7 @@ def run_rl(settings: RlRunSettings, reporter: Reporter) -> Conversion:
         require_engine(settings.rollouts)
     reporter.note(f"Loading {settings.model}")
     with reporter.stage("Load"):
-        model = _load(settings.model, config, device)
+        model, tokenizer = open_model(settings.model, device)
         main_process_first(lambda: require_savable(model, tokenizer, out))
     run, state = RunDir(out), processes()
     if state.is_main_process and run.open(
@@ -88,7 +84,7 @@ def run_rl(settings: RlRunSettings, reporter: Reporter) -> Conversion:
         if settings.rollouts == "vllm":
             return _vllm(settings, options, found, policy, tokenizer, length, run)
         ends, pad = ends_of(policy, tokenizer), pad_of(policy, tokenizer)
-        return GenerateRollouts(policy, ends, pad, GENERATE_AT_ONCE, bf16=options.bf16)
+        return GenerateRollouts(policy, ends, pad, AT_ONCE, bf16=options.bf16)
 
     with reporter.stage("RL"), accelerated(model):
         view = TrainingView(reporter)
@@ -116,15 +112,12 @@ def run_rl(settings: RlRunSettings, reporter: Reporter) -> Conversion:
 
 def task_of(asked: str | Task) -> Task:
     """A task by name and parameters, or as it is. Raises what `fulmen.tasks.named` has against it."""
-    if not isinstance(asked, str):
-        return asked
-    task: Task = import_module("fulmen.tasks").named(asked)
-    return task
+    return named(asked) if isinstance(asked, str) else asked
 
 
 def require_engine(rollouts: str) -> None:
     """Raise EngineError if what is to write the replies is not here."""
-    if rollouts == "vllm" and (find_spec(VLLM_MODULE) is None or find_spec("vllm") is None):
+    if rollouts == "vllm" and find_spec("vllm") is None:
         raise EngineError("rollouts='vllm' needs vLLM; install fulmen[serve-cpu], or use generate")
 
 
@@ -148,12 +141,6 @@ def _require_plan(
         reporter.note(line)
     plan.require_room()
     return plan.length
-
-
-def _load(source: str, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
-    if has_dsa(config):
-        return load_converted_model(source, device)
-    return move(load_dense(source)[0].eval(), device)
 
 
 def _vllm(
@@ -200,15 +187,6 @@ def _task_names(settings: RlRunSettings) -> list[str]:
     return [f"{asked.label} kl={asked.kl:g}" for asked in settings.tasks]
 
 
-def _record_before(model: str, config: PreTrainedConfig) -> dict[str, Any]:
-    """How the model was made; of a dense one, its name."""
-    if has_dsa(config):
-        return record_of(Path(model).expanduser())
-    versions = {"fulmen": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    made_with = {**versions, "python": platform.python_version()}
-    return {"source": model, "stages": [], "made_with": made_with}
-
-
 def _record(
     before: dict[str, Any],
     settings: RlRunSettings,
@@ -243,16 +221,17 @@ def _save(
 ) -> None:
     files = {kind: run.path / name for kind, name in REPORT_FILES.items()}
     save_report(report, **files)
-    run.save_record("conversion", record)
     extras = {file.name: file for file in files.values()}
     extras[METRICS_FILE] = run.path / RL_DIR / METRICS_FILE
-    source = Path(settings.model).expanduser()
-    for file in filter(Path.is_file, (source / STAGES_DIR).glob("*")):
-        extras[f"{STAGES_DIR}/{file.name}"] = file
-    if has_dsa(model.config):
-        extras[RECORD_FILE] = run.record("conversion")
-        card = conversion_card(json.loads(json.dumps(record)), model.config.model_type)
-    else:
-        card = f"# {record['source']}\n"
-    card += f"\n## Reinforcement learning\n\n{report.to_markdown()}"
-    save_converted(model, tokenizer, settings.out, card, overwrite=settings.overwrite, extras=extras)
+    section = f"\n## Reinforcement learning\n\n{report.to_markdown()}"
+    save_post_trained(
+        model,
+        tokenizer,
+        settings.model,
+        settings.out,
+        record,
+        section,
+        extras,
+        run,
+        overwrite=settings.overwrite,
+    )

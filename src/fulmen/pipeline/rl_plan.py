@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from fulmen.errors import ConfigError
+from fulmen.pipeline.answers import AT_ONCE
 from fulmen.training.rl.settings import Domain, RlSettings
 from fulmen.training.sparse.lora import TARGETS
 
@@ -18,7 +19,6 @@ FLOAT_BYTES, STATES = 4, 3
 HIDDEN_TIMES, MLP_TIMES = 18, 5
 # Copies of the logits of a step of writing: the model's, in float32, sorted, as probabilities.
 LOGIT_COPIES = 5
-GENERATE_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _activations(text: PreTrainedConfig, settings: RlSettings, length: int, size
 
 
 def _generate_bytes(text: PreTrainedConfig, settings: RlSettings, length: int, size: int) -> int:
-    replies = min(settings.replies, GENERATE_AT_ONCE)
+    replies = min(settings.replies, AT_ONCE)
     heads = getattr(text, "num_key_value_heads", text.num_attention_heads) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     cache: int = 2 * heads * width * text.num_hidden_layers * length * size

@@ -1,29 +1,26 @@
 """Supervised fine-tuning of a model directory, dense or converted, on prompts and replies; resumable."""
 
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from fulmen.modeling.checkpoint import require_free_output, require_savable, save_converted
+from fulmen.modeling.checkpoint import require_free_output, require_savable
 from fulmen.modeling.families import accelerated, has_dsa
 from fulmen.pipeline.answers import open_model
 from fulmen.pipeline.conversion import Conversion
 from fulmen.pipeline.fingerprint import weights_fingerprint
-from fulmen.pipeline.model_card import conversion_card
+from fulmen.pipeline.post_trained import record_before, save_post_trained
 from fulmen.pipeline.rejection import Lesson
 from fulmen.pipeline.reporter import Reporter, TrainingView
 from fulmen.pipeline.run_dir import RunDir
-from fulmen.pipeline.train import RECORD_FILE, STAGES_DIR, record_of
+from fulmen.pipeline.train import STAGES_DIR
 from fulmen.training.prompts import pad_of
 from fulmen.training.sft.rows import sft_row
 from fulmen.training.sft.run import LOG_FILE, SftResult, train_sft
 from fulmen.training.sft.settings import SftSettings
-from fulmen.version import __version__
 
 SFT_DIR = "sft"
 
@@ -62,26 +59,11 @@ def run_sft(
         f"({result.steps} steps, {result.seconds:.0f} s)"
     )
     record = _record(record, settings, result, len(rows))
-    run.save_record("conversion", record)
-    extras = {f"{STAGES_DIR}/{LOG_FILE}": run.path / SFT_DIR / LOG_FILE}
-    for file in filter(Path.is_file, (Path(source).expanduser() / STAGES_DIR).glob("*")):
-        extras.setdefault(f"{STAGES_DIR}/{file.name}", file)
-    if has_dsa(model.config):
-        extras[RECORD_FILE] = run.record("conversion")
-        card = conversion_card(record, model.config.model_type)
-    else:
-        card = f"# {record['source']}\n"
-    save_converted(model, tokenizer, out, card + _card(result, settings, len(rows)), extras=extras)
+    files = {f"{STAGES_DIR}/{LOG_FILE}": run.path / SFT_DIR / LOG_FILE}
+    card = _card(result, settings, len(rows))
+    save_post_trained(model, tokenizer, source, out, record, card, files, run)
     run.remove()
     return Conversion(out, record)
-
-
-def record_before(source: str, is_converted: bool) -> dict[str, Any]:
-    """How a model was made; of a dense one, its name."""
-    if is_converted:
-        return record_of(Path(source).expanduser())
-    versions = {"fulmen": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return {"source": source, "stages": [], "made_with": {**versions, "python": platform.python_version()}}
 
 
 def _record(before: dict[str, Any], settings: SftSettings, result: SftResult, replies: int) -> dict[str, Any]:
