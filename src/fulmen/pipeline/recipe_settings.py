@@ -3,8 +3,6 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from importlib import import_module
-from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -12,13 +10,13 @@ from typing import Any
 from fulmen.config import require_positive_int
 from fulmen.errors import ConfigError, first_line
 from fulmen.pipeline.api import convert
+from fulmen.pipeline.api_rl import rl
 from fulmen.pipeline.settings import require_seed
 from fulmen.tasks import named
 from fulmen.training.sft.settings import SftSettings
 
 # What a stage gets from the recipe itself.
 OWN_OPTIONS = {"tasks", "out", "seed", "source", "overwrite", "device", "reporter", "kl"}
-RL_MODULE = "fulmen.pipeline.api_rl"
 DEFAULT_KL = 1e-3
 
 
@@ -149,8 +147,7 @@ def _check_options(recipe: Recipe) -> None:
     for place, options in {"mixed": recipe.mixed, **learned}.items():
         _require_not_own(place, options)
         require_positive_int(f"{place}.steps", options["steps"])
-        if find_spec(RL_MODULE) is not None:
-            _require_keys(place, options, list(signature(import_module(RL_MODULE).rl).parameters))
+        _require_keys(place, options, list(signature(rl).parameters))
     _require_not_own("convert", recipe.convert)
     _require_keys("convert", recipe.convert, list(signature(convert).parameters))
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ import torch
 
 from fulmen.errors import ConfigError
 from fulmen.pipeline.answers import OpenAnswerer, generate_answerer
-from fulmen.pipeline.recipe_settings import RL_MODULE
+from fulmen.pipeline.api import convert
+from fulmen.pipeline.api_rl import rl
 from fulmen.pipeline.rejection import Lesson
 from fulmen.pipeline.reporter import Reporter
 from fulmen.pipeline.sft import run_sft
@@ -22,8 +22,6 @@ def convert_stage(
     source: str, out: Path, options: Mapping[str, Any], seed: int, device: torch.device, reporter: Reporter
 ) -> None:
     """`fulmen.convert` with the recipe's options."""
-    from fulmen.pipeline.api import convert
-
     convert(source, out=out, seed=seed, device=device, reporter=reporter, **options)
 
 
@@ -50,14 +48,12 @@ def rl_stage(
     reporter: Reporter,
 ) -> None:
     """`fulmen.rl` on tasks, each with its strength of the KL."""
-    import_module(RL_MODULE).rl(
-        source, tasks=list(tasks), out=out, seed=seed, device=device, reporter=reporter, **options
-    )
+    rl(source, tasks=list(tasks), out=out, seed=seed, device=device, reporter=reporter, **options)
 
 
 def require_rl() -> None:
     """Raise ConfigError where reinforcement learning is not installed."""
-    if find_spec(RL_MODULE) is None or find_spec("trl") is None:
+    if find_spec("trl") is None:
         raise ConfigError("this recipe needs reinforcement learning; run: pip install 'fulmen[rl]'")
 
 
