@@ -34,7 +34,7 @@ from fulmen.messages.encoding.markup import (
 # A part of an assistant's message: `delta` of OpenAI's streams, with DeepSeek's `reasoning_content`.
 Delta = dict[str, Any]
 
-# A tag with a longer name is none.
+# A tag with a longer name is none. Names have no quotation mark: the format has no way to write one.
 MAX_TAG = 1024
 _INVOKE_TAG = re.compile(r'\s+name="([^"]*)"\s*>')
 _PARAMETER_TAG = re.compile(r'\s+name="([^"]*)"(?:\s+string="(\w*)")?\s*>')
