@@ -46,7 +46,17 @@ else:
 
 
 def test_a_checkpoint_works_without_fulmen(tokenizer, tmp_path):  # noqa: F811
-    names = ["llama3-rope", "qwen2-mixed", "qwen3", "gemma3", "qwen3-moe", "phi3", "smollm3", "glm4"]
+    names = [
+        "llama3-rope",
+        "qwen2-mixed",
+        "qwen3",
+        "gemma3",
+        "qwen3-moe",
+        "phi3",
+        "smollm3",
+        "glm4",
+        "qwen3-next",
+    ]
     models = {name: make_dsa(make_dense(name), topk=6) for name in names}
     for name, model in models.items():
         save_converted(model, tokenizer, tmp_path / name, CARD)

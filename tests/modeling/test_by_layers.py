@@ -72,9 +72,10 @@ def test_computes_and_inherits_as_the_whole_model(name, tmp_path, monkeypatch):
     assert not any("forward" in vars(module) for module in layered.model.modules())
 
 
-def test_mla_computes_and_inherits_as_the_whole_model(tmp_path):
+@pytest.mark.parametrize("kind", ["v3", "lite"])
+def test_mla_computes_and_inherits_as_the_whole_model(kind, tmp_path):
     """Experts are stored one by one; what its class keeps in float32 stays so."""
-    dense = make_mla("v3").bfloat16()
+    dense = make_mla(kind).bfloat16()
     dense.config.dtype = torch.bfloat16
     dense.save_pretrained(tmp_path, max_shard_size="40KB")
     make_tokenizer(dense.config.vocab_size).save_pretrained(tmp_path)

@@ -31,7 +31,15 @@ from fulmen.modeling.gqa.cache import DsaCache
 from fulmen.modeling.index_shape import default_dsa
 from fulmen.modeling.mla.attention import fulmen_attention
 from fulmen.modeling.mla.cache import MlaCache
-from tests.modeling.gqa.tiny_gqa import CONFIGS, SHAPE, VOCAB, make_dense, make_dsa, random_ids
+from tests.modeling.gqa.tiny_gqa import (
+    CONFIGS,
+    SHAPE,
+    VOCAB,
+    make_config,
+    make_dense,
+    make_dsa,
+    random_ids,
+)
 from tests.modeling.mla.tiny_mla import make_mla, mla_ids
 
 SMOLLM2 = {
@@ -172,6 +180,20 @@ def test_sliding_and_dense_layers_cost_the_same_on_both_sides():
     assert cost.dense_bytes == (100 + 100 + 7) * token
     assert cost.dsa_bytes == (8 + 100 + 7) * token + 100 * 2 * (8 + 2)
     assert decode_cost(config, DsaConfig(8, 4, 2, 8, (0,)), 5).dense_bytes == 3 * 5 * token / 2
+
+
+def test_a_layer_with_linear_attention_reads_and_writes_its_state_at_every_position():
+    """Two layers with keys; and two with 4 heads, each with a state of 8 x 8 numbers in float32."""
+    config, dsa = make_config("qwen3-5"), DsaConfig(8, 4, 2, 8, (1, 3))
+    near, far = (decode_cost(config, dsa, position, dtype_bytes=4) for position in (5, 100))
+    token, states = 2 * 2 * 24 * 4, 2 * 2 * (4 * 8 * 8) * 4
+    assert near.dense_bytes == 2 * 5 * token + states
+    assert far.dense_bytes == 2 * 100 * token + states
+    assert far.dsa_bytes == 2 * (8 * token + 100 * 2 * (8 + 2)) + states
+    assert far.dense_flops - near.dense_flops == 2 * 95 * 4 * 4 * 24
+    linear = 2 * (layer_weights(config) + 64 * VOCAB) + 2 * 7 * 4 * 8 * 8
+    assert far.dense_flops == linear + 2 * 100 * 4 * 4 * 24
+    assert token_bytes(config, dsa, 4).kv == 2 * token
 
 
 def test_a_layer_that_shares_a_selection_has_no_index_keys():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fulmen.data.sequences import common_start
+from fulmen.modeling.cache import has_states
 from fulmen.modeling.lengths import PREFILL_CHUNK
 from fulmen.modeling.rope_tables import are_rotated_alike, rope_for_length
 
@@ -38,7 +39,7 @@ def continue_on_cache(
     """
     cache, first = read_into(model, cache, ids_T)
     written = [first]
-    if guess_T is not None and first == guess_T[0]:
+    if guess_T is not None and first == guess_T[0] and not has_states(cache):
         written = _as_guessed(model, cache, guess_T)
         done = (n for n in range(1, len(written) + 1) if is_done(written[:n]))
         written = written[: next(done, len(written))]

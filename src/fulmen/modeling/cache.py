@@ -1,11 +1,13 @@
 """Layers of a cache that are written in place: keys, values and index keys."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
 
 class CacheBytes(NamedTuple):
@@ -155,3 +157,27 @@ class InPlaceIndexedLayer(InPlaceLayer):
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
         """Store `[B, T, N]`; return the view `[B, S, N]` of all tokens."""
         return self._index_keys.append(indexer_key_states)
+
+
+def has_states(cache: Cache) -> bool:
+    """Whether layers with linear attention are in a cache: of what they have read they forget no part."""
+    return any(isinstance(layer, LinearAttentionLayer) for layer in cache.layers)
+
+
+@contextmanager
+def forgotten_after(cache: Any) -> Iterator[None]:
+    """What a cache reads in the block it has not read after it."""
+    length = cache.get_seq_length()
+    states = {
+        number: copy.deepcopy(vars(layer))
+        for number, layer in enumerate(cache.layers)
+        if isinstance(layer, LinearAttentionLayer)
+    }
+    try:
+        yield
+    finally:
+        for number, layer in enumerate(cache.layers):
+            if number in states:
+                vars(layer).update(states[number])
+            else:
+                layer.crop(length - layer.get_seq_length())

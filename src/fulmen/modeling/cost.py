@@ -25,9 +25,10 @@ share one read of the keys; selected keys are gathered for each query by itself.
 expands each latent once, by weights that count among the others, and pays less per pair than absorbed; a
 selection, another one for each query, is read absorbed. Up to K tokens nothing is scored: DSA reads what
 dense attention reads and only stores an index key. A sliding layer sees its window; layers that are not
-converted cost the same with and without DSA. The other weights add 2 FLOPs each (of a mixture of experts:
-those of the experts that a token visits; the output head in decoding only, where every token needs it).
-Norms, softmax, biases and the read of the weights, which a batch shares (`read_weights`), are left out.
+converted cost the same with and without DSA; one with linear attention reads and writes its state, of one
+size at every position (a prompt's, once for Q tokens). The other weights add 2 FLOPs each (of a mixture of
+experts: those of the experts that a token visits; the output head in decoding only, where every token needs
+it). Norms, softmax, biases and the read of the weights, which a batch shares (`read_weights`), are left out.
 """
 
 from collections.abc import Iterable
@@ -40,9 +41,12 @@ from fulmen.modeling.cache import CacheBytes
 from fulmen.modeling.experts import experts_of
 from fulmen.modeling.families import family_like
 from fulmen.modeling.family import IndexerCost
+from fulmen.modeling.linear_layers import linear_cost, linear_layers
 from fulmen.modeling.windows import layer_windows
 
 PREFILL_BLOCK = 128
+# States of linear attention are float32.
+STATE_BYTES = 4
 
 
 class StepCost(NamedTuple):
@@ -78,6 +82,7 @@ class StepParts(NamedTuple):
         index_weights: the indexers', likewise.
         dense_attention, dsa_attention: queries, keys and values.
         index_scores: index keys: stored, and read and scored where something is selected.
+        linear_attention: states, with and without DSA.
     """
 
     weights: int
@@ -85,16 +90,17 @@ class StepParts(NamedTuple):
     dense_attention: Work
     dsa_attention: Work
     index_scores: Work
+    linear_attention: Work
 
     def cost(self) -> StepCost:
         """The sums, with and without DSA."""
         dense, dsa, index = self.dense_attention, self.dsa_attention, self.index_scores
-        linear = 2 * self.weights
+        rest = Work(self.linear_attention.bytes, self.linear_attention.flops + 2 * self.weights)
         return StepCost(
-            dense_bytes=dense.bytes,
-            dsa_bytes=dsa.bytes + index.bytes,
-            dense_flops=dense.flops + linear,
-            dsa_flops=dsa.flops + index.flops + linear + 2 * self.index_weights,
+            dense_bytes=dense.bytes + rest.bytes,
+            dsa_bytes=dsa.bytes + index.bytes + rest.bytes,
+            dense_flops=dense.flops + rest.flops,
+            dsa_flops=dsa.flops + index.flops + rest.flops + 2 * self.index_weights,
         )
 
 
@@ -102,7 +108,7 @@ class LayerStep(NamedTuple):
     """What one layer does for a token.
 
     Attributes:
-        visible: tokens that dense attention reads.
+        visible: tokens that dense attention reads; 0 where attention is linear.
         topk: tokens that DSA reads in their place; None where it attends to all visible ones.
         has_indexer: whether it stores an index key; where there is a `topk` it scores all positions too.
     """
@@ -173,8 +179,8 @@ def cost_rows(
 
 
 def token_bytes(config: PreTrainedConfig, dsa: DsaConfig, dtype_bytes: int = 2) -> CacheBytes:
-    """What fulmen's caches keep per token: keys and values of all layers, and the index keys."""
-    kv = attention_cost(config).token_width * config.num_hidden_layers
+    """What fulmen's caches keep per token: keys and values of layers that have some, and index keys."""
+    kv = attention_cost(config).token_width * _layers_with_keys(config)
     layer = index_key_bytes(config, dsa, dtype_bytes) + family_like(config).coarse_key_bytes(dsa)
     index_keys = layer * len(_indexer_layers(config, dsa))
     return CacheBytes(kv * dtype_bytes, index_keys)
@@ -208,13 +214,20 @@ def indexer_cost(config: PreTrainedConfig, dsa: DsaConfig) -> IndexerCost:
 
 def layer_weights(config: PreTrainedConfig) -> int:
     """Weights of all layers that one token is multiplied with: attention's projections and the MLPs."""
-    attention = attention_cost(config).weights * config.num_hidden_layers
-    plain = family_like(config).mlp_matrices * config.hidden_size * config.intermediate_size
+    attention = attention_cost(config).weights * _layers_with_keys(config)
+    attention += linear_cost(config).weights * len(linear_layers(config))
+    # Where all layers have experts a config may have no such width.
+    width = getattr(config, "intermediate_size", None) or 0
+    plain = family_like(config).mlp_matrices * config.hidden_size * width
     experts = experts_of(config)
     if experts is None:
         return attention + plain * config.num_hidden_layers
     mixture = experts.always + experts.chosen * experts.weights
     return attention + plain * (config.num_hidden_layers - experts.layers) + mixture * experts.layers
+
+
+def _layers_with_keys(config: PreTrainedConfig) -> int:
+    return int(config.num_hidden_layers) - len(linear_layers(config))
 
 
 def head_weights(config: PreTrainedConfig) -> int:
@@ -239,9 +252,10 @@ def layer_steps(config: PreTrainedConfig, dsa: DsaConfig, position: int) -> list
     """What each layer does for the token that sees `position` tokens, itself included."""
     require_positive_int("position", position)
     converted, indexed = set(dsa.layers), _indexer_layers(config, dsa)
+    linear = set(linear_layers(config))
 
     def step(layer: int, window: int | None) -> LayerStep:
-        visible = min(position, window or position)
+        visible = 0 if layer in linear else min(position, window or position)
         if layer not in converted:
             return LayerStep(visible, None, False)
         kept = dsa.layer_topk(layer)
@@ -274,6 +288,8 @@ def _step_parts(
     coarse_key = family_like(config).coarse_key_bytes(dsa)
     level = _IndexLevel(index_key, indexer.pair_flops, coarse_key, indexer.coarse_pair_flops)
     scored = [level.scoring(dsa, layer, position) for layer in layers if layer.has_indexer and layer.topk]
+    state = linear_cost(config)
+    n_linear = len(linear_layers(config))
     index_bytes = (index_key + coarse_key) * storing + sum(work.bytes for work in scored) / block
     return StepParts(
         weights=weights,
@@ -281,6 +297,7 @@ def _step_parts(
         dense_attention=attended(sum(layer.visible for layer in layers)),
         dsa_attention=Work(rest.bytes + kept * token, rest.flops + kept * attention.pair_flops),
         index_scores=Work(index_bytes, sum(work.flops for work in scored)),
+        linear_attention=Work(n_linear * 2 * state.state * STATE_BYTES / block, n_linear * state.flops),
     )
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -12,6 +13,8 @@ from fulmen.modeling.families import family_names, import_family
 
 AUTO_CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 PEFT_TABLES_MODULE = "peft.utils.constants"
+# Types of models that are another's, weight for weight, and which Transformers does not know by their name.
+OTHERS_TYPES = {"kimi_k2": "deepseek_v3"}
 
 
 def register_model_types() -> None:
@@ -59,19 +62,32 @@ def _register_stand_ins() -> None:
     from transformers.configuration_utils import PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
+    def stand_in(model_type: str, config_class: Callable[[], Any]) -> None:
+        if model_type not in CONFIG_MAPPING:
+            AutoConfig.register(model_type, _stand_in(PreTrainedConfig, model_type, config_class))
+
     for name in family_names():
-        if name in CONFIG_MAPPING and f"{name}_dsa" not in CONFIG_MAPPING:
-            AutoConfig.register(f"{name}_dsa", _stand_in(PreTrainedConfig, name))
+        if name in CONFIG_MAPPING:
+            stand_in(f"{name}_dsa", partial(_dsa_config_class, name))
+    for name, other in OTHERS_TYPES.items():
+        stand_in(name, partial(CONFIG_MAPPING.__getitem__, other))
 
 
-def _stand_in(base: type, family_name: str) -> type:
-    """A config class whose instances are the family's own; its first use imports and registers the family."""
+def _dsa_config_class(family_name: str) -> type:
+    """Imports and registers the family."""
+    config_class: type = import_family(family_name).config_class
+    return config_class
+
+
+def _stand_in(base: type, model_type: str, config_class: Callable[[], Any]) -> type:
+    """A config class of this `model_type` whose instances are of another class."""
 
     def __new__(cls: type, *args: Any, **kwargs: Any) -> Any:
-        return import_family(family_name).config_class(*args, **kwargs)
+        kwargs.pop("model_type", None)  # the class has its own
+        return config_class()(*args, **kwargs)
 
-    body = {"__module__": __name__, "__new__": __new__, "model_type": f"{family_name}_dsa"}
-    return type("DsaConfigStandIn", (base,), body)
+    body = {"__module__": __name__, "__new__": __new__, "model_type": model_type}
+    return type("ConfigStandIn", (base,), body)
 
 
 def _register_targets() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from fulmen.errors import ConfigError
-from fulmen.modeling.cache import CacheBytes
+from fulmen.modeling.cache import CacheBytes, has_states
 from fulmen.modeling.config_checks import require_sound_templates
 from fulmen.modeling.families import accelerate_model, dsa_of, empty_cache, set_topk
 from fulmen.modeling.lengths import PREFILL_CHUNK, context_of
@@ -134,7 +134,11 @@ class ChatSession:
             n = 0
         differs = (ids_S[:n] != self._cached_ids[:n]).nonzero()
         kept = int(differs[0]) if len(differs) else n
-        if dropped := len(self._cached_ids) - kept:
+        dropped = len(self._cached_ids) - kept
+        if dropped and has_states(self._cache):
+            self._cache.reset()
+            kept = 0
+        elif dropped:
             self._cache.crop(-dropped)
         self._cached_ids = self._cached_ids[:kept]
         return kept

@@ -20,6 +20,7 @@ from fulmen.modeling.cost import (
 from fulmen.modeling.experts import experts_of
 from fulmen.modeling.families import dsa_of, family_like, has_dsa
 from fulmen.modeling.index_shape import default_dsa
+from fulmen.modeling.linear_layers import linear_layers
 from fulmen.modeling.rope_tables import full_attention_rope
 from fulmen.modeling.windows import layer_windows
 from fulmen.pipeline.conversion_plan import describe_plan
@@ -78,11 +79,13 @@ def describe(source: str) -> ModelDescription:
 
 
 def _dense_layers(config: PreTrainedConfig, dsa: DsaConfig) -> dict[str, str]:
-    windows = layer_windows(config)
+    windows, linear = layer_windows(config), set(linear_layers(config))
     reasons: dict[str, list[int]] = {}
     for layer in sorted(set(range(config.num_hidden_layers)) - set(dsa.layers)):
         window = windows[layer]
         reason = f"sliding window of {window}: sparse already" if window else "left dense by the conversion"
+        if layer in linear:
+            reason = "linear attention: no keys to choose from"
         reasons.setdefault(reason, []).append(layer)
     return {layer_ranges(layers): reason for reason, layers in reasons.items()}
 

@@ -31,6 +31,7 @@ from fulmen.modeling.families import (
 )
 from fulmen.modeling.gqa.family import GqaFamily
 from fulmen.modeling.gqa.model import require_dsa
+from fulmen.modeling.missing_family import entry_keywords
 from fulmen.ops.common.rope import apply_rope
 from tests.modeling.gqa.tiny_gqa import (
     CONFIGS,
@@ -77,10 +78,10 @@ def test_names_follow_one_pattern(family):
 
 def turned_heads(dense, layer, ids):
     """q_BHTD, k_BGTD, v_BGTD that a stock layer gives to its attention, and what the layer got."""
-    heads, inputs = [], {}
+    heads, inputs = {}, {}
 
     def note(module, query, key, value, mask, **kwargs):
-        heads.append((query, key, value))
+        heads[module.layer_idx] = (query, key, value)
         return query.transpose(1, 2), None
 
     def keep(module, args, kwargs):
@@ -92,7 +93,7 @@ def turned_heads(dense, layer, ids):
     with torch.no_grad():
         dense.model(ids, use_cache=False)
     hook.remove()
-    return heads[layer], inputs["hidden_states"], inputs["position_embeddings"]
+    return heads[layer], inputs
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -101,13 +102,13 @@ def test_project_gives_what_stock_attention_turns(name):
     dense = make_dense(name)
     family = family_for(dense.config)
     for layer in family.full_attention_layers(dense.config):
-        (q_BHTD, k_BGTD, v_BGTD), x_BTC, table = turned_heads(dense, layer, random_ids(2, 9))
-        ours = make_dsa(dense).model.layers[layer].self_attn
+        (q_BHTD, k_BGTD, v_BGTD), inputs = turned_heads(dense, layer, random_ids(2, 9))
+        x_BTC, ours = inputs["hidden_states"], make_dsa(dense).model.layers[layer].self_attn
         with torch.no_grad():
-            heads = ours.project(x_BTC)
-            assert all(map(torch.equal, family.project(dense.model.layers[layer].self_attn, x_BTC), heads))
-        table = ours.rotary_table(table)
-        q_BTHD, k_BTGD = (apply_rope(x_BTXD, *table) for x_BTXD in heads[:2])
+            stock = family.project(dense.model.layers[layer].self_attn, x_BTC)
+            assert all(map(torch.equal, stock, ours.project(x_BTC)))
+            heads = ours.heads(**inputs)
+        q_BTHD, k_BTGD = (apply_rope(x_BTXD, *heads.rotary) for x_BTXD in heads[:2])
         shared = q_BTHD.shape[2] // k_BTGD.shape[2]
         expected = q_BHTD @ k_BGTD.repeat_interleave(shared, 1).mT
         logits = torch.einsum("bthd,bshd->bhts", q_BTHD, k_BTGD.repeat_interleave(shared, 2))
@@ -135,13 +136,31 @@ def test_unknown_architecture_names_itself_the_known_ones_and_what_it_would_take
     assert str(info.value).startswith(
         f"model_type 'gemma' has no family; supported: {', '.join(known_types())}; "
     )
-    assert "how GemmaAttention makes queries" in str(info.value)
+    assert "families/gemma.py, about ten lines with project=project_heads, as far as" in str(info.value)
     assert {"deepseek_v3", "gemma3_text", "llama", "qwen3_moe"} < set(known_types())
+    for model_type, words in (
+        ("cohere", "project=project_interleaved_heads"),
+        ("afmoe", r"parts of AfmoeAttention tell \(not what gate_proj does\)"),
+        ("falcon", "from FalconAttention as no projection of fulmen's does"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=words):
+            family_for_type(model_type)
     with pytest.raises(UnsupportedModelError, match="it has no attention that DSA could take the place"):
         family_for_type("mamba")
     for model_type in ("vit", "no_such", None, ["llama"]):
         with pytest.raises(UnsupportedModelError, match="Transformers has no language model of that type"):
             family_for_type(model_type)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "olmo2", "phi3", "glm4", "qwen3-5", "hunyuan"])
+def test_what_a_stock_attention_says_of_its_entry_is_what_the_entry_says(name):
+    dense = make_dense(name)
+    family = family_for(dense.config)
+    attention = dense.model.layers[family.full_attention_layers(dense.config)[0]].self_attn
+    keywords = dict(one.split("=") for one in entry_keywords(attention).split(", "))
+    prepare = family.model_class.attention_class.prepare
+    assert keywords.get("prepare", "take_heads") == prepare.__name__
+    assert keywords["project"] == family.project.__name__
 
 
 def test_only_the_family_that_is_asked_for_is_imported():
@@ -196,7 +215,7 @@ def test_gemma3_with_what_no_language_model_of_it_has(change):
 def test_the_layout_is_the_attentions(name):
     dense = make_dense(name)
     layout = family_for(dense.config).attention_layout(dense.config)
-    attention = dense.model.layers[0].self_attn
+    attention = dense.model.layers[full_attention_layers(dense.config)[0]].self_attn
     assert layout.scale == attention.scaling
     assert layout.key_width == layout.value_width == attention.head_dim
     assert layout.heads // layout.key_heads == attention.num_key_value_groups
@@ -262,7 +281,9 @@ def test_from_dense_shares_weights_and_keeps_config(name):
 def test_auto_classes_make_our_models(family):
     config = AutoConfig.for_model(
         family.dsa_types[0],
-        **{**SHAPE, "head_dim": 16, "sliding_window": None, "layer_types": ["full_attention"] * 3},
+        **{**SHAPE, "head_dim": 32, "sliding_window": None, "layer_types": ["full_attention"] * 3},
+        num_experts=16,
+        n_routed_experts=16,
         dsa={**INDEX, "layers": [0, 2]},
     )
     assert type(config) is family.config_class
@@ -307,6 +328,12 @@ def test_a_sliding_layer_cannot_be_converted(name, config):
     made = family.config_class(**{**SHAPE, **config}, dsa={**INDEX, "layers": [0, 2]})
     with pytest.raises(ConfigError, match="have a sliding window; list full-attention layers only"):
         family.model_class(made)
+
+
+def test_a_layer_with_linear_attention_cannot_be_converted():
+    assert full_attention_layers(make_config("qwen3-5")) == [1, 3]
+    with pytest.raises(ConfigError, match=r"dsa layers \[0\] have linear attention; list full-attention"):
+        make_dsa(make_dense("qwen3-5"), layers=[0, 1])
 
 
 @pytest.mark.parametrize("topk", [0, -1, 2.5, True, "8", None])

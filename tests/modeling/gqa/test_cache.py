@@ -5,7 +5,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from fulmen.errors import CacheError
-from fulmen.modeling.cache import TokenBuffer
+from fulmen.modeling.cache import TokenBuffer, forgotten_after, has_states
 from fulmen.modeling.gqa.cache import DsaCache, require_index_key_layers
 from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa, random_ids
 
@@ -108,6 +108,19 @@ def test_nbytes_counts_stored_tokens_of_both_kinds(model):
     index_keys = 2 * 2 * 10 * 2 * (8 + 2)  # converted layers, batch, tokens, index key heads, bytes and scale
     assert cache.nbytes == (kv, index_keys)
     assert cache.nbytes.index_keys == index_keys
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-5"])
+def test_what_is_read_can_be_forgotten_states_included(name):
+    model, ids = make_dsa(make_dense(name)), random_ids(2, 20)
+    cache = DsaCache(model.config)
+    with torch.no_grad():
+        model(ids[:, :9], past_key_values=cache)
+        with forgotten_after(cache):
+            expected = model(ids[:, 9:], past_key_values=cache).logits
+        assert cache.get_seq_length() == 9
+        assert torch.equal(model(ids[:, 9:], past_key_values=cache).logits, expected)
+    assert has_states(cache) == (name == "qwen3-5")
 
 
 def test_only_converted_layers_have_room_for_index_keys(model):

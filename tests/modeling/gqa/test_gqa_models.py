@@ -92,7 +92,7 @@ class TestBelowTopk:
         found = dsa(ids, **inputs).logits
         alone = [dense(part_ids, use_cache=False).logits for part_ids in ids.split([9, 11, 4], 1)]
         torch.testing.assert_close(found, torch.cat(alone, 1), **CLOSE)
-        if name != "gpt-oss":  # where Transformers does not look for documents
+        if name not in ("gpt-oss", "qwen3-next"):  # where Transformers does not look for documents
             torch.testing.assert_close(found, dense(ids, **inputs).logits, **CLOSE)
 
     def test_greedy_tokens(self, name):

@@ -74,6 +74,27 @@ MULTIPLES = {"residual_multiplier": 0.4, "embedding_multiplier": 3.0, "logits_sc
 PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
 GLM4_MOE = {"use_qk_norm": True, "attention_bias": True, "n_routed_experts": 4, "first_k_dense_replace": 1}
 QWEN2_MOE = {"num_experts": 4, "shared_expert_intermediate_size": 56, "use_sliding_window": True}
+# Queries are scaled by their position, in three steps up to 24 tokens.
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 64.0,
+    "original_max_position_embeddings": 8,
+    "llama_4_scaling_beta": 0.5,
+}
+# Every other layer has linear attention.
+HYBRID = {
+    "initializer_range": 0.1,
+    "head_dim": 24,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", FULL, "linear_attention", FULL],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}
+HYBRID_EXPERTS = {"num_experts": 4, "shared_expert_intermediate_size": 56, **EXPERTS, **HYBRID}
 # Model type, and what is not as in SHAPE.
 CONFIGS: dict[str, tuple[str, dict]] = {
     "llama": ("llama", {}),
@@ -103,14 +124,20 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "cohere2": ("cohere2", SLIDES_BETWEEN),
     "ernie4-5": ("ernie4_5", {"head_dim": 24}),
     "gemma2": ("gemma2", {"initializer_range": 0.1, **GEMMA2}),
+    "qwen3-next": ("qwen3_next", {"mlp_only_layers": [1], **HYBRID_EXPERTS}),
+    "qwen3-5": ("qwen3_5_text", HYBRID),
+    "qwen3-5-moe": ("qwen3_5_moe_text", HYBRID_EXPERTS),
+    "ministral3": ("ministral3", {"head_dim": 24, "rope_parameters": YARN}),
+    "hunyuan": ("hunyuan_v1_dense", {"head_dim": 24}),
     "gpt-oss": ("gpt_oss", {"initializer_range": 0.1, **GPT_OSS}),
 }
 # Put to every test: each has something that those before it lack (OLMo 3: one norm for all heads; SmolLM3: a
 # layer without RoPE; GLM-4: RoPE of neighbours, in a part of the dims; Granite MoE: multiples, experts;
-# Gemma 2: capped logits; gpt-oss: sinks, a rotary table with each angle once).
+# Gemma 2: capped logits; Qwen3-Next: a gate, layers with linear attention; gpt-oss: sinks, a rotary table
+# with each angle once).
 FAMILIES = [
     *("llama", "llama3-rope", "qwen2-mixed", "qwen3", "gemma3"),
-    *("olmo3", "smollm3", "glm4", "granite-moe", "gemma2", "gpt-oss"),
+    *("olmo3", "smollm3", "glm4", "granite-moe", "gemma2", "qwen3-next", "gpt-oss"),
 ]
 # Of the same parts; tests/modeling/gqa/test_more_families.py has what they are put to.
 MORE = [name for name in CONFIGS if name not in FAMILIES]

@@ -1,14 +1,25 @@
 """An MLA model becomes a stock deepseek_v32 model whose logits, with nothing left out, are the source's."""
 
+import json
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DeepseekV32ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV32ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from fulmen.config import DsaConfig
 from fulmen.errors import AlreadyConvertedError, ConfigError, UnsupportedModelError
+from fulmen.modeling.checkpoint import load_dense
 from fulmen.modeling.families import family_for
 from fulmen.modeling.mla.convert import convert_mla
+from fulmen.pipeline.model_config import read_config
 from tests.modeling.mla.tiny_mla import make_mla, mla_ids
+from tests.modeling.tiny_source import make_tokenizer
 
 INDEX = {"topk": 64, "index_n_heads": 4, "index_head_dim": 16}
 YARN = {
@@ -49,6 +60,28 @@ def logits_gap(source, converted) -> float:
 def test_v3_logits_stay(changes):
     source = make_mla("v3", **changes)
     assert logits_gap(source, convert_mla(source, **INDEX)) < 1e-6
+
+
+@pytest.mark.parametrize("changes", [{}, {"mlp_layer_types": ["dense"] * 2 + ["sparse"]}], ids=str)
+def test_logits_of_glm_4_7_flash_stay(changes):
+    source = make_mla("lite", **changes)
+    converted = convert_mla(source, **INDEX)
+    assert converted.config.first_k_dense_replace == source.config.mlp_layer_types.count("dense")
+    assert logits_gap(source, converted) < 1e-6
+
+
+def test_kimi_k2_is_read_as_deepseek_v3(tmp_path):
+    """By the config that its checkpoints have; their `auto_map` names code that is not run."""
+    source = make_mla("v3")
+    source.save_pretrained(tmp_path)
+    make_tokenizer(source.config.vocab_size).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values |= {"model_type": "kimi_k2", "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    _, config = read_config(tmp_path)
+    assert (type(config), config.model_type) == (DeepseekV3Config, "deepseek_v3")
+    dense, _ = load_dense(tmp_path)
+    assert logits_gap(source, convert_mla(dense, **INDEX)) < 1e-6
 
 
 @pytest.mark.parametrize("changes", [{}, {"rope_parameters": YARN}], ids=str)
@@ -107,6 +140,8 @@ def test_half_precision_keeps_head_weights_in_fp32():
     [
         ("v2", {}, r"first_k_dense_replace=1.*softmax.*sigmoid"),
         ("v2", {**DENSE_V2, "mlp_bias": True}, "mlp_bias=True"),
+        ("lite", {"mlp_layer_types": ["dense", "sparse", "dense"]}, "mlp_layer_types=.*in the first layers"),
+        ("lite", {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ("v3", {"num_key_value_heads": 4}, "num_key_value_heads=4"),
         ("v3", {"n_group": None}, "n_group=None"),
     ],

@@ -11,6 +11,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     DeepseekV32Config,
     DeepseekV32ForCausalLM,
+    Glm4MoeLiteConfig,
+    Glm4MoeLiteForCausalLM,
     GlmMoeDsaConfig,
     GlmMoeDsaForCausalLM,
     PreTrainedModel,
@@ -43,6 +45,7 @@ INDEX_SHAPE = {"index_topk": 8, "index_n_heads": 8, "index_head_dim": 16}
 MLA_CLASSES = {
     "v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
     "v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
+    "lite": (Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM),
     "v32": (DeepseekV32Config, DeepseekV32ForCausalLM),
     "glm": (GlmMoeDsaConfig, GlmMoeDsaForCausalLM),
 }

@@ -9,7 +9,7 @@ import pytest
 
 from fulmen.errors import UnsupportedModelError
 from fulmen.modeling.families import all_families
-from fulmen.serving.vllm_plugin import NOT_IN_VLLM, require_in_vllm, served_classes
+from fulmen.serving.vllm_plugin import NO_BLOCKS, NOT_IN_VLLM, require_in_vllm, served_classes
 from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa
 
 # Prints the module of vLLM's own class for each architecture, and what one of ours is made of.
@@ -55,6 +55,9 @@ def test_those_are_the_classes_that_vllm_has_and_windows_that_it_has_not_are_ref
     stock, bases, has_olmo2, said = json.loads(done.stdout.splitlines()[-1])
     without = {name for name, module in stock.items() if module is None or module.endswith(".transformers")}
     without.add("GptOssForCausalLM")  # whose layers name their parts otherwise
+    without |= {
+        f.source_class.__name__ for f in own_families() if NOT_IN_VLLM.get(f.source_types[0]) == NO_BLOCKS
+    }
     assert set(stock) - without == set(served_classes().values())
     assert bases == ["DsaServingMixin", "Qwen3ForCausalLM"]
     assert not has_olmo2
@@ -65,7 +68,9 @@ def test_those_are_the_classes_that_vllm_has_and_windows_that_it_has_not_are_ref
 
 def test_a_family_without_a_class_is_refused_before_vllm_starts():
     with pytest.raises(
-        UnsupportedModelError, match="'olmo2_dsa' cannot be served: vLLM has no fitting class for 'olmo2'"
+        UnsupportedModelError, match="'olmo2_dsa' cannot be served: vLLM has no fitting class for it"
     ):
         require_in_vllm(make_dsa(make_dense("olmo2")).config)
+    with pytest.raises(UnsupportedModelError, match=r"'qwen3_5_text_dsa' cannot be served: .* no place for"):
+        require_in_vllm(make_dsa(make_dense("qwen3-5")).config)
     require_in_vllm(make_dsa(make_dense("llama")).config)

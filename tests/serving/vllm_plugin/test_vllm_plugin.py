@@ -31,6 +31,7 @@ MORE_NAMES = (
     "glm4-moe",
     "cohere2",
     "ernie4-5",
+    "ministral3",
 )
 # Each engine takes seconds; a family without norms and biases and one with norms meet dense vLLM too.
 BESIDE_DENSE = ("llama", "qwen3")

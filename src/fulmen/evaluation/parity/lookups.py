@@ -17,6 +17,7 @@ from fulmen.data import Lookup, LookupText
 from fulmen.evaluation.greedy import continue_greedily, continue_on_cache, read_into
 from fulmen.evaluation.journal import Unit
 from fulmen.evaluation.variants import FEW_TEXTS, VariantRunner, splits_topk
+from fulmen.modeling.cache import forgotten_after
 from fulmen.modeling.families import dsa_family_for, empty_cache
 from fulmen.modeling.rope_tables import are_rotated_alike, rope_for_length
 
@@ -123,14 +124,14 @@ def _says_something(line: str) -> bool:
 def _on_one_cache(
     model: PreTrainedModel, text: LookupText, longest: int, is_done: Callable[[list[int]], bool]
 ) -> list[list[int]]:
-    cache, n_prefix = empty_cache(model.config, longest), len(text.prefix_ids)
-    with rope_for_length(model, n_prefix):
+    cache = empty_cache(model.config, longest)
+    with rope_for_length(model, len(text.prefix_ids)):
         read_into(model, cache, text.prefix_ids)
     answers = []
     for one in text.lookups:
         most, guess_T = _most_tokens(one), one.answer_ids
-        answers.append(continue_on_cache(model, cache, one.question_ids, most, is_done, guess_T))
-        cache.crop(n_prefix - cache.get_seq_length())
+        with forgotten_after(cache):
+            answers.append(continue_on_cache(model, cache, one.question_ids, most, is_done, guess_T))
     return answers
 
 

@@ -27,6 +27,7 @@ from fulmen.data.lookup_words import NAMES
 from fulmen.errors import ConfigError
 from fulmen.evaluation.greedy import answer_by_forward
 from fulmen.evaluation.needle_text import NEEDLE, QUESTION, split_answer
+from fulmen.modeling.cache import forgotten_after
 from fulmen.modeling.families import empty_cache
 from fulmen.modeling.rope_tables import are_rotated_alike, restored_rope, rope_for_length
 
@@ -131,9 +132,9 @@ def score_samples(model: PreTrainedModel, group: Sequence[NeedleSample]) -> list
     for sample in group:
         rest_ids = torch.cat([sample.prompt_ids[shared:], sample.answer_ids])
         keep = len(sample.answer_ids) + 1
-        logits_BTV = model(rest_ids[None].to(model.device), logits_to_keep=keep, **options).logits
+        with forgotten_after(cache):
+            logits_BTV = model(rest_ids[None].to(model.device), logits_to_keep=keep, **options).logits
         answers.append(_is_greedy(logits_BTV[0], sample))
-        cache.crop(-len(rest_ids))
     return answers
 
 

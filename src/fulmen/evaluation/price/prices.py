@@ -111,9 +111,9 @@ class Roofline:
     def __call__(self, shape: ModelShape, kind: str, position: int) -> Pair:
         """See `AttentionTime`."""
         parts, seconds = shape.parts(kind, position), self.machine.seconds
-        return Pair(
-            seconds(parts.dense_attention), seconds(parts.dsa_attention) + seconds(parts.index_scores)
-        )
+        linear = seconds(parts.linear_attention)
+        dsa = seconds(parts.dsa_attention) + seconds(parts.index_scores)
+        return Pair(seconds(parts.dense_attention) + linear, dsa + linear)
 
 
 class Line(NamedTuple):
@@ -143,7 +143,8 @@ class LayerLines(NamedTuple):
 class Measured:
     """Attention by lines that were fitted to measured times, for each kind of token.
 
-    Layers with a k of their own count as the mean, which the shares of k preserve.
+    Layers with a k of their own count as the mean, which the shares of k preserve; those with linear
+    attention are not measured, and left out.
     """
 
     lines: dict[str, LayerLines]
@@ -157,7 +158,7 @@ class Measured:
                 return lines.dense.at(layer.visible)
             return lines.sparse.at(position) + (lines.select.at(position) if layer.has_indexer else 0.0)
 
-        layers = layer_steps(shape.config, shape.dsa, position)
+        layers = [step for step in layer_steps(shape.config, shape.dsa, position) if step.visible]
         return Pair(sum(lines.dense.at(layer.visible) for layer in layers), sum(map(dsa, layers)))
 
 

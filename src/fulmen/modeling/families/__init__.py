@@ -69,9 +69,11 @@ def family_for_type(model_type: str) -> "Family":
             f"model_type {model_type!r} has DSA already; use it as it is, or go on with fulmen train"
         )
     _require_no_text_model_inside(model_type)
+    from fulmen.modeling.missing_family import needed_entry
+
     raise UnsupportedModelError(
         f"model_type {model_type!r} has no family; supported: {', '.join(known_types())}; "
-        f"{_needed_for(model_type)}"
+        f"{needed_entry(model_type)}"
     )
 
 
@@ -84,24 +86,6 @@ def _family_with(model_type: Any) -> "Family | None":
         if model_type in (*family.source_types, *family.dsa_types):
             return family
     return None
-
-
-def _needed_for(model_type: Any) -> str:
-    """What a family of this type would take."""
-    from transformers import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) if isinstance(model_type, str) else None
-    if not stock:
-        return "Transformers has no language model of that type either, which an entry would be made from"
-    config_class: Any = CONFIG_MAPPING[model_type]
-    if "num_attention_heads" not in {*vars(config_class), *config_class.attribute_map}:
-        return "it has no attention that DSA could take the place of"
-    attention = stock.replace("ForCausalLM", "Attention")
-    return (
-        f"an entry is a file of about ten lines, which says how {attention} makes queries, keys and values "
-        "before RoPE: see 'Add a model family' in CONTRIBUTING.md"
-    )
 
 
 def _is_model_type(name: str) -> bool:

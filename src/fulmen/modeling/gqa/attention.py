@@ -6,7 +6,7 @@ Transformers then builds no mask, and the layers get intervals (`fulmen.modeling
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,27 @@ from fulmen.ops.common.index_keys import is_packed, pack_index_keys, round_index
 from fulmen.ops.common.rope import apply_rope
 
 ATTENTION_NAME = "fulmen"
-Projection = Callable[[Any, Tensor], tuple[Tensor, Tensor, Tensor]]
+Projection = Callable[[Any, Tensor], tuple[Tensor, ...]]
+RotaryTable = tuple[Tensor, Tensor]
+
+
+class Heads(NamedTuple):
+    """What an attention computes with.
+
+    Attributes:
+        q_BTHD, k_BTGD, v_BTGD: queries, keys and values; the former two before `rotary`.
+        rotary: cos_BTR and sin_BTR that turn queries and keys, and the indexer's.
+        gate_BTN: what the outputs of all heads are multiplied with; None: nothing.
+    """
+
+    q_BTHD: Tensor
+    k_BTGD: Tensor
+    v_BTGD: Tensor
+    rotary: RotaryTable
+    gate_BTN: Tensor | None = None
+
+
+Preparation = Callable[[Any, Heads, Tensor | None], Heads]
 
 
 def project_heads(attention: Any, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,9 +102,49 @@ def project_interleaved_heads(attention: Any, x_BTC: Tensor) -> tuple[Tensor, Te
     return q_BTHD[..., order_D], k_BTGD[..., order_D], v_BTGD
 
 
+def project_gated_heads(attention: Any, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `project_normed_heads`, where each query has its gate beside it (Qwen3-Next); and gate_BTN."""
+    heads = (*x_BTC.shape[:-1], -1, attention.head_dim)
+    q_BTHD, gate_BTHD = attention.q_proj(x_BTC).unflatten(-1, (-1, 2 * attention.head_dim)).chunk(2, -1)
+    k_BTGD, v_BTGD = attention.k_proj(x_BTC).view(heads), attention.v_proj(x_BTC).view(heads)
+    return attention.q_norm(q_BTHD), attention.k_norm(k_BTGD), v_BTGD, gate_BTHD.flatten(2).sigmoid()
+
+
 def pairs_apart(width: int, rotary: int) -> list[int]:
     """Dims of a head, those rotated first: the first of each neighbouring pair, then the second ones."""
     return [*range(0, rotary, 2), *range(1, rotary, 2), *range(rotary, width)]
+
+
+def take_heads(attention: Any, heads: Heads, position_BT: Tensor | None) -> Heads:
+    """Nothing but RoPE lies between a projection and the logits."""
+    return heads
+
+
+def scale_queries(attention: Any, heads: Heads, position_BT: Tensor | None) -> Heads:
+    """Queries times 1 + beta log(1 + floor(t / L)), L the context before it was made longer (Llama 4)."""
+    assert position_BT is not None, "the decoder layer passes its positions on"
+    rope = attention.config.rope_parameters
+    stretched_BT = torch.floor(position_BT / rope["original_max_position_embeddings"])
+    scale_BT = 1 + rope["llama_4_scaling_beta"] * torch.log1p(stretched_BT)
+    return heads._replace(q_BTHD=heads.q_BTHD * scale_BT[..., None, None].to(heads.q_BTHD.dtype))
+
+
+def norm_turned_heads(attention: Any, heads: Heads, position_BT: Tensor | None) -> Heads:
+    """Heads that are normed after RoPE (HunYuan): turned here already, and by nothing any more.
+
+    A gain g after a rotation R is not one before it, unless it is the same for both dims of a pair. But an
+    indexer needs no RoPE of its own: what it makes of a pair is a complex multiple, and c (R k) = R (c k). So
+    it reads g R k / |k|, and its logits are sums over the pairs of the model's own.
+    """
+    q_BTHD, k_BTGD = (apply_rope(x, *heads.rotary).to(x.dtype) for x in heads[:2])
+    normed = (attention.query_layernorm(q_BTHD), attention.key_layernorm(k_BTGD))
+    return Heads(*normed, heads.v_BTGD, no_rotation(heads.rotary), heads.gate_BTN)
+
+
+def no_rotation(rotary: RotaryTable) -> RotaryTable:
+    """A table like this one that turns nothing."""
+    cos_BTR, sin_BTR = rotary
+    return torch.ones_like(cos_BTR), torch.zeros_like(sin_BTR)
 
 
 def turns_every_layer(config: PreTrainedConfig, layer: int) -> bool:
@@ -102,7 +162,8 @@ class DsaAttentionMixin:
     layer_idx: int
     scaling: float
     o_proj: Any
-    project: ClassVar[Callable[..., tuple[Tensor, Tensor, Tensor]]]
+    project: ClassVar[Callable[..., tuple[Tensor, ...]]]
+    prepare: ClassVar[Callable[..., Heads]]
     output_norm_name: ClassVar[str | None]
     turns: ClassVar[Callable[[Any, int], bool]]
     selector: Selector = IndexerSelector()
@@ -127,14 +188,26 @@ class DsaAttentionMixin:
             out_BTC = norm(out_BTC)
         return out_BTC * self._multiplier
 
-    def rotary_table(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def heads(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: RotaryTable,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Heads:
+        """Of what the attention is given."""
+        q_BTHD, k_BTGD, v_BTGD, *gate = self.project(hidden_states)
+        bare = Heads(q_BTHD, k_BTGD, v_BTGD, self.rotary_table(position_embeddings), *gate)
+        return self.prepare(bare, position_ids)
+
+    def rotary_table(self, position_embeddings: RotaryTable) -> RotaryTable:
         """cos_BTR and sin_BTR of this layer; a layer without RoPE has one that turns nothing."""
         cos_BTR, sin_BTR = position_embeddings
         if 2 * cos_BTR.shape[-1] == rotary_width(self.config):  # gpt-oss has each angle once
             cos_BTR, sin_BTR = (torch.cat((table, table), -1) for table in (cos_BTR, sin_BTR))
         if type(self).turns(self.config, self.layer_idx):
             return cos_BTR, sin_BTR
-        return torch.ones_like(cos_BTR), torch.zeros_like(sin_BTR)
+        return no_rotation((cos_BTR, sin_BTR))
 
     @property
     def softmax(self) -> tuple[float, float | None, Tensor | None]:
@@ -160,7 +233,7 @@ class DsaAttentionMixin:
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        position_embeddings: RotaryTable | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         visible: KeyIntervals | None = None,
@@ -169,8 +242,8 @@ class DsaAttentionMixin:
         """As the stock attention; `visible` takes the place of `attention_mask`."""
         assert visible is not None, "a DSA attention runs inside its model, which computes the intervals"
         assert position_embeddings is not None
-        cos_BTR, sin_BTR = self.rotary_table(position_embeddings)
-        bare_q_BTHD, bare_k_BTGD, v_BSGV = self.project(hidden_states)
+        heads = self.heads(hidden_states, position_embeddings, kwargs.get("position_ids"))
+        bare_q_BTHD, bare_k_BTGD, v_BSGV, (cos_BTR, sin_BTR), gate_BTN = heads
         rotation = self.indexer.rotation(cos_BTR, sin_BTR)
         # Detached here and below: the KL loss trains the indexer alone, the other losses all the rest.
         index_k_BSIE = self.indexer.keys(bare_k_BTGD.detach(), rotation)
@@ -219,7 +292,8 @@ class DsaAttentionMixin:
             out_BTHV, _ = sparse_attention(q_BTHD, k_BSGD, v_BSGV, topk_BTK, *self.softmax)
         elif out_BTHV is None:
             out_BTHV = attend_to_visible(self, q_BTHD, k_BSGD, v_BSGV, visible, *self.softmax)
-        return self.o_proj(out_BTHV.flatten(2)), None
+        out_BTN = out_BTHV.flatten(2)
+        return self.o_proj(out_BTN if gate_BTN is None else out_BTN * gate_BTN), None
 
     def output_weight(self) -> Tensor:
         """out_weight_CN: from all heads' outputs, as `sparse_attention` gives them, to the residual stream.

@@ -4,14 +4,15 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from fulmen.errors import CacheError
 from fulmen.modeling.cache import CacheBytes, InPlaceIndexedLayer, InPlaceLayer
+from fulmen.modeling.linear_layers import linear_layers
 
 
 class DsaCache(Cache):
-    """The cache of a DSA model.
+    """The cache of a DSA model. Layers with linear attention have Transformers' own in it, with one state.
 
     Args:
         config: the model's config; its converted layers get room for index keys.
@@ -21,13 +22,14 @@ class DsaCache(Cache):
     layers: list[Any]
 
     def __init__(self, config: PreTrainedConfig, max_length: int | None = None) -> None:
-        converted = converted_layers(config)
-        super().__init__(
-            layers=[
-                InPlaceIndexedLayer(max_length) if layer in converted else InPlaceLayer(max_length)
-                for layer in range(config.num_hidden_layers)
-            ]
-        )
+        converted, linear = set(converted_layers(config)), set(linear_layers(config))
+
+        def make(layer: int) -> Any:
+            if layer in linear:
+                return LinearAttentionLayer()
+            return InPlaceIndexedLayer(max_length) if layer in converted else InPlaceLayer(max_length)
+
+        super().__init__(layers=[make(layer) for layer in range(config.num_hidden_layers)])
 
     def update_coarse(self, packed_BTX: Tensor, layer_idx: int) -> Tensor:
         """Store the packed coarse keys of T tokens; return those of all tokens so far, `[B, S, N + 2]`."""
@@ -36,8 +38,11 @@ class DsaCache(Cache):
 
     @property
     def nbytes(self) -> CacheBytes:
-        """Bytes of the stored tokens: keys and values of all layers, index keys of the converted ones."""
-        buffers = [layer.buffers() for layer in self.layers]
+        """Bytes of the stored tokens: keys and values of all layers, index keys of the converted ones.
+
+        The states of layers with linear attention, which do not grow, are left out.
+        """
+        buffers = [layer.buffers() for layer in self.layers if isinstance(layer, InPlaceLayer)]
         kv = sum(buffer.nbytes for stored in buffers for buffer in stored[:2])
         return CacheBytes(kv, sum(buffer.nbytes for stored in buffers for buffer in stored[2:]))
 

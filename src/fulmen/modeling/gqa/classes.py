@@ -14,7 +14,13 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
-from fulmen.modeling.gqa.attention import DsaAttentionMixin, Projection, turns_every_layer
+from fulmen.modeling.gqa.attention import (
+    DsaAttentionMixin,
+    Preparation,
+    Projection,
+    take_heads,
+    turns_every_layer,
+)
 from fulmen.modeling.gqa.model import DsaGenerationMixin, DsaModelMixin, accept_any_config
 
 
@@ -23,6 +29,7 @@ def dsa_classes(
     stock: Any,
     *,
     project: Projection,
+    prepare: Preparation = take_heads,
     output_norm: str | None = None,
     turns: Callable[[Any, int], bool] = turns_every_layer,
     require: Callable[[Any], None] = accept_any_config,
@@ -32,7 +39,9 @@ def dsa_classes(
     Args:
         module: `__name__` where they get their names.
         stock: the language model; its base model's layers are `layers[i].self_attn`, of class `<X>Attention`.
-        project: `(attention, x_BTC) -> q_BTHD, k_BTGD, v_BTGD`, after bias or norm and before RoPE.
+        project: `(attention, x_BTC) -> q_BTHD, k_BTGD, v_BTGD`, after bias or norm and before RoPE; and
+            gate_BTN, where the attention's output has a gate.
+        prepare: `(attention, heads, position_BT) -> heads`, what else lies between these and the logits.
         output_norm: name of the decoder layer's norm of what the attention gives, if it has one.
         turns: `(config, layer)`: whether RoPE turns the heads of a layer.
         require: raises UnsupportedModelError for a config that asks for what the classes do not do.
@@ -49,6 +58,7 @@ def dsa_classes(
         "Attention",
         (DsaAttentionMixin, stock_attention),
         project=project,
+        prepare=prepare,
         output_norm_name=output_norm,
         turns=staticmethod(turns),
     )

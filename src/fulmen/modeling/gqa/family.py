@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -41,19 +41,21 @@ class GqaFamily(Family):
     """A family whose DSA classes stand in its file; `gqa_family` makes it from the last of them.
 
     Attributes:
-        project: `(attention, x_BTC) -> q_BTHD, k_BTGD, v_BTGD` after bias or norm and before RoPE; takes the
-            dense and the DSA attention module.
+        project: `(attention, x_BTC) -> q_BTHD, k_BTGD, v_BTGD` after bias or norm and before RoPE, and the
+            gate if there is one; takes the dense and the DSA attention module.
         turns: `(config, layer)`: whether RoPE turns the heads of a layer.
         config_class, model_class, causal_lm_class: the DSA classes.
         source_class: the stock language model.
+        gated: the attention's output has a gate, as wide as the queries.
     """
 
-    project: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    project: Callable[..., tuple[Tensor, ...]]
     turns: Callable[[Any, int], bool]
     config_class: type[PreTrainedConfig]
     model_class: type[PreTrainedModel]
     causal_lm_class: type[PreTrainedModel]
     source_class: type[PreTrainedModel]
+    gated: bool = field(default=False, kw_only=True)
 
     varies_topk: ClassVar[bool] = True
     packs_index_keys: ClassVar[bool] = True
@@ -69,9 +71,9 @@ class GqaFamily(Family):
         return [layer for layer in range(config.num_hidden_layers) if not self.turns(config, layer)]
 
     def attention_weights(self, config: PreTrainedConfig) -> int:
-        heads: int = config.num_attention_heads + config.num_key_value_heads
+        heads, key_heads = config.num_attention_heads, config.num_key_value_heads
         hidden: int = config.hidden_size
-        return 2 * hidden * heads * model_head_width(config)
+        return hidden * ((2 + self.gated) * heads + 2 * key_heads) * model_head_width(config)
 
     def heads_in_words(self, config: PreTrainedConfig) -> str:
         return (
@@ -219,10 +221,10 @@ class GqaFamily(Family):
         return DsaCache(config, max_length)
 
 
-def gqa_family(causal_lm_class: Any, mlp_matrices: int = 3) -> GqaFamily:
+def gqa_family(causal_lm_class: Any, mlp_matrices: int = 3, gated: bool = False) -> GqaFamily:
     """The family of a DSA language model (`dsa_classes`): its class leads to all others.
 
-    mlp_matrices: as in `Family`.
+    mlp_matrices: as in `Family`; gated: as in `GqaFamily`.
     """
     model_class, source_class = causal_lm_class.model_class, causal_lm_class.__bases__[-1]
 
@@ -242,6 +244,7 @@ def gqa_family(causal_lm_class: Any, mlp_matrices: int = 3) -> GqaFamily:
         causal_lm_class=causal_lm_class,
         source_class=source_class,
         mlp_matrices=mlp_matrices,
+        gated=gated,
     )
 
 

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from fulmen.config import DsaConfig
 from fulmen.errors import ConfigError, TrainingDivergedError
+from fulmen.modeling.gqa.attention import Heads
 from fulmen.modeling.gqa.inherit_coarse import (
     ALWAYS_OPEN,
     Moments,
@@ -80,8 +81,8 @@ class InheritedGqaLayer(NamedTuple):
 class _Observation(NamedTuple):
     """One calibration sequence as one layer sees it at R sampled queries, positions `rows_R`.
 
-    q_RHD and k_GTD are float32, after RoPE and in `pair_order`; bare_q_RHD and bare_k_TGD as the model
-    projects them.
+    q_RHD and k_GTD are float32, after RoPE and in `pair_order`; bare_q_RHD and bare_k_TGD as
+    `Heads` has them.
     """
 
     rows_R: Tensor
@@ -159,8 +160,8 @@ def _read_densely(model: PreTrainedModel, input_ids_BT: Tensor, fit: Callable[..
 
 
 def _fit_layer(attention: Any, kwargs: dict, topk: int) -> InheritedGqaLayer:
-    rotary = attention.rotary_table(kwargs["position_embeddings"])
-    observations = _observe(attention, kwargs["hidden_states"], rotary, topk)
+    heads = attention.heads(**kwargs)
+    rotary, observations = heads.rotary, _observe(attention, kwargs["hidden_states"], heads, topk)
     cov_HFF = torch.stack([_pair_covariance(one, attention.scaling) for one in observations]).sum(0)
     n_groups = len(observations[0].k_GTD)
     # Many small steps: quicker on the CPU than on an accelerator.
@@ -193,9 +194,9 @@ def inherit_coarse_gqa(
     def fit(attention: Any, _: Any, kwargs: dict) -> None:
         nonlocal done
         layer_topk = _fitted_topk(topk * dsa.layer_topk(attention.layer_idx) / dsa.topk, length)
-        rotary = attention.rotary_table(kwargs["position_embeddings"])
-        observations = _observe(attention, kwargs["hidden_states"], rotary, layer_topk)
-        _fit_coarse(attention, observations, layer_topk, rotary)
+        heads = attention.heads(**kwargs)
+        observations = _observe(attention, kwargs["hidden_states"], heads, layer_topk)
+        _fit_coarse(attention, observations, layer_topk, heads.rotary)
         done += 1
         on_layer(done)
 
@@ -232,9 +233,9 @@ def _coarse_heads(attention: Any, observation: _Observation, rotary: tuple[Tenso
     return _IndexHeads(q_1RMN[0, :, :-1].float(), k_1TN[0, :, None].float())
 
 
-def _observe(attention: Any, x_BTC: Tensor, rotary: tuple[Tensor, Tensor], topk: int) -> list[_Observation]:
+def _observe(attention: Any, x_BTC: Tensor, heads: Heads, topk: int) -> list[_Observation]:
     """What the layer would compute, with the threshold of every sampled query."""
-    bare_q_BTHD, bare_k_BTGD, _ = attention.project(x_BTC)
+    bare_q_BTHD, bare_k_BTGD, _, rotary, _ = heads
     rows_R = sampled_queries(topk, x_BTC.shape[1]).to(x_BTC.device)
     bare_q_BRHD, rows_rotary = bare_q_BTHD[:, rows_R], tuple(table[:, rows_R] for table in rotary)
     order_D = pair_order(attention.head_dim, rotary[0].shape[-1]).to(x_BTC.device)

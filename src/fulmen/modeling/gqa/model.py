@@ -18,6 +18,7 @@ from fulmen.modeling.gqa.coarse import CoarseIndexer
 from fulmen.modeling.gqa.indexer import GqaIndexer, IndexProjection
 from fulmen.modeling.intervals import visible_intervals
 from fulmen.modeling.lengths import PREFILL_CHUNK
+from fulmen.modeling.linear_layers import linear_layers, read_documents_apart
 from fulmen.modeling.rope_tables import rope_for_length
 from fulmen.modeling.windows import full_layers
 
@@ -79,6 +80,8 @@ class DsaModelMixin(DsaPreTrainedMixin):
         for layer in dsa.layers:
             attention: Any = self.attention_class(config, layer)
             attention.join(self.layers[layer])
+        for layer in linear_layers(config):
+            read_documents_apart(self.layers[layer].linear_attn)  # type: ignore[arg-type]
         self.post_init()
 
     def forward(
@@ -118,6 +121,8 @@ class DsaModelMixin(DsaPreTrainedMixin):
         )
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
+            # For layers with linear attention; all others have the intervals.
+            attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
@@ -198,6 +203,8 @@ def require_dsa(config: PreTrainedConfig) -> DsaConfig:
             f"dsa layers {list(dsa.layers)} do not fit num_hidden_layers={config.num_hidden_layers}; "
             f"list some of 0 to {config.num_hidden_layers - 1}, ascending"
         )
+    if linear := sorted(set(dsa.layers) & set(linear_layers(config))):
+        raise ConfigError(f"dsa layers {linear} have linear attention; list full-attention layers only")
     if sliding := sorted(set(dsa.layers) - set(full_layers(config))):
         raise ConfigError(f"dsa layers {sliding} have a sliding window; list full-attention layers only")
     return dsa

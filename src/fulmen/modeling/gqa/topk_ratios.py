@@ -134,23 +134,28 @@ def _streams(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 def _errors(attention: Any, kwargs: dict, stream_BTC: Tensor, ks: list[int]) -> list[float]:
     """e(k) of one layer for each k, the mean over sequences and queries."""
-    x_BTC, rotary = kwargs["hidden_states"], attention.rotary_table(kwargs["position_embeddings"])
-    q_BTHD, k_BTGD, v_BTGD = attention.project(x_BTC)
-    q_BTHD, k_BTGD = (apply_rope(heads, *rotary).float() for heads in (q_BTHD, k_BTGD))
-    length = x_BTC.shape[1]
-    rows_R = torch.linspace(length // 2, length - 1, MEASURED_QUERIES, device=x_BTC.device).long().unique()
+    heads = attention.heads(**kwargs)
+    q_BTHD, k_BTGD = (apply_rope(x, *heads.rotary).float() for x in heads[:2])
+    length = q_BTHD.shape[1]
+    rows_R = torch.linspace(length // 2, length - 1, MEASURED_QUERIES, device=q_BTHD.device).long().unique()
+    gate_BRN = [None] * len(q_BTHD) if heads.gate_BTN is None else heads.gate_BTN[:, rows_R].float()
     logits = (attention.softmax[0], attention.softmax[1])
     found = [
-        _sequence_errors(attention, own_logits(q, k, rows_R, *logits), v.float(), r[rows_R], ks)
-        for q, k, v, r in zip(q_BTHD, k_BTGD, v_BTGD, stream_BTC.float(), strict=True)
+        _sequence_errors(attention, own_logits(q, k, rows_R, *logits), v.float(), gate, r[rows_R], ks)
+        for q, k, v, gate, r in zip(q_BTHD, k_BTGD, heads.v_BTGD, gate_BRN, stream_BTC.float(), strict=True)
     ]
     return torch.stack(found).mean(0).tolist()
 
 
 def _sequence_errors(
-    attention: Any, logits_HRS: Tensor, v_TGV: Tensor, stream_RC: Tensor, ks: list[int]
+    attention: Any,
+    logits_HRS: Tensor,
+    v_TGV: Tensor,
+    gate_RN: Tensor | None,
+    stream_RC: Tensor,
+    ks: list[int],
 ) -> Tensor:
-    output = partial(_output, attention, v_SGV=v_TGV[: logits_HRS.shape[-1]])
+    output = partial(_output, attention, v_SGV=v_TGV[: logits_HRS.shape[-1]], gate_RN=gate_RN)
     dense_RC = output(logits_HRS)
     best_RK = softmax_with_sinks(logits_HRS, attention.softmax[2]).mean(0).topk(max(ks), dim=-1).indices
     size = dense_RC.norm() * stream_RC.norm()
@@ -162,9 +167,11 @@ def _sequence_errors(
     return torch.stack(errors)
 
 
-def _output(attention: Any, logits_HRS: Tensor, v_SGV: Tensor) -> Tensor:
+def _output(attention: Any, logits_HRS: Tensor, v_SGV: Tensor, gate_RN: Tensor | None) -> Tensor:
     """What the attention adds to the residual stream, `[R, C]`."""
     probs_HRS = softmax_with_sinks(logits_HRS, attention.softmax[2])
     probs_GMRS = probs_HRS.unflatten(0, (v_SGV.shape[1], -1))
     heads_RN = torch.einsum("gmrs,sgv->rgmv", probs_GMRS, v_SGV).flatten(1)
+    if gate_RN is not None:
+        heads_RN = heads_RN * gate_RN
     return attention.to_stream(heads_RN @ attention.o_proj.weight.float().T)

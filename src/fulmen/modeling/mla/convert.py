@@ -1,9 +1,9 @@
-"""Turn a DeepSeek-V2 or V3 model (MLA, dense attention) into a stock `deepseek_v32` model with an indexer.
+"""Turn a DeepSeek-V2 or V3 model or its like (MLA, dense attention) into a stock `deepseek_v32` model.
 
-The result holds the source's backbone, weight for weight, under Transformers' own class and names: it saves,
-loads and runs without fulmen (of tokens with equal scores it then keeps any, where fulmen keeps the most
-recent). With `topk` at least as long as the text its logits are the source's. The indexer is random;
-`fulmen.modeling.mla.inherit` builds it from the attention's own heads.
+The result has an indexer, and the source's backbone, weight for weight, under Transformers' own class and
+names: it saves, loads and runs without fulmen (of tokens with equal scores it then keeps any, where fulmen
+keeps the most recent). With `topk` at least as long as the text its logits are the source's. The indexer is
+random; `fulmen.modeling.mla.inherit` builds it from the attention's own heads.
 """
 
 import copy
@@ -17,7 +17,8 @@ from fulmen.config import require_positive_int
 from fulmen.errors import AlreadyConvertedError, ConfigError, UnsupportedModelError
 from fulmen.modeling.family import has_own_head
 
-MLA_SOURCE_TYPES = ("deepseek_v2", "deepseek_v3")
+# GLM-4.7-Flash has DeepSeek-V3's layers; Kimi K2's config is read as DeepSeek-V3's (`registration.py`).
+MLA_SOURCE_TYPES = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2")
 MLA_DSA_TYPES = ("deepseek_v32", "glm_moe_dsa")
 
 _V32_CONFIG_KEYS = (
@@ -66,8 +67,8 @@ def convert_mla(
     """A stock DeepSeek-V3.2 model (arXiv 2512.02556, section 2): the backbone of `model`, a random indexer.
 
     Args:
-        model: a DeepseekV2ForCausalLM (all MLPs dense) or DeepseekV3ForCausalLM. It is left as it is; the
-            result shares its weights wherever they stay the same.
+        model: a DeepseekV2ForCausalLM (all MLPs dense), DeepseekV3ForCausalLM or Glm4MoeLiteForCausalLM. It
+            is left as it is; the result shares its weights wherever they stay the same.
         topk: tokens that each query keeps (`index_topk`).
         index_n_heads: index query heads J.
         index_head_dim: width E of an index head; its first `qk_rope_head_dim` dims are rotary.
@@ -113,7 +114,7 @@ def _require_expressible(config: PretrainedConfig) -> None:
         )
     if config.model_type not in MLA_SOURCE_TYPES:
         _refuse("model_type", config.model_type, f"convert one of {', '.join(MLA_SOURCE_TYPES)}")
-    n_moe = config.num_hidden_layers - config.first_k_dense_replace
+    n_moe = config.num_hidden_layers - _dense_mlps_first(config)
     if config.model_type == "deepseek_v2" and n_moe > 0:
         _refuse(
             "first_k_dense_replace",
@@ -125,6 +126,21 @@ def _require_expressible(config: PretrainedConfig) -> None:
         _refuse("mlp_bias", True, "deepseek_v32 has MLPs without bias only")
     if config.num_key_value_heads != config.num_attention_heads:
         _refuse("num_key_value_heads", config.num_key_value_heads, "MLA has one per attention head")
+
+    if (share := config.rope_parameters.get("partial_rotary_factor", 1.0)) != 1.0:
+        _refuse("partial_rotary_factor", share, "deepseek_v32 turns all of qk_rope_head_dim")
+
+
+def _dense_mlps_first(config: PretrainedConfig) -> int:
+    """How many layers come before those with experts. Raises UnsupportedModelError for another order."""
+    layers: int = config.num_hidden_layers
+    kinds = getattr(config, "mlp_layer_types", None)
+    if kinds is None:
+        return min(config.first_k_dense_replace, layers)
+    count = kinds.index("sparse") if "sparse" in kinds else layers
+    if "dense" in kinds[count:]:
+        _refuse("mlp_layer_types", kinds, "deepseek_v32 has its dense MLPs in the first layers")
+    return count
 
 
 def _require_plain_weights(model: PreTrainedModel) -> None:
@@ -151,7 +167,7 @@ def _v32_config(
     values: dict[str, Any] = {key: getattr(source, key) for key in _V32_CONFIG_KEYS}
     values["rope_parameters"] = dict(source.rope_parameters)
     values["q_lora_rank"] = source.q_lora_rank or source.hidden_size
-    n_dense = min(source.first_k_dense_replace, source.num_hidden_layers)
+    n_dense = _dense_mlps_first(source)
     if n_dense == source.num_hidden_layers:
         # No layer routes: V2 leaves the routing keys empty, which deepseek_v32 does not allow.
         unused = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 1, "norm_topk_prob": True}

@@ -15,9 +15,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 MODELS = "fulmen.serving.vllm_plugin.models"
-# Families that vLLM has no class for whose layers fulmen can change; mostly it would run Transformers' dense
-# code.
-NOT_IN_VLLM = ("gpt_oss", "ministral", "olmo2", "olmo3", "seed_oss", "smollm3", "starcoder2")
+# Of some families vLLM has no class whose layers fulmen can change; mostly it would run Transformers' dense
+# code. In hybrids' caches it gives keys and states blocks of one size; index keys would need a third kind.
+NO_CLASS = "vLLM has no fitting class for it"
+NO_BLOCKS = "vLLM's caches for layers with linear attention have no place for index keys"
+NOT_IN_VLLM = {
+    **dict.fromkeys(
+        ("gpt_oss", "hunyuan_v1_dense", "ministral", "olmo2", "olmo3", "seed_oss", "smollm3", "starcoder2"),
+        NO_CLASS,
+    ),
+    **dict.fromkeys(("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"), NO_BLOCKS),
+}
 
 
 def served_classes() -> dict[str, str]:
@@ -30,11 +38,10 @@ def served_classes() -> dict[str, str]:
 
 
 def require_in_vllm(config: "PreTrainedConfig") -> None:
-    """Raise UnsupportedModelError for a converted model whose layers vLLM has no code for."""
-    if (name := config.model_type.removesuffix("_dsa")) in NOT_IN_VLLM:
+    """Raise UnsupportedModelError for a converted model of a family that the plugin does not serve."""
+    if reason := NOT_IN_VLLM.get(config.model_type.removesuffix("_dsa")):
         raise UnsupportedModelError(
-            f"model_type {config.model_type!r} cannot be served: vLLM has no fitting class for {name!r}; "
-            "use `fulmen chat` or Transformers"
+            f"model_type {config.model_type!r} cannot be served: {reason}; use `fulmen chat` or Transformers"
         )
 
 

@@ -69,6 +69,9 @@ class DsaAttention(nn.Module):
         self.head_dim, self.heads, self.kv_heads = stock.head_dim, stock.num_heads, stock.num_kv_heads
         self.total_kv_heads, self.scale = stock.total_num_kv_heads, stock.scaling
         self.softcap = getattr(vllm_config.model_config.hf_config, "attn_logit_softcapping", None)
+        # A factor of each position, which RoPE does not change: before it is as good as after.
+        scaled = getattr(stock, "do_llama_4_scaling", False)
+        self._query_scale = stock._get_llama_4_attn_scale if scaled else None
         # LongRoPE's table has no such word: it turns halves.
         halves = getattr(rotary, "is_neox_style", True)
         self._pairs_apart = None if halves else pairs_apart(self.head_dim, rotary.rotary_dim)
@@ -112,6 +115,10 @@ class DsaAttention(nn.Module):
             q, k, v = self._heads(qkv)
             reordered = (q[..., self._pairs_apart], k[..., self._pairs_apart], v)
             qkv = torch.cat([x.flatten(1) for x in reordered], -1)
+        if self._query_scale is not None:
+            q, k, v = self._heads(qkv)
+            scaled = (q * self._query_scale(positions)[..., None]).to(q.dtype)
+            qkv = torch.cat([x.flatten(1) for x in (scaled, k, v)], -1)
         out = qkv.new_empty(qkv.shape[0], self.heads * self.head_dim)
         if torch.compiler.is_compiling():
             torch.ops.vllm.fulmen_dsa_attention(qkv, hidden_states, positions, out, self.name)

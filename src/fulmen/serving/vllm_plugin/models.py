@@ -23,7 +23,12 @@ from fulmen.modeling.gqa.model import require_dsa
 from fulmen.modeling.windows import layer_windows
 from fulmen.serving.vllm_plugin import served_classes
 from fulmen.serving.vllm_plugin.attention import DsaAttention
-from fulmen.serving.vllm_plugin.rope import no_rotation_like, require_same_rope, scale_longrope
+from fulmen.serving.vllm_plugin.rope import (
+    name_query_scaling,
+    no_rotation_like,
+    require_same_rope,
+    scale_longrope,
+)
 from fulmen.serving.vllm_plugin.weights import HeadWatch, pack_experts_anew
 
 # The interfaces used here are internal to vLLM and change between its versions.
@@ -38,6 +43,7 @@ class DsaServingMixin:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         dsa, config = _require_servable(vllm_config), vllm_config.model_config
         scale_longrope(config.hf_config)
+        name_query_scaling(config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         require_windows(self.model.layers, config.hf_config, config.max_model_len)
         still = dsa_family_for(config.hf_config).layers_without_rope(config.hf_config)

@@ -52,6 +52,14 @@ def scale_longrope(config: PreTrainedConfig) -> None:
         rope.update(short_mscale=attention_factor, long_mscale=attention_factor)
 
 
+def name_query_scaling(config: PreTrainedConfig) -> None:
+    """Say in vLLM's words that queries are scaled by their position; Transformers' it does not read."""
+    rope = full_attention_rope(config)
+    if (beta := rope.get("llama_4_scaling_beta")) is not None:
+        context = rope["original_max_position_embeddings"]
+        config.llama_4_scaling = {"beta": beta, "original_max_position_embeddings": context}
+
+
 def require_same_rope(rotary: Any, config: PreTrainedConfig, length: int) -> None:
     """Raise ConfigError unless vLLM rotates a text of `length` tokens as Transformers would.
 
