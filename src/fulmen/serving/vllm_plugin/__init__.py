@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 MODELS = "fulmen.serving.vllm_plugin.models"
+# What MLA models become, and what serves it on a CPU.
+MLA_ARCHITECTURE, MLA_ON_CPU = "DeepseekV32ForCausalLM", "fulmen.serving.vllm_plugin.mla:MlaDsaForCausalLM"
+# What Transformers' MLA classes may have, and vLLM's, which would leave it out, have not.
+NOT_IN_VLLMS_MLA = ("attention_bias", "tie_word_embeddings")
 # Families that vLLM has no class for whose layers fulmen can change; mostly it would run Transformers' dense
 # code.
 NOT_IN_VLLM = ("gpt_oss", "ministral", "olmo2", "olmo3", "seed_oss", "smollm3", "starcoder2")
@@ -30,12 +34,19 @@ def served_classes() -> dict[str, str]:
 
 
 def require_in_vllm(config: "PreTrainedConfig") -> None:
-    """Raise UnsupportedModelError for a converted model whose layers vLLM has no code for."""
+    """Raise UnsupportedModelError for a converted model, or a part of it, that vLLM has no code for."""
     if (name := config.model_type.removesuffix("_dsa")) in NOT_IN_VLLM:
         raise UnsupportedModelError(
             f"model_type {config.model_type!r} cannot be served: vLLM has no fitting class for {name!r}; "
             "use `fulmen chat` or Transformers"
         )
+    if hasattr(config, "index_topk"):
+        for part in NOT_IN_VLLMS_MLA:
+            if getattr(config, part, False):
+                raise UnsupportedModelError(
+                    f"{part}=True cannot be served: vLLM's {config.model_type!r} knows no such part; "
+                    "use `fulmen chat` or Transformers"
+                )
 
 
 def register() -> None:
@@ -43,7 +54,10 @@ def register() -> None:
     end_with_parent()
     # Importing fulmen, as finding this function did, has told Transformers.
     from vllm import ModelRegistry
+    from vllm.platforms import current_platform
 
+    if current_platform.is_cpu():
+        ModelRegistry.register_model(MLA_ARCHITECTURE, MLA_ON_CPU)
     known = ModelRegistry.get_supported_archs()
     for architecture in served_classes():
         if architecture not in known:
