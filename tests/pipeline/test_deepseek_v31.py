@@ -21,7 +21,6 @@ QUANTIZATION = {
     "fmt": "e4m3",
     "quant_method": "fp8",
     "scale_fmt": "ue8m0",
-    "weight_block_size": list(BLOCK),
 }
 # What V3.1's config says and Transformers' classes do not know.
 RAW = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1, "ep_size": 1}
@@ -37,15 +36,15 @@ INDEXER = {
 }
 
 
-def save_v31(folder):
+def save_v31(folder, block=BLOCK, **shape):
     """One dense layer, two with experts, one that predicts further tokens; projections in FP8."""
-    model = make_mla("v3", vocab_size=97).bfloat16()
+    model = make_mla("v3", vocab_size=97, **shape).bfloat16()
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     held = {}
     for name, x in load_file(folder / WEIGHTS).items():
         if "layers" in name and x.ndim == 2 and "mlp.gate." not in name:
-            held[name], held[f"{name}_scale_inv"] = fp8_blocks(x, BLOCK)
+            held[name], held[f"{name}_scale_inv"] = fp8_blocks(x, block)
         else:
             held[name] = x
     last = {
@@ -53,7 +52,8 @@ def save_v31(folder):
     }
     held |= last | {"model.layers.3.eh_proj.weight": torch.zeros(64, 128, dtype=torch.bfloat16)}
     save_file(held, folder / WEIGHTS, {"format": "pt"})
-    added = {**RAW, "dtype": "bfloat16", "quantization_config": QUANTIZATION, "num_nextn_predict_layers": 1}
+    quantization = {**QUANTIZATION, "weight_block_size": list(block)}
+    added = {**RAW, "dtype": "bfloat16", "quantization_config": quantization, "num_nextn_predict_layers": 1}
     edit_json(folder / "config.json", **added)
     return folder
 
@@ -84,7 +84,7 @@ def test_names_types_and_config_are_those_of_v32(made, source):
     config = json.loads((made.path / "config.json").read_text())
     assert config["model_type"] == "deepseek_v32"
     assert config["architectures"] == ["DeepseekV32ForCausalLM"]
-    assert config["quantization_config"] == QUANTIZATION
+    assert config["quantization_config"] == {**QUANTIZATION, "weight_block_size": list(BLOCK)}
     assert config["index_topk"] == 8
     assert config["num_nextn_predict_layers"] == 1
     assert RAW.items() <= config.items()

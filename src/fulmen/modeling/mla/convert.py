@@ -55,6 +55,10 @@ _V32_CONFIG_KEYS = (
     "attention_dropout",
 )
 
+# How Transformers' class routes. Its config does not say so, and vLLM and SGLang go by these words: without
+# them they route by softmax and have no place for the correction bias.
+V32_ROUTING: dict[str, Any] = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+
 # Where the query has no low-rank step, q_a_layernorm only has to undo q_a_proj's division by the input norm's
 # weight. Its epsilon (1e-6) would shift the result; inputs 2^5 times larger make that 5e-10, and fit fp16.
 _UNIT_SCALE = 32.0
@@ -179,6 +183,7 @@ def _v32_config(
         values["attn_implementation"] = source._attn_implementation
     return DeepseekV32Config(
         **values,
+        **V32_ROUTING,
         first_k_dense_replace=n_dense,
         index_topk=topk,
         index_n_heads=index_n_heads,

@@ -26,6 +26,10 @@ NOT_IN_VLLM = {
     ),
     **dict.fromkeys(("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"), NO_BLOCKS),
 }
+# What MLA models become, and what serves it on a CPU.
+MLA_ARCHITECTURE, MLA_ON_CPU = "DeepseekV32ForCausalLM", "fulmen.serving.vllm_plugin.mla:MlaDsaForCausalLM"
+# What Transformers' MLA classes may have, and vLLM's, which would leave it out, have not.
+NOT_IN_VLLMS_MLA = ("attention_bias", "tie_word_embeddings")
 
 
 def served_classes() -> dict[str, str]:
@@ -38,11 +42,18 @@ def served_classes() -> dict[str, str]:
 
 
 def require_in_vllm(config: "PreTrainedConfig") -> None:
-    """Raise UnsupportedModelError for a converted model of a family that the plugin does not serve."""
+    """Raise UnsupportedModelError for a converted model, or a part of it, that vLLM has no code for."""
     if reason := NOT_IN_VLLM.get(config.model_type.removesuffix("_dsa")):
         raise UnsupportedModelError(
             f"model_type {config.model_type!r} cannot be served: {reason}; use `fulmen chat` or Transformers"
         )
+    if hasattr(config, "index_topk"):
+        for part in NOT_IN_VLLMS_MLA:
+            if getattr(config, part, False):
+                raise UnsupportedModelError(
+                    f"{part}=True cannot be served: vLLM's {config.model_type!r} knows no such part; "
+                    "use `fulmen chat` or Transformers"
+                )
 
 
 def register() -> None:
@@ -50,7 +61,10 @@ def register() -> None:
     end_with_parent()
     # Importing fulmen, as finding this function did, has told Transformers.
     from vllm import ModelRegistry
+    from vllm.platforms import current_platform
 
+    if current_platform.is_cpu():
+        ModelRegistry.register_model(MLA_ARCHITECTURE, MLA_ON_CPU)
     known = ModelRegistry.get_supported_archs()
     for architecture in served_classes():
         if architecture not in known:

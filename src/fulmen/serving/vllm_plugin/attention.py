@@ -120,10 +120,7 @@ class DsaAttention(nn.Module):
             scaled = (q * self._query_scale(positions)[..., None]).to(q.dtype)
             qkv = torch.cat([x.flatten(1) for x in (scaled, k, v)], -1)
         out = qkv.new_empty(qkv.shape[0], self.heads * self.head_dim)
-        if torch.compiler.is_compiling():
-            torch.ops.vllm.fulmen_dsa_attention(qkv, hidden_states, positions, out, self.name)
-        else:
-            fulmen_dsa_attention(qkv, hidden_states, positions, out, self.name)
+        attend_as_one_operation(qkv, hidden_states, positions, out, self.name)
         return self.o_proj(out)[0]
 
     def attend(
@@ -253,6 +250,16 @@ def fulmen_dsa_attention(
     coarse_step = None if attention.coarse_name is None else steps[attention.coarse_name]
     index_steps = (steps[attention.index_name], coarse_step)
     attention.attend(qkv, hidden_states, positions, step, index_steps, out)
+
+
+def attend_as_one_operation(
+    qkv: Tensor, hidden_states: Tensor, positions: Tensor, out: Tensor, layer_name: str
+) -> None:
+    """`fulmen_dsa_attention` of the layer, which a compiler does not look into."""
+    if torch.compiler.is_compiling():
+        torch.ops.vllm.fulmen_dsa_attention(qkv, hidden_states, positions, out, layer_name)
+    else:
+        fulmen_dsa_attention(qkv, hidden_states, positions, out, layer_name)
 
 
 def keep_out_of_graphs(compilation: CompilationConfig) -> None:

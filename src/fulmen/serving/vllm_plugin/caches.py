@@ -24,7 +24,7 @@ from fulmen.serving.vllm_plugin.step import StepBuilder
 
 
 class DsaBackend(AttentionBackend):
-    """What vLLM asks about a cache; attention itself is `DsaAttention`."""
+    """What vLLM asks about a cache; attention itself is `DsaAttention` or `MlaDsaAttention`."""
 
     supported_dtypes = [torch.float32, torch.bfloat16]  # noqa: RUF012
 
@@ -112,3 +112,30 @@ class IndexKeyCache(PagedCache):
             max_tp_shards=1,
             cache_role=SparseCacheRole.INDEXER,
         )
+
+
+class LatentCache(PagedCache):
+    """Latents and rotary keys of an MLA layer, side by side, in the model's dtype; the same on every rank."""
+
+    role = SparseCacheRole.SPARSE
+
+    def __init__(self, name: str, vllm_config: VllmConfig, width: int) -> None:
+        super().__init__(name, vllm_config)
+        self.width = width
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        dtype: Any = vllm_config.model_config.dtype  # resolved by now
+        return MLAAttentionSpec(
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=1,
+            head_size=self.width,
+            dtype=dtype,
+            max_tp_shards=1,
+            cache_role=self.role,
+        )
+
+
+class MlaIndexKeyCache(LatentCache):
+    """Index keys of an MLA layer, which are kept as they are computed."""
+
+    role = SparseCacheRole.INDEXER

@@ -29,7 +29,7 @@ from fulmen.serving.vllm_plugin.rope import (
     require_same_rope,
     scale_longrope,
 )
-from fulmen.serving.vllm_plugin.weights import HeadWatch, pack_experts_anew
+from fulmen.serving.vllm_plugin.weights import pack_experts_anew, watch_head
 
 # The interfaces used here are internal to vLLM and change between its versions.
 VLLM_SERIES = "0.32."
@@ -58,9 +58,7 @@ class DsaServingMixin:
                 name = f"{maybe_prefix(prefix, 'model')}.layers.{layer}.self_attn"
                 block.self_attn = DsaAttention(block.self_attn, rotary, layer, dsa, vllm_config, name)
         pack_experts_anew(self)  # type: ignore[arg-type]
-        self._head_watch = HeadWatch()
-        if hasattr(self, "logits_processor"):  # the last rank of a pipeline
-            self.logits_processor.register_forward_pre_hook(self._head_watch.before_use)
+        self._head_watch = watch_head(self)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """All weights, or those of a running model that are to be replaced."""
@@ -107,6 +105,12 @@ def require_windows(layers: Sequence[Any], config: PreTrainedConfig, length: int
 
 def _require_servable(vllm_config: VllmConfig) -> DsaConfig:
     """The model's DSA part. Raises ConfigError where vLLM's version or settings do not fit it."""
+    require_settings(vllm_config)
+    return require_dsa(vllm_config.model_config.hf_config)
+
+
+def require_settings(vllm_config: VllmConfig) -> None:
+    """Raise ConfigError for a version of vLLM, or settings of it, that DSA is not served with."""
     if not vllm.__version__.startswith(VLLM_SERIES):
         raise ConfigError(f"vllm {vllm.__version__} is not supported; install vllm {VLLM_SERIES}0")
     cache_dtype = vllm_config.cache_config.cache_dtype
@@ -118,4 +122,3 @@ def _require_servable(vllm_config: VllmConfig) -> DsaConfig:
         )
     if vllm_config.parallel_config.decode_context_parallel_size > 1:
         raise ConfigError("decode_context_parallel_size above 1 is not supported with DSA; use 1")
-    return require_dsa(vllm_config.model_config.hf_config)

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fulmen.serving.vllm_plugin.attention import DsaAttention
-
 
 @contextmanager
 def told_selections(model: Any) -> Iterator[dict[int, list[Tensor]]]:
@@ -21,7 +19,8 @@ def told_selections(model: Any) -> Iterator[dict[int, list[Tensor]]]:
     """
     found: dict[int, list[Tensor]] = {}
     attentions = {number: layer.self_attn for number, layer in enumerate(model.model.layers)}
-    ours = {number: one for number, one in attentions.items() if isinstance(one, DsaAttention)}
+    # Those of GQA and of MLA.
+    ours = {number: one for number, one in attentions.items() if hasattr(one, "told")}
     try:
         for number, attention in ours.items():
             found[number] = []

@@ -88,6 +88,14 @@ class HeadWatch:
             self._packed = now
 
 
+def watch_head(model: Any) -> HeadWatch:
+    """A watch over the head of a vLLM language model, if it is on this rank: the last of a pipeline."""
+    watch = HeadWatch()
+    if hasattr(model, "logits_processor"):
+        model.logits_processor.register_forward_pre_hook(watch.before_use)
+    return watch
+
+
 def pack_head(model: Any) -> None:
     """The same at once, for vLLM's own models, which have no watch."""
     head: Any = getattr(model, "lm_head", None)
