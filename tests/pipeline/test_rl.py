@@ -91,13 +91,19 @@ def test_tasks_with_a_kl_of_their_own():
         AskedTask(mine, 0.1),
     )
     assert tasks_argument("spell:kl=0", 0.1) == (AskedTask("spell", 0.0),)
+    own = "python:mine.py:riddles"
+    assert tasks_argument([f"{own}:kl=0.3,n=[1,2]", f"{own}:n=2,kl=0.3", own], 0.1) == (
+        AskedTask(f"{own}:n=[1,2]", 0.3),
+        AskedTask(f"{own}:n=2", 0.3),
+        AskedTask(own, 0.1),
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"tasks": []}, "name at least one task"),
-        ({"tasks": [3]}, "give names, or objects with name, problem and score"),
+        ({"tasks": [3]}, "3 is no task; give a function of index, an object with problem() and score()"),
         ({"tasks": "spell:kl=much"}, "use a strength of 0 or more"),
         ({"kl": -1.0}, "use a strength of 0 or more"),
         ({"rollouts": "sglang"}, "rollouts='sglang' cannot be; choose from generate, vllm"),
