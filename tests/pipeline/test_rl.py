@@ -16,6 +16,7 @@ from tests.pipeline.tiny_runs import convert, save_tiny, settings
 from tests.training.rl.tiny_rl import QUICK, Graded
 
 FILES = {"metrics.jsonl", "rl.html", "rl.json", "rl.md", "README.md", "config.json", "model.safetensors"}
+FILES |= {"rl-settings.json"}
 TINY = {**QUICK, "lora": 4, "learning_rate": 1e-2}
 
 
@@ -40,6 +41,9 @@ def test_a_converted_model_and_its_report(tmp_path, corpus_dir):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
     assert set(rows[0]["by_task"]) == {"low", "other"}
+    asked = json.loads((out / "rl-settings.json").read_text())
+    assert asked["tasks"][0] == {"task": "low", "is_named": False, "kl": 0.01}
+    assert (asked["options"]["lora"], asked["options"]["steps"]) == (4, 2)
     report = json.loads((out / "rl.json").read_text())
     assert report["rows"] == rows
     assert report["held_out"]["low"]["strict"]["n"] == 3

@@ -22,6 +22,8 @@ DEFAULT_KL, DEFAULT_RANK = 1e-3, 16
 COUNTS = ("steps", "prompts", "group", "updates", "micro_batch", "max_new_tokens", "save_every", "n_rows")
 RATES = ("learning_rate", "indexer_learning_rate", "temperature", "clip_low", "clip_high", "off_policy")
 FLAGS = ("checkpointing", "bf16")
+# Beside a trained model, what the run was asked for.
+RL_SETTINGS_FILE = "rl-settings.json"
 _KL = re.compile(r"(?<=[:,])\s*kl\s*=([^,]*),?")
 
 
@@ -36,6 +38,10 @@ class AskedTask:
     def label(self) -> str:
         """For records."""
         return self.task if isinstance(self.task, str) else self.task.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a file: its name, whether that makes it again, and the KL."""
+        return {"task": self.label, "is_named": isinstance(self.task, str), "kl": self.kl}
 
 
 @dataclass(frozen=True)

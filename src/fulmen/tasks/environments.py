@@ -1,7 +1,7 @@
 """Environments of others as tasks: a data set of prompts and a rubric of reward functions, one turn.
 
-The interface is that of the package `verifiers` (PrimeIntellect-ai/verifiers, up to 0.1.15; not its v1), which
-need not be installed: whatever has it will do. `verifiers.load_environment(...)` returns such objects.
+The interface is that of the package `verifiers` (PrimeIntellect-ai/verifiers, up to 0.1.15; not its v1),
+which need not be installed: whatever has it will do. `verifiers.load_environment(...)` returns such objects.
 """
 
 import asyncio
