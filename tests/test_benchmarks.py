@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.end_to_end import figures, weights
+from benchmarks.quality import four_changes
 from gguf import GGMLQuantizationType as Type
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -119,3 +120,20 @@ def test_a_run_on_a_gpu_goes_on_where_it_stopped_and_tries_again_what_failed(tmp
     written = json.loads((tmp_path / "gpu.json").read_text())
     assert written["missing"] == ["check of b", "prefill", "late"]
     assert written["results"] == {"check of a": {"failure": None}, "decode, 8 tokens": {"ms": {"dsa": 1.0}}}
+
+
+def test_the_toys_of_the_four_changes_show_what_the_pages_say():
+    fresh, *stale = four_changes.kl_rows(3)
+    assert fresh["recomputed"] == pytest.approx(0.0, abs=1e-12)
+    assert all(row["unbiased"] < 1e-12 < 0.05 < min(row["recomputed"], row["unweighted"]) for row in stale)
+    near, far = four_changes.mask_rows((0.0, 0.96))
+    assert near["masked with"] == far["masked without"] == 0.0
+    assert far["masked with"] > 0.3
+    assert near["with"] == near["without"] < far["with"] < 0.9 * far["without"]
+    first, *later = four_changes.routing_rows(2)
+    assert first == {"updates": 0, "own": 0.0, "replay": 0.0}
+    assert all(row["own"] > 0.0 == row["replay"] for row in later)
+    for row in four_changes.sampling_rows((0.7, 1.0)):
+        assert row["with"] == pytest.approx(1.0, abs=1e-5)
+        assert row["without"] == pytest.approx(row["top_p"], abs=0.03)
+        assert row["reply without"] <= row["without"] + 1e-6

@@ -15,7 +15,7 @@ from fulmen.cli.main import app
 from tests.tiny_source import save_tiny_source
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/python.md", "docs/ops.md", "docs/agents.md"]
+PAGES = ["README.md", "docs/python.md", "docs/ops.md", "docs/agents.md", "docs/post-training.md"]
 # Of these pages no block is run here: one asks a server (tests/serving), one needs a package that we do not.
 ELSEWHERE = ["docs/serving.md", "docs/evaluation.md"]
 # Commands of the log are those of their day.

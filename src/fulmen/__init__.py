@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from fulmen.modeling.families import set_topk
     from fulmen.pipeline.api import convert, train
     from fulmen.pipeline.api_evaluate import evaluate
+    from fulmen.pipeline.api_export_rl import export_rl
     from fulmen.pipeline.api_load import inspect, load
     from fulmen.pipeline.api_recipe import distill, recipe, specialize
     from fulmen.pipeline.api_rl import rl
@@ -91,6 +92,7 @@ __all__ = [
     "convert",
     "distill",
     "evaluate",
+    "export_rl",
     "inspect",
     "load",
     "recipe",
@@ -114,6 +116,7 @@ _PLACES = {
     "convert": "fulmen.pipeline.api",
     "distill": "fulmen.pipeline.api_recipe",
     "evaluate": "fulmen.pipeline.api_evaluate",
+    "export_rl": "fulmen.pipeline.api_export_rl",
     "inspect": "fulmen.pipeline.api_load",
     "load": "fulmen.pipeline.api_load",
     "recipe": "fulmen.pipeline.api_recipe",

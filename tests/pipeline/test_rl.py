@@ -16,6 +16,7 @@ from tests.pipeline.tiny_runs import convert, save_tiny, settings
 from tests.training.rl.tiny_rl import QUICK, Graded
 
 FILES = {"metrics.jsonl", "rl.html", "rl.json", "rl.md", "README.md", "config.json", "model.safetensors"}
+FILES |= {"rl-settings.json"}
 TINY = {**QUICK, "lora": 4, "learning_rate": 1e-2}
 
 
@@ -40,6 +41,9 @@ def test_a_converted_model_and_its_report(tmp_path, corpus_dir):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
     assert set(rows[0]["by_task"]) == {"low", "other"}
+    asked = json.loads((out / "rl-settings.json").read_text())
+    assert asked["tasks"][0] == {"task": "low", "is_named": False, "kl": 0.01}
+    assert (asked["options"]["lora"], asked["options"]["steps"]) == (4, 2)
     report = json.loads((out / "rl.json").read_text())
     assert report["rows"] == rows
     assert report["held_out"]["low"]["strict"]["n"] == 3
@@ -91,13 +95,19 @@ def test_tasks_with_a_kl_of_their_own():
         AskedTask(mine, 0.1),
     )
     assert tasks_argument("spell:kl=0", 0.1) == (AskedTask("spell", 0.0),)
+    own = "python:mine.py:riddles"
+    assert tasks_argument([f"{own}:kl=0.3,n=[1,2]", f"{own}:n=2,kl=0.3", own], 0.1) == (
+        AskedTask(f"{own}:n=[1,2]", 0.3),
+        AskedTask(f"{own}:n=2", 0.3),
+        AskedTask(own, 0.1),
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"tasks": []}, "name at least one task"),
-        ({"tasks": [3]}, "give names, or objects with name, problem and score"),
+        ({"tasks": [3]}, "3 is no task; give a function of index, an object with problem() and score()"),
         ({"tasks": "spell:kl=much"}, "use a strength of 0 or more"),
         ({"kl": -1.0}, "use a strength of 0 or more"),
         ({"rollouts": "sglang"}, "rollouts='sglang' cannot be; choose from generate, vllm"),

@@ -18,6 +18,7 @@ SPECS = (
     "needle_haystack:min_num_statements=20,max_num_statements=30",
     "gsm_symbolic",
     "tools:max_calls=3",
+    "world:level=7",
 )
 PRINT = """
 import json, sys

@@ -12,6 +12,7 @@ from fulmen.cli.cost import cost_command
 from fulmen.cli.docs import docs_app
 from fulmen.cli.doctor import doctor_command
 from fulmen.cli.evaluate import evaluate_command
+from fulmen.cli.export_rl import export_rl_command
 from fulmen.cli.inspect import inspect_command
 from fulmen.cli.keys import keys_app
 from fulmen.cli.recipe import distill_command, recipe_app, specialize_command
@@ -54,8 +55,8 @@ def fulmen(
 
     inspect a model, convert it, train it further, eval the result against the dense model, chat with it,
     serve it. suite runs tests on any model, cost prices its tokens, doctor shows what computes here.
-    rl goes on with rewards; recipe post-trains: specialists (specialize), one model of them (distill), mixed
-    RL; verify makes and scores verifiers of proofs.
+    rl goes on with rewards, export-rl writes that for other trainers; recipe post-trains: specialists
+    (specialize), one model of them (distill), mixed RL; verify makes and scores verifiers of proofs.
     For a server: keys makes its API keys, usage shows what they used. ask answers questions about a folder
     of documents, docs serves one as tools.
     """
@@ -68,6 +69,7 @@ app.add_typer(recipe_app, name="recipe")
 app.command("specialize")(specialize_command)
 app.command("distill")(distill_command)
 app.command("rl")(rl_command)
+app.command("export-rl")(export_rl_command)
 app.command("eval")(evaluate_command)
 app.command("suite")(suite_command)
 app.command("chat")(chat_command)

@@ -8,7 +8,7 @@ from fulmen.pipeline.conversion import Conversion
 from fulmen.pipeline.reporter import Reporter, reporter_of
 from fulmen.pipeline.rl_settings import DEFAULT_KL, RlRunSettings, lora_argument, tasks_argument
 from fulmen.pipeline.settings import AUTO_DEVICE
-from fulmen.tasks.base import Task
+from fulmen.tasks.own import GivenTask
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def rl(
     source: Place,
     *,
-    tasks: str | Task | Sequence[str | Task],
+    tasks: GivenTask | Sequence[GivenTask],
     out: Place,
     steps: int,
     prompts: int = 8,
@@ -57,8 +57,9 @@ def rl(
     Args:
         source: a model directory, dense or converted, a name on the hub, a `.gguf` file or "smollm2-135m".
         tasks: what is rewarded: names with parameters, as "spell_backward:max_word_len=5" (`fulmen.tasks`),
-            with a KL of their own as "NAME:kl=0.01"; or objects with `name`, `problem` and `score`. Each
-            step's prompts are theirs in turn.
+            with a KL of their own as "NAME:kl=0.01"; a Python function of `index` that returns a mapping
+            with `prompt`, and `answer` or `score`; objects with `problem` and `score`; environments with a
+            data set and a rubric, as those of `verifiers`. Each step's prompts are theirs in turn.
         out: directory to write, whole or not at all.
         steps: optimizer steps.
         prompts: problems of a step, of all processes together.

@@ -33,7 +33,7 @@ from fulmen.pipeline.model_config import read_config
 from fulmen.pipeline.post_trained import record_before, save_post_trained
 from fulmen.pipeline.reporter import Reporter, TrainingView
 from fulmen.pipeline.rl_plan import plan_rl
-from fulmen.pipeline.rl_settings import RlRunSettings
+from fulmen.pipeline.rl_settings import RL_SETTINGS_FILE, RlRunSettings
 from fulmen.pipeline.run_dir import RunDir
 from fulmen.tasks import named
 from fulmen.tasks.base import HELD_OUT, Task
@@ -104,7 +104,7 @@ def run_rl(settings: RlRunSettings, reporter: Reporter) -> Conversion:
     record = _record(record, settings, options, model, report, result)
     if state.is_main_process:
         with reporter.stage("Save"):
-            _save(model, tokenizer, settings, record, report, run)
+            _save(model, tokenizer, settings, options, record, report, run)
             run.remove()
     state.wait_for_everyone()
     return Conversion(out, record)
@@ -215,14 +215,18 @@ def _save(
     model: PreTrainedModel,
     tokenizer: Any,
     settings: RlRunSettings,
+    options: RlSettings,
     record: Mapping[str, Any],
     report: LearningReport,
     run: RunDir,
 ) -> None:
+    tasks = [asked.to_dict() for asked in settings.tasks]
+    run.save_record("rl-settings", {"model": settings.model, "tasks": tasks, "options": asdict(options)})
     files = {kind: run.path / name for kind, name in REPORT_FILES.items()}
     save_report(report, **files)
     extras = {file.name: file for file in files.values()}
     extras[METRICS_FILE] = run.path / RL_DIR / METRICS_FILE
+    extras[RL_SETTINGS_FILE] = run.record("rl-settings")
     section = f"\n## Reinforcement learning\n\n{report.to_markdown()}"
     save_post_trained(
         model,

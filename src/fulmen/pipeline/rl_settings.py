@@ -1,6 +1,7 @@
 """What `fulmen rl` is asked to do, checked before anything is loaded."""
 
 import importlib.util
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from fulmen.errors import ConfigError
 from fulmen.pipeline.arguments import flag_argument, number_argument, refused
 from fulmen.pipeline.settings import AUTO_DEVICE, require_seed
 from fulmen.tasks.base import Task
+from fulmen.tasks.own import given_task
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +22,9 @@ DEFAULT_KL, DEFAULT_RANK = 1e-3, 16
 COUNTS = ("steps", "prompts", "group", "updates", "micro_batch", "max_new_tokens", "save_every", "n_rows")
 RATES = ("learning_rate", "indexer_learning_rate", "temperature", "clip_low", "clip_high", "off_policy")
 FLAGS = ("checkpointing", "bf16")
+# Beside a trained model, what the run was asked for.
+RL_SETTINGS_FILE = "rl-settings.json"
+_KL = re.compile(r"(?<=[:,])\s*kl\s*=([^,]*),?")
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,10 @@ class AskedTask:
     def label(self) -> str:
         """For records."""
         return self.task if isinstance(self.task, str) else self.task.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a file: its name, whether that makes it again, and the KL."""
+        return {"task": self.label, "is_named": isinstance(self.task, str), "kl": self.kl}
 
 
 @dataclass(frozen=True)
@@ -84,12 +93,12 @@ class RlRunSettings:
 
 
 def tasks_argument(tasks: object, kl: object) -> tuple[AskedTask, ...]:
-    """Tasks as "NAME", "NAME:key=value,kl=0.01", or objects. Raises ConfigError.
+    """Tasks as "NAME", "NAME:key=value,kl=0.01", functions, objects or environments. Raises ConfigError.
 
     kl: strength for those that do not say one.
     """
-    given = [tasks] if isinstance(tasks, str) or callable(getattr(tasks, "score", None)) else tasks
-    if not isinstance(given, Sequence) or not given:
+    given = [tasks] if isinstance(tasks, str) or not isinstance(tasks, Sequence) else tasks
+    if not given:
         raise refused("tasks", tasks, "name at least one task, as 'spell_backward:max_word_len=5'")
     return tuple(_asked(one, _strength(kl)) for one in given)
 
@@ -107,15 +116,9 @@ def lora_argument(lora: object, full: object) -> int | None:
 
 def _asked(task: object, kl: float) -> AskedTask:
     if not isinstance(task, str):
-        if not (callable(getattr(task, "score", None)) and callable(getattr(task, "problem", None))):
-            raise refused("tasks", task, "give names, or objects with name, problem and score")
-        return AskedTask(task, kl)  # type: ignore[arg-type]
-    name, _, parameters = task.strip().partition(":")
-    pairs = [pair for pair in parameters.split(",") if pair]
-    own = [pair for pair in pairs if pair.partition("=")[0].strip() == "kl"]
-    rest = ",".join(pair for pair in pairs if pair not in own)
-    strength = _strength(own[-1].partition("=")[2]) if own else kl
-    return AskedTask(f"{name}:{rest}" if rest else name, strength)
+        return AskedTask(given_task(task), kl)
+    own = _KL.findall(task)
+    return AskedTask(_KL.sub("", task).strip(" ,:"), _strength(own[-1].strip()) if own else kl)
 
 
 def _strength(kl: object) -> float:

@@ -17,6 +17,7 @@ OWN: dict[str, tuple[str, str]] = {
     "prove": ("fulmen.tasks.proofs.factory", "named_proof_task"),
     "tools": ("fulmen.tasks.tools", "ToolsTask"),
     "verify_proof": ("fulmen.tasks.proofs.factory", "named_proof_task"),
+    "world": ("fulmen.tasks.worlds.task", "WorldTask"),
 }
 
 

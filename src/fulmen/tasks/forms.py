@@ -1,5 +1,6 @@
 """The form in which a task asks for its answer, and where an answer may be found in a reply."""
 
+import json
 import re
 
 ASKED = "Give the final answer, and nothing else, between <answer> and </answer>."
@@ -25,6 +26,17 @@ def inside_form(reply: str) -> str | None:
     """What stands in the last answer's form; None without one. An earlier guess does not count."""
     found = _INSIDE.findall(without_thinking(reply))
     return found[-1].strip() if found else None
+
+
+def first_list(text: str) -> str:
+    """The first JSON list of objects that stands anywhere in a text; empty without one."""
+    start = text.find("[{")
+    if start < 0:
+        return ""
+    try:
+        return text[start : json.JSONDecoder().raw_decode(text, start)[1]]
+    except (ValueError, RecursionError):
+        return ""
 
 
 def candidates(reply: str) -> list[str]:

@@ -1,4 +1,6 @@
-"""Tasks of the user's own, a Python function or an object: `python:MODULE:NAME` or `python:FILE.py:NAME`.
+"""Tasks of the user's own, a Python function, an object or an environment (`fulmen.tasks.environments`).
+
+By name they are `python:MODULE:NAME` or `python:FILE.py:NAME`; a module may be a file in the current folder.
 
 The code is the user's and runs as it is, like any program of theirs.
 """
@@ -15,10 +17,13 @@ from typing import Any
 
 from fulmen.errors import ConfigError, FulmenError, first_line
 from fulmen.tasks.base import Problem, Score, Task
+from fulmen.tasks.environments import Environment, EnvironmentTask, is_environment
 from fulmen.tasks.forms import ASKED, candidates, in_form, inside_form
 from fulmen.tasks.parameters import parse_parameters
 from fulmen.tasks.split import problem_at
 
+# What a program may give as a task.
+GivenTask = str | Task | Environment | Callable[..., Any]
 PREFIX = "python:"
 _PLACE = re.compile(r"(?P<module>.+\.py|[\w.]+):(?P<name>\w+)(?::(?P<parameters>.*))?")
 
@@ -73,15 +78,32 @@ def own_task(spec: str) -> Task:
     found = getattr(_module(spec, match["module"]), match["name"], None)
     if found is None:
         raise ConfigError(f"task {spec!r}: {match['module']} has no {match['name']}; name what it defines")
-    parameters = parse_parameters(spec, match["parameters"] or "")
+    return made_task(spec, found, parse_parameters(spec, match["parameters"] or ""))
+
+
+def given_task(found: Any) -> Task:
+    """What a program gave as a task, by its own name. Raises ConfigError for what is none."""
+    names = (getattr(found, name, None) for name in ("name", "env_id", "__name__"))
+    return made_task(next(filter(None, names), type(found).__name__), found, {})
+
+
+def made_task(name: str, found: Any, parameters: Mapping[str, Any]) -> Task:
+    """The task that something is: a function of `index`, a `Task`, an environment, or what makes one.
+
+    Raises ConfigError for what is none of them, and for an environment that cannot train.
+    """
     if inspect.isfunction(found) and "index" in inspect.signature(found).parameters:
-        return FunctionTask(spec, found, parameters)
-    task = _called(spec, found, parameters) if inspect.isclass(found) or inspect.isfunction(found) else found
-    if not all(callable(getattr(task, name, None)) for name in ("problem", "score")):
+        return FunctionTask(name, found, parameters)
+    is_factory = inspect.isclass(found) or inspect.isfunction(found)
+    task = _called(name, found, parameters) if is_factory else found
+    if is_environment(task):
+        return EnvironmentTask(name, task)
+    if not all(callable(getattr(task, method, None)) for method in ("problem", "score")):
         raise ConfigError(
-            f"task {spec!r}: {match['name']} is no task; give a function of index, or problem() and score()"
+            f"task {name!r}: {found!r:.60} is no task; give a function of index, an object with problem() "
+            "and score(), or an environment with a dataset and a rubric"
         )
-    task.name = getattr(task, "name", spec)
+    task.name = getattr(task, "name", name)
     return task
 
 
@@ -96,9 +118,11 @@ def _called(spec: str, factory: Callable[..., Any], parameters: Mapping[str, Any
 
 def _module(spec: str, place: str) -> ModuleType:
     try:
-        return (
-            _from_file(Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)
-        )
+        if place.endswith(".py"):
+            return _from_file(Path(place).expanduser())
+        # The installed program does not look for modules in the current folder, as Python does.
+        here = Path(*place.split(".")).with_suffix(".py")
+        return _from_file(here) if here.exists() else importlib.import_module(place)
     except Exception as error:
         raise ConfigError(
             f"task {spec!r}: {place} cannot be imported ({first_line(error)}); mend it"

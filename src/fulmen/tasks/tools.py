@@ -12,7 +12,7 @@ from typing import Any
 
 from fulmen.errors import ConfigError
 from fulmen.tasks.base import Problem, Score
-from fulmen.tasks.forms import in_form, inside_form, without_thinking
+from fulmen.tasks.forms import first_list, in_form, inside_form, without_thinking
 from fulmen.tasks.parameters import checked_parameters
 from fulmen.tasks.split import problem_at
 
@@ -92,7 +92,7 @@ class ToolsTask:
         """As `Task.score`; leniently the first list of calls that stands anywhere in the reply counts."""
         inside = inside_form(reply)
         strict = float(inside is not None and _answers(problem, inside))
-        return Score(strict, max(strict, float(_answers(problem, _first_list(without_thinking(reply))))))
+        return Score(strict, max(strict, float(_answers(problem, first_list(without_thinking(reply))))))
 
     def _numbered(self, number: int) -> Problem:
         draw = random.Random(f"tools {number}")
@@ -131,16 +131,6 @@ def _answers(problem: Problem, text: str) -> bool:
         return right and any(call["tool"] in ("price", "stock") for call in calls)
     except (ValueError, TypeError, KeyError, IndexError, RecursionError):
         return False
-
-
-def _first_list(text: str) -> str:
-    start = text.find("[{")
-    if start < 0:
-        return ""
-    try:
-        return text[start : json.JSONDecoder().raw_decode(text, start)[1]]
-    except (ValueError, RecursionError):
-        return ""
 
 
 def _shops(draw: random.Random) -> Shops:

@@ -9,6 +9,7 @@ from fulmen.tasks.base import Task
 
 INDEXERS = ("frozen", "trained")
 RATE, LORA_RATE = 1e-5, 1e-4
+BETAS = (0.9, 0.95)
 # Mean |log(engine / trainer)| of a sampled token, in nats, that is still rounding.
 GAP_FLOAT32, GAP_BFLOAT16 = 1e-4, 2e-2
 

@@ -30,13 +30,12 @@ from fulmen.training.rl.prompts import prompt_tokens
 from fulmen.training.rl.rewards import ScoredReply, Scorer, figures_of
 from fulmen.training.rl.routing import routing_of
 from fulmen.training.rl.scoring import Replies, TokenScores, behind_prompts, let_score, score_replies
-from fulmen.training.rl.settings import Domain, RlSettings
+from fulmen.training.rl.settings import BETAS, Domain, RlSettings
 from fulmen.training.rl.tally import StepTally
 from fulmen.training.rl.weights import policy_weights
 from fulmen.training.sparse.lora import without_lora
 
 WEIGHTS_FILE = "model.safetensors"
-BETAS = (0.9, 0.95)
 
 
 class RlTrainer(SafeCheckpoints, GRPOTrainer):
