@@ -72,6 +72,11 @@ class DsaConfig:
             raise ConfigError(f"coarse_head_dim={width!r} cannot be; use an even number, or 0 for one level")
         if width:
             require_positive_int("coarse_n_heads", self.coarse_n_heads)
+        elif self.coarse_n_heads:
+            raise ConfigError(
+                f"coarse_n_heads={self.coarse_n_heads!r} cannot be without coarse_head_dim; "
+                "use both, or neither for one level"
+            )
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "topk_shares", tuple(self.topk_shares))
         if self.topk_shares and (

@@ -139,6 +139,23 @@ def _sharing(rows: Sequence[Row]) -> str:
     return _markdown("One index for neighbouring layers", head, body) + "\n\n" + _reach(rows)
 
 
+def _levels(rows: Sequence[Row]) -> str:
+    measured = [row for row in rows if "over_one_level" in row]
+    body = [
+        [
+            *(row["cell"][name] for name in ("dims", "heads", "factor", "bits")),
+            row["key_bytes"],
+            *map(signed_percent, row["over_one_level"].values()),
+            "–" if row["candidates"] is None else f"{row['candidates']:.4f} / {row['least']:.4f}",
+        ]
+        for row in measured
+    ]
+    head = ["dims", "heads", "candidates over k", "bits", "bytes a key", *rows[0]["losses"]]
+    head.append("attention on candidates, mean / least of layers")
+    note = "Percentages here: loss over that of one level."
+    return _markdown("A coarse level before the index", head, body) + f"\n\n{note}"
+
+
 def _over_unshared(row: Row, rows: Sequence[Row]) -> str:
     alone = unshared(row, rows)
     if alone is None or alone is row:
@@ -191,6 +208,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
     "topk": _topk,
     "keys": _keys,
     "sharing": _sharing,
+    "levels": _levels,
 }
 
 

@@ -68,7 +68,7 @@ class HeldOut:
 
         def measure() -> dict[str, Any]:
             with reading:
-                return {"losses": self._losses(model)}
+                return {"losses": self.losses(model)}
 
         cells.add({}, measure)
         return cells.rows[0]["losses"]
@@ -90,7 +90,7 @@ class HeldOut:
         mass = AttentionRecallSelector(timed, RECALL_STRIDE)
         began = time.perf_counter()
         with use_topk(model, topk), use_selector(model, mass):
-            losses = self._losses(model)
+            losses = self.losses(model)
         count = sum(map(len, losses.values()))
         layers = mass.result()
         return {
@@ -104,7 +104,8 @@ class HeldOut:
             "seconds": (time.perf_counter() - began) / count,
         }
 
-    def _losses(self, model: PreTrainedModel) -> Losses:
+    def losses(self, model: PreTrainedModel) -> Losses:
+        """Of every window as the model reads it now, per kind."""
         head = model.get_output_embeddings()
         return {
             kind: [

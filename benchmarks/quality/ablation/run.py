@@ -5,6 +5,7 @@
     python -m benchmarks.quality.ablation.run topk out/model-dsa      # k
     python -m benchmarks.quality.ablation.run keys out/model-dsa      # index keys in 8, 16, 32 bits
     python -m benchmarks.quality.ablation.run sharing out/model-dsa   # one index for 2 or 3 layers
+    python -m benchmarks.quality.ablation.run levels out/model-dsa    # a coarse level before the index
     python -m benchmarks.quality.ablation.run stages out/model-dsa out/model-trained out/model-dense-tuned
     python -m benchmarks.quality.ablation.run table                   # docs/ablations.md and its plot
 
@@ -26,12 +27,14 @@ from transformers import PreTrainedModel
 
 from benchmarks.quality.ablation.drawing import write_table
 from benchmarks.quality.ablation.lab import Lab, ends, quarters
+from benchmarks.quality.ablation.levels import Point, measure_levels, points_around
 from benchmarks.quality.ablation.measuring import fingerprint
 from benchmarks.quality.ablation.sharing import SharedLossSelector, SharedSelector, group_means, leaders
+from fulmen.config import DEFAULT_CANDIDATE_FACTOR
 from fulmen.evaluation.variants import indexer_state
 from fulmen.modeling.checkpoint import load_dense
 from fulmen.modeling.cost import index_key_bytes, indexer_cost
-from fulmen.modeling.families import dsa_of, family_for
+from fulmen.modeling.families import dsa_family_for, dsa_of, family_for
 from fulmen.modeling.gqa import attention
 from fulmen.modeling.gqa.indexer import model_head_width
 from fulmen.modeling.gqa.model import set_topk_ratios
@@ -209,6 +212,33 @@ def _measure_shared(lab: Lab, model: PreTrainedModel, leader_of: dict[int, int])
         "index_key_bytes": indexes * index_key_bytes(model.config, dsa),
         "index_flops": indexes * flops,
     }
+
+
+@app.command()
+def levels(
+    model_dir: ModelDir,
+    out: Out = OUT,
+    windows: Windows = 1,
+    length: Annotated[int, typer.Option(help="Tokens per text.")] = 8192,
+    topk: Annotated[int | None, typer.Option(help="Keys kept. Default: a 64th of the length.")] = None,
+    dims: Annotated[str, typer.Option(help="Numbers of a coarse key, beside the default.")] = "16,32,48",
+    heads: Annotated[
+        str | None, typer.Option(help="Coarse heads. Default: as many as key heads, beside one a head.")
+    ] = None,
+    factors: Annotated[str, typer.Option(help="Candidates over k, beside 8.")] = "4,16",
+    bits: Annotated[str, typer.Option(help="Of a coarse key's number, beside 8.")] = "4",
+    calibration: Annotated[int, typer.Option(help="Tokens of each of the two calibration texts.")] = 4096,
+    seed: Seed = 0,
+) -> None:
+    """Coarse levels fitted to the model, against one level: loss, and attention that candidates hold."""
+    model, tokenizer = load_converted(model_dir)
+    k = topk or max(1, length // 64)
+    lab = Lab("levels", model, tokenizer, out, windows, length, seed, topk=k, calibration=calibration)
+    shape = dsa_family_for(model.config).default_coarse(model.config)
+    usual = Point(shape.width, shape.heads, DEFAULT_CANDIDATE_FACTOR, 8)
+    few = heads or str(model.config.num_key_value_heads)
+    lists = ([int(one) for one in many.split(",") if one] for many in (dims, few, factors, bits))
+    measure_levels(lab, model, k, points_around(usual, *lists), calibration)
 
 
 @app.command()

@@ -1,6 +1,5 @@
 """What the indexer is measured against: choices of the same k keys with perfect knowledge, or with none."""
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -8,11 +7,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fulmen.modeling.selectors import SelectionInputs, Selector, keep_short_pasts
+from fulmen.config import COARSE_FROM
+from fulmen.modeling.selectors import (
+    CoarseInputs,
+    IndexerSelector,
+    OneLevelSelector,
+    SelectionInputs,
+    Selector,
+    keep_short_pasts,
+)
 from fulmen.ops.attention.mean import mean_attention
 from fulmen.ops.attention.sparse import sparse_attention
 from fulmen.ops.common.intervals import selection_mask
 from fulmen.ops.topk import select_topk
+from fulmen.ops.two_level import two_level_topk
 
 # Numbers of one block of attention probabilities (heads x rows x keys): 8 MB, which caches hold.
 BLOCK_PROBS = 2**21
@@ -109,58 +117,134 @@ class LayerRecall(NamedTuple):
     oracle: float
 
 
-class AttentionRecallSelector(Selector):
-    """Selects as `inner` does, and adds up the attention that this recalls, beside the oracle's.
-
-    Of every `stride`-th query row, those that see more than k keys count; the others lose nothing.
-    """
+class RecallSelector(Selector):
+    """Selects as `inner` does, and adds up shares of attention of every `stride`-th query that counts."""
 
     def __init__(self, inner: Selector, stride: int = RECALL_STRIDE) -> None:
         self.inner, self.stride = inner, stride
-        self._sums: dict[int, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+        self._sums: dict[int, list[float]] = {}
 
     def is_needed(self, n_keys: int, topk: int) -> bool:
         return self.inner.is_needed(n_keys, topk)
 
-    def select(self, inputs: SelectionInputs, topk: int) -> Tensor | None:
-        chosen_BTK = self.inner.select(inputs, topk)
-        n_keys = inputs.k_BSGD.shape[1]
-        for b in range(len(inputs.q_BTHD)):
-            for rows in self._sampled_rows(inputs, b, topk):
-                probs_RS = attention_of_rows(inputs, b, rows)
-                captured_R = probs_RS.sum(-1)
-                if chosen_BTK is not None:
-                    kept_RS = selection_mask(chosen_BTK[b, rows], n_keys)[:, : probs_RS.shape[-1]]
-                    captured_R = probs_RS.mul(kept_RS).sum(-1)
-                oracle_R = probs_RS.topk(min(topk, probs_RS.shape[-1])).values.sum(-1)
-                self._add(inputs.layer_idx, captured_R, oracle_R)
-        return chosen_BTK
-
     def sums(self) -> list[list[float]]:
-        """The sums so far, of plain JSON types: rows of layer, queries, captured and oracle attention."""
+        """The sums so far, of plain JSON types: rows of layer, queries, and attention as in the result."""
         return [[layer, *sums] for layer, sums in sorted(self._sums.items())]
 
     def add_sums(self, sums: Sequence[Sequence[float]]) -> None:
         """Add those of another text."""
         for layer, *more in sums:
-            before = self._sums[int(layer)]
+            before = self._sums.get(int(layer), [0.0] * len(more))
             self._sums[int(layer)] = [old + new for old, new in zip(before, more, strict=True)]
 
-    def result(self) -> list[LayerRecall]:
-        """The means so far, in layer order; empty if no query had to leave a key out."""
-        return [
-            LayerRecall(layer, *(x / n for x in sums)) for layer, (n, *sums) in sorted(self._sums.items())
-        ]
+    def _means(self) -> list[tuple[int, list[float]]]:
+        return [(layer, [x / n for x in sums]) for layer, (n, *sums) in sorted(self._sums.items())]
 
-    def _sampled_rows(self, inputs: SelectionInputs, b: int, topk: int) -> Iterator[Tensor]:
-        chooses_T = inputs.stop_BT[b] - inputs.start_BT[b] > topk
+    def _sampled_rows(self, inputs: SelectionInputs, b: int, least: int) -> Iterator[Tensor]:
+        """Blocks of the rows that see more than `least` keys."""
+        chooses_T = inputs.stop_BT[b] - inputs.start_BT[b] > least
         chooses_T &= torch.arange(len(chooses_T), device=chooses_T.device) % self.stride == 0
         rows_R = chooses_T.nonzero().squeeze(1)
         return iter(rows_R.split(_rows_of_a_block(inputs)) if len(rows_R) else ())
 
-    def _add(self, layer: int, captured_R: Tensor, oracle_R: Tensor) -> None:
-        found = (float(len(captured_R)), captured_R.sum().item(), oracle_R.sum().item())
-        self._sums[layer] = [old + new for old, new in zip(self._sums[layer], found, strict=True)]
+    def _add(self, layer: int, *shares_R: Tensor) -> None:
+        self.add_sums([[layer, float(len(shares_R[0])), *(share_R.sum().item() for share_R in shares_R)]])
+
+
+class AttentionRecallSelector(RecallSelector):
+    """Selects as `inner` does, and adds up the attention that this recalls, beside the oracle's.
+
+    Of every `stride`-th query row, those that see more than k keys count; the others lose nothing.
+    """
+
+    def select(self, inputs: SelectionInputs, topk: int) -> Tensor | None:
+        chosen_BTK = self.inner.select(inputs, topk)
+        for b in range(len(inputs.q_BTHD)):
+            for rows_R in self._sampled_rows(inputs, b, topk):
+                probs_RS = attention_of_rows(inputs, b, rows_R)
+                captured_R = probs_RS.sum(-1)
+                if chosen_BTK is not None:
+                    captured_R = _attention_on(probs_RS, chosen_BTK[b, rows_R], inputs)
+                self._add(inputs.layer_idx, captured_R, _most_attention(probs_RS, topk))
+        return chosen_BTK
+
+    def result(self) -> list[LayerRecall]:
+        """The means so far, in layer order; empty if no query had to leave a key out."""
+        return [LayerRecall(layer, *shares) for layer, shares in self._means()]
+
+
+class LayerCandidates(NamedTuple):
+    """Attention on the candidates of a coarse level in one layer, on the keys that two levels and that one
+    level would keep, and on the best k keys; shares of 1.
+    """
+
+    layer: int
+    candidates: float
+    two_levels: float
+    one_level: float
+    oracle: float
+
+
+class CandidateRecallSelector(RecallSelector):
+    """Selects in one level, and adds up the attention that candidates and two levels would recall there.
+
+    Of every `stride`-th query row, those whose candidates are chosen count; of the others all keys are.
+    """
+
+    def __init__(self, stride: int = RECALL_STRIDE) -> None:
+        super().__init__(OneLevelSelector(), stride)
+
+    def select(self, inputs: SelectionInputs, topk: int) -> Tensor | None:
+        one_BTK = self.inner.select(inputs, topk)
+        if inputs.coarse is None or one_BTK is None:
+            return one_BTK
+        count = max(inputs.coarse.n_candidates, topk)
+        for b in range(len(inputs.q_BTHD)):
+            for rows_R in self._sampled_rows(inputs, b, COARSE_FROM * count):
+                probs_RS, some = attention_of_rows(inputs, b, rows_R), _some_rows(inputs, b, rows_R)
+                kept = (_candidates(some, count), IndexerSelector().select(some, topk)[0], one_BTK[b, rows_R])
+                shares = (_attention_on(probs_RS, chosen_RK, inputs) for chosen_RK in kept)
+                self._add(inputs.layer_idx, *shares, _most_attention(probs_RS, topk))
+        return one_BTK
+
+    def result(self) -> list[LayerCandidates]:
+        """The means so far, in layer order; empty if no query's candidates were chosen."""
+        return [LayerCandidates(layer, *shares) for layer, shares in self._means()]
+
+
+def _attention_on(probs_RS: Tensor, chosen_RK: Tensor, inputs: SelectionInputs) -> Tensor:
+    """[R]: what falls on the chosen keys."""
+    kept_RS = selection_mask(chosen_RK, inputs.k_BSGD.shape[1])[:, : probs_RS.shape[-1]]
+    return probs_RS.mul(kept_RS).sum(-1)
+
+
+def _most_attention(probs_RS: Tensor, topk: int) -> Tensor:
+    """[R]: what falls on the best `topk` keys."""
+    return probs_RS.topk(min(topk, probs_RS.shape[-1])).values.sum(-1)
+
+
+def _some_rows(inputs: SelectionInputs, b: int, rows_R: Tensor) -> SelectionInputs:
+    """What an index needs of some queries of one text, as a batch of its own."""
+    coarse = inputs.coarse
+    assert coarse is not None
+    at, text = (slice(b, b + 1), rows_R), slice(b, b + 1)
+    return replace(
+        inputs,
+        index_q_BTJE=inputs.index_q_BTJE[at],
+        index_k_BSIE=inputs.index_k_BSIE[text],
+        index_w_BTJ=inputs.index_w_BTJ[at],
+        index_b_BTJ=inputs.index_b_BTJ[at],
+        start_BT=inputs.start_BT[at],
+        stop_BT=inputs.stop_BT[at],
+        coarse=CoarseInputs(coarse.q_BTMN[at], coarse.k_BSX[text], coarse.b_BTM[at], coarse.n_candidates),
+    )
+
+
+def _candidates(some: SelectionInputs, count: int) -> Tensor:
+    """candidates_RC: who keeps as many keys as there are candidates keeps all of these."""
+    assert some.coarse is not None
+    index = (some.index_q_BTJE, some.index_k_BSIE, some.index_w_BTJ, some.index_b_BTJ)
+    return two_level_topk(*some.coarse[:3], *index, some.start_BT, some.stop_BT, count, count)[0]
 
 
 def attention_of_rows(inputs: SelectionInputs, b: int, rows: slice | Tensor) -> Tensor:

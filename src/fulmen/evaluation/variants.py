@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fulmen.config import COARSE_FROM
 from fulmen.data import TokenSequence
 from fulmen.errors import ConfigError
 from fulmen.evaluation.controls import (
     AttentionRecallSelector,
+    CandidateRecallSelector,
     KeyHeadOracleSelector,
     OracleSelector,
     RandomSelector,
+    RecallSelector,
     WindowSelector,
 )
 from fulmen.modeling.families import dsa_of, has_dsa, set_topk
@@ -32,7 +35,8 @@ VARIANTS: dict[str, Selector] = {
     "dense": DenseSelector(),
     "key_head_oracle": KeyHeadOracleSelector(),
     "oracle": OracleSelector(),
-    "dsa_equal": IndexerSelector(),
+    # What layers get of k, and what a coarse level does, are told apart: this one is without both.
+    "dsa_equal": OneLevelSelector(),
     "dsa": IndexerSelector(),
     "one_level": OneLevelSelector(),
     "inherited": IndexerSelector(),
@@ -42,8 +46,8 @@ VARIANTS: dict[str, Selector] = {
 RECALL_VARIANTS = ("dsa", "inherited", "window")
 # Keep k in every layer, however the model splits it: what they lose is not the split's doing.
 EQUAL_K = ("key_head_oracle", "oracle", "dsa_equal")
-# Too slow for every text, or (one level of an index that has two) the same at most lengths.
-FEW_TEXTS = ("key_head_oracle", "one_level")
+# Too slow for every text.
+FEW_TEXTS = ("key_head_oracle",)
 
 
 class ModelInput(NamedTuple):
@@ -71,18 +75,20 @@ class VariantRunner:
         model: GQA DSA, or a stock DSA model under `fulmen_attention`.
         inherited: the indexers' tensors as they were before training; None: no such variant.
         on_tokens: called after each forward with the tokens and the name of what was read.
-        recalls: per variant that is asked to, the attention recall so far.
+        recalls: per variant that is asked to, the attention recall so far; of "one_level" that of candidates.
     """
 
     model: PreTrainedModel
     inherited: Mapping[str, Tensor] | None
     on_tokens: Callable[[int, str], None] = lambda tokens, what: None
-    recalls: dict[str, AttentionRecallSelector] = field(default_factory=dict)
+    recalls: dict[str, RecallSelector] = field(default_factory=dict)
 
     @property
     def variants(self) -> list[str]:
-        """Names of the variants that this model has, "dense" first, but for those of `FEW_TEXTS`."""
-        absent = set(FEW_TEXTS)
+        """Names of the variants that this model has, "dense" first, but for those of `FEW_TEXTS` and for
+        "one_level", which is the same as "dsa" unless `asks_coarse_level`.
+        """
+        absent = {*FEW_TEXTS, "one_level"}
         absent |= set() if self.inherited is not None else {"inherited"}
         absent |= set() if splits_topk(self.model) else {"dsa_equal"}
         return [name for name in VARIANTS if name not in absent]
@@ -95,6 +101,8 @@ class VariantRunner:
         selector = VARIANTS[variant]
         if recall and variant in RECALL_VARIANTS:
             selector = self.recalls.setdefault(variant, AttentionRecallSelector(selector))
+        elif recall and variant == "one_level":
+            selector = self.recalls.setdefault(variant, CandidateRecallSelector())
         weights = self.inherited if variant == "inherited" else None
         with (
             swapped_indexers(self.model, weights or {}),
@@ -142,6 +150,23 @@ def use_topk(model: PreTrainedModel, topk: int) -> Iterator[None]:
 def splits_topk(model: PreTrainedModel) -> bool:
     """Whether layers of a DSA model keep different numbers of tokens."""
     return len(set(dsa_of(model.config).topk_shares)) > 1
+
+
+def asks_coarse_level(model: PreTrainedModel, topk: int, length: int) -> bool:
+    """Whether a layer has a coarse level that chooses candidates at `topk`, in texts of `length` tokens."""
+    dsa = dsa_of(model.config)
+    return bool(dsa.coarse_head_dim) and length > COARSE_FROM * dsa.candidate_factor * topk
+
+
+def telling_topk(model: PreTrainedModel, topk: int, length: int) -> int | None:
+    """The k at which texts of `length` tokens tell what a coarse level costs: `topk`, if that asks it, else
+    the largest that asks it of all queries in the second half. None if no k does, or there is one level.
+    """
+    if asks_coarse_level(model, topk, length):
+        return topk
+    dsa = dsa_of(model.config)
+    k = length // (2 * COARSE_FROM * dsa.candidate_factor)
+    return k if dsa.coarse_head_dim and k else None
 
 
 @contextmanager

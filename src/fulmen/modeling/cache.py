@@ -33,6 +33,11 @@ class TokenBuffer:
         """View of the stored tokens; None before the first."""
         return None if self._storage is None else self._storage[:, : self.length]
 
+    @property
+    def width(self) -> int | None:
+        """Numbers on the last axis of a token; None before the first."""
+        return None if self._storage is None else self._storage.shape[-1]
+
     def append(self, new: Tensor) -> Tensor:
         """Store `new` `[B, T, ...]`; return the view of all tokens."""
         start, self.length = self.length, self.length + new.shape[1]
@@ -126,7 +131,8 @@ class InPlaceLayer(CacheLayerMixin):
 
     def _truncate(self, length: int) -> None:
         for buffer in self.buffers():
-            buffer.length = length
+            # One that a model does not fill stays empty.
+            buffer.length = min(length, buffer.length)
         self._refresh_views()
 
     def _change_batch(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -149,6 +155,11 @@ class InPlaceIndexedLayer(InPlaceLayer):
 
     def buffers(self) -> tuple[TokenBuffer, ...]:
         return *super().buffers(), self._index_keys, self._coarse_keys
+
+    def has_coarse_keys(self, width: int) -> bool:
+        """Whether all stored tokens have coarse keys of `width` bytes; of no width: whether none has any."""
+        tokens = self.get_seq_length() if width else 0
+        return self._coarse_keys.length == tokens and (not tokens or self._coarse_keys.width == width)
 
     def update_coarse(self, packed_BTX: Tensor) -> Tensor:
         """Store coarse keys `[B, T, X]`; return the view `[B, S, X]` of all tokens."""

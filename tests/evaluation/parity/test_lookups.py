@@ -37,10 +37,11 @@ HELD_OUT = [
 ]
 
 
-def tiny_dsa(ratios=(1.5, 0.5)):
+def tiny_dsa(ratios=(1.5, 0.5), **coarse):
     """A byte model with random indexers, whose layers keep different numbers of tokens."""
     torch.manual_seed(1)
-    return family_for_type("llama").from_dense(tiny_llama(), DsaConfig(TOPK, 4, 2, 8, (0, 1), ratios))
+    dsa = DsaConfig(TOPK, 4, 2, 8, (0, 1), ratios, **coarse)
+    return family_for_type("llama").from_dense(tiny_llama(), dsa)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -193,6 +194,24 @@ def test_answers_are_counted_lost_gained_and_split(counted):
     assert row["dsa_minus_dense"]["low"] == pytest.approx(100 * expected.low)
     few = next(row for row in counted["rows"] if row["variant"] == "key_head_oracle")
     assert (few["right"], few["n"], few["texts"], few["dense_right"]) == (3, 3, 1, 3)
+
+
+def test_a_coarse_level_is_told_apart_where_it_was_asked(plan):
+    few = replace(plan, texts=plan.texts[:1], ks=[20, 10])
+    records = [record("dense", LENGTH, 0, 1, 1, 1)]
+    for k, dsa in ((20, (1, 1, 0)), (10, (1, 0, 0))):
+        records += [record("oracle", k, 0, 1, 1, 1), record("dsa", k, 0, *dsa)]
+    records += [record("dsa_equal", 10, 0, 1, 0, 1), record("one_level", 10, 0, 1, 1, 0)]
+    not_asked, asked = (row["split"] for row in lookup_tables(few, records)["differences"])
+    assert not_asked == pytest.approx({"budget": 0, "index": -100 / 3, "split_of_k": 0})
+    assert asked == pytest.approx({"budget": 0, "index": -100 / 3, "split_of_k": 0, "coarse": -100 / 3})
+
+
+def test_one_level_answers_where_a_coarse_level_is_asked(plan):
+    runner = VariantRunner(tiny_dsa(coarse_head_dim=8, coarse_n_heads=4, candidate_factor=2), None)
+    asked = [unit.key[1] for unit in lookup_units(runner, replace(plan, ks=[60, 20]))]
+    assert asked.count("one_level 20") == len(plan.texts)  # of more than 160 tokens
+    assert "one_level 60" not in asked  # of more than 480
 
 
 def results(over, lookups=None, quick=False):

@@ -1,16 +1,19 @@
 """The coarse level of an index: its closed form, its cache, and when it has no effect."""
 
+import json
+
 import pytest
 import torch
 
 from fulmen.config import DsaConfig
-from fulmen.errors import CacheError, ConfigError
+from fulmen.errors import CacheError, CheckpointError, ConfigError
 from fulmen.modeling.cost import decode_parts, token_bytes
 from fulmen.modeling.families import dsa_family_for, family_for_type
 from fulmen.modeling.gqa.cache import DsaCache
 from fulmen.modeling.gqa.inherit import inherit_coarse_gqa
 from fulmen.modeling.index_shape import default_dsa
 from fulmen.modeling.selectors import DenseSelector, OneLevelSelector, Selector, use_selector
+from fulmen.modeling.weights import load_all_weights
 from fulmen.ops.topk import index_topk
 from fulmen.ops.two_level import two_level_topk
 from tests.modeling.gqa.tiny_gqa import FAMILIES, make_dense, make_dsa, random_ids
@@ -135,6 +138,59 @@ def test_a_cache_without_room_for_coarse_keys_is_refused():
         model(random_ids(1, 10), past_key_values=Old(model.config))
 
 
+def two_models():
+    """Of one level and of two, with the same weights otherwise; neither asks a coarse level of 10 tokens."""
+    two = two_level_model()
+    one = make_dsa(make_dense(), topk=TOPK)
+    return one, two
+
+
+@pytest.mark.parametrize("filled_by", [0, 1])
+@pytest.mark.parametrize("is_cropped", [False, True])
+def test_a_cache_filled_by_a_model_of_other_levels_is_refused(filled_by, is_cropped):
+    models, ids = two_models(), random_ids(1, 14)
+    cache = DsaCache(models[0].config)
+    with torch.no_grad():
+        models[filled_by](ids[:, :10], past_key_values=cache)
+        if is_cropped:
+            cache.crop(-4)
+    said = "are to have no coarse keys" if filled_by else "need coarse keys of 10 bytes"
+    kept = 6 if is_cropped else 10
+    with pytest.raises(CacheError, match=f"its {kept} tokens of layer 0 {said}; read them anew"):
+        models[1 - filled_by](ids[:, 10:], past_key_values=cache)
+    assert cache.get_seq_length() == kept
+
+
+def test_a_cache_of_coarse_keys_of_another_width_is_refused_and_an_empty_one_is_not():
+    wide, narrow, ids = two_level_model(width=16), two_level_model(width=8), random_ids(1, 14)
+    cache = DsaCache(wide.config)
+    with torch.no_grad():
+        wide(ids, past_key_values=cache)
+        with pytest.raises(CacheError, match="14 tokens of layer 0 need coarse keys of 10 bytes"):
+            narrow(ids, past_key_values=cache)
+        cache = DsaCache(wide.config)
+        expected = narrow(ids, past_key_values=DsaCache(narrow.config)).logits
+        assert torch.equal(narrow(ids, past_key_values=cache).logits, expected)
+
+
+def test_a_config_of_other_levels_than_the_weights_is_refused_at_load(tmp_path):
+    one, two = two_models()
+    shapes = {"coarse_head_dim": 8, "coarse_n_heads": 4, "candidate_factor": 8}
+    said = {
+        "one": (one, shapes, r"lacks \d+ weights, the first model.layers.0.self_attn.indexer.coarse"),
+        "two": (two, {}, "weights that config.json does not ask for, as .*indexer.coarse"),
+        "other": (two, {**shapes, "coarse_head_dim": 6}, "of another shape than config.json says"),
+    }
+    for name, (model, coarse, message) in said.items():
+        model.save_pretrained(tmp_path / name)
+        file = tmp_path / name / "config.json"
+        config = json.loads(file.read_text())
+        kept = {key: value for key, value in config["dsa"].items() if key not in shapes}
+        file.write_text(json.dumps({**config, "dsa": {**kept, **coarse}}))
+        with pytest.raises(CheckpointError, match=message):
+            load_all_weights(str(tmp_path / name), type(model))
+
+
 def test_dense_attention_does_not_see_it():
     model, ids = two_level_model(), random_ids(1, 60)
     with torch.no_grad(), use_selector(model, DenseSelector()):
@@ -159,6 +215,8 @@ def test_configs_say_whether_there_are_two_levels():
         DsaConfig(8, 4, 2, 8, (0,), coarse_head_dim=5)
     with pytest.raises(ConfigError, match="coarse_n_heads=0 cannot be"):
         DsaConfig(8, 4, 2, 8, (0,), coarse_head_dim=6)
+    with pytest.raises(ConfigError, match="coarse_n_heads=2 cannot be without coarse_head_dim"):
+        DsaConfig(8, 4, 2, 8, (0,), coarse_n_heads=2)
     with pytest.raises(ConfigError, match="candidate_factor=0 cannot be"):
         DsaConfig(8, 4, 2, 8, (0,), candidate_factor=0)
 

@@ -119,6 +119,19 @@ def test_paged_selection_is_that_of_gathered_keys(backend):
     assert torch.equal(chosen, expected)
 
 
+def test_paged_keys_that_are_no_numbers_in_the_coarse_level_are_left_to_the_indexer(backend):
+    layer, (_, _, key_rows), _ = coarse_decode_case(SHAPES[0], 300, 8, 8, torch.float32, 24, 40)
+    q, w, b = normal(BATCH, 1, 9, 48, seed=1), normal(BATCH, 1, 9, seed=2), normal(BATCH, 1, 9, seed=3)
+    index = (q, layer.packed_RX, key_rows.index_rows_BS, w, b, key_rows.stop_BT, 8, 8)
+    best_BK = paged_index_topk(*index)[:, 0].long()
+    packed = layer.coarse.packed_RX.clone()
+    of_best = key_rows.coarse_rows_BS.long().gather(1, best_BK)
+    packed[of_best] = pack_index_keys(torch.full((1, 24), torch.nan))
+    coarse_q, coarse_b = normal(BATCH, 1, HEADS, 24, seed=4), normal(BATCH, 1, HEADS, seed=5)
+    coarse = PagedCoarse(coarse_q, coarse_b, packed, key_rows.coarse_rows_BS, 40, 40)
+    assert torch.equal(paged_index_topk(*index, coarse)[:, 0].long(), best_BK)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("longest", "made"), [(8, 0), (9, 3), (40, 3), (41, 5)])
 def test_prompts_store_what_decoding_stores(backend, dtype, longest, made):

@@ -1,12 +1,20 @@
 """A parity measurement in words: its headline, and a table for people."""
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 from fulmen.evaluation.parity.results import AccuracyRow, LookupRow, ParityResults, VariantRow
 from fulmen.evaluation.statistics import IntervalRow
 from fulmen.evaluation.style import VARIANT_LABELS
-from fulmen.evaluation.wording import interval_text, limits_text, percent, points_text, signed_percent
+from fulmen.evaluation.wording import (
+    interval_text,
+    limits_text,
+    nats_text,
+    percent,
+    points_text,
+    signed_percent,
+)
 
 # The loss over dense that still counts as parity.
 PARITY_MARGIN = 0.01
@@ -147,7 +155,8 @@ def lookup_verdict(result: ParityResults) -> str:
             f"At k = {row['k']:,} ({share_of(row['k'], found['length'])}) DSA loses {row['lost']} of these "
             f"answers and gains {row['gained']}: {points_text(row['dsa_minus_dense'])} points, of which "
             f"budget {split['budget']:+.1f}, index {split['index']:+.1f}, "
-            f"split of k {split['split_of_k']:+.1f}."
+            f"split of k {split['split_of_k']:+.1f}"
+            + (f", coarse level {split['coarse']:+.1f}." if "coarse" in split else ".")
         )
     alone = [row for row in found["rows"] if row["variant"] == "key_head_oracle"]
     return " ".join([*sentences, _per_head(alone)] if alone else sentences)
@@ -168,6 +177,29 @@ def share_of(k: int, length: int) -> str:
     if length % k == 0 and (named := PARTS.get(length // k)):
         return named
     return percent(k / length, 1)
+
+
+def coarse_verdict(result: ParityResults) -> str:
+    """What two levels lose beyond one, and what candidates hold; empty for an index of one level."""
+    found = result.coarse
+    if found is None:
+        return ""
+    why = ""
+    if found["k"] != result.topk:
+        nothing = found["asked_from"] // found["k"] * result.topk
+        why = f", as at k = {result.topk:,} both levels are one up to {nothing:,} tokens"
+    over = found["over_one_level"]
+    sentences = [
+        f"Coarse level, at k = {found['k']:,}{why}: of more than {found['asked_from']:,} tokens it chooses "
+        f"{found['candidates']:,} candidates; against one level two lose {nats_text(found['gap'])} nats a "
+        f"token, {signed_percent(over['estimate'])} ({limits_text(over)})."
+    ]
+    if found["layers"]:
+        mean = fmean(row["candidates"] for row in found["layers"])
+        least = min(found["layers"], key=lambda row: row["candidates"])
+        held = f"Candidates hold {percent(mean)} of the attention"
+        sentences.append(f"{held}, in layer {least['layer']} the least: {percent(least['candidates'])}.")
+    return " ".join(sentences)
 
 
 def needle_verdict(result: ParityResults) -> str:

@@ -68,12 +68,22 @@ def _difference(answers: Mapping[tuple[str, int], Answers], dense: Answers, k: i
 
 
 def _split(answers: Mapping[tuple[str, int], Answers], dense: Answers, k: int, n: int) -> AnswerSplit:
-    """In points: what the oracle loses, what the index does beyond it, and the split of k beyond that."""
+    """In points: what the oracle loses, what the index does beyond it, the split of k beyond that, and the
+    coarse level, where it was asked, beyond that.
+    """
 
     def right(found: Answers) -> int:
         return sum(sum(text) for text in found.values())
 
     oracle, dsa = (right(answers[name, k]) for name in ("oracle", "dsa"))
-    equal = right(answers["dsa_equal", k]) if ("dsa_equal", k) in answers else dsa
-    budget, index, split = oracle - right(dense), equal - oracle, dsa - equal
-    return {"budget": 100 * budget / n, "index": 100 * index / n, "split_of_k": 100 * split / n}
+    one = right(answers["one_level", k]) if ("one_level", k) in answers else dsa
+    equal = right(answers["dsa_equal", k]) if ("dsa_equal", k) in answers else one
+    budget, index, split = oracle - right(dense), equal - oracle, one - equal
+    found: AnswerSplit = {
+        "budget": 100 * budget / n,
+        "index": 100 * index / n,
+        "split_of_k": 100 * split / n,
+    }
+    if ("one_level", k) in answers:
+        found["coarse"] = 100 * (dsa - one) / n
+    return found

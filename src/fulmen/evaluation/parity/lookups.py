@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 from fulmen.data import Lookup, LookupText
 from fulmen.evaluation.greedy import continue_greedily, continue_on_cache, read_into
 from fulmen.evaluation.journal import Unit
-from fulmen.evaluation.variants import FEW_TEXTS, VariantRunner, splits_topk
+from fulmen.evaluation.variants import FEW_TEXTS, VariantRunner, asks_coarse_level, splits_topk
 from fulmen.modeling.cache import forgotten_after
 from fulmen.modeling.families import dsa_family_for, empty_cache
 from fulmen.modeling.rope_tables import are_rotated_alike, rope_for_length
 
-LOOKUP_VARIANTS = ("dense", "key_head_oracle", "oracle", "dsa_equal", "dsa", "window")
+LOOKUP_VARIANTS = ("dense", "key_head_oracle", "oracle", "dsa_equal", "dsa", "one_level", "window")
 # Texts that the slow variants read.
 FEW = 2
 # Tokens that may stand around an answer: a model may say more than it was asked.
@@ -54,9 +54,18 @@ def lookup_units(runner: VariantRunner, plan: LookupPlan) -> list[Unit]:
         for variant in lookup_variants(runner.model):
             if variant not in plan.variants or (variant in FEW_TEXTS and number >= FEW):
                 continue
-            for k in [plan.length] if variant == "dense" else plan.ks:
+            for k in _asked_ks(runner.model, plan, variant):
                 units.append(_unit(runner, plan, number, text, variant, k))
     return units
+
+
+def _asked_ks(model: PreTrainedModel, plan: LookupPlan, variant: str) -> Sequence[int]:
+    """One level is asked only where a coarse level is, as else it is DSA."""
+    if variant == "dense":
+        return [plan.length]
+    if variant == "one_level":
+        return [k for k in plan.ks if asks_coarse_level(model, k, plan.length)]
+    return plan.ks
 
 
 def lookup_variants(model: PreTrainedModel) -> list[str]:

@@ -17,9 +17,11 @@ from fulmen.data import TokenSequence
 from fulmen.errors import CheckpointError, ConfigError
 from fulmen.evaluation.controls import AttentionRecallSelector
 from fulmen.evaluation.journal import Journal, Unit
+from fulmen.evaluation.parity.coarse_level import coarse_table
 from fulmen.evaluation.parity.lookup_tables import lookup_tables
 from fulmen.evaluation.parity.lookups import LookupPlan, lookup_units
 from fulmen.evaluation.parity.losses import (
+    TextScores,
     scored_positions,
     second_half_loss,
     summarize_scores,
@@ -27,7 +29,7 @@ from fulmen.evaluation.parity.losses import (
 )
 from fulmen.evaluation.parity.needles import sample_groups, score_samples, tokens_to_read
 from fulmen.evaluation.parity.report import ParityReport
-from fulmen.evaluation.parity.results import RecallRow, SequenceRow, SweepRow
+from fulmen.evaluation.parity.results import RecallRow, SequenceRow, SweepRow, TextRow
 from fulmen.evaluation.parity.tables import (
     error_split,
     needle_tables,
@@ -36,17 +38,21 @@ from fulmen.evaluation.parity.tables import (
     variant_table,
 )
 from fulmen.evaluation.variants import (
+    RECALL_VARIANTS,
     VARIANTS,
     ModelInput,
     VariantRunner,
+    asks_coarse_level,
     current_topk,
     last_hidden_states,
+    telling_topk,
 )
-from fulmen.modeling.families import accelerated
+from fulmen.modeling.families import accelerated, dsa_of
 from fulmen.ops.dispatch import pin_backend
 
 SWEEP_VARIANTS = ("oracle", "dsa", "window")
 NEEDLE_VARIANTS = ("dense", "dsa", "window")
+LEVEL_VARIANTS = ("dsa", "one_level")
 # The reference computes query by query; this much text shows whether a kernel is wrong.
 KERNEL_LENGTH = 384
 KERNEL_KEYS_PER_TOPK = 4
@@ -101,11 +107,14 @@ def measure_parity(
     asked = lookup_units(runner, lookups) if lookups else []
     read = [_loss_unit(runner, plan, place) for place in range(len(sequences))]
     swept = [_sweep_unit(runner, plan, k, name) for k in plan.ks if k != topk for name in SWEEP_VARIANTS]
-    waiting = sum(unit.tokens for unit in journal.waiting([*read, *swept, *asked]))
+    levels_k = telling_topk(model, topk, length)
+    levels = _level_units(runner, plan, levels_k)
+    waiting = sum(unit.tokens for unit in journal.waiting([*read, *swept, *levels, *asked]))
     runner.on_tokens = _token_counter(progress, waiting + plan.other_tokens())
     with accelerated(model):
         texts = journal.run(read)
         losses = {(row["variant"], row["k"]): row["losses"] for row in journal.run(swept)}
+        by_level = journal.run(levels) or texts
         kernel = _kernel_gap(runner, plan)
         answers = {name: _needle_answers(runner, plan, name) for name in NEEDLE_VARIANTS}
         found = journal.run(asked)
@@ -122,13 +131,15 @@ def measure_parity(
         needles=needle_tables(needles, answers),
         source=source_table(records),
         lookups=lookup_tables(lookups, found) if lookups else None,
+        coarse=coarse_table(dsa_of(model.config), levels_k, by_level) if levels_k else None,
     )
 
 
 def _recall_rows(recalls: Sequence[Mapping[str, Any]]) -> dict[str, list[RecallRow]]:
     """Of every variant, over all texts."""
     rows: dict[str, list[RecallRow]] = {}
-    for name in dict.fromkeys(name for recall in recalls for name in recall):
+    measured = {name for recall in recalls for name in recall}
+    for name in (name for name in RECALL_VARIANTS if name in measured):
         whole = AttentionRecallSelector(VARIANTS[name])
         for recall in recalls:
             whole.add_sums(recall[name])
@@ -190,14 +201,41 @@ def _token_counter(progress: Progress, total: int) -> Callable[[int, str], None]
 
 def _loss_unit(runner: VariantRunner, plan: _Plan, place: int) -> Unit:
     """Every variant on one text, and the attention that each recalls."""
+    variants = _variants(runner, plan)
 
     def run() -> dict[str, Any]:
         runner.recalls = {}
-        record = _score_sequence(runner, plan, plan.sequences[place])
+        record = _score_sequence(runner, plan, plan.sequences[place], variants)
         return {"record": record, "recalls": {name: seen.sums() for name, seen in runner.recalls.items()}}
 
-    readings = len(runner.variants) + (plan.dense_model is not None)
+    readings = len(variants) + (plan.dense_model is not None)
     return Unit(("parity", "losses", plan.length, place), readings * plan.length, run)
+
+
+def _variants(runner: VariantRunner, plan: _Plan) -> list[str]:
+    """What reads every text; dense first."""
+    if asks_coarse_level(runner.model, plan.topk, plan.length):
+        return [*runner.variants, "one_level"]
+    return runner.variants
+
+
+def _level_units(runner: VariantRunner, plan: _Plan, k: int | None) -> list[Unit]:
+    """Two levels and one on every text at a k that asks both, unless that is the plan's, or none does."""
+    if k is None or k == plan.topk:
+        return []
+    return [_level_unit(runner, plan, place, k) for place in range(len(plan.sequences))]
+
+
+def _level_unit(runner: VariantRunner, plan: _Plan, place: int, k: int) -> Unit:
+    sequence = plan.sequences[place]
+
+    def run() -> dict[str, Any]:
+        runner.recalls = {}
+        means = _means(_scores(runner, sequence, LEVEL_VARIANTS, k), sequence)
+        sums = {"one_level": runner.recalls["one_level"].sums()}
+        return {"record": {"scores": means}, "recalls": sums}
+
+    return Unit(("parity", f"levels {k}", plan.length, place), len(LEVEL_VARIANTS) * plan.length, run)
 
 
 def _sweep_unit(runner: VariantRunner, plan: _Plan, k: int, variant: str) -> Unit:
@@ -215,31 +253,47 @@ def _sweep_unit(runner: VariantRunner, plan: _Plan, k: int, variant: str) -> Uni
     return Unit(key, len(plan.swept()) * plan.length, run)
 
 
-def _score_sequence(runner: VariantRunner, plan: _Plan, sequence: TokenSequence) -> SequenceRow:
-    """Every variant's scores on one text."""
-    text = ModelInput.of(sequence)
-    ids_T, length = text.ids_T, len(text.ids_T)
-    hidden = {
-        name: runner.hidden(name, text, plan.topk, sequence.name, recall=True) for name in runner.variants
+def _score_sequence(
+    runner: VariantRunner, plan: _Plan, sequence: TokenSequence, variants: Sequence[str]
+) -> SequenceRow:
+    """Scores of these variants on one text, and of the model before conversion."""
+    text, length = ModelInput.of(sequence), plan.length
+    scores = _scores(runner, sequence, variants, plan.topk)
+    record: SequenceRow = {
+        "name": sequence.name,
+        "kind": sequence.kind,
+        "scores": _means(scores, sequence),
     }
-    scores = text_scores(hidden, runner.model.get_output_embeddings(), ids_T)
-    means = {name: summarize_scores(found, length) for name, found in scores.items()}
-    for name, found in means.items():
-        if not math.isfinite(found["whole"]):
-            raise CheckpointError(
-                f"loss of {name} on {sequence.name} is {found['whole']}; the weights are damaged, "
-                "get them anew"
-            )
-    record: SequenceRow = {"name": sequence.name, "kind": sequence.kind, "scores": means}
     if plan.dense_model is not None:
         own = {"source": last_hidden_states(plan.dense_model, text)}
-        source = text_scores(own, plan.dense_model.get_output_embeddings(), ids_T)["source"]
+        source = text_scores(own, plan.dense_model.get_output_embeddings(), text.ids_T)["source"]
         runner.on_tokens(length, sequence.name)
         record["source"] = {
             **summarize_scores(source, length),
             "max_token_difference": (source.loss_P - scores["dense"].loss_P).abs().max().item(),
         }
     return record
+
+
+def _scores(
+    runner: VariantRunner, sequence: TokenSequence, variants: Sequence[str], k: int
+) -> dict[str, TextScores]:
+    """Of these variants on one text, against the first; their attention recall is added up in the runner."""
+    text = ModelInput.of(sequence)
+    hidden = {name: runner.hidden(name, text, k, sequence.name, recall=True) for name in variants}
+    return text_scores(hidden, runner.model.get_output_embeddings(), text.ids_T)
+
+
+def _means(scores: Mapping[str, TextScores], sequence: TokenSequence) -> dict[str, TextRow]:
+    """Raises CheckpointError where a loss is not finite."""
+    means = {name: summarize_scores(found, len(sequence.input_ids)) for name, found in scores.items()}
+    for name, found in means.items():
+        if not math.isfinite(found["whole"]):
+            raise CheckpointError(
+                f"loss of {name} on {sequence.name} is {found['whole']}; the weights are damaged, "
+                "get them anew"
+            )
+    return means
 
 
 def _sweep_point(

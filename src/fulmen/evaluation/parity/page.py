@@ -4,6 +4,7 @@ from html import escape
 
 from fulmen.evaluation.html import html_facts, html_figure, html_page, html_table
 from fulmen.evaluation.parity.findings import (
+    coarse_verdict,
     lookup_verdict,
     needle_verdict,
     share_of,
@@ -12,15 +13,16 @@ from fulmen.evaluation.parity.findings import (
     verdict,
 )
 from fulmen.evaluation.parity.plots import parity_plots
-from fulmen.evaluation.parity.results import LookupTables, ParityResults
+from fulmen.evaluation.parity.results import CoarseTable, LookupTables, ParityResults
 from fulmen.evaluation.style import VARIANT_LABELS
-from fulmen.evaluation.wording import shares_text
+from fulmen.evaluation.wording import percent, shares_text
 
 
 def parity_page(report: ParityResults) -> str:
     """The whole page."""
     title = f"Parity of {report.about.get('model', 'a DSA model')} with dense attention"
-    sentences = [lookup_verdict(report), needle_verdict(report), source_verdict(report)]
+    found = (lookup_verdict, needle_verdict, coarse_verdict, source_verdict)
+    sentences = [say(report) for say in found]
     body = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="verdict">{escape(verdict(report))}</p>',
@@ -28,6 +30,7 @@ def parity_page(report: ParityResults) -> str:
         f'<div class="scroll">{html_table(short_summary(report), list(report.variants))}</div>',
         _answer_table(report),
         f'<div class="figures">{"".join(html_figure(plot) for plot in parity_plots(report))}</div>',
+        _candidate_table(report),
         f"<footer>{_html_footer(report)}</footer>",
     ]
     return html_page(title, body)
@@ -38,6 +41,27 @@ def _answer_table(report: ParityResults) -> str:
         return ""
     names = [row["variant"] for row in report.lookups["rows"]]
     return f'<div class="scroll">{html_table(lookup_rows(report.lookups), names)}</div>'
+
+
+def _candidate_table(report: ParityResults) -> str:
+    if not report.coarse or not report.coarse["layers"]:
+        return ""
+    rows = candidate_rows(report.coarse)
+    return f'<div class="scroll">{html_table(rows, [""] * (len(rows) - 1))}</div>'
+
+
+def candidate_rows(found: CoarseTable) -> list[tuple[str, ...]]:
+    """Attention recall of candidates by layer, beside what is kept of them, the header first."""
+    rows = [
+        (
+            str(row["layer"]),
+            *(percent(share) for share in (row["candidates"], row["two_levels"], row["one_level"])),
+            percent(row["oracle"]),
+        )
+        for row in found["layers"]
+    ]
+    header = ("layer", f"{found['candidates']:,} candidates", "two levels", "one level")
+    return [(*header, f"best {found['k']:,}"), *rows]
 
 
 def lookup_rows(found: LookupTables) -> list[tuple[str, ...]]:

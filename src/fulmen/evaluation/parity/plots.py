@@ -31,6 +31,7 @@ def parity_plots(report: ParityResults) -> list[Plot]:
         _plot_sweep,
         _plot_error_split,
         _plot_attention_recall,
+        _plot_candidates,
         _plot_lookups,
         _plot_needles,
         _plot_cost,
@@ -92,13 +93,17 @@ def _plot_sweep(report: ParityResults) -> Plot | None:
 
 
 def _plot_error_split(report: ParityResults) -> Plot:
-    figure, axes = new_figure(2.3)
+    figure, axes = new_figure(2.3 if "coarse" not in report.error_split else 2.6)
     split, dense = report.error_split, report.variants["dense"]["second_half"]
     labels = ["kernel: fast − reference", "indexer: DSA − oracle", "budget: oracle − dense"]
     values, names = [split["kernel"], split["indexer"], split["budget"]], ["random", "dsa", "oracle"]
     if "dsa_equal" in report.variants:
         labels[1:2] = ["split of k: DSA − equal k", "indexer: equal k − oracle"]
         values[1:1], names[1:1] = [split.get("split_of_k", 0.0)], ["dsa_equal"]
+    if "coarse" in split:
+        labels.insert(1, "coarse level: two levels − one")
+        values.insert(1, split["coarse"])
+        names.insert(1, "one_level")
     colors = [VARIANT_COLORS[name] for name in names]
     axes.barh(labels, values, color=colors, height=0.6)
     reach = max((abs(value) for value in values), default=0) or 1e-6
@@ -136,6 +141,26 @@ def _plot_attention_recall(report: ParityResults) -> Plot | None:
         "difference here can be a large one in retrieval."
     )
     return Plot("recall", "Attention recall by layer", caption, figure)
+
+
+def _plot_candidates(report: ParityResults) -> Plot | None:
+    if not report.coarse or not (rows := report.coarse["layers"]):
+        return None
+    figure, axes = new_figure(3.4)
+    layers = [row["layer"] for row in rows]
+    _draw_line(axes, "candidates", layers, [100 * row["candidates"] for row in rows])
+    _draw_line(axes, "oracle", layers, [100 * row["oracle"] for row in rows])
+    _draw_line(axes, "one_level", layers, [100 * row["one_level"] for row in rows])
+    _draw_line(axes, "dsa", layers, [100 * row["two_levels"] for row in rows])
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="layer", ylabel="attention recall (%)")
+    legend_above(axes)
+    caption = (
+        f"Attention on the {report.coarse['candidates']:,} candidates of the coarse level, on the "
+        f"{report.coarse['k']:,} keys that two levels and one level would keep, and on the best, at queries "
+        f"that see more than {report.coarse['asked_from']:,} tokens."
+    )
+    return Plot("candidates", "Attention recall of candidates by layer", caption, figure)
 
 
 def _plot_lookups(report: ParityResults) -> Plot | None:

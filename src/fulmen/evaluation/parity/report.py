@@ -1,13 +1,14 @@
 """A parity measurement as a report: JSON, Markdown, one HTML page. Nothing is printed or written here."""
 
 from fulmen.evaluation.parity.findings import (
+    coarse_verdict,
     lookup_verdict,
     needle_verdict,
     short_summary,
     source_verdict,
     verdict,
 )
-from fulmen.evaluation.parity.page import lookup_rows, parity_page
+from fulmen.evaluation.parity.page import candidate_rows, lookup_rows, parity_page
 from fulmen.evaluation.parity.results import ParityResults
 from fulmen.evaluation.wording import (
     interval_text,
@@ -26,9 +27,11 @@ class ParityReport(ParityResults):
         return verdict(self)
 
     def findings(self) -> list[str]:
-        """The headline, retrieval, and the comparison with the model before conversion, where measured."""
-        found = (verdict(self), lookup_verdict(self), needle_verdict(self), source_verdict(self))
-        return [text for text in found if text]
+        """The headline, retrieval, the coarse level, and the comparison with the model before conversion,
+        where measured.
+        """
+        found = (lookup_verdict(self), needle_verdict(self), coarse_verdict(self), source_verdict(self))
+        return [verdict(self), *(text for text in found if text)]
 
     def summary(self) -> list[tuple[str, ...]]:
         """Rows of a table for people, the header first: a row a variant."""
@@ -44,6 +47,9 @@ class ParityReport(ParityResults):
             parts += ["Answers written:", markdown_table(lookup_rows(self.lookups))]
         if self.needles["differences"]:
             parts += ["Needles answered:", markdown_table(_needle_rows(self))]
+        if self.coarse and self.coarse["layers"]:
+            parts += [f"Attention recall at k = {self.coarse['k']:,}, by layer:"]
+            parts += [markdown_table(candidate_rows(self.coarse))]
         return "\n\n".join([*parts, markdown_facts(self.about)]) + "\n"
 
     def to_html(self) -> str:

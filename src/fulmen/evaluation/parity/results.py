@@ -68,6 +68,34 @@ class RecallRow(TypedDict):
     oracle: float
 
 
+class CandidateRow(TypedDict):
+    """Attention on what is kept in one layer, on the same queries: `LayerCandidates`; shares of 1."""
+
+    layer: int
+    candidates: float
+    two_levels: float
+    one_level: float
+    oracle: float
+
+
+class CoarseTable(TypedDict):
+    """What a coarse level costs at a k that asks it.
+
+    asked_from: a query that sees more tokens has its candidates chosen, in layers that keep at most k.
+    one_level, two_levels: loss. gap: their difference, nats per token. over_one_level: their ratio - 1.
+    layers: those in which candidates were chosen.
+    """
+
+    k: int
+    candidates: int
+    asked_from: int
+    one_level: float
+    two_levels: float
+    gap: IntervalRow
+    over_one_level: IntervalRow
+    layers: list[CandidateRow]
+
+
 class SweepRow(TypedDict):
     """One variant at one budget k, on the first text of each kind."""
 
@@ -83,6 +111,7 @@ class ErrorSplit(TypedDict):
     budget: float
     indexer: float
     split_of_k: NotRequired[float]
+    coarse: NotRequired[float]
     kernel: float
     kernel_length: int
     kernel_topk: int
@@ -150,6 +179,7 @@ class AnswerSplit(TypedDict):
     budget: float
     index: float
     split_of_k: float
+    coarse: NotRequired[float]
 
 
 class LookupDifference(TypedDict):
@@ -204,6 +234,7 @@ class ParityResults:
         about: what a reader needs to repeat the run, by name.
         lookups: retrieval, of answers that the model writes; None if it was not asked.
         quick: whether this was but a quick look.
+        coarse: what the coarse level costs; None where the index has one level, or no k asks two.
         cost: of one generated token in attention and indexer, by position, ascending: rows of position,
             dense_bytes, dsa_bytes, dense_flops, dsa_flops.
     """
@@ -221,6 +252,7 @@ class ParityResults:
     cost: list[dict[str, float]] = field(default_factory=list)
     lookups: LookupTables | None = None
     quick: bool = False
+    coarse: CoarseTable | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Every number, of plain JSON types."""

@@ -52,20 +52,25 @@ def sweep_point(variant: str, topk: int, losses: Sequence[float], dense_losses: 
 def error_split(variants: Mapping[str, VariantRow], kernel: Mapping[str, Any]) -> ErrorSplit:
     """Where DSA's loss over dense comes from, nats per token.
 
-    budget: what the oracle loses; indexer: what DSA with the same k in each layer loses beyond it (below 0
-    where DSA does better: the mean over heads is not the best of targets); split_of_k: what it loses beyond
-    that by the model's own k in each layer; kernel: fast backend minus reference, on a shorter text.
+    budget: what the oracle loses; indexer: what DSA in one level with the same k in each layer loses beyond
+    it (below 0 where DSA does better: the mean over heads is not the best of targets); split_of_k: what it
+    loses beyond that by the model's own k in each layer; coarse: what two levels lose beyond one, where this
+    k asks the coarse one; kernel: fast backend minus reference, on a shorter text.
     """
     loss = {name: row["second_half"] for name, row in variants.items()}
-    equal = loss.get("dsa_equal", loss["dsa"])
-    return {
+    one = loss.get("one_level", loss["dsa"])
+    equal = loss.get("dsa_equal", one)
+    split: ErrorSplit = {
         "budget": loss["oracle"] - loss["dense"],
         "indexer": equal - loss["oracle"],
-        "split_of_k": loss["dsa"] - equal,
+        "split_of_k": one - equal,
         "kernel": kernel["fast"] - kernel["reference"],
         "kernel_length": kernel["length"],
         "kernel_topk": kernel["topk"],
     }
+    if "one_level" in loss:
+        split["coarse"] = loss["dsa"] - one
+    return split
 
 
 def needle_tables(samples: Sequence[NeedleSample], answers: Mapping[str, Sequence[bool]]) -> NeedleTables:

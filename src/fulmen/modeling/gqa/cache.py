@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, LinearAttentionLayer
@@ -9,6 +10,7 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 from fulmen.errors import CacheError
 from fulmen.modeling.cache import CacheBytes, InPlaceIndexedLayer, InPlaceLayer
 from fulmen.modeling.linear_layers import linear_layers
+from fulmen.ops.common.index_keys import SCALE_BYTES
 
 
 class DsaCache(Cache):
@@ -53,12 +55,29 @@ def converted_layers(config: PreTrainedConfig) -> list[int]:
 
 
 def require_index_key_layers(cache: Cache, config: PreTrainedConfig) -> None:
-    """Raise CacheError unless every converted layer of `cache` can hold index keys."""
-    layers = getattr(cache, "layers", [])
+    """Raise CacheError unless every converted layer of `cache` can hold index keys, and those that it holds
+    are of as many levels as the model's.
+    """
+    layers, coarse = getattr(cache, "layers", []), config.dsa.get("coarse_head_dim")
     for layer in converted_layers(config):
-        needed = "update_coarse" if config.dsa.get("coarse_head_dim") else "update_indexer"
+        needed = "update_coarse" if coarse else "update_indexer"
         if layer >= len(layers) or not all(hasattr(part, needed) for part in (cache, layers[layer])):
             raise CacheError(
                 f"{type(cache).__name__} has no room for the index keys of layer {layer}; "
                 "pass fulmen.modeling.gqa.cache.DsaCache(model.config), or no cache"
+            )
+    if isinstance(cache, DsaCache) and not torch.compiler.is_compiling():
+        _require_levels(cache, config, coarse + SCALE_BYTES if coarse else 0)
+
+
+def _require_levels(cache: DsaCache, config: PreTrainedConfig, width: int) -> None:
+    """Raise CacheError for a cache that a model of another index has filled; width: bytes of a coarse key."""
+    for layer in converted_layers(config):
+        stored = cache.layers[layer]
+        if not stored.has_coarse_keys(width):
+            wanted = f"need coarse keys of {width} bytes" if width else "are to have no coarse keys"
+            raise CacheError(
+                f"{type(cache).__name__} was filled by a model of another index: its "
+                f"{stored.get_seq_length()} tokens of layer {layer} {wanted}; "
+                "read them anew with fulmen.modeling.gqa.cache.DsaCache(model.config)"
             )

@@ -23,6 +23,7 @@ from fulmen.modeling.gqa.model import require_dsa
 from fulmen.modeling.windows import layer_windows
 from fulmen.serving.vllm_plugin import served_classes
 from fulmen.serving.vllm_plugin.attention import DsaAttention
+from fulmen.serving.vllm_plugin.coarse_weights import of_coarse_shape, require_coarse_weights
 from fulmen.serving.vllm_plugin.rope import (
     name_query_scaling,
     no_rotation_like,
@@ -57,13 +58,20 @@ class DsaServingMixin:
                     require_same_rope(rotary, config.hf_config, config.max_model_len)
                 name = f"{maybe_prefix(prefix, 'model')}.layers.{layer}.self_attn"
                 block.self_attn = DsaAttention(block.self_attn, rotary, layer, dsa, vllm_config, name)
+        self._coarse, self._is_loaded = dsa.coarse, False
         pack_experts_anew(self)  # type: ignore[arg-type]
         self._head_watch = watch_head(self)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """All weights, or those of a running model that are to be replaced."""
-        loaded = self._load(weights)
+        """All weights, or those of a running model that are to be replaced.
+
+        Raises CheckpointError where their index has other levels than the config says.
+        """
+        loaded = self._load(of_coarse_shape(weights, self._coarse))
         self._head_watch.loaded()
+        if not self._is_loaded:
+            require_coarse_weights(self)  # type: ignore[arg-type]
+        self._is_loaded = True
         return loaded
 
     def _load(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
