@@ -8,7 +8,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from fulmen.modeling.families import family_names, import_family
+from fulmen.modeling.families import family_names, import_family, vision_names
+from fulmen.modeling.vision import import_vision
 
 AUTO_CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 PEFT_TABLES_MODULE = "peft.utils.constants"
@@ -59,16 +60,18 @@ def _register_stand_ins() -> None:
     from transformers.configuration_utils import PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
-    for name in family_names():
+    importers: dict[str, Callable[[str], Any]] = dict.fromkeys(family_names(), import_family)
+    importers |= dict.fromkeys(vision_names(), import_vision)
+    for name, importer in importers.items():
         if name in CONFIG_MAPPING and f"{name}_dsa" not in CONFIG_MAPPING:
-            AutoConfig.register(f"{name}_dsa", _stand_in(PreTrainedConfig, name))
+            AutoConfig.register(f"{name}_dsa", _stand_in(PreTrainedConfig, name, importer))
 
 
-def _stand_in(base: type, family_name: str) -> type:
+def _stand_in(base: type, family_name: str, importer: Callable[[str], Any]) -> type:
     """A config class whose instances are the family's own; its first use imports and registers the family."""
 
     def __new__(cls: type, *args: Any, **kwargs: Any) -> Any:
-        return import_family(family_name).config_class(*args, **kwargs)
+        return importer(family_name).config_class(*args, **kwargs)
 
     body = {"__module__": __name__, "__new__": __new__, "model_type": f"{family_name}_dsa"}
     return type("DsaConfigStandIn", (base,), body)
