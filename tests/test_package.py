@@ -11,7 +11,7 @@ import pytest
 
 import fulmen
 from fulmen import errors
-from fulmen.modeling.families import all_families
+from fulmen.modeling.families import all_families, vision_names
 
 ROOT = Path(__file__).parents[1]
 UNASKED = ["datasets", "matplotlib", "vllm", "typer"]
@@ -97,7 +97,12 @@ print(*set({UNASKED}) & set(sys.modules))
 """
     assert run(code) == [
         "False",
-        *sorted(f"{family.source_types[0]}_dsa" for family in all_families() if not family.is_stock),
+        *sorted(
+            [
+                *(f"{family.source_types[0]}_dsa" for family in all_families() if not family.is_stock),
+                *(f"{name}_dsa" for name in vision_names()),
+            ]
+        ),
         *("LlamaDsaConfig", "LlamaDsaForCausalLM"),
         # Waits for PEFT, which nobody has imported; the other has gone.
         "peft.utils.constants",

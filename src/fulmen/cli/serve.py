@@ -47,9 +47,10 @@ def serve_command(
     """
     stage = reporter().stage
     with stage(STARTING):
-        from fulmen.pipeline.model_config import read_config
+        from fulmen.pipeline.model_config import read_config, require_language_model_alone
 
         found, config = read_config(model_dir)
+        require_language_model_alone(model_dir, "serve")
         try:
             from fulmen.serving.engine.served_model import served_model
             from fulmen.serving.engine.settings import EngineSettings, require_vllm

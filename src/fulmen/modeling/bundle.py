@@ -12,32 +12,41 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from fulmen.modeling.gqa.family import GqaFamily
+from transformers import PreTrainedConfig
 
+from fulmen.modeling.families import dsa_family_for, has_dsa
+from fulmen.modeling.gqa.family import GqaFamily
+from fulmen.modeling.vision import vision_family_for
+from fulmen.modeling.whole.family import WholeFamily
+
+BundledFamily = GqaFamily | WholeFamily
 PACKAGE = "fulmen"
 ALLOWED_LIBRARIES = {"torch", "transformers"}
 RECORD, RECORD_MODULE = "FAMILY", "family"
 
 
-def bundle_name(family: GqaFamily) -> str:
+def bundled_family(config: PreTrainedConfig) -> BundledFamily | None:
+    """The family whose classes a checkpoint with this config brings along; None: it needs none."""
+    if not has_dsa(config):
+        return None
+    family = vision_family_for(config) or dsa_family_for(config)
+    return family if isinstance(family, BundledFamily) else None
+
+
+def bundle_name(family: BundledFamily) -> str:
     """Name of the modeling module in a checkpoint of this family, without `.py`."""
     return f"modeling_{family.config_class.model_type}"
 
 
-def bundle_auto_map(family: GqaFamily) -> dict[str, str]:
+def bundle_auto_map(family: BundledFamily) -> dict[str, str]:
     """The `auto_map` entry of config.json that makes Transformers load the bundled classes."""
-    classes = {
-        "AutoConfig": family.config_class,
-        "AutoModel": family.model_class,
-        "AutoModelForCausalLM": family.causal_lm_class,
-    }
-    return {auto: f"{bundle_name(family)}.{own.__name__}" for auto, own in classes.items()}
+    return {auto: f"{bundle_name(family)}.{own.__name__}" for auto, own in family.auto_classes.items()}
 
 
 @cache
-def bundle_source(family: GqaFamily) -> str:
+def bundle_source(family: BundledFamily) -> str:
     """The text of the modeling file."""
-    modules = _in_order_of_need(family.causal_lm_class.__module__)
+    modules = _in_order_of_need(family.config_class.__module__)
     _require_unique_names(modules)
     header = f"# Written by {PACKAGE}: the parts of its source (Apache-2.0) that this model needs.\n"
     parts = [f"# {name}\n{_without_own_imports(source)}" for name, source in modules.items()]
@@ -102,6 +111,9 @@ def _require_unique_names(modules: dict[str, str]) -> None:
     for module, source in modules.items():
         for node in ast.parse(source).body:
             for name, origin in _names_bound_by(node, module).items():
+                # Cut, all of them.
+                if name == RECORD:
+                    continue
                 assert meaning.setdefault(name, origin) == origin, f"{name}: {meaning[name]} and {origin}"
         for inner in ast.walk(ast.parse(source)):
             imported = [inner.module] if isinstance(inner, ast.ImportFrom) else []

@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from fulmen.errors import CheckpointError, OutputError, UnsupportedModelError, one_line, unwritable
-from fulmen.modeling.bundle import bundle_auto_map, bundle_name, bundle_source
+from fulmen.modeling.bundle import bundle_auto_map, bundle_name, bundle_source, bundled_family
 from fulmen.modeling.config_checks import PROBE, read_own_config, require_sound_templates, require_tokens_fit
-from fulmen.modeling.families import dsa_family_for, family_for_type, has_dsa
+from fulmen.modeling.families import dsa_family_for
 from fulmen.modeling.generation_settings import fix_generation_config, read_generation_config
 from fulmen.modeling.gguf.file import first_part, read_gguf
 from fulmen.modeling.gguf.tokenizer import gguf_tokenizer
@@ -33,6 +33,8 @@ from fulmen.modeling.quantization.formats import (
     quantization_in,
     require_readable_quantization,
 )
+from fulmen.modeling.text_part import load_text_part
+from fulmen.modeling.vision import require_convertible_type, text_config_of, vision_family_for
 from fulmen.modeling.weight_files import (
     follow_umask,
     not_readable,
@@ -96,11 +98,16 @@ def load_directory(place: str | Path, dtype: torch.dtype | str = "auto") -> tupl
 
 
 def load_directory_model(place: str | Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """The model of `load_directory`. Raises as that does, but for the tokenizer."""
+    """The model of `load_directory`; of one that reads images, its language model by itself.
+
+    Raises as `load_directory`, but for the tokenizer.
+    """
     name = str(place)
     if Path(place).is_dir():
         require_sound_files(Path(place))
     config = read_own_config(name)
+    if (family := vision_family_for(config)) is not None:
+        return load_text_part(name, config, family, dtype)
     settings = read_generation_config(name, config.get_text_config().vocab_size)
     if is_readable_quantization(config):
         model = load_unpacked(name, config, dtype=dtype, generation_config=settings)
@@ -257,13 +264,17 @@ def dense_view(model_dir: str | Path, dtype: torch.dtype | str = "auto") -> PreT
 
     Raises UnsupportedModelError if the directory holds no model of fulmen's own types.
     """
-    config = AutoConfig.from_pretrained(model_dir)
+    whole = AutoConfig.from_pretrained(model_dir)
+    config = text_config_of(whole)
     family = dsa_family_for(config)
     if not isinstance(family, GqaFamily):
         raise UnsupportedModelError(
             f"model_type {config.model_type!r} has no dense class; set_topk above the length instead"
         )
     stock, dense_config, name = family.source_class, family.dense_config(config), str(model_dir)
+    if (around := vision_family_for(whole)) is not None:
+        options: dict[str, Any] = {"text": dense_config, "model_class": stock, "left_out": r"\.indexer\."}
+        return load_text_part(name, whole, around, dtype, **options)
     if is_readable_quantization(config):
         dense_config.quantization_config = config.quantization_config
         return load_unpacked(name, dense_config, dtype=dtype, left_out=r"\.indexer\.", model_class=stock)
@@ -288,7 +299,7 @@ def require_supported_config(source: ModelSource) -> None:
         ) from error
     if not isinstance(values, dict) or not values.get("model_type"):
         raise CheckpointError(f"{source} names no model_type in config.json; it is no Transformers model")
-    family_for_type(values["model_type"])
+    require_convertible_type(values["model_type"])
     if values.get("auto_map"):
         log.warning("%s brings code of its own, which is not run; Transformers' own is used", source)
     if (settings := quantization_in(values)) is not None:
@@ -346,10 +357,7 @@ def _unsavable(reason: str) -> CheckpointError:
 def _write_beside_weights(model: PreTrainedModel, tokenizer: Any, folder: Path, card: str) -> None:
     _write_settings(model, tokenizer, folder)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
-    if not has_dsa(model.config):
-        return
-    family = dsa_family_for(model.config)
-    if isinstance(family, GqaFamily):
+    if (family := bundled_family(model.config)) is not None:
         (folder / f"{bundle_name(family)}.py").write_text(bundle_source(family), encoding="utf-8")
         config_file = folder / "config.json"
         values = {**json.loads(config_file.read_text(encoding="utf-8")), "auto_map": bundle_auto_map(family)}

@@ -51,6 +51,18 @@ def visible_intervals(
     return KeyIntervals(torch.zeros_like(stop_BT), stop_BT, n_keys, plain=True)
 
 
+def intervals_with_images(visible: KeyIntervals, is_image_BT: Tensor) -> KeyIntervals:
+    """The intervals where a token of an image sees all of that image (Gemma 3, arXiv 2503.19786).
+
+    is_image_BT: bool, of the queries; neighbours are of one image.
+    """
+    is_last_BT = is_image_BT & ~torch.nn.functional.pad(is_image_BT[:, 1:], (0, 1))
+    # The nearest end of an image from here on.
+    ends_BT = torch.where(is_last_BT, _own_ends(visible), visible.n_keys).flip(-1).cummin(-1).values.flip(-1)
+    stop_BT = torch.where(is_image_BT, ends_BT, visible.stop_BT)
+    return visible._replace(stop_BT=stop_BT, plain=False)
+
+
 def narrowed_intervals(visible: KeyIntervals, window: int | None, n_keys: int) -> KeyIntervals:
     """The intervals for a layer whose queries see only their last `window` keys, themselves included.
 
@@ -61,8 +73,15 @@ def narrowed_intervals(visible: KeyIntervals, window: int | None, n_keys: int) -
         window = visible.n_keys
         if dropped == 0:
             return visible
-    start_BT = torch.maximum(visible.start_BT, visible.stop_BT - window)
+    # A window counts back from the query itself, whatever it sees behind.
+    start_BT = torch.maximum(visible.start_BT, _own_ends(visible) - window).minimum(visible.stop_BT)
     return KeyIntervals((start_BT - dropped).clamp(min=0), visible.stop_BT - dropped, n_keys, plain=False)
+
+
+def _own_ends(visible: KeyIntervals) -> Tensor:
+    """For each query the number of keys up to its own, ends_T."""
+    n_queries, n_keys = visible.stop_BT.shape[1], visible.n_keys
+    return torch.arange(n_keys - n_queries + 1, n_keys + 1, device=visible.stop_BT.device)
 
 
 def _checked_mask(attention_mask: Tensor, batch: int, n_keys: int) -> Tensor:

@@ -1,4 +1,7 @@
-"""A quantized model whole in memory: its weights unpacked, by every format that is read, on any machine."""
+"""A model whole in memory, from files where its weights are packed or have other names.
+
+Every format of quantized weights that is read, on any machine.
+"""
 
 import copy
 from typing import Any
@@ -20,9 +23,10 @@ def load_unpacked(
     dtype: torch.dtype | str,
     left_out: str = r"(?!)",
     model_class: Any = None,
+    shards: ModelShards | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """A model whose config says that its files are quantized; nothing of that is left in it.
+    """A model whose config may say that its files are quantized; nothing of that is left in it.
 
     Args:
         place: a directory or hub name.
@@ -30,15 +34,16 @@ def load_unpacked(
         dtype: of the weights; "auto": the config's, or bfloat16.
         left_out: pattern of names that `model_class` leaves in the file on purpose.
         model_class: None: the language model of the config.
+        shards: where the weights are read, if they are not all that lies there.
         options: for `from_pretrained`.
 
     Raises:
         CheckpointError: weights that cannot be read, or do not fit the config.
         UnsupportedModelError: as `require_readable_quantization`.
     """
-    shards = ModelShards(folder_of_shards(place), config)
+    shards = ModelShards(folder_of_shards(place), config) if shards is None else shards
     config = copy.deepcopy(config)
-    del config.quantization_config
+    vars(config).pop("quantization_config", None)
     model_class = model_class or AutoModelForCausalLM._model_mapping[type(config)]
     with torch.device("meta"):
         wanted = {name: tuple(x.shape) for name, x in model_class(config).state_dict().items()}

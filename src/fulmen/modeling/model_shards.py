@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from fulmen.errors import CheckpointError
-from fulmen.modeling.merged_weights import arrangement_of
+from fulmen.modeling.merged_weights import Arrangement, arrangement_of
 from fulmen.modeling.quantization.formats import (
     OTHER_SCALES,
     packed_weights,
@@ -47,7 +47,11 @@ class ModelShards(Shards):
             self._packed = packed_weights(settings, self.held)
         dtype: Any = config.dtype or UNPACKED_DTYPE
         self._dtype: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        self._renamed, self._merged = arrangement_of(config.model_type, self._unpacked_shapes)
+        self._renamed, self._merged = self.arrangement(config.model_type)
+
+    def arrangement(self, model_type: str) -> Arrangement:
+        """How the model has the weights that lie in its files."""
+        return arrangement_of(model_type, self._unpacked_shapes)
 
     @property
     def packed_names(self) -> set[str]:

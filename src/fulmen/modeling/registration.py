@@ -9,7 +9,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from fulmen.modeling.families import family_names, import_family
+from fulmen.modeling.families import family_names, import_family, vision_names
+from fulmen.modeling.vision import import_vision
 
 AUTO_CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 PEFT_TABLES_MODULE = "peft.utils.constants"
@@ -66,16 +67,18 @@ def _register_stand_ins() -> None:
         if model_type not in CONFIG_MAPPING:
             AutoConfig.register(model_type, _stand_in(PreTrainedConfig, model_type, config_class))
 
-    for name in family_names():
+    importers: dict[str, Callable[[str], Any]] = dict.fromkeys(family_names(), import_family)
+    importers |= dict.fromkeys(vision_names(), import_vision)
+    for name, importer in importers.items():
         if name in CONFIG_MAPPING:
-            stand_in(f"{name}_dsa", partial(_dsa_config_class, name))
+            stand_in(f"{name}_dsa", partial(_dsa_config_class, importer, name))
     for name, other in OTHERS_TYPES.items():
         stand_in(name, partial(CONFIG_MAPPING.__getitem__, other))
 
 
-def _dsa_config_class(family_name: str) -> type:
-    """Imports and registers the family."""
-    config_class: type = import_family(family_name).config_class
+def _dsa_config_class(importer: Callable[[str], Any], name: str) -> type:
+    """Imports and registers the family, or the model that reads images."""
+    config_class: type = importer(name).config_class
     return config_class
 
 

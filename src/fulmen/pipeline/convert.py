@@ -4,6 +4,7 @@ import json
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from fulmen.errors import ConfigError
 from fulmen.evaluation.variants import indexer_state
 from fulmen.modeling.checkpoint import require_free_output, require_savable, save_converted
 from fulmen.modeling.families import accelerated, dsa_family_for, dsa_of, family_for
+from fulmen.modeling.text_part import TextShards, processor_files, whole_of
 from fulmen.modeling.token_blocks import feed_forward_in_blocks
 from fulmen.pipeline.conversion import Conversion
 from fulmen.pipeline.conversion_plan import FittedPlan, Planner, left_out
 from fulmen.pipeline.devices import CPU, training_device
 from fulmen.pipeline.inherit_by_layers import inherit_by_layers
 from fulmen.pipeline.inherit_stage import fit_layers, share_k, try_splits, with_shares
-from fulmen.pipeline.model_card import conversion_card
+from fulmen.pipeline.model_card import card_with_images, conversion_card
 from fulmen.pipeline.model_source import DenseSource, dense_source
 from fulmen.pipeline.reporter import Reporter
 from fulmen.pipeline.run_dir import RunDir
@@ -78,6 +80,8 @@ def run_conversion(settings: ConvertSettings, reporter: Reporter) -> Conversion:
         source = dense_source(settings.source)
         asked, planner = settings, Planner(source, RunDir(out).settings(), device)
         settings = planner.settled(asked)
+        around = source.around()
+        _require_weights_kept(settings, around)
         skipped = left_out(asked, settings, source, reporter)
         plan = planner.plan(settings)
         unusual = source.look_at_files()
@@ -91,17 +95,37 @@ def run_conversion(settings: ConvertSettings, reporter: Reporter) -> Conversion:
     if settings.by_layers:
         return _convert_by_layers(source, tokenizer, texts, work, identity, skipped)
     model = _load(source, settings, plan, device, reporter)
-    main_process_first(lambda: require_savable(model, tokenizer, out))
+    main_process_first(lambda: _require_savable(model, around, tokenizer, out))
     main_process_first(lambda: _open_run(work, identity))
     with accelerated(model):
         records = _run_stages(model, texts, sparse, work)
     record = _record(model, identity, records)
     if is_main_process():
         with reporter.stage("Save"):
-            _save(model, tokenizer, record, work)
+            _save(model, around, tokenizer, record, work)
             work.run.remove()
     wait_for_all()
     return Conversion(out, record)
+
+
+def _require_weights_kept(settings: ConvertSettings, around: TextShards | None) -> None:
+    """Raise ConfigError for other weights of a model that reads images: its files stay as they are."""
+    if around is not None and (settings.dtype != "auto" or "sparse" in settings.asked_stages):
+        raise ConfigError(
+            f"{around.folder} reads images, and its weights stay as they are; leave out dtype and the stage "
+            "sparse",
+            arguments=["dtype", "stages"],
+        )
+
+
+def _require_savable(model: PreTrainedModel, around: TextShards | None, tokenizer: Any, out: Path) -> None:
+    if around is None:
+        require_savable(model, tokenizer, out)
+    else:
+        # A file of the run, one for the last stage and one of the output.
+        nbytes = 3 * sum(x.nbytes for x in indexer_state(model).values())
+        size_in = around.bytes_to_copy
+        require_savable(whole_of(around, model), tokenizer, out, lambda folder: size_in(folder) + nbytes)
 
 
 def _missing_template(tokenizer: Any) -> list[str]:
@@ -136,7 +160,8 @@ def _convert_by_layers(
     record = {**_record(layered.model, identity, records), "left_out": skipped}
     with reporter.stage("Save"):
         indexers = work.run.stage("inherit")
-        _save(layered.model, tokenizer, record, work, lambda to: layered.put_into(to, indexers))
+        write = partial(layered.put_into, indexers=indexers)
+        _save(layered.model, source.around(), tokenizer, record, work, write)
         work.run.remove()
     wait_for_all()
     return Conversion(out, record)
@@ -265,6 +290,7 @@ def _warm_up(model: PreTrainedModel, texts: ConversionTexts, work: _Work) -> dic
 
 def _save(
     model: PreTrainedModel,
+    around: TextShards | None,
     tokenizer: Any,
     record: dict[str, Any],
     work: _Work,
@@ -274,11 +300,17 @@ def _save(
     extras = {f"{STAGES_DIR}/inherit.safetensors": run.stage("inherit"), **stage_logs(run)}
     run.save_record("conversion", record)
     extras[RECORD_FILE] = run.record("conversion")
+    card = conversion_card(record, model.config.model_type)
+    if around is not None:
+        last = "warmup" if "warmup" in work.settings.asked_stages else "inherit"
+        write_weights = write_weights or partial(around.put_into, more=run.stage(last))
+        model, card = whole_of(around, model), card_with_images(card)
+        extras |= processor_files(around)
     save_converted(
         model,
         tokenizer,
         work.settings.out,
-        conversion_card(record, model.config.model_type),
+        card,
         overwrite=work.settings.overwrite,
         extras=extras,
         write_weights=write_weights,

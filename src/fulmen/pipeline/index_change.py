@@ -22,7 +22,7 @@ from fulmen.pipeline.coarse_stage import fit_coarse
 from fulmen.pipeline.conversion import Conversion
 from fulmen.pipeline.devices import training_device
 from fulmen.pipeline.load import load_converted_model, load_converted_tokenizer
-from fulmen.pipeline.model_config import read_config
+from fulmen.pipeline.model_config import read_config, require_language_model_alone
 from fulmen.pipeline.reporter import Reporter
 from fulmen.pipeline.settings import DEFAULT_BUDGET, ConvertSettings
 from fulmen.pipeline.texts import calibration_texts, draw_longest, lengths_to_try, read_corpus
@@ -49,6 +49,7 @@ def run_index_change(settings: ConvertSettings, reporter: Reporter) -> Conversio
     """Write the source with the index that is asked for. Raises as `run_conversion`."""
     source, out = str(settings.source), settings.out.expanduser().absolute()
     config = read_config(source)[1]
+    require_language_model_alone(source, "a change of the index")
     dsa = _changed(config, settings)
     record = record_of(Path(source))
     require_free_output(out, overwrite=settings.overwrite)

@@ -7,7 +7,10 @@ import torch
 from transformers import PreTrainedModel
 
 from fulmen.modeling.checkpoint import load_directory_model, load_directory_tokenizer
+from fulmen.modeling.config_checks import read_own_config
 from fulmen.modeling.families import accelerate_model, dsa_of
+from fulmen.modeling.text_part import load_whole
+from fulmen.modeling.vision import vision_family_for
 from fulmen.pipeline.arguments import refused
 from fulmen.pipeline.devices import device_of, move
 from fulmen.pipeline.model_config import read_config
@@ -25,13 +28,19 @@ def load_accelerated(model_dir: str | Path, dtype: object, device: object) -> tu
     with quiet(SilentReporter()):
         place = _converted_place(model_dir)
         tokenizer = load_directory_tokenizer(place)
-        model = load_directory_model(place, dtype).eval()
+        config = read_own_config(place)
+        if (family := vision_family_for(config)) is not None:
+            model = load_whole(place, config, family, dtype).eval()
+        else:
+            model = load_directory_model(place, dtype).eval()
         accelerate_model(model)
         return (model if device is None else move(model, device)), tokenizer
 
 
 def load_converted(model_dir: str | Path) -> tuple[PreTrainedModel, Any]:
     """A converted model as Transformers loads it, in eval mode, and its tokenizer.
+
+    Of one that reads images, the language model by itself.
 
     Raises:
         CheckpointError: no such model, or one that cannot be read.

@@ -44,6 +44,19 @@ Not measured yet: `fulmen eval` on this directory writes the table here.
 """
 
 
+def card_with_images(card: str) -> str:
+    """The card of a model that reads images: how it is loaded, and what it was calibrated with."""
+    for text, images in (
+        ("text-generation", "image-text-to-text"),
+        ("AutoModelForCausalLM", "AutoModelForImageTextToText"),
+        ("tokenizer = AutoTokenizer", "processor = AutoProcessor"),
+        ("AutoTokenizer", "AutoProcessor"),
+    ):
+        card = card.replace(text, images)
+    calibrated = "Its indexers saw texts, and no image: what is measured below is measured on texts too.\n\n"
+    return card.replace("## Parity", f"{calibrated}## Parity")
+
+
 def _backbone_sentence(stages: list[str]) -> str:
     if "sparse" in stages:
         return "All weights were trained under sparse attention, with the dense model as teacher."

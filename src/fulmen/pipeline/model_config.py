@@ -7,17 +7,19 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from fulmen.errors import AlreadyConvertedError, CheckpointError, first_line
+from fulmen.errors import AlreadyConvertedError, CheckpointError, UnsupportedModelError, first_line
 from fulmen.modeling.checkpoint import ModelSource, find_source
 from fulmen.modeling.config_checks import read_own_config
-from fulmen.modeling.families import family_for_type
 from fulmen.modeling.gguf.file import read_gguf
 from fulmen.modeling.gguf.weights import read_sound_gguf
 from fulmen.modeling.quantization.formats import quantization_in_words, quantization_of
+from fulmen.modeling.vision import require_convertible_type, text_config_of, vision_family_for
 
 
 def read_config(source: str | Path) -> tuple[ModelSource, PreTrainedConfig]:
     """Find a model, dense or converted, and read its config (of a GGUF file: the header).
+
+    Of one that reads images, the config of its language model.
 
     Raises:
         CheckpointError: there is no such model, or its config cannot be read.
@@ -31,8 +33,27 @@ def read_config(source: str | Path) -> tuple[ModelSource, PreTrainedConfig]:
         raise CheckpointError(f"{found} names no model_type in config.json; it is no Transformers model")
     # A converted model is as welcome here as a dense one.
     with suppress(AlreadyConvertedError):
-        family_for_type(values["model_type"])
-    return found, read_own_config(found.place)
+        require_convertible_type(values["model_type"])
+    return found, text_config_of(read_own_config(found.place))
+
+
+def whole_class_name(found: ModelSource) -> str | None:
+    """Name of the class of a model that reads images; None: it is a language model alone."""
+    if found.gguf_file:
+        return None
+    whole = read_own_config(found.place)
+    family = vision_family_for(whole)
+    return None if family is None else family.class_of(whole).__name__
+
+
+def require_language_model_alone(source: str | Path, what: str) -> None:
+    """Raise UnsupportedModelError for a model that reads images, which `what` does not take."""
+    found = find_source(source)
+    if (name := whole_class_name(found)) is not None:
+        raise UnsupportedModelError(
+            f"{found} is a {name}, which reads images: {what} takes language models alone; convert, inspect "
+            "and eval take it, and AutoModelForImageTextToText runs it"
+        )
 
 
 def quantized_types(found: ModelSource, config: PreTrainedConfig) -> list[str]:

@@ -24,12 +24,13 @@ from fulmen.modeling.families import family_for
 from fulmen.modeling.merged_weights import can_merge
 from fulmen.modeling.model_shards import ModelShards, require_float_weights, require_same_shapes
 from fulmen.modeling.quantization.formats import quantization_of, require_readable_quantization
-from fulmen.modeling.shards import SHARD_DTYPES, folder_of_shards
+from fulmen.modeling.shards import SHARD_DTYPES
+from fulmen.modeling.text_part import TextShards, open_shards
 from fulmen.modeling.weights import EMBEDDING, HEAD
 from fulmen.pipeline.arguments import refused
 from fulmen.pipeline.devices import move
 from fulmen.pipeline.fingerprint import weights_fingerprint
-from fulmen.pipeline.model_config import quantized_types, read_config
+from fulmen.pipeline.model_config import quantized_types, read_config, whole_class_name
 from fulmen.pipeline.settings import ModelInMemory
 
 
@@ -73,6 +74,10 @@ class DenseSource(Protocol):
             CheckpointError: parts that are missing, cut short, or not of one model with the config.
             UnsupportedModelError: quantized in a format that cannot be read.
         """
+        ...
+
+    def around(self) -> TextShards | None:
+        """The files of the model that reads images around it; None: it is a language model alone."""
         ...
 
     @property
@@ -146,10 +151,19 @@ class PlaceSource:
             require_readable_quantization(settings, self.name)
         if not Path(self.found.place).is_dir() or not can_merge(self.config.model_type):
             return []
-        shards = ModelShards(Path(self.found.place), self.config)
+        shards = open_shards(self.found.place, self.config)
+        if isinstance(shards, TextShards):
+            shards.require_all_held()
         require_float_weights(shards)
         require_same_shapes(shards, self.config)
         return _unusual(shards, self.config)
+
+    def around(self) -> TextShards | None:
+        """As `DenseSource.around`."""
+        if whole_class_name(self.found) is None:
+            return None
+        shards = open_shards(self.found.place, self.config)
+        return shards if isinstance(shards, TextShards) else None
 
     @property
     def loaded_bytes(self) -> int:
@@ -173,7 +187,7 @@ class PlaceSource:
                 "by_layers out, or name a directory of safetensors"
             )
         require_supported_config(self.found)
-        shards = ModelShards(folder_of_shards(self.found.place), self.config)
+        shards = open_shards(self.found.place, self.config)
         return layered_model(self.config, dsa, shards, device)
 
     def identity(self) -> dict[str, Any]:
@@ -228,6 +242,9 @@ class LoadedSource:
     def look_at_files(self) -> list[str]:
         """As `DenseSource.look_at_files`: it has none."""
         return []
+
+    def around(self) -> None:
+        """As `DenseSource.around`: a model in memory is a language model alone."""
 
     def layered(self, dsa: DsaConfig, device: torch.device) -> LayeredModel:
         """As `DenseSource.layered`: never."""

@@ -29,7 +29,7 @@ from fulmen.pipeline.conversion import Conversion
 from fulmen.pipeline.devices import training_device
 from fulmen.pipeline.fingerprint import weights_fingerprint
 from fulmen.pipeline.memory import available_bytes
-from fulmen.pipeline.model_config import read_config
+from fulmen.pipeline.model_config import read_config, require_language_model_alone
 from fulmen.pipeline.post_trained import record_before, save_post_trained
 from fulmen.pipeline.reporter import Reporter, TrainingView
 from fulmen.pipeline.rl_plan import plan_rl
@@ -59,6 +59,7 @@ def run_rl(settings: RlRunSettings, reporter: Reporter) -> Conversion:
     require_free_output(out, overwrite=settings.overwrite)
     with reporter.stage("Read tasks"):
         found, config = read_config(settings.model)
+        require_language_model_alone(settings.model, "rl")
         record = record_before(settings.model, has_dsa(config))
         if has_dsa(config):
             dsa_family_for(config).require_trainable(config)

@@ -12,6 +12,7 @@ from fulmen.modeling.families import accelerated, has_dsa
 from fulmen.pipeline.answers import open_model
 from fulmen.pipeline.conversion import Conversion
 from fulmen.pipeline.fingerprint import weights_fingerprint
+from fulmen.pipeline.model_config import require_language_model_alone
 from fulmen.pipeline.post_trained import record_before, save_post_trained
 from fulmen.pipeline.rejection import Lesson
 from fulmen.pipeline.reporter import Reporter, TrainingView
@@ -38,6 +39,7 @@ def run_sft(
     Raises every FulmenError its parts raise; ResumeError for an unfinished run with other settings.
     """
     require_free_output(out, overwrite=False)
+    require_language_model_alone(source, "sft")
     with reporter.stage("Load"):
         model, tokenizer = open_model(source, device)
         require_savable(model, tokenizer, out)

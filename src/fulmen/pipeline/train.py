@@ -28,7 +28,7 @@ from fulmen.pipeline.devices import CPU, move, training_device
 from fulmen.pipeline.fingerprint import weights_fingerprint
 from fulmen.pipeline.load import load_converted_model, load_converted_tokenizer
 from fulmen.pipeline.model_card import conversion_card
-from fulmen.pipeline.model_config import read_config
+from fulmen.pipeline.model_config import read_config, require_language_model_alone
 from fulmen.pipeline.reporter import Reporter, TrainingView
 from fulmen.pipeline.run_dir import RunDir
 from fulmen.pipeline.texts import (
@@ -227,6 +227,7 @@ def _first_sequences(train: list[TokenSequence] | SequenceStream, count: int) ->
 def plan_training(settings: TrainSettings) -> list[int]:
     """Lengths to be tried in turn. Raises what config and record have against these settings."""
     _, config = read_config(settings.model_dir)
+    require_language_model_alone(settings.model_dir, "train")
     dsa = dsa_of(config)
     dsa_family_for(config).require_trainable(config)
     record_of(settings.model_dir)

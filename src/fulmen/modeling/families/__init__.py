@@ -8,6 +8,7 @@ import importlib
 import pkgutil
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fulmen.config import DsaConfig, require_positive_int
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
 def family_names() -> tuple[str, ...]:
     """Names of the modules that hold a family."""
     return tuple(module.name for module in pkgutil.iter_modules(__path__))
+
+
+@cache
+def vision_names() -> tuple[str, ...]:
+    """Names of the modules of `fulmen.modeling.vision`, which are `model_type`s of dense models."""
+    folder = Path(__file__).parent.with_name("vision")
+    return tuple(module.name for module in pkgutil.iter_modules([str(folder)]))
 
 
 @cache
@@ -44,9 +52,10 @@ def all_families() -> "list[Family]":
 
 
 def known_types() -> list[str]:
-    """`model_type`s of the dense models that convert."""
+    """`model_type`s of the dense models that convert, those that read images included."""
     named = [name for name in family_names() if _is_model_type(name)]
-    return sorted([*named, *(source for family in _families_of_many() for source in family.source_types)])
+    of_many = (source for family in _families_of_many() for source in family.source_types)
+    return sorted([*named, *vision_names(), *of_many])
 
 
 def family_for(config: "PreTrainedConfig") -> "Family":
@@ -68,7 +77,7 @@ def family_for_type(model_type: str) -> "Family":
         raise AlreadyConvertedError(
             f"model_type {model_type!r} has DSA already; use it as it is, or go on with fulmen train"
         )
-    _require_no_text_model_inside(model_type)
+    _require_no_images(model_type)
     from fulmen.modeling.missing_family import needed_entry
 
     raise UnsupportedModelError(
@@ -99,26 +108,21 @@ def _families_of_many() -> "list[Family]":
     return [import_family(name) for name in family_names() if not _is_model_type(name)]
 
 
-def _require_no_text_model_inside(model_type: Any) -> None:
-    """Raise UnsupportedModelError for a model of images whose text model alone could be converted."""
-    from transformers import CONFIG_MAPPING
-
-    is_known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
-    parts = CONFIG_MAPPING[model_type].sub_configs if is_known else {}
-    text_type = getattr(parts.get("text_config"), "model_type", None)
-    family = _family_with(text_type)
-    if family is not None and text_type in family.source_types:
-        name = family.serving_classes[0].replace("Dsa", "")
+def _require_no_images(model_type: Any) -> None:
+    """Raise UnsupportedModelError for a model that reads images, which as a whole is no language model."""
+    if model_type in vision_names():
         raise UnsupportedModelError(
-            f"model_type {model_type!r} reads images too, and only its text model can be converted; save "
-            f"that by itself: {name}.from_pretrained(NAME, key_mapping={{'^language_model.': ''}})"
-            ".save_pretrained(DIR), beside its tokenizer"
+            f"model_type {model_type!r} reads images too, and is converted from its files; save it, its "
+            "tokenizer and processor with save_pretrained(DIR), and convert DIR"
         )
 
 
 def dsa_family_for(config: "PreTrainedConfig") -> "Family":
-    """The family whose conversion made a model with this config. Raises UnsupportedModelError if none did."""
-    return dsa_family_for_type(config.model_type)
+    """The family whose conversion made a model with this config, or the language model inside.
+
+    Raises UnsupportedModelError if none did.
+    """
+    return dsa_family_for_type(config.get_text_config().model_type)
 
 
 def dsa_family_for_type(model_type: str) -> "Family":
@@ -133,7 +137,8 @@ def dsa_family_for_type(model_type: str) -> "Family":
 
 def has_dsa(config: "PreTrainedConfig | None") -> bool:
     """Whether this is the config of a converted model."""
-    model_type = getattr(config, "model_type", None)
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[union-attr]
+    model_type = getattr(text, "model_type", None)
     family = _family_with(model_type)
     return family is not None and model_type in family.dsa_types
 
@@ -175,7 +180,7 @@ def set_topk(model: "PreTrainedModel", topk: int) -> None:
 
 def dsa_of(config: "PreTrainedConfig") -> DsaConfig:
     """The DSA configuration of a converted model. Raises UnsupportedModelError if it is not one."""
-    return dsa_family_for(config).dsa_of(config)
+    return dsa_family_for(config).dsa_of(config.get_text_config())
 
 
 def empty_cache(config: "PreTrainedConfig", max_length: int | None = None) -> Any:
@@ -185,7 +190,7 @@ def empty_cache(config: "PreTrainedConfig", max_length: int | None = None) -> An
 
     Raises UnsupportedModelError if the model has no DSA.
     """
-    return dsa_family_for(config).empty_cache(config, max_length)
+    return dsa_family_for(config).empty_cache(config.get_text_config(), max_length)
 
 
 def accelerate_model(model: "PreTrainedModel") -> None:

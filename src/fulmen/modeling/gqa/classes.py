@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -79,5 +79,7 @@ def dsa_classes(
         attention_class=attention,
         require=staticmethod(require),
     )
+    # A model that reads images makes its language model by the config.
+    AutoModel.register(config, model, exist_ok=True)
     causal_lm = make("ForCausalLM", (DsaGenerationMixin, stock), config_class=config, model_class=model)
     return config, model, causal_lm

@@ -60,6 +60,15 @@ class GqaFamily(Family):
     varies_topk: ClassVar[bool] = True
     packs_index_keys: ClassVar[bool] = True
 
+    @property
+    def auto_classes(self) -> dict[str, type]:
+        """The DSA classes by the auto class that finds each."""
+        return {
+            "AutoConfig": self.config_class,
+            "AutoModel": self.model_class,
+            "AutoModelForCausalLM": self.causal_lm_class,
+        }
+
     def has_layout(self, config: PreTrainedConfig) -> bool:
         return getattr(config, "kv_lora_rank", None) is None
 
@@ -166,7 +175,8 @@ class GqaFamily(Family):
 
     def set_topk(self, model: PreTrainedModel, topk: int) -> None:
         """Where layers share the budget unevenly (`DsaConfig.topk_shares`), `topk` is their mean."""
-        model.config.dsa = {**model.config.dsa, "topk": topk}
+        config = model.config.get_text_config()
+        config.dsa = {**config.dsa, "topk": topk}
 
     def fit_topk(
         self, model: PreTrainedModel, input_ids_BT: Tensor, on_layer: Callable[[int], None] = lambda _: None

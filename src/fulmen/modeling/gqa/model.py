@@ -47,9 +47,9 @@ class DsaPreTrainedMixin:
         if isinstance(module, GqaIndexer):
             module.reset_rope_pairs()
         elif isinstance(module, CoarseIndexer):
-            module.reset(self.config.initializer_range)
+            module.reset(self.config.get_text_config().initializer_range)
         elif isinstance(module, IndexProjection):
-            module.reset_parameters(self.config.initializer_range)
+            module.reset_parameters(self.config.get_text_config().initializer_range)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -110,7 +110,7 @@ class DsaModelMixin(DsaPreTrainedMixin):
             require_index_key_layers(past_key_values, self.config)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         assert tokens is not None, "input_ids or inputs_embeds"
-        visible = visible_intervals(
+        visible = self.visible(
             attention_mask,
             # Transformers looks for packed documents only where there is no cache at all.
             position_ids if past_key_values is None else None,
@@ -131,6 +131,9 @@ class DsaModelMixin(DsaPreTrainedMixin):
             **kwargs,
         )
 
+    # What each query sees, which models that read images may have a say in.
+    visible = staticmethod(visible_intervals)
+
     def _wants_cache(self, use_cache: bool | None) -> bool:
         if self.training and (use_cache is None or self.gradient_checkpointing):
             return False
@@ -139,18 +142,21 @@ class DsaModelMixin(DsaPreTrainedMixin):
 
 # "GenerationMixin" in this name tells Transformers' loader of remote code that `generate` is in its place.
 class DsaGenerationMixin(DsaPreTrainedMixin):
-    """Goes before a stock language model: holds the DSA base model and gives `generate` the right cache."""
+    """Goes before a stock language model, alone or with a vision tower: holds the DSA base model and gives
+    `generate` the right cache.
+    """
 
     model_class: ClassVar[type[nn.Module]]
     generation_config: GenerationConfig
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        _set_own_attention(config)
+        text: Any = config.get_text_config()
+        _set_own_attention(text)
         # The stock class keeps what it needs of the config; its dense model costs nothing there.
         with torch.device("meta"):
             super().__init__(config)  # type: ignore[call-arg]
         self.model = self.model_class(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
     @torch.no_grad()
@@ -159,7 +165,8 @@ class DsaGenerationMixin(DsaPreTrainedMixin):
     ) -> Any:
         """As Transformers' `generate`, with a DsaCache of the right size and a long prompt read in chunks.
 
-        However it is read, a prompt has one rotary table: that of its full length.
+        A model that reads images reads its prompt at once. However it is read, a prompt has one rotary table:
+        that of its full length.
 
         Raises CacheError if `cache_implementation` asks for another cache, ConfigError for attention weights.
         """
@@ -176,8 +183,10 @@ class DsaGenerationMixin(DsaPreTrainedMixin):
             prompt_length = _prompt_length(inputs, kwargs)
             max_new_tokens, max_length = setting("max_new_tokens"), setting("max_length")
             planned = prompt_length + max_new_tokens if max_new_tokens is not None else max_length
-            kwargs["past_key_values"] = DsaCache(self.config, _tokens_at_once(planned, self.config))
+            text = self.config.get_text_config()
+            kwargs["past_key_values"] = DsaCache(text, _tokens_at_once(planned, text))
             is_long = prompt_length > PREFILL_CHUNK and kwargs.get("inputs_embeds") is None
+            is_long &= text is self.config
             if is_long and setting("prefill_chunk_size") is None:
                 generation_config = _with_prefill_chunk(generation_config, kwargs)
         return super().generate(inputs, generation_config=generation_config, **kwargs)  # type: ignore[misc]
