@@ -28,6 +28,10 @@ from triton.runtime.jit import JITFunction
 from benchmarks.gpu.shapes import BLOCK_SIZE, MODELS, ModelShape, decoding_step
 from fulmen.files import atomic_write
 from fulmen.ops.losses.indexer.triton import indexer_loss_selected_triton, indexer_loss_triton
+from fulmen.ops.losses.indexer.triton_backward import fill_gradients, gradients_to_fill
+from fulmen.ops.losses.indexer.triton_scores import scores_of_chunk
+from fulmen.ops.losses.indexer.triton_tiles import Chunk, interval_keys
+from fulmen.ops.losses.selection.triton_gates import Gates, attend_with_gates, gate_gradients
 from fulmen.ops.paged.layer import NewTokens
 from fulmen.ops.paged.triton_requests import attend_requests_triton
 from fulmen.ops.paged.triton_store import store_tokens_triton
@@ -134,7 +138,7 @@ def start_all(shape: ModelShape, queries: int) -> None:
 
 
 def start_losses(shape: ModelShape) -> None:
-    """Both losses of the indexer, forward and backward, for some queries of a text in bfloat16."""
+    """The indexer's losses, forward and backward, for some queries of a text, as training starts them."""
     queries, keys = 64, 4096
 
     def zeros(*sizes: int) -> Tensor:
@@ -152,6 +156,31 @@ def start_losses(shape: ModelShape) -> None:
         indexer_loss_selected_triton(*arguments, topk_BTK, shape.width**-0.5, None, None),
     ):
         loss.kl_BT.sum().backward()
+    start_gates(shape, *(x.detach().float() for x in (*arguments, attention[1])), *ends)
+
+
+def start_gates(
+    shape: ModelShape,
+    q_BTJE: Tensor,
+    k_BSIE: Tensor,
+    w_BTJ: Tensor,
+    b_BTJ: Tensor,
+    attn_q_BTHD: Tensor,
+    attn_k_BSGD: Tensor,
+    attn_v_BSGV: Tensor,
+    start_BT: Tensor,
+    stop_BT: Tensor,
+) -> None:
+    """The kernels of `selection_loss`, which computes in float32: without its cut, as garbage has none."""
+    index, attention = (q_BTJE, k_BSIE, w_BTJ, b_BTJ), (attn_q_BTHD, attn_k_BSGD, attn_v_BSGV)
+    keys = interval_keys(start_BT, stop_BT, k_BSIE.shape[1])
+    chunk, scale = Chunk(0, q_BTJE.shape[1]), shape.width**-0.5
+    gates = Gates(scores_of_chunk(*index, keys, chunk), torch.zeros(start_BT.shape), 1.0)
+    out_BTHV, lse_BTH = torch.empty_like(attn_q_BTHD), torch.empty(attn_q_BTHD.shape[:3])
+    attend_with_gates(*attention, keys, chunk, gates, scale, None, out_BTHV, lse_BTH)
+    rows = (out_BTHV, lse_BTH, lse_BTH)
+    dscores_BRC = gate_gradients(*attention, *rows, keys, chunk, gates, scale, None)
+    fill_gradients(dscores_BRC, chunk, keys, index, gradients_to_fill(*index))
 
 
 def resources(target: str, kernel: Any) -> tuple[int, int, int]:

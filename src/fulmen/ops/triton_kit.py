@@ -40,6 +40,8 @@ KERNEL_SIZES = {
     "loss_row": {"columns": 1024, "num_warps": 4, "num_stages": 1},
     "loss_gradients": {"rows": 32, "queries": 16, "columns": 32, "num_warps": 8, "num_stages": 1},
     "loss_gradients_wide": {"rows": 16, "queries": 16, "columns": 16, "num_warps": 8, "num_stages": 1},
+    "loss_gates": {"rows": 32, "queries": 16, "columns": 32, "num_warps": 4, "num_stages": 1},
+    "loss_gates_wide": {"rows": 16, "queries": 16, "columns": 16, "num_warps": 8, "num_stages": 1},
     # rows: queries x index heads that read one key
     "loss_selected_keys": {"rows": 32, "num_warps": 4, "num_stages": 1},
     # Over paged caches (`ops/paged/triton_*.py`). rows: queries x index heads of one key head, of prompts and
