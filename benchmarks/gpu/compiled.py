@@ -1,10 +1,11 @@
-"""What the paged Triton kernels take of GPUs that are not here: registers, spilled bytes, shared memory.
+"""What the Triton kernels take of GPUs that are not here: registers, spilled bytes, shared memory.
 
     python -m benchmarks.gpu.compiled --targets sm_90 --models qwen3-8b --out out/compiled.json
 
-The interpreter accepts much that the compiler refuses, and tells nothing of this. Every kernel of a step is
-compiled as the step starts it, decoding and reading a prompt, and not launched: results are garbage. Must not
-run interpreted (TRITON_INTERPRET unset). With `--markdown` the table of docs/gpu.md is printed.
+The interpreter accepts much that the compiler refuses, and tells nothing of this. Every paged kernel is
+compiled as a step starts it, decoding and reading a prompt, and those of the indexer's losses as training
+does; nothing is launched: results are garbage. Must not run interpreted (TRITON_INTERPRET unset). With
+`--markdown` the table of docs/gpu.md is printed.
 """
 
 import dataclasses
@@ -19,12 +20,18 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import triton
 import typer
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.gpu.shapes import BLOCK_SIZE, MODELS, ModelShape, decoding_step
 from fulmen.files import atomic_write
+from fulmen.ops.losses.indexer.triton import indexer_loss_selected_triton, indexer_loss_triton
+from fulmen.ops.losses.indexer.triton_backward import fill_gradients, gradients_to_fill
+from fulmen.ops.losses.indexer.triton_scores import scores_of_chunk
+from fulmen.ops.losses.indexer.triton_tiles import Chunk, interval_keys
+from fulmen.ops.losses.selection.triton_gates import Gates, attend_with_gates, gate_gradients
 from fulmen.ops.paged.layer import NewTokens
 from fulmen.ops.paged.triton_requests import attend_requests_triton
 from fulmen.ops.paged.triton_store import store_tokens_triton
@@ -39,6 +46,7 @@ TARGETS = {
 SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 MOST_REGISTERS = {"sm_80": 255, "sm_90": 255, "sm_100": 255, "gfx942": 512}
 KEYS = 131072
+STEPS = ("decode", "prompt", "train")
 
 
 class Compiled(NamedTuple):
@@ -73,6 +81,7 @@ class AbsentGpu:
 def main(
     targets: Annotated[str, typer.Option(help="Some of sm_80,sm_90,sm_100,gfx942.")] = ",".join(TARGETS),
     models: Annotated[str, typer.Option(help=f"Some of {','.join(MODELS)}.")] = ",".join(MODELS),
+    steps: Annotated[str, typer.Option(help=f"Some of {','.join(STEPS)}.")] = ",".join(STEPS),
     out: Annotated[Path, typer.Option(help="JSON file.")] = Path("out/compiled.json"),
     markdown: Annotated[bool, typer.Option(help="Print a Markdown table.")] = False,
 ) -> None:
@@ -80,7 +89,7 @@ def main(
     found = []
     for target in targets.split(","):
         for model in models.split(","):
-            for one in compile_model(target, model):
+            for one in compile_model(target, model, tuple(steps.split(","))):
                 found.append(one)
                 print(*one, flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -91,8 +100,8 @@ def main(
     raise typer.Exit(int(any(reason_against(one) for one in found)))
 
 
-def compile_model(target: str, model: str, steps: tuple[str, ...] = ("decode", "prompt")) -> list[Compiled]:
-    """All kernels of a step of `model`, in the order in which they would start, each once."""
+def compile_model(target: str, model: str, steps: tuple[str, ...]) -> list[Compiled]:
+    """All kernels of the steps of `model`, in the order in which they would start, each once."""
     found: dict[tuple[str, str], Compiled] = {}
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -106,7 +115,10 @@ def compile_model(target: str, model: str, steps: tuple[str, ...] = ("decode", "
     run, JITFunction.run = JITFunction.run, compile_only  # type: ignore[method-assign]
     try:
         for step in steps:
-            start_all(MODELS[model], queries=1 if step == "decode" else 64)
+            if step == "train":
+                start_losses(MODELS[model])
+            else:
+                start_all(MODELS[model], queries=1 if step == "decode" else 64)
     finally:
         JITFunction.run = run  # type: ignore[method-assign]
     return list(found.values())
@@ -123,6 +135,52 @@ def start_all(shape: ModelShape, queries: int) -> None:
     heads = [q_THD.new_zeros(count, *layer.shapes[name]) for name in ("q", "k", "v", "index_q", "index_k")]
     store_tokens_triton(layer, tokens, *heads)
     attend_requests_triton(layer, requests, q_THD, index, torch.empty_like(q_THD))
+
+
+def start_losses(shape: ModelShape) -> None:
+    """The indexer's losses, forward and backward, for some queries of a text, as training starts them."""
+    queries, keys = 64, 4096
+
+    def zeros(*sizes: int) -> Tensor:
+        return torch.zeros(1, *sizes, dtype=torch.bfloat16, requires_grad=True)
+
+    index_q_BTJE = zeros(queries, shape.index_heads, shape.index_width)
+    index_k_BSIE = zeros(keys, shape.index_key_heads, shape.index_width)
+    w_BTJ, b_BTJ = zeros(queries, shape.index_heads), zeros(queries, shape.index_heads)
+    attention = (zeros(queries, shape.heads, shape.width), zeros(keys, shape.key_heads, shape.width))
+    ends = (torch.zeros(1, queries, dtype=torch.int32), torch.full((1, queries), keys, dtype=torch.int32))
+    topk_BTK = torch.zeros(1, queries, shape.topk, dtype=torch.int32)
+    arguments = (index_q_BTJE, index_k_BSIE, w_BTJ, b_BTJ, *(x.detach() for x in attention))
+    for loss in (
+        indexer_loss_triton(*arguments, *ends, shape.width**-0.5, None, None),
+        indexer_loss_selected_triton(*arguments, topk_BTK, shape.width**-0.5, None, None),
+    ):
+        loss.kl_BT.sum().backward()
+    start_gates(shape, *(x.detach().float() for x in (*arguments, attention[1])), *ends)
+
+
+def start_gates(
+    shape: ModelShape,
+    q_BTJE: Tensor,
+    k_BSIE: Tensor,
+    w_BTJ: Tensor,
+    b_BTJ: Tensor,
+    attn_q_BTHD: Tensor,
+    attn_k_BSGD: Tensor,
+    attn_v_BSGV: Tensor,
+    start_BT: Tensor,
+    stop_BT: Tensor,
+) -> None:
+    """The kernels of `selection_loss`, which computes in float32: without its cut, as garbage has none."""
+    index, attention = (q_BTJE, k_BSIE, w_BTJ, b_BTJ), (attn_q_BTHD, attn_k_BSGD, attn_v_BSGV)
+    keys = interval_keys(start_BT, stop_BT, k_BSIE.shape[1])
+    chunk, scale = Chunk(0, q_BTJE.shape[1]), shape.width**-0.5
+    gates = Gates(scores_of_chunk(*index, keys, chunk), torch.zeros(start_BT.shape), 1.0)
+    out_BTHV, lse_BTH = torch.empty_like(attn_q_BTHD), torch.empty(attn_q_BTHD.shape[:3])
+    attend_with_gates(*attention, keys, chunk, gates, scale, None, out_BTHV, lse_BTH)
+    rows = (out_BTHV, lse_BTH, lse_BTH)
+    dscores_BRC = gate_gradients(*attention, *rows, keys, chunk, gates, scale, None)
+    fill_gradients(dscores_BRC, chunk, keys, index, gradients_to_fill(*index))
 
 
 def resources(target: str, kernel: Any) -> tuple[int, int, int]:

@@ -28,7 +28,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.machine import describe_machine
 from benchmarks.memory.training import estimate_gib, measure
-from benchmarks.ops.gpu_ops import differs, library_version
+from benchmarks.ops.gpu_inputs import differs
+from benchmarks.ops.gpu_ops import library_version
 from fulmen.files import atomic_write
 from fulmen.ops.attention.dense import dense_attention
 from fulmen.ops.attention.dense.reference import dense_attention_reference

@@ -22,6 +22,20 @@ import typer
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.ops.gpu_inputs import (
+    DTYPE,
+    GQA,
+    TOPK,
+    V32,
+    Shape,
+    attention_inputs,
+    causal,
+    differs,
+    index_inputs,
+    normal,
+    random_selection,
+)
+from benchmarks.ops.gpu_losses import LOSSES, both_backends, check_losses
 from fulmen.files import atomic_write
 from fulmen.ops.attention.sparse import sparse_attention
 from fulmen.ops.attention.sparse.reference import sparse_attention_reference
@@ -31,21 +45,8 @@ from fulmen.ops.scores.reference import index_scores_reference
 from fulmen.ops.topk import index_topk, select_topk
 from fulmen.ops.triton_support import triton_reason
 
-TOPK = 2048
-DTYPE = torch.bfloat16
 LIBRARIES = ("torch", "triton", "flash-attn", "fulmen")
 FLUSH_BYTES = 2**28
-
-
-class Shape(NamedTuple):
-    """Heads H over G key heads, widths D and V; index heads J over I, width E."""
-
-    heads: tuple[int, int, int, int]
-    index_heads: tuple[int, int, int]
-
-
-GQA = Shape((32, 8, 128, 128), (8, 8, 48))
-V32 = Shape((128, 1, 576, 512), (64, 1, 128))
 
 
 class Case(NamedTuple):
@@ -93,26 +94,6 @@ def main(
 
 
 # ---- checks: None, or how a kernel differs from the specification
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = DTYPE) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda").to(dtype)
-
-
-def causal(queries: int, keys: int) -> tuple[Tensor, Tensor]:
-    stop = torch.arange(keys - queries + 1, keys + 1, device="cuda")[None]
-    return torch.zeros_like(stop), stop
-
-
-def index_inputs(shape: Shape, queries: int, keys: int) -> list[Tensor]:
-    J, index_keys, E = shape.index_heads
-    return [normal(1, queries, J, E), normal(1, keys, index_keys, E, seed=1), normal(1, queries, J, seed=2)]
-
-
-def attention_inputs(shape: Shape, queries: int, keys: int, grad: bool = False) -> list[Tensor]:
-    H, G, D, V = shape.heads
-    shapes = [(1, queries, H, D), (1, keys, G, D), (1, keys, G, V)]
-    return [normal(*s, seed=i).requires_grad_(grad) for i, s in enumerate(shapes)]
 
 
 def check_scores() -> str | None:
@@ -170,14 +151,6 @@ def check_attention(queries: int, deterministic: bool = False) -> str | None:
     return None
 
 
-def differs(found: Tensor, wanted: Tensor, tolerance: float) -> str | None:
-    try:
-        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
-    except AssertionError as error:
-        return " ".join(str(error).split())[:200]
-    return None
-
-
 def pinned(check: Callable[..., str | None], *arguments: Any) -> Callable[[], str | None]:
     """The check with every kernel pinned; what it raises is a failure too."""
 
@@ -197,6 +170,7 @@ CHECKS = {
     "decode attention": pinned(check_attention, 1),
     "attention": pinned(check_attention, 33),
     "deterministic attention": pinned(check_attention, 33, True),
+    "losses": pinned(check_losses),
 }
 
 
@@ -223,7 +197,7 @@ def prefill_cases(tokens: int) -> Iterator[Case]:
 
 
 def kernel_cases() -> Iterator[Case]:
-    """Sparse attention of V3.2's shape alone, forward and backward."""
+    """The indexer's losses; sparse attention of V3.2's shape alone, forward and backward."""
     queries, keys = 4096, 65536
     H, _, D, V = V32.heads
     pairs = 2.0 * queries * TOPK * H
@@ -238,13 +212,11 @@ def kernel_cases() -> Iterator[Case]:
         dout = normal(*out.shape, seed=9)
         return {"dsa": lambda: torch.autograd.grad(out, qkv, dout, retain_graph=True)}
 
+    for name in LOSSES:
+        calls = partial(both_backends, name, 192, 32768)
+        yield Case(f"{name}, 192 rows of 32K", ("losses",), calls)
     yield Case("sparse MLA forward", ("attention",), forward, flops=pairs * (D + V))
     yield Case("sparse MLA backward", ("attention",), backward, flops=pairs * (3 * D + 2 * V))
-
-
-def random_selection(queries: int, keys: int) -> Tensor:
-    rows = [torch.rand(keys, device="cuda").topk(TOPK).indices for _ in range(queries)]
-    return torch.stack(rows).sort(-1).values.int()[None]
 
 
 def attention_calls(shape: Shape, queries: int, keys: int) -> dict[str, Callable[[], Any]]:

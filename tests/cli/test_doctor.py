@@ -109,11 +109,11 @@ def test_a_pin_is_shown(monkeypatch):
 def test_a_pin_that_cannot_run_is_said_and_is_no_error(monkeypatch):
     monkeypatch.setenv("FULMEN_BACKEND", "triton")
     found = choices()
-    losses = [choice for choice in found["choices"] if choice["operation"] == "indexer_loss"]
-    assert {choice["backend"] for choice in losses} == {None}
-    assert all("it has kernels for" in choice["against"]["triton"] for choice in losses)
+    dense = [choice for choice in found["choices"] if choice["operation"] == "dense_attention"]
+    assert {choice["backend"] for choice in dense} == {None}
+    assert all("it has kernels for" in choice["against"]["triton"] for choice in dense)
     with pytest.raises(BackendError):
-        resolve("indexer_loss", "cpu", torch.float32)
+        resolve("dense_attention", "cpu", torch.float32)
     result = call()
     assert result.exit_code == 0
     assert "none: FULMEN_BACKEND=triton cannot compute this, and raises" in result.stdout

@@ -309,7 +309,7 @@ def test_no_queries_and_no_keys_are_allowed():
 
 def test_pinned_triton_raises_where_it_has_no_kernel():
     for name, dtype, reason in [
-        ("indexer_loss", torch.float32, "it has kernels for attend_requests, index_scores, .* alone"),
+        ("dense_attention", torch.float32, "it has kernels for attend_requests, index_scores, .* alone"),
         ("index_topk", torch.float64, r"compute in float32, dtype torch\.float64 needs more"),
     ]:
         with pytest.raises(BackendError, match=reason):
@@ -333,10 +333,11 @@ def test_triton_is_the_default_on_a_gpu_alone(monkeypatch):
     monkeypatch.setattr(dispatch, "_pinned_backends", [])
     monkeypatch.delenv("FULMEN_BACKEND", raising=False)
     monkeypatch.setattr(dispatch, "triton_reason", lambda device: None)
-    for name in ("index_scores", "select_topk", "index_topk", "sparse_attention"):
+    losses = ("indexer_loss", "indexer_loss_selected", "selection_loss")
+    for name in ("index_scores", "select_topk", "index_topk", "sparse_attention", *losses):
         assert resolve(name, "cuda", torch.bfloat16) == "triton"
         assert resolve(name, "cpu", torch.bfloat16) != "triton"
-    assert resolve("indexer_loss", "cuda", torch.bfloat16) == "torch"
+    assert resolve("dense_attention", "cuda", torch.bfloat16) == "torch"
     assert resolve("index_topk", "cuda", torch.float64) == "torch"
 
 

@@ -32,6 +32,18 @@ KERNEL_SIZES = {
     # rows: queries x heads that read one key
     "key_gradients": {"rows": 32, "num_warps": 4, "num_stages": 1},
     "key_gradients_wide": {"rows": 8, "num_warps": 8, "num_stages": 1},
+    # rows: queries x heads of one key head; queries: of an interval, of a selection 1; columns: keys
+    "loss_lse": {"rows": 64, "queries": 16, "columns": 64, "num_warps": 4, "num_stages": 2},
+    "loss_lse_wide": {"rows": 64, "queries": 16, "columns": 32, "num_warps": 8, "num_stages": 1},
+    "loss": {"rows": 64, "queries": 16, "columns": 64, "num_warps": 4, "num_stages": 1},
+    "loss_wide": {"rows": 64, "queries": 16, "columns": 32, "num_warps": 8, "num_stages": 1},
+    "loss_row": {"columns": 1024, "num_warps": 4, "num_stages": 1},
+    "loss_gradients": {"rows": 32, "queries": 16, "columns": 32, "num_warps": 8, "num_stages": 1},
+    "loss_gradients_wide": {"rows": 16, "queries": 16, "columns": 16, "num_warps": 8, "num_stages": 1},
+    "loss_gates": {"rows": 32, "queries": 16, "columns": 32, "num_warps": 4, "num_stages": 1},
+    "loss_gates_wide": {"rows": 16, "queries": 16, "columns": 16, "num_warps": 8, "num_stages": 1},
+    # rows: queries x index heads that read one key
+    "loss_selected_keys": {"rows": 32, "num_warps": 4, "num_stages": 1},
     # Over paged caches (`ops/paged/triton_*.py`). rows: queries x index heads of one key head, of prompts and
     # of decoding; columns: keys
     "paged_scores": {"rows": 64, "columns": 32, "num_warps": 8, "num_stages": 1},
@@ -103,6 +115,18 @@ def product_dtype(x: Tensor) -> tl.dtype:
     if is_interpreted() or x.dtype not in (torch.bfloat16, torch.float16):
         return tl.float32
     return tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
+
+
+def places_of_keys(topk_BTK: Tensor, n_keys: int) -> tuple[Tensor, Tensor]:
+    """A selection by key: where it has each (t * K + column), those of key 0 first; where a key's begin.
+
+    int32 `[B, T * K]`, ascending for each key, and int64 `[B, S + 1]`.
+    """
+    keys_BN = topk_BTK.masked_fill(topk_BTK < 0, n_keys).flatten(1)
+    sorted_BN, place_BN = keys_BN.sort(dim=1, stable=True)
+    key_S = torch.arange(n_keys + 1, dtype=torch.int32, device=topk_BTK.device)
+    begin_BS = torch.searchsorted(sorted_BN, key_S.expand(len(sorted_BN), -1).contiguous())
+    return place_BN.int(), begin_BS
 
 
 def head_tiles(name: str, q_BTHD: Tensor, v_BSGV: Tensor) -> tuple[int, dict[str, Any]]:

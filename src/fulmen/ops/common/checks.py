@@ -92,8 +92,13 @@ def check_same_device(**tensors: Tensor | None) -> None:
 
 
 def check_topk_below(topk_BTK: Tensor, n_keys: int) -> None:
-    """Raise ConfigError if an index points beyond the keys."""
-    if topk_BTK.numel() and (largest := int(topk_BTK.max())) >= n_keys:
+    """Raise ConfigError if an index points beyond the keys.
+
+    On a GPU, for which the host would have to wait, the device itself asserts it, as in torch's own indexing.
+    """
+    if topk_BTK.is_cuda:
+        torch._assert_async((topk_BTK < n_keys).all(), f"the selection holds an index beyond S={n_keys} keys")
+    elif topk_BTK.numel() and (largest := int(topk_BTK.max())) >= n_keys:
         raise ConfigError(f"the selection holds the index {largest}; there are only S={n_keys} keys")
 
 

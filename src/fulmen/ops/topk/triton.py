@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fulmen.ops.common.index_keys import unpacked_index_inputs
 from fulmen.ops.scores.triton import launch_index_scores
-from fulmen.ops.triton_kit import compile_options, kernel_sizes, on_device_of, power_of_2
+from fulmen.ops.triton_kit import compile_options, kernel_sizes, launch, power_of_2
 
 # Scores that `index_topk` holds at a time: 256 MB.
 HELD_SCORES = 2**26
@@ -66,12 +66,13 @@ def _launch_select(scores_BTS: Tensor, start_BT: Tensor, stop_BT: Tensor, topk_B
         return
     sizes = kernel_sizes("select")
     interval = (x.clamp(0, n_keys).int().contiguous() for x in (start_BT, stop_BT))
-    with on_device_of(scores_BTS):
-        _select_kernel[(batch * queries,)](
-            *(scores_BTS, *interval, topk_BTK, n_keys, topk_BTK.shape[-1]),
-            BLOCK=min(sizes["columns"], power_of_2(n_keys)),
-            **compile_options(sizes),
-        )
+    launch(
+        _select_kernel,
+        (batch * queries,),
+        *(scores_BTS, *interval, topk_BTK, n_keys, topk_BTK.shape[-1]),
+        BLOCK=min(sizes["columns"], power_of_2(n_keys)),
+        **compile_options(sizes),
+    )
 
 
 @triton.jit

@@ -47,7 +47,8 @@ def sparse_attention(
         a sink: that). So parts of a text's keys are merged by their lse if one of them has the sinks.
 
     Raises:
-        ConfigError: axes, heads, dtypes or devices that do not fit together, or an index beyond the keys.
+        ConfigError: axes, heads, dtypes or devices that do not fit together, or an index beyond the keys
+            (on a GPU that is an assertion of the device, as in torch's own indexing).
         BackendError: a pinned backend that cannot run here.
     """
     q_BTHD, k_BSGD, v_BSGV = cast_as_autocast(q_BTHD, k_BSGD, v_BSGV)

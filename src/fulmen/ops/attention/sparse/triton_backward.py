@@ -21,6 +21,7 @@ from fulmen.ops.triton_kit import (
     load_rows,
     load_selected,
     on_device_of,
+    places_of_keys,
     power_of_2,
     product,
     tanh_of,
@@ -99,8 +100,9 @@ def _launch_by_key(
     sizes = kernel_sizes("key_gradients", width)
     shared = heads // n_key_heads
     block_heads = min(power_of_2(shared), sizes["rows"])
+    place_BN, begin_BS = places_of_keys(topk_BTK, n_keys)
     _by_key_kernel[n_keys, batch * n_key_heads](
-        *(q_BTHD, k_BSGD, v_BSGV, dout_BTHV, *_queries_of_keys(topk_BTK, n_keys), lse_BTH, delta_BTH),
+        *(q_BTHD, k_BSGD, v_BSGV, dout_BTHV, place_BN // topk_BTK.shape[2], begin_BS, lse_BTH, delta_BTH),
         *(dk_BSGD, dv_BSGV),
         *(*k_BSGD.stride()[:3], *v_BSGV.stride()[:3]),
         *(queries, topk_BTK.shape[1] * topk_BTK.shape[2], scale, softcap or 0.0),
@@ -116,15 +118,6 @@ def _launch_by_key(
         BLOCK_VALUE=power_of_2(value_width),
         **compile_options(sizes),
     )
-
-
-def _queries_of_keys(topk_BTK: Tensor, n_keys: int) -> tuple[Tensor, Tensor]:
-    """The selection by key: `[B, T * K]` queries, those of key 0 first; `[B, S + 1]` where a key's begin."""
-    keys_BN = topk_BTK.masked_fill(topk_BTK < 0, n_keys).flatten(1)
-    sorted_BN, order_BN = keys_BN.sort(dim=1, stable=True)
-    key_S = torch.arange(n_keys + 1, dtype=torch.int32, device=topk_BTK.device)
-    begin_BS = torch.searchsorted(sorted_BN, key_S.expand(len(sorted_BN), -1).contiguous())
-    return (order_BN // topk_BTK.shape[-1]).int(), begin_BS
 
 
 @triton.jit

@@ -4,13 +4,18 @@ from torch import Tensor
 
 from fulmen.ops.common.checks import check_loss_inputs, check_softmax_changes, check_topk_below
 from fulmen.ops.common.precision import cast_as_autocast, outside_autocast
-from fulmen.ops.dispatch import implementation
+from fulmen.ops.dispatch import implementation, implements_by_name
 from fulmen.ops.losses.indexer.reference import (
     IndexerLoss,
     indexer_loss_reference,
     indexer_loss_selected_reference,
 )
 from fulmen.ops.losses.indexer.torch_blocked import indexer_loss_blocked, indexer_loss_selected_blocked
+
+implements_by_name("indexer_loss", "triton", "fulmen.ops.losses.indexer.triton:indexer_loss_triton")
+implements_by_name(
+    "indexer_loss_selected", "triton", "fulmen.ops.losses.indexer.triton:indexer_loss_selected_triton"
+)
 
 
 def indexer_loss(
@@ -91,7 +96,8 @@ def indexer_loss_selected(
 
     Args:
         topk_BTK: int32 or int64, below S, distinct within a row, in any order; negative means nothing.
-        The others, Returns, Raises: as `indexer_loss`; ConfigError also for an index beyond the keys.
+        The others, Returns, Raises: as `indexer_loss`; ConfigError also for an index beyond the keys, on a
+        GPU an assertion of the device.
     """
     q_BTJE, k_BSIE, attn_q_BTHD, attn_k_BSGD = cast_as_autocast(q_BTJE, k_BSIE, attn_q_BTHD, attn_k_BSGD)
     attn_q_BTHD, attn_k_BSGD = attn_q_BTHD.detach(), attn_k_BSGD.detach()

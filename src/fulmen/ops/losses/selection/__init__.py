@@ -14,9 +14,11 @@ from fulmen.ops.common.checks import (
     check_softmax_changes,
 )
 from fulmen.ops.common.precision import math_dtype, outside_autocast
-from fulmen.ops.dispatch import implementation
+from fulmen.ops.dispatch import implementation, implements_by_name
 from fulmen.ops.losses.selection.reference import selection_loss_reference
 from fulmen.ops.losses.selection.torch_blocked import selection_loss_blocked
+
+implements_by_name("selection_loss", "triton", "fulmen.ops.losses.selection.triton:selection_loss_triton")
 
 
 def selection_loss(
