@@ -77,6 +77,7 @@ def test_a_citation_opens_its_place_and_nothing_of_a_document_is_markup(view):
     expect(excerpt).to_be_hidden()
     expect(answer.locator(".citation")).to_be_focused()
     answer.locator("summary").click()
+    expect(answer.locator(".step").nth(1)).to_be_visible()
     expect(answer.locator(".step").nth(1)).to_contain_text(HTML)
     assert view.locator("#documents .answer :is(img, script)").count() == 0
     assert view.locator("#excerpt :is(img, script)").count() == 0

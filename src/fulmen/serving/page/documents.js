@@ -27,9 +27,13 @@ export function begin(ofPage) {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
   };
   $("document-stop").onclick = stop;
-  $("document-turns").onclick = (event) => event.target.matches(".copy") && copy(event.target);
+  $("document-turns").onclick = (event) => {
+    if (event.target.matches(".copy")) copy(event.target);
+  };
   $("excerpt-close").onclick = () => $("excerpt").close();
-  $("excerpt").onclick = (event) => event.target === $("excerpt") && $("excerpt").close();
+  $("excerpt").onclick = (event) => {
+    if (event.target === $("excerpt")) $("excerpt").close(); // beside it
+  };
 }
 
 export function showInfo(loaded) {
@@ -105,7 +109,7 @@ function addStep(turn, step) {
   line.classList.add("step");
   show("does", step.tool ?? step.text);
   show("arguments", step.tool ? inWords(step.arguments) : "");
-  show("result", step.tool ? `${step.result} (${many(step.characters, "character")})` : "");
+  show("result", step.tool ? `${withoutFrame(step.result)} (${many(step.characters, "character")})` : "");
   addLine(turn, line);
   showRunningBill(turn, step);
 }
@@ -115,6 +119,9 @@ function addLine(turn, line) {
   const steps = turn.querySelectorAll(".step").length;
   turn.querySelector("summary").textContent = many(steps, "step");
 }
+
+/** Of the line that frames a part of a document, which part it is. */
+const withoutFrame = (line) => line.match(/^<document \w+ file=".*" (lines .*)>$/)?.[1] ?? line;
 
 /** A call's arguments without JSON's signs, where they are whole. */
 function inWords(json) {
