@@ -8,10 +8,10 @@ one for each event, as it happens:
     {"event": "note", "text"}
     {"event": "step", "text", "tool", "arguments", "result", "characters", "usage", "cost"}
     {"event": "answer", "answer", "complete", "citations", "dropped", "notes", "usage", "cost"}
-    {"event": "error", "message", "param"}
+    {"event": "error", "message", "param", "usage", "cost"}
 
-The last one is an answer or an error. What is wrong with the folder itself is for whoever serves it, and goes
-to stderr.
+The last one is an answer or an error, which has no bill before the first step. What is wrong with the folder
+itself is for whoever serves it, and goes to stderr.
 """
 
 import json
@@ -31,6 +31,9 @@ UNREADABLE = "the documents cannot be read; the server's log says why"
 class EventWriter(SilentReporter):
     """Writes events as lines to stdout."""
 
+    def __init__(self) -> None:
+        self._bill: Bill | None = None
+
     def write(self, event: str, **fields: Any) -> None:
         """One event."""
         sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
@@ -41,8 +44,14 @@ class EventWriter(SilentReporter):
         self.write("note", text=text)
 
     def step(self, step: AskStep, bill: Bill) -> None:
-        """`on_step` of `ask`."""
+        """`on_step` of `ask`, whose bill goes on after that."""
+        self._bill = bill
         self.write("step", **vars(step), **bill.to_dict())
+
+    def error(self, message: str, param: str | None) -> None:
+        """The last event of a question without an answer."""
+        billed = {} if self._bill is None else self._bill.to_dict()
+        self.write("error", message=message, param=param, **billed)
 
 
 def main(lines: Iterable[str]) -> None:
@@ -52,9 +61,9 @@ def main(lines: Iterable[str]) -> None:
         answer = ask(**json.loads(next(iter(lines))), reporter=events, on_step=events.step)
     except (DocumentError, OutputError) as error:
         print(error, file=sys.stderr)
-        events.write("error", message=UNREADABLE, param=None)
+        events.error(UNREADABLE, None)
     except FulmenError as error:
-        events.write("error", message=str(error), param=next(iter(error.arguments), None))
+        events.error(str(error), next(iter(error.arguments), None))
     else:
         events.write("answer", **_shown(answer))
 

@@ -259,6 +259,7 @@ def test_a_failure_is_the_last_event_and_says_nothing_of_the_servers_folders(ser
     assert last["event"] == "error"
     assert "gave no answer" in last["message"]
     assert "so far: prompt 600 hit, 400 miss" in last["message"]
+    assert last["usage"]["prompt_cache_hit_tokens"] == 600
     for file in folder.iterdir():
         file.unlink()
     said = post(served, question="Who?")

@@ -120,7 +120,10 @@ def question_events(script: str) -> list[dict[str, Any]]:
     if script == "break":
         return first
     if script == "error":
-        return [*first, {"event": "error", "message": "no answer in 2 steps; ask otherwise", "param": None}]
+        return [
+            *first,
+            {"event": "error", "message": "no answer in 2 steps; ask otherwise", "param": None, **bill(2)},
+        ]
     answer = {"answer": f"Forty-two {HTML}", "complete": True, "citations": [CITATION], "dropped": 1}
     return [
         *first,

@@ -112,6 +112,7 @@ def test_an_error_is_one_line_and_the_question_is_not_lost(view):
         ask(view, script)
         expect(answered(view, turn).locator(".note")).to_contain_text("broke off")
         expect(alert).to_contain_text(line)
+    expect(view.locator('[data-total="hit"]')).to_have_text("1,800")
 
 
 def test_each_view_keeps_what_it_has(view):

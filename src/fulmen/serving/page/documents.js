@@ -88,13 +88,13 @@ async function receive(turn, question, signal) {
   let last = null;
   for await (const event of questionEvents(body, $("key").value, signal)) {
     last = event.event;
-    if (last === "error") throw new ServerError(0, event.message);
     following($("document-scroll"), () => SHOW[last](turn, event));
+    if (last === "error") throw new ServerError(0, event.message);
   }
   if (last !== "answer") throw new ServerError(0, BROKE_OFF);
 }
 
-const SHOW = { note: addNote, step: addStep, answer: showAnswer };
+const SHOW = { note: addNote, step: addStep, answer: showAnswer, error: showLastBill };
 
 function addNote(turn, { text }) {
   const line = document.createElement("li");
@@ -131,6 +131,10 @@ function inWords(json) {
   } catch {
     return json; // cut for length
   }
+}
+
+function showLastBill(turn, error) {
+  if (error.usage) showRunningBill(turn, error); // none before the first step
 }
 
 function showRunningBill(turn, bill) {
