@@ -106,12 +106,16 @@ def test_an_error_is_one_line_and_the_question_is_not_lost(view):
         expect(view.locator("#document-question")).to_have_value(script)
         assert view.locator("#documents .turn").count() == 0
         view.locator("#document-question").clear()
-    for turn, (script, line) in enumerate(
-        (("error", "no answer in 2 steps; ask otherwise"), ("break", "The connection was lost"))
+    for turn, (script, note, line) in enumerate(
+        (
+            ("error", "There is no answer", "no answer in 2 steps; ask otherwise"),
+            ("break", "broke off", "The connection was lost"),
+        )
     ):
         ask(view, script)
-        expect(answered(view, turn).locator(".note")).to_contain_text("broke off")
+        expect(answered(view, turn).locator(".note")).to_contain_text(note)
         expect(alert).to_contain_text(line)
+    expect(view.locator('[data-total="uncounted"]')).to_have_text("Cut short and not counted: 1")
     expect(view.locator('[data-total="hit"]')).to_have_text("1,800")
 
 

@@ -12,7 +12,7 @@ const many = (number, what) => `${count.format(number)} ${what}${number === 1 ? 
 
 let info = null; // of the server
 let page = null; // what the page does for this view: {showSums, leadToKey, settingsAreRight}
-let running = null; // {abort, bill} of the question under way
+let running = null; // {abort, bill, hasEnded} of the question under way; hasEnded: the bill is the last one
 const totals = newTotals(); // of those that have ended
 
 /** The totals of all questions, with what the one under way has cost until now. */
@@ -58,16 +58,18 @@ function send(event) {
 
 async function ask(question) {
   const turn = addTurn(question);
-  running = { abort: new AbortController(), bill: null };
+  running = { abort: new AbortController(), bill: null, hasEnded: false };
   showRunning();
   const { signal } = running.abort;
   const failure = await receive(turn, question, signal).catch((error) => error);
   clearInterval(turn.timer);
-  if (running.bill) addBill(totals, running.bill);
+  const { bill, hasEnded } = running;
   running = null;
+  if (bill) addBill(totals, bill);
   showRunning();
-  if (failure && !turn.querySelector(".step")) withdraw(turn, question);
-  else finish(turn, failure && noteOnFailure(signal));
+  if (failure && !bill) withdraw(turn, question);
+  else finish(turn, failure && noteOnFailure(signal, hasEnded));
+  if (bill && !hasEnded) totals.uncounted += 1;
   page.showSums();
   if (failure && !signal.aborted) showError(failure);
 }
@@ -88,10 +90,11 @@ async function receive(turn, question, signal) {
   let last = null;
   for await (const event of questionEvents(body, $("key").value, signal)) {
     last = event.event;
+    running.hasEnded = last === "answer" || last === "error";
     following($("document-scroll"), () => SHOW[last](turn, event));
     if (last === "error") throw new ServerError(0, event.message);
   }
-  if (last !== "answer") throw new ServerError(0, BROKE_OFF);
+  if (!running.hasEnded) throw new ServerError(0, BROKE_OFF);
 }
 
 const SHOW = { note: addNote, step: addStep, answer: showAnswer, error: showLastBill };
@@ -179,7 +182,6 @@ function openExcerpt({ file, span, quote, before, after }) {
 }
 
 function finish(turn, failureNote) {
-  if (failureNote) totals.uncounted += 1;
   following($("document-scroll"), () => {
     turn.querySelector(".waiting").hidden = true;
     turn.querySelector(".answer").ariaBusy = "false";
@@ -196,7 +198,8 @@ function withdraw(turn, question) {
   fit($("document-question"));
 }
 
-function noteOnFailure(signal) {
+function noteOnFailure(signal, hasEnded) {
+  if (hasEnded) return "There is no answer.";
   return signal.aborted
     ? "Stopped. What the last request read and wrote until then is charged, but is not in the sums here."
     : "The answer broke off here.";
