@@ -157,6 +157,8 @@ def _anthropic_routes(gateway: Gateway) -> APIRouter:
     @routes.post("/messages", response_model=None, responses=ANSWERS)
     async def messages(request: MessagesRequest, account: Asking) -> Response:
         """Anthropic's messages, as vLLM answers them."""
+        with gateway.limiter.hold(account):
+            request, notes = await gateway.contexts.managed_messages(request, account)
         body = messages_body(request, model, account.salt)
         assembled = "tools" in body and not request.stream
         cleaner = CleanMessages(call_marks(model)) if "tools" in body else None
@@ -164,7 +166,7 @@ def _anthropic_routes(gateway: Gateway) -> APIRouter:
         asked = EngineRequest(
             "/v1/messages", body | {"stream": assembled or bool(request.stream)}, account, dialect
         )
-        return StreamingReply(gateway, replace(asked, assembled=assembled, cleaner=cleaner))
+        return StreamingReply(gateway, replace(asked, assembled=assembled, cleaner=cleaner, notes=notes))
 
     @routes.post("/messages/count_tokens", responses=ERRORS)
     async def count(request: CountTokensRequest, account: Asking) -> dict[str, int]:
