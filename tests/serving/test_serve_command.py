@@ -47,6 +47,12 @@ def test_a_model_must_be_there_with_its_tokenizer(refused, model, tmp_path):
     assert "tokenizer.json is no JSON" in refused(model)
 
 
+def test_documents_to_ask_about_must_be_there(refused, model, tmp_path):
+    assert "nowhere' cannot be read" in refused(model, "--docs", tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "has no document (it is empty)" in refused(model, "--docs", tmp_path / "empty")
+
+
 def test_an_address_for_others_needs_keys(refused, model):
     assert refused(model, "--host", "0.0.0.0", "--port", "0").startswith(
         "error: --host=0.0.0.0 lets others in, and there is no key; make one"

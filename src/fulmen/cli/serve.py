@@ -36,6 +36,15 @@ def serve_command(
             show_default=False,
         ),
     ] = None,
+    docs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="A folder for the page to ask about: whoever may use the model may read all of it, and "
+            "nothing outside it.",
+            show_default=False,
+        ),
+    ] = None,
     state: State = DEFAULT_STATE,
     ledger: LedgerUrl = None,
 ) -> None:
@@ -52,6 +61,7 @@ def serve_command(
         found, config = read_config(model_dir)
         require_language_model_alone(model_dir, "serve")
         try:
+            from fulmen.pipeline.ask_desk import folder_desk
             from fulmen.serving.engine.served_model import served_model
             from fulmen.serving.engine.settings import EngineSettings, require_vllm
             from fulmen.serving.server import serve
@@ -60,11 +70,14 @@ def serve_command(
     model = served_model(Path(found.place), config, chat_encoding)
     settings = EngineSettings(model, tuple(context.args))
     require_vllm()
+    desk = None if docs is None else folder_desk(docs, reporter())
     store = open_store(state, ledger)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     for line in describe(settings, store):
         typer.echo(line)
-    raise typer.Exit(serve(settings, store, state.expanduser(), host, port, typer.echo, stage))
+    if desk is not None:
+        typer.echo(f"answers questions about {desk.documents:,} documents of {desk.folder}")
+    raise typer.Exit(serve(settings, store, state.expanduser(), host, port, typer.echo, stage, desk))
 
 
 def describe(settings: "EngineSettings", store: "BillingStore") -> list[str]:

@@ -6,6 +6,7 @@ those that are not there word for word are dropped.
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from fulmen.agents.documents.citations import checked_citations
@@ -15,7 +16,8 @@ from fulmen.config import require_positive_int
 from fulmen.endpoints import RequestRefused
 from fulmen.errors import ConfigError, DocumentError, EndpointError
 from fulmen.pipeline.arguments import Place, place_argument
-from fulmen.pipeline.ask_answer import FolderAnswer, printable
+from fulmen.pipeline.ask_answer import AskStep, FolderAnswer
+from fulmen.pipeline.ask_bill import Bill
 from fulmen.pipeline.ask_endpoint import ChatEndpoint
 from fulmen.pipeline.ask_prompt import (
     IN_TEXT,
@@ -50,6 +52,7 @@ def ask(
     max_steps: int = DEFAULT_STEPS,
     cache: Place | None = None,
     reporter: Reporter | None = None,
+    on_step: Callable[[AskStep, Bill], None] | None = None,
 ) -> FolderAnswer:
     """Answer a question about the documents in a folder, with checked citations and the bill.
 
@@ -64,6 +67,7 @@ def ask(
         max_steps: messages of the model at most, where it searches.
         cache: folder of the index; None: $FULMEN_CACHE, else $XDG_CACHE_HOME/fulmen, else ~/.cache/fulmen.
         reporter: whom to tell of the steps as they are made; None: nobody.
+        on_step: gets each step as it is made, and the bill until then; None: the reporter gets a line.
 
     Raises:
         ConfigError: an argument that cannot be.
@@ -81,15 +85,21 @@ def ask(
     told = reporter_of(reporter)
     index = DocumentIndex(place, None if cache is None else place_argument("cache", cache, "a folder"))
     try:
-        documents = _documents(index, told)
+        documents = read_documents(index, told)
         endpoint = ChatEndpoint(url, api_key, model, told)
-        asking = _Asking(index, documents, endpoint, question.strip(), max_new_tokens, max_steps, told)
+        asking = _Asking(
+            index, documents, endpoint, question.strip(), max_new_tokens, max_steps, told, on_step
+        )
         return asking.answer(context or endpoint.context)
     finally:
         index.close()
 
 
-def _documents(index: DocumentIndex, reporter: Reporter) -> list[Document]:
+def read_documents(index: DocumentIndex, reporter: Reporter) -> list[Document]:
+    """All documents of an index, brought up to date; what is passed over goes to the reporter.
+
+    Raises DocumentError if there are none.
+    """
     with reporter.stage("Read"):
         index.refresh()
     for line in passed_over_lines(index):
@@ -113,10 +123,11 @@ class _Asking:
         max_new_tokens: int,
         max_steps: int,
         reporter: Reporter,
+        on_step: Callable[[AskStep, Bill], None] | None,
     ) -> None:
         self._index, self._documents, self._endpoint = index, documents, endpoint
         self._question, self._max_new_tokens, self._max_steps = question, max_new_tokens, max_steps
-        self._reporter = reporter
+        self._reporter, self._on_step = reporter, on_step or self._tell
         self._steps: list[str] = []
         self._notes: list[str] = []
 
@@ -173,7 +184,8 @@ class _Asking:
         return *search.run(self._question, self._overview(), self._max_steps, room), True
 
     def _whole(self, text: str) -> tuple[Written, bool]:
-        self._step(f"all {len(self._documents):,} documents and the question, {len(text):,} characters")
+        what = f"all {len(self._documents):,} documents and the question, {len(text):,} characters"
+        self._step(AskStep(what, characters=len(text)))
         messages = whole_messages(text, self._question)
         try:
             reply = self._endpoint.complete(messages, self._max_new_tokens, answer_tools())
@@ -209,10 +221,12 @@ class _Asking:
         size = sum(one.characters for one in self._documents)
         return f"The folder has {len(self._documents):,} documents with {size:,} characters."
 
-    def _step(self, text: str) -> None:
-        text = printable(text)
-        self._steps.append(text)
-        self._reporter.note(f"step {len(self._steps)}: {text}")
+    def _step(self, step: AskStep) -> None:
+        self._steps.append(step.text)
+        self._on_step(step, self._endpoint.bill)
+
+    def _tell(self, step: AskStep, _bill: Bill) -> None:
+        self._reporter.note(f"step {len(self._steps)}: {step.text}")
 
     def _note(self, text: str) -> None:
         self._notes.append(text)

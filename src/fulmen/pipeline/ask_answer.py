@@ -14,6 +14,25 @@ def printable(text: str) -> str:
 
 
 @dataclass(frozen=True)
+class AskStep:
+    """One thing that was done for an answer.
+
+    Args:
+        text: what, in a line.
+        tool: which was called; None where none was.
+        arguments: of the call, as JSON.
+        result: the first line of what it brought.
+        characters: of all that it brought.
+    """
+
+    text: str
+    tool: str | None = None
+    arguments: str = ""
+    result: str = ""
+    characters: int = 0
+
+
+@dataclass(frozen=True)
 class FolderAnswer:
     """An answer about a folder of documents, with what backs it and what it took.
 

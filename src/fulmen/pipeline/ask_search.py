@@ -10,6 +10,7 @@ from typing import Any
 from fulmen.agents.documents.tools import DocumentTools
 from fulmen.endpoints import RequestRefused
 from fulmen.errors import DocumentError, EndpointError
+from fulmen.pipeline.ask_answer import AskStep, printable
 from fulmen.pipeline.ask_endpoint import Call, ChatEndpoint, Reply
 from fulmen.pipeline.ask_prompt import (
     ANSWER,
@@ -37,7 +38,7 @@ class Search:
         endpoint: whom to ask.
         tools: what the model may call besides `answer`.
         max_new_tokens: of each message.
-        on_step: gets each step in a line; on_note: what else there is to know.
+        on_step: gets each step; on_note: what else there is to know.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Search:
         endpoint: ChatEndpoint,
         tools: DocumentTools,
         max_new_tokens: int,
-        on_step: Callable[[str], None],
+        on_step: Callable[[AskStep], None],
         on_note: Callable[[str], None],
     ) -> None:
         self._endpoint, self._tools, self._max_new_tokens = endpoint, tools, max_new_tokens
@@ -70,7 +71,7 @@ class Search:
             if not must_answer and _is_cut_answer(reply):
                 reply = self._reply(messages, ANSWER)
             if written := _written(reply):
-                self._on_step("answer")
+                self._on_step(AskStep("answer"))
                 return written, reply.is_cut
             if is_full:
                 break
@@ -97,12 +98,12 @@ class Search:
     def _results(self, reply: Reply) -> list[dict[str, Any]]:
         """The model's message and what its calls brought."""
         if not reply.calls:
-            self._on_step("neither call nor answer")
+            self._on_step(AskStep("neither call nor answer"))
             return [{"role": "assistant", "content": reply.text}, {"role": "user", "content": NO_CALL}]
         calls, results = [], []
         for call in reply.calls:
             arguments, result = self._result(call)
-            self._on_step(f"{call.name[:40]} {_shown(arguments)}: {_shown(result)}")
+            self._on_step(_step(call.name, arguments, result))
             # Servers read the arguments that come back to them, and refuse what is no JSON.
             function = {"name": call.name, "arguments": arguments}
             calls.append({"id": call.id, "type": "function", "function": function})
@@ -135,6 +136,11 @@ def _written(reply: Reply) -> Written | None:
     return written_as_text(reply.text) if reply.text.strip() and not reply.calls else None
 
 
+def _step(name: str, arguments: str, result: str) -> AskStep:
+    tool, given, brought = printable(name[:40]), _shown(arguments), _shown(result)
+    return AskStep(f"{tool} {given}: {brought}", tool, given, brought, len(result))
+
+
 def _shown(text: str) -> str:
-    line = text.strip().split("\n")[0]
+    line = printable(text.strip().split("\n")[0])
     return line if len(line) <= SHOWN else f"{line[:SHOWN]}…"

@@ -19,6 +19,7 @@ from fulmen.serving.engine.settings import EngineSettings
 from fulmen.serving.gateway.admission.connection import Connection, allow_files
 from fulmen.serving.gateway.app import create_app
 from fulmen.serving.gateway.gateway import Gateway
+from fulmen.serving.gateway.questions.desk import QuestionDesk
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 ENGINE_LOG = "engine.log"
@@ -39,8 +40,11 @@ def serve(
     port: int,
     echo: Callable[[str], None],
     stage: Stage = contextlib.nullcontext,
+    desk: QuestionDesk | None = None,
 ) -> int:
     """Serve until a signal; `echo` gets lines for whoever started it, `stage` surrounds the engine's start.
+
+    With a `desk`, questions about its folder are answered too.
 
     Returns an exit code: 0 after an end in good order; 128 and the signal's number where that ended the start
     or, as the second one, open requests.
@@ -58,16 +62,20 @@ def serve(
             echo(f"{left} requests that the last run left open were charged for what they had got")
         # uvicorn's choice: uvloop where there is one.
         with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
-            return runner.run(
-                _serve(Engine(settings, state / ENGINE_LOG, echo), billing, listener, echo, stage)
-            )
+            engine = Engine(settings, state / ENGINE_LOG, echo)
+            return runner.run(_serve(engine, billing, listener, echo, stage, desk))
 
 
 async def _serve(
-    engine: Engine, billing: BillingStore, listener: socket.socket, echo: Callable[[str], None], stage: Stage
+    engine: Engine,
+    billing: BillingStore,
+    listener: socket.socket,
+    echo: Callable[[str], None],
+    stage: Stage,
+    desk: QuestionDesk | None,
 ) -> int:
     gateway = Gateway(engine.settings.model, engine, billing)
-    server = Server(create_app(gateway), gateway, echo)
+    server = Server(create_app(gateway, desk), gateway, echo)
     echo(f"starting vLLM for {engine.settings.model.place} (its log: {engine.log.path})")
     with server.signals():
         # Before the engine is ready, so that clients who come too early are told.

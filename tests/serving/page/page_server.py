@@ -1,10 +1,11 @@
 """A small HTTP server that speaks the gateway's contract and answers from a script, to test the page against.
 
-    with PageServer() as server: server.url, server.release, server.dropped, server.requests
+    with PageServer() as server: server.url, server.release, server.dropped, server.requests, server.questions
 
 The last line of a message chooses the answer: "fail 402" an error, "html" markup, "code" a fenced block,
 "hold" one whose second half waits for `release`, "cut" the same within a letter, "break" one that ends too
-early, "long" many lines; all else a few words.
+early, "long" many lines; all else a few words. A question about documents chooses alike: "fail 402", "hold",
+"break", "error" one that comes after a step.
 """
 
 import json
@@ -32,6 +33,15 @@ ANSWERS = {
     "long": [f"Line {i} of an answer that is longer than the window.\n" for i in range(120)],
 }
 SECONDS = 20.0
+DOCUMENTS = {"folder": "harbour", "count": 3}
+BEFORE, QUOTE, AFTER = "A line.\n" * 60, f"counts {HTML}\nships", "\nAnother line." * 60
+CITATION = {
+    "file": "a/guide.md",
+    "span": {"first_line": 61, "last_line": 62, "first_character": 480, "end_character": 600},
+    "quote": QUOTE,
+    "before": BEFORE,
+    "after": AFTER,
+}
 
 
 def info() -> dict[str, Any]:
@@ -43,6 +53,7 @@ def info() -> dict[str, Any]:
         "currency": "CNY",
         "prices": PRICES,
         "dense_prices": DENSE_PRICES,
+        "documents": DOCUMENTS,
         "dsa": {"topk": TOPK, "layers": 30, "kv_bytes_per_token": 23040, "index_bytes_per_token": 4500},
     }
 
@@ -75,6 +86,52 @@ def usage(messages: list[dict[str, str]], output: int) -> dict[str, Any]:
     }
 
 
+def bill(requests: int) -> dict[str, Any]:
+    """A question's bill after so many requests."""
+    hit, miss, output = 600 * requests, 400 * requests, 10 * requests
+    return {
+        "usage": {
+            "requests": requests,
+            "prompt_cache_hit_tokens": hit,
+            "prompt_cache_miss_tokens": miss,
+            "completion_tokens": output,
+        },
+        "cost": {
+            "amount": f"{0.0005 * requests:.4f}" if requests else None,
+            "currency": "CNY",
+            "dense_amount": f"{0.002 * requests:.3f}" if requests else None,
+            "deepseek_list": {"amount": f"{0.00095 * requests:.5f}", "currency": "CNY"},
+        },
+    }
+
+
+def step(number: int, tool: str | None, arguments: dict[str, Any], result: str) -> dict[str, Any]:
+    """The event of a step."""
+    made = {"tool": tool, "arguments": json.dumps(arguments), "result": result, "characters": 1234}
+    return {"event": "step", "text": tool or result, **made, **bill(number)}
+
+
+def question_events(script: str) -> list[dict[str, Any]]:
+    """What happens for a question."""
+    first = [
+        {"event": "note", "text": "not read, hidden: 1 (.x)"},
+        step(1, "search", {"query": "ships"}, "2 passages, best first"),
+    ]
+    if script == "break":
+        return first
+    if script == "error":
+        return [
+            *first,
+            {"event": "error", "message": "no answer in 2 steps; ask otherwise", "param": None, **bill(2)},
+        ]
+    answer = {"answer": f"Forty-two {HTML}", "complete": True, "citations": [CITATION], "dropped": 1}
+    return [
+        *first,
+        step(2, "open", {"path": "a/guide.md"}, f'<document 12 file="a/guide.md"> {HTML}'),
+        {"event": "answer", **answer, "notes": [], **bill(3)},
+    ]
+
+
 class PageServer(ThreadingHTTPServer):
     """Serves the page at `url`. release: set it to let a held answer go on. dropped: the page hung up."""
 
@@ -86,6 +143,7 @@ class PageServer(ThreadingHTTPServer):
         self.release = threading.Event()
         self.dropped = threading.Event()
         self.requests: list[dict[str, Any]] = []
+        self.questions: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self._thread = threading.Thread(target=self.serve_forever, args=(0.05,))
         self._thread.start()
@@ -116,9 +174,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append(request)
+        is_question = self.path == "/fulmen/ask"
+        (self.server.questions if is_question else self.server.requests).append(request)
         self.server.keys.append(self.headers["Authorization"])
-        script = request["messages"][-1]["content"].split("\n")[-1]
+        text = request["question"] if is_question else request["messages"][-1]["content"]
+        script = text.split("\n")[-1]
         if script.startswith("fail "):
             error = {"error": {"message": "said by the server", "type": "x", "param": None, "code": "x"}}
             self._send(int(script.removeprefix("fail ")), "application/json", json.dumps(error).encode())
@@ -127,7 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
         try:
-            for event in self._events(request, script):
+            for event in self._happens(script) if is_question else self._events(request, script):
                 self.wfile.write(event)
                 self.wfile.flush()
         except OSError:
@@ -153,6 +213,14 @@ class _Handler(BaseHTTPRequestHandler):
         yield _event([{"index": 0, "delta": {}, "finish_reason": "stop"}])
         yield _event([], usage=usage(request["messages"], len(pieces)))
         yield b"data: [DONE]\n\n"
+
+    def _happens(self, script: str) -> Iterator[bytes]:
+        yield b": keep-alive\n\n"
+        events = [f"data: {json.dumps(event)}\n\n".encode() for event in question_events(script)]
+        if script == "hold":
+            yield events.pop(0) + events.pop(0)
+            yield from self._until_released()
+        yield from events
 
     def _until_released(self) -> Iterator[bytes]:
         """Keep-alives: the writes by which a server learns that nobody listens any more."""

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fulmen.agents.documents.index import DocumentIndex
 from fulmen.agents.documents.passages import PassageSpan, span_of
@@ -10,6 +10,8 @@ from fulmen.errors import DocumentError
 
 # Fewer characters are found in any document.
 SHORTEST = 8
+# Characters shown before a citation, and after it.
+SURROUNDINGS = 1500
 # What models put around a quote.
 AROUND = " \t\n\"'`“”‘’«»…"
 
@@ -27,12 +29,15 @@ class Citation:
     """Words that are in a document.
 
     file: its path in the folder. quote: as the document has them. span: where: lines from 1, both ends
-    included; characters from 0, the end not included.
+    included; characters from 0, the end not included. before, after: what stands around them, up to 1,500
+    characters each, in whole lines where there are some.
     """
 
     file: str
     quote: str
     span: PassageSpan
+    before: str = field(default="", compare=False, repr=False)
+    after: str = field(default="", compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,23 @@ def _found(file: str, words: str, index: DocumentIndex) -> Citation | None:
         except DocumentError:
             continue
         if match := pattern.search(text):
-            return Citation(path, match[0], span_of(text, *match.span()))
+            span = span_of(text, *match.span())
+            return Citation(path, match[0], span, _before(text, match.start()), _after(text, match.end()))
     return None
+
+
+def _before(text: str, end: int) -> str:
+    """What stands before a place, from the beginning of a line on if one begins there."""
+    begin = max(0, end - SURROUNDINGS)
+    line = text.find("\n", begin, end) + 1 if begin else 0
+    return text[line or begin : end]
+
+
+def _after(text: str, begin: int) -> str:
+    """What stands behind a place, to the end of a line if one ends there."""
+    end = begin + SURROUNDINGS
+    line = text.rfind("\n", begin, end) if end < len(text) else -1
+    return text[begin : end if line < 0 else line]
 
 
 def _likely_files(words: str, index: DocumentIndex) -> list[str]:

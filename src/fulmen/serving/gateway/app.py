@@ -7,14 +7,14 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request
+from fastapi import APIRouter, FastAPI, Header, HTTPException, Request
 from fastapi.responses import FileResponse, Response
 
-from fulmen.serving.billing.accounts import Account
 from fulmen.serving.billing.prices import Rates, money_text, rounded_text
 from fulmen.serving.engine.served_model import ServedModel
 from fulmen.serving.engine.settings import call_marks
 from fulmen.serving.gateway import errors
+from fulmen.serving.gateway.admission.asking import Asking
 from fulmen.serving.gateway.admission.auth import MAX_BODY_BYTES, AuthMiddleware
 from fulmen.serving.gateway.admission.json_body import JsonRoute
 from fulmen.serving.gateway.dialects.anthropic import (
@@ -45,6 +45,8 @@ from fulmen.serving.gateway.gateway import Gateway
 from fulmen.serving.gateway.jobs.engine_job import EngineRequest
 from fulmen.serving.gateway.jobs.streaming_reply import StreamingReply
 from fulmen.serving.gateway.openapi import ANSWERS, ERRORS
+from fulmen.serving.gateway.questions.desk import QuestionDesk
+from fulmen.serving.gateway.questions.routes import question_routes
 from fulmen.serving.page import FILES, HEADERS
 from fulmen.version import __version__
 
@@ -53,8 +55,8 @@ CHAT = "/v1/chat/completions"
 PREFIXES = ("", "/v1", "/beta")
 
 
-def create_app(gateway: Gateway) -> FastAPI:
-    """The gateway as an ASGI application."""
+def create_app(gateway: Gateway, desk: QuestionDesk | None = None) -> FastAPI:
+    """The gateway as an ASGI application; with a desk, for questions about a folder too."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -69,19 +71,12 @@ def create_app(gateway: Gateway) -> FastAPI:
         app.include_router(_model_routes(gateway), prefix=prefix, include_in_schema=prefix == "")
     app.include_router(_anthropic_routes(gateway), prefix="/anthropic/v1")
     app.include_router(_account_routes(gateway))
-    app.include_router(_open_routes(gateway))
+    app.include_router(_open_routes(gateway, desk))
+    if desk is not None:
+        app.include_router(question_routes(gateway, desk))
     return app
 
 
-async def account_of(request: Request) -> Account:
-    """Who asks, as the middleware found. A coroutine: FastAPI would run a plain function in a thread."""
-    account = getattr(request.state, "account", None)
-    if account is None:
-        raise ApiError(401, "no API key; send it as the header Authorization: Bearer KEY")
-    return account
-
-
-Asking = Annotated[Account, Depends(account_of)]
 AnthropicVersion = Annotated[str | None, Header()]
 
 
@@ -162,6 +157,8 @@ def _anthropic_routes(gateway: Gateway) -> APIRouter:
     @routes.post("/messages", response_model=None, responses=ANSWERS)
     async def messages(request: MessagesRequest, account: Asking) -> Response:
         """Anthropic's messages, as vLLM answers them."""
+        with gateway.limiter.hold(account):
+            request, notes = await gateway.contexts.managed_messages(request, account)
         body = messages_body(request, model, account.salt)
         assembled = "tools" in body and not request.stream
         cleaner = CleanMessages(call_marks(model)) if "tools" in body else None
@@ -169,7 +166,7 @@ def _anthropic_routes(gateway: Gateway) -> APIRouter:
         asked = EngineRequest(
             "/v1/messages", body | {"stream": assembled or bool(request.stream)}, account, dialect
         )
-        return StreamingReply(gateway, replace(asked, assembled=assembled, cleaner=cleaner))
+        return StreamingReply(gateway, replace(asked, assembled=assembled, cleaner=cleaner, notes=notes))
 
     @routes.post("/messages/count_tokens", responses=ERRORS)
     async def count(request: CountTokensRequest, account: Asking) -> dict[str, int]:
@@ -209,7 +206,7 @@ def _account_routes(gateway: Gateway) -> APIRouter:
     return routes
 
 
-def _open_routes(gateway: Gateway) -> APIRouter:
+def _open_routes(gateway: Gateway, desk: QuestionDesk | None) -> APIRouter:
     routes, model, prices = APIRouter(), gateway.model, gateway.billing.prices
 
     @routes.get("/fulmen/info")
@@ -223,6 +220,7 @@ def _open_routes(gateway: Gateway) -> APIRouter:
             "currency": prices.currency,
             "prices": _shown(prices.rates),
             "dense_prices": prices.dense and _shown(prices.dense),
+            "documents": desk and {"folder": desk.folder.name, "count": desk.documents},
             "dsa": model.dsa
             and {
                 "topk": model.dsa.topk,

@@ -1,6 +1,7 @@
-"""The chat page: its files and the headers to serve them with. It asks nothing but the server it came from.
+"""The page: its files and the headers to serve them with. It asks nothing but the server it came from.
 
-It needs `GET fulmen/info` and `POST v1/chat/completions` beside it, and works under any prefix of the path.
+It needs `GET fulmen/info` and `POST v1/chat/completions` beside it, `POST fulmen/ask` where the info names
+documents, and works under any prefix of the path.
 """
 
 from pathlib import Path
@@ -15,12 +16,13 @@ class PageFile(NamedTuple):
 
 
 _FOLDER = Path(__file__).parent
-_SCRIPTS = ("page.js", "figures.js", "server.js", "text.js")
+_SCRIPTS = ("page.js", "documents.js", "figures.js", "server.js", "text.js", "view.js")
+_STYLES = ("page.css", "documents.css")
 
 # By path of the URL. A server gives out exactly these.
 FILES = {
     "/": PageFile(_FOLDER / "index.html", "text/html; charset=utf-8"),
-    "/page.css": PageFile(_FOLDER / "page.css", "text/css; charset=utf-8"),
+    **{f"/{name}": PageFile(_FOLDER / name, "text/css; charset=utf-8") for name in _STYLES},
     **{f"/{name}": PageFile(_FOLDER / name, "text/javascript; charset=utf-8") for name in _SCRIPTS},
 }
 

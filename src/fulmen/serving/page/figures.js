@@ -1,4 +1,4 @@
-// Tokens, money and attention: of a turn and of the conversation.
+// Tokens, money and attention: of a turn, of a question about documents, and of all of them.
 
 const MONEY_PLACES = 12;
 const KINDS = ["hit", "miss", "output"];
@@ -60,29 +60,47 @@ function drawBars(parent, parts) {
   }
 }
 
-/** Show a turn's usage in its receipt. */
-export function showReceipt(receipt, usage, info) {
-  const { hit, miss, output, cost, dense, read, inContext, saved } = figuresOf(usage);
-  const show = (name, text) => (receipt.querySelector(`[data-field="${name}"]`).textContent = text);
-  const numbers = { hit, miss, output, read, inContext };
-  for (const [name, number] of Object.entries(numbers)) show(name, count.format(number));
+const fieldsOf = (receipt) => (name, text) =>
+  (receipt.querySelector(`[data-field="${name}"]`).textContent = text);
+
+function showTokensAndCost(receipt, { hit, miss, output, cost, dense }, info) {
+  const show = fieldsOf(receipt);
+  for (const [name, number] of Object.entries({ hit, miss, output })) show(name, count.format(number));
   show("cost", money(cost, info.currency));
   show("dense", dense === null ? "" : `dense ${money(dense, info.currency)}`);
   show("saving", comparison(Number(cost), Number(dense)));
+  const ofDense = dense > 0 ? cost / dense : 1;
+  drawBars(receipt, { hit, miss, output, cost: ofDense, cheaper: 1 - ofDense });
+  receipt.hidden = false;
+}
+
+/** Show a turn's usage in its receipt. */
+export function showReceipt(receipt, usage, info) {
+  const figures = figuresOf(usage);
+  const { read, inContext, saved } = figures;
+  const show = fieldsOf(receipt);
+  showTokensAndCost(receipt, figures, info);
+  show("read", count.format(read));
+  show("inContext", count.format(inContext));
   show("share", percent(read, inContext || 1));
   show("saved", saved > 0 ? `${size(saved)} of cache not read` : "");
-  const ofDense = dense > 0 ? cost / dense : 1;
-  drawBars(receipt, {
-    hit,
-    miss,
-    output,
-    read,
-    unread: inContext - read,
-    cost: ofDense,
-    cheaper: 1 - ofDense,
-  });
+  drawBars(receipt, { read, unread: inContext - read });
   receipt.querySelector(".attention").hidden = !info.dsa;
-  receipt.hidden = false;
+}
+
+/** Of a question's bill, which has no cost before the first request. */
+function figuresOfBill({ usage, cost }) {
+  const { prompt_cache_hit_tokens: hit, prompt_cache_miss_tokens: miss, completion_tokens: output } = usage;
+  return { hit, miss, output, cost: cost.amount ?? "0", dense: cost.amount ? cost.dense_amount : "0" };
+}
+
+/** Show a question's bill so far in its receipt. */
+export function showBill(receipt, bill, info) {
+  const { amount, currency } = bill.cost.deepseek_list;
+  const { requests } = bill.usage;
+  showTokensAndCost(receipt, figuresOfBill(bill), info);
+  fieldsOf(receipt)("listed", money(amount, currency));
+  fieldsOf(receipt)("requests", requests === 1 ? "1 request" : `${count.format(requests)} requests`);
 }
 
 /** Add a turn's usage to the conversation's totals; an answer that was cut short has none. */
@@ -92,11 +110,20 @@ export function addToTotals(totals, usage) {
     return;
   }
   const figures = figuresOf(usage);
-  for (const name of [...KINDS, "read", "inContext"]) totals[name] += figures[name];
+  for (const name of ["read", "inContext"]) totals[name] += figures[name];
+  addFigures(totals, figures);
+  totals.contextUsed = figures.hit + figures.miss + figures.output;
+}
+
+/** Add a question's bill to the totals of all questions. */
+export const addBill = (totals, bill) => addFigures(totals, figuresOfBill(bill));
+
+function addFigures(totals, figures) {
+  for (const name of KINDS) totals[name] += figures[name];
   totals.cost += toUnits(figures.cost);
   totals.compared &&= figures.dense !== null;
   if (totals.compared) totals.dense += toUnits(figures.dense);
-  totals.contextUsed = figures.hit + figures.miss + figures.output;
+  return totals;
 }
 
 /** Show the totals in `panel`, the sum also in `badge`. */

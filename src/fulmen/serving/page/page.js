@@ -1,5 +1,6 @@
-// The chat page: the conversation, what is typed and attached, the settings.
+// The page: the conversation, what is typed and attached, the settings; the documents have a view of their own.
 
+import * as documents from "./documents.js";
 import {
   addToTotals,
   count,
@@ -10,7 +11,8 @@ import {
   showTotals,
 } from "./figures.js";
 import { loadInfo, megabytes, receive, requestAnswer } from "./server.js";
-import { drawText } from "./text.js";
+import { copy, drawText } from "./text.js";
+import { fit, following, showWaiting } from "./view.js";
 
 const PASTE_AS_DOCUMENT = 2000; // characters; a shorter paste stays in the message
 const CHARACTERS_PER_TOKEN = 4; // a guess, and shown as one
@@ -21,6 +23,7 @@ const copyOf = (id) => $(id).content.firstElementChild.cloneNode(true);
 
 let info = null; // of the server, once it has answered
 let chat = newChat();
+let inDocuments = false; // the view that is shown
 let attached = []; // {title, text}: goes with the next message
 
 // ---- a turn -----------------------------------------------------------------------------------------------
@@ -56,7 +59,7 @@ async function answerInto(answer, turn, messages, signal) {
   await receive(
     stream,
     answer,
-    oncePerFrame(() => following(() => showText(turn, answer.text))),
+    oncePerFrame(() => following($("scroll"), () => showText(turn, answer.text))),
   );
 }
 
@@ -64,11 +67,7 @@ function addTurn(question, documents) {
   const turn = copyOf("turn-template");
   turn.querySelector(".question .text").textContent = question;
   turn.querySelector(".attachments").replaceChildren(...documents.map(attachmentChip));
-  const started = performance.now();
-  turn.timer = setInterval(() => {
-    const seconds = count.format((performance.now() - started) / 1000);
-    turn.querySelector("[data-field='waited']").textContent = ` for ${seconds} s`;
-  }, 1000);
+  turn.timer = showWaiting(turn);
   $("welcome").hidden = true;
   $("turns").append(turn);
   $("scroll").scrollTop = $("scroll").scrollHeight;
@@ -87,14 +86,14 @@ function withdraw(turn, question, documents) {
   chat.messages.pop();
   $("welcome").hidden = chat.messages.length > 0;
   $("question").value = [question, $("question").value].filter(Boolean).join("\n");
-  fitQuestion();
+  fit($("question"));
   attach(documents, []);
 }
 
 function keep(turn, answer, failureNote) {
   chat.messages.push({ role: "assistant", content: answer.text });
   addToTotals(chat.totals, answer.usage);
-  following(() => {
+  following($("scroll"), () => {
     showText(turn, answer.text);
     turn.querySelector(".answer").ariaBusy = "false";
     turn.querySelector(".note").textContent = failureNote || noteOn(answer);
@@ -115,14 +114,6 @@ function noteOn(answer) {
   if (answer.finish === "length")
     return "The most tokens to write are reached: raise them in Settings, or ask to go on.";
   return answer.text ? "" : "The model answered with nothing.";
-}
-
-/** Change the conversation; if its end was in view, keep it there. */
-function following(change) {
-  const view = $("scroll");
-  const atEnd = view.scrollHeight - view.scrollTop - view.clientHeight < 60;
-  change();
-  if (atEnd) view.scrollTop = view.scrollHeight;
 }
 
 function oncePerFrame(draw) {
@@ -151,12 +142,27 @@ function showInfo(loaded) {
     `${info.needs_key ? "Needed" : "Not needed"} by this server. Kept until the tab is closed.`;
   $("key").required = info.needs_key;
   showPrices($("panel"), info);
-  showSums();
+  documents.showInfo(info);
+  $("views").hidden = !info.documents;
+  showView(info.documents && location.hash === "#documents");
   return info;
 }
 
+/** Show the conversation, or the questions about documents. */
+function showView(isDocuments) {
+  inDocuments = Boolean(isDocuments);
+  $("chat").hidden = $("new-chat").hidden = $("temperature-label").hidden = inDocuments;
+  $("documents").hidden = !inDocuments;
+  $("show-chat").ariaCurrent = inDocuments ? null : "page";
+  $("show-documents").ariaCurrent = inDocuments ? "page" : null;
+  $("totals-title").textContent = inDocuments ? "These questions" : "This conversation";
+  history.replaceState(null, "", inDocuments ? "#documents" : location.pathname + location.search);
+  $(inDocuments ? "document-question" : "question").focus();
+  showSums();
+}
+
 function showSums() {
-  showTotals($("panel"), $("badge"), chat.totals, info);
+  showTotals($("panel"), $("badge"), inDocuments ? documents.sums() : chat.totals, info);
   showContext($("context"), chat.totals.contextUsed, info.context);
 }
 
@@ -168,6 +174,10 @@ function showRunning() {
 function showError(error) {
   $("error").textContent = error.message;
   $("announcer").textContent = "";
+  leadToKey(error);
+}
+
+function leadToKey(error) {
   if (error.status === 401) openSettings($("key"));
 }
 
@@ -249,38 +259,24 @@ document.ondrop = (event) => {
 
 // ---- typing and buttons -----------------------------------------------------------------------------------
 
-function fitQuestion() {
-  const box = $("question");
-  box.style.height = "auto";
-  box.style.height = `${box.scrollHeight}px`;
-}
-
 function send(event) {
   event.preventDefault();
   const question = $("question").value.trim();
   if (chat.running || !(question || attached.length)) return;
-  if (!$("settings").checkValidity()) {
-    openSettings($("settings").querySelector(":invalid"));
-    $("settings").reportValidity();
-    return;
-  }
+  if (!settingsAreRight()) return;
   const documents = attached;
   $("error").textContent = "";
   $("question").value = "";
-  fitQuestion();
+  fit($("question"));
   attach([], []);
   ask(question, documents);
 }
 
-async function copy(button) {
-  const text = button.closest(".code, .turn").raw;
-  try {
-    await navigator.clipboard.writeText(text);
-    button.textContent = "Copied";
-  } catch {
-    button.textContent = "The browser does not allow it"; // without TLS, other than on localhost
-  }
-  setTimeout(() => (button.textContent = "Copy"), 2000);
+function settingsAreRight() {
+  if ($("settings").checkValidity()) return true;
+  openSettings($("settings").querySelector(":invalid"));
+  $("settings").reportValidity();
+  return false;
 }
 
 function turnTheme() {
@@ -296,7 +292,7 @@ function showTheme() {
 
 $("composer").onsubmit = send;
 $("settings").onsubmit = (event) => event.preventDefault();
-$("question").oninput = fitQuestion;
+$("question").oninput = () => fit($("question"));
 $("question").onkeydown = (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
 };
@@ -315,8 +311,13 @@ $("new-chat").onclick = () => {
   $("question").focus();
 };
 document.onkeydown = (event) => {
-  if (event.key === "Escape" && !$("panel").matches(":popover-open")) chat.running?.abort();
+  if (event.key !== "Escape" || $("panel").matches(":popover-open") || $("excerpt").open) return;
+  if (inDocuments) documents.stop();
+  else chat.running?.abort();
 };
+$("show-chat").onclick = () => showView(false);
+$("show-documents").onclick = () => showView(true);
+documents.begin({ showSums, leadToKey, settingsAreRight });
 
 $("key").value = sessionStorage.getItem("key") ?? "";
 showTheme();

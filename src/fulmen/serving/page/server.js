@@ -8,7 +8,7 @@ const ADVICE = {
   502: "The server behind this address does not answer: tell whoever runs it.",
   503: "The server is busy or starting: wait a moment, then send again.",
 };
-const BROKE_OFF = "The connection was lost: see that the server runs, then send again.";
+export const BROKE_OFF = "The connection was lost: see that the server runs, then send again.";
 
 /** Its message is the one line that a person sees: what happened and what to do. */
 export class ServerError extends Error {
@@ -19,7 +19,8 @@ export class ServerError extends Error {
   }
 }
 
-/** What the server serves: {model, context, max_body_bytes, needs_key, currency, prices, dense_prices, dsa}. */
+/** What the server serves: {model, context, max_body_bytes, needs_key, currency, prices, dense_prices,
+ * documents, dsa}. */
 export async function loadInfo() {
   const response = await fetchOrExplain("fulmen/info");
   return response.json();
@@ -35,13 +36,18 @@ export async function requestAnswer(body, key, signal, most) {
   const text = JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } });
   if (new Blob([text]).size > most)
     throw new ServerError(0, `All in all that is more than ${megabytes(most)}: attach less, or begin a new chat.`);
-  const response = await fetchOrExplain("v1/chat/completions", {
-    method: "POST",
-    signal,
-    headers: { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) },
-    body: text,
-  });
-  return response.body;
+  return post("v1/chat/completions", text, key, signal);
+}
+
+/** What happens for a question about the served documents, as it happens; the last is an answer or an error. */
+export async function* questionEvents(question, key, signal) {
+  const body = await post("fulmen/ask", JSON.stringify(question), key, signal);
+  for await (const data of serverEvents(body)) yield JSON.parse(data);
+}
+
+async function post(path, body, key, signal) {
+  const headers = { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+  return (await fetchOrExplain(path, { method: "POST", signal, headers, body })).body;
 }
 
 async function fetchOrExplain(path, options) {

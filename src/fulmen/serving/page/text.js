@@ -16,6 +16,18 @@ export function drawText(parent, text) {
   while (parent.children.length > blocks.length) parent.lastElementChild.remove();
 }
 
+/** Copy what the button belongs to: a box of code, or a whole turn. */
+export async function copy(button) {
+  const text = button.closest(".code, .turn").raw;
+  try {
+    await navigator.clipboard.writeText(text);
+    button.textContent = "Copied";
+  } catch {
+    button.textContent = "The browser does not allow it"; // without TLS, other than on localhost
+  }
+  setTimeout(() => (button.textContent = "Copy"), 2000);
+}
+
 /** `code`, **bold** and # headings as elements, the rest as text. */
 function inline(text) {
   const nodes = [];

@@ -28,20 +28,23 @@ class Keys:
         return len(self._accounts) > 0
 
     def account_of(self, headers: dict[bytes, bytes]) -> Account:
-        """Who asks: by `Authorization: Bearer KEY`, or `x-api-key` as Anthropic's clients send it.
-
-        Raises ApiError 401, which does not repeat the key.
-        """
+        """Who asks, by the key. Raises ApiError 401, which does not repeat it."""
         if not self.needed:
             return self._anonymous
-        scheme, _, key = headers.get(b"authorization", b"").strip().partition(b" ")
-        key = key.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"").strip()
+        key = key_in(headers)
         if not key:
             raise ApiError(401, "no API key; send it as the header Authorization: Bearer KEY")
-        account = self._accounts.find(key.decode("latin-1"))
+        account = self._accounts.find(key)
         if account is None:
             raise ApiError(401, "the API key is not known here; ask whoever runs this server for one")
         return account
+
+
+def key_in(headers: dict[bytes, bytes]) -> str:
+    """The key of `Authorization: Bearer KEY`, or of `x-api-key` as Anthropic has it; or nothing."""
+    scheme, _, key = headers.get(b"authorization", b"").strip().partition(b" ")
+    key = key.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"").strip()
+    return key.decode("latin-1")
 
 
 class AuthMiddleware:

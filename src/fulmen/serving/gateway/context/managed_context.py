@@ -18,8 +18,9 @@ from fulmen.messages.strategies import OMITTED, SUMMARY_NAME
 from fulmen.serving.billing.accounts import Account
 from fulmen.serving.engine.served_model import ServedModel
 from fulmen.serving.engine.settings import EngineSettings
+from fulmen.serving.gateway.context.anthropic_history import chat_of_messages, messages_of_chat
 from fulmen.serving.gateway.context.message_tokens import MessageTokens
-from fulmen.serving.gateway.dialects.requests import ChatRequest, ContextOptions, Message
+from fulmen.serving.gateway.dialects.requests import ChatRequest, ContextOptions, Message, MessagesRequest
 from fulmen.serving.gateway.errors import ApiError
 
 # Conversations whose managed history is remembered.
@@ -53,6 +54,16 @@ class ManagedContexts:
             return request, {}
         run = asyncio.get_running_loop().run_in_executor
         return await run(self._thread, self.manage, request, account, options)
+
+    async def managed_messages(
+        self, request: MessagesRequest, account: Account
+    ) -> tuple[MessagesRequest, dict[str, Any]]:
+        """The same for Anthropic's messages."""
+        if options_of(request, account) is None:
+            return request, {}
+        given = chat_of_messages(request)
+        chat, notes = await self.managed(given, account)
+        return (request if chat is given else messages_of_chat(request, chat)), notes
 
     def manage(
         self, request: ChatRequest, account: Account, options: ContextOptions
@@ -129,7 +140,7 @@ class _Conversation:
         return self._count(messages)
 
 
-def options_of(request: ChatRequest, account: Account) -> ContextOptions | None:
+def options_of(request: ChatRequest | MessagesRequest, account: Account) -> ContextOptions | None:
     """What the request says of its context, else its key; None: nothing is done.
 
     Raises ApiError 422 for an option that the strategy does not have.

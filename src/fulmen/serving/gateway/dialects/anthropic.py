@@ -24,15 +24,19 @@ def messages_body(request: MessagesRequest, model: ServedModel, salt: str) -> di
     if budget is not None and budget >= request.max_tokens:
         field = "thinking.budget_tokens"
         raise ApiError(422, f"{field}={budget} must be less than max_tokens={request.max_tokens}", field)
-    return count_body(request, model) | {"cache_salt": salt}
+    return _body(request, model) | {"cache_salt": salt}
 
 
 def count_body(request: CountTokensRequest, model: ServedModel) -> dict[str, Any]:
-    """The engine's body for a count of tokens, and what messages have in common with it."""
-    require_known(request.model, model)
+    """The engine's body for a count of tokens. Raises ApiError as `messages_body`."""
     if request.fulmen_context is not None:
         field = "fulmen_context"
-        raise ApiError(422, f"{field} is for /v1/chat/completions and /v1/responses; leave it out", field)
+        raise ApiError(422, f"{field} is for requests that are answered; leave it out", field)
+    return _body(request, model)
+
+
+def _body(request: CountTokensRequest, model: ServedModel) -> dict[str, Any]:
+    require_known(request.model, model)
     if model.chat_encoding:
         raise ApiError(
             400,
@@ -40,7 +44,7 @@ def count_body(request: CountTokensRequest, model: ServedModel) -> dict[str, Any
             "written in; use /v1/chat/completions or /v1/responses",
             "messages",
         )
-    body = request.model_dump(exclude_none=True) | {"model": model.name}
+    body = request.model_dump(exclude_none=True, exclude={"fulmen_context"}) | {"model": model.name}
     if (thinking := request.thinking) is not None:
         body["thinking"] = _engine_thinking(thinking.type, thinking.budget_tokens, model)
         if model.chat_template:
@@ -106,8 +110,8 @@ class AnthropicDialect:
         return event_bytes(event)
 
     def tail(self, bill: dict[str, Any]) -> bytes:
-        """As `Dialect`."""
-        return b"".join(map(event_bytes, self._held))
+        """As `Dialect`; of the bill clients get what a strategy did, which must not go unsaid."""
+        return b"".join(event_bytes(_noted_event(event, bill)) for event in self._held)
 
     def read_plain(self, answer: dict[str, Any]) -> None:
         """As `Dialect`."""
@@ -115,11 +119,25 @@ class AnthropicDialect:
 
     def plain(self, answer: dict[str, Any], bill: dict[str, Any]) -> dict[str, Any]:
         """As `Dialect`."""
-        return answer
+        return noted(answer, bill)
 
     def broken(self, error: ApiError) -> bytes:
         """As `Dialect`."""
         return event_bytes(Event("error", json.dumps(error.anthropic_body)))
+
+
+def noted(answer: dict[str, Any], bill: dict[str, Any]) -> dict[str, Any]:
+    """What has a `usage`, with what a strategy did in it, if there was one."""
+    if "context" not in bill:
+        return answer
+    usage = answer.get("usage") or {}
+    return answer | {"usage": usage | {"fulmen": {"context": bill["context"]}}}
+
+
+def _noted_event(event: Event, bill: dict[str, Any]) -> Event:
+    if event.name != "message_delta" or "context" not in bill:
+        return event
+    return event._replace(data=json.dumps(noted(json.loads(event.data), bill)))
 
 
 def _engine_thinking(kind: str, budget: int | None, model: ServedModel) -> dict[str, Any]:

@@ -7,7 +7,7 @@ they come as the model wrote them.
 import json
 from typing import Any
 
-from fulmen.serving.gateway.dialects.anthropic import AnthropicDialect
+from fulmen.serving.gateway.dialects.anthropic import AnthropicDialect, noted
 from fulmen.serving.gateway.dialects.base import Event
 
 # A piece of a block: the field of the delta that has it, and the block's own.
@@ -46,7 +46,7 @@ class AssembledMessage(AnthropicDialect):
                 block["input"] = _object(arguments)
         shown = [block for block in self._blocks if block.get("text") != ""]
         content = shown or [{"type": "text", "text": ""}]
-        return json.dumps(self._message | {"content": content}, ensure_ascii=False).encode()
+        return json.dumps(noted(self._message, bill) | {"content": content}, ensure_ascii=False).encode()
 
     def _add(self, delta: dict[str, Any]) -> None:
         if delta["type"] == "input_json_delta":

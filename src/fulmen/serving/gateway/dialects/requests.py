@@ -178,6 +178,7 @@ class MessagesRequest(CountTokensRequest):
     """`POST /anthropic/v1/messages`."""
 
     max_tokens: Count
+    fulmen_context: ContextOptions | None = None
     stop_sequences: Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None

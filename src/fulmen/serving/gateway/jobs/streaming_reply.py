@@ -39,7 +39,7 @@ class StreamingReply(Response):
 
     async def _run(self, scope: Scope, receive: Receive, send: Send, started: float) -> None:
         job = EngineJob(self._gateway, self._request)
-        leaving = asyncio.create_task(_until_gone(receive))
+        leaving = asyncio.create_task(until_gone(receive))
         talking = asyncio.create_task(self._talk(job, scope, receive, send, started))
         try:
             await asyncio.wait({leaving, talking}, return_when=asyncio.FIRST_COMPLETED)
@@ -94,6 +94,7 @@ class StreamingReply(Response):
             self._gateway.metrics.overhead.observe(job.asked_at - started + now - job.first_at)
 
 
-async def _until_gone(receive: Receive) -> None:
+async def until_gone(receive: Receive) -> None:
+    """Return when the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass
