@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from fulmen.endpoints import ATTEMPTS, Endpoint, EndpointBusy, RequestRefused
+from fulmen.endpoints import ATTEMPTS, Endpoint, EndpointBusy, RequestRefused, read_json
 from fulmen.errors import EndpointError
 from tests.pipeline.chat_server import BREAK_OFF, MODEL, ChatServer, fail, say
 
@@ -14,9 +14,26 @@ BODY = {"messages": []}
 def test_addresses_are_completed_and_looked_at():
     assert Endpoint("http://127.0.0.1:8000").url == Endpoint("http://127.0.0.1:8000/v1/").url
     assert Endpoint("https://example.org/api").url == "https://example.org/api"
-    for url in ("127.0.0.1:8000", "ftp://example.org", "http://", "http://[", ""):
+    for url in (
+        *("127.0.0.1:8000", "ftp://example.org", "http://", "http://[", "", "http://localhost:99999"),
+        *("http://local host", "http://localhost/ü", "http://localhost:x"),
+    ):
         with pytest.raises(EndpointError, match=f"url={re.escape(repr(url))} is no address"):
             Endpoint(url)
+
+
+def test_a_key_that_no_header_takes_is_not_shown():
+    for key in ("secret\n", "secrét"):
+        with pytest.raises(EndpointError, match="characters that no key has") as caught:
+            Endpoint("http://127.0.0.1:8000", key)
+        assert "secr" not in str(caught.value)
+
+
+def test_what_a_stranger_wrote_as_json_can_be_written_on():
+    assert read_json(b'{"a": "\\ud800 b", "\\ud83d\\ude00": [1.5, null]}') == {"a": "? b", "😀": [1.5, None]}
+    for text in ("[" * 100_000, "{", "", b"\xff"):
+        with pytest.raises(ValueError, match=r".+"):
+            read_json(text)
 
 
 def test_it_sends_the_key_and_reads_the_answer(monkeypatch):
@@ -52,6 +69,8 @@ def test_a_busy_server_is_asked_again_but_not_for_ever():
         (fail(401, "no key"), EndpointError, "answered 401: no key; set FULMEN_API_KEY"),
         (fail(500, "no\nmore"), EndpointError, "answered 500: no more"),
         (BREAK_OFF, EndpointBusy, "broke off"),
+        ({"break_off": 500}, EndpointError, "answered 500: Internal Server Error"),
+        ({"body": b"[" * 10**5}, EndpointError, "answered no JSON"),
     ],
 )
 def test_failures_are_one_line(line, error, said):

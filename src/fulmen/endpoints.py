@@ -58,15 +58,13 @@ class Endpoint:
     """
 
     def __init__(self, url: str, api_key: str | None = None, timeout_s: float = TIMEOUT_S) -> None:
-        try:
-            parts = urlsplit(url)
-            is_address = parts.scheme in ("http", "https") and bool(parts.hostname)
-        except ValueError:
-            is_address = False
-        if not is_address:
+        if not _is_address(url):
             raise EndpointError(f"url={url!r} is no address; write it as http://127.0.0.1:8000/v1")
+        parts = urlsplit(url)
         self.url = url.rstrip("/") if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}/v1"
         self._key, self._timeout_s = api_key or os.environ.get(KEY_VARIABLE), timeout_s
+        if self._key and not _is_visible(self._key):
+            raise EndpointError(f"the API key has characters that no key has; look at {KEY_VARIABLE}")
 
     def models(self) -> list[dict[str, Any]]:
         """What the server lists; empty where it lists nothing."""
@@ -81,7 +79,7 @@ class Endpoint:
         url = (root if root is not None else self.url) + path
         with self._opened(url, body) as response:
             try:
-                found = json.loads(response.read())
+                found = read_json(response.read())
             except ValueError as error:
                 raise EndpointError(f"{url} answered no JSON; give the address that ends in /v1") from error
         if not isinstance(found, dict):
@@ -122,7 +120,7 @@ class Endpoint:
             with urlopen(Request(url, data, headers), timeout=self._timeout_s) as response:
                 yield response
         except HTTPError as error:
-            raise _refusal(url, error) from error
+            raise _refusal(url, error, _rest(error)) from error
         except URLError as error:
             reason = str(error.reason)
             raise EndpointError(f"{url} cannot be reached ({reason}); is the server running?") from error
@@ -132,6 +130,23 @@ class Endpoint:
             raise EndpointBusy(
                 f"{url} broke off ({error or type(error).__name__})", broke_off=True
             ) from error
+
+
+def read_json(text: str | bytes) -> Any:
+    """What a model or its server wrote as JSON.
+
+    Raises ValueError for what is none, also for lists in lists without end. Half a surrogate pair, which JSON
+    can spell and no file or terminal takes, is read as a question mark.
+    """
+    try:
+        found = json.loads(text)
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            found = json.loads(json.dumps(found, ensure_ascii=False).encode("utf-8", "replace"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    return found
 
 
 def error_text(answer: Any) -> str:
@@ -145,18 +160,41 @@ def _chunks(url: str, response: HTTPResponse) -> Iterator[dict[str, Any]]:
     for line in response:
         if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
             try:
-                chunk = json.loads(line[6:])
+                chunk = read_json(line[6:])
             except ValueError as error:
                 raise EndpointError(f"{url} streamed no JSON; give the address that ends in /v1") from error
+            if not isinstance(chunk, dict):
+                raise EndpointError(f"{url} streamed no JSON object; give the address that ends in /v1")
             if "error" in chunk:
                 raise EndpointError(f"{url} broke off: {error_text(chunk)}")
             yield chunk
 
 
-def _refusal(url: str, error: HTTPError) -> EndpointError:
-    text = error.read().decode("utf-8", "replace")
+def _is_address(url: str) -> bool:
     try:
-        said = error_text(json.loads(text))
+        parts = urlsplit(url)
+        is_whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return is_whole and _is_visible(url)
+
+
+def _is_visible(text: str) -> bool:
+    """Whether a text is of letters that a request's first lines may have."""
+    return text.isascii() and text.isprintable() and " " not in text
+
+
+def _rest(error: HTTPError) -> str:
+    """What an error's body says, as far as it comes."""
+    try:
+        return error.read().decode("utf-8", "replace")
+    except (HTTPException, OSError):
+        return ""
+
+
+def _refusal(url: str, error: HTTPError, text: str) -> EndpointError:
+    try:
+        said = error_text(read_json(text))
     except ValueError:
         said = " ".join(text.split())[:160] or error.reason
     words = f"{url} answered {error.code}: {said}"

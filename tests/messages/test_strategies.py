@@ -253,6 +253,9 @@ def test_the_fewest_steps_that_ended_win():
         ({"trigger": 1.5}, "trigger=1.5"),
         ({"trigger": float("nan")}, "trigger=nan"),
         ({"n": -1}, "n=-1"),
+        ({"budget": None}, "budget=None"),
+        ({"budget": float("nan")}, "budget=nan"),
+        ({"n": 1.5}, "n=1.5"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, named):
@@ -266,3 +269,50 @@ def test_histories_that_are_broken_are_refused(name):
     for broken, why in ((messages[3:], "without a call"), (messages[:-1], "add their results first")):
         with pytest.raises(MessageError, match=why):
             STRATEGIES[name](broken, 10, count)
+
+
+def named_call(number):
+    """A step with one call."""
+    call = {"id": f"id-{number}", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    result = {"role": "tool", "tool_call_id": f"id-{number}", "content": "x" * 200}
+    return [{"role": "assistant", "content": None, "tool_calls": [call]}, result]
+
+
+BROKEN = {
+    "no list": (None, "messages is a NoneType"),
+    "no dict": ([SYSTEM, 5], "messages.1. is a int"),
+    "no role": ([{"content": "x"}], "role is None"),
+    "no list of calls": ([USER, {"role": "assistant", "tool_calls": 5}], "tool_calls is 5"),
+    "another's result": ([USER, named_call(1)[0], named_call(2)[1]], "'id-2' is none of the calls"),
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(("messages", "why"), BROKEN.values(), ids=BROKEN)
+def test_what_is_no_history_is_refused_also_below_the_trigger(name, messages, why):
+    for strategy in (STRATEGIES[name], strategies.at_every_call(STRATEGIES[name])):
+        with pytest.raises(MessageError, match=why):
+            strategy(messages, 10**6, lambda messages: 1)
+
+
+PICTURE = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]
+
+
+def test_results_that_are_more_than_text_are_omitted_and_told():
+    steps = [[said, {**result, "content": PICTURE}] for said, result in map(named_call, range(8))]
+    messages = [SYSTEM, USER, *(message for step in steps for message in step)]
+    size = fits(messages, 0.9)
+    kept = strategies.keep_newest(messages, size, count)
+    assert [message["content"] for message in kept if message["role"] == "tool"] == [OMITTED] * 3 + [
+        PICTURE
+    ] * 5
+    assert strategies.summary(messages, size, count)[-1]["content"].endswith("→ (more than text)")
+
+
+def test_a_summary_is_known_by_its_words_and_not_by_its_name_alone():
+    named = {"name": SUMMARY_NAME}
+    steps = [{**message, **named} for number in range(8) for message in named_call(number)]
+    messages = [{**SYSTEM, **named}, {**USER, **named}, *steps]
+    kept = strategies.summary(messages, fits(messages, 0.9), count)
+    assert kept[:-1] == messages[:2]
+    assert kept[-1]["content"].startswith(SUMMARY_HEAD)

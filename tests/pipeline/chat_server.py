@@ -43,7 +43,8 @@ def fail(status, message="said by the server", **headers):
     return {"status": status, "error": message, "headers": headers}
 
 
-BREAK_OFF = {"break_off": True}
+# status: of the answer that breaks off.
+BREAK_OFF = {"break_off": 200}
 
 
 class ChatServer(ThreadingHTTPServer):
@@ -101,11 +102,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.keys.append(self.headers["Authorization"])
         line = self.server.script.pop(0)
         if "break_off" in line:
-            self.send_response(200)
+            self.send_response(line["break_off"])
             self.send_header("Content-Length", "1000")
             self.end_headers()
             self.wfile.write(b'{"choices"')
             self.close_connection = True
+        elif "body" in line:
+            self._send_data(200, line["body"])
         elif "error" in line:
             self._send(line["status"], {"error": {"message": line["error"]}}, line["headers"])
         else:
@@ -113,7 +116,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, {"choices": [{"index": 0, **line}], "usage": usage})
 
     def _send(self, status, body, headers=()):
-        data = json.dumps(body).encode()
+        self._send_data(status, json.dumps(body).encode(), headers)
+
+    def _send_data(self, status, data, headers=()):
         self.send_response(status)
         for name, value in {**dict(headers), "Content-Length": str(len(data))}.items():
             self.send_header(name.replace("_", "-"), value)

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 import fulmen
 from fulmen.cli.main import app
 from fulmen.errors import ConfigError, DocumentError, EndpointError
+from fulmen.pipeline.ask_bill import Bill
 from tests.cli.said import lines_that_stay
 from tests.pipeline.chat_server import BREAK_OFF, MODEL, ChatServer, answer, call, fail, say
 
@@ -333,3 +334,51 @@ def test_a_mistake_is_one_line(folder):
     assert lines_that_stay(result.stderr)[-1].endswith("answered 402: balance used up")
     result = run(server, folder, "--max-steps", "0")
     assert "error: --max-steps=0 cannot be" in result.stderr
+
+
+def test_what_a_model_writes_can_always_be_printed(folder):
+    odd = json.dumps(
+        {"answer": "a \ud800 b", "quotes": [{"file": "\ud800", "quote": "\ud800 is nowhere"}, 5]}
+    )
+    with ChatServer([call(("answer", odd))]) as server:
+        found = ask(server, folder, question="What is \udcff?")
+    printed = json.loads(json.dumps(found.to_dict(), ensure_ascii=False).encode())
+    assert (printed["question"], printed["answer"]) == ("What is ??", "a ? b")
+    assert printed["dropped_citations"] == [
+        {"file": "?", "quote": "? is nowhere", "reason": "not in the documents"}
+    ]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        ("search", "[" * 100_000),
+        ("open", '{"path": "\\ud800"}'),
+        ("list", '{"start": NaN}'),
+        ("\ud800", "{}"),
+    ],
+    ids=["lists without end", "half a letter", "no number", "no name"],
+)
+def test_a_mistake_in_a_call_is_told_to_the_model(large, odd):
+    with ChatServer([call(odd), RIGHT], context=4096) as server:
+        assert ask(server, large).answer == "Forty-two."
+    told = server.requests[1]["messages"][-1]
+    assert told["role"] == "tool"
+    assert told["content"].startswith("error: ")
+
+
+def test_other_shapes_of_answers_are_read(folder):
+    parts = say([{"type": "text", "text": "Forty-"}, {"type": "text", "text": "two."}])
+    given = call(("answer", ""))
+    given["message"]["tool_calls"][0]["function"]["arguments"] = {"answer": "Forty-two.", "quotes": []}
+    for line in (parts, given):
+        with ChatServer([line]) as server:
+            assert ask(server, folder).answer == "Forty-two."
+
+
+@pytest.mark.parametrize("cost", ["much", "NaN", "Infinity", "1e999999", 1.5, None], ids=repr)
+def test_a_cost_that_is_none_is_not_counted(cost):
+    bill = Bill()
+    bill.add({"prompt_tokens": 10**400, "fulmen": {"cost": cost, "dense_cost": [1]}})
+    bill.add({"prompt_tokens": 5, "fulmen": {"cost": "0.5", "dense_cost": cost, "currency": "CNY"}})
+    assert (bill.cost, bill.dense_cost, bill.miss) == (Decimal("0.5"), None, 5)

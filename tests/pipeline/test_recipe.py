@@ -225,10 +225,18 @@ def test_nothing_right_is_said(asked, tmp_path):
         ({"seed": -1}, "seed"),
         ({"sft": {"steps": 0}}, "steps=0"),
         ({"sft": {"step": 1}}, "did you mean steps"),
+        ({"sft": {"learning_rate": "fast"}}, "learning_rate='fast' cannot be"),
+        ({"sft": {"bf16": "yes"}}, "bf16='yes' cannot be"),
         ({"distill": {"problems": 3}}, "distill has no key 'problems'"),
         ({"convert": {"top": 3}}, "did you mean topk"),
         ({"mixed": {"steps": "few"}}, "mixed.steps"),
         ({"mixed": {"tasks": []}}, "mixed.tasks is set by the recipe"),
+        ({"mixed": {"prompts": 0}}, "mixed: prompts=0"),
+        ({"mixed": {"top_p": 5}}, r"mixed: top_p=5 cannot be"),
+        ({"rl": {"full": True, "lora": 4}}, "mixed: full trains all weights, lora a few"),
+        ({"domains": {"a": {"tasks": "gcd", "rl": {"group": 1}}}}, "domains.a.rl: group=1"),
+        ({"domains": {"a": {"tasks": "gcd", "kl": float("inf")}}}, "domains.a.kl=inf"),
+        ({"domains": {"mixed": {"tasks": "gcd"}}}, "'mixed' has the name of a folder"),
         ({"rejection": {"samples": 0}}, "rejection.samples"),
         ({"rejection": {"sample": 1}}, "did you mean samples"),
         ({"rejection": {"temperature": "hot"}}, "rejection.temperature"),
@@ -248,8 +256,22 @@ def test_recipes_that_cannot_be(change, message):
         read_recipe({**good, **change})
 
 
+def test_rates_may_be_written_without_a_point(tmp_path):
+    rates = "sft: {learning_rate: 3E-4}\nrl: {learning_rate: 1e-4}\n"
+    (tmp_path / "recipe.yaml").write_text(f"base: x\ndomains: {{a: {{tasks: gcd, kl: 1e-2}}}}\n{rates}")
+    found = read_recipe(tmp_path / "recipe.yaml")
+    assert (found.domains[0].kl, found.distill["learning_rate"], found.mixed["learning_rate"]) == (
+        0.01,
+        3e-4,
+        1e-4,
+    )
+
+
 def test_files_that_are_no_recipe(tmp_path):
-    for text, message in (("a: [", "is no YAML"), ("- a", "has no keys"), ("base: x", "lacks domains")):
+    for text, message in (
+        *(("a: [", "is no YAML"), ("[" * 10_000, "is no YAML")),
+        *(("- a", "has no keys"), ("base: x", "lacks domains")),
+    ):
         (tmp_path / "recipe.yaml").write_text(text)
         with pytest.raises(ConfigError, match=message):
             read_recipe(tmp_path / "recipe.yaml")

@@ -10,7 +10,11 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Raises MessageError for what is no message, a role that is none of ROLES, and calls that are none."""
+    """Raises MessageError for what are no messages, a role that is none of ROLES, and calls that are none."""
+    if not isinstance(messages, Sequence):
+        raise MessageError(
+            f"messages is a {type(messages).__name__}; use a list of dicts with role and content"
+        )
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise MessageError(
@@ -20,9 +24,10 @@ def check_messages(messages: Sequence[Message]) -> None:
             raise MessageError(
                 f"messages[{index}].role is {message.get('role')!r:.80}; use {', '.join(ROLES)}"
             )
-        if not all(isinstance(call, Mapping) for call in calls_of(message)):
+        calls = message.get("tool_calls") or ()
+        if not isinstance(calls, Sequence) or not all(isinstance(call, Mapping) for call in calls):
             raise MessageError(
-                f"messages[{index}].tool_calls is {calls_of(message)!r:.80}; use dicts in OpenAI's shape"
+                f"messages[{index}].tool_calls is {calls!r:.80}; use a list of dicts in OpenAI's shape"
             )
 
 
@@ -77,14 +82,14 @@ def results_in_order(messages: Sequence[Message], step: range) -> list[Message]:
 
     Raises MessageError for a result whose id is none of the calls'.
     """
-    call_ids = [call.get("id") for call in calls_of(messages[step.start])]
+    call_ids = [_id(call.get("id")) for call in calls_of(messages[step.start])]
     results = [messages[index] for index in step[1:]]
-    given = {result.get("tool_call_id"): result for result in results}
+    given = {_id(result.get("tool_call_id")): result for result in results}
     if not (all(call_ids) and all(given)) or len(set(call_ids)) < len(call_ids):
         return results
     if results and (strangers := given.keys() - set(call_ids)):
         raise MessageError(
-            f"tool_call_id {min(map(str, strangers))!r:.80} is none of the calls of messages[{step.start}]; "
+            f"tool_call_id {min(strangers)!r:.80} is none of the calls of messages[{step.start}]; "
             "send each result with the id of its call"
         )
     if len(given) < len(results):
@@ -92,6 +97,11 @@ def results_in_order(messages: Sequence[Message], step: range) -> list[Message]:
             f"two results of messages[{step.start}] have the same tool_call_id; send one for each call"
         )
     return [given[call_id] for call_id in call_ids if call_id in given]
+
+
+def _id(given: Any) -> str:
+    """An id as text; empty for none."""
+    return "" if given is None else str(given)
 
 
 def _check_count(calls: int, results: int, index: int, is_open: bool) -> None:

@@ -24,11 +24,18 @@ are GLM-5's. V3.2's "parallel, fewest steps" chooses among several histories, so
 one: see `parallel_fewest_steps`.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from math import ceil
 
 from fulmen.errors import ConfigError, ContextBudgetError, MessageError
-from fulmen.messages.message import Message, calls_of, check_messages, text_of, tool_steps
+from fulmen.messages.message import (
+    Message,
+    calls_of,
+    check_messages,
+    results_in_order,
+    text_of,
+    tool_steps,
+)
 
 # The tokens that a prompt of these messages has.
 Counter = Callable[[Sequence[Message]], int]
@@ -42,6 +49,7 @@ OMITTED = "[The result is omitted to save space; call the tool again if you need
 SUMMARY_NAME = "fulmen_summary"
 SUMMARY_HEAD = "What you did so far, in short, as the steps themselves are discarded:\n\n"
 DIGEST_LETTERS = 200
+NO_TEXT = "(more than text)"
 
 
 def none(messages: Sequence[Message], budget: int, count: Counter) -> list[Message]:
@@ -53,7 +61,8 @@ def none(messages: Sequence[Message], budget: int, count: Counter) -> list[Messa
         count: of a list of messages, with whatever stands around them in the prompt.
 
     Raises ContextBudgetError if what must be kept is larger than the budget, MessageError for a call without
-    its result or a result without its call, ConfigError for a budget or trigger that cannot be. So do all.
+    its result or a result without its call (ids are compared where all have one), ConfigError for a budget
+    or trigger that cannot be. So do all.
     """
     if not _is_due(messages, budget, count, 1.0):
         return list(messages)
@@ -78,9 +87,7 @@ def summary(
         return list(messages)
     if not (steps := _answered_steps(messages)):
         return _fitting(messages, budget, count)
-    earlier = [
-        range(at, at + 1) for at, message in enumerate(messages) if message.get("name") == SUMMARY_NAME
-    ]
+    earlier = [range(at, at + 1) for at, message in enumerate(messages) if _is_summary(message)]
     past = [messages[index] for step in (*earlier, *steps) for index in step]
     text = SUMMARY_HEAD + (summarise or digest)(past)
     told: Message = {"role": "user", "name": SUMMARY_NAME, "content": text}
@@ -91,12 +98,12 @@ def discard_75(
     messages: Sequence[Message], budget: int, count: Counter, *, trigger: float = TRIGGER
 ) -> list[Message]:
     """Without the oldest 75 % of the steps, rounded up; again while `trigger` is exceeded."""
-    kept = list(messages)
+    kept = messages
     while _is_due(kept, budget, count, trigger):
         if not (steps := _answered_steps(kept)):
             return _fitting(kept, budget, count)
         kept = _without(kept, steps[: ceil(len(steps) * DISCARDED)])
-    return kept
+    return list(kept)
 
 
 def discard_all(
@@ -154,6 +161,7 @@ def at_every_call(strategy: Strategy) -> Strategy:
 
     def managed(messages: Sequence[Message], budget: int, count: Counter) -> list[Message]:
         nonlocal known
+        check_messages(messages)
         settings, given, history = known
         is_applied = settings == (budget, count) and _goes_on(messages, given)
         start = len(given) if is_applied else 0
@@ -190,16 +198,18 @@ def digest(messages: Sequence[Message]) -> str:
         if message["role"] == "user":
             lines.append(text_of(message, "a summary").removeprefix(SUMMARY_HEAD))
         for call in calls_of(message):
-            function = call.get("function") or {}
+            given = call.get("function")
+            function = given if isinstance(given, Mapping) else {}
             lines.append(f"{function.get('name')}({function.get('arguments')})")
         if message["role"] == "tool":
-            lines.append(f"→ {' '.join(text_of(message, 'a result').split())[:DIGEST_LETTERS]}")
+            text = _text_alone(message)
+            lines.append(f"→ {NO_TEXT if text is None else ' '.join(text.split())[:DIGEST_LETTERS]}")
     return "\n".join(lines)
 
 
 def _is_due(messages: Sequence[Message], budget: int, count: Counter, trigger: float) -> bool:
     """Whether the messages, which are checked, take more of the budget than they may."""
-    if budget < 1 or not 0 <= trigger <= 1:
+    if not (isinstance(budget, int | float) and budget >= 1 and 0 <= trigger <= 1):
         raise ConfigError(
             f"budget={budget!r} with trigger={trigger!r} cannot be; use a budget of 1 token or more, and a "
             "trigger from 0 to 1",
@@ -210,13 +220,15 @@ def _is_due(messages: Sequence[Message], budget: int, count: Counter, trigger: f
 
 
 def _check_newest(n: int) -> None:
-    if n < 0:
+    if not isinstance(n, int) or n < 0:
         raise ConfigError(f"n={n!r} cannot be; use how many steps to keep, from 0", arguments=("n",))
 
 
 def _answered_steps(messages: Sequence[Message]) -> list[range]:
-    """The steps; MessageError for one at the end whose results are still to come."""
+    """The steps; MessageError for results of other calls, and where the last step's are still to come."""
     steps = tool_steps(messages)
+    for step in steps:
+        results_in_order(messages, step)
     if steps and len(steps[-1]) == 1:
         raise MessageError(
             f"messages[{steps[-1].start}] ends the messages with tool calls; add their results first"
@@ -234,11 +246,29 @@ def _with_newest(messages: Sequence[Message], n: int) -> list[Message]:
     steps = _answered_steps(messages)
     older = {index for step in steps[: max(0, len(steps) - n)] for index in step[1:]}
     return [
-        {**message, "content": OMITTED}
-        if index in older and len(text_of(message, f"messages[{index}]")) > len(OMITTED)
-        else message
+        {**message, "content": OMITTED} if index in older and _is_worth_omitting(message) else message
         for index, message in enumerate(messages)
     ]
+
+
+def _is_worth_omitting(result: Message) -> bool:
+    """Whether a result takes more room than the line in its place; pictures do."""
+    text = _text_alone(result)
+    return text is None or len(text) > len(OMITTED)
+
+
+def _text_alone(result: Message) -> str | None:
+    """A result's text; None for one with more than text."""
+    try:
+        return text_of(result, "a result")
+    except MessageError:
+        return None
+
+
+def _is_summary(message: Message) -> bool:
+    """Whether `summary` wrote a message; others may have its name."""
+    is_named = message["role"] == "user" and message.get("name") == SUMMARY_NAME
+    return is_named and str(message.get("content")).startswith(SUMMARY_HEAD)
 
 
 def _fitting(messages: Sequence[Message], budget: int, count: Counter) -> list[Message]:

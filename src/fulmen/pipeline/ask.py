@@ -82,14 +82,14 @@ def ask(
         require_positive_int(name, value)
     if context is not None:
         require_positive_int("context", context)
+    # A terminal may pass bytes that are no text.
+    question = question.strip().encode("utf-8", "replace").decode()
     told = reporter_of(reporter)
     index = DocumentIndex(place, None if cache is None else place_argument("cache", cache, "a folder"))
     try:
         documents = read_documents(index, told)
         endpoint = ChatEndpoint(url, api_key, model, told)
-        asking = _Asking(
-            index, documents, endpoint, question.strip(), max_new_tokens, max_steps, told, on_step
-        )
+        asking = _Asking(index, documents, endpoint, question, max_new_tokens, max_steps, told, on_step)
         return asking.answer(context or endpoint.context)
     finally:
         index.close()

@@ -1,10 +1,13 @@
 """What the requests of a question used and cost, added up as their answers come."""
 
 from dataclasses import dataclass, field
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from fulmen.serving.billing.prices import DEFAULT_PRICES, Tokens, money_text
+
+# More are no count, and no sum of money.
+MOST_TOKENS, MOST_DIGITS = 10**12, 30
 
 
 @dataclass
@@ -38,11 +41,11 @@ class Bill:
         self.output += _count(usage.get("completion_tokens"))
         self.prompts.append(prompt)
         charged = usage.get("fulmen")
-        if isinstance(charged, dict) and isinstance(charged.get("cost"), str):
-            self.cost = (self.cost or Decimal(0)) + Decimal(charged["cost"])
-            self.currency = charged.get("currency")
-            if charged.get("dense_cost"):
-                self.dense_cost = (self.dense_cost or Decimal(0)) + Decimal(charged["dense_cost"])
+        if isinstance(charged, dict) and (cost := _amount(charged.get("cost"))) is not None:
+            self.cost = (self.cost or Decimal(0)) + cost
+            self.currency = str(charged.get("currency") or "")
+            if dense_cost := _amount(charged.get("dense_cost")):
+                self.dense_cost = (self.dense_cost or Decimal(0)) + dense_cost
 
     @property
     def list_cost(self) -> Decimal:
@@ -83,4 +86,15 @@ class Bill:
 
 
 def _count(value: Any) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 < value < MOST_TOKENS
+    return value if is_count else 0
+
+
+def _amount(value: Any) -> Decimal | None:
+    """Money as text; None for what is none."""
+    try:
+        amount = Decimal(value) if isinstance(value, str) else None
+    except InvalidOperation:
+        return None
+    is_sum = amount is not None and amount.is_finite() and abs(amount.adjusted()) < MOST_DIGITS
+    return amount if is_sum else None

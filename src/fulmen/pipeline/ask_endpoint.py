@@ -1,5 +1,6 @@
 """Chat completions at an OpenAI-compatible address, one whole answer at a time."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,9 @@ class ChatEndpoint:
         known = self._server.models() if model is None else []
         if not known and model is None:
             raise EndpointError(f"{self._url}/models is an empty list; pass model", arguments=["model"])
-        self.model = model or str(known[0].get("id"))
+        self.model = model or _text(known[0].get("id"))
+        if not self.model:
+            raise EndpointError(f"{self._url}/models names none; pass model", arguments=["model"])
         self.context = self._context(known)
 
     def complete(
@@ -79,7 +82,7 @@ class ChatEndpoint:
         try:
             rows = known or self._server.models()
             rows = [row for row in rows if row.get("id") == self.model] or rows[:1]
-            told = [row[name] for row in rows for name in CONTEXT_FIELDS if isinstance(row.get(name), int)]
+            told = [size for row in rows for name in CONTEXT_FIELDS if (size := _positive(row.get(name)))]
             root = self._url.removesuffix("/v1")
             return told[0] if told else _positive(self._server.call("/fulmen/info", root=root).get("context"))
         except EndpointError:
@@ -94,14 +97,26 @@ def _reply(message: dict[str, Any], finish: Any) -> Reply:
     calls = [
         Call(
             str(call.get("id") or f"call_{number}"),
-            str(call["function"].get("name")),
-            str(call["function"].get("arguments") or "{}"),
+            _text(call["function"].get("name")),
+            _arguments(call["function"].get("arguments")),
         )
         for number, call in enumerate(message.get("tool_calls") or [])
     ]
-    reasoning = message.get("reasoning_content")
-    return Reply(str(message.get("content") or ""), tuple(calls), finish == "length", str(reasoning or ""))
+    content, reasoning = _text(message.get("content")), _text(message.get("reasoning_content"))
+    return Reply(content, tuple(calls), finish == "length", reasoning)
+
+
+def _text(given: Any) -> str:
+    """A text, or what parts have of it; empty for anything else."""
+    if isinstance(given, list):
+        return "".join(_text(part.get("text")) for part in given if isinstance(part, dict))
+    return given if isinstance(given, str) else ""
+
+
+def _arguments(given: Any) -> str:
+    """A call's arguments as JSON: some servers send the object itself."""
+    return given if isinstance(given, str) and given else json.dumps(given or {})
 
 
 def _positive(value: Any) -> int | None:
-    return value if isinstance(value, int) and value > 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

@@ -4,7 +4,6 @@ The documents come first, in the order of their paths, and the question last: th
 folder begins with the same bytes, which the server's prefix cache has.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 from fulmen.agents.documents.citations import Quote
 from fulmen.agents.documents.framing import RULE, framed
 from fulmen.agents.documents.tools import TOOLS, tool_schema
+from fulmen.endpoints import read_json
 
 _HOW = (
     "Answer from the documents alone. If they do not have the answer, say so. For what you say, give quotes: "
@@ -104,7 +104,7 @@ def written_as_call(arguments: str, is_cut: bool) -> Written | None:
     """The answer in a call's arguments, also in part if they were cut; None if there is none."""
     for end in ("", *(_ENDS if is_cut else ())):
         try:
-            found = json.loads(arguments.rstrip("\\") + end)
+            found = read_json(arguments.rstrip("\\") + end)
         except ValueError:
             continue
         if isinstance(found, dict) and isinstance(found.get("answer"), str):

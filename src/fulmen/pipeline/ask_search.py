@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fulmen.agents.documents.tools import DocumentTools
-from fulmen.endpoints import RequestRefused
+from fulmen.endpoints import RequestRefused, read_json
 from fulmen.errors import DocumentError, EndpointError
 from fulmen.pipeline.ask_answer import AskStep, printable
 from fulmen.pipeline.ask_endpoint import Call, ChatEndpoint, Reply
@@ -114,13 +114,14 @@ class Search:
     def _result(self, call: Call) -> tuple[str, str]:
         """A call's arguments as JSON, and its result; a mistake in a call is told to the model."""
         try:
-            arguments = json.loads(call.arguments)
+            arguments = read_json(call.arguments)
+            written = json.dumps(arguments, allow_nan=False)
         except ValueError as error:
             return "{}", f"error: the arguments are no JSON ({error}); call again"
         try:
-            return json.dumps(arguments), self._tools.call(call.name, arguments)
+            return written, self._tools.call(call.name, arguments)
         except DocumentError as error:
-            return json.dumps(arguments), f"error: {error}"
+            return written, f"error: {error}"
 
 
 def _is_cut_answer(reply: Reply) -> bool:

@@ -1,23 +1,33 @@
 """A recipe of post-training, as a YAML file or a mapping: which domains, how long, from which base model."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fulmen.config import require_positive_int
 from fulmen.errors import ConfigError, first_line
 from fulmen.pipeline.api import convert
 from fulmen.pipeline.api_rl import rl
+from fulmen.pipeline.arguments import number_argument
+from fulmen.pipeline.rl_settings import RlRunSettings, lora_argument
 from fulmen.pipeline.settings import require_seed
 from fulmen.tasks import named
 from fulmen.training.sft.settings import SftSettings
 
+if TYPE_CHECKING:
+    import yaml
+
 # What a stage gets from the recipe itself.
 OWN_OPTIONS = {"tasks", "out", "seed", "source", "overwrite", "device", "reporter", "kl"}
 DEFAULT_KL = 1e-3
+# Folders of a run that are no domain's.
+TAKEN_NAMES = ("base", "data", "dense-distilled", "dense-mixed", "distilled", "evaluate", "mixed", "stages")
+# As YAML 1.2 and JSON have numbers; PyYAML takes those without a point for text.
+_EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,7 @@ class Rejection:
     def __post_init__(self) -> None:
         for name in ("problems", "samples", "keep"):
             require_positive_int(f"rejection.{name}", getattr(self, name))
-        if not (isinstance(self.temperature, (int, float)) and self.temperature > 0):
+        if not number_argument("rejection.temperature", self.temperature, "a number above 0") > 0:
             raise ConfigError(f"rejection.temperature={self.temperature!r} cannot be; use a number above 0")
 
 
@@ -148,8 +158,23 @@ def _check_options(recipe: Recipe) -> None:
         _require_not_own(place, options)
         require_positive_int(f"{place}.steps", options["steps"])
         _require_keys(place, options, list(signature(rl).parameters))
+        _require_rl(place, options)
     _require_not_own("convert", recipe.convert)
     _require_keys("convert", recipe.convert, list(signature(convert).parameters))
+
+
+def _require_rl(place: str, options: Mapping[str, Any]) -> None:
+    """Raise ConfigError for what `fulmen.rl` would refuse, hours later."""
+    from fulmen.training.rl.settings import RlSettings  # imports torch
+
+    asked = {name: one.default for name, one in signature(rl).parameters.items()} | options
+    own = {one.name: asked[one.name] for one in fields(RlSettings) if one.name in asked}
+    try:
+        own["lora"] = lora_argument(asked["lora"], asked["full"])
+        RlRunSettings("", Path(), (), asked["rollouts"], asked["memory_gib"], options=own)
+        RlSettings(**own)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from error
 
 
 def _require_not_own(place: str, options: Mapping[str, Any]) -> None:
@@ -161,6 +186,8 @@ def _domain(name: Any, given: Any, recipe: Mapping[str, Any]) -> RecipeDomain:
     place = f"domains.{name}"
     if not (isinstance(name, str) and name.replace("-", "_").isidentifier()):
         raise ConfigError(f"domain {name!r} cannot be; use letters, digits and -")
+    if name.lower() in TAKEN_NAMES:
+        raise ConfigError(f"domain {name!r} has the name of a folder of the run; use another one")
     if not isinstance(given, Mapping):
         raise ConfigError(f"{place}={given!r} cannot be; give it tasks, and what differs from the rest")
     _require_keys(place, given, ["tasks", "kl", "max_new_tokens", "sft", "rl"], ("tasks",))
@@ -171,7 +198,7 @@ def _domain(name: Any, given: Any, recipe: Mapping[str, Any]) -> RecipeDomain:
     for task in tasks:
         named(task)
     kl, longest = given.get("kl", DEFAULT_KL), given.get("max_new_tokens", recipe.get("max_new_tokens", 64))
-    if isinstance(kl, bool) or not isinstance(kl, (int, float)) or not kl >= 0:
+    if not number_argument(f"{place}.kl", kl, "a number of 0 or more") >= 0:
         raise ConfigError(f"{place}.kl={kl!r} cannot be; use a number of 0 or more")
     require_positive_int(f"{place}.max_new_tokens", longest)
     sft = {"steps": 50, **_mapping("sft", recipe, {}), **_mapping("sft", given, {}, place)}
@@ -190,10 +217,10 @@ def _read_yaml(file: Path) -> Mapping[str, Any]:
     import yaml
 
     try:
-        read = yaml.safe_load(file.read_text(encoding="utf-8"))
+        read = yaml.load(file.read_text(encoding="utf-8"), _loader())
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"recipe {file} cannot be read ({first_line(error)}); name a YAML file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"recipe {file} is no YAML ({reason}); mend it there") from error
     if not isinstance(read, Mapping):
@@ -201,6 +228,17 @@ def _read_yaml(file: Path) -> Mapping[str, Any]:
             f"recipe {file} has no keys; it needs base and domains, as examples/recipe-small.yaml"
         )
     return read
+
+
+def _loader() -> "type[yaml.SafeLoader]":
+    """PyYAML's safe loader, with 1e-4 as a number."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """With a rule of its own."""
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+    return Loader
 
 
 def _require_keys(

@@ -248,6 +248,18 @@ def test_messages_are_counted_as_they_were_sent():
         encode([USER, {"role": "assistant", "content": "21"}], tools=TOOLS, thinking=True)
     with pytest.raises(MessageError, match=r"^encode.tools has no function"):
         encode([USER], tools=["f"])
+    with pytest.raises(MessageError, match=r"^encode.tools is 5"):
+        encode([USER], tools=5)
+
+
+@pytest.mark.parametrize("name", ['a"b', 'a">b', 'a" string="true">b', None, 5], ids=repr)
+def test_names_that_the_format_cannot_write_are_refused(name):
+    for function in ({"name": name}, {"name": "f", "arguments": {name: 1}}):
+        calling = {**CALLING, "tool_calls": [{**CALL, "function": function}]}
+        with pytest.raises(
+            MessageError, match=r"^messages\[1\].tool_calls\[0\] has the name .+ without quotation"
+        ):
+            encode([USER, calling, RESULT])
 
 
 def test_tools_in_two_places_are_refused():

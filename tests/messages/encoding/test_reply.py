@@ -227,6 +227,8 @@ REFUSED = {
     "a list for arguments": (block(call("[1]")), "should be"),
     "a tag without a name": (block(f'{INVOKE} tool="f">\n{INVOKE_CLOSE}'), "a tag is"),
     "a name without end": (block(call(X.replace('"x"', '"x'))), "a tag is"),
+    "a quotation mark in a name": (block(call(X.replace('"x"', '"x">y"'))), "a name goes on"),
+    "one in the name of a number": (block(call(N.replace('"n"', '"n" string="false">m"'))), "a name goes on"),
     "a tag of more": (block(call(X.replace(" string", " kind=text string"))), "a tag is"),
     "a tag without end": (f"\n\n{CALLS_OPEN}\n{INVOKE} name={'f' * 2000}", "does not end"),
 }

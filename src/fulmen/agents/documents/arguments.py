@@ -31,9 +31,19 @@ def _checked(name: str, value: Any, schema: dict[str, Any]) -> Any:
     fits = isinstance(value, _TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool))
     if not fits:
         raise DocumentError(f"{name}={str(value)[:80]!r} cannot be; it is of type {kind}")
+    if kind == "string":
+        _require_text(name, value)
     if kind == "integer" and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
         limits = f"at least {schema['minimum']}" + (
             f" and at most {schema['maximum']}" if "maximum" in schema else ""
         )
         raise DocumentError(f"{name}={value} cannot be; it is {limits}")
     return value
+
+
+def _require_text(name: str, value: str) -> None:
+    """Raises DocumentError for half a surrogate pair, which JSON can spell and no document has."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DocumentError(f"{name}={value[:80]!r} is no Unicode text; correct it") from error

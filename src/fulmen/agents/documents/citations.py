@@ -8,8 +8,8 @@ from fulmen.agents.documents.index import DocumentIndex
 from fulmen.agents.documents.passages import PassageSpan, span_of
 from fulmen.errors import DocumentError
 
-# Fewer characters are found in any document.
-SHORTEST = 8
+# Fewer characters are found in any document; more are no quote.
+SHORTEST, LONGEST = 8, 10_000
 # Characters shown before a citation, and after it.
 SURROUNDINGS = 1500
 # What models put around a quote.
@@ -61,6 +61,8 @@ def checked_citations(quotes: Iterable[Quote], index: DocumentIndex) -> tuple[li
         words = quote.text.strip(AROUND)
         if len(words) < SHORTEST:
             dropped.append(Dropped(quote.file, quote.text, f"shorter than {SHORTEST} characters"))
+        elif len(words) > LONGEST:
+            dropped.append(Dropped(quote.file, quote.text, f"longer than {LONGEST:,} characters"))
         elif (citation := _found(quote.file, words, index)) is None:
             dropped.append(Dropped(quote.file, quote.text, "not in the documents"))
         elif citation not in found:

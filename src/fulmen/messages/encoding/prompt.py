@@ -52,7 +52,8 @@ def encode(
     - Results have neither ids nor names in this format: they are written in the order of their calls, and
       calls with too few results are refused, since their block would stay open.
     - An assistant's last message with `prefix` set stays open, without a thinking part.
-    - Text that holds the format's own marks is written as it is.
+    - Text that holds the format's own marks is written as it is. A name with a quotation mark, which the
+      format cannot write, is refused.
 
     Args:
         messages: dicts in OpenAI's shape; arguments of calls are JSON texts or dicts. A system or developer
@@ -123,6 +124,8 @@ def _opening(thinks: bool) -> str:
 def _offer(message: Message, name: str) -> str:
     text = ""
     if tools := message.get("tools"):
+        if not isinstance(tools, Sequence):
+            raise MessageError(f"{name}.tools is {tools!r:.80}; use a list in OpenAI's shape")
         schemas = [_json(_function_of(tool, f"{name}.tools"), f"{name}.tools") for tool in tools]
         text += "\n\n" + BEFORE_TOOLS + "\n".join(schemas) + AFTER_TOOLS
     if schema := message.get("response_format"):
@@ -168,11 +171,19 @@ def _calls(calls: Sequence[Mapping[str, Any]], name: str) -> str:
 def _call(call: Mapping[str, Any], name: str) -> str:
     function = _function_of(call, name)
     lines = [
-        f'{PARAMETER} name="{key}" string="{str(isinstance(value, str)).lower()}">'
+        f'{PARAMETER} name="{_name(key, name)}" string="{str(isinstance(value, str)).lower()}">'
         f"{value if isinstance(value, str) else _json(value, name)}{PARAMETER_CLOSE}"
         for key, value in _arguments(function, name).items()
     ]
-    return f'{INVOKE} name="{function.get("name")}">\n' + "\n".join(lines) + f"\n{INVOKE_CLOSE}"
+    called = _name(function.get("name"), name)
+    return f'{INVOKE} name="{called}">\n' + "\n".join(lines) + f"\n{INVOKE_CLOSE}"
+
+
+def _name(given: Any, place: str) -> str:
+    """A function's or argument's name, as it stands between quotation marks."""
+    if not isinstance(given, str) or '"' in given:
+        raise MessageError(f"{place} has the name {given!r:.80}; use text without quotation marks")
+    return given
 
 
 def _function_of(holder: Any, name: str) -> Mapping[str, Any]:
@@ -203,6 +214,6 @@ def _results(results: Sequence[Message], thinks: bool) -> str:
 
 def _json(value: Any, name: str) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise MessageError(f"{name} cannot be written as JSON: {one_line(error)}; fix it") from error

@@ -5,7 +5,8 @@ What is not as it should be is read where only one reading is possible:
 - a call without the block around it, or in a block or invocation whose end is missing;
 - a call inside the thinking, which it ends;
 - a parameter without its end before the next one or before the call's end;
-- a parameter that does not say whether it is text, or says JSON and is none: JSON if it can be, else text;
+- a parameter that does not say whether it is text, or says JSON and is none: JSON if it can be, else text,
+  unless that has the end of a tag, whose name has a quotation mark then;
 - arguments as one JSON object in place of parameters.
 
 What follows the calls is left out: results that a model makes up are none. A reply that ends within a call, a
@@ -38,6 +39,7 @@ Delta = dict[str, Any]
 MAX_TAG = 1024
 _INVOKE_TAG = re.compile(r'\s+name="([^"]*)"\s*>')
 _PARAMETER_TAG = re.compile(r'\s+name="([^"]*)"(?:\s+string="(\w*)")?\s*>')
+_REST_OF_TAG = re.compile(r'"\s+string="\w*"\s*>')
 _ANY_TAG = re.compile(r'(?:\s+name="[^"]*"|(?!\s+name="))[^>]*>')
 
 
@@ -212,7 +214,10 @@ class ReplyParser:
         self._body.append(text)
         if mark is not None:
             value = "".join(self._body)
-            self._argue(value if _is_json(value) else _json(value))
+            is_json = _is_json(value)
+            if not is_json and (rest := _REST_OF_TAG.search(value)):
+                raise _unreadable(f"a name goes on to {value[: rest.end()]!r:.80}")
+            self._argue(value if is_json else _json(value))
         return self._leave_value(mark)
 
     def _ended(self) -> bool:

@@ -1,5 +1,6 @@
 """How supervised fine-tuning trains."""
 
+import math
 from dataclasses import dataclass
 
 from fulmen.config import require_positive_int
@@ -31,8 +32,11 @@ class SftSettings:
             require_positive_int(name, getattr(self, name))
         if self.lora is not None:
             require_positive_int("lora", self.lora)
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate={self.learning_rate} cannot be; use a number above 0, as 1e-4")
+        rate = self.learning_rate
+        if rate is not None and not (isinstance(rate, int | float) and 0 < rate < math.inf):
+            raise ConfigError(f"learning_rate={rate!r} cannot be; use a number above 0, as 1e-4")
+        if not isinstance(self.bf16, bool):
+            raise ConfigError(f"bf16={self.bf16!r} cannot be; use true or false")
 
     @property
     def rate(self) -> float:
