@@ -60,7 +60,7 @@ def main(lines: Iterable[str]) -> None:
     try:
         answer = ask(**json.loads(next(iter(lines))), reporter=events, on_step=events.step)
     except (DocumentError, OutputError) as error:
-        print(error, file=sys.stderr)
+        sys.stderr.write(f"{error}\n")
         events.error(UNREADABLE, None)
     except FulmenError as error:
         events.error(str(error), next(iter(error.arguments), None))

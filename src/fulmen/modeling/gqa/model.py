@@ -122,7 +122,7 @@ class DsaModelMixin(DsaPreTrainedMixin):
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             # For layers with linear attention; all others have the intervals.
-            attention_mask=attention_mask,
+            attention_mask=attention_mask if linear_layers(self.config) else None,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
