@@ -298,7 +298,8 @@ class DsaAttentionMixin:
     def output_weight(self) -> Tensor:
         """out_weight_CN: from all heads' outputs, as `sparse_attention` gives them, to the residual stream.
 
-        Where a norm stands between, with its gain, and up to the factor that it gives each token.
+        Where a norm stands between, with its gain, and up to the factor that it gives each token. A gate,
+        which is another one at each token, is left out.
         """
         weight_CN = self.o_proj.weight
         for norm in self._output_norms:
