@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fulmen.errors import ConfigError
-from fulmen.modeling.intervals import narrowed_intervals, visible_intervals
+from fulmen.modeling.intervals import intervals_with_images, narrowed_intervals, visible_intervals
 
 CPU = torch.device("cpu")
 
@@ -80,3 +80,16 @@ def test_wide_window_changes_nothing():
 def test_mask_that_cannot_be_intervals_is_refused(mask, words):
     with pytest.raises(ConfigError, match=words):
         visible_intervals(mask, None, 2, 3, 0, CPU)
+
+
+def test_a_token_of_an_image_sees_all_of_it():
+    """Two texts of 7, the second behind one of padding; images are tokens 2 to 4, and in the first 6 too."""
+    mask = torch.tensor([[1] * 7, [0] + [1] * 6])
+    images = torch.tensor([[0, 0, 1, 1, 1, 0, 1], [0, 0, 1, 1, 1, 0, 0]]).bool()
+    seen = intervals_with_images(visible_intervals(mask, None, 2, 7, 0, mask.device), images)
+    assert seen.stop_BT.tolist() == [[1, 2, 5, 5, 5, 6, 7], [1, 2, 5, 5, 5, 6, 7]]
+    assert seen.start_BT[0].tolist() == [0] * 7
+    assert not seen.plain
+    near = narrowed_intervals(seen, 2, 7)
+    assert near.start_BT[0].tolist() == [0, 0, 1, 2, 3, 4, 5]
+    assert near.stop_BT.tolist() == seen.stop_BT.tolist()

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightConverter
 
 from fulmen.modeling.config_checks import read_own_config
 from fulmen.modeling.generation_settings import fix_generation_config, read_generation_config
@@ -60,7 +60,7 @@ class TextShards(ModelShards):
     def whole_names(self) -> dict[str, str]:
         """What the whole model calls each stored weight, by Transformers' own rules."""
         entries = get_model_conversion_mapping(self._empty_whole, add_legacy=False)
-        renames = [entry for entry in entries if isinstance(entry, WeightRenaming)]
+        renames = [entry for entry in entries if not isinstance(entry, WeightConverter)]
         names = {}
         for stored in self.held:
             names[stored] = stored

@@ -25,7 +25,7 @@ from fulmen.modeling.rope_tables import full_attention_rope
 from fulmen.modeling.windows import layer_windows
 from fulmen.pipeline.conversion_plan import describe_plan
 from fulmen.pipeline.description import ModelDescription, layer_ranges
-from fulmen.pipeline.model_config import quantized_types, read_config
+from fulmen.pipeline.model_config import quantized_types, read_config, whole_class_name
 from fulmen.pipeline.model_source import dense_source
 
 POSITIONS = (8 * 1024, 32 * 1024, 128 * 1024, 512 * 1024, 1024 * 1024)
@@ -56,7 +56,7 @@ def describe(source: str) -> ModelDescription:
         source=str(found),
         converted=converted,
         model_type=config.model_type,
-        architecture=type(model).__name__,
+        architecture=whole_class_name(found) or type(model).__name__,
         parameters=model.num_parameters(),
         indexer_parameters=(indexer.key_weights + indexer.query_weights) * len(dsa.layers),
         active_parameters=token_weights if experts_of(config) else None,

@@ -32,7 +32,8 @@ class ModelDescription:
         dtype: of the weights after loading, which is that of the cache.
         quantized: types of a GGUF file's weights, or the format of quantized safetensors; dequantized when
             loaded.
-        parameters: of the whole model, an indexer that it has included.
+        model_type, parameters: of the language model, an indexer that it has included; architecture: the
+            class of the whole model, where that reads images too.
         active_parameters: of a mixture of experts, those that a token is multiplied with; None of another.
         step_weights: bytes of weights that a decoding step reads, shared by its batch.
         indexer_parameters: of all indexers, those that it has or would get.
