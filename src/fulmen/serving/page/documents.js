@@ -42,8 +42,8 @@ export function showInfo(loaded) {
   const { folder, count: documents } = info.documents;
   $("document-folder").textContent = `${many(documents, "document")} in ${folder}`;
   $("document-explanation").textContent =
-    `${many(documents, "document")} of the folder ${folder}: the model reads them whole where they fit its context, ` +
-    "else it searches them step by step. Its quotes are looked up in the documents, and open there.";
+    `${many(documents, "document")} of the folder ${folder}: the model reads them whole where they fit its ` +
+    "context, else it searches them step by step. Its quotes are looked up in the documents, and open there.";
 }
 
 function send(event) {

@@ -1,4 +1,4 @@
-// The page: the conversation, what is typed and attached, the settings; the documents have a view of their own.
+// The page: the conversation, what is typed and attached, the settings. documents.js has the other view.
 
 import * as documents from "./documents.js";
 import {

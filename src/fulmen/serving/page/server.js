@@ -39,7 +39,7 @@ export async function requestAnswer(body, key, signal, most) {
   return post("v1/chat/completions", text, key, signal);
 }
 
-/** What happens for a question about the served documents, as it happens; the last is an answer or an error. */
+/** What happens for a question about documents, as it happens; the last is an answer or an error. */
 export async function* questionEvents(question, key, signal) {
   const body = await post("fulmen/ask", JSON.stringify(question), key, signal);
   for await (const data of serverEvents(body)) yield JSON.parse(data);

@@ -75,7 +75,8 @@ class QuestionReply(Response):
             last = event["event"]
             if last == "error" and not self._began:
                 raise _refusal(event)
-            held += b"data: " + json.dumps(event, ensure_ascii=False).encode() + b"\n\n"
+            # In ASCII: a model may write half of a surrogate pair.
+            held += f"data: {json.dumps(event)}\n\n".encode()
             if last != "note" or self._began:
                 await self._send(send, held)
                 held = b""
