@@ -127,6 +127,21 @@ class TestConfigAndTokenizer:
         assert "rope_type='spiral', which Transformers does not know" in said
         assert "yarn" in said
 
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"hidden_size": -4}, "hidden_size=-4 cannot be"),
+            ({"head_dim": 0}, "head_dim=0 cannot be"),
+            ({"hidden_act": "silly"}, "hidden_act='silly' is not known"),
+            ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": "x"}}, "factor='x'"),
+        ],
+    )
+    def test_values_that_no_model_has(self, source, tmp_path, change, said):
+        edit_json(source / "config.json", **change)
+        assert said in refusal(source, tmp_path)
+        with pytest.raises(CheckpointError, match=said):
+            fulmen.inspect(source)
+
     def test_no_chat_template(self, source, tmp_path):
         assert "no chat template" in notes(source, tmp_path)
         tokenizer = tiny_tokenizer()

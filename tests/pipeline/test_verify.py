@@ -15,7 +15,7 @@ from fulmen.pipeline.reporter import SilentReporter
 from fulmen.pipeline.verify import verify_label, verify_refine, verify_score, write_proofs
 from fulmen.pipeline.verify_asking import ReplyJournal
 from fulmen.pipeline.verify_label import VotedAnalysis, label_of, verdict_of
-from fulmen.pipeline.verify_rows import labelled_proofs
+from fulmen.pipeline.verify_rows import labelled_proofs, read_rows, write_rows
 from fulmen.tasks.proofs.factory import proof_source, proof_task
 from fulmen.tasks.proofs.replies import Assessment, strict_assessment
 from tests.pipeline.proof_server import ProofServer, honest, parts_of, truth
@@ -312,6 +312,7 @@ def test_mistakes_end_with_one_line(arguments, said, tmp_path, monkeypatch):
     [
         ("", "is empty"),
         ("{", r"rows.jsonl:1 is no JSON"),
+        ("[" * 100_000, r"rows.jsonl:1 is no JSON"),
         ('{"problem": "P", "proof": "Q", "score": 1}\n[]\n', r"rows.jsonl:2 has no text 'problem'"),
         ('{"problem": "P", "proof": " "}', "has no text 'proof'"),
         ('{"problem": "P", "proof": "Q"}', "row 1 has score=None"),
@@ -322,6 +323,14 @@ def test_rows_that_cannot_be(text, said, tmp_path):
     (tmp_path / "rows.jsonl").write_text(text)
     with pytest.raises((ConfigError, CorpusError), match=said):
         verify_score("http://127.0.0.1:1", data=tmp_path / "rows.jsonl")
+
+
+def test_rows_keep_any_text(tmp_path):
+    proof = "line\u2028separator\x85and\x1cmore"
+    write_rows(tmp_path / "rows.jsonl", [{"problem": "P", "proof": proof}] * 2)
+    assert [row["proof"] for row in read_rows(tmp_path / "rows.jsonl", "problem", "proof")] == [proof] * 2
+    (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"problem": "P", "proof": "Q"}\r\n')
+    assert read_rows(tmp_path / "rows.jsonl", "problem", "proof") == [{"problem": "P", "proof": "Q"}]
 
 
 class OneProof:

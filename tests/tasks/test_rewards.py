@@ -2,8 +2,10 @@
 
 import json
 import math
+import sys
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -52,6 +54,11 @@ def test_what_raises_hangs_or_is_no_number_is_counted():
         def score(self, problem, reply):
             if reply == "hang":
                 time.sleep(30)
+            while reply == "deaf":
+                with suppress(Exception):
+                    time.sleep(30)
+            if reply == "exit":
+                sys.exit(1)
             if reply == "nan":
                 return Score(math.nan, 0.0)
             if reply == "down":
@@ -60,11 +67,12 @@ def test_what_raises_hangs_or_is_no_number_is_counted():
 
     task = GuardedTask(Odd(), seconds=0.2)
     assert task.score(PROBLEM, "ok") == Score(0.5, 1.0)
-    for reply in ("", "hang", "nan", ""):
+    for reply in ("", "hang", "nan", "", "deaf", "exit"):
         assert math.isnan(task.score(PROBLEM, reply).strict)
     assert task.failures == {
         "raised ZeroDivisionError": 2,
-        "took more than 0.2 s": 1,
+        "raised SystemExit": 1,
+        "took more than 0.2 s": 2,
         "returned no finite number": 1,
     }
     with pytest.raises(EndpointError):

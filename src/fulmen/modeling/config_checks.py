@@ -8,12 +8,18 @@ from typing import Any
 
 from jinja2 import TemplateSyntaxError
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fulmen.errors import CheckpointError, one_line
 
 # Read by tokenizers to see what they make of a text.
 PROBE = "Once, in 1984: naïve\n\tcode(x) → 漢字"
+SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "head_dim")
+ROPE_NUMBERS = (
+    *("rope_theta", "factor", "attention_factor", "beta_fast", "beta_slow"),
+    *("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+)
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 log = logging.getLogger(__name__)
@@ -44,10 +50,14 @@ def require_sound_config(config: PreTrainedConfig, name: str) -> None:
             f"{name}: num_attention_heads={heads} is no multiple of num_key_value_heads={groups}; "
             "fix config.json"
         )
-    if getattr(text, "num_hidden_layers", 1) < 1:
-        raise CheckpointError(
-            f"{name}: num_hidden_layers={text.num_hidden_layers} cannot be; fix config.json"
-        )
+    for key in SIZES:
+        if isinstance(size := getattr(text, key, None), int) and size < 1:
+            raise CheckpointError(f"{name}: {key}={size} cannot be; fix config.json")
+    if (act := getattr(text, "hidden_act", None)) is not None and act not in ACT2FN:
+        raise CheckpointError(f"{name}: hidden_act={act!r} is not known to Transformers; fix config.json")
+    window = getattr(text, "sliding_window", None)
+    if not isinstance(window, int | None):
+        raise CheckpointError(f"{name}: sliding_window={window!r} is no number; fix config.json")
     _require_known_rope(text, name)
     for key in SPECIAL_IDS:
         value = getattr(text, key, None)
@@ -69,6 +79,11 @@ def _require_known_rope(config: Any, name: str) -> None:
                 f"{name}: rope_parameters has rope_type={kind!r}, which Transformers does not know; fix "
                 f"config.json to say one of {known}"
             )
+        for key in ROPE_NUMBERS:
+            if isinstance(value := one.get(key), str):
+                raise CheckpointError(
+                    f"{name}: rope_parameters has {key}={value!r}, which is no number; fix config.json"
+                )
 
 
 def require_tokens_fit(tokenizer: Any, vocab_size: int, name: str) -> None:

@@ -167,7 +167,7 @@ def _require_rl(place: str, options: Mapping[str, Any]) -> None:
     """Raise ConfigError for what `fulmen.rl` would refuse, hours later."""
     from fulmen.training.rl.settings import RlSettings  # imports torch
 
-    asked = {name: one.default for name, one in signature(rl).parameters.items()} | options
+    asked = {**{name: one.default for name, one in signature(rl).parameters.items()}, **options}
     own = {one.name: asked[one.name] for one in fields(RlSettings) if one.name in asked}
     try:
         own["lora"] = lora_argument(asked["lora"], asked["full"])

@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from fulmen.endpoints import read_json
 from fulmen.errors import ConfigError, CorpusError
 from fulmen.files import write_file
 from fulmen.pipeline.reporter import Reporter
@@ -85,7 +86,8 @@ def read_rows(path: Path, *needed: str) -> list[Row]:
     Raises CorpusError for a file or a line that is not such a one; the line is named.
     """
     try:
-        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+        # Not splitlines: a proof may have a line separator of Unicode's, which JSON does not escape.
+        lines = path.expanduser().read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise CorpusError(f"{path} cannot be read ({error.strerror}); name a file of JSON lines") from error
     except UnicodeDecodeError as error:
@@ -111,7 +113,7 @@ def require_labels(path: Path, rows: Iterable[Row]) -> None:
 
 def _row(where: str, line: str, needed: tuple[str, ...]) -> Row:
     try:
-        row = json.loads(line)
+        row = read_json(line)
     except ValueError as error:
         raise CorpusError(f"{where} is no JSON ({error}); write one object a line") from error
     missing = [name for name in needed if not isinstance(row, dict) or not _is_text(row.get(name))]

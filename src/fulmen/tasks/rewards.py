@@ -19,6 +19,8 @@ from fulmen.tasks.forms import inside_form, without_thinking
 
 # A reply that nobody could score: it is left out, and counted, where rewards are used.
 NO_REWARD = Score(math.nan, math.nan)
+# Between two calls to end.
+AGAIN_S = 1.0
 
 # What a reply to a problem is worth, given what its task says: 0 to 1, or a penalty of -1 to 0.
 Reward = Callable[[Problem, str, Score], float]
@@ -138,18 +140,21 @@ class GuardedTask:
             raise
         except TookTooLongError:
             self.failures[f"took more than {self._seconds:g} s"] += 1
-        except Exception as error:  # the user's own code
+        except (Exception, SystemExit) as error:  # the user's own code
             self.failures[f"raised {type(error).__name__}"] += 1
         return NO_REWARD
 
 
-class TookTooLongError(Exception):
-    """Scoring has used up its time."""
+class TookTooLongError(BaseException):
+    """Scoring has used up its time. No Exception: a reward that goes on after any would never end."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TookTooLongError after so many seconds; in a program's main thread alone, elsewhere never."""
+    """Raise TookTooLongError after so many seconds; in a program's main thread alone, elsewhere never.
+
+    Again each second, should the code go on all the same.
+    """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
@@ -158,7 +163,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         raise TookTooLongError
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_S)
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from fulmen.errors import EndpointError, first_line
 from fulmen.tasks.base import Problem, Score, Task
-from fulmen.tasks.rewards import time_limit
+from fulmen.tasks.rewards import TookTooLongError, time_limit
 
 # For scoring one reply.
 SECONDS = 60.0
@@ -50,7 +50,7 @@ class Scorer:
             reason = f"returned {score.strict}"
         except EndpointError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit, TookTooLongError) as error:
             reason = f"raised {type(error).__name__}: {first_line(error)}"
         if problem.task not in self._told:
             self._told.add(problem.task)
