@@ -92,8 +92,8 @@ def _readable_model(model: str, engine: str) -> tuple[str, Any, Any]:
     found, config = read_config(model)
     if found.gguf_file:
         raise ConfigError(
-            f"model {model!r} is a GGUF file, which {engine} does not read; name a model directory or a hub "
-            "name with the same weights",
+            f"model {model!r} is a GGUF file, which {engine} does not read; name a directory, or the hub's "
+            "name, of the same weights",
             arguments=["model"],
         )
     tokenizer = load_tokenizer(found, config.get_text_config().vocab_size)
@@ -142,6 +142,7 @@ def _readme(run_dir: Path, engine: str, domains: Sequence[Domain]) -> str:
     return (
         f"# {run_dir.name}, for {engine}\n\nProblems of\n\n{tasks}\n\nin `{TRAIN_FILE}` and "
         f"`{HELD_OUT_FILE}`. `bash launch.sh` starts the training; its first lines say what it needs. "
-        f"Every machine that scores replies needs fulmen.\n\nWhat {engine} does otherwise than "
+        "Every machine that scores replies needs fulmen, and files of tasks at the same place.\n\n"
+        f"What {engine} does otherwise than "
         f"`fulmen rl`:\n\n{lacks}\n"
     )
