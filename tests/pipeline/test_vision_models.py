@@ -28,7 +28,7 @@ def weights_in(folder) -> dict[str, torch.Tensor]:
     return {key: x for file in folder.glob("model*.safetensors") for key, x in load_file(file).items()}
 
 
-@pytest.mark.parametrize("name", ["idefics3", "qwen2_5_vl", "mistral3"])
+@pytest.mark.parametrize("name", ["idefics3", "qwen2_5_vl"])
 def test_converted_it_is_the_whole_model(name, tmp_path, corpus_dir):
     dense = save_whole(name, tmp_path / "dense")
     out = convert(settings(tmp_path / "dense", tmp_path / "out", corpus_dir))

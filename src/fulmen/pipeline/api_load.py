@@ -17,6 +17,8 @@ def load(
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """A converted model, in eval mode and by fulmen's attention, and its tokenizer. GQA and MLA alike.
 
+    One that reads images comes as a whole; its processor is Transformers' (`AutoProcessor`).
+
     Args:
         source: what `convert` or `train` wrote, or the name of such a model on the hub.
         dtype: of the weights: "float32", "bfloat16", "float16", or "auto": as they were saved.
@@ -35,6 +37,8 @@ def load(
 
 def inspect(source: Place) -> "ModelDescription":
     """What a model is, how it would be converted and what that saves. Reads headers only.
+
+    Of a model that reads images, its language model is described.
 
     Args:
         source: a model, dense or converted: a directory, a name on the hub, a `.gguf` file, "smollm2-135m".

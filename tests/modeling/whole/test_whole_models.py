@@ -6,7 +6,7 @@ import torch
 from fulmen import set_topk
 from fulmen.errors import CacheError
 from fulmen.modeling.families import dsa_of, empty_cache
-from fulmen.modeling.selectors import dsa_attentions
+from fulmen.modeling.selectors import IndexerSelector, dsa_attentions, use_selector
 from tests.modeling.whole.tiny_whole import WHOLE, convert_whole, make_whole, prompt
 
 
@@ -34,7 +34,7 @@ def test_it_is_the_dense_model_at_k_of_its_length(name):
     assert torch.equal(model.generate(**inputs, **asked), dense.generate(**inputs, **asked))
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", ["idefics3", "qwen2_5_vl", "gemma3"])
 def test_below_k_a_token_after_the_prompt_is_as_in_one_text(name):
     """With images and padding, from a cache or without one."""
     model, inputs = convert_whole(make_whole(name), topk=4), prompt(name)
@@ -52,3 +52,32 @@ def test_what_is_asked_of_a_language_model_is_asked_of_the_whole_one():
     assert len(empty_cache(model.config).layers) == 3
     with pytest.raises(CacheError, match="no room for index keys"):
         model.generate(**prompt("idefics3"), cache_implementation="static")
+
+
+class Recorded(IndexerSelector):
+    """Remembers what the indexer saw and chose."""
+
+    def __init__(self):
+        self.seen = []
+
+    def select(self, inputs, topk):
+        chosen_BTK = super().select(inputs, topk)
+        self.seen.append((inputs.start_BT, inputs.stop_BT, chosen_BTK))
+        return chosen_BTK
+
+
+def test_a_token_of_an_image_chooses_among_its_own_image_too():
+    """In Gemma 3; tokens of texts choose among the past."""
+    model, inputs, recorded = convert_whole(make_whole("gemma3"), topk=4), prompt("gemma3"), Recorded()
+    with use_selector(model, recorded), torch.no_grad():
+        model(**inputs)
+    is_image_BT, own_T = inputs["token_type_ids"].bool(), torch.arange(21)
+    later = 0
+    for start_BT, stop_BT, chosen_BTK in recorded.seen:
+        is_chosen_BTK = chosen_BTK >= 0
+        inside_BTK = (chosen_BTK >= start_BT[..., None]) & (chosen_BTK < stop_BT[..., None])
+        assert torch.equal(is_chosen_BTK, inside_BTK)
+        assert torch.equal(is_chosen_BTK.sum(-1), (stop_BT - start_BT).clamp(max=4))
+        assert stop_BT[is_image_BT].tolist() == 2 * [*4 * [9], *4 * [17]]
+        later += int((chosen_BTK > own_T[:, None]).sum())
+    assert later > 0
