@@ -39,7 +39,7 @@ KERNEL_SIZES = {
     "loss_wide": {"rows": 64, "queries": 16, "columns": 32, "num_warps": 8, "num_stages": 1},
     "loss_row": {"columns": 1024, "num_warps": 4, "num_stages": 1},
     "loss_gradients": {"rows": 32, "queries": 16, "columns": 32, "num_warps": 8, "num_stages": 1},
-    "loss_gradients_wide": {"rows": 16, "queries": 16, "columns": 16, "num_warps": 8, "num_stages": 1},
+    "loss_gradients_wide": {"rows": 16, "queries": 16, "columns": 16, "num_warps": 4, "num_stages": 1},
     "loss_gates": {"rows": 32, "queries": 16, "columns": 32, "num_warps": 4, "num_stages": 1},
     "loss_gates_wide": {"rows": 16, "queries": 16, "columns": 16, "num_warps": 8, "num_stages": 1},
     # rows: queries x index heads that read one key

@@ -78,7 +78,9 @@ def chunks_of(keys: LossKeys) -> list[Chunk]:
 def pair_tiles(name: str, q_BTHD: Tensor, k_BSGD: Tensor, keys: LossKeys) -> dict[str, Any]:
     """How one side is cut into tiles: arguments at compile time of a kernel that calls `pairs_of`."""
     (heads, width), n_key_heads = q_BTHD.shape[2:], k_BSGD.shape[2]
-    sizes = kernel_sizes(name, width)
+    dtype = product_dtype(q_BTHD)
+    # Products of float32 are no tensor cores' and take many more registers.
+    sizes = kernel_sizes(name, 4 * width if dtype == tl.float32 else width)
     shared = heads // n_key_heads
     block_queries = sizes["queries"] if keys.topk_BTK is None else 1
     least = max(SMALLEST_PRODUCT // block_queries, 1)
@@ -95,7 +97,7 @@ def pair_tiles(name: str, q_BTHD: Tensor, k_BSGD: Tensor, keys: LossKeys) -> dic
         "BLOCK_FIRST": first,
         "BLOCK_REST": rest,
         "SELECTED": keys.topk_BTK is not None,
-        "DTYPE": product_dtype(q_BTHD),
+        "DTYPE": dtype,
         **compile_options(sizes),
     }
 
