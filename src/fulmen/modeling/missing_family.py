@@ -15,6 +15,11 @@ NORMS = {"q_norm", "k_norm", "query_layernorm", "key_layernorm"}
 
 def needed_entry(model_type: Any) -> str:
     """In words: the file to make and what it would say, or why there can be none."""
+    if inside := _language_model_inside(model_type):
+        return (
+            f"a language model ({inside}) is inside it: an entry would be src/fulmen/modeling/vision/"
+            f"{model_type}.py, about ten lines, beside a family for that: {GUIDE}"
+        )
     stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) if isinstance(model_type, str) else None
     if not stock:
         return "Transformers has no language model of that type either, which an entry would be made from"
@@ -33,6 +38,15 @@ def needed_entry(model_type: Any) -> str:
         f"an entry would be src/fulmen/modeling/families/{model_type}.py, about ten lines with {keywords}, "
         f"as far as the parts of {name} tell{f' (not what {others} does)' if others else ''}: {GUIDE}"
     )
+
+
+def _language_model_inside(model_type: Any) -> str | None:
+    """Of a model that reads images or sounds too, what its language model is; None: it is one itself."""
+    is_known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+    parts = CONFIG_MAPPING[model_type].sub_configs if is_known else {}
+    if "text_config" not in parts:
+        return None
+    return getattr(parts["text_config"], "model_type", "") or "the config's text_config says which"
 
 
 def entry_keywords(attention: nn.Module) -> str | None:

@@ -139,6 +139,8 @@ def test_unknown_architecture_names_itself_the_known_ones_and_what_it_would_take
         ("cohere", "project=project_interleaved_heads"),
         ("afmoe", r"parts of AfmoeAttention tell \(not what gate_proj does\)"),
         ("falcon", "from FalconAttention as no projection of fulmen's does"),
+        ("qwen3_vl", r"language model \(qwen3_vl_text\) is inside it: .*modeling/vision/qwen3_vl.py"),
+        ("llava", r"\(the config's text_config says which\) is inside it: .*modeling/vision/llava.py"),
     ):
         with pytest.raises(UnsupportedModelError, match=words):
             family_for_type(model_type)
