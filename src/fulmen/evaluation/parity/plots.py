@@ -95,10 +95,11 @@ def _plot_sweep(report: ParityResults) -> Plot | None:
 def _plot_error_split(report: ParityResults) -> Plot:
     figure, axes = new_figure(2.3 if "coarse" not in report.error_split else 2.6)
     split, dense = report.error_split, report.variants["dense"]["second_half"]
-    labels = ["kernel: fast − reference", "indexer: DSA − oracle", "budget: oracle − dense"]
+    one = "one level" if "coarse" in split else "DSA"
+    labels = ["kernel: fast − reference", f"indexer: {one} − oracle", "budget: oracle − dense"]
     values, names = [split["kernel"], split["indexer"], split["budget"]], ["random", "dsa", "oracle"]
     if "dsa_equal" in report.variants:
-        labels[1:2] = ["split of k: DSA − equal k", "indexer: equal k − oracle"]
+        labels[1:2] = [f"split of k: {one} − equal k", "indexer: equal k − oracle"]
         values[1:1], names[1:1] = [split.get("split_of_k", 0.0)], ["dsa_equal"]
     if "coarse" in split:
         labels.insert(1, "coarse level: two levels − one")
