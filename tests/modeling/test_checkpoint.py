@@ -25,6 +25,7 @@ from fulmen.modeling.checkpoint import (
     save_converted,
 )
 from fulmen.modeling.gguf.weights import read_sound_gguf
+from fulmen.modeling.selectors import dsa_attentions
 from tests.modeling.gqa.tiny_gqa import (
     FAMILIES,
     VOCAB,
@@ -216,7 +217,7 @@ class TestSaveConverted:
     def test_round_trip_is_bit_equal(self, name, dtype, tokenizer, tmp_path):
         dense = make_dense(name, dtype)
         model = make_dsa(dense, topk=6)
-        model.model.layers[0].self_attn.indexer.rope_pairs.random_(0, 5)
+        dsa_attentions(model)[0].indexer.rope_pairs.random_(0, 5)
         model.generation_config.update(do_sample=True, temperature=0.25)
         folder = save_converted(model, tokenizer, tmp_path / "out", CARD)
         loaded = AutoModelForCausalLM.from_pretrained(folder)
