@@ -133,6 +133,7 @@ class TestConfigAndTokenizer:
             ({"hidden_size": -4}, "hidden_size=-4 cannot be"),
             ({"head_dim": 0}, "head_dim=0 cannot be"),
             ({"hidden_act": "silly"}, "hidden_act='silly' is not known"),
+            ({"text_config": 5}, "text_config=5 is no config"),
             ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": "x"}}, "factor='x'"),
         ],
     )

@@ -270,6 +270,7 @@ def test_rates_may_be_written_without_a_point(tmp_path):
 def test_files_that_are_no_recipe(tmp_path):
     for text, message in (
         *(("a: [", "is no YAML"), ("[" * 10_000, "is no YAML")),
+        ("base: x\ndomains: {a: {kl: 0, tasks: gcd, kl: 1}}", "'kl' is there twice.*line 2"),
         *(("- a", "has no keys"), ("base: x", "lacks domains")),
     ):
         (tmp_path / "recipe.yaml").write_text(text)

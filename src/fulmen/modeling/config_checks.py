@@ -43,6 +43,8 @@ def read_own_config(place: str) -> PreTrainedConfig:
 def require_sound_config(config: PreTrainedConfig, name: str) -> None:
     """Raise CheckpointError that names the first values of a config that contradict each other."""
     text: Any = config.get_text_config()
+    if not isinstance(text, PreTrainedConfig):
+        raise CheckpointError(f"{name}: text_config={text!r} is no config; fix config.json")
     heads = getattr(text, "num_attention_heads", None)
     groups = getattr(text, "num_key_value_heads", heads)
     if heads is not None and (not groups or heads % groups):

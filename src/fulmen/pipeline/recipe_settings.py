@@ -231,11 +231,19 @@ def _read_yaml(file: Path) -> Mapping[str, Any]:
 
 
 def _loader() -> "type[yaml.SafeLoader]":
-    """PyYAML's safe loader, with 1e-4 as a number."""
+    """PyYAML's safe loader, with 1e-4 as a number, and without keys that are there twice."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """With a rule of its own."""
+        """With two rules of its own."""
+
+        def construct_mapping(self, node: "yaml.MappingNode", deep: bool = False) -> dict[Any, Any]:
+            seen: set[Any] = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(None, None, f"{key.value!r} is there twice", key.start_mark)
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
     return Loader
