@@ -242,16 +242,23 @@ def test_who_leaves_ends_the_process_and_the_request_at_the_engine(served):
             pass
         wait_for(lambda: served.upstream.requests)
         assert post(served, question="Who?").status_code == 429
-        assert workers()
+        assert (asking := workers())
     assert served.upstream.aborted.wait(WAIT_S)
-    wait_for(lambda: not workers())
+    # Also of a process that has ended and that nobody has waited for.
+    wait_for(lambda: not any(one.is_running() for one in asking))
     wait_for(lambda: [row.outcome for row in served.billing.ledger.rows()] == ["dropped"])
     assert named(events_of(post(served, question="Who?")), "answer")
 
 
 def workers():
-    below = psutil.Process().children(recursive=True)
-    return [one for one in below if "fulmen.pipeline.ask_worker" in one.cmdline()]
+    return [one for one in psutil.Process().children(recursive=True) if is_worker(one)]
+
+
+def is_worker(process):
+    try:
+        return "fulmen.pipeline.ask_worker" in process.cmdline()
+    except psutil.NoSuchProcess:  # it has ended
+        return False
 
 
 def test_a_failure_is_the_last_event_and_says_nothing_of_the_servers_folders(served, folder):
