@@ -242,7 +242,8 @@ def test_who_leaves_ends_the_process_and_the_request_at_the_engine(served):
             pass
         wait_for(lambda: served.upstream.requests)
         assert post(served, question="Who?").status_code == 429
-        assert (asking := workers())
+        asking = workers()
+        assert asking
     assert served.upstream.aborted.wait(WAIT_S)
     # Also of a process that has ended and that nobody has waited for.
     wait_for(lambda: not any(one.is_running() for one in asking))
