@@ -243,7 +243,8 @@ def _loader() -> "type[yaml.SafeLoader]":
                 if key.value in seen:
                     raise yaml.MarkedYAMLError(None, None, f"{key.value!r} is there twice", key.start_mark)
                 seen.add(key.value)
-            return super().construct_mapping(node, deep)
+            made: dict[Any, Any] = super().construct_mapping(node, deep)
+            return made
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
     return Loader
