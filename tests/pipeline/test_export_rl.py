@@ -193,7 +193,7 @@ OBJECT = [{"task": "low", "is_named": False, "kl": 0.0}]
         ({}, {"steps": 0}, fulmen.ConfigError, "steps=0"),
         ({"tasks": OBJECT}, {}, fulmen.ConfigError, "task 'low' was an object of a program"),
         ({"options": {"speed": 1}}, {}, fulmen.CheckpointError, "no readable rl-settings.json"),
-        ({"model": "nowhere/at-all"}, {}, fulmen.CheckpointError, "nowhere/at-all"),
+        ({"model": "./nowhere"}, {}, fulmen.CheckpointError, "nowhere"),
     ],
 )
 def test_what_cannot_be_exported(changes, asked, error, words, tmp_path, model):
