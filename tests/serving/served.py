@@ -116,7 +116,15 @@ def serving(model, state):
 def engine_of(process):
     """The first process of the engine behind a server, below the one that keeps it."""
     below = psutil.Process(process.pid).children(recursive=True)
-    return next(one for one in below if one.cmdline()[1:3] == ["-m", "vllm.entrypoints.openai.api_server"])
+    return next(one for one in below if command_of(one)[1:3] == ["-m", "vllm.entrypoints.openai.api_server"])
+
+
+def command_of(process):
+    """Its words; none of a process that has ended, collected or not."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
 
 
 def engine_socket(process):

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from fulmen.errors import CheckpointError, OutputError, UnsupportedModelError, o
 from fulmen.modeling.bundle import bundle_auto_map, bundle_name, bundle_source, bundled_family
 from fulmen.modeling.config_checks import PROBE, read_own_config, require_sound_templates, require_tokens_fit
 from fulmen.modeling.families import dsa_family_for
-from fulmen.modeling.generation_settings import fix_generation_config, read_generation_config
+from fulmen.modeling.generation_settings import with_generation_settings
 from fulmen.modeling.gguf.file import first_part, read_gguf
 from fulmen.modeling.gguf.tokenizer import gguf_tokenizer
 from fulmen.modeling.gguf.weights import load_gguf
@@ -108,14 +109,11 @@ def load_directory_model(place: str | Path, dtype: torch.dtype | str = "auto") -
     config = read_own_config(name)
     if (family := vision_family_for(config)) is not None:
         return load_text_part(name, config, family, dtype)
-    settings = read_generation_config(name, config.get_text_config().vocab_size)
     if is_readable_quantization(config):
-        model = load_unpacked(name, config, dtype=dtype, generation_config=settings)
+        load = partial(load_unpacked, name, config, dtype=dtype)
     else:
-        model = load_all_weights(name, dtype=dtype, generation_config=settings)
-    if settings is None:
-        fix_generation_config(model, name)
-    return model
+        load = partial(load_all_weights, name, dtype=dtype)
+    return with_generation_settings(name, config.get_text_config().vocab_size, load)
 
 
 def load_directory_tokenizer(place: str | Path) -> Any:

@@ -6,7 +6,7 @@ What goes is said; greedy stays greedy, and the values that a server samples by 
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -66,6 +66,20 @@ def read_generation_config(place: str, vocab_size: int) -> GenerationConfig | No
     if not isinstance(values, dict):
         raise _refused(place, "no JSON object")
     return fixed_generation_config(values, place, vocab_size)
+
+
+def with_generation_settings(
+    place: str, vocab_size: int, load: Callable[..., PreTrainedModel]
+) -> PreTrainedModel:
+    """What `load(generation_config=...)` makes, with the settings of `place` that can be used.
+
+    Raises CheckpointError as `read_generation_config`, before anything is loaded.
+    """
+    settings = read_generation_config(place, vocab_size)
+    model = load(generation_config=settings)
+    if settings is None:
+        fix_generation_config(model, place)
+    return model
 
 
 def fix_generation_config(model: PreTrainedModel, name: str) -> None:

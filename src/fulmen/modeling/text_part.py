@@ -1,6 +1,6 @@
 """The language model inside of a model that reads images: read from the whole one's files, and put back."""
 
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,7 +12,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from fulmen.modeling.config_checks import read_own_config
-from fulmen.modeling.generation_settings import fix_generation_config, read_generation_config
+from fulmen.modeling.generation_settings import with_generation_settings
 from fulmen.modeling.load_unpacked import load_unpacked
 from fulmen.modeling.merged_weights import Arrangement
 from fulmen.modeling.model_shards import ModelShards
@@ -131,20 +131,14 @@ def load_text_part(
     shards = TextShards(folder_of_shards(place), whole, family)
     text = family.text_config(whole) if text is None else text
     text.dtype = text.dtype or shards.first_dtype
-    settings = read_generation_config(place, text.vocab_size)
-    model = load_unpacked(place, text, dtype=dtype, shards=shards, generation_config=settings, **options)
-    if settings is None:
-        fix_generation_config(model, place)
-    return model
+    load = partial(load_unpacked, place, text, dtype=dtype, shards=shards, **options)
+    return with_generation_settings(place, text.vocab_size, load)
 
 
 def load_whole(place: str, config: PreTrainedConfig, family: WholeFamily, dtype: torch.dtype | str) -> Any:
     """A model that reads images, as a whole. Raises CheckpointError as `load_all_weights`."""
-    settings = read_generation_config(place, config.get_text_config().vocab_size)
-    model = load_all_weights(place, family.class_of(config), dtype=dtype, generation_config=settings)
-    if settings is None:
-        fix_generation_config(model, place)
-    return model
+    load = partial(load_all_weights, place, family.class_of(config), dtype=dtype)
+    return with_generation_settings(place, config.get_text_config().vocab_size, load)
 
 
 def whole_of(shards: TextShards, text_model: PreTrainedModel) -> PreTrainedModel:

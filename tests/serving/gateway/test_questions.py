@@ -29,6 +29,7 @@ from fulmen.serving.gateway.admission.connection import Connection
 from fulmen.serving.gateway.app import create_app
 from fulmen.serving.gateway.gateway import Gateway
 from tests.pipeline.chat_server import answer, call
+from tests.serving.served import command_of
 
 WAIT_S = 60
 GUIDE = "# Harbour\n\nThe lighthouse keeper counts forty-two ships.\nEach has a red sail.\n"
@@ -252,14 +253,8 @@ def test_who_leaves_ends_the_process_and_the_request_at_the_engine(served):
 
 
 def workers():
-    return [one for one in psutil.Process().children(recursive=True) if is_worker(one)]
-
-
-def is_worker(process):
-    try:
-        return "fulmen.pipeline.ask_worker" in process.cmdline()
-    except psutil.NoSuchProcess:  # it has ended
-        return False
+    below = psutil.Process().children(recursive=True)
+    return [one for one in below if "fulmen.pipeline.ask_worker" in command_of(one)]
 
 
 def test_a_failure_is_the_last_event_and_says_nothing_of_the_servers_folders(served, folder):
