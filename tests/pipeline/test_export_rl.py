@@ -203,6 +203,14 @@ def test_what_cannot_be_exported(changes, asked, error, words, tmp_path, model):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_holds_something_is_kept(tmp_path, run):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(fulmen.OutputError, match=r"is not empty; name another directory$"):
+        fulmen.export_rl(run, to="slime", out=tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
 def test_models_that_no_engine_can_take(tmp_path, run):
     bare = save_model(tmp_path / "bare", template=None)
     with pytest.raises(fulmen.ConfigError, match="has no chat template"):

@@ -207,10 +207,10 @@ def save_converted(
     return target
 
 
-def require_free_output(out_dir: str | Path, *, overwrite: bool = False) -> None:
+def require_free_output(out_dir: str | Path, *, overwrite: bool | None = None) -> None:
     """Raise OutputError if `out_dir` is a file, lies in no writable place, or holds what must be kept.
 
-    Even `overwrite` replaces a model directory only, nothing else.
+    Even `overwrite` replaces a model directory only, nothing else; None: the caller has no such option.
     """
     target = Path(out_dir).expanduser().absolute()
     if target.exists() and not target.is_dir():
@@ -220,6 +220,8 @@ def require_free_output(out_dir: str | Path, *, overwrite: bool = False) -> None
         raise OutputError(f"{target} cannot be written: {ground} is not a writable directory; name another")
     if not target.exists() or not any(target.iterdir()):
         return
+    if overwrite is None:
+        raise OutputError(f"{target} exists and is not empty; name another directory")
     if not overwrite:
         raise OutputError(
             f"{target} exists and is not empty; name another directory, or set overwrite",

@@ -38,7 +38,7 @@ def run_sft(
 
     Raises every FulmenError its parts raise; ResumeError for an unfinished run with other settings.
     """
-    require_free_output(out, overwrite=False)
+    require_free_output(out)
     require_language_model_alone(source, "sft")
     with reporter.stage("Load"):
         model, tokenizer = open_model(source, device)
