@@ -133,14 +133,6 @@ def engine_socket(process):
     return command[command.index("--uds") + 1]
 
 
-def runs(process):
-    """Whether a process is more than an entry that nobody has collected yet."""
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def client(server, key=ALICE, path="/v1"):
     return openai.OpenAI(base_url=server.url + path, api_key=key, max_retries=0, timeout=WAIT_S)
 

@@ -23,6 +23,7 @@ from fulmen.serving.engine import process as engine_module
 from fulmen.serving.engine.process import Engine
 from fulmen.serving.engine.served_model import ServedModel
 from fulmen.serving.engine.settings import GIB, EngineSettings, kv_gib, parser_flags
+from tests.processes import runs
 
 SERVER = """
 import sys, http.server, socketserver
@@ -262,11 +263,3 @@ def family(engine):
     """The keeper and all below it."""
     keeper = psutil.Process(engine.pid)
     return [keeper, *keeper.children(recursive=True)]
-
-
-def runs(process):
-    """Whether a process is more than an entry that nobody has collected yet."""
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

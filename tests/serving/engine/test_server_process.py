@@ -20,6 +20,7 @@ from transformers import LlamaConfig
 from fulmen.serving.billing.store import open_billing
 from fulmen.serving.engine.served_model import ServedModel
 from fulmen.serving.server import serve
+from tests.processes import runs
 
 # Answers /health when a file is there, and anything else by a stream without end.
 ENGINE = """
@@ -103,7 +104,7 @@ def test_before_the_engine_is_ready_clients_are_told_so_and_a_signal_ends_it_all
         process.send_signal(signal.SIGTERM)
         rest, _ = process.communicate(timeout=WAIT_S)
         assert (process.returncode, rest) == (128 + signal.SIGTERM, "stopped before it was ready\n")
-        assert not any(one.is_running() for one in family)
+        assert not any(map(runs, family))
 
 
 def test_a_second_signal_ends_open_requests_and_charges_for_what_they_got(tmp_path):
@@ -121,6 +122,6 @@ def test_a_second_signal_ends_open_requests_and_charges_for_what_they_got(tmp_pa
             assert '"error"' in [line for line in lines if line][-1]
         rest, _ = process.communicate(timeout=WAIT_S)
         assert (process.returncode, rest) == (128 + signal.SIGINT, "stopped\n")
-        assert not any(one.is_running() for one in family)
+        assert not any(map(runs, family))
     (entry,) = open_billing(tmp_path).ledger.rows()
     assert (entry.state, entry.outcome, entry.output) == ("settled", "engine lost", 1)

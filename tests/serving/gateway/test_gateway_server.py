@@ -36,6 +36,7 @@ from fulmen.serving.engine.served_model import served_model
 from fulmen.serving.gateway.app import create_app
 from fulmen.serving.gateway.gateway import Gateway
 from fulmen.serving.page import FILES
+from tests.processes import runs
 from tests.serving.served import (
     ALICE,
     BOB,
@@ -47,7 +48,6 @@ from tests.serving.served import (
     engine_socket,
     leave,
     row,
-    runs,
     settled,
     start,
 )
