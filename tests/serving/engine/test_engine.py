@@ -23,7 +23,7 @@ from fulmen.serving.engine import process as engine_module
 from fulmen.serving.engine.process import Engine
 from fulmen.serving.engine.served_model import ServedModel
 from fulmen.serving.engine.settings import GIB, EngineSettings, kv_gib, parser_flags
-from tests.processes import runs
+from tests.processes import WAIT_S, family_of, runs, until
 
 SERVER = """
 import sys, http.server, socketserver
@@ -41,7 +41,6 @@ import subprocess
 for _ in range(2):
     subprocess.Popen(["sleep", "600"], start_new_session=True)
 """
-WAIT_S = 30
 
 
 class Program:
@@ -164,7 +163,7 @@ def test_a_file_of_flags_may_ask_for_the_compiler(tmp_path, monkeypatch):
     assert "TORCHDYNAMO_DISABLE" not in settings.environment(tmp_path)
 
 
-async def until(condition):
+async def soon(condition):
     async with asyncio.timeout(WAIT_S):
         while not condition():
             await asyncio.sleep(0.02)
@@ -184,16 +183,16 @@ def test_a_killed_engine_comes_back_and_a_stopped_one_does_not(fast, tmp_path, k
     async def live():
         engine = Engine(Program(SERVER), tmp_path / "state" / "log", said.append)
         await engine.start()
-        first = family(engine)
+        first = family_of(engine.pid)
         assert engine.ready
         assert len(first) == 2
         assert stat.S_IMODE(engine.folder.stat().st_mode) == 0o700
         os.kill(first[killed].pid, signal.SIGKILL)
-        await until(lambda: not engine.ready)
-        await until(lambda: engine.ready)
+        await soon(lambda: not engine.ready)
+        await soon(lambda: engine.ready)
         assert not any(map(runs, first))
         assert engine.restarts == 1
-        last = family(engine)
+        last = family_of(engine.pid)
         await engine.stop()
         assert not engine.ready
         assert not any(map(runs, last))
@@ -217,7 +216,7 @@ def test_all_of_an_engines_processes_end_with_it(fast, tmp_path):
 
     async def live():
         await engine.start()
-        found.extend(family(engine))
+        found.extend(family_of(engine.pid))
         assert len(found) == 4
         await engine.stop()
 
@@ -248,18 +247,11 @@ def test_a_killed_gateway_leaves_nothing(tmp_path, ready):
     code = GATEWAY.format(path=sys.path, log=str(log))
     gateway = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     folder = Path(gateway.stdout.readline().strip())
-    gateway_process = psutil.Process(gateway.pid)
-    asyncio.run(until(lambda: gateway_process.children()))
+    until(lambda: len(family_of(gateway.pid)) > 1)
     if ready:
-        asyncio.run(until(lambda: log.exists() and "hello" in log.read_text()))
-    below = gateway_process.children(recursive=True)
+        until(lambda: log.exists() and "hello" in log.read_text())
+    _, *below = family_of(gateway.pid)
     gateway.kill()
     gateway.communicate()
-    asyncio.run(until(lambda: not any(map(runs, below)) and not folder.exists()))
+    until(lambda: not any(map(runs, below)) and not folder.exists())
     assert len(below) == 4 or not ready
-
-
-def family(engine):
-    """The keeper and all below it."""
-    keeper = psutil.Process(engine.pid)
-    return [keeper, *keeper.children(recursive=True)]

@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,13 +13,12 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra serve: pip install 'fulmen[serve]'")
 
 import httpx
-import psutil
 from transformers import LlamaConfig
 
 from fulmen.serving.billing.store import open_billing
 from fulmen.serving.engine.served_model import ServedModel
 from fulmen.serving.server import serve
-from tests.processes import runs
+from tests.processes import WAIT_S, family_of, runs, until
 
 # Answers /health when a file is there, and anything else by a stream without end.
 ENGINE = """
@@ -47,7 +45,6 @@ async def main():
 asyncio.run(main())
 """
 ASKED = {"model": "m", "messages": [{"role": "user", "content": "?"}], "stream": True}
-WAIT_S = 60
 
 
 def run(state):
@@ -79,20 +76,13 @@ def server(state):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         assert "starting vLLM" in process.stdout.readline()
-        own = psutil.Process(process.pid)
-        until(lambda: len(own.children(recursive=True)) == 2)
+        until(lambda: len(family_of(process.pid)) == 3)
+        own, *below = family_of(process.pid)
         (listener,) = own.net_connections("tcp")
-        yield process, f"http://127.0.0.1:{listener.laddr.port}", own.children(recursive=True)
+        yield process, f"http://127.0.0.1:{listener.laddr.port}", below
     finally:
         process.kill()
         process.communicate()
-
-
-def until(condition):
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_before_the_engine_is_ready_clients_are_told_so_and_a_signal_ends_it_all(tmp_path):
