@@ -42,6 +42,7 @@ from tests.serving.served import (
     QUESTION,
     ask,
     client,
+    engine_figures,
     engine_of,
     engine_socket,
     leave,
@@ -155,20 +156,13 @@ def test_a_client_that_leaves_ends_the_request_and_pays_for_what_was_made(server
     asked = {"completions": {"prompt": LONG}, "responses": {"input": "Who are you?"}}
     body |= asked.get(endpoint, {"messages": QUESTION})
     path = {"chat": "/chat/completions", "messages": "/anthropic/v1/messages"}
-    made = leave(server, path.get(endpoint, f"/{endpoint}"), body, lambda noted: noted.output)
+    made = leave(server, path.get(endpoint, f"/{endpoint}"), body)
     entry = settled(server, made)
     assert entry.outcome == "dropped"
     assert 0 < entry.output < 15000
     assert entry.charge > 0
     # The engine tells its gauges a step after it has ended a request.
-    until(lambda: not any(under_way(server)))
-
-
-def under_way(server):
-    """The engine's gauges of requests that run or wait."""
-    with httpx.Client(transport=httpx.HTTPTransport(uds=engine_socket(server.process))) as engine:
-        lines = engine.get("http://engine/metrics").text.splitlines()
-    return [float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_")]
+    until(lambda: not any(engine_figures(server, "vllm:num_requests_")))
 
 
 @pytest.mark.parametrize(
