@@ -4,8 +4,8 @@ import time
 
 import psutil
 
-# Far longer than anything takes on a busy machine: what is not there by then hangs.
-WAIT_S = 120
+# Far longer than anything takes, a start of vLLM on a busy machine included: what is not there by then hangs.
+WAIT_S = 600
 
 
 def until(holds):
