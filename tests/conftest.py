@@ -4,8 +4,12 @@ import gc
 import os
 import signal
 
+import hypothesis
 import pytest
 import torch
+
+# The same examples each time, and no time limit: 200 ms are soon over on a busy machine.
+hypothesis.settings.load_profile("ci")
 
 # A shell that starts the tests in the background has them, and the programs that they start, ignore Ctrl-C.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

@@ -1,4 +1,4 @@
-"""Programs that start at once: forks of a process that has imported the libraries, one for each test process.
+"""Programs that start at once: forks of a process that has imported libraries, for each test process its own.
 
 A fresh interpreter takes seconds to import torch and Transformers. A fork imports fulmen itself; it has a
 number, signals, outputs and an environment of its own as well, and ends as any interpreter does.
@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from functools import cache
+from functools import cached_property
 from importlib import import_module
 
 # What takes longest to import of what conversions, training and evaluation use.
@@ -25,10 +25,30 @@ LIBRARIES = (
 )
 
 
+class ForkServer:
+    """A process that has imported libraries, in an environment with some variables more, and forks."""
+
+    def __init__(self, libraries, environment):
+        self._libraries, self._environment = libraries, environment
+
+    @cached_property
+    def connection(self):
+        """A socket to it. It ends when this process does, and with it the other end."""
+        ours, theirs = socket.socketpair()
+        chosen = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", **self._environment}
+        command = [sys.executable, "-m", __name__, str(theirs.fileno()), *self._libraries]
+        subprocess.Popen(command, env={**os.environ, **chosen}, pass_fds=[theirs.fileno()])
+        theirs.close()
+        return ours
+
+
+TORCH = ForkServer(LIBRARIES, {})
+
+
 class Forked:
     """A program that runs: `python -c CODE ARGUMENTS`, forked. `pid` is its own."""
 
-    def __init__(self, code, *arguments, environment=None, stderr=None):
+    def __init__(self, code, *arguments, environment=None, stderr=None, server=TORCH):
         self._outputs = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]  # noqa: SIM115
         self._status, theirs = socket.socketpair()
         request = {"code": code, "arguments": list(map(str, arguments)), "cwd": os.getcwd()}
@@ -36,8 +56,8 @@ class Forked:
         out, err = (file.fileno() for file in self._outputs)
         message = json.dumps(request).encode()
         descriptors = [theirs.fileno(), out, err if stderr is None else stderr]
-        socket.send_fds(_server(), [len(message).to_bytes(4)], descriptors)
-        _server().sendall(message)
+        socket.send_fds(server.connection, [len(message).to_bytes(4)], descriptors)
+        server.connection.sendall(message)
         theirs.close()
         self._lines, self.returncode = self._status.makefile("rb", 0), None
         self.pid = int(self._lines.readline())
@@ -60,17 +80,6 @@ class Forked:
         for file in self._outputs:
             file.seek(0)
         return tuple(file.read().decode() for file in self._outputs)
-
-
-@cache
-def _server():
-    """A socket to the process that forks. It ends when this one does, and with it the other end."""
-    ours, theirs = socket.socketpair()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", __name__, str(theirs.fileno())]
-    subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
-    theirs.close()
-    return ours
 
 
 def _next_program(connection):
@@ -109,7 +118,7 @@ def _tell(status, child):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for library in LIBRARIES:
+    for library in sys.argv[2:]:
         import_module(library)
     gc.freeze()
     atexit.register(gc.unfreeze)  # else libraries complain of leaks

@@ -171,11 +171,10 @@ class TestErrors:
             # Refused until the command has opened its end: from then on it is in the middle of its work.
             with suppress(OSError):
                 writer = os.open(tmp_path / "pipe", os.O_WRONLY | os.O_NONBLOCK)
-        # A signal between the opening and the blocking read would set Python's flag and wake nobody.
-        time.sleep(1)
         running.send_signal(signal.SIGINT)
-        _, said = running.communicate(timeout=60)
+        # A signal just before the read sets Python's flag and wakes nobody; the document's end does.
         os.close(writer)
+        _, said = running.communicate(timeout=60)
         assert running.returncode == 130
         assert said.strip().splitlines() == [
             f"interrupted; to go on, run the same command again: fulmen {' '.join(arguments)}"

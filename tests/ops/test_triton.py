@@ -143,7 +143,7 @@ def test_index_topk_selects_from_the_index_scores_in_chunks_of_queries_and_of_se
         interval = here(*causal(B, T, 150))
         # A low shift shuts most ReLUs: plateaus of exact zeros.
         scores = index_scores(q, k, w, b - 2, *interval)
-        for topk in (9, 146, 1000):
+        for topk in (9, 1000):
             chosen = index_topk(q, k, w, b - 2, *interval, topk)
             assert torch.equal(chosen.cpu(), select_topk_reference(scores.cpu(), *causal(B, T, 150), topk))
 
@@ -160,8 +160,8 @@ def test_index_topk_holds_no_more_scores_than_it_may():
                 self.numbers = max(self.numbers, result.numel())
             return result
 
-    inputs = index_inputs(1, 40, 150, (2, 1, 4))
-    interval = here(*causal(1, 40, 150))
+    inputs = index_inputs(1, 14, 150, (2, 1, 4))
+    interval = here(*causal(1, 14, 150))
     with Largest() as largest:
         index_topk(*inputs, *interval, 9)
     assert largest.numbers <= 900
@@ -185,7 +185,7 @@ def deterministic(by_key):
 )
 def test_attention_matches_the_reference_forward_and_backward(heads, dtype):
     tolerance = torch.bfloat16 if dtype == torch.float16 else dtype
-    for sizes in [(2, 5, 20, 12), (1, 1, 75, 70)]:  # one part; three
+    for sizes, orders in [((2, 4, 20, 12), (False, True)), ((1, 1, 75, 70), (False,))]:  # one part; three
         qkv, (topk,) = attention_inputs(*sizes[:3], heads, dtype), here(random_selection(*sizes))
         expected = sparse_attention_reference(*qkv, topk, 0.3)
         out, lse = sparse_attention(*qkv, topk, 0.3)
@@ -194,7 +194,7 @@ def test_attention_matches_the_reference_forward_and_backward(heads, dtype):
         assert_near(out, expected.out_BTHV, tolerance)
         assert_near(lse, expected.lse_BTH, tolerance)
         wanted = gradients((expected.out_BTHV, expected.lse_BTH), qkv)
-        for by_key in (False, True):
+        for by_key in orders:
             with deterministic(by_key):
                 found = gradients((out, lse), qkv)
             for gradient, want in zip(found, wanted, strict=True):
@@ -236,9 +236,9 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch_prefilled_or_decoded(
 
 
 def test_poison_stays_with_the_queries_that_select_it():
-    clean = attention_inputs(1, 6, 40, HEADS[0])
-    # The first 3 queries select among the first 20 keys, the others among the rest; query 0 key 3 alone.
-    topk = torch.arange(7).expand(1, 6, 7) + torch.tensor([2, 2, 9, 20, 26, 33])[:, None]
+    clean = attention_inputs(1, 6, 20, (2, 1, 8, 8))
+    # The first 3 queries select among the first 10 keys, the others among the rest; query 0 key 3 alone.
+    topk = torch.arange(7).expand(1, 6, 7) + torch.tensor([2, 2, 5, 10, 12, 15])[:, None]
     topk[..., -2:] = -1
     topk[:, 0] = torch.tensor([-1, 3, -1, -1, -1, -1, -1])
     (topk,) = here(topk)
@@ -249,7 +249,7 @@ def test_poison_stays_with_the_queries_that_select_it():
         bad_out, found = out_and_gradients([x.requires_grad_() for x in bad], topk)
         assert bad_out[:, 0].isnan().all()
         assert torch.equal(bad_out[:, 3:], out[:, 3:])
-        for bad_gradient, want, first in zip(found, wanted, 2 * (3, 20, 20), strict=True):
+        for bad_gradient, want, first in zip(found, wanted, 2 * (3, 10, 10), strict=True):
             assert torch.equal(bad_gradient[:, first:], want[:, first:])
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.processes import family_of
+
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
@@ -25,20 +27,11 @@ def pytest_runtest_makereport(item, call):
     server = item.funcargs.get("server")
     if report.failed and hasattr(server, "process"):
         report.sections.append(
-            ("the server's processes", "\n".join(map(state_of, family_of(server.process))))
+            ("the server's processes", "\n".join(map(state_of, family_of(server.process.pid))))
         )
         log = server.state / "engine.log"
         words = log.read_text(errors="replace")[-3000:] if log.exists() else "it left no log"
         report.sections.append(("the engine's last words", words))
-
-
-def family_of(process):
-    """The process and all below it."""
-    try:
-        first = psutil.Process(process.pid)
-        return [first, *first.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
 
 
 def state_of(process):

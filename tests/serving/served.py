@@ -1,19 +1,19 @@
 """`fulmen serve` with a tiny random model and the real tokenizer, as a process of its own."""
 
+import http.client
+import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
 import openai
-import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -21,6 +21,7 @@ import fulmen
 from fulmen.modeling.checkpoint import find_source, load_tokenizer
 from fulmen.serving.billing.accounts import Accounts
 from fulmen.serving.billing.store import open_billing
+from tests.processes import WAIT_S, command_of, family_of, until
 
 ALICE, BOB, EVE = (f"sk-{name}-0123456789abcdef" for name in ("alice", "bob", "eve"))
 # SmolLM2's tokens, and room for those to fill in the middle, which it lacks.
@@ -28,7 +29,6 @@ VOCABULARY = 49280
 FIM = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
 DEPOSIT = Decimal(5)
 QUESTION = [{"role": "user", "content": "Who are you?"}]
-WAIT_S = 60
 # So long that no answer ends before a test has left, refused or killed: about 1 ms a token.
 CONTEXT = 16384
 
@@ -115,16 +115,8 @@ def serving(model, state):
 
 def engine_of(process):
     """The first process of the engine behind a server, below the one that keeps it."""
-    below = psutil.Process(process.pid).children(recursive=True)
-    return next(one for one in below if command_of(one)[1:3] == ["-m", "vllm.entrypoints.openai.api_server"])
-
-
-def command_of(process):
-    """Its words; none of a process that has ended, collected or not."""
-    try:
-        return process.cmdline()
-    except psutil.NoSuchProcess:
-        return []
+    words = ["-m", "vllm.entrypoints.openai.api_server"]
+    return next(one for one in family_of(process.pid) if command_of(one)[1:3] == words)
 
 
 def engine_socket(process):
@@ -149,19 +141,29 @@ def row(server, request_id):
 
 
 def settled(server, request_id):
-    deadline = time.monotonic() + WAIT_S
-    while (found := row(server, request_id)).state != "settled":
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return found
+    until(lambda: row(server, request_id).state == "settled")
+    return row(server, request_id)
 
 
-def leave(url, body, events):
-    """Ask, and leave after so many events; after some of the work if there are none."""
-    with httpx.Client(timeout=WAIT_S, headers={"authorization": f"Bearer {ALICE}"}) as http:
-        try:
-            with http.stream("POST", url, json=body, timeout=None if events else 1.0) as answer:
-                for _, _ in zip(range(events), answer.iter_lines(), strict=False):
-                    pass
-        except httpx.ReadTimeout:
-            assert not events
+def leave(server, path, body):
+    """Ask, and leave when the engine has made a token; returns the request's id in the ledger."""
+    before, tokens = {entry.request_id for entry in server.ledger.rows()}, tokens_made(server)
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=WAIT_S)
+    headers = {"authorization": f"Bearer {ALICE}", "content-type": "application/json"}
+    connection.request("POST", path, json.dumps(body), headers)
+    with closing(connection):
+        until(lambda: tokens_made(server) > tokens)
+        (made,) = until(lambda: {entry.request_id for entry in server.ledger.rows()} - before)
+    return made
+
+
+def tokens_made(server):
+    """How many the engine counts."""
+    return sum(engine_figures(server, "vllm:generation_tokens_total"))
+
+
+def engine_figures(server, name):
+    """The engine's figures of names that begin so."""
+    with httpx.Client(transport=httpx.HTTPTransport(uds=engine_socket(server.process))) as engine:
+        lines = engine.get("http://engine/metrics").text.splitlines()
+    return [float(line.split()[-1]) for line in lines if line.startswith(name)]

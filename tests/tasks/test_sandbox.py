@@ -3,14 +3,15 @@
 import os
 import subprocess
 import sys
-import time
 
+import psutil
 import pytest
 
 from fulmen.errors import ConfigError, FulmenError, SandboxError
 from fulmen.tasks import named
 from fulmen.tasks.base import HELD_OUT, Score
 from fulmen.tasks.sandbox import SandboxLimits, require_isolation, run_calls
+from tests.processes import command_of, runs, until
 
 LIMITS = SandboxLimits(seconds=2.0)
 
@@ -78,18 +79,9 @@ def test_nothing_is_left_of_what_hides(tmp_path):
     source = "import ctypes, os, time\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\n"
     source += "try: os.setsid()\nexcept OSError: pass\ntime.sleep(777)"
     assert "more than 2 s" in run(source).reason
-    deadline = time.monotonic() + 10
-    while (left := processes_named("sandbox_guest")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not left
-
-
-def processes_named(word):
-    return [
-        line
-        for line in subprocess.check_output(["ps", "-eo", "args"], text=True).splitlines()
-        if word in line
-    ]
+    # Those of other tests are among them, and end too.
+    left = [one for one in psutil.process_iter() if any("sandbox_guest" in word for word in command_of(one))]
+    until(lambda: not any(map(runs, left)))
 
 
 def test_it_is_nobody_alone_with_nothing():

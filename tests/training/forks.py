@@ -17,6 +17,8 @@ from {module} import {function}
 if torch.distributed.is_initialized():
     torch.distributed.destroy_process_group()
 """
+# Ports that were found free: nobody else is given one as long as it is bound, and a rank may listen there.
+HELD: list[socket.socket] = []
 LAUNCH = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
@@ -44,9 +46,11 @@ def launchers_environment(*options: str) -> dict[str, str]:
 
 def two_ranks() -> list[dict[str, str]]:
     """What any launcher tells each of two processes. `fulmen train` is tested with a real one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    free = socket.socket()
+    free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    free.bind(("127.0.0.1", 0))
+    HELD.append(free)
+    port = free.getsockname()[1]
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
 

@@ -248,7 +248,7 @@ def test_pdf_pages_have_their_numbers():
         TextReader().read("a.pdf", file.getvalue()[:200])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from(["word ", "\n", "\n\n", "x" * 700, "é" * 1300]), max_size=40))
 def test_passages_are_the_text_with_true_spans(pieces):
     text = "".join(pieces)

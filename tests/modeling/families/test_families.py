@@ -1,7 +1,5 @@
 """Families: who is known, what may be converted, what the errors say."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +28,7 @@ from fulmen.modeling.gqa.family import GqaFamily
 from fulmen.modeling.gqa.model import require_dsa
 from fulmen.modeling.missing_family import entry_keywords
 from fulmen.ops.common.rope import apply_rope
+from tests.fork_server import Forked
 from tests.modeling.gqa.tiny_gqa import (
     CONFIGS,
     SHAPE,
@@ -169,8 +168,8 @@ from fulmen.modeling.families import family_for_type
 family_for_type("qwen3_moe")
 print(*sorted(name for name in sys.modules if name.startswith("fulmen.modeling.families.")))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["fulmen.modeling.families.qwen3_moe"]
+    printed, said = Forked(code).communicate()
+    assert printed.split() == ["fulmen.modeling.families.qwen3_moe"], said
 
 
 def test_a_model_of_images_in_memory_is_to_be_saved_first():

@@ -27,7 +27,7 @@ def select_by_backends(scores, start, stop, topk):
     return select_topk(scores, start, stop, topk), expected
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(SCORES, min_size=1, max_size=12), st.integers(-2, 13), st.integers(-2, 14), st.integers(1, 14)
 )

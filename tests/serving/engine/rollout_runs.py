@@ -1,6 +1,6 @@
-"""A rollout engine in a process that trains: a process of its own for the tests.
+"""A rollout engine in a process that trains: in a process of its own.
 
-`python rollout_runs.py PLAN RESULT`: PLAN is a JSON list of runs with `model` (a directory), `new` (where the
+`run_files(PLAN, RESULT)`: PLAN is a JSON file, a list of runs with `model` (a directory), `new` (where the
 trained model goes), `dtype` (of the engine), `prompts` and `sampling`. RESULT holds what each run found.
 """
 
@@ -8,7 +8,6 @@ import gc
 import json
 import os
 import random
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from fulmen.errors import FulmenError
 from fulmen.modeling.rollouts import Sampling
 from fulmen.pipeline.rollout_gap import logprob_gap, selection_gap
 from fulmen.serving.engine.rollouts import VllmRollouts
+from tests.serving.vllm_process import inspect_here
 
 # Looking through all that vLLM imports takes half a second, and it does so nine times an engine.
 COLLECT = gc.collect
@@ -107,11 +107,11 @@ def run_engine(run):
     return result
 
 
-if __name__ == "__main__":
+def run_files(plan, result):
     gc.collect = lambda *generation: 0
-    plan, result = map(Path, sys.argv[1:])
     found = []
-    for run in json.loads(plan.read_text()):
+    for run in json.loads(Path(plan).read_text()):
         found.append(run_engine(run))
         COLLECT()
-    result.write_text(json.dumps(found))
+        inspect_here()  # the first engine imports vLLM, as it does in a program that trains
+    Path(result).write_text(json.dumps(found))

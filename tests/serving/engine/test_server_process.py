@@ -1,9 +1,8 @@
 """The server as a process, from its first moment to its end by signals; the engine is a small program."""
 
+import os
 import signal
-import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,13 +13,13 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra serve: pip install 'fulmen[serve]'")
 
 import httpx
-import psutil
 from transformers import LlamaConfig
 
 from fulmen.serving.billing.store import open_billing
 from fulmen.serving.engine.served_model import ServedModel
 from fulmen.serving.server import serve
-from tests.processes import runs
+from tests.fork_server import Forked
+from tests.processes import WAIT_S, family_of, runs, until
 
 # Answers /health when a file is there, and anything else by a stream without end.
 ENGINE = """
@@ -47,7 +46,6 @@ async def main():
 asyncio.run(main())
 """
 ASKED = {"model": "m", "messages": [{"role": "user", "content": "?"}], "stream": True}
-WAIT_S = 60
 
 
 def run(state):
@@ -67,61 +65,57 @@ def run(state):
         yield
         (state / "stage").write_text(f"{title}: ended")
 
-    say = partial(print, flush=True)
+    say = partial(print, file=sys.stderr, flush=True)
     return serve(settings, open_billing(state), state, "127.0.0.1", 0, say, stage)
 
 
 @contextmanager
 def server(state):
-    """Its process, its address, and all processes that belong to it."""
-    code = f"import pathlib, sys; sys.path[:0] = {sys.path!r}; from {__name__} import run"
-    command = [sys.executable, "-c", f"{code}; sys.exit(run(pathlib.Path({str(state)!r})))"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        assert "starting vLLM" in process.stdout.readline()
-        own = psutil.Process(process.pid)
-        until(lambda: len(own.children(recursive=True)) == 2)
-        (listener,) = own.net_connections("tcp")
-        yield process, f"http://127.0.0.1:{listener.laddr.port}", own.children(recursive=True)
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def until(condition):
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    """Its process, what it says, its address, and all processes that belong to it."""
+    code = f"import pathlib, sys; from {__name__} import run; sys.exit(run(pathlib.Path(sys.argv[1])))"
+    readable, writable = os.pipe()
+    process = Forked(code, state, stderr=writable)
+    os.close(writable)
+    with open(readable) as said:
+        try:
+            assert "starting vLLM" in said.readline()
+            until(lambda: len(family_of(process.pid)) == 3)
+            own, *below = family_of(process.pid)
+            (listener,) = own.net_connections("tcp")
+            yield process, said, f"http://127.0.0.1:{listener.laddr.port}", below
+        finally:
+            if process.returncode is None:
+                os.kill(process.pid, signal.SIGKILL)
+                process.wait(WAIT_S)
 
 
 def test_before_the_engine_is_ready_clients_are_told_so_and_a_signal_ends_it_all(tmp_path):
-    with server(tmp_path) as (process, url, family):
+    with server(tmp_path) as (process, said, url, family):
         for answer in (httpx.post(f"{url}/chat/completions", json=ASKED), httpx.get(f"{url}/health")):
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
             assert answer.json()["error"]["message"].startswith("the engine is starting")
         assert (tmp_path / "stage").read_text() == "Start vLLM: begun"
-        process.send_signal(signal.SIGTERM)
-        rest, _ = process.communicate(timeout=WAIT_S)
-        assert (process.returncode, rest) == (128 + signal.SIGTERM, "stopped before it was ready\n")
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(WAIT_S) == 128 + signal.SIGTERM
+        assert said.read() == "stopped before it was ready\n"
         assert not any(map(runs, family))
 
 
 def test_a_second_signal_ends_open_requests_and_charges_for_what_they_got(tmp_path):
     (tmp_path / "is-ready").touch()
-    with server(tmp_path) as (process, url, family):
-        assert "ready at" in process.stdout.readline()
+    with server(tmp_path) as (process, said, url, family):
+        assert "ready at" in said.readline()
         assert (tmp_path / "stage").read_text() == "Start vLLM: ended"
         with httpx.stream("POST", f"{url}/chat/completions", json=ASKED, timeout=WAIT_S) as answer:
             lines = answer.iter_lines()
             assert next(lines).startswith("data: ")
-            process.send_signal(signal.SIGINT)
-            assert "waiting for 1 open requests" in process.stdout.readline()
+            os.kill(process.pid, signal.SIGINT)
+            assert "waiting for 1 open requests" in said.readline()
             assert next(line for line in lines if line).startswith("data: ")
-            process.send_signal(signal.SIGINT)
+            os.kill(process.pid, signal.SIGINT)
             assert '"error"' in [line for line in lines if line][-1]
-        rest, _ = process.communicate(timeout=WAIT_S)
-        assert (process.returncode, rest) == (128 + signal.SIGINT, "stopped\n")
+        assert process.wait(WAIT_S) == 128 + signal.SIGINT
+        assert said.read() == "stopped\n"
         assert not any(map(runs, family))
     (entry,) = open_billing(tmp_path).ledger.rows()
     assert (entry.state, entry.outcome, entry.output) == ("settled", "engine lost", 1)

@@ -14,7 +14,8 @@ import openai
 from jsonschema_rs import Draft202012Validator
 from tokenizers import Tokenizer
 
-from tests.serving.served import ALICE, BOB, QUESTION, WAIT_S, ask
+from tests.processes import WAIT_S
+from tests.serving.served import ALICE, BOB, QUESTION, ask
 
 UNIT = {"enum": ["celsius", "kelvin"]}
 WEATHER = {

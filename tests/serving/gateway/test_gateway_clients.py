@@ -13,7 +13,8 @@ import httpx
 import openai
 
 from fulmen.serving.billing.prices import DEFAULT_PRICES, Tokens
-from tests.serving.served import ALICE, EVE, QUESTION, WAIT_S, ask, client, row, settled
+from tests.processes import WAIT_S
+from tests.serving.served import ALICE, EVE, QUESTION, ask, client, row, settled
 
 LONG = "The harbour master writes down nineteen sails. " * 40
 YES = {"type": "json_schema", "name": "word", "schema": {"enum": ["yes"]}}

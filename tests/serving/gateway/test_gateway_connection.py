@@ -4,7 +4,7 @@ import json
 import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -15,16 +15,28 @@ import uvicorn
 from fulmen.serving.billing.accounts import Accounts
 from fulmen.serving.gateway.admission.auth import AuthMiddleware, Keys
 from fulmen.serving.gateway.admission.connection import Connection
+from tests.processes import WAIT_S, until
 
 KEY = "sk-0123456789abcdef"
-WAIT_S = 20
 GET = b"GET /page HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
-class Hurried(Connection):
-    """With times and numbers that a test can wait for."""
+class Patient(Connection):
+    """No time ends before a test has read its answer, however busy the machine is."""
 
-    HEAD_S, WRITE_S, LINGER_S, MOST_CONNECTIONS = 0.3, 0.3, 0.1, 4
+    HEAD_S = WRITE_S = LINGER_S = float(WAIT_S)
+
+
+class Crowded(Patient):
+    """With few connections."""
+
+    MOST_CONNECTIONS = 4
+
+
+class Hurried(Connection):
+    """With times that a test can wait for."""
+
+    HEAD_S, WRITE_S, LINGER_S = 0.3, 0.3, 0.1
 
 
 LEFT = []
@@ -47,7 +59,7 @@ async def application(scope, receive, send):
 
 
 @contextmanager
-def running(keys, protocol=Connection):
+def running(keys, protocol=Patient):
     """The port of a server in a thread."""
     config = uvicorn.Config(
         AuthMiddleware(application, keys, most=1000),
@@ -60,8 +72,7 @@ def running(keys, protocol=Connection):
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
-    while not server.started:
-        time.sleep(0.005)
+    until(lambda: server.started)
     try:
         yield server.servers[0].sockets[0].getsockname()[1]
     finally:
@@ -170,10 +181,7 @@ def test_a_request_learns_that_its_client_is_gone_whatever_came_behind_it(port, 
     with socket.create_connection(("127.0.0.1", port), timeout=WAIT_S) as client:
         client.sendall(GET.replace(b"/page", path.encode()) + behind)
         time.sleep(0.1)
-    deadline = time.monotonic() + WAIT_S
-    while path not in LEFT:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: path in LEFT)
 
 
 @pytest.mark.parametrize(
@@ -249,34 +257,29 @@ def test_a_head_that_does_not_end_is_ended(hurried, first):
 def test_drops_do_not_keep_a_connection(hurried, first, drop):
     with socket.create_connection(("127.0.0.1", hurried), timeout=WAIT_S) as client:
         client.sendall(first)
-        deadline = time.monotonic() + WAIT_S
-        while time.monotonic() < deadline:
-            time.sleep(0.05)
-            try:
-                client.sendall(drop)
-            except OSError:
-                return
-    raise AssertionError("the connection was kept")
+        until(lambda: is_refused(client, drop))
+
+
+def is_refused(client, drop):
+    """Whether a connection that has ended says so to another drop."""
+    try:
+        client.send(drop)
+    except OSError:
+        return True
+    return False
 
 
 def test_a_client_that_takes_nothing_loses_its_answer(hurried):
     with socket.create_connection(("127.0.0.1", hurried), timeout=WAIT_S) as client:
         client.sendall(GET.replace(b"/page", b"/flood"))
-        deadline = time.monotonic() + WAIT_S
-        while time.monotonic() < deadline:
-            time.sleep(0.05)
-            try:
-                client.send(b"\r\n")
-            except OSError:
-                return
-    raise AssertionError("the connection outlived its client's silence")
+        until(lambda: is_refused(client, b"\r\n"))
 
 
-def test_idle_connections_make_room_for_new_ones(hurried):
-    held = [socket.create_connection(("127.0.0.1", hurried), timeout=WAIT_S) for _ in range(40)]
-    assert status_of(talk(hurried, GET)) == 200
-    for one in held:
-        one.close()
+def test_idle_connections_make_room_for_new_ones(tmp_path):
+    with running(Keys(Accounts(tmp_path)), Crowded) as port, ExitStack() as held:
+        for _ in range(40):
+            held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=WAIT_S))
+        assert status_of(talk(port, GET)) == 200
 
 
 @pytest.mark.parametrize(

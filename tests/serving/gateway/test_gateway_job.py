@@ -22,8 +22,8 @@ from fulmen.serving.gateway.errors import ApiError
 from fulmen.serving.gateway.gateway import Gateway
 from fulmen.serving.gateway.jobs.engine_job import EngineJob, EngineRequest
 from fulmen.serving.gateway.jobs.streaming_reply import StreamingReply
+from tests.processes import WAIT_S
 
-WAIT_S = 30
 ALICE = Account("alice", None, "salt")
 USAGE = {"prompt_tokens": 500_000, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 0}}
 CHUNKS = (
@@ -114,15 +114,18 @@ def test_an_account_without_money_reaches_the_engine_no_more(gateway):
 
 
 class FailingEngine(httpx.AsyncBaseTransport):
-    """Fails after a while."""
+    """Fails when there has been a sign of life."""
+
+    def __init__(self):
+        self.may_fail = asyncio.Event()
 
     async def handle_async_request(self, request):
-        await asyncio.sleep(0.2)
+        await self.may_fail.wait()
         return httpx.Response(500, json={"error": {"message": "no", "code": 500}})
 
 
-async def sent_by(gateway, body):
-    """What the server is told to send for a request whose client waits."""
+async def sent_by(gateway, body, when_sent=lambda: None):
+    """What the server is told to send for a request whose client waits; calls a function each time."""
     sent, gone = [], asyncio.Event()
 
     async def receive():
@@ -130,6 +133,7 @@ async def sent_by(gateway, body):
 
     async def send(message):
         sent.append(message)
+        when_sent()
 
     call = EngineRequest("/v1/chat/completions", body, ALICE, OpenAiDialect(False))
     scope = {"type": "http", "path": "/chat/completions"}
@@ -139,8 +143,9 @@ async def sent_by(gateway, body):
 
 @pytest.mark.parametrize("streams", [True, False], ids=["stream", "plain"])
 def test_an_error_after_signs_of_life_is_an_event_or_breaks_the_answer_off(gateway, streams):
-    gateway.client, gateway.keep_alive_s = httpx.AsyncClient(transport=FailingEngine()), 0.02
-    start, *pieces = asyncio.run(sent_by(gateway, {"stream": streams}))
+    engine = FailingEngine()
+    gateway.client, gateway.keep_alive_s = httpx.AsyncClient(transport=engine), 0.02
+    start, *pieces = asyncio.run(sent_by(gateway, {"stream": streams}, engine.may_fail.set))
     said = b"".join(piece["body"] for piece in pieces)
     assert start["status"] == 200
     assert (b'"error"' in said) == streams

@@ -5,7 +5,6 @@ import os
 import random
 import re
 import stat
-import time
 from collections import Counter
 from decimal import Decimal
 from importlib.util import find_spec
@@ -36,14 +35,14 @@ from fulmen.serving.engine.served_model import served_model
 from fulmen.serving.gateway.app import create_app
 from fulmen.serving.gateway.gateway import Gateway
 from fulmen.serving.page import FILES
-from tests.processes import runs
+from tests.processes import WAIT_S, family_of, runs, until
 from tests.serving.served import (
     ALICE,
     BOB,
     QUESTION,
-    WAIT_S,
     ask,
     client,
+    engine_figures,
     engine_of,
     engine_socket,
     leave,
@@ -56,8 +55,6 @@ LONG = "The lighthouse keeper counts forty-two ships. " * 40
 # Requests made up for each operation; FUZZED=500 looks longer.
 FUZZING = settings(
     max_examples=int(os.environ.get("FUZZED", "15")),
-    deadline=None,
-    derandomize=True,
     suppress_health_check=list(HealthCheck),
 )
 
@@ -142,42 +139,30 @@ def test_one_request_more_than_the_key_may_have_gets_429(server):
         next(iter(stream))
         with pytest.raises(openai.RateLimitError):
             ask(server, key=server.one)
-    deadline = time.monotonic() + WAIT_S
-    while True:
-        try:
-            assert ask(server, key=server.one).usage
-            return
-        except openai.RateLimitError:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+    until(lambda: is_answered(server, server.one))
+
+
+def is_answered(server, key):
+    try:
+        return ask(server, key=key).usage
+    except openai.RateLimitError:
+        return None
 
 
 @pytest.mark.parametrize("endpoint", ["chat", "completions", "messages", "responses"])
 @pytest.mark.parametrize("streams", [True, False], ids=["stream", "plain"])
 def test_a_client_that_leaves_ends_the_request_and_pays_for_what_was_made(server, endpoint, streams):
-    before = {entry.request_id for entry in server.ledger.rows()}
     body = {"model": "tiny", "max_tokens": 15000, "stream": streams, "ignore_eos": True}
     asked = {"completions": {"prompt": LONG}, "responses": {"input": "Who are you?"}}
     body |= asked.get(endpoint, {"messages": QUESTION})
     path = {"chat": "/chat/completions", "messages": "/anthropic/v1/messages"}
-    leave(server.url + path.get(endpoint, f"/{endpoint}"), body, 20 if streams else 0)
-    (made,) = {entry.request_id for entry in server.ledger.rows()} - before
+    made = leave(server, path.get(endpoint, f"/{endpoint}"), body)
     entry = settled(server, made)
     assert entry.outcome == "dropped"
     assert 0 < entry.output < 15000
     assert entry.charge > 0
-    deadline = time.monotonic() + WAIT_S
     # The engine tells its gauges a step after it has ended a request.
-    while any(under_way(server)):
-        assert time.monotonic() < deadline, "the engine goes on"
-        time.sleep(0.05)
-
-
-def under_way(server):
-    """The engine's gauges of requests that run or wait."""
-    with httpx.Client(transport=httpx.HTTPTransport(uds=engine_socket(server.process))) as engine:
-        lines = engine.get("http://engine/metrics").text.splitlines()
-    return [float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_")]
+    until(lambda: not any(engine_figures(server, "vllm:num_requests_")))
 
 
 @pytest.mark.parametrize(
@@ -295,7 +280,7 @@ def test_no_odd_request_makes_the_server_fail_or_answer_without_a_reason(server)
 
 @pytest.fixture
 def impatient(server, tmp_path):
-    """A second gateway in this process, before the same engine, that keeps alive every 20 ms."""
+    """A second gateway in this process, before the same engine, that keeps alive every 2 ms."""
     settings = SimpleNamespace(key=engine_of(server.process).environ()["VLLM_API_KEY"], context=16384)
     socket = engine_socket(server.process)
     engine = SimpleNamespace(
@@ -306,7 +291,7 @@ def impatient(server, tmp_path):
         transport=lambda limits: httpx.AsyncHTTPTransport(uds=socket, limits=limits),
     )
     model = served_model(server.model, read_config(server.model)[1])
-    gateway = Gateway(model, engine, open_billing(tmp_path / "other"), keep_alive_s=0.02)
+    gateway = Gateway(model, engine, open_billing(tmp_path / "other"), keep_alive_s=0.002)
     return gateway, create_app(gateway)
 
 
@@ -341,13 +326,13 @@ def test_a_waiting_client_gets_signs_of_life_and_then_its_answer(impatient, stre
 
 def test_nobody_reaches_the_engine_but_by_the_gateway(server):
     """Its sockets are in a private folder; torch's process groups, which answer nothing, are on loopback."""
-    gateway = psutil.Process(server.process.pid)
+    gateway, *below = family_of(server.process.pid)
     places = [at.laddr for at in gateway.net_connections("tcp") if at.status == psutil.CONN_LISTEN]
     assert [at.port for at in places] == [int(server.url.rpartition(":")[2])]
     folder = Path(engine_socket(server.process)).parent
     assert (folder.stat().st_uid, stat.S_IMODE(folder.stat().st_mode)) == (os.getuid(), 0o700)
     listening = set()
-    for process in gateway.children(recursive=True):
+    for process in below:
         names = {at.laddr for at in process.net_connections("unix") if at.laddr}
         assert {Path(name).parent for name in names} <= {folder}
         connections = process.net_connections("tcp")
@@ -365,8 +350,7 @@ def test_nobody_reaches_the_engine_but_by_the_gateway(server):
 
 
 def test_the_engine_does_not_stand_back_on_a_busy_machine(server):
-    gateway = psutil.Process(server.process.pid)
-    assert {process.nice() for process in gateway.children(recursive=True)} == {gateway.nice()}
+    assert len({process.nice() for process in family_of(server.process.pid)}) == 1
 
 
 @pytest.mark.parametrize("path", ["invocations", "tokenize", "scale_elastic_ep", "v1/models/../../docs"])
@@ -380,8 +364,8 @@ def test_the_engine_asks_for_large_pages(server):
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not setting.is_file() or "[madvise]" not in setting.read_text():
         pytest.skip("Linux gives large pages here to whoever takes memory, or to nobody")
-    engine, asked_kib = engine_of(server.process), 0
-    for process in (engine, *engine.children(recursive=True)):
+    asked_kib = 0
+    for process in family_of(engine_of(server.process).pid):
         maps = Path(f"/proc/{process.pid}/smaps").read_text()
         sizes = map(int, re.findall(r"^Size: +(\d+) kB$", maps, re.MULTILINE))
         flags = re.findall(r"^VmFlags: (.*)$", maps, re.MULTILINE)
@@ -391,7 +375,7 @@ def test_the_engine_asks_for_large_pages(server):
 
 def test_a_killed_gateway_takes_its_engine_along_and_its_next_start_charges_once(server):
     process, spent = server.process, server.ledger.balance("alice")
-    engine = [engine_of(process), *engine_of(process).children(recursive=True)]
+    engine = family_of(engine_of(process).pid)
     before = {entry.request_id for entry in server.ledger.rows()}
     # Log probabilities tell tokens: a chunk has several where the engine is ahead of who reads it.
     options = {"max_tokens": 15000, "logprobs": True, "extra_body": {"ignore_eos": True}}
@@ -404,10 +388,7 @@ def test_a_killed_gateway_takes_its_engine_along_and_its_next_start_charges_once
     with pytest.raises((openai.APIError, httpx.HTTPError)):
         seen.extend(stream)
     process.communicate()
-    deadline = time.monotonic() + WAIT_S
-    while any(map(runs, engine)):
-        assert time.monotonic() < deadline, "the engine outlived its gateway"
-        time.sleep(0.1)
+    until(lambda: not any(map(runs, engine)))
     server.process, server.lines = start(server.model, server.state)
     server.url = server.lines[-1].split()[-1]
     assert "1 requests that the last run left open were charged" in "".join(server.lines)
@@ -435,17 +416,14 @@ def test_a_lost_engine_costs_what_was_delivered_is_said_and_comes_back(server):
     assert entry.outcome == "engine lost"
     assert entry.output > 0
     # Its connections end a moment before the process does.
-    wait_for_health(server, 503)
+    until(lambda: health(server) == 503)
     with pytest.raises(openai.APIStatusError) as caught:
         ask(server)
     assert caught.value.status_code == 503
     assert caught.value.response.headers["retry-after"]
-    wait_for_health(server, 200)
+    until(lambda: health(server) == 200)
     assert ask(server).usage
 
 
-def wait_for_health(server, code):
-    deadline = time.monotonic() + 2 * WAIT_S
-    while httpx.get(f"{server.url}/health").status_code != code:
-        assert time.monotonic() < deadline, f"/health did not become {code}"
-        time.sleep(0.1)
+def health(server):
+    return httpx.get(f"{server.url}/health").status_code

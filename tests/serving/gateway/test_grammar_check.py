@@ -45,9 +45,10 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def live(model):
-    """Runs a coroutine with the one check of these tests: its process takes seconds to start."""
+    """Runs a coroutine with the one check of these tests: its process takes seconds to start, or a minute."""
     check = GrammarCheck(model, compile_s=1.0)
-    with asyncio.Runner() as runner:
+    with asyncio.Runner() as runner, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fulmen.serving.gateway.schemas.grammar_check.PATIENCE_S", WAIT_S)
         yield lambda work: runner.run(asyncio.wait_for(work(check), WAIT_S))
         runner.run(check.close())
 

@@ -183,6 +183,7 @@ def test_the_config_or_the_caller_chooses_the_encoding(tmp_path):
 @pytest.mark.skipif("FULMEN_SLOW_TESTS" not in os.environ, reason="a minute; FULMEN_SLOW_TESTS=1 runs it")
 @pytest.mark.skipif(not find_spec("vllm"), reason="needs the extra serve-cpu")
 def test_the_engine_counts_the_encodings_tokens_and_keeps_to_its_calls(tmp_path):
+    from tests.processes import WAIT_S
     from tests.serving import served
 
     model = served.save_model(tmp_path / "tiny")
@@ -202,4 +203,4 @@ def test_the_engine_counts_the_encodings_tokens_and_keeps_to_its_calls(tmp_path)
                 assert call.function.name == "weather"
         finally:
             process.send_signal(signal.SIGINT)
-            process.communicate(timeout=served.WAIT_S)
+            process.communicate(timeout=WAIT_S)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -40,6 +41,6 @@ def test_it_ends_with_its_parent_where_it_should(monkeypatch, kept):
             with pytest.raises(psutil.TimeoutExpired):
                 child.wait(0.5)
     finally:
-        if child.is_running():
+        with suppress(psutil.NoSuchProcess):
             child.kill()
         parent.stdout.close()

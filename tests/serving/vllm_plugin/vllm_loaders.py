@@ -1,25 +1,17 @@
-"""Builds vLLM's own classes of deepseek_v32 on "meta" and loads checkpoints into them: a process of its own.
+"""Builds vLLM's own classes of deepseek_v32 on "meta" and loads checkpoints into them, in an own process.
 
-`python vllm_loaders.py DIR...` prints, for each folder and class, what `load` returns. The classes are those
+`print_all(folders)` prints, for each folder and class, what `load` returns. The classes are those
 that vLLM takes on GPUs of NVIDIA and AMD, and its general one. Replaced, as there is no GPU: the platform's
 choice of a backend for sparse MLA, which on a CPU is an error, and the release of an accelerator's memory.
 """
 
 import importlib
 import json
-import os
-import sys
 from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-SETTINGS = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
 SPARSE_BACKEND = "vllm.v1.attention.backends.mla.flashmla_sparse.FlashMLASparseBackend"
 MODULES = {
     "nvidia": "vllm.models.deepseek_v32.nvidia.model",
@@ -96,7 +88,6 @@ def as_with_a_gpu():
     init_workspace_manager(torch.device("meta"))
 
 
-if __name__ == "__main__":
-    os.environ.update({**SETTINGS, **os.environ})
+def print_all(folders):
     as_with_a_gpu()
-    print(json.dumps([load_all(Path(folder)) for folder in sys.argv[1:]]))
+    print(json.dumps([load_all(Path(folder)) for folder in folders]))

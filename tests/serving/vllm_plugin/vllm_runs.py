@@ -1,6 +1,6 @@
-"""Runs engines of vLLM one after the other and writes what they answered: a process of its own for the tests.
+"""Runs engines of vLLM one after the other and writes what they answered: in a process of its own.
 
-`python vllm_runs.py PLAN RESULT`: PLAN is a JSON list of runs. A run has `model` (a directory), `engine`
+`run_files(PLAN, RESULT)`: PLAN is a JSON file, a list of runs. A run has `model` (a directory), `engine`
 (further arguments of `vllm.LLM`), `max_tokens`, and `batches`: lists of prompts (token ids) that are given to
 the engine together. A batch "forget" sets all index keys to zero instead, and one like {"update": DIR,
 "way": "reload", "names": ["indexer"]} gives the running model weights of another directory: those whose names
@@ -8,22 +8,8 @@ have one of the parts. RESULT holds, for each run, a list of batches with `token
 `cached` (prompt tokens found in the prefix cache) of every prompt, and `preemptions`.
 """
 
-import gc
 import json
-import os
-import sys
 from pathlib import Path
-
-SETTINGS = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
-# Looking through all that vLLM imports takes half a second, and it does so nine times an engine.
-COLLECT = gc.collect
 
 
 def run_engine(run):
@@ -37,7 +23,6 @@ def run_engine(run):
     result["preemptions"] = counts["vllm:num_preemptions"]
     del engine
     cleanup_dist_env_and_memory()
-    COLLECT()
     return result
 
 
@@ -86,8 +71,5 @@ def update_weights(engine, update, way, names=("",)):
         engine.collective_rpc("reload_weights", kwargs=settings)
 
 
-if __name__ == "__main__":
-    os.environ.update({**SETTINGS, **os.environ})
-    gc.collect = lambda *generation: 0
-    plan, result = map(Path, sys.argv[1:])
-    result.write_text(json.dumps([run_engine(run) for run in json.loads(plan.read_text())]))
+def run_files(plan, result):
+    Path(result).write_text(json.dumps([run_engine(run) for run in json.loads(Path(plan).read_text())]))

@@ -77,7 +77,7 @@ def test_without_meta_it_is_about_half_too():
         assert mean_reward(task, TO_VERIFY, assessment(step, score)) <= 0.55
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from([("none", "1"), *itertools.product((1, 2, 3, 9), ("0", "0.5"))]), min_size=1))
 def test_no_mixture_of_answers_beats_honesty(mixture):
     """Those that do not read: replies in turn, whatever the proof."""
@@ -94,7 +94,6 @@ def test_one_who_only_sees_whether_there_is_a_fault_gets_less_than_one_who_finds
 
 
 @given(st.text(max_size=400))
-@settings(max_examples=100, deadline=None)
 def test_no_reply_raises(text):
     for reply in (
         text,

@@ -129,7 +129,7 @@ def test_bf16_weights_take_updates_that_bf16_would_round_away(tmp_path):
 
 
 def test_budget_ends_it(tmp_path):
-    _, result = run(tmp_path, steps=None, budget_s=4.0, evaluations=1)
+    _, result = run(tmp_path, steps=None, budget_s=0.5, evaluations=1)
     assert result.last_step > 0
 
 
@@ -235,5 +235,5 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
 def test_a_budget_with_a_live_teacher(tmp_path):
     """One step is timed before the teacher is copied from the model; nothing of it stays behind."""
-    _, result = run(tmp_path, steps=None, budget_s=2.0, teacher_place="live")
+    _, result = run(tmp_path, steps=None, budget_s=0.5, teacher_place="live")
     assert result.last_step > 0

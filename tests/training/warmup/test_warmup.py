@@ -95,7 +95,7 @@ def test_stops_early(tmp_path):
 
 
 def test_budget_ends_it(tmp_path):
-    _, result = train(tmp_path, WarmupSettings(steps=10**6, budget_s=1.5, learning_rate=1e-3, n_rows=32))
+    _, result = train(tmp_path, WarmupSettings(steps=10**6, budget_s=0.5, learning_rate=1e-3, n_rows=32))
     assert 0 < result.last_step < 10**6
 
 
