@@ -61,7 +61,7 @@ def check_selection(shape: ModelShape, device: str, length: int) -> str | None:
 
 def scores_of(index: PagedIndex, queries: Queries) -> Tensor:
     """The kernel's scores of all keys."""
-    size = (queries.count, queries.most_keys)
+    size = (queries.n_tokens, queries.most_keys)
     scores_TS = torch.full(size, -torch.inf, device=index.q_TJE.device)
     launch_paged_scores(index, queries, scores_TS)
     return scores_TS
@@ -124,8 +124,8 @@ def _with_own_caches(layer: PagedLayer) -> PagedLayer:
     coarse = layer.coarse
     if coarse is not None:
         coarse = dataclasses.replace(coarse, packed_RX=coarse.packed_RX.clone())
-    caches = {"kv_RGC": layer.kv_RGC.clone(), "packed_RX": layer.packed_RX.clone()}
-    return dataclasses.replace(layer, **caches, coarse=coarse)
+    kv_RGC, packed_RX = layer.kv_RGC.clone(), layer.packed_RX.clone()
+    return dataclasses.replace(layer, kv_RGC=kv_RGC, packed_RX=packed_RX, coarse=coarse)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -169,7 +169,9 @@ def attention_over_caches(device, coarse):
             self._kept = Kept(layer, apart, rotary, cache, layer.kv_RGC, *buffers)
             projections = Projections(*matrices[:3], random(layer.index_rows[2]), *matrices[3:])
             self._weights = SimpleNamespace(hold=True, projections=projections)
-            self._ranks, self.topk, self.told = 1, TOPK, None
+            self._ranks, self.topk, self.layer_topk, self.told = 1, TOPK, TOPK, None
+            self.heads, self.head_dim, self.n_candidates = HEADS, WIDTH, 2 * TOPK
+            self.coarse_name, self._bounds = "coarse_keys" if coarse else None, (1000, 4)
 
     return OverCaches()
 
@@ -276,6 +278,30 @@ def test_what_starts_depends_on_sizes_alone(vllm_step, triton_on_meta, coarse):
         attend(attention, step, tokens, coarse)
         started.append(list(triton_on_meta))
     assert started[0] == started[1] == started[2]
+
+
+def test_while_memory_is_measured_both_levels_take_theirs(vllm_step, triton_on_meta):
+    made = []
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            made.append(result.numel())
+            return result
+
+    taken = []
+    for coarse in (False, True):
+        attention, out_TX = (
+            attention_over_caches("meta", coarse),
+            torch.empty(9, HEADS * WIDTH, device="meta"),
+        )
+        made.clear()
+        with Made():
+            attention.reserve(out_TX)
+        taken.append(max(made))
+    # Of each query: scores of all keys; in two levels also of those not chosen from, and of candidates.
+    assert taken[0] == 9 * 4 * 1000
+    assert taken[1] > 9 * 4 * (1000 + 8 * TOPK + 2 * TOPK)
 
 
 def test_decoding_can_be_captured_with_short_keys(vllm_step):

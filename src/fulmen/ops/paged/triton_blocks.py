@@ -28,7 +28,7 @@ class Queries(NamedTuple):
     at_most: int
 
     @property
-    def count(self) -> int:
+    def n_tokens(self) -> int:
         """Tokens, among which they are; results of a launch have a row for each."""
         return self.tokens.stop - self.tokens.start
 

@@ -53,7 +53,7 @@ def launch_paged_candidates(scores_TS: Tensor, queries: Queries, candidates_TC: 
     """As `choose_candidates`, for any C."""
     sizes = kernel_sizes("paged_candidates")
     n_parts = triton.cdiv(queries.most_keys, sizes["columns"])
-    shape = (queries.count, DIGITS.value, n_parts, DIGIT_VALUES.value)
+    shape = (queries.n_tokens, DIGITS.value, n_parts, DIGIT_VALUES.value)
     # A part has fewer keys than int16 counts.
     counts_TNPV = torch.empty(shape, dtype=torch.int16, device=scores_TS.device)
     grid = (queries.n_tiles(1), n_parts)

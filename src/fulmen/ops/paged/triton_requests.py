@@ -42,8 +42,8 @@ def select_keys(layer: PagedLayer, requests: Requests, index: NewIndexQueries) -
     """
     count, more_than = len(index.q_TJE), max(layer.topk, layer.dense_up_to)
     chosen_TK = torch.empty(count, layer.topk, dtype=torch.int32, device=index.q_TJE.device)
-    parts = (x.contiguous() for x in (index.q_TJE, index.w_TJ, index.b_TJ))
-    fine = PagedIndex(*parts, layer.packed_RX, requests.index_rows_per_block)
+    q_TJE, w_TJ, b_TJ = (x.contiguous() for x in (index.q_TJE, index.w_TJ, index.b_TJ))
+    fine = PagedIndex(q_TJE, w_TJ, b_TJ, layer.packed_RX, requests.index_rows_per_block)
     coarse = coarse_index(layer, requests, index) if layer.asks_coarse(requests.most_keys) else None
     at_once = min(max(HELD_PAGED_SCORES // requests.most_keys, 1), count)
     for low in range(0, count, at_once):
@@ -80,7 +80,7 @@ def select_in_two_levels(
     n_candidates, coarse_from, _ = level.numbers
     far = queries._replace(more_than=max(queries.more_than, coarse_from))
     near = queries._replace(at_most=coarse_from)
-    candidates_TC = torch.empty(queries.count, n_candidates, dtype=torch.int32, device=chosen_TK.device)
+    candidates_TC = torch.empty(queries.n_tokens, n_candidates, dtype=torch.int32, device=chosen_TK.device)
     coarse_TS = scores_for(queries, queries.most_keys)
     launch_paged_scores(coarse, far, coarse_TS)
     choose_candidates(coarse_TS, far, candidates_TC)
@@ -96,7 +96,7 @@ def scores_for(queries: Queries, most: int) -> Tensor:
     """float32, for the scores of `most` keys of each query, or somewhat more."""
     # Rows as Triton likes them: it would compile a kernel for others, too.
     width, device = triton.cdiv(most, 16) * 16, queries.requests.length_B.device
-    return torch.empty(queries.count, width, dtype=torch.float32, device=device)
+    return torch.empty(queries.n_tokens, width, dtype=torch.float32, device=device)
 
 
 def reserve_workspace_triton(out_THD: Tensor, bounds: StepBounds) -> None:

@@ -93,8 +93,7 @@ def launch_paged_scores(index: PagedIndex, queries: Queries, scores_TS: Tensor) 
         *(*queries.numbers(block_queries), index.q_TJE.shape[2] ** -0.5, index.for_nan),
         PAGE=requests.block_size,
         BLOCK_REQUESTS=requests_held(requests.count),
-        **index.options,
-        **tiles,
+        **(index.options | tiles),
     )
 
 
@@ -118,8 +117,7 @@ def launch_paged_fine(index: PagedIndex, queries: Queries, candidates_TC: Tensor
         BLOCK_REQUESTS=requests_held(requests.count),
         BLOCK_HEADS=power_of_2(index.shared, SMALLEST_PRODUCT),
         BLOCK_KEYS=sizes["columns"],
-        **index.options,
-        **compile_options(sizes),
+        **(index.options | compile_options(sizes)),
     )
 
 

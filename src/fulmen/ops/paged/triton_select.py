@@ -49,7 +49,7 @@ def launch_paged_select(
     is_first = True
     while True:
         is_last = n_parts == 1
-        size = (queries.count, n_parts * topk)
+        size = (queries.n_tokens, n_parts * topk)
         ranks_out = ranks_TC if is_last else scores_TS.new_empty(size, dtype=torch.int32)
         positions_out = chosen_TK if is_last else torch.empty_like(ranks_out)
         launch(
