@@ -9,10 +9,11 @@ from torch import Tensor
 
 from benchmarks.gpu.shapes import ModelShape, decoding_step
 from fulmen.ops.dispatch import pin_backend
-from fulmen.ops.paged.layer import NewTokens, store_tokens
+from fulmen.ops.paged.layer import NewTokens, PagedLayer, store_tokens
 from fulmen.ops.paged.requests import attend_requests
-from fulmen.ops.paged.triton_requests import select_keys
-from fulmen.ops.paged.triton_scores import launch_paged_scores
+from fulmen.ops.paged.triton_blocks import Queries
+from fulmen.ops.paged.triton_requests import coarse_index, select_keys
+from fulmen.ops.paged.triton_scores import PagedIndex, launch_paged_fine, launch_paged_scores
 from fulmen.ops.topk.reference import select_topk_reference
 
 # Near in bfloat16, whose results are rounded to 8 bits.
@@ -38,17 +39,38 @@ def check_attention(shape: ModelShape, device: str, queries: int, length: int) -
 
 
 def check_selection(shape: ModelShape, device: str, length: int) -> str | None:
-    """Of the kernel's own scores, whose ties are many: exactly the rule's."""
+    """Of the kernels' own scores, whose ties are many: exactly the rule's."""
     layer, requests, _, index = decoding_step(shape, 1, length, device, queries=2)
     index = index._replace(b_TJ=index.b_TJ - 2)
     chosen_TK = select_keys(layer, requests, index)
-    scores_TS = torch.full((2, length), -torch.inf, device=device)
-    caches = (layer.packed_RX, requests, requests.index_rows_per_block)
-    launch_paged_scores(index.q_TJE, index.w_TJ, index.b_TJ, *caches, slice(0, 2), layer.topk, scores_TS)
-    stop_1T = torch.tensor([[length - 1, length]])
-    given = (scores_TS[None].cpu(), torch.zeros_like(stop_1T), stop_1T)
-    wanted_TK = select_topk_reference(*given, layer.topk)[0]
+    stop_T = torch.tensor([length - 1, length])
+    queries = Queries(requests, slice(0, 2), layer.topk, length)
+    fine = PagedIndex(*index[:3], layer.packed_RX, requests.index_rows_per_block)
+    if layer.coarse is None:
+        positions_TC = torch.arange(length).expand(2, -1)
+        wanted_TK = best_of(scores_of(fine, queries), positions_TC, stop_T, layer.topk)
+    else:
+        coarse_TS = scores_of(coarse_index(layer, requests, index), queries)
+        count, everywhere_TS = layer.coarse.n_candidates, torch.arange(length).expand(2, -1)
+        candidates_TC = best_of(coarse_TS, everywhere_TS, stop_T, count)
+        fine_TC = torch.empty(candidates_TC.shape, device=device)
+        launch_paged_fine(fine, queries, candidates_TC.to(device), fine_TC)
+        wanted_TK = best_of(fine_TC, candidates_TC, torch.full((2,), count), layer.topk)
     return None if torch.equal(chosen_TK.cpu(), wanted_TK) else "other keys are selected than by the rule"
+
+
+def scores_of(index: PagedIndex, queries: Queries) -> Tensor:
+    """The kernel's scores of all keys."""
+    size = (queries.n_tokens, queries.most_keys)
+    scores_TS = torch.full(size, -torch.inf, device=index.q_TJE.device)
+    launch_paged_scores(index, queries, scores_TS)
+    return scores_TS
+
+
+def best_of(scores_TS: Tensor, positions_TS: Tensor, stop_T: Tensor, topk: int) -> Tensor:
+    """int32, on the host: the positions of the `topk` best of the first `stop_T` scores, by the rule."""
+    given = (scores_TS[None].cpu(), torch.zeros_like(stop_T)[None], stop_T[None])
+    return positions_TS.gather(1, select_topk_reference(*given, topk)[0].long()).int()
 
 
 def check_store(shape: ModelShape, device: str) -> str | None:
@@ -61,20 +83,20 @@ def check_store(shape: ModelShape, device: str) -> str | None:
 
     rows_T = torch.randperm(64, generator=generator, device=device)[:5]
     angles_TP = normal(5, shape.width // 2).float()
-    tokens = NewTokens(rows_T, rows_T, angles_TP.cos().bfloat16(), angles_TP.sin().bfloat16())
-    names = ("q", "k", "v", "index_q", "index_k")
+    angles = (angles_TP.cos().bfloat16(), angles_TP.sin().bfloat16())
+    tokens, names = NewTokens(rows_T, rows_T, *angles), ["q", "k", "v", "index_q", "index_k"]
+    if layer.coarse is not None:
+        tokens, names = NewTokens(rows_T, rows_T, *angles, rows_T), [*names, "coarse_q", "coarse_k"]
     heads = [normal(5, *layer.shapes[name]) for name in names]
     made = []
     for backend in ("torch", "triton"):
-        own = dataclasses.replace(layer, kv_RGC=layer.kv_RGC.clone(), packed_RX=layer.packed_RX.clone())
+        own = _with_own_caches(layer)
         with pin_backend(backend):
-            q_THD, index_q_TJE, _ = store_tokens(own, tokens, *heads)
-        made.append((q_THD, index_q_TJE, own.kv_RGC, own.packed_RX))
-    wrong = [
-        name
-        for name, a, b in zip(("q", "index_q", "kv", "index keys"), *made, strict=True)
-        if not _same(a, b)
-    ]
+            rotated = store_tokens(own, tokens, *heads)
+        coarse_RX = None if own.coarse is None else own.coarse.packed_RX
+        made.append((*rotated, own.kv_RGC, own.packed_RX, coarse_RX))
+    parts = ("q", "index_q", "coarse_q", "kv", "index keys", "coarse keys")
+    wrong = [name for name, a, b in zip(parts, *made, strict=True) if a is not None and not _same(a, b)]
     return f"not the same bits: {', '.join(wrong)}" if wrong else None
 
 
@@ -96,6 +118,14 @@ def check_graph(shape: ModelShape, device: str, length: int) -> str | None:
     replayed = out_THD.clone()
     step()
     return None if torch.equal(replayed, out_THD) else "a replay gives other numbers than an eager step"
+
+
+def _with_own_caches(layer: PagedLayer) -> PagedLayer:
+    coarse = layer.coarse
+    if coarse is not None:
+        coarse = dataclasses.replace(coarse, packed_RX=coarse.packed_RX.clone())
+    kv_RGC, packed_RX = layer.kv_RGC.clone(), layer.packed_RX.clone()
+    return dataclasses.replace(layer, kv_RGC=kv_RGC, packed_RX=packed_RX, coarse=coarse)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -131,9 +131,10 @@ def start_all(shape: ModelShape, queries: int) -> None:
     requests = dataclasses.replace(requests, block_BN=block_BN, most_keys=KEYS)
     count = len(q_THD)
     angles_TP = torch.zeros(count, shape.width // 2, dtype=q_THD.dtype)
-    tokens = NewTokens(*[torch.zeros(count, dtype=torch.int64)] * 2, angles_TP, angles_TP)
-    heads = [q_THD.new_zeros(count, *layer.shapes[name]) for name in ("q", "k", "v", "index_q", "index_k")]
-    store_tokens_triton(layer, tokens, *heads)
+    row_T = torch.zeros(count, dtype=torch.int64)
+    tokens = NewTokens(row_T, row_T, angles_TP, angles_TP, row_T)
+    names = ("q", "k", "v", "index_q", "index_k", "coarse_q", "coarse_k")
+    store_tokens_triton(layer, tokens, *(q_THD.new_zeros(count, *layer.shapes[name]) for name in names))
     attend_requests_triton(layer, requests, q_THD, index, torch.empty_like(q_THD))
 
 

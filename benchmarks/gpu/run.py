@@ -24,6 +24,8 @@ from fulmen.ops.triton_support import triton_reason
 
 # 4/2 heads of 16, index heads 2/1 of 8, k = 16
 TINY = ModelShape(4, 2, 16, 2, 1, 8, 16)
+# 3 coarse heads of 6, which leave 4 keys of more than 16, of which 2 are kept
+TINY_TWO_LEVEL = TINY._replace(topk=2, coarse_heads=3, coarse_width=6, candidate_factor=2)
 TINY_MODEL = {
     **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 96},
     **{"num_attention_heads": 4, "num_key_value_heads": 2},
@@ -74,19 +76,22 @@ def went_wrong(result: dict[str, Any]) -> bool:
 def all_parts(device: str) -> dict[str, Part]:
     """Checks, then what is timed: the figures that matter most first."""
     if device == "cpu":
-        return {**check_parts({"tiny": TINY}, device, 40), **tiny_parts()}
-    shapes = {name: MODELS[name] for name in ("smollm2", "qwen3-8b")}
+        return {**check_parts({"tiny": TINY, "tiny two-level": TINY_TWO_LEVEL}, device, 40), **tiny_parts()}
+    shapes = {name: MODELS[name] for name in ("smollm2", "qwen3-8b", "smollm2-two-level")}
+    # With so few keys kept, two levels choose candidates at this length.
+    shapes["qwen3-8b-two-level"] = MODELS["qwen3-8b-two-level"]._replace(topk=512)
     parts = check_parts(shapes, device, 20_000)
     for length in (131072, 32768, 8192, 4096):
         for batch in (1, 8, 64):
             # Keys and values twice, for dense beside the paged ones.
             if 2 * batch * length * 8 * 2 * 128 * 2 < 60e9:
-                work = partial(speed.decode, MODELS["qwen3-8b"], device, batch, length)
-                parts[f"decode qwen3-8b, batch {batch}, {length} tokens"] = work
+                for model in ("qwen3-8b", "qwen3-8b-two-level"):
+                    work = partial(speed.decode, MODELS[model], device, batch, length)
+                    parts[f"decode {model}, batch {batch}, {length} tokens"] = work
     for length in (65536, 131072):
-        parts[f"prefill qwen3-8b, {length} tokens"] = partial(
-            speed.prefill, MODELS["qwen3-8b"], device, length
-        )
+        for model in ("qwen3-8b", "qwen3-8b-two-level"):
+            work = partial(speed.prefill, MODELS[model], device, length)
+            parts[f"prefill {model}, {length} tokens"] = work
     for length in (8192, 32768):
         work = partial(speed.training, MODELS["qwen3-8b"], device, length)
         parts[f"training step qwen3-8b, {length} tokens"] = work
@@ -117,7 +122,9 @@ def tiny_parts() -> dict[str, Part]:
     """What is timed on a GPU, in little: times mean nothing."""
     return {
         "decode tiny": partial(speed.decode, TINY, "cpu", 2, 40),
+        "decode tiny two-level": partial(speed.decode, TINY_TWO_LEVEL, "cpu", 2, 40),
         "prefill tiny": partial(speed.prefill, TINY, "cpu", 24, 12),
+        "prefill tiny two-level": partial(speed.prefill, TINY_TWO_LEVEL, "cpu", 24, 12),
         "training step tiny": partial(speed.training, TINY, "cpu", 8),
         "generate tiny": partial(speed.generate, "cpu", 8, 2, TINY_MODEL),
     }

@@ -3,8 +3,7 @@
     TRITON_INTERPRET=1 python -m benchmarks.gpu.traffic --models smollm2 --lengths 8192,131072
 
 Every number that a kernel asks for counts, each time, also what a GPU would have in a cache: so a count is
-above what its memory has to give. The floor is the index keys of the context once, and the selected keys and
-values once.
+above what its memory has to give. The floor is what cannot be left unread, once: `decode_floor`.
 """
 
 import argparse
@@ -21,7 +20,7 @@ from triton.runtime.interpreter import interpreter_builder
 from benchmarks.gpu.shapes import MODELS, ModelShape, decode_floor, decoding_step
 from fulmen.files import atomic_write
 from fulmen.ops.common.interpreter import is_interpreted
-from fulmen.ops.paged import triton_attend, triton_dense, triton_scores, triton_select
+from fulmen.ops.paged import triton_attend, triton_candidates, triton_dense, triton_scores, triton_select
 from fulmen.ops.paged.triton_requests import attend_requests_triton
 from fulmen.ops.triton_kit import launch
 
@@ -90,7 +89,7 @@ def counted() -> Iterator[Counter[str]]:
         found[names[0]] += int(mask.data.sum()) * ptrs.get_element_ty().primitive_bitwidth // 8
         return store(ptrs, value, mask, *more)
 
-    modules = (triton_attend, triton_dense, triton_scores, triton_select)
+    modules = (triton_attend, triton_candidates, triton_dense, triton_scores, triton_select)
     interpreter_builder.create_masked_load = counted_load
     interpreter_builder.create_masked_store = counted_store
     for module in modules:

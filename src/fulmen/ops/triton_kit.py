@@ -48,8 +48,14 @@ KERNEL_SIZES = {
     # of decoding; columns: keys
     "paged_scores": {"rows": 64, "columns": 32, "num_warps": 8, "num_stages": 1},
     "paged_scores_few": {"rows": 16, "columns": 64, "num_warps": 4, "num_stages": 2},
-    # columns: scores, or candidates, that a program holds in registers
+    # The same of a coarse level, whose one key head all heads read.
+    "paged_coarse": {"rows": 64, "columns": 128, "num_warps": 8, "num_stages": 1},
+    "paged_coarse_few": {"rows": 16, "columns": 256, "num_warps": 8, "num_stages": 1},
+    # columns: candidates of one query
+    "paged_fine": {"columns": 128, "num_warps": 8, "num_stages": 1},
+    # columns: scores, or what earlier rounds left of them, that a program holds in registers
     "paged_select": {"columns": 8192, "num_warps": 16, "num_stages": 1},
+    "paged_candidates": {"columns": 8192, "num_warps": 16, "num_stages": 1},
     "paged_attend": {"rows": 64, "columns": 64, "num_warps": 4, "num_stages": 2},
     # rows: queries x heads that read one key
     "paged_dense": {"rows": 64, "columns": 64, "num_warps": 8, "num_stages": 2},

@@ -14,55 +14,29 @@ from fulmen.errors import BackendError
 from fulmen.ops.common.index_keys import unpack_index_keys
 from fulmen.ops.dispatch import pin_backend
 from fulmen.ops.paged.layer import store_tokens
-from fulmen.ops.paged.requests import attend_requests, require_paged_kernels
+from fulmen.ops.paged.requests import require_paged_kernels
 from fulmen.ops.scores.reference import index_scores_reference
 from fulmen.ops.topk.reference import select_topk_reference
-from fulmen.ops.triton_support import triton_reason
 from tests.ops.ops_cases import assert_near, normal
-from tests.ops.paged.request_cases import BLOCK_SIZE, PADDING, REQUEST_SHAPES, REQUEST_STEPS, request_case
+from tests.ops.paged.request_cases import (
+    DEVICE,
+    INDEX_APART,
+    PADDING,
+    REQUEST_SHAPES,
+    REQUEST_STEPS,
+    attended,
+    request_case,
+    rows_in,
+    there,
+)
 from tests.ops.paged.test_paged_decode import SHAPES, copied, decode_case
 
 ROOT = Path(__file__).parents[3]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOPK, DENSE_UP_TO = 6, 9
+pytestmark = pytest.mark.usefixtures("triton_runs")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _triton():
-    if reason := triton_reason(DEVICE):
-        pytest.skip(f"triton: {reason}")
-
-
-@pytest.fixture
-def _small_tiles(monkeypatch):
-    """Several tiles, rounds and parts at sizes that can be interpreted."""
-    from fulmen.ops import triton_kit
-    from fulmen.ops.paged import triton_attend
-
-    for name in ("paged_scores", "paged_scores_few", "paged_attend", "paged_dense", "paged_select"):
-        monkeypatch.setitem(triton_kit.KERNEL_SIZES[name], "columns", 32)
-    monkeypatch.setattr(triton_attend, "PART_KEYS", 5)
-
-
-def there(part):
-    """A part of a step on the device of the tests."""
-    if isinstance(part, torch.Tensor):
-        return part.to(DEVICE)
-    if dataclasses.is_dataclass(part):
-        fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
-        return type(part)(**{name: there(value) for name, value in fields.items()})
-    return type(part)(*map(there, part)) if isinstance(part, tuple) else part
-
-
-def attended(backend, layer, requests, q_THD, index):
-    """The output; it is poisoned first."""
-    out_THD = torch.full_like(q_THD, torch.nan)
-    with pin_backend(backend):
-        attend_requests(layer, requests, q_THD, index, out_THD)
-    return out_THD
-
-
-@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(
     ("step", "shape", "dtype", "changed"),
     [
@@ -83,10 +57,11 @@ def test_a_step_is_that_of_the_reference(step, shape, dtype, changed):
     assert_near(attended("triton", *map(there, case)).cpu(), expected, dtype)
 
 
-@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("kind", ["numbers", "plateaus", "nan"])
 def test_selection_in_rounds_is_that_of_the_reference(kind):
     """Tiles of 32: of 150 keys five leave each its best, and of those two tiles theirs, and one of these."""
+    from fulmen.ops.paged.triton_blocks import Queries
     from fulmen.ops.paged.triton_select import launch_paged_select
 
     step = [(2, 150), (1, 40), (1, 6), (0, 0)]
@@ -99,27 +74,26 @@ def test_selection_in_rounds_is_that_of_the_reference(kind):
     visible = torch.where(torch.arange(150) < stop[:, None], scores, torch.inf)  # poisoned beyond
     for topk in (1, 7):
         chosen = torch.full((4, topk), -7, dtype=torch.int32, device=DEVICE)
-        launch_paged_select(visible.to(DEVICE), there(requests), slice(0, 4), 7, topk, chosen)
+        queries = Queries(there(requests), slice(0, 4), 7, 150)
+        launch_paged_select(visible.to(DEVICE), queries, topk, chosen)
         expected = select_topk_reference(scores[None], torch.zeros(1, 4).long(), stop[None], topk)[0]
         assert torch.equal(chosen[:3].cpu(), expected[:3])
         assert (chosen[3] == -7).all()  # sees too few to select
 
 
-@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.usefixtures("small_tiles")
 def test_scores_from_packed_rows_are_those_of_the_numbers_and_of_no_others():
-    from fulmen.ops.paged.triton_scores import launch_paged_scores
+    from fulmen.ops.paged.triton_blocks import Queries
+    from fulmen.ops.paged.triton_scores import PagedIndex, launch_paged_scores
 
     step = [(1, 61), (3, 40), (1, 5)]
     layer, requests, _, index = request_case(REQUEST_SHAPES[0], step, TOPK, DENSE_UP_TO)
     index.q_TJE[2, 1, 3] = torch.inf
     scores = torch.full((3, 61), -7.0, device=DEVICE)
-    parts = [x.to(DEVICE) for x in index[:3]]
-    caches = (layer.packed_RX.to(DEVICE), there(requests), requests.index_rows_per_block)
-    launch_paged_scores(*parts, *caches, slice(0, 3), DENSE_UP_TO, scores)
+    scored = PagedIndex(*there(index)[:3], layer.packed_RX.to(DEVICE), requests.index_rows_per_block)
+    launch_paged_scores(scored, Queries(there(requests), slice(0, 3), DENSE_UP_TO, 61), scores)
     for token, request, stop in [(0, 0, 61), (1, 1, 38), (2, 1, 39)]:
-        at_S = torch.arange(stop)
-        block_S = requests.block_BN[request, at_S // BLOCK_SIZE].long()
-        packed = layer.packed_RX[block_S * requests.index_rows_per_block + at_S % BLOCK_SIZE]
+        packed = layer.packed_RX[rows_in(requests, request, torch.arange(stop), INDEX_APART)]
         k_1SIE = unpack_index_keys(packed.unflatten(-1, (3, -1)))[None]
         own = (x[None, token : token + 1] for x in index[:3])
         q_11JE, w_11J, b_11J = own
@@ -129,7 +103,7 @@ def test_scores_from_packed_rows_are_those_of_the_numbers_and_of_no_others():
         assert (scores[token, stop:] == -7).all()
 
 
-@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.usefixtures("small_tiles")
 def test_prompts_are_selected_for_some_tokens_at_a_time(monkeypatch):
     from fulmen.ops.paged import triton_requests
 
@@ -139,7 +113,7 @@ def test_prompts_are_selected_for_some_tokens_at_a_time(monkeypatch):
     assert torch.equal(triton_requests.select_keys(layer, requests, index)[:13], expected)
 
 
-@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.usefixtures("small_tiles")
 def test_a_request_has_the_same_bits_alone_and_in_a_batch():
     layer, requests, q_THD, index = map(
         there, request_case(REQUEST_SHAPES[1], [(1, 40), (1, 7), (2, 44)], 6, 9)
@@ -199,13 +173,12 @@ def test_what_has_no_kernel_is_refused_with_what_would_work(monkeypatch):
     layer, requests, q_THD, index = request_case(REQUEST_SHAPES[1], [(1, 30)], TOPK, DENSE_UP_TO)
     monkeypatch.setattr("fulmen.ops.paged.requests.reason_against_backend", lambda *given: None)
     for shape, message in (
-        ((320, 64, False), "head_dim=320 has no kernel, widths up to 256 have; serve it on a CPU"),
-        ((64, 9000, False), "topk=9000 has no kernel, up to 8192 have; convert with a lower --topk"),
-        ((64, 64, True), "an index in two levels has no kernel; .* or serve it on a CPU"),
+        ((320, 64), "head_dim=320 has no kernel, widths up to 256 have; serve it on a CPU"),
+        ((64, 9000), "topk=9000 has no kernel, up to 8192 have; convert with a lower --topk"),
     ):
         with pytest.raises(BackendError, match=rf"layer 3 cannot be served on device 'cuda': {message}"):
             require_paged_kernels("layer 3", "cuda", torch.bfloat16, *shape)
-    require_paged_kernels("layer 3", "cuda", torch.bfloat16, 256, 8192, False)
+    require_paged_kernels("layer 3", "cuda", torch.bfloat16, 256, 8192)
     with pytest.raises(BackendError, match="'triton' cannot run attend_requests: topk=9000 has no kernel"):
         attended("triton", dataclasses.replace(layer, topk=9000), requests, q_THD, index)
     with pytest.raises(ConfigError, match="most_keys=30 is above dense_up_to=9: give `index`"):
@@ -226,18 +199,22 @@ def test_decoding_loads_and_stores_little_more_than_it_must():
 
     shape = MODELS["smollm2"]._replace(topk=128)
     assert decode_traffic(shape, 4096).over_floor < 1.25
+    two_levels = MODELS["smollm2-two-level"]._replace(topk=192)
+    assert decode_traffic(two_levels, 8192).over_floor < 1.25
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="compiled when they run")
 def test_every_kernel_of_a_step_compiles_for_a_gpu_without_spilling():
     """Other GPUs and models: docs/gpu.md, by the same program, which fails if one spills."""
+    # In two levels every kernel of one level starts, too.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    steps = "compile_model('sm_90', 'qwen3-8b', ('decode', 'prompt'))"
+    steps = "compile_model('sm_90', 'qwen3-8b-two-level', ('decode', 'prompt'))"
     program = f"from benchmarks.gpu.compiled import *\nfor x in {steps}: print(*x)"
     command = [sys.executable, "-c", program]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=ROOT)
     kernels = {tuple(line.split()[2:4]): line.split()[4:] for line in run.stdout.splitlines()}
     always = {"paged_store", "paged_index", "paged_scores", "paged_select", "paged_attend"}
+    always |= {"paged_count", "paged_candidates", "paged_fine"}
     assert kernels.keys() == {
         *(("decode", name) for name in (*always, "paged_merge")),
         *(("prompt", name) for name in (*always, "paged_dense")),

@@ -47,15 +47,25 @@ def triton_on_meta(monkeypatch):
     """
     pytest.importorskip("triton")
     from fulmen.ops import triton_kit
-    from fulmen.ops.paged import triton_attend, triton_dense, triton_scores, triton_select, triton_store
+    from fulmen.ops.paged import (
+        triton_attend,
+        triton_candidates,
+        triton_dense,
+        triton_scores,
+        triton_select,
+        triton_store,
+    )
 
+    # As of many keys.
+    monkeypatch.setattr(triton_candidates, "_few_are_left", lambda *sizes: False)
     started = []
 
     def noted(kernel, grid, *arguments, **options):
         started.append((kernel.__name__.removeprefix("_paged_").removesuffix("_kernel"), grid))
         triton_kit.launch(kernel, grid, *arguments, **options)
 
-    for module in (triton_attend, triton_dense, triton_scores, triton_select, triton_store):
+    stages = (triton_scores, triton_candidates, triton_select, triton_attend, triton_dense)
+    for module in (triton_store, *stages):
         monkeypatch.setattr(module, "launch", noted)
     monkeypatch.setattr("fulmen.ops.dispatch.reason_against_backend", lambda *given: None)
     with pin_backend("triton"):
@@ -159,7 +169,9 @@ def attention_over_caches(device, coarse):
             self._kept = Kept(layer, apart, rotary, cache, layer.kv_RGC, *buffers)
             projections = Projections(*matrices[:3], random(layer.index_rows[2]), *matrices[3:])
             self._weights = SimpleNamespace(hold=True, projections=projections)
-            self._ranks, self.topk, self.told = 1, TOPK, None
+            self._ranks, self.topk, self.layer_topk, self.told = 1, TOPK, TOPK, None
+            self.heads, self.head_dim, self.n_candidates = HEADS, WIDTH, 2 * TOPK
+            self.coarse_name, self._bounds = "coarse_keys" if coarse else None, (1000, 4)
 
     return OverCaches()
 
@@ -236,32 +248,60 @@ def test_how_many_drafts_were_taken_need_not_be_known_on_the_host(vllm_step, nam
 
 
 @every_step
-def test_all_of_a_layer_on_a_device_reads_nothing_back(vllm_step, triton_on_meta, name):
+@levels
+def test_all_of_a_layer_on_a_device_reads_nothing_back(vllm_step, triton_on_meta, name, coarse):
     """Projections, RoPE and stores, scores, selection and attention, up to the launch of each kernel."""
     starts, lengths = STEPS[name]
     step = step_of(starts, lengths, "meta")
-    attention, tokens = attention_over_caches("meta", False), tokens_of(step, "meta")
+    attention, tokens = attention_over_caches("meta", coarse), tokens_of(step, "meta")
     with OneDevice() as watched:
-        attend(attention, step, tokens, False)
+        attend(attention, step, tokens, coarse)
     names = [kernel for kernel, _ in triton_on_meta]
-    selecting = ["scores", "select"] if max(lengths) > TOPK else []
+    storing = ["store", "index", "index"] if coarse else ["store", "index"]
+    choosing = ["scores", *["count"] * 4, "candidates", "scores", "fine"] if coarse else ["scores"]
+    selecting = [*choosing, "select"] if max(lengths) > TOPK else []
     # Queries of a prompt that keep all of their keys share them.
     sharing = ["dense"] if name == "long prompt" else []
-    assert names == ["store", "index", *selecting, *sharing, "attend"]
+    assert names == [*storing, *selecting, *sharing, "attend"]
     assert not {"index_select", "gather"} & set(watched.ran)
 
 
-def test_what_starts_depends_on_sizes_alone(vllm_step, triton_on_meta):
+@levels
+def test_what_starts_depends_on_sizes_alone(vllm_step, triton_on_meta, coarse):
     """As for a CUDA graph, which is captured once for all requests of a size: same kernels, same grids."""
     started = []
     for starts, lengths in [([0, 1, 2], [40, 40]), ([0, 1, 1], [40, 0]), ([0, 1, 2], [1, 40])]:
         step = step_of(starts, lengths, "meta")
         step.n_tokens, step._common.slot_mapping = 2, torch.zeros(2, dtype=torch.int64, device="meta")
-        attention, tokens = attention_over_caches("meta", False), tokens_of(step, "meta")
+        attention, tokens = attention_over_caches("meta", coarse), tokens_of(step, "meta")
         triton_on_meta.clear()
-        attend(attention, step, tokens, False)
+        attend(attention, step, tokens, coarse)
         started.append(list(triton_on_meta))
     assert started[0] == started[1] == started[2]
+
+
+def test_while_memory_is_measured_both_levels_take_theirs(vllm_step, triton_on_meta):
+    made = []
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            made.append(result.numel())
+            return result
+
+    taken = []
+    for coarse in (False, True):
+        attention, out_TX = (
+            attention_over_caches("meta", coarse),
+            torch.empty(9, HEADS * WIDTH, device="meta"),
+        )
+        made.clear()
+        with Made():
+            attention.reserve(out_TX)
+        taken.append(max(made))
+    # Of each query: scores of all keys; in two levels also of those not chosen from, and of candidates.
+    assert taken[0] == 9 * 4 * 1000
+    assert taken[1] > 9 * 4 * (1000 + 8 * TOPK + 2 * TOPK)
 
 
 def test_decoding_can_be_captured_with_short_keys(vllm_step):

@@ -7,6 +7,7 @@ replay the call for other requests.
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from fulmen.errors import BackendError, ConfigError
 from fulmen.ops.dispatch import implementation, implements, implements_by_name, reason_against_backend
 from fulmen.ops.paged import paged_attention
-from fulmen.ops.paged.layer import PagedLayer, check_fields
+from fulmen.ops.paged.layer import PagedLayer, check_fields, require_coarse
 from fulmen.ops.paged.project import NewIndexQueries
 from fulmen.ops.paged.sparse import KeyRows, paged_sparse_attention
 
@@ -35,6 +36,7 @@ class Requests:
         block_size: tokens of a block.
         rows_per_block, index_rows_per_block: rows between the first tokens of two blocks in both caches.
         most_queries, most_keys: at least as many as any request has, known without asking the device.
+        coarse_rows_per_block: as those, of the cache of coarse keys, of an index in two levels.
 
     Raises ConfigError: axes or dtypes that do not fit together.
     """
@@ -47,6 +49,7 @@ class Requests:
     index_rows_per_block: int
     most_queries: int
     most_keys: int
+    coarse_rows_per_block: int = 0
 
     def __post_init__(self) -> None:
         tables = _Tables(self.block_BN, self.start_Z, self.length_B)
@@ -79,7 +82,8 @@ def attend_requests(
 
     Args:
         q_THD: rotated, of the cache's dtype; T is at least the end of `requests.start_Z`.
-        index: what queries select by; None where `requests.most_keys` is at most `layer.dense_up_to`.
+        index: what queries select by; None where `requests.most_keys` is at most `layer.dense_up_to`. Its
+            coarse part may be None where the coarse level is not asked by so many keys.
         out_THD: contiguous, written; 0 for padding.
 
     Raises:
@@ -100,70 +104,90 @@ def attend_requests_composed(
     for request, (low, high) in enumerate(pairwise(starts)):
         if low == high:
             continue
-        key_rows = _key_rows(requests, request, lengths[request], high - low)
+        key_rows = _key_rows(layer, requests, request, lengths[request], high - low)
         q_BTHD, out_BTHD = q_THD[None, low:high], out_THD[None, low:high]
         if index is None or lengths[request] <= layer.dense_up_to:
             inputs = (layer.kv_RGC, key_rows.rows_BS, key_rows.stop_BT, None, *layer.softmax)
             out_BTHD.copy_(paged_attention(q_BTHD, *inputs))
             continue
-        q_BTJE, w_BTJ, b_BTJ = (x[None, low:high] for x in (index.q_TJE, index.w_TJ, index.b_TJ))
-        paged_sparse_attention(layer, q_BTHD, q_BTJE, w_BTJ, b_BTJ, key_rows, out_BTHD)
+        q_BTJE, w_BTJ, b_BTJ = (x[None, low:high] for x in index[:3])
+        coarse = (None if x is None else x[None, low:high] for x in index[3:])
+        paged_sparse_attention(layer, q_BTHD, q_BTJE, w_BTJ, b_BTJ, key_rows, out_BTHD, *coarse)
 
 
 implements_by_name("attend_requests", "triton", "fulmen.ops.paged.triton_requests:attend_requests_triton")
 
 
 def require_paged_kernels(
-    what: str, device: torch.device | str, dtype: torch.dtype, width: int, topk: int, two_levels: bool
+    what: str, device: torch.device | str, dtype: torch.dtype, width: int, topk: int
 ) -> None:
     """Raise BackendError unless the kernels for GPUs can serve such a layer on `device`, without a copy.
 
     what: the layer's name; width: of an attention head; topk: the most keys that a query keeps.
     """
     reason = reason_against_backend("triton", "attend_requests", device, dtype)
-    reason = reason or reason_against_shape(width, topk, two_levels)
+    reason = reason or reason_against_shape(width, topk)
     if reason:
         raise BackendError(f"{what} cannot be served on device {str(device)!r}: {reason}")
 
 
-def reason_against_shape(width: int, topk: int, two_levels: bool) -> str | None:
+def reason_against_shape(width: int, topk: int) -> str | None:
     """Why the paged kernels for GPUs cannot compute such a layer; None if they can."""
     if width > WIDEST_PAGED_HEAD:
         return f"head_dim={width} has no kernel, widths up to {WIDEST_PAGED_HEAD} have; serve it on a CPU"
     if topk > MOST_PAGED_SELECTED:
         return f"topk={topk} has no kernel, up to {MOST_PAGED_SELECTED} have; convert with a lower --topk"
-    if two_levels:
-        return "an index in two levels has no kernel; convert with --index one-level, or serve it on a CPU"
     return None
 
 
-def reserve_workspace(out_THD: Tensor, topk: int, all_up_to: int, most_keys: int, most_requests: int) -> None:
+class StepBounds(NamedTuple):
+    """What bounds the memory of a layer's step.
+
+    Attributes:
+        topk, all_up_to: keys that a query keeps of more than `all_up_to`.
+        most_keys, most_requests: of any request, and of a step.
+        n_candidates, coarse_from: of an index in two levels: the keys that the first leaves of more than
+            `coarse_from`.
+    """
+
+    topk: int
+    all_up_to: int
+    most_keys: int
+    most_requests: int
+    n_candidates: int = 0
+    coarse_from: int = 0
+
+    @property
+    def asks_coarse(self) -> bool:
+        """Whether some query may have candidates."""
+        return 0 < self.n_candidates <= self.coarse_from < self.most_keys
+
+
+def reserve_workspace(out_THD: Tensor, bounds: StepBounds) -> None:
     """Allocate on its device, and free, as much as `attend_requests` takes beside its inputs and outputs.
 
-    For servers that measure how much memory a step takes. topk, all_up_to: keys that a query keeps of more
-    than `all_up_to`; most_keys: of any request; most_requests: of a step.
+    For servers that measure how much memory a step takes.
     """
-    run = implementation("reserve_workspace", out_THD.device, out_THD.dtype).run
-    run(out_THD, topk, all_up_to, most_keys, most_requests)
+    implementation("reserve_workspace", out_THD.device, out_THD.dtype).run(out_THD, bounds)
 
 
 @implements("reserve_workspace", "reference", "torch")
-def reserve_nothing(out_THD: Tensor, topk: int, all_up_to: int, most_keys: int, most_requests: int) -> None:
+def reserve_nothing(out_THD: Tensor, bounds: StepBounds) -> None:
     """The composed operation takes no more than its gathered keys."""
 
 
 implements_by_name("reserve_workspace", "triton", "fulmen.ops.paged.triton_requests:reserve_workspace_triton")
 
 
-def _key_rows(requests: Requests, request: int, n_keys: int, n_queries: int) -> KeyRows:
+def _key_rows(layer: PagedLayer, requests: Requests, request: int, n_keys: int, n_queries: int) -> KeyRows:
     """Where one request's keys lie."""
     key_S = torch.arange(n_keys, device=requests.block_BN.device)
     block_S = requests.block_BN[request, key_S // requests.block_size].long()
     place_S = key_S % requests.block_size
-    apart = (requests.rows_per_block, requests.index_rows_per_block)
-    rows, index_rows = ((block_S * rows + place_S)[None].int() for rows in apart)
+    apart = (requests.rows_per_block, requests.index_rows_per_block, requests.coarse_rows_per_block)
+    rows, index_rows, coarse_rows = ((block_S * rows + place_S)[None].int() for rows in apart)
     stop_T = torch.arange(n_keys - n_queries + 1, n_keys + 1, device=key_S.device)
-    return KeyRows(rows, index_rows, stop_T[None])
+    return KeyRows(rows, index_rows, stop_T[None], None if layer.coarse is None else coarse_rows)
 
 
 def _check_requests(
@@ -176,18 +200,25 @@ def _check_requests(
         "out_THD": (out_THD, layer.shapes["q"]),
     }
     if index is not None:
-        given["index.q_TJE"] = (index.q_TJE, layer.shapes["index_q"])
-        given |= {
-            name: (x, (layer.n_index_heads,))
-            for name, x in (("index.w_TJ", index.w_TJ), ("index.b_TJ", index.b_TJ))
-        }
+        given |= _numbers_of(layer, index)
     elif requests.most_keys > layer.dense_up_to:
         raise ConfigError(
             f"most_keys={requests.most_keys} is above dense_up_to={layer.dense_up_to}: give `index`"
         )
+    if index is not None and layer.asks_coarse(requests.most_keys):
+        require_coarse(layer, index.coarse_q_TMN, "index.coarse_q_TMN")
+        require_coarse(layer, index.coarse_b_TM, "index.coarse_b_TM")
     for name, (x, numbers) in given.items():
         if x.shape != (count, *numbers) or x.dtype is not like.dtype or x.device != like.device:
             raise ConfigError(
                 f"{name} has shape {tuple(x.shape)}, {x.dtype}, {x.device}; it must have "
                 f"{(count, *numbers)}, {like.dtype}, {like.device}"
             )
+
+
+def _numbers_of(layer: PagedLayer, index: NewIndexQueries) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
+    """What is given of it, by name, and of which shape a token's part must be."""
+    of_head, of_coarse_head = (layer.n_index_heads,), (layer.coarse_heads,)
+    shapes = (layer.shapes["index_q"], of_head, of_head, layer.shapes["coarse_q"], of_coarse_head)
+    given = zip(index._fields, index, shapes, strict=True)
+    return {f"index.{name}": (x, shape) for name, x, shape in given if x is not None}

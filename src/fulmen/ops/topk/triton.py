@@ -23,11 +23,7 @@ DIGITS = tl.constexpr(4)
 
 def select_topk_triton(scores_BTS: Tensor, start_BT: Tensor, stop_BT: Tensor, topk: int) -> Tensor:
     """See `fulmen.ops.topk.select_topk`."""
-    batch, queries, n_keys = scores_BTS.shape
-    shape = (batch, queries, min(topk, n_keys))
-    topk_BTK = torch.empty(shape, dtype=torch.int32, device=scores_BTS.device)
-    _launch_select(scores_BTS.float().contiguous(), start_BT, stop_BT, topk_BTK)
-    return topk_BTK
+    return launch_select(scores_BTS.float().contiguous(), start_BT, stop_BT, min(topk, scores_BTS.shape[-1]))
 
 
 def index_topk_triton(
@@ -54,25 +50,26 @@ def index_topk_triton(
             intervals = (start_BT[some], stop_BT[some])
             scores_BTS = torch.empty(*intervals[0].shape, n_keys, device=q_BTJE.device)
             launch_index_scores(*own, *intervals, scores_BTS, enough=n_columns)
-            chosen_BTK = torch.empty_like(topk_BTK[some], memory_format=torch.contiguous_format)
-            _launch_select(scores_BTS, *intervals, chosen_BTK)
-            topk_BTK[some] = chosen_BTK
+            topk_BTK[some] = launch_select(scores_BTS, *intervals, n_columns)
     return topk_BTK
 
 
-def _launch_select(scores_BTS: Tensor, start_BT: Tensor, stop_BT: Tensor, topk_BTK: Tensor) -> None:
+def launch_select(scores_BTS: Tensor, start_BT: Tensor, stop_BT: Tensor, n_columns: int) -> Tensor:
+    """topk_BTK of contiguous float32 scores; K is `n_columns`, at most S."""
     batch, queries, n_keys = scores_BTS.shape
+    topk_BTK = torch.empty(batch, queries, n_columns, dtype=torch.int32, device=scores_BTS.device)
     if not topk_BTK.numel():
-        return
+        return topk_BTK
     sizes = kernel_sizes("select")
     interval = (x.clamp(0, n_keys).int().contiguous() for x in (start_BT, stop_BT))
     launch(
         _select_kernel,
         (batch * queries,),
-        *(scores_BTS, *interval, topk_BTK, n_keys, topk_BTK.shape[-1]),
+        *(scores_BTS, *interval, topk_BTK, n_keys, n_columns),
         BLOCK=min(sizes["columns"], power_of_2(n_keys)),
         **compile_options(sizes),
     )
+    return topk_BTK
 
 
 @triton.jit

@@ -11,10 +11,12 @@ from fulmen.ops.common.checks import check_axes, check_floating, check_index_inp
 from fulmen.ops.common.index_keys import SCALE_BYTES, is_packed, pack_index_keys
 from fulmen.ops.common.opaque import opaque
 from fulmen.ops.common.precision import cast_as_autocast, outside_autocast
-from fulmen.ops.dispatch import implementation
+from fulmen.ops.dispatch import implementation, implements_by_name
 from fulmen.ops.two_level.cpp import two_level_topk_cpp
 from fulmen.ops.two_level.reference import two_level_topk_reference
 from fulmen.ops.two_level.torch_blocked import two_level_topk_blocked
+
+implements_by_name("two_level_topk", "triton", "fulmen.ops.two_level.triton:two_level_topk_triton")
 
 
 @torch.no_grad()

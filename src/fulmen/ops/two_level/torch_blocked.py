@@ -10,7 +10,7 @@ from fulmen.ops.topk.torch_blocked import index_topk_blocked, select_topk_blocke
 from fulmen.ops.two_level.coarse import as_indexer, most_for_nan, positions_of_chosen
 
 
-@implements("two_level_topk", "torch", "triton")
+@implements("two_level_topk", "torch")
 def two_level_topk_blocked(
     coarse_q_BTMN: Tensor,
     packed_BSX: Tensor,

@@ -17,7 +17,12 @@ from fulmen.ops.common.index_keys import SCALE_BYTES
 from fulmen.ops.paged import paged_attention
 from fulmen.ops.paged.layer import CoarseCache, PagedLayer
 from fulmen.ops.paged.project import Projections, project_and_store
-from fulmen.ops.paged.requests import attend_requests, require_paged_kernels, reserve_workspace
+from fulmen.ops.paged.requests import (
+    StepBounds,
+    attend_requests,
+    require_paged_kernels,
+    reserve_workspace,
+)
 from fulmen.ops.paged.sparse import KeyRows, paged_selection, paged_sparse_attention
 from fulmen.serving.vllm_plugin.caches import IndexKeyCache, KeyValueCache
 from fulmen.serving.vllm_plugin.step import DeviceLayout, Span, Step
@@ -96,9 +101,8 @@ class DsaAttention(nn.Module):
         self.n_candidates = dsa.candidates(layer)
         self._bounds = (vllm_config.model_config.max_model_len, vllm_config.scheduler_config.max_num_seqs)
         if (kind := vllm_config.device_config.device_type) != "cpu":
-            shape = (self.head_dim, max(self.topk, self.layer_topk), bool(dsa.coarse_head_dim))
             dtype: Any = vllm_config.model_config.dtype  # resolved by now
-            require_paged_kernels(name, kind, dtype, *shape)
+            require_paged_kernels(name, kind, dtype, self.head_dim, max(self.topk, self.layer_topk))
         # Called with topk_BTK and stop_BT where a prompt's queries select; not for tokens that are decoded.
         self.told: Callable[[Tensor, Tensor], None] | None = None
         vllm_config.compilation_config.static_forward_context[self.name].attention = [self]
@@ -140,7 +144,7 @@ class DsaAttention(nn.Module):
         layer = kept.layer
         if qkv.device.type != "cpu":
             where_all = step.device_layout(
-                index_steps[0], kept.rows_per_block, kept.rotary, positions_T, qkv.dtype
+                index_steps, kept.rows_per_block, kept.rotary, positions_T, qkv.dtype
             )
             self._attend_on_device(layer, where_all, qkv, x_TC, out_TX)
             return
@@ -161,8 +165,10 @@ class DsaAttention(nn.Module):
         """Take and give back what a step of as many tokens may take beside its results, which are 0."""
         out_TX.zero_()
         if out_TX.device.type != "cpu":
+            coarse = (self.n_candidates, COARSE_FROM * self.n_candidates) if self.coarse_name else (0, 0)
             most_kept = (self.layer_topk, max(self.topk, self.layer_topk))
-            reserve_workspace(out_TX.unflatten(1, (self.heads, self.head_dim)), *most_kept, *self._bounds)
+            bounds = StepBounds(*most_kept, *self._bounds, *coarse)
+            reserve_workspace(out_TX.unflatten(1, (self.heads, self.head_dim)), bounds)
 
     def _attend_on_device(
         self, layer: PagedLayer, where: DeviceLayout, qkv: Tensor, x_TC: Tensor, out_TX: Tensor

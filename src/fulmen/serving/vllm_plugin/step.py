@@ -146,7 +146,7 @@ class Step(AttentionMetadata):
 
     def device_layout(
         self,
-        index_step: "Step",
+        index_steps: "tuple[Step, Step | None]",
         rows_per_block: tuple[int, ...],
         rotary: Any,
         positions_T: Tensor,
@@ -156,14 +156,21 @@ class Step(AttentionMetadata):
         key = (rows_per_block, id(rotary))
         if key not in self._device_layouts:
             cos_TP, sin_TP = rotary_rows(rotary, positions_T).to(dtype).chunk(2, -1)
-            new = (self._new_rows(rows_per_block[0]), index_step._new_rows(rows_per_block[1]))
-            tokens = NewTokens(*new, cos_TP, sin_TP)
+            rows_T, index_rows_T, coarse_rows_T = (
+                None if step is None else step._new_rows(apart)
+                for step, apart in zip((self, *index_steps), rows_per_block, strict=True)
+            )
+            assert rows_T is not None
+            assert index_rows_T is not None
+            tokens = NewTokens(rows_T, index_rows_T, cos_TP, sin_TP, coarse_rows_T)
             common = self._common
             tables = (common.block_table_tensor, common.query_start_loc, common.seq_lens)
             room = common.block_table_tensor.shape[1] * self.block_size
             bounds = (common.max_query_len, min(common.max_seq_len, room))
-            apart = (self.block_size, rows_per_block[0], rows_per_block[1])
-            requests = Requests(*tables, *apart, *bounds)
+            requests = Requests(
+                *(*tables, self.block_size, *rows_per_block[:2], *bounds),
+                coarse_rows_per_block=rows_per_block[2],
+            )
             self._device_layouts[key] = DeviceLayout(tokens, requests)
         return self._device_layouts[key]
 
