@@ -4,14 +4,15 @@ import json
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
-from fulmen.config import DsaConfig
+from fulmen.config import CoarseShape, DsaConfig
 from fulmen.errors import CacheError, CheckpointError, ConfigError
 from fulmen.modeling.cost import decode_parts, token_bytes
 from fulmen.modeling.families import dsa_family_for, family_for_type
 from fulmen.modeling.gqa.cache import DsaCache
 from fulmen.modeling.gqa.inherit import inherit_coarse_gqa
-from fulmen.modeling.index_shape import default_dsa
+from fulmen.modeling.index_shape import default_dsa, one_level_reason
 from fulmen.modeling.selectors import DenseSelector, OneLevelSelector, Selector, use_selector
 from fulmen.modeling.weights import load_all_weights
 from fulmen.ops.topk import index_topk
@@ -238,6 +239,32 @@ def test_default_shapes_and_what_they_cost():
         dsa_family_for_dense(config).require_inheritable(config, DsaConfig(8, 4, 2, 8, (0,), (), 40, 4))
     with pytest.raises(ConfigError, match="coarse_n_heads=3 does not fit 4 heads on 2 key heads"):
         dsa_family_for_dense(config).require_inheritable(config, DsaConfig(8, 4, 2, 8, (0,), (), 8, 3))
+
+
+@pytest.mark.parametrize(
+    ("shape", "coarse"),
+    [
+        ({"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}, (9, 24)),  # SmolLM2-135M
+        ({"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}, (32, 64)),
+        ({"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256}, (4, 32)),
+        # A coarse key of 26 bytes beside index keys of 20, and one that is smaller.
+        ({"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}, (0, 0)),
+        ({"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}, (0, 0)),
+    ],
+)
+def test_two_levels_are_the_default_where_they_pay(shape, coarse):
+    config = LlamaConfig(hidden_size=576, **shape)
+    default, two, one = (default_dsa(config, index=index) for index in (None, "two-level", "one-level"))
+    assert default.coarse == CoarseShape(*coarse)
+    assert default == (two if coarse[0] else one)
+    assert two.coarse_head_dim
+    assert bool(one_level_reason(default, config)) == (default == one)
+
+
+def test_few_index_heads_that_are_asked_for_leave_nothing_to_spare():
+    """3 index heads of 48 numbers cost less than 10 coarse ones of 24."""
+    config = LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3)
+    assert not default_dsa(config, index_n_heads=3).coarse_head_dim
 
 
 def dsa_family_for_dense(config):
