@@ -62,6 +62,15 @@ def test_a_conversion_has_two_levels_by_default(tmp_path, corpus_dir, by_layers)
     assert not any("one level" in note for note in said.notes)
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "levels"),
+    [(64, "two: of more than 8,192 keys 4 coarse heads of 24 dims look at every one"), (16, "one: ")],
+)
+def test_inspect_says_how_many_levels_there_would_be(tmp_path, head_dim, levels):
+    source = save_tiny(make_dense("llama", head_dim=head_dim), tmp_path)
+    assert dict(fulmen.inspect(str(source)).facts())["index levels"].startswith(levels)
+
+
 def test_heads_that_are_too_small_for_two_levels_have_one_unless_asked(tmp_path, corpus_dir, llama_dir):
     said = Notes()
     out = convert(settings(llama_dir, tmp_path / "default", corpus_dir, **INHERIT), said)

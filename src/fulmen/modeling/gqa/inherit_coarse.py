@@ -65,13 +65,10 @@ def still_pairs(rotary: tuple[Tensor, Tensor], n_pairs: int, context: int | None
     rotary: cos_BTR and sin_BTR of at least two tokens, from the first on; where the model does not say its
     context, theirs counts.
     """
-    step_P = rotary[1][0, 1, : rotary[1].shape[-1] // 2].double().abs().clamp(max=1).asin()
-    return torch.cat(
-        (
-            step_P * (context or rotary[1].shape[1]) <= STILL_RADIANS,
-            step_P.new_ones(n_pairs - len(step_P)).bool(),
-        )
-    ).cpu()
+    sin_BTR, length = rotary[1], context or rotary[1].shape[1]
+    step_P = sin_BTR[0, 1, : sin_BTR.shape[-1] // 2].double().abs().clamp(max=1).asin()
+    unturned = step_P.new_ones(n_pairs - len(step_P)).bool()
+    return torch.cat((step_P * length <= STILL_RADIANS, unturned)).cpu()
 
 
 def pair_moments(
