@@ -32,10 +32,10 @@ disable_progress_bar()
 CPU = torch.device("cpu")
 
 
-def both_of(folder):
+def both_of(folder, index=None):
     """(layered, whole) of a source."""
     config = read_own_config(str(folder))
-    dsa = default_dsa(config, 8)
+    dsa = default_dsa(config, 8, index=index)
     layered = layered_model(config, dsa, ModelShards(folder, config), CPU)
     return layered, family_for(config).from_dense(load_dense(folder)[0], dsa)
 
@@ -55,7 +55,7 @@ def test_computes_and_inherits_as_the_whole_model(name, tmp_path, monkeypatch):
     dense.config.dtype = torch.bfloat16
     dense.save_pretrained(tmp_path, max_shard_size="40KB")
     make_tokenizer().save_pretrained(tmp_path)
-    (layered, whole), ids, made = both_of(tmp_path), random_ids(2, 64), {}
+    (layered, whole), ids, made = both_of(tmp_path, "two-level"), random_ids(2, 64), {}
     assert len(layered.shards.files) > 3
     assert {**layered.model.config.to_dict(), "architectures": None} == whole.config.to_dict()
 

@@ -166,9 +166,9 @@ def test_the_published_floor_for_grouped_heads():
     gathered = cost.dsa_bytes - 131_072 * token_bytes(config, one_head).index_keys
     assert round((gathered + 131_072 * 132) / 1e6, 1) == 25.7
     assert round(cost.dsa_bytes / 1e6, 1) == 25.4
-    ours = decode_cost(config, default_dsa(config, topk=2048), 131_072)
+    ours = decode_cost(config, default_dsa(config, topk=2048, index="one-level"), 131_072)
     assert round(ours.dsa_bytes / 1e6, 1) == 111.1
-    two_levels = decode_cost(config, default_dsa(config, topk=2048, index="two-level"), 131_072)
+    two_levels = decode_cost(config, default_dsa(config, topk=2048), 131_072)
     assert two_levels.dsa_bytes == 131_072 * 66 + 8 * 2048 * 784 + 2048 * 4096
     assert round(two_levels.dsa_bytes / 1e6, 1) == 29.9
 
@@ -228,7 +228,8 @@ def test_token_bytes_are_what_a_filled_cache_counts(smollm2, dtype):
         model(random_ids(1, 11), past_key_values=cache)
     token = token_bytes(smollm2, default_dsa(smollm2), dtype.itemsize)
     assert cache.nbytes == (11 * token.kv, 11 * token.index_keys)
-    assert cache.nbytes.index_keys / cache.nbytes.kv == 3 * (48 + 2) / (384 * dtype.itemsize)
+    index_keys = 3 * (48 + 2) + 24 + 2  # and a coarse key
+    assert cache.nbytes.index_keys / cache.nbytes.kv == index_keys / (384 * dtype.itemsize)
 
 
 def test_token_bytes_of_a_partly_converted_model():
@@ -269,9 +270,12 @@ class TestDefaultShape:
         ids=lambda value: getattr(value, "model_type", None),
     )
     def test_index_keys_take_a_fifth_at_most(self, config, shape):
-        dsa = default_dsa(config)
+        dsa = default_dsa(config, index="one-level")
         assert (dsa.topk, dsa.index_n_heads, dsa.index_n_kv_heads, dsa.index_head_dim) == shape
         assert 0.15 < index_key_share(config, dsa) <= 0.2
+        two = default_dsa(config)
+        assert (two.coarse_n_heads, dsa.coarse_n_heads) == (config.num_attention_heads, 0)
+        assert 0.015 < index_key_share(config, two) - index_key_share(config, dsa) < 0.055
 
     @pytest.mark.parametrize(
         ("config", "shape"),
@@ -286,7 +290,7 @@ class TestDefaultShape:
         assert index_key_share(config, dsa) == 128 / 576
 
     def test_what_is_given_is_taken(self, smollm2):
-        dsa = default_dsa(smollm2, topk=64, index_n_heads=3, index_head_dim=16)
+        dsa = default_dsa(smollm2, topk=64, index_n_heads=3, index_head_dim=16, index="one-level")
         assert dsa == DsaConfig(64, 3, 3, 16, tuple(range(30)))
 
     def test_an_index_head_is_no_wider_than_the_head_it_comes_from(self, smollm2):

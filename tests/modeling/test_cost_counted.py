@@ -184,12 +184,12 @@ V32, GLM_5 = DeepseekV32Config(), GlmMoeDsaConfig()
     ids=["qwen3-8b", "llama-70b", "v3.2", "glm-5"],
 )
 def test_published_shapes(config, billions, cache_bytes):
-    dsa = dsa_of(config) if config in (V32, GLM_5) else default_dsa(config)
+    dsa = dsa_of(config) if config in (V32, GLM_5) else default_dsa(config, index="one-level")
     assert token_bytes(config, dsa).kv == cache_bytes
     assert (layer_weights(config) + head_weights(config)) / 1e9 == pytest.approx(billions, rel=0.05)
     short, long = (decode_cost(config, dsa, position) for position in (dsa.topk, 131_072))
     assert short.dsa_bytes > short.dense_bytes
     assert long.dense_bytes == 131_072 * cache_bytes
-    # Index keys bound the saving: a fifth of the cache at most, 22 % in V3.2 and GLM-5.
+    # Index keys bound what one level saves: a fifth of the cache at most, 22 % in V3.2 and GLM-5.
     assert 4 < long.dense_bytes / long.dsa_bytes < 5
     assert long.dsa_flops < long.dense_flops

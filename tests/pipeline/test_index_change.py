@@ -10,6 +10,7 @@ import fulmen
 from fulmen.errors import AlreadyConvertedError, ConfigError, OutputError
 from fulmen.pipeline.load import load_converted
 from tests.modeling.gqa.tiny_gqa import make_dense, random_ids
+from tests.pipeline.test_asker import Notes
 from tests.pipeline.tiny_runs import LENGTH, convert, save_tiny, settings
 
 
@@ -47,11 +48,40 @@ def test_a_coarse_level_is_added_and_taken_away(one_level, tmp_path, corpus_dir)
         assert model(random_ids(1, 100)).logits.isfinite().all()
 
 
-def test_a_conversion_has_two_levels_if_asked_for(tmp_path, corpus_dir, llama_dir):
-    asked = {"stages": ("inherit",), "steps": None, "index": "two-level"}
-    out = convert(settings(llama_dir, tmp_path / "out", corpus_dir, **asked))
+INHERIT = {"stages": ("inherit",), "steps": None}
+
+
+@pytest.mark.parametrize("by_layers", [False, True])
+def test_a_conversion_has_two_levels_by_default(tmp_path, corpus_dir, by_layers):
+    source, said = save_tiny(make_dense("llama", head_dim=64), tmp_path / "dense"), Notes()
+    asked = settings(source, tmp_path / "out", corpus_dir, by_layers=by_layers, **INHERIT)
+    out = convert(asked, said)
     assert json.loads((out / "config.json").read_text())["dsa"]["coarse_head_dim"] == 24
-    assert any(".coarse.wk" in name for name in load_file(out / "model.safetensors"))
+    state = load_converted(out)[0].state_dict()
+    assert all(x.abs().sum() > 0 for name, x in state.items() if ".coarse.w" in name)
+    assert not any("one level" in note for note in said.notes)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "levels"),
+    [(64, "two: of more than 8,192 keys 4 coarse heads of 24 dims look at every one"), (16, "one: ")],
+)
+def test_inspect_says_how_many_levels_there_would_be(tmp_path, head_dim, levels):
+    source = save_tiny(make_dense("llama", head_dim=head_dim), tmp_path)
+    assert dict(fulmen.inspect(str(source)).facts())["index levels"].startswith(levels)
+
+
+def test_heads_that_are_too_small_for_two_levels_have_one_unless_asked(tmp_path, corpus_dir, llama_dir):
+    said = Notes()
+    out = convert(settings(llama_dir, tmp_path / "default", corpus_dir, **INHERIT), said)
+    assert "coarse_head_dim" not in json.loads((out / "config.json").read_text())["dsa"]
+    (note,) = [note for note in said.notes if "one level" in note]
+    assert note.startswith("Its index has one level: its heads are so small")
+    for index, width in (("two-level", 24), ("one-level", None)):
+        said = Notes()
+        out = convert(settings(llama_dir, tmp_path / index, corpus_dir, index=index, **INHERIT), said)
+        assert json.loads((out / "config.json").read_text())["dsa"].get("coarse_head_dim") == width
+        assert not any("one level" in note for note in said.notes)
 
 
 def test_requests_that_cannot_be_leave_nothing(one_level, tmp_path, corpus_dir):

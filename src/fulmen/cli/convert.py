@@ -113,9 +113,9 @@ def convert_command(
     index: Annotated[
         str | None,
         typer.Option(
-            help="two-level: a coarse index looks at all keys and leaves the indexer 8 k of them; one-level: "
-            "the indexer looks at all. With a converted SOURCE: give it that index and change nothing else "
-            "(a minute). [dim]Default: one-level; what two cost: docs/results.md.[/]",
+            help="two-level: a coarse index looks at all keys and leaves the indexer a few times k of them; "
+            "one-level: the indexer looks at all. With a converted SOURCE: give it that index and change "
+            "nothing else (a minute). [dim]Default: two-level; one with MLA and very small heads.[/]",
             show_default=False,
         ),
     ] = None,

@@ -114,11 +114,13 @@ def layered_model(
     own = family.dsa_config(config, dsa, tied)
     dtype: Any = config.dtype or (UNPACKED_DTYPE if quantization_of(config) else _first_dtype(shards))
     own.dtype = dtype
-    # Parameters alone: the buffers are those that no file holds, and computed.
+    # Parameters alone: the buffers are computed and no file holds them, but for a coarse level's, which are
+    # where the indexer's parameters are.
     with init_empty_weights(include_buffers=False):
         model = family.causal_lm_class(own).eval().requires_grad_(False)
     for module in model.modules():
-        module._buffers.update({key: x.to(device) for key, x in module._buffers.items() if x is not None})
+        computed = {key: x for key, x in module._buffers.items() if x is not None and not x.is_meta}
+        module._buffers.update({key: x.to(device) for key, x in computed.items()})
     own.architectures = [type(model).__name__]
     layered = LayeredModel(model, shards, dtype, device)
     _require_held(layered, config)
@@ -183,8 +185,9 @@ def _run_filled(
     if any(map(_is_indexers, empty)):
         if (own := indexer_of(number)) is None:
             indexer = layer.self_attn.indexer.to_empty(device=layered.device)
-            for name, parameter in indexer.named_parameters():
-                parameter.data = parameter.data.to(layered.dtype_of(f"indexer.{name}"))
+            for name, x in (*indexer.named_parameters(), *indexer.named_buffers()):
+                if x.is_floating_point():
+                    x.data = x.data.to(layered.dtype_of(f"indexer.{name}"))
             indexer.apply(layered.model._init_weights)
         else:
             _fill(layer, {name.removeprefix(prefix): x.to(layered.device) for name, x in own.items()})

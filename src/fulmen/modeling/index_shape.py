@@ -2,8 +2,10 @@
 
 Index keys are read for every visible token, so they bound what DSA can save; by default they take a fifth of
 the keys and values at most, or in MLA the width that V3.2 has published. Heads follow the model's own, from
-which the indexer is built.
+which the indexer is built. A coarse level before it is the default where it costs less than it spares.
 """
+
+from dataclasses import replace
 
 from transformers import PreTrainedConfig
 
@@ -14,6 +16,8 @@ from fulmen.modeling.family import Family
 from fulmen.modeling.lengths import default_topk
 
 MAX_INDEX_KEY_SHARE = 0.2
+BFLOAT16_BYTES = 2
+ONE_LEVEL = CoarseShape(0, 0)
 
 
 def default_dsa(
@@ -25,7 +29,7 @@ def default_dsa(
 ) -> DsaConfig:
     """The DSA configuration for a dense model; what is given is taken, the rest follows from the model.
 
-    index: "two-level", "one-level" or None, which is the latter.
+    index: "two-level", "one-level", or None: two where they pay (`in_levels`).
 
     Raises:
         UnsupportedModelError: no family knows the model, or it has no layer to convert.
@@ -34,24 +38,45 @@ def default_dsa(
     """
     layers = tuple(full_attention_layers(config))
     family = family_for(config)
-    coarse = coarse_shape(family, config, index)
     default = family.default_index(config, MAX_INDEX_KEY_SHARE)
-    dsa = DsaConfig(
+    one_level = DsaConfig(
         topk=default_topk(config) if topk is None else topk,
         index_n_heads=default.queries if index_n_heads is None else index_n_heads,
         index_n_kv_heads=default.keys,
         index_head_dim=default.width if index_head_dim is None else index_head_dim,
         layers=layers,
-        coarse_head_dim=coarse.width,
-        coarse_n_heads=coarse.heads,
     )
-    family.require_inheritable(config, dsa)
-    return dsa
+    family.require_inheritable(config, one_level)
+    return in_levels(one_level, family, config, index)
 
 
-def coarse_shape(family: Family, config: PreTrainedConfig, index: str | None) -> CoarseShape:
-    """Of no width: one level. Raises ConfigError where two are asked for and cannot be."""
-    shape = family.default_coarse(config) if index == "two-level" else CoarseShape(0, 0)
+def in_levels(dsa: DsaConfig, family: Family, config: PreTrainedConfig, index: str | None) -> DsaConfig:
+    """`dsa` in the levels that `index` names; None: in two, where a coarse level costs less than it spares.
+
+    config: of the dense or the converted model. Raises ConfigError where two are asked for and cannot be.
+    """
+    shape = ONE_LEVEL if index == "one-level" else family.default_coarse(config)
     if index == "two-level" and not shape.width:
         raise ConfigError(f"index={index!r} is not for model_type {config.model_type!r}; leave it out")
-    return shape
+    found = _with_coarse(dsa, shape)
+    if index is None and shape.width and not _pays(found, family, config):
+        return _with_coarse(dsa, ONE_LEVEL)
+    return found
+
+
+def one_level_reason(dsa: DsaConfig, config: PreTrainedConfig) -> str | None:
+    """Why a dense model would get one level where its family has two by default; None: it would not."""
+    if dsa.coarse_head_dim or not family_for(config).default_coarse(config).width:
+        return None
+    return "its heads are so small that a coarse level would cost as much as it spares"
+
+
+def _with_coarse(dsa: DsaConfig, shape: CoarseShape) -> DsaConfig:
+    return replace(dsa, coarse_head_dim=shape.width, coarse_n_heads=shape.heads)
+
+
+def _pays(dsa: DsaConfig, family: Family, config: PreTrainedConfig) -> bool:
+    """Whether the coarse level reads and computes less for a key than the indexer."""
+    cost = family.indexer_cost(config, dsa)
+    smaller = family.coarse_key_bytes(dsa) < family.index_key_bytes(dsa, BFLOAT16_BYTES)
+    return smaller and cost.coarse_pair_flops < cost.pair_flops

@@ -18,6 +18,7 @@ from fulmen.errors import ConfigError
 from fulmen.evaluation.variants import indexer_state
 from fulmen.modeling.checkpoint import require_free_output, require_savable, save_converted
 from fulmen.modeling.families import accelerated, dsa_family_for, dsa_of, family_for
+from fulmen.modeling.index_shape import one_level_reason
 from fulmen.modeling.text_part import TextShards, processor_files, whole_of
 from fulmen.modeling.token_blocks import feed_forward_in_blocks
 from fulmen.pipeline.conversion import Conversion
@@ -86,7 +87,7 @@ def run_conversion(settings: ConvertSettings, reporter: Reporter) -> Conversion:
         plan = planner.plan(settings)
         unusual = source.look_at_files()
         tokenizer = source.tokenizer()
-        for line in [*unusual, *_missing_template(tokenizer)]:
+        for line in [*unusual, *_missing_template(tokenizer), *_one_level(plan, settings, source)]:
             reporter.note(line)
         corpus = read_corpus(settings.data, settings.texts)
         texts, sparse = _texts(plan, corpus, tokenizer, settings, reporter)
@@ -133,6 +134,12 @@ def _missing_template(tokenizer: Any) -> list[str]:
     if tokenizer.chat_template or V32_USER_TOKEN in tokenizer.get_vocab():
         return []
     return ["Its tokenizer has no chat template: it completes text, and cannot be asked in chats"]
+
+
+def _one_level(plan: FittedPlan, settings: ConvertSettings, source: DenseSource) -> list[str]:
+    """A line if nobody has asked for one level and it has one all the same."""
+    reason = None if settings.index else one_level_reason(plan.dsa, source.config)
+    return [f"Its index has one level: {reason} (index decides)"] if reason else []
 
 
 def _convert_by_layers(

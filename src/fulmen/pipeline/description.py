@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from fulmen.config import DsaConfig
+from fulmen.config import COARSE_FROM, DsaConfig
 from fulmen.evaluation.wording import percent
 from fulmen.pipeline.reporter import in_minutes
 
@@ -144,9 +144,10 @@ def _facts(model: ModelDescription) -> list[tuple[str, str]]:
     )
     levels = "one: the indexer looks at every key"
     if dsa.coarse_head_dim:
+        asked_from = COARSE_FROM * dsa.candidate_factor * dsa.topk
         levels = (
-            f"two: {dsa.coarse_n_heads} coarse heads of {dsa.coarse_head_dim} dims look at every key, "
-            f"the indexer at {dsa.candidate_factor} k of them"
+            f"two: of more than {asked_from:,} keys {dsa.coarse_n_heads} coarse heads of "
+            f"{dsa.coarse_head_dim} dims look at every one, the indexer at {dsa.candidate_factor} k of them"
         )
     share = (
         f"{_bytes(model.token_bytes.kv)} a token, index keys {_bytes(model.token_bytes.index_keys)} more "

@@ -15,7 +15,7 @@ from fulmen.evaluation.variants import indexer_state
 from fulmen.files import write_file
 from fulmen.modeling.checkpoint import CARD_FILE, require_free_output, require_savable, save_converted
 from fulmen.modeling.families import dsa_family_for, dsa_of, has_dsa
-from fulmen.modeling.index_shape import coarse_shape
+from fulmen.modeling.index_shape import in_levels
 from fulmen.modeling.lengths import context_of
 from fulmen.pipeline.arguments import parse_duration
 from fulmen.pipeline.coarse_stage import fit_coarse
@@ -83,14 +83,13 @@ def _changed(config: Any, settings: ConvertSettings) -> DsaConfig:
             raise ConfigError(
                 f"{argument} does not apply to a converted model, whose index alone is changed; leave it out"
             )
-    family, dsa = dsa_family_for(config), dsa_of(config)
-    coarse = coarse_shape(family, config, settings.index)
-    if bool(coarse.width) == bool(dsa.coarse_head_dim):
+    dsa = dsa_of(config)
+    changed = in_levels(dsa, dsa_family_for(config), config, settings.index)
+    if bool(changed.coarse_head_dim) == bool(dsa.coarse_head_dim):
         raise AlreadyConvertedError(
             f"{settings.source} has a {settings.index} index already; use it as it is"
         )
-    changed = {"coarse_head_dim": coarse.width, "coarse_n_heads": coarse.heads}
-    return DsaConfig.from_dict({**dsa.to_dict(), **changed})
+    return changed
 
 
 def _save(

@@ -52,8 +52,8 @@ class ConvertSettings:
         device: where to compute, as torch names it, or AUTO_DEVICE.
         seed: of every random choice.
         length: tokens per training sequence; None: `default_length`, less where the text is scarce.
-        index: one of INDEXES; None: one level. Named, a converted source
-            is given that index and stays otherwise as it is.
+        index: one of INDEXES; None: two levels where they pay. Named, a converted source is given that index
+            and stays otherwise as it is.
         by_layers: whether one layer at a time is in memory; None: where all of them have no room.
     """
 

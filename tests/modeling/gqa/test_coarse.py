@@ -4,14 +4,16 @@ import json
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
-from fulmen.config import DsaConfig
+from fulmen.config import CoarseShape, DsaConfig
 from fulmen.errors import CacheError, CheckpointError, ConfigError
 from fulmen.modeling.cost import decode_parts, token_bytes
 from fulmen.modeling.families import dsa_family_for, family_for_type
 from fulmen.modeling.gqa.cache import DsaCache
 from fulmen.modeling.gqa.inherit import inherit_coarse_gqa
-from fulmen.modeling.index_shape import default_dsa
+from fulmen.modeling.gqa.inherit_coarse import best_mix, pair_moments, still_pairs
+from fulmen.modeling.index_shape import default_dsa, one_level_reason
 from fulmen.modeling.selectors import DenseSelector, OneLevelSelector, Selector, use_selector
 from fulmen.modeling.weights import load_all_weights
 from fulmen.ops.topk import index_topk
@@ -92,6 +94,40 @@ def test_all_pairs_of_all_key_heads_carry_each_heads_logit_whole():
         assert error < 0.03  # 8 bits
         mean_BTS = logits_BHTS.mean(1)
         assert (32 * coarse_BMTS[:, -1] - mean_BTS).std() / mean_BTS.std() < 0.03
+
+
+def test_keys_of_two_numbers_need_one_pair_unless_they_turn():
+    """Two numbers, spread over all key heads and pairs: of pairs that turn, no two mix."""
+    torch.manual_seed(0)
+    q_RHD, number_SX, spread_XGD = torch.randn(20, 4, 16), torch.randn(30, 2), torch.randn(2, 2, 16)
+    k_GSD = torch.einsum("sx,xgd->gsd", number_SX, spread_XGD)
+    logits_RHS = torch.einsum("rhd,hsd->rhs", q_RHD, k_GSD.repeat_interleave(2, 0))
+
+    def error(still_P):
+        inputs = (q_RHD, k_GSD, torch.arange(10, 30), (0.25, None, None), 4, 4, still_P)
+        mix = best_mix([pair_moments(*inputs)], still_P, 1)
+        key_SN = torch.einsum("ngd,gsd->sn", mix.key_U2GD[0], k_GSD.double())
+        query_NHD = mix.query_U2GD[0].repeat_interleave(2, 1)
+        query_RHN = torch.einsum("nhd,rhd->rhn", query_NHD, q_RHD.double())
+        found_RHS = torch.einsum("rhn,sn->rhs", query_RHN, key_SN)
+        return float((found_RHS - logits_RHS).std() / logits_RHS.std()), mix.turns_U.tolist()
+
+    still, turning = error(torch.ones(8).bool()), error(torch.zeros(8).bool())
+    assert still[0] < 1e-3
+    assert still[1] == [8]
+    assert turning[0] > 0.5
+    assert turning[1][0] < 8
+
+
+@pytest.mark.parametrize(
+    ("context", "expected"), [(512, [6, 7, 8, 9]), (64, [4, 5, 6, 7, 8, 9]), (None, [8, 9])]
+)
+def test_still_pairs_turn_by_a_radian_at_most_within_the_context(context, expected):
+    """Of 20 dims RoPE turns 16; pair p by 10^(-p/2) a token. Without a context the text's tokens count."""
+    angle_TP = torch.arange(4000)[:, None] * 10.0 ** (-torch.arange(8) / 2)
+    table_TR = torch.cat((angle_TP, angle_TP), -1)[None]
+    still_P = still_pairs((table_TR.cos(), table_TR.sin()), 10, context)
+    assert still_P.nonzero()[:, 0].tolist() == expected
 
 
 def test_with_many_candidates_it_is_the_one_level_model():
@@ -238,6 +274,32 @@ def test_default_shapes_and_what_they_cost():
         dsa_family_for_dense(config).require_inheritable(config, DsaConfig(8, 4, 2, 8, (0,), (), 40, 4))
     with pytest.raises(ConfigError, match="coarse_n_heads=3 does not fit 4 heads on 2 key heads"):
         dsa_family_for_dense(config).require_inheritable(config, DsaConfig(8, 4, 2, 8, (0,), (), 8, 3))
+
+
+@pytest.mark.parametrize(
+    ("shape", "coarse"),
+    [
+        ({"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}, (9, 24)),  # SmolLM2-135M
+        ({"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}, (32, 64)),
+        ({"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256}, (4, 32)),
+        # A coarse key of 26 bytes beside index keys of 20, and one that is smaller.
+        ({"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}, (0, 0)),
+        ({"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}, (0, 0)),
+    ],
+)
+def test_two_levels_are_the_default_where_they_pay(shape, coarse):
+    config = LlamaConfig(hidden_size=576, **shape)
+    default, two, one = (default_dsa(config, index=index) for index in (None, "two-level", "one-level"))
+    assert default.coarse == CoarseShape(*coarse)
+    assert default == (two if coarse[0] else one)
+    assert two.coarse_head_dim
+    assert bool(one_level_reason(default, config)) == (default == one)
+
+
+def test_few_index_heads_that_are_asked_for_leave_nothing_to_spare():
+    """3 index heads of 48 numbers cost less than 10 coarse ones of 24."""
+    config = LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3)
+    assert not default_dsa(config, index_n_heads=3).coarse_head_dim
 
 
 def dsa_family_for_dense(config):

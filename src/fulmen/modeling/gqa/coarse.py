@@ -21,11 +21,12 @@ class ModelWidths(NamedTuple):
 
 
 class CoarseIndexer(nn.Module):
-    """Coarse queries, keys and shifts (`fulmen.ops.two_level`): mixes of the model's own of one frequency.
+    """Coarse queries, keys and shifts (`fulmen.ops.two_level`): mixes of the model's own.
 
     A key head's rotary pair is a complex number, and all key heads' pairs of one frequency turn by one angle.
-    So any complex mix of them turns with that frequency, too: a pair of the coarse key is such a mix. The
-    last query head is the mean of the others; it decides among keys that none of them wants.
+    So any complex mix of them turns with that frequency, too: a pair of the coarse key is such a mix, or it
+    is two mixes of numbers that hardly turn, and is not rotated. The last query head is the mean of the
+    others; it decides among keys that none of them wants.
     Weights are buffers: they are computed (`fulmen.modeling.gqa.inherit_coarse`), not trained.
 
     `rope_pairs` [N/2] names the rotary pair of each; the number of rotary pairs means "not rotated".

@@ -33,6 +33,7 @@ from fulmen.modeling.gqa.inherit_coarse import (
     Moments,
     best_mix,
     pair_moments,
+    still_pairs,
     write_coarse,
 )
 from fulmen.modeling.gqa.own_logits import (
@@ -45,7 +46,7 @@ from fulmen.modeling.gqa.own_logits import (
     uncapped,
 )
 from fulmen.modeling.gqa.rotary_pairs import pair_covariance, pair_order, pick_pairs
-from fulmen.modeling.lengths import LENGTH_OVER_TOPK
+from fulmen.modeling.lengths import LENGTH_OVER_TOPK, context_of
 from fulmen.modeling.selectors import DenseSelector, dsa_attentions, use_selector
 from fulmen.ops.common.index_keys import round_index_keys
 from fulmen.ops.common.rope import apply_rope
@@ -209,14 +210,15 @@ def _fit_coarse(
     coarse = attention.indexer.coarse
     if coarse is None:
         return
+    still_P = still_pairs(rotary, attention.head_dim // 2, context_of(attention.config))
     moments = []
     for one in observations:
         rows_R = one.rows_R[::PAIR_EVERY]
         k_GSD = one.k_GTD[:, : int(rows_R[-1]) + 1]
         queries = (one.q_RHD[::PAIR_EVERY], k_GSD, rows_R)
-        moments.append(pair_moments(*queries, attention.softmax, topk, coarse.n_heads - 1))
+        moments.append(pair_moments(*queries, attention.softmax, topk, coarse.n_heads - 1, still_P))
     cpu = [Moments(*(part.cpu() for part in one)) for one in moments]
-    write_coarse(attention, best_mix(cpu, coarse.width // 2), rotary[0].shape[-1])
+    write_coarse(attention, best_mix(cpu, still_P, coarse.width // 2), rotary[0].shape[-1])
     index = [_coarse_heads(attention, one, rotary) for one in observations]
     weight_CM, bias_M, _ = _regressed_thresholds(attention, observations, index)
     _write(coarse.w_shift, pad(-weight_CM.T, (0, 0, 0, 1)))
