@@ -48,6 +48,9 @@ class RlTrainer(SafeCheckpoints, GRPOTrainer):
         engine: is given the weights after each step, before it writes again.
     """
 
+    # Micro-batches of the engine's last call, as TRL has them.
+    _buffered_inputs: Any
+
     def __init__(
         self,
         model: PreTrainedModel,
