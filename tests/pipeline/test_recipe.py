@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +15,19 @@ from fulmen.pipeline.answers import Answerer, open_model
 from fulmen.pipeline.recipe import RecipeRun
 from fulmen.pipeline.recipe_settings import Rejection, read_recipe
 from fulmen.pipeline.recipe_stages import RecipeStages
-from fulmen.pipeline.rejection import kept_lessons
+from fulmen.pipeline.rejection import (
+    RejectionCounts,
+    filled_up,
+    kept_lessons,
+    lesson_of,
+    own_answers,
+    read_journal,
+    sample_task,
+)
 from fulmen.pipeline.reporter import SilentReporter
 from fulmen.tasks import named
 from fulmen.tasks.base import HELD_OUT
+from fulmen.tasks.split import text_of, text_of_messages
 from fulmen.training.prompts import ends_of, pad_of
 from tests.pipeline.tiny_runs import LENGTH
 
@@ -56,7 +67,7 @@ def asked(task, llama_dir, corpus_dir):
             "low": {"tasks": [f"{task}:low=10,high=26"], "kl": 0},
             "high": {"tasks": f"{task}:low=50,high=66", "rl": {"steps": 4}},
         },
-        "rejection": {"problems": 16, "samples": 3, "keep": 1},
+        "rejection": {"problems": 16, "samples": 3, "keep": 1, "examples": 24},
         "distill": {"steps": 64, "learning_rate": 0.005},
         "mixed": {"steps": 5},
         "held_out": 8,
@@ -129,7 +140,10 @@ def test_a_whole_recipe_and_again(asked, tmp_path):
         assert shares["mixed"][name]["strict"]["estimate"] > 0.6
     assert report.samples[low]["samples"] == 48
     assert report.samples[low]["duplicates"] == 32
+    # Both domains have as many examples, whatever was kept.
     assert report.samples[low]["kept"] == 16
+    assert [counts["kept"] + counts["own"] for counts in report.samples.values()] == [24, 24]
+    assert len((out / "data" / "distilled.jsonl").read_text().splitlines()) == 48
     # Nothing is done again.
     again = Stages()
     nothing = again.recipe_stages(sft=None, convert=None)
@@ -188,12 +202,79 @@ def test_samples_are_counted_and_held_out_problems_left_out(task, tmp_path):
     ]
     # A line torn by a kill.
     journal.write_text("".join(f"\n{json.dumps(row)}" for row in rows) + '\n{"index": 9, "repl')
-    lessons, counts = kept_lessons(own, Rejection(keep=1), journal, [own.problem(HELD_OUT + 1)])
+    forbidden = {text_of(own.problem(HELD_OUT + 1))}
+    lessons, counts = kept_lessons(own, Rejection(keep=1), read_journal(journal), forbidden)
     assert [lesson.reply for lesson in lessons] == ["w60", "w60"]
     assert vars(counts) == {
         **{"problems": 3, "solved": 3, "samples": 9, "right": 8, "duplicates": 4},
-        **{"contaminated": 1, "surplus": 1, "kept": 2},
+        **{"contaminated": 1, "surplus": 1, "kept": 2, "own": 0, "repeated": 0},
     }
+
+
+def test_own_answers_fill_up_and_everything_is_counted(task):
+    own = named(task)
+    kept = [lesson_of(own.problem(index), "w60") for index in (5, 6)]
+    # What a specialist was asked, and what is held out, is not answered once more.
+    first = own_answers(own, 3)
+    forbidden = {text_of_messages(first[0].messages)}
+    kept.append(first[1])
+    counts = RejectionCounts(surplus=4)
+    found = filled_up(own, kept, 5, forbidden, counts)
+    assert found[:3] == kept
+    assert not {text_of_messages(lesson.messages) for lesson in found[3:]} & {
+        text_of_messages(lesson.messages) for lesson in [*kept, first[0]]
+    }
+    assert (counts.kept, counts.own, counts.repeated, counts.surplus) == (3, 2, 0, 4)
+    # Fewer are wanted than were kept.
+    assert filled_up(own, kept, 2, forbidden, counts) == kept[:2]
+    assert (counts.kept, counts.own, counts.repeated, counts.surplus) == (2, 0, 0, 5)
+    # A task without answers of its own says again what was kept.
+    silent = SimpleNamespace(problem=lambda index: replace(own.problem(index), answer=""))
+    assert filled_up(silent, kept, 7, forbidden, counts) == [*kept, *kept, kept[0]]
+    assert (counts.own, counts.repeated) == (0, 4)
+
+
+class Half:
+    """Answers every other problem of a call right, and counts what it is asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def replies(self, problems, sampling):
+        self.asked += [problem.index for problem in problems]
+        return [[["w60", "w3"][number % 2]] * sampling.per_prompt for number in range(len(problems))]
+
+
+def test_problems_are_drawn_until_enough_is_kept(task, tmp_path):
+    own, answerer = named(f"{task}:low=10,high=40"), Half()
+
+    def sample(name, keep_at_least, most=64):
+        settings = Rejection(problems=most, samples=2, keep=1, keep_at_least=keep_at_least)
+        sample_task(answerer, own, settings, 3, 0, tmp_path / name, frozenset(), SilentReporter())
+        return read_journal(tmp_path / name)
+
+    assert len(sample("some", 9)) == 32
+    asked = list(answerer.asked)
+    # Nothing is asked again, and more are asked for more; at most as many as there may be.
+    assert len(sample("some", 9)) == 32
+    assert answerer.asked == asked
+    assert len(sample("some", 17)) == 48
+    assert len(sample("some", 1000)) == 64
+    assert answerer.asked == [row["index"] for row in read_journal(tmp_path / "some")]
+    assert len(sample("all", None, 48)) == 48
+
+
+def test_a_domain_has_rejection_settings_of_its_own():
+    shared = {"samples": 3, "keep": 1, "examples": 50}
+    domains = {
+        "a": {"tasks": "gcd", "rejection": {"keep": 4, "keep_at_least": 9}},
+        "b": {"tasks": "lcm"},
+    }
+    found = read_recipe({"base": "x", "rejection": shared, "domains": domains})
+    assert [domain.rejection for domain in found.domains] == [
+        Rejection(samples=3, keep=4, keep_at_least=9, examples=50),
+        Rejection(samples=3, keep=1, examples=50),
+    ]
 
 
 def test_nothing_right_is_said(asked, tmp_path):
@@ -240,6 +321,11 @@ def test_nothing_right_is_said(asked, tmp_path):
         ({"rejection": {"samples": 0}}, "rejection.samples"),
         ({"rejection": {"sample": 1}}, "did you mean samples"),
         ({"rejection": {"temperature": "hot"}}, "rejection.temperature"),
+        ({"rejection": {"keep_at_least": 0}}, "rejection.keep_at_least"),
+        ({"rejection": {"examples": 1.5}}, "rejection.examples=1.5"),
+        ({"domains": {"a": {"tasks": "gcd", "rejection": {"keep": 0}}}}, r"domains\.a\.rejection\.keep=0"),
+        ({"domains": {"a": {"tasks": "gcd", "rejection": {"kept": 1}}}}, r"domains\.a\.rejection has no key"),
+        ({"domains": {"a": {"tasks": "gcd", "rejection": 3}}}, r"domains\.a\.rejection=3"),
         ({"rl": 3}, "rl=3"),
         ({"domains": {"a": {"tasks": "spel_backward"}}}, "did you mean spell_backward"),
         ({"domains": {"a": {"task": "gcd"}}}, "did you mean tasks"),

@@ -37,14 +37,17 @@ from fulmen.pipeline.recipe_stages import RecipeStages
 from fulmen.pipeline.rejection import (
     Lesson,
     counts_row,
+    filled_up,
     kept_lessons,
     own_answers,
+    read_journal,
     sample_task,
 )
 from fulmen.pipeline.reporter import Reporter
 from fulmen.tasks import named
 from fulmen.tasks.base import Problem
 from fulmen.tasks.rewards import GuardedTask
+from fulmen.tasks.split import text_of
 
 REJECTION, DENSE_DISTILLED = "rejection", "dense-distilled"
 # How far a run goes.
@@ -83,6 +86,7 @@ class RecipeRun:
         specs = [spec for domain in recipe.domains for spec in domain.tasks]
         self.tasks = {spec: GuardedTask(named(spec)) for spec in specs}
         self.held_out = {spec: held_out_problems(task, recipe.held_out) for spec, task in self.tasks.items()}
+        self.forbidden = {text_of(problem) for some in self.held_out.values() for problem in some}
         self.folder = RecipeFolder(out)
         self.solved: dict[str, dict[str, Solved]] = {}
         self.samples: dict[str, dict[str, int]] = {}
@@ -134,29 +138,38 @@ class RecipeRun:
         return own_answers(self.tasks[spec], -(-domain.sft.problems // len(domain.tasks)))
 
     def _lessons(self, specialists: Mapping[str, str]) -> list[Lesson]:
-        """What the specialists wrote and is kept."""
-        found: list[Lesson] = []
+        """What the distilled model learns: what the specialists wrote and is kept, filled up."""
         settings = {
-            **asdict(self.recipe.rejection),
+            "domains": {domain.name: asdict(domain.rejection) for domain in self.recipe.domains},
             "seed": self.recipe.seed,
             "specialists": dict(specialists),
         }
         journals = [self._journal(spec) for spec in self.tasks]
         self.folder.run(REJECTION, settings, lambda: self._sample(specialists), self.reporter, journals)
-        for spec, task in self.tasks.items():
-            held_out = [problem for some in self.held_out.values() for problem in some]
-            some, counts = kept_lessons(task, self.recipe.rejection, self._journal(spec), held_out)
-            self.samples[spec] = counts_row(counts)
-            self.reporter.note(
-                f"{spec}: {counts.right} of {counts.samples} samples are right, {counts.kept} are kept "
-                f"({counts.duplicates} duplicates, {counts.contaminated} to held-out problems)"
-            )
-            found += some
-        if not found:
+        found = [
+            lesson
+            for domain in self.recipe.domains
+            for spec in domain.tasks
+            for lesson in self._lessons_of(spec, domain)
+        ]
+        if not any(counts["kept"] for counts in self.samples.values()):
             raise ConfigError(
                 "no specialist wrote a right reply, so there is nothing to distil; take easier tasks, more "
                 "steps, or more rejection.samples"
             )
+        return found
+
+    def _lessons_of(self, spec: str, domain: RecipeDomain) -> list[Lesson]:
+        task, count = self.tasks[spec], -(-domain.rejection.examples // len(domain.tasks))
+        rows = read_journal(self._journal(spec))
+        kept, counts = kept_lessons(task, domain.rejection, rows, self.forbidden)
+        found = filled_up(task, kept, count, self.forbidden, counts)
+        self.samples[spec] = counts_row(counts)
+        self.reporter.note(
+            f"{spec}: {counts.right} of {counts.samples} samples are right, {counts.kept} are kept "
+            f"({counts.duplicates} duplicates, {counts.contaminated} to held-out problems), "
+            f"{counts.own} answers of its own added, {counts.repeated} repeated"
+        )
         return found
 
     def _sample(self, specialists: Mapping[str, str]) -> None:
@@ -169,10 +182,11 @@ class RecipeRun:
                     sample_task(
                         answerer,
                         self.tasks[spec],
-                        self.recipe.rejection,
+                        domain.rejection,
                         domain.max_new_tokens,
                         self.recipe.seed,
                         journal,
+                        self.forbidden,
                         self.reporter,
                     )
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # What a stage gets from the recipe itself.
 OWN_OPTIONS = {"tasks", "out", "seed", "source", "overwrite", "device", "reporter", "kl"}
 DEFAULT_KL = 1e-3
+DOMAIN_KEYS = ("tasks", "kl", "max_new_tokens", "sft", "rl", "rejection")
 # Folders of a run that are no domain's.
 TAKEN_NAMES = ("base", "data", "dense-distilled", "dense-mixed", "distilled", "evaluate", "mixed", "stages")
 # As YAML 1.2 and JSON have numbers; PyYAML takes those without a point for text.
@@ -32,15 +33,42 @@ _EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
 
 @dataclass(frozen=True)
 class ColdStart:
-    """Supervised fine-tuning: on how many problems' own answers (or kept samples), and how.
+    """Supervised fine-tuning: on how many problems' own answers, and how.
 
     Attributes:
-        problems: of each domain; the distilled model learns all that was kept.
+        problems: of each domain.
         options: fields of `fulmen.training.sft.settings.SftSettings`.
     """
 
     problems: int
     options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """What the specialists write for the distilled model, and how much of a domain that learns.
+
+    Attributes:
+        problems: of each task, at most. samples: replies to each. keep: right ones of a problem at most.
+        keep_at_least: of each task; once so many are kept, no further problem is asked. None: all are.
+        temperature: of sampling.
+        examples: that the distilled model learns of a domain: kept replies, then the tasks' own answers.
+    """
+
+    problems: int = 64
+    samples: int = 4
+    keep: int = 2
+    keep_at_least: int | None = None
+    temperature: float = 1.0
+    examples: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("problems", "samples", "keep", "examples"):
+            require_positive_int(f"rejection.{name}", getattr(self, name))
+        if self.keep_at_least is not None:
+            require_positive_int("rejection.keep_at_least", self.keep_at_least)
+        if not number_argument("rejection.temperature", self.temperature, "a number above 0") > 0:
+            raise ConfigError(f"rejection.temperature={self.temperature!r} cannot be; use a number above 0")
 
 
 @dataclass(frozen=True)
@@ -52,6 +80,7 @@ class RecipeDomain:
         kl: strength of the KL to the model that RL begins with.
         max_new_tokens: where replies are cut.
         sft, rl: its cold start, and options of `fulmen.rl`.
+        rejection: what of it the distilled model learns.
     """
 
     name: str
@@ -60,27 +89,7 @@ class RecipeDomain:
     max_new_tokens: int
     sft: ColdStart
     rl: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """What the specialists write for the distilled model.
-
-    Attributes:
-        problems: of each task. samples: replies to each. keep: right ones of a problem at most.
-        temperature: of sampling.
-    """
-
-    problems: int = 64
-    samples: int = 4
-    keep: int = 2
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("problems", "samples", "keep"):
-            require_positive_int(f"rejection.{name}", getattr(self, name))
-        if not number_argument("rejection.temperature", self.temperature, "a number above 0") > 0:
-            raise ConfigError(f"rejection.temperature={self.temperature!r} cannot be; use a number above 0")
+    rejection: Rejection
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,6 @@ class Recipe:
     distill: Mapping[str, Any]
     mixed: Mapping[str, Any]
     convert: Mapping[str, Any] = field(default_factory=dict)
-    rejection: Rejection = field(default_factory=Rejection)
     held_out: int = 64
     dense: bool = False
     seed: int = 0
@@ -114,7 +122,9 @@ def read_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
     """
     given = source if isinstance(source, Mapping) else _read_yaml(Path(source).expanduser())
     places = [one.name for one in fields(Recipe)]
-    _require_keys("the recipe", given, [*places, "sft", "rl", "max_new_tokens"], ("base", "domains"))
+    shared_keys = ("sft", "rl", "rejection", "max_new_tokens")
+    _require_keys("the recipe", given, [*places, *shared_keys], ("base", "domains"))
+    _rejection(_mapping("rejection", given, {}))
     domains = tuple(_domain(name, one, given) for name, one in _mapping("domains", given).items())
     if not domains:
         raise ConfigError("domains is empty; name at least one, with its tasks")
@@ -126,7 +136,6 @@ def read_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
         distill={"steps": 50, **shared, **_mapping("distill", given, {})},
         mixed={"steps": 20, **_mapping("rl", given, {}), **_mapping("mixed", given, {})},
         convert=_mapping("convert", given, {}),
-        rejection=_rejection(_mapping("rejection", given, {})),
         held_out=given.get("held_out", 64),
         dense=given.get("dense", False),
         seed=given.get("seed", 0),
@@ -190,7 +199,7 @@ def _domain(name: Any, given: Any, recipe: Mapping[str, Any]) -> RecipeDomain:
         raise ConfigError(f"domain {name!r} has the name of a folder of the run; use another one")
     if not isinstance(given, Mapping):
         raise ConfigError(f"{place}={given!r} cannot be; give it tasks, and what differs from the rest")
-    _require_keys(place, given, ["tasks", "kl", "max_new_tokens", "sft", "rl"], ("tasks",))
+    _require_keys(place, given, DOMAIN_KEYS, ("tasks",))
     tasks = given["tasks"]
     tasks = [tasks] if isinstance(tasks, str) else tasks
     if not (isinstance(tasks, Sequence) and tasks and all(isinstance(one, str) for one in tasks)):
@@ -205,12 +214,17 @@ def _domain(name: Any, given: Any, recipe: Mapping[str, Any]) -> RecipeDomain:
     problems = sft.pop("problems", 200)
     require_positive_int(f"{place}.sft.problems", problems)
     rl = {"steps": 20, **_mapping("rl", recipe, {}), **_mapping("rl", given, {}, place)}
-    return RecipeDomain(name, tuple(tasks), float(kl), longest, ColdStart(problems, sft), rl)
+    own = _mapping("rejection", given, {}, place)
+    rejection = _rejection({**_mapping("rejection", recipe, {}), **own}, f"{place}.")
+    return RecipeDomain(name, tuple(tasks), float(kl), longest, ColdStart(problems, sft), rl, rejection)
 
 
-def _rejection(given: Mapping[str, Any]) -> Rejection:
-    _require_keys("rejection", given, [one.name for one in fields(Rejection)])
-    return Rejection(**given)
+def _rejection(given: Mapping[str, Any], place: str = "") -> Rejection:
+    _require_keys(f"{place}rejection", given, [one.name for one in fields(Rejection)])
+    try:
+        return Rejection(**given)
+    except ConfigError as error:
+        raise ConfigError(f"{place}{error}") from error
 
 
 def _read_yaml(file: Path) -> Mapping[str, Any]:

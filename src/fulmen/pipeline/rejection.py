@@ -1,9 +1,13 @@
-"""Rejection sampling: what a specialist writes, of which right replies are kept for others to learn."""
+"""Rejection sampling: what a specialist writes, of which right replies are kept for others to learn.
+
+Where it solves little, the task's own answers fill up, so that all domains have as many examples.
+"""
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from fulmen.pipeline.answers import Answerer
 from fulmen.pipeline.recipe_settings import Rejection
 from fulmen.pipeline.reporter import Reporter
 from fulmen.tasks.base import Problem, Task
-from fulmen.tasks.split import distinct_problems, text_of
+from fulmen.tasks.split import distinct_problems, text_of, text_of_messages
 
 # Training problems from here on; reinforcement learning counts from 0.
 FIRST_SAMPLED, FIRST_LEARNED = 200_000_000, 100_000_000
@@ -30,7 +34,7 @@ class Lesson:
 
 @dataclass
 class RejectionCounts:
-    """What became of the samples of a task."""
+    """What became of the samples of a task, and what they were filled up with."""
 
     problems: int = 0
     solved: int = 0
@@ -40,6 +44,8 @@ class RejectionCounts:
     contaminated: int = 0
     surplus: int = 0
     kept: int = 0
+    own: int = 0
+    repeated: int = 0
 
 
 def own_answers(task: Task, count: int) -> list[Lesson]:
@@ -60,9 +66,10 @@ def sample_task(
     max_new_tokens: int,
     seed: int,
     journal: Path,
+    forbidden: Collection[str],
     reporter: Reporter,
 ) -> None:
-    """Let a model reply to training problems of a task, and write a line a problem into `journal`.
+    """Let a model reply to training problems of a task, until enough is kept, a line a problem in `journal`.
 
     What the journal has already is not sampled again. Raises OutputError if it cannot be written.
     """
@@ -70,6 +77,8 @@ def sample_task(
     done = {row["index"] for row in read_journal(journal)}
     for begin in range(0, len(problems), PROBLEMS_AT_ONCE):
         reporter.advance(begin, len(problems), task.name)
+        if _is_enough(task, settings, journal, problems[:begin], forbidden):
+            break
         asked = problems[begin : begin + PROBLEMS_AT_ONCE]
         if done >= {problem.index for problem in asked}:
             continue
@@ -92,12 +101,11 @@ def sample_task(
 
 
 def kept_lessons(
-    task: Task, settings: Rejection, journal: Path, held_out: Sequence[Problem]
+    task: Task, settings: Rejection, rows: Sequence[dict[str, Any]], forbidden: Collection[str]
 ) -> tuple[list[Lesson], RejectionCounts]:
-    """The right replies of a journal: each text once, none to a held-out problem, `keep` a problem."""
-    forbidden, counts = {text_of(problem) for problem in held_out}, RejectionCounts()
-    found: list[Lesson] = []
-    for row in sorted(read_journal(journal), key=lambda row: row["index"]):
+    """The right replies of a journal: each text once, to no problem of a forbidden text, `keep` a problem."""
+    counts, found = RejectionCounts(), list[Lesson]()
+    for row in sorted(rows, key=lambda row: row["index"]):
         problem = task.problem(row["index"])
         right = [reply for reply, is_right in zip(row["replies"], row["right"], strict=True) if is_right]
         different = [reply for reply, _ in Counter(reply.strip() for reply in right).most_common()]
@@ -115,6 +123,27 @@ def kept_lessons(
     return found, counts
 
 
+def filled_up(
+    task: Task, kept: Sequence[Lesson], count: int, forbidden: Collection[str], counts: RejectionCounts
+) -> list[Lesson]:
+    """`count` lessons of a task: kept replies, then its own answers to other problems, then all again.
+
+    What was cut off or added is counted.
+    """
+    used = {text_of_messages(lesson.messages) for lesson in kept}
+    own = [
+        lesson
+        for lesson in own_answers(task, count)
+        if (text := text_of_messages(lesson.messages)) not in used and text not in forbidden
+    ]
+    own = own[: max(0, count - len(kept))]
+    found = [*kept[:count], *own]
+    counts.surplus += len(kept) - len(kept[:count])
+    counts.kept, counts.own = len(kept[:count]), len(own)
+    counts.repeated = count - len(found) if found else 0
+    return list(islice(cycle(found), count))
+
+
 def counts_row(counts: RejectionCounts) -> dict[str, int]:
     """Plain numbers by name."""
     return asdict(counts)
@@ -123,6 +152,17 @@ def counts_row(counts: RejectionCounts) -> dict[str, int]:
 def read_journal(journal: Path) -> list[dict[str, Any]]:
     """A journal's lines; one that was being written when a run was killed is left out."""
     return list(_lines(journal)) if journal.exists() else []
+
+
+def _is_enough(
+    task: Task, settings: Rejection, journal: Path, asked: Sequence[Problem], forbidden: Collection[str]
+) -> bool:
+    """Whether the replies to these problems have as many to keep as are asked for."""
+    if settings.keep_at_least is None:
+        return False
+    indices = {problem.index for problem in asked}
+    rows = [row for row in read_journal(journal) if row["index"] in indices]
+    return kept_lessons(task, settings, rows, forbidden)[1].kept >= settings.keep_at_least
 
 
 def _lines(journal: Path) -> Iterator[dict[str, Any]]:

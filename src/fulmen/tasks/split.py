@@ -1,8 +1,9 @@
 """Which problems are for evaluation: told by their text, so that no training problem is one of them."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from fulmen.errors import ConfigError, first_line
 from fulmen.tasks.base import HELD_OUT, Problem
@@ -15,7 +16,12 @@ TRIES = 64
 
 def text_of(problem: Problem) -> str:
     """All that a prompt says, without case and spacing: what makes two problems the same."""
-    said = (str(message.get("content", "")) for message in problem.messages)
+    return text_of_messages(problem.messages)
+
+
+def text_of_messages(messages: Iterable[Mapping[str, Any]]) -> str:
+    """`text_of` a problem with these messages."""
+    said = (str(message.get("content", "")) for message in messages)
     return " ".join(" ".join(said).casefold().split())
 
 

@@ -10,7 +10,10 @@ import torch
 
 from fulmen.errors import ConfigError, RolloutError
 from fulmen.tasks.base import HELD_OUT, Score
+from fulmen.training.beginnings import hidden_states
+from fulmen.training.rl import scoring
 from fulmen.training.rl.generate_engine import GenerateRollouts
+from fulmen.training.rl.prompts import prompt_tokens
 from fulmen.training.rl.run import train_rl
 from fulmen.training.rl.settings import Domain
 from tests.modeling.gqa.tiny_gqa import make_dense
@@ -70,6 +73,22 @@ def test_a_run_learns_what_is_rewarded_and_writes_down_how(tmp_path):
     assert not any(".indexer." in name or "embed" in name or "norm" in name for name in changed)
     assert model.config.to_dict() == first.config.to_dict()
     assert not model.training
+
+
+def test_the_prompt_of_a_group_is_read_once(tmp_path, monkeypatch):
+    """By the reference and by the policy: groups are not torn apart."""
+    begins = []
+
+    def noting(*args):
+        hidden, begin = hidden_states(*args)
+        begins.append(begin)
+        return hidden, begin
+
+    monkeypatch.setattr(scoring, "hidden_states", noting)
+    run(tmp_path, steps=1)
+    # All but its last token.
+    read = [len(prompt_tokens(TOKENIZER, Graded().problem(index))) - 1 for index in (0, 1)]
+    assert sorted(begins) == sorted([*read, *read])
 
 
 def test_a_killed_run_goes_on_to_the_same_curve(tmp_path):

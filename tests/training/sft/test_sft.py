@@ -8,7 +8,7 @@ import torch
 
 from fulmen.errors import ConfigError
 from fulmen.modeling.families import accelerated
-from fulmen.training.sft.rows import IGNORED, SftRow, batches, collate, sft_row
+from fulmen.training.sft.rows import IGNORED, SftRow, batches, collate, labelled_replies, sft_row
 from fulmen.training.sft.run import LOG_FILE, train_sft
 from fulmen.training.sft.settings import SftSettings
 from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa
@@ -35,7 +35,24 @@ def test_only_replies_have_labels():
     inputs = collate([SftRow((5, 6, 7), (8, 1)), SftRow((5,), (9, 9, 1))], pad=0)
     assert inputs["input_ids"].tolist() == [[5, 6, 7, 8, 1], [5, 9, 9, 1, 0]]
     assert inputs["labels"].tolist() == [[IGNORED] * 3 + [8, 1], [IGNORED, 9, 9, 1, IGNORED]]
-    assert inputs["attention_mask"].tolist() == [[1] * 5, [1] * 4 + [0]]
+    replies = labelled_replies(**inputs)
+    assert replies.starts_B.tolist() == [3, 1]
+    assert replies.tokens_BT[replies.counts_BT].tolist() == [8, 1, 9, 9, 1]
+    assert replies.counts_BT.tolist() == [[True, True, False], [True] * 3]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3-next", "gpt-oss"])
+def test_the_loss_is_the_models_own(name, tmp_path):
+    """The mean over the replies' tokens, whatever the rows begin with and the head does."""
+    model = make_dsa(make_dense(name), topk=6)
+    rows = [SftRow((*range(2, 14), *row.prompt), row.reply) for row in ROWS[:4]]
+    batch = batches(rows, 4, 1, seed=0)[0]
+    inputs = collate(batch, 0)
+    mask = (torch.arange(inputs["labels"].shape[1]) < torch.tensor([[len(row)] for row in batch])).long()
+    with torch.no_grad():
+        expected = float(model(**inputs, attention_mask=mask).loss)
+    result = train_sft(model, rows, 0, tmp_path / "run", SftSettings(1, batch=4))
+    assert result.loss_first == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_row_ends_and_is_in_the_chat_template():

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from fulmen.errors import RolloutError
 from fulmen.modeling.rollouts import Rollout, Sampling
+from fulmen.training.beginnings import prompts_cache
 from fulmen.training.rl.routing import routing_of
 from fulmen.training.rl.weights import policy_weights
 
@@ -97,6 +98,7 @@ class GenerateRollouts:
                 attention_mask=mask,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([kept]),
+                past_key_values=prompts_cache(self.model, ids, mask, asked),
             )
         found = kept.rollouts(asked, written[:, width:].cpu(), set(self.ends))
         if not noted:

@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from fulmen.training.beginnings import hidden_states
 from fulmen.training.rl.routing import routing_of
 
 # Tokens whose rows of the head are gathered at once: K rows each, 128 MB for K = 64 and C = 1,024 in float32.
@@ -111,12 +112,12 @@ def let_score(model: PreTrainedModel, temperature: float) -> None:
 
 def score_replies(model: PreTrainedModel, replies: Replies, temperature: float) -> TokenScores:
     """Scores of the replies' tokens under a model, divided by a temperature; 0 where there is none."""
-    if (routing := routing_of(model)) is not None:
+    if replies.experts_BSLK is not None and (routing := routing_of(model)) is not None:
         routing.tell(replies.experts_BSLK)
-    hidden_BSC = model.base_model(input_ids=replies.input_ids, use_cache=False)[0]
-    counts_BT = replies.counts_BT
+    starts_B, counts_BT = replies.starts_B - 1, replies.counts_BT
+    hidden_BSC, begin = hidden_states(model, replies.input_ids, int(starts_B.min()))
     rows, steps = counts_BT.nonzero(as_tuple=True)
-    hidden_NC = hidden_BSC[rows, replies.starts_B[rows] + steps - 1]
+    hidden_NC = hidden_BSC[rows, starts_B[rows] + steps - begin]
     head, tokens_N = head_of(model, temperature), replies.tokens_BT[counts_BT]
     if replies.kept_BTK is None:
         logp_N, entropy_N = all_logprobs(head, hidden_NC, tokens_N)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import split_tensor_dict
 
 from fulmen.errors import RolloutError, TrainingDivergedError
 from fulmen.files import atomic_write
@@ -46,6 +47,9 @@ class RlTrainer(SafeCheckpoints, GRPOTrainer):
         reference: what the KL is against; None: the model without its adapters.
         engine: is given the weights after each step, before it writes again.
     """
+
+    # Micro-batches of the engine's last call, as TRL has them.
+    _buffered_inputs: Any
 
     def __init__(
         self,
@@ -93,6 +97,15 @@ class RlTrainer(SafeCheckpoints, GRPOTrainer):
         batch["reference_logps"] = self._reference_logps(batch)
         batch["advantages"] = group_advantages(self._rewards.view(-1, self.settings.group)).flatten()
         return batch
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        """As TRL's, but unshuffled: replies of a group stay together, so that their prompt is read once."""
+        per_call = self.args.steps_per_generation
+        if self._step % per_call == 0 or self._buffered_inputs is None:
+            batch = self._generate_and_score_completions(generation_batch)
+            self._buffered_inputs = split_tensor_dict(batch, per_call)
+        inputs: dict[str, Any] = self._buffered_inputs[self._step % per_call]
+        return inputs
 
     def _problems(self, inputs: list[dict[str, Any]]) -> list[Problem]:
         """Of each row; those of a group are one."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fulmen.errors import ConfigError
 from fulmen.training.prompts import Messages, prompt_ids
+from fulmen.training.rl.scoring import Replies
 
 IGNORED = -100
 # So many batches are drawn at random, and their rows sorted by length: little padding, still mixed.
@@ -60,7 +61,7 @@ def batches(rows: Sequence[SftRow], size: int, steps: int, seed: int) -> list[li
 
 
 def collate(rows: Sequence[SftRow], pad: int) -> dict[str, Tensor]:
-    """Ids, mask and labels [B, T], padded on the right; only replies have labels."""
+    """Ids and labels [B, T], padded on the right; only replies have labels."""
     length = max(map(len, rows))
     gaps = [length - len(row) for row in rows]
     ids = [[*row.prompt, *row.reply, *[pad] * gap] for row, gap in zip(rows, gaps, strict=True)]
@@ -68,9 +69,13 @@ def collate(rows: Sequence[SftRow], pad: int) -> dict[str, Tensor]:
         [*[IGNORED] * len(row.prompt), *row.reply, *[IGNORED] * gap]
         for row, gap in zip(rows, gaps, strict=True)
     ]
-    mask = [[1] * len(row) + [0] * gap for row, gap in zip(rows, gaps, strict=True)]
-    return {
-        "input_ids": torch.tensor(ids),
-        "attention_mask": torch.tensor(mask),
-        "labels": torch.tensor(labels),
-    }
+    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+
+
+def labelled_replies(input_ids: Tensor, labels: Tensor) -> Replies:
+    """What `collate` has put together, int64 [B, S] both, as prompts and replies to score."""
+    has_label_BS = labels != IGNORED
+    starts_B, lengths_B = has_label_BS.long().argmax(-1), has_label_BS.sum(-1)
+    steps_T = torch.arange(int(lengths_B.max()), device=labels.device)
+    places_BT = (starts_B[:, None] + steps_T).clamp(max=labels.shape[1] - 1)
+    return Replies(input_ids, starts_B, input_ids.gather(1, places_BT), steps_T < lengths_B[:, None], None)

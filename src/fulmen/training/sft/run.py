@@ -16,8 +16,9 @@ from fulmen.errors import ConfigError, TrainingDivergedError
 from fulmen.training.checkpoints import SafeCheckpoints
 from fulmen.training.precision import are_half, in_float32
 from fulmen.training.processes import processes
+from fulmen.training.rl.scoring import let_score
 from fulmen.training.run import OnStep, RunWatch, open_run, silence, training_arguments
-from fulmen.training.sft.rows import SftRow, batches, collate
+from fulmen.training.sft.rows import SftRow, batches, collate, labelled_replies
 from fulmen.training.sft.settings import SftSettings
 from fulmen.training.sparse.lora import add_lora, merge_lora
 
@@ -94,23 +95,32 @@ def train_sft(
         )
         trainer.watch = watch
         silence(trainer)
+        let_score(model, temperature=1.0)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         finally:
+            for name in ("forward", "_original_forward"):
+                vars(model).pop(name, None)
             merge_lora(model)
             model.requires_grad_(True).eval()
     return _result(run_dir / LOG_FILE, sum(map(len, data)), time.monotonic() - began)
 
 
 class SftTrainer(SafeCheckpoints, Trainer):
-    """Keeps each step's loss."""
+    """Takes the loss where replies are, and nowhere else; keeps that of each step."""
 
     watch: "SftWatch"
 
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss: Any = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        replies = labelled_replies(inputs["input_ids"], inputs["labels"])
+        logp_BT = model(scored=replies).logp_BT
+        # Of all processes, whose gradients are averaged.
+        count = replies.counts_BT.sum() * self.accelerator.num_processes
+        if num_items_in_batch is not None:
+            count = num_items_in_batch
+        loss = -logp_BT.sum() * self.accelerator.num_processes / count
         self.watch.loss = float(loss.detach())
         if not math.isfinite(self.watch.loss):
             step = self.state.global_step + 1
