@@ -13,10 +13,10 @@ from fulmen.pipeline.answers import Answerer, open_model
 from fulmen.pipeline.recipe import RecipeRun
 from fulmen.pipeline.recipe_settings import Rejection, read_recipe
 from fulmen.pipeline.recipe_stages import RecipeStages
-from fulmen.pipeline.rejection import kept_lessons
+from fulmen.pipeline.rejection import kept_lessons, own_answers
 from fulmen.pipeline.reporter import SilentReporter
 from fulmen.tasks import named
-from fulmen.tasks.base import HELD_OUT
+from fulmen.tasks.base import HELD_OUT, TURN
 from fulmen.training.prompts import ends_of, pad_of
 from tests.pipeline.tiny_runs import LENGTH
 
@@ -194,6 +194,21 @@ def test_samples_are_counted_and_held_out_problems_left_out(task, tmp_path):
         **{"problems": 3, "solved": 3, "samples": 9, "right": 8, "duplicates": 4},
         **{"contaminated": 1, "surplus": 1, "kept": 2},
     }
+
+
+def test_a_reply_of_several_turns_is_a_lesson_for_each(tmp_path):
+    task, journal = named("world_steps:level=2"), tmp_path / "samples.jsonl"
+    problem = task.problem(5)
+    turns = problem.answer.split(TURN)
+    journal.write_text(json.dumps({"index": 5, "replies": [problem.answer] * 2, "right": [True, True]}))
+    lessons, counts = kept_lessons(task, Rejection(keep=2), journal, [])
+    assert [lesson.reply for lesson in lessons] == turns
+    for number, lesson in enumerate(lessons):
+        assert [one["role"] for one in lesson.messages] == ["user", *["assistant", "user"] * number]
+        told = [one["content"] for one in lesson.messages[2::2]]
+        assert told == [task.told(problem, TURN.join(turns[:n])) for n in range(1, number + 1)]
+    assert (counts.kept, counts.duplicates, counts.surplus) == (1, 1, 0)
+    assert [lesson.reply for lesson in own_answers(task, 1)][-1].startswith('{"tool": "answer"')
 
 
 def test_nothing_right_is_said(asked, tmp_path):
