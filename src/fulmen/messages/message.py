@@ -88,8 +88,11 @@ def results_in_order(messages: Sequence[Message], step: range) -> list[Message]:
 
     Raises MessageError for a result whose id is none of the calls'.
     """
-    call_ids = [_id(call.get("id")) for call in calls_of(messages[step.start])]
+    calls = calls_of(messages[step.start])
     results = [messages[index] for index in step[1:]]
+    if [call.get("id") for call in calls] == [result.get("tool_call_id") for result in results]:
+        return results
+    call_ids = [_id(call.get("id")) for call in calls]
     given = {_id(result.get("tool_call_id")): result for result in results}
     if not (all(call_ids) and all(given)) or len(set(call_ids)) < len(call_ids):
         return results

@@ -6,6 +6,7 @@ own count, but for a few tokens where the template joins messages; it is seldom 
 """
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -91,8 +92,10 @@ class MessageTokens:
     def _share(self, message: Message) -> int:
         role = message["role"]
         if message.get("name") == SUMMARY_NAME and (text := message["content"]):
-            # It is written anew each time, with the same lines and some more.
-            return self.share({**message, "content": ""}) + sum(map(self._line, text.splitlines(True)))
+            # It is written anew each time, with the same lines and some more. A line's end is counted with
+            # what follows it: at the end of a text tokenizers join it to spaces before it.
+            lines = re.split(r"(?=\n)", text)
+            return self.share({**message, "content": ""}) + sum(map(self._line, lines))
         try:
             if role == "system":
                 return self._tokens([message, _USER]) - self._lead("assistant")
