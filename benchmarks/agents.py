@@ -6,8 +6,10 @@
     python -m benchmarks.agents solutions out/solutions.jsonl
 
 `run` lets a served model work on made-up tasks, whose calls are forced, with each strategy in the gateway;
-every task and strategy is a line of the file, and the same command goes on where it was. Half of the tasks
-are about a database (`fulmen.tasks.worlds`), half about a folder, with the tools of `fulmen docs serve`.
+every task and strategy is a line of the file, and the same command goes on where it was. Where the history
+without a strategy never comes to the share of the budget from which on strategies act, that run is every
+strategy's. Half of the tasks are about a database (`fulmen.tasks.worlds`), half about a folder, with the
+tools of `fulmen docs serve`, or all of them are of one of these `--kinds`.
 `replay` counts the recorded histories of any agent, a JSON object with `messages` in each line, as if a
 strategy had been applied: exact, and without a model.
 """
@@ -53,6 +55,8 @@ READ_RULES = (
     "to read. Call answer when you know: a number or a name, nothing else."
 )
 UNBOUNDED = 10**9
+# Tokens by which the gateway's count of a prompt may be more than the engine's.
+SLACK = 64
 app = typer.Typer(no_args_is_help=True)
 
 
@@ -69,6 +73,7 @@ def run(
     levels: Annotated[int, typer.Option(help="Tasks of levels 1 to this one, in turn.")] = 2,
     steps: Annotated[int, typer.Option(help="Replies of the model at most.")] = 10,
     remarks: Annotated[int, typer.Option(help="Sentences in each record that nobody asks for.")] = 4,
+    kinds: Annotated[str, typer.Option(help="Kinds of tasks in turn, with commas.")] = ",".join(KINDS),
     only: Annotated[str, typer.Option(help="Strategies, with commas.")] = ",".join(STRATEGIES),
     at_once: Annotated[int, typer.Option(help="Runs at a time.")] = 4,
 ) -> None:
@@ -81,25 +86,29 @@ def run(
         "levels": levels,
         "steps": steps,
         "remarks": remarks,
+        "kinds": kinds.split(","),
     }
     machine, done = describe_machine(), _rows(out, settings)
-    known = {(row["strategy"], row["task"]) for row in done}
-    left = [(name, task) for task in range(tasks) for name in chosen if (name, task) not in known]
+    known = {(row["strategy"], row["task"]): row for row in done}
     lock = threading.Lock()
 
-    def work(job: tuple[str, int]) -> None:
-        row = _one_run(url, endpoint.model, *job, settings=settings)
-        with lock:
-            done.append(row)
-            with out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            typer.echo(
-                f"{len(done)} done: {row['strategy']} {row['kind']} {row['level']}: {row['ended']}", err=True
-            )
+    def work(task: int) -> None:
+        for name in chosen:
+            if (name, task) in known:
+                continue
+            row = _same_run(known.get(("none", task)), name)
+            row = row or _one_run(url, endpoint.model, name, task, settings=settings)
+            with lock:
+                known[name, task] = row
+                with out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                typer.echo(
+                    f"{len(known)} done: {name} {row['kind']} {row['level']}: {row['ended']}", err=True
+                )
 
     with ThreadPoolExecutor(at_once) as pool:
-        list(pool.map(work, left))
-    rows = [row for row in done if row["strategy"] in chosen and row["task"] < tasks]
+        list(pool.map(work, range(tasks)))
+    rows = [row for (name, task), row in known.items() if name in chosen and task < tasks]
     summary = {"machine": machine, "settings": settings, "tasks": tasks, "rows": _summary(rows, chosen)}
     out.with_suffix(".summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     typer.echo(_table(summary["rows"]))
@@ -187,9 +196,17 @@ def _rows(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def _same_run(plain: Mapping[str, Any] | None, strategy: str) -> dict[str, Any] | None:
+    """The run without a strategy, where no prompt was so long that this one would have done anything."""
+    if plain is None or plain["longest"] + SLACK > strategies.TRIGGER * plain["settings"]["budget"]:
+        return None
+    return {**plain, "strategy": strategy, "is_same": True}
+
+
 def _one_run(url: str, model: str, strategy: str, task: int, settings: dict[str, Any]) -> dict[str, Any]:
     """One task with one strategy: a line of the file."""
-    kind, index = KINDS[task % 2], HELD_OUT + task // 2
+    kinds = settings["kinds"]
+    kind, index = kinds[task % len(kinds)], HELD_OUT + task // len(kinds)
     possible = range(1, LEVELS + 1) if kind == "database" else READ_LEVELS
     level = possible[index % min(settings["levels"], len(possible))]
     endpoint, bill, started = ChatEndpoint(url, None, model, SilentReporter()), Bill(), time.perf_counter()
@@ -197,8 +214,8 @@ def _one_run(url: str, model: str, strategy: str, task: int, settings: dict[str,
     chat = partial(_chat, endpoint, strategy, settings["budget"])
     with tempfile.TemporaryDirectory() as folder:
         messages, tools, run_tool, score = MAKERS[kind](index, level, settings["remarks"], Path(folder))
-        # Its own beginning: what another strategy left in the prefix cache is none of this one's hits.
-        messages[0]["content"] = f"[{STRATEGIES.index(strategy)}-{task:04}] {messages[0]['content']}"
+        # A beginning of its own: what another strategy left in the prefix cache is none of this one's hits.
+        messages[0]["content"] = f"[{STRATEGIES.index(strategy)}] {messages[0]['content']}"
         answer, history, ended = None, messages, "answer"
         steps = 0
         try:
@@ -220,6 +237,7 @@ def _one_run(url: str, model: str, strategy: str, task: int, settings: dict[str,
         "exact": worth.strict == 1,
         "ended": ended,
         "steps": steps,
+        "longest": max(bill.prompts, default=0),
         "hit": bill.hit,
         "missed": bill.miss,
         "written": bill.output,

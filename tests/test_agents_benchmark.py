@@ -23,18 +23,19 @@ def script():
     return [*solved, wrong, opened, wrong, wrong]
 
 
-def test_runs_are_counted_kept_and_go_on(tmp_path):
+def test_runs_are_counted_kept_and_go_on(tmp_path, monkeypatch):
+    # As if every history were long enough for a strategy to act.
+    monkeypatch.setattr(agents, "SLACK", 10**6)
     out = tmp_path / "agents.jsonl"
     with ChatServer(script()) as server:
-        done = CliRunner().invoke(agents.app, ["run", server.url, str(out), *OPTIONS], catch_exceptions=False)
+        command = ["run", server.url, str(out), *OPTIONS]
+        done = CliRunner().invoke(agents.app, command, catch_exceptions=False)
         asked = [request for request in server.requests if "fulmen_context" in request]
         assert all(request["fulmen_context"]["strategy"] == "discard_all" for request in asked)
         assert len(server.requests) == 7
-        again = CliRunner().invoke(
-            agents.app, ["run", server.url, str(out), *OPTIONS], catch_exceptions=False
-        )
+        again = CliRunner().invoke(agents.app, command, catch_exceptions=False)
         assert len(server.requests) == 7
-        other = CliRunner().invoke(agents.app, ["run", server.url, str(out), *OPTIONS, "--budget", "4"])
+        other = CliRunner().invoke(agents.app, [*command, "--budget", "4"])
         assert isinstance(other.exception, ResumeError)
     assert done.stdout == again.stdout
     rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -45,11 +46,21 @@ def test_runs_are_counted_kept_and_go_on(tmp_path):
         ("discard_all", "documents", False, 1),
     ]
     begins = {row["messages"][0]["content"].split()[0] for row in rows}
-    assert len(begins) == 4
+    assert len(begins) == 2
     assert rows[0]["hit"] > 0
     summary = json.loads(out.with_suffix(".summary.json").read_text())
     assert [row["strategy"] for row in summary["rows"]] == ["none", "discard_all"]
     assert "| none | 2 | 50 (" in done.stdout
+
+
+def test_a_run_in_which_a_strategy_has_nothing_to_do_is_not_repeated(tmp_path):
+    out, replies = tmp_path / "agents.jsonl", script()
+    with ChatServer([*replies[:3], *replies[4:6]]) as server:
+        CliRunner().invoke(agents.app, ["run", server.url, str(out), *OPTIONS], catch_exceptions=False)
+        assert len(server.requests) == 5
+    plain, same, *others = [json.loads(line) for line in out.read_text().splitlines()]
+    assert same == {**plain, "strategy": "discard_all", "is_same": True}
+    assert [(row["strategy"], row["steps"]) for row in others] == [("none", 2), ("discard_all", 2)]
 
 
 @pytest.mark.usefixtures("smollm2")

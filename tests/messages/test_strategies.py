@@ -233,6 +233,17 @@ def test_at_every_call_nothing_is_summarised_or_counted_twice():
     assert len(counted) == 13 + len(asked)
 
 
+@pytest.mark.parametrize("wrong", ["hello", {"role": "robot"}, {"role": "assistant", "tool_calls": ["x"]}])
+def test_at_every_call_what_is_wrong_behind_a_known_history_is_named_by_its_place(wrong):
+    managed, trace = strategies.at_every_call(strategies.discard_all), long_history(steps=3)
+    expected = managed(trace, 5000, count)
+    for messages in ([*trace, wrong], [*trace[:-2], wrong], 7):
+        where = r"messages is a int" if messages == 7 else rf"messages\[{len(messages) - 1}\]"
+        with pytest.raises(MessageError, match=where):
+            managed(messages, 5000, count)
+    assert managed(trace, 5000, count) == expected
+
+
 def test_the_fewest_steps_that_ended_win():
     answer = {"role": "assistant", "content": "42"}
     histories = [

@@ -184,6 +184,7 @@ def test_experts_are_replayed_where_the_engine_can(tmp_path):
 
 
 OBJECT = [{"task": "low", "is_named": False, "kl": 0.0}]
+TURNS = [{"task": "world_steps:level=2", "is_named": True, "kl": 0.0}]
 
 
 @pytest.mark.parametrize(
@@ -192,6 +193,7 @@ OBJECT = [{"task": "low", "is_named": False, "kl": 0.0}]
         ({}, {"to": "verl"}, fulmen.ConfigError, "to='verl' cannot be; choose from slime, skyrl, prime-rl"),
         ({}, {"steps": 0}, fulmen.ConfigError, "steps=0"),
         ({"tasks": OBJECT}, {}, fulmen.ConfigError, "task 'low' was an object of a program"),
+        ({"tasks": TURNS}, {}, fulmen.ConfigError, "task 'world_steps:level=2' has several turns"),
         ({"options": {"speed": 1}}, {}, fulmen.CheckpointError, "no readable rl-settings.json"),
         ({"model": "./nowhere"}, {}, fulmen.CheckpointError, "nowhere"),
     ],

@@ -19,14 +19,14 @@ from fulmen.pipeline.rejection import (
     RejectionCounts,
     filled_up,
     kept_lessons,
-    lesson_of,
+    lessons_of,
     own_answers,
     read_journal,
     sample_task,
 )
 from fulmen.pipeline.reporter import SilentReporter
 from fulmen.tasks import named
-from fulmen.tasks.base import HELD_OUT
+from fulmen.tasks.base import HELD_OUT, TURN
 from fulmen.tasks.split import text_of, text_of_messages
 from fulmen.training.prompts import ends_of, pad_of
 from tests.pipeline.tiny_runs import LENGTH
@@ -213,7 +213,7 @@ def test_samples_are_counted_and_held_out_problems_left_out(task, tmp_path):
 
 def test_own_answers_fill_up_and_everything_is_counted(task):
     own = named(task)
-    kept = [lesson_of(own.problem(index), "w60") for index in (5, 6)]
+    kept = [lessons_of(own, own.problem(index), "w60")[0] for index in (5, 6)]
     # What a specialist was asked, and what is held out, is not answered once more.
     first = own_answers(own, 3)
     forbidden = {text_of_messages(first[0].messages)}
@@ -240,7 +240,7 @@ class Half:
     def __init__(self):
         self.asked = []
 
-    def replies(self, problems, sampling):
+    def replies(self, task, problems, sampling):
         self.asked += [problem.index for problem in problems]
         return [[["w60", "w3"][number % 2]] * sampling.per_prompt for number in range(len(problems))]
 
@@ -275,6 +275,21 @@ def test_a_domain_has_rejection_settings_of_its_own():
         Rejection(samples=3, keep=4, keep_at_least=9, examples=50),
         Rejection(samples=3, keep=1, examples=50),
     ]
+
+
+def test_a_reply_of_several_turns_is_a_lesson_for_each(tmp_path):
+    task, journal = named("world_steps:level=2"), tmp_path / "samples.jsonl"
+    problem = task.problem(5)
+    turns = problem.answer.split(TURN)
+    journal.write_text(json.dumps({"index": 5, "replies": [problem.answer] * 2, "right": [True, True]}))
+    lessons, counts = kept_lessons(task, Rejection(keep=2), read_journal(journal), [])
+    assert [lesson.reply for lesson in lessons] == turns
+    for number, lesson in enumerate(lessons):
+        assert [one["role"] for one in lesson.messages] == ["user", *["assistant", "user"] * number]
+        told = [one["content"] for one in lesson.messages[2::2]]
+        assert told == [task.told(problem, TURN.join(turns[:n])) for n in range(1, number + 1)]
+    assert (counts.kept, counts.duplicates, counts.surplus) == (1, 1, 0)
+    assert [lesson.reply for lesson in own_answers(task, 1)][-1].startswith('{"tool": "answer"')
 
 
 def test_nothing_right_is_said(asked, tmp_path):

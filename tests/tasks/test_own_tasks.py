@@ -1,10 +1,13 @@
 """A user's function, class or object as a task."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from fulmen.errors import ConfigError
 from fulmen.tasks import named
 from fulmen.tasks.base import HELD_OUT, Score
+from fulmen.tasks.own import given_task
 
 MINE = """
 from fulmen.tasks.base import Problem, Score
@@ -76,3 +79,13 @@ def test_a_file_with_a_mistake(tmp_path):
     file.write_text("def task(:")
     with pytest.raises(ConfigError, match=r"broken.py cannot be imported"):
         named(f"python:{file}:task")
+
+
+def test_turns_without_what_is_told_between_them():
+    task = SimpleNamespace(
+        name="relay", turns=3, problem=lambda index: None, score=lambda problem, reply: None
+    )
+    with pytest.raises(ConfigError, match=r"'relay' has turns=3 and no told\(\)"):
+        given_task(task)
+    task.told = lambda problem, reply: None
+    assert given_task(task) is task

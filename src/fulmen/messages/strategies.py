@@ -64,7 +64,7 @@ def none(messages: Sequence[Message], budget: int, count: Counter) -> list[Messa
     its result or a result without its call (ids are compared where all have one), ConfigError for a budget
     or trigger that cannot be. So do all.
     """
-    if not _is_due(messages, budget, count, 1.0):
+    if _steps_if_due(messages, budget, count, 1.0) is None:
         return list(messages)
     return _fitting(messages, budget, count)
 
@@ -83,9 +83,9 @@ def summary(
         summarise: the text for the messages of the steps, a summary of earlier ones before them. By default
             `digest`, which asks no model.
     """
-    if not _is_due(messages, budget, count, trigger):
+    if (steps := _steps_if_due(messages, budget, count, trigger)) is None:
         return list(messages)
-    if not (steps := _answered_steps(messages)):
+    if not steps:
         return _fitting(messages, budget, count)
     earlier = [range(at, at + 1) for at, message in enumerate(messages) if _is_summary(message)]
     past = [messages[index] for step in (*earlier, *steps) for index in step]
@@ -99,8 +99,8 @@ def discard_75(
 ) -> list[Message]:
     """Without the oldest 75 % of the steps, rounded up; again while `trigger` is exceeded."""
     kept = messages
-    while _is_due(kept, budget, count, trigger):
-        if not (steps := _answered_steps(kept)):
+    while (steps := _steps_if_due(kept, budget, count, trigger)) is not None:
+        if not steps:
             return _fitting(kept, budget, count)
         kept = _without(kept, steps[: ceil(len(steps) * DISCARDED)])
     return list(kept)
@@ -110,9 +110,9 @@ def discard_all(
     messages: Sequence[Message], budget: int, count: Counter, *, trigger: float = TRIGGER
 ) -> list[Message]:
     """Without any step: the next one begins where the user asked."""
-    if not _is_due(messages, budget, count, trigger):
+    if (steps := _steps_if_due(messages, budget, count, trigger)) is None:
         return list(messages)
-    return _fitting(_without(messages, _answered_steps(messages)), budget, count)
+    return _fitting(_without(messages, steps), budget, count)
 
 
 def keep_newest(
@@ -128,9 +128,9 @@ def keep_newest(
     Each step from then on changes the middle of the prompt, and a prefix cache misses all that follows it.
     """
     _check_newest(n)
-    if not _is_due(messages, budget, count, trigger):
+    if (steps := _steps_if_due(messages, budget, count, trigger)) is None:
         return list(messages)
-    return _fitting(_with_newest(messages, n), budget, count)
+    return _fitting(_with_newest(messages, steps, n), budget, count)
 
 
 def hierarchical(
@@ -143,9 +143,9 @@ def hierarchical(
 ) -> list[Message]:
     """As `keep_newest`, and where `trigger` is exceeded all the same, as `discard_all`."""
     _check_newest(n)
-    if not _is_due(messages, budget, count, trigger):
+    if (steps := _steps_if_due(messages, budget, count, trigger)) is None:
         return list(messages)
-    return discard_all(_with_newest(messages, n), budget, count, trigger=trigger)
+    return discard_all(_with_newest(messages, steps, n), budget, count, trigger=trigger)
 
 
 def at_every_call(strategy: Strategy) -> Strategy:
@@ -161,9 +161,10 @@ def at_every_call(strategy: Strategy) -> Strategy:
 
     def managed(messages: Sequence[Message], budget: int, count: Counter) -> list[Message]:
         nonlocal known
-        check_messages(messages)
         settings, given, history = known
-        is_applied = settings == (budget, count) and _goes_on(messages, given)
+        is_known = settings == (budget, count) and _begins_with(messages, given)
+        check_messages(messages, len(given) if is_known else 0)
+        is_applied = is_known and _goes_on(messages, len(given))
         start = len(given) if is_applied else 0
         history = history if is_applied else []
         for message in messages[start:]:
@@ -207,16 +208,18 @@ def digest(messages: Sequence[Message]) -> str:
     return "\n".join(lines)
 
 
-def _is_due(messages: Sequence[Message], budget: int, count: Counter, trigger: float) -> bool:
-    """Whether the messages, which are checked, take more of the budget than they may."""
+def _steps_if_due(
+    messages: Sequence[Message], budget: int, count: Counter, trigger: float
+) -> list[range] | None:
+    """The steps of messages that take more of the budget than they may; None of others. All are checked."""
     if not (isinstance(budget, int | float) and budget >= 1 and 0 <= trigger <= 1):
         raise ConfigError(
             f"budget={budget!r} with trigger={trigger!r} cannot be; use a budget of 1 token or more, and a "
             "trigger from 0 to 1",
             arguments=("budget", "trigger"),
         )
-    _answered_steps(messages)
-    return count(messages) > trigger * budget
+    steps = _answered_steps(messages)
+    return steps if count(messages) > trigger * budget else None
 
 
 def _check_newest(n: int) -> None:
@@ -241,9 +244,8 @@ def _without(messages: Sequence[Message], steps: Iterable[Collection[int]]) -> l
     return [message for index, message in enumerate(messages) if index not in gone]
 
 
-def _with_newest(messages: Sequence[Message], n: int) -> list[Message]:
+def _with_newest(messages: Sequence[Message], steps: Sequence[range], n: int) -> list[Message]:
     """With the results of all but the newest n steps omitted."""
-    steps = _answered_steps(messages)
     older = {index for step in steps[: max(0, len(steps) - n)] for index in step[1:]}
     return [
         {**message, "content": OMITTED} if index in older and _is_worth_omitting(message) else message
@@ -287,7 +289,10 @@ def _has_ended(history: Sequence[Message]) -> bool:
     return bool(history) and history[-1]["role"] == "assistant" and not calls_of(history[-1])
 
 
-def _goes_on(messages: Sequence[Message], given: Sequence[Message]) -> bool:
-    """Whether messages are those given before, and perhaps a reply to them and what came since."""
-    rest = messages[len(given) :]
-    return list(messages[: len(given)]) == list(given) and (not rest or rest[0]["role"] == "assistant")
+def _begins_with(messages: Sequence[Message], given: Sequence[Message]) -> bool:
+    return isinstance(messages, Sequence) and list(messages[: len(given)]) == list(given)
+
+
+def _goes_on(messages: Sequence[Message], length: int) -> bool:
+    """Whether so many messages are followed by nothing, or by a reply to them and what came since."""
+    return len(messages) == length or messages[length]["role"] == "assistant"

@@ -13,7 +13,7 @@ class Sampling:
 
     Attributes:
         per_prompt: replies to each prompt, a group of GRPO.
-        max_new_tokens: where a reply is cut.
+        max_new_tokens: where a reply is cut; one of several turns with all that it was told in between.
         temperature: divides the logits.
         top_p: the smallest set of tokens with this probability is kept; 1 keeps all.
         top_k: at most so many tokens are kept; 0 keeps all. An engine that returns kept tokens needs one.
@@ -41,6 +41,8 @@ class Rollout:
         ended: whether the reply ended by itself.
         experts: chosen experts [n_positions][n_layers][n_experts_per_token] of prompt and reply, at each
             position whose output was used, in the layers that have experts; None for a model without.
+        told: n flags, where the tokens are not the policy's, but what it was told between turns (log-
+            probability 0, nothing kept); None where there are none.
     """
 
     prompt: int
@@ -49,6 +51,12 @@ class Rollout:
     kept: tuple[tuple[int, ...], ...] | None
     ended: bool
     experts: Sequence[Sequence[Sequence[int]]] | None = None
+    told: tuple[bool, ...] | None = None
+
+    @property
+    def written(self) -> int:
+        """Tokens that the policy wrote."""
+        return len(self.tokens) - sum(self.told or ())
 
 
 class RolloutEngine(Protocol):

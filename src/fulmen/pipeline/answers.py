@@ -14,8 +14,9 @@ from fulmen.modeling.rollouts import RolloutEngine, Sampling
 from fulmen.pipeline.devices import move
 from fulmen.pipeline.load import load_converted_model
 from fulmen.pipeline.model_config import read_config
-from fulmen.tasks.base import Problem
-from fulmen.training.prompts import ends_of, pad_of, prompt_ids
+from fulmen.tasks.base import Problem, Task
+from fulmen.training.prompts import ends_of, pad_of
+from fulmen.training.rl.episodes import play, reply_text
 from fulmen.training.rl.generate_engine import GenerateRollouts
 
 # Replies that are written together.
@@ -29,16 +30,13 @@ class Answerer:
     engine: RolloutEngine
     tokenizer: Any
 
-    def replies(self, problems: Sequence[Problem], sampling: Sampling) -> list[list[str]]:
-        """The replies to each problem, as text."""
-        prompts = [prompt_ids(self.tokenizer, problem.messages) for problem in problems]
-        rollouts = self.engine.generate(prompts, sampling)
-        texts = self.tokenizer.batch_decode(
-            [list(rollout.tokens) for rollout in rollouts], skip_special_tokens=True
-        )
+    def replies(self, task: Task, problems: Sequence[Problem], sampling: Sampling) -> list[list[str]]:
+        """The replies to each problem of a task, as text."""
+        tasks = {problem.task: task for problem in problems}
+        rollouts = play(self.engine, self.tokenizer, tasks, problems, sampling)
         found: list[list[str]] = [[] for _ in problems]
-        for rollout, text in zip(rollouts, texts, strict=True):
-            found[rollout.prompt].append(text)
+        for rollout in rollouts:
+            found[rollout.prompt].append(reply_text(self.tokenizer, rollout))
         return found
 
 

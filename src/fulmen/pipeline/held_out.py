@@ -32,7 +32,7 @@ def solved_by(
     for begin in range(0, len(problems), AT_ONCE):
         reporter.advance(begin, len(problems), what)
         asked = problems[begin : begin + AT_ONCE]
-        replies = answerer.replies(asked, Sampling(1, max_new_tokens, top_k=1))
+        replies = answerer.replies(task, asked, Sampling(1, max_new_tokens, top_k=1))
         for problem, (reply,) in zip(asked, replies, strict=True):
             score = task.score(problem, reply)
             found.append([score.strict >= 1, score.lenient >= 1])

@@ -16,7 +16,7 @@ from fulmen.modeling.rollouts import Sampling
 from fulmen.pipeline.answers import Answerer
 from fulmen.pipeline.recipe_settings import Rejection
 from fulmen.pipeline.reporter import Reporter
-from fulmen.tasks.base import Problem, Task
+from fulmen.tasks.base import Problem, Task, conversation
 from fulmen.tasks.split import distinct_problems, text_of, text_of_messages
 
 # Training problems from here on; reinforcement learning counts from 0.
@@ -51,12 +51,15 @@ class RejectionCounts:
 def own_answers(task: Task, count: int) -> list[Lesson]:
     """A task's own right answers to training problems, in the form that it asks for; none if it has none."""
     problems = distinct_problems(task.problem, FIRST_LEARNED, count)
-    return [lesson_of(problem, problem.answer) for problem in problems if problem.answer]
+    answered = [problem for problem in problems if problem.answer]
+    return [lesson for problem in answered for lesson in lessons_of(task, problem, problem.answer)]
 
 
-def lesson_of(problem: Problem, reply: str) -> Lesson:
-    """A problem's prompt, and a reply to it."""
-    return Lesson([dict(message) for message in problem.messages], reply)
+def lessons_of(task: Task, problem: Problem, reply: str) -> list[Lesson]:
+    """A problem's prompt and a reply to it: a lesson for each turn, behind all that was said before."""
+    said = [dict(message) for message in conversation(task, problem, reply)]
+    places = range(len(problem.messages), len(said), 2)
+    return [Lesson(said[:place], str(said[place]["content"])) for place in places]
 
 
 def sample_task(
@@ -86,7 +89,7 @@ def sample_task(
         sampling = Sampling(
             settings.samples, max_new_tokens, settings.temperature, seed=(seed + begin + 1) % 2**32
         )
-        replies = answerer.replies(asked, sampling)
+        replies = answerer.replies(task, asked, sampling)
         rows = [
             {
                 "index": problem.index,
@@ -117,9 +120,10 @@ def kept_lessons(
         if text_of(problem) in forbidden:
             counts.contaminated += len(different)
             continue
-        counts.surplus += max(0, len(different) - settings.keep)
-        found += [lesson_of(problem, reply) for reply in different[: settings.keep]]
-    counts.kept = len(found)
+        kept = different[: settings.keep]
+        counts.surplus += len(different) - len(kept)
+        counts.kept += len(kept)
+        found += [lesson for reply in kept for lesson in lessons_of(task, problem, reply)]
     return found, counts
 
 

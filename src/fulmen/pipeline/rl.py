@@ -39,6 +39,7 @@ from fulmen.tasks import named
 from fulmen.tasks.base import HELD_OUT, Task
 from fulmen.training.processes import main_process_first, processes
 from fulmen.training.prompts import ends_of, pad_of
+from fulmen.training.rl.episodes import require_room
 from fulmen.training.rl.generate_engine import GenerateRollouts
 from fulmen.training.rl.prompts import prompt_tokens
 from fulmen.training.rl.run import METRICS_FILE, RlResult, train_rl
@@ -132,6 +133,8 @@ def _require_plan(
     reporter: Reporter,
 ) -> int:
     """Say what the run takes; return the tokens of a prompt and its reply. Raises ConfigError for no room."""
+    for domain in domains:
+        require_room(domain.task, options.max_new_tokens)
     indices = [*range(MEASURED_PROBLEMS), *range(HELD_OUT, HELD_OUT + MEASURED_PROBLEMS)]
     prompt = max(
         len(prompt_tokens(tokenizer, domain.task.problem(index))) for domain in domains for index in indices

@@ -24,7 +24,7 @@ from fulmen.pipeline.rl_engines import (
 )
 from fulmen.pipeline.rl_settings import RL_SETTINGS_FILE
 from fulmen.tasks import named
-from fulmen.tasks.base import HELD_OUT, Problem
+from fulmen.tasks.base import HELD_OUT, Problem, turns_of
 from fulmen.tasks.own import PREFIX
 from fulmen.training.rl.prompts import prompt_tokens, training_rows
 from fulmen.training.rl.settings import Domain, RlSettings
@@ -84,7 +84,10 @@ def _domain(asked: dict[str, Any]) -> Domain:
     place, separator, rest = spec.removeprefix(PREFIX).partition(".py:")
     if spec.startswith(PREFIX) and separator:
         spec = f"{PREFIX}{Path(f'{place}.py').expanduser().absolute()}:{rest}"
-    return Domain(named(spec), asked["kl"])
+    task = named(spec)
+    if turns_of(task) > 1:
+        raise ConfigError(f"task {spec!r} has several turns, and exports are of one; train it with fulmen rl")
+    return Domain(task, asked["kl"])
 
 
 def _readable_model(model: str, engine: str) -> tuple[str, Any, Any]:

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 # Problems with indices from here on are for evaluation: no stage trains on them.
 HELD_OUT = 1_000_000_000
+# Between the turns of a reply: ASCII's record separator, which is in no tokenizer's ordinary texts.
+TURN = "\x1e"
 
 
 @dataclass(frozen=True)
@@ -50,3 +52,34 @@ class Task(Protocol):
 
     def score(self, problem: Problem, reply: str) -> Score:
         """What a reply to a problem of this task is worth. Never raises for what a model may write."""
+
+
+class EpisodeTask(Task, Protocol):
+    """A task whose replies have several turns, joined by TURN: after each the model is told something.
+
+    Attributes:
+        turns: of a reply, at most.
+    """
+
+    turns: int
+
+    def told(self, problem: Problem, reply: str) -> str | None:
+        """What a model is told after the turns that it has written; None where the reply has ended.
+
+        Never raises for what a model may write.
+        """
+
+
+def turns_of(task: Task) -> int:
+    """How many turns a reply of a task may have; 1 for all but an `EpisodeTask`."""
+    return getattr(task, "turns", 1)
+
+
+def conversation(task: Task, problem: Problem, reply: str) -> tuple[Mapping[str, Any], ...]:
+    """A problem's prompt with a reply: its turns, and between them what the model was told."""
+    turns = reply.split(TURN)
+    messages = [*problem.messages, {"role": "assistant", "content": turns[0]}]
+    for number, turn in enumerate(turns[1:], 1):
+        told = cast(EpisodeTask, task).told(problem, TURN.join(turns[:number]))
+        messages += [{"role": "user", "content": told or ""}, {"role": "assistant", "content": turn}]
+    return tuple(messages)

@@ -18,6 +18,7 @@ OWN: dict[str, tuple[str, str]] = {
     "tools": ("fulmen.tasks.tools", "ToolsTask"),
     "verify_proof": ("fulmen.tasks.proofs.factory", "named_proof_task"),
     "world": ("fulmen.tasks.worlds.task", "WorldTask"),
+    "world_steps": ("fulmen.tasks.worlds.steps", "WorldStepsTask"),
 }
 
 

@@ -54,7 +54,7 @@ class EnvironmentTask:
         if turns != 1:
             raise ConfigError(
                 f"task {name!r} has max_turns={turns}, and replies here are of one turn; give an environment "
-                "of one (SingleTurnEnv), or a task of your own that scores the list of calls"
+                "of one (SingleTurnEnv), or a task of your own with turns and told()"
             )
         self._rewards = reward_functions(name, environment)
         self._training, self._held_out = split_problems(name, environment)

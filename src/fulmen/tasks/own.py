@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from fulmen.errors import ConfigError, FulmenError, first_line
-from fulmen.tasks.base import Problem, Score, Task
+from fulmen.tasks.base import Problem, Score, Task, turns_of
 from fulmen.tasks.environments import Environment, EnvironmentTask, is_environment
 from fulmen.tasks.forms import ASKED, candidates, in_form, inside_form
 from fulmen.tasks.parameters import parse_parameters
@@ -102,6 +102,10 @@ def made_task(name: str, found: Any, parameters: Mapping[str, Any]) -> Task:
         raise ConfigError(
             f"task {name!r}: {found!r:.60} is no task; give a function of index, an object with problem() "
             "and score(), or an environment with a dataset and a rubric"
+        )
+    if turns_of(task) != 1 and not callable(getattr(task, "told", None)):
+        raise ConfigError(
+            f"task {name!r} has turns={turns_of(task)} and no told(); say what is told in between"
         )
     task.name = getattr(task, "name", name)
     return task

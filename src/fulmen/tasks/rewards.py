@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fulmen.errors import ConfigError, EndpointError
-from fulmen.tasks.base import Problem, Score, Task
+from fulmen.tasks.base import Problem, Score, Task, turns_of
 from fulmen.tasks.forms import inside_form, without_thinking
 
 # A reply that nobody could score: it is left out, and counted, where rewards are used.
@@ -98,6 +98,7 @@ class RewardedTask:
             if not isinstance(weight, (int, float)) or not math.isfinite(weight):
                 raise ConfigError(f"the weight {weight!r} of reward {reward} cannot be; use a number")
         self.name, self._task, self._rewards = task.name, task, dict(rewards)
+        self.turns, self.told = turns_of(task), getattr(task, "told", None)
 
     def problem(self, index: int) -> Problem:
         """As the task's own."""
@@ -119,6 +120,7 @@ class GuardedTask:
 
     def __init__(self, task: Task, seconds: float = 60.0) -> None:
         self.name, self._task, self._seconds = task.name, task, seconds
+        self.turns, self.told = turns_of(task), getattr(task, "told", None)
         self.failures: Counter[str] = Counter()
 
     def problem(self, index: int) -> Problem:

@@ -61,6 +61,20 @@ def test_scores_are_those_of_the_models_logits(name, kept):
     assert (found.logp_BT[~replies.counts_BT] == 0).all()
 
 
+def test_what_a_model_was_told_is_read_and_not_scored():
+    model, prompt_ids, completion_ids = make_dense("llama"), random_ids(1, 5), random_ids(1, 6, seed=1)
+    told_BT = torch.tensor([[False, False, True, True, False, False]])
+    masks = torch.ones_like(prompt_ids), torch.ones_like(completion_ids)
+    whole, own = (
+        behind_prompts(prompt_ids, masks[0], completion_ids, masks[1], None, told_BT=told)
+        for told in (None, told_BT)
+    )
+    with torch.no_grad():
+        all_scores, found = (score_replies(model, replies, 1.0).logp_BT for replies in (whole, own))
+    assert (own.counts_BT == ~told_BT).all()
+    assert torch.equal(found, all_scores.masked_fill(told_BT, 0))
+
+
 def test_only_the_kept_rows_of_the_head_have_a_gradient():
     model, replies = make_dense("llama").requires_grad_(True), batch()
     score_replies(model, replies, 1.0).logp_BT.sum().backward()

@@ -19,7 +19,8 @@ from fulmen.modeling.rollouts import RolloutEngine
 from fulmen.tasks.base import HELD_OUT, Score
 from fulmen.training.precision import in_float32
 from fulmen.training.processes import processes
-from fulmen.training.rl.prompts import prompt_tokens, training_rows
+from fulmen.training.rl.episodes import play, reply_text, require_room
+from fulmen.training.rl.prompts import training_rows
 from fulmen.training.rl.rewards import UNLEARNABLE_AFTER, Scorer, unlearnable
 from fulmen.training.rl.settings import Domain, RlSettings
 from fulmen.training.run import OnPart, OnStep, RunWatch, open_run, run_plan, silence
@@ -112,6 +113,8 @@ def _require_fitting(
     names = [domain.task.name for domain in domains]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"tasks={names} cannot be; name at least one, and each once")
+    for domain in domains:
+        require_room(domain.task, settings.max_new_tokens)
     if settings.indexer == "trained" and not has_dsa(model.config):
         raise ConfigError("indexer='trained' needs a model with DSA; use frozen, or convert the model first")
     if is_sharded():
@@ -202,12 +205,10 @@ class _Asker:
             self.on_part(begin, count, f"held-out problems {when}, {domain.task.name}")
             indices = range(HELD_OUT + begin, HELD_OUT + min(count, begin + HELD_OUT_BATCH))
             problems = [domain.task.problem(index) for index in indices]
-            prompts = [prompt_tokens(self.tokenizer, problem) for problem in problems]
-            rollouts = self.engine.generate(prompts, self.settings.greedy())
-            replies = self.tokenizer.batch_decode(
-                [list(rollout.tokens) for rollout in rollouts], skip_special_tokens=True
-            )
-            for problem, reply in zip(problems, replies, strict=True):
+            tasks = {domain.task.name: domain.task}
+            rollouts = play(self.engine, self.tokenizer, tasks, problems, self.settings.greedy())
+            for problem, rollout in zip(problems, rollouts, strict=True):
+                reply = reply_text(self.tokenizer, rollout)
                 score = self.scorer.score(problem, reply) or Score(0.0, 0.0)
                 found.append((score.strict, score.lenient))
         self.on_part(count, count, f"held-out problems {when}, {domain.task.name}")

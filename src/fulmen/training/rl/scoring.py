@@ -43,7 +43,7 @@ class Replies(NamedTuple):
     Attributes:
         input_ids: int64 [B, S].
         starts_B: where each reply begins.
-        tokens_BT: the reply's tokens. counts_BT: bool, where there is one.
+        tokens_BT: the reply's tokens. counts_BT: bool, where there is one that the policy wrote.
         kept_BTK: ids that sampling kept, -1 for none; None: all of the vocabulary.
         experts_BSLK: experts that sampling chose, -1 for none; None: none are known.
     """
@@ -82,8 +82,12 @@ def behind_prompts(
     completion_mask: Tensor,
     kept_BTK: Tensor | None,
     experts_BSLK: Tensor | None = None,
+    told_BT: Tensor | None = None,
 ) -> Replies:
-    """`Replies` from prompts padded on the left, int64 [B, P], and replies padded on the right [B, T]."""
+    """`Replies` from prompts padded on the left, int64 [B, P], and replies padded on the right [B, T].
+
+    told_BT: bool, tokens of the replies that the policy did not write; None for none.
+    """
     prompts_B, replies_B = prompt_mask.sum(-1), completion_mask.sum(-1)
     longest = int((prompts_B + replies_B).max())
     # Left padding goes to the end, where causal attention never sees it.
@@ -91,7 +95,8 @@ def behind_prompts(
     positions = torch.arange(longest, device=ids.device) + (prompt_ids.shape[1] - prompts_B)[:, None]
     input_ids = ids.gather(1, positions.clamp(max=ids.shape[1] - 1))
     experts = None if experts_BSLK is None else experts_BSLK[:, :longest]
-    return Replies(input_ids, prompts_B, completion_ids, completion_mask.bool(), kept_BTK, experts)
+    counts_BT = completion_mask.bool() if told_BT is None else completion_mask.bool() & ~told_BT
+    return Replies(input_ids, prompts_B, completion_ids, counts_BT, kept_BTK, experts)
 
 
 def let_score(model: PreTrainedModel, temperature: float) -> None:

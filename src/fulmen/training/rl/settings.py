@@ -29,7 +29,7 @@ class RlSettings:
     steps: optimizer steps. prompts: per step, of all processes. group: replies to each, G.
     updates: optimizer steps on one call of the engine; above 1 the later ones are off-policy.
     micro_batch: replies in one forward pass.
-    max_new_tokens, temperature, top_p, top_k: as `Sampling`.
+    max_new_tokens, temperature, top_p, top_k: as `Sampling`; of several turns each has a share of the tokens.
     learning_rate: None: RATE, with LoRA LORA_RATE. lora: rank; None trains all weights.
     indexer: one of INDEXERS: "frozen", or "trained" by a loss of its own (`fulmen.training.sparse.losses`).
     indexer_learning_rate: where it is trained. n_rows: query rows a layer and reply for its loss.

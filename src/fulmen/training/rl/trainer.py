@@ -25,6 +25,7 @@ from fulmen.files import atomic_write
 from fulmen.modeling.rollouts import Rollout, RolloutEngine
 from fulmen.tasks.base import Problem
 from fulmen.training.checkpoints import SafeCheckpoints
+from fulmen.training.rl.episodes import play, reply_text
 from fulmen.training.rl.indexer import IndexerLoss
 from fulmen.training.rl.objective import group_advantages, grpo_loss
 from fulmen.training.rl.prompts import prompt_tokens
@@ -69,6 +70,7 @@ class RlTrainer(SafeCheckpoints, GRPOTrainer):
         self.figures: dict[str, Any] = {}
         self.row: dict[str, Any] = {}
         self._updated_at = -1
+        self._asked: list[Problem] = []
         self._rollouts: list[Rollout] = []
         # It gives the tokenizer a token for padding, which the user's must not get.
         super().__init__(model, [_task], processing_class=copy.deepcopy(tokenizer), **more)
@@ -83,6 +85,7 @@ class RlTrainer(SafeCheckpoints, GRPOTrainer):
         """TRL's batch of replies with rewards; with what they are to be scored by."""
         self.indexer_loss.rest()
         problems = self._problems(inputs)
+        self._asked = problems[:: self.settings.group]
         rows = [
             {**row, "prompt": [dict(message) for message in problem.messages], "problem": problem}
             for row, problem in zip(inputs, problems, strict=True)
@@ -93,6 +96,8 @@ class RlTrainer(SafeCheckpoints, GRPOTrainer):
             batch["kept"] = kept_BTK.to(device)
         if (experts_BSLK := _padded_experts(self._rollouts)) is not None:
             batch["experts"] = experts_BSLK.to(device)
+        if (told_BT := _padded_told(self._rollouts)) is not None:
+            batch["told"] = told_BT.to(device)
         batch["kl"] = torch.tensor([self.domains[row["task"]].kl for row in inputs], device=device)
         batch["reference_logps"] = self._reference_logps(batch)
         batch["advantages"] = group_advantages(self._rewards.view(-1, self.settings.group)).flatten()
@@ -126,7 +131,9 @@ class RlTrainer(SafeCheckpoints, GRPOTrainer):
         self.update_engine()
         step, process = self.state.global_step, self.accelerator.process_index
         seed = 1_000_003 * self.settings.seed + self.accelerator.num_processes * step + process
-        self._rollouts = self.engine.generate(prompt_ids[::num_generations], self.settings.sampling(seed))
+        tasks = {name: domain.task for name, domain in self.domains.items()}
+        sampling = self.settings.sampling(seed)
+        self._rollouts = play(self.engine, self.processing_class, tasks, self._asked, sampling)
         asked = [number // num_generations for number in range(len(prompt_ids))]
         assert [rollout.prompt for rollout in self._rollouts] == asked
         logprobs = [list(rollout.logprobs) for rollout in self._rollouts]
@@ -142,12 +149,11 @@ class RlTrainer(SafeCheckpoints, GRPOTrainer):
         self, inputs: list[dict[str, Any]], prompts: Any, completions: Any, completion_ids_list: Any
     ) -> Tensor:
         """Strict scores, NaN where scoring failed; float32 [replies of all processes, 1]."""
-        texts = self._tokenizer.batch_decode(completion_ids_list, skip_special_tokens=True)
         scored = []
-        for row, text, rollout in zip(inputs, texts, self._rollouts, strict=True):
-            score = self.scorer.score(row["problem"], text)
+        for row, rollout in zip(inputs, self._rollouts, strict=True):
+            score = self.scorer.score(row["problem"], reply_text(self._tokenizer, rollout))
             strict, lenient = (None, None) if score is None else (score.strict, score.lenient)
-            scored.append(ScoredReply(row["task"], strict, lenient, len(rollout.tokens), rollout.ended))
+            scored.append(ScoredReply(row["task"], strict, lenient, rollout.written, rollout.ended))
         self.figures = figures_of(gather_object(scored), self.settings.group)
         rewards = [math.nan if reply.strict is None else reply.strict for reply in scored]
         self._rewards = torch.tensor(rewards, device=self.accelerator.device)
@@ -166,7 +172,7 @@ class RlTrainer(SafeCheckpoints, GRPOTrainer):
             self.policy.train()
 
     def _in_micro_batches(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
-        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "kept", "experts")
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "kept", "experts", "told")
         parts = {name: batch[name].split(self.settings.micro_batch) for name in names if name in batch}
         pieces = [dict(zip(parts, piece, strict=True)) for piece in zip(*parts.values(), strict=True)]
         with self.accelerator.autocast():
@@ -289,6 +295,7 @@ def replies_of(inputs: Mapping[str, Any]) -> Replies:
         inputs["completion_mask"],
         inputs.get("kept"),
         inputs.get("experts"),
+        inputs.get("told"),
     )
 
 
@@ -374,3 +381,11 @@ def _padded_experts(rollouts: Sequence[Rollout]) -> Tensor | None:
     rows = [torch.tensor(rollout.experts, dtype=torch.int16) for rollout in rollouts]
     rows = [torch.cat([row, row.new_full((1, *row.shape[1:]), -1)]) for row in rows]
     return pad_sequence(rows, batch_first=True, padding_value=-1)
+
+
+def _padded_told(rollouts: Sequence[Rollout]) -> Tensor | None:
+    """told_BT, bool; None if the policy wrote everything."""
+    if all(rollout.told is None for rollout in rollouts):
+        return None
+    rows = [torch.tensor(rollout.told or [False] * len(rollout.tokens)) for rollout in rollouts]
+    return pad_sequence(rows, batch_first=True)

@@ -86,6 +86,15 @@ def test_a_sum_of_shares_is_the_prompts_own_count_and_not_less(encoding, tokeniz
         assert exact <= count(messages) <= 1.15 * exact + 40
 
 
+def test_a_summary_counts_as_much_as_its_text(tokenizer):
+    said = history(30)
+    summed = strategies.summary(said, 10**6, lambda messages: 1, trigger=0)
+    assert len(summed[-1]["content"].splitlines()) > 60
+    text = tokenizer.apply_chat_template(summed, tools=TOOLS, tokenize=False, add_generation_prompt=True)
+    exact = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert exact <= MessageTokens(served()).counter(TOOLS)(summed) <= 1.02 * exact + 40
+
+
 def test_a_short_history_stays_and_a_long_one_is_what_the_strategy_makes_of_it(contexts):
     kept, note = manage(contexts, history(2), context={"strategy": "discard_all"})
     assert kept == history(2)

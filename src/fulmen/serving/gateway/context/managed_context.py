@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from fulmen.errors import ContextBudgetError, MessageError
 from fulmen.messages import strategies
 from fulmen.messages.strategies import OMITTED, SUMMARY_NAME
@@ -25,6 +27,7 @@ from fulmen.serving.gateway.errors import ApiError
 
 # Conversations whose managed history is remembered.
 REMEMBERED = 256
+MESSAGES = TypeAdapter(list[Message])
 FIELD = "fulmen_context"
 History = Sequence[Mapping[str, Any]]
 
@@ -40,7 +43,10 @@ class ManagedContexts:
     def __init__(self, model: ServedModel, settings: EngineSettings) -> None:
         self._settings = settings
         self._tokens = MessageTokens(model)
-        self._managed: OrderedDict[tuple[Any, ...], _Conversation] = OrderedDict()
+        # Of each conversation what remembers its kept messages, and what remembers their tokens.
+        self._managed: OrderedDict[tuple[Any, ...], tuple[strategies.Strategy, strategies.Counter]] = (
+            OrderedDict()
+        )
         # One thread: counting waits for counting, not the ledger or the event loop.
         self._thread = ThreadPoolExecutor(1, "fulmen-context")
 
@@ -70,7 +76,7 @@ class ManagedContexts:
     ) -> tuple[ChatRequest, dict[str, Any]]:
         """The same, at once."""
         budget = self._budget(request, options)
-        given = [message.model_dump(exclude_none=True) for message in request.messages]
+        given = MESSAGES.dump_python(request.messages, exclude_none=True)
         tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
         key = (account.id, options.model_dump_json(), budget, _opening(given), json.dumps(tools))
         try:
@@ -81,8 +87,7 @@ class ManagedContexts:
             raise ApiError(400, f"{FIELD}: {error}", "messages") from error
         note = _note(options.strategy, given, kept) | {"budget": budget, "prompt_tokens": tokens}
         if kept != given:
-            messages = [Message.model_validate(message) for message in kept]
-            request = request.model_copy(update={"messages": messages})
+            request = request.model_copy(update={"messages": MESSAGES.validate_python(kept)})
         return request, {"context": note}
 
     def close(self) -> None:
@@ -98,17 +103,18 @@ class ManagedContexts:
         options: ContextOptions,
     ) -> tuple[History, int]:
         """What is kept of the messages, and the tokens of that."""
-        count = self._tokens.counter(tools)
         known = self._managed.get(key)
         if known is None:
+            count = self._tokens.counter(tools)
             if (tokens := count(given)) <= options.trigger * budget:
                 # A strategy would never have done anything.
                 return given, tokens
-            known = self._managed[key] = _Conversation(options)
+            known = self._managed[key] = strategies.at_every_call(_strategy(options)), count
             while len(self._managed) > REMEMBERED:
                 self._managed.popitem(last=False)
         self._managed.move_to_end(key)
-        kept = known.kept(given, budget, count)
+        strategy, count = known
+        kept = strategy(given, budget, count)
         return kept, count(kept)
 
     def _budget(self, request: ChatRequest, options: ContextOptions) -> int:
@@ -120,24 +126,6 @@ class ManagedContexts:
             why = f"leaves no room in a context of {self._settings.context}"
             raise ApiError(400, f"{field}={answer} {why}", field)
         return min(room, options.budget or room)
-
-
-class _Conversation:
-    """One conversation's strategy, which remembers what it kept last time."""
-
-    def __init__(self, options: ContextOptions) -> None:
-        self._strategy = strategies.at_every_call(_strategy(options))
-        self._count: strategies.Counter | None = None
-
-    def kept(self, given: History, budget: int, count: strategies.Counter) -> History:
-        """What is kept of the messages."""
-        # Each request counts with its own function, and all alike.
-        self._count = count
-        return self._strategy(given, budget, self._counted)
-
-    def _counted(self, messages: History) -> int:
-        assert self._count is not None
-        return self._count(messages)
 
 
 def options_of(request: ChatRequest | MessagesRequest, account: Account) -> ContextOptions | None:

@@ -6,6 +6,7 @@ own count, but for a few tokens where the template joins messages; it is seldom 
 """
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 from fulmen.errors import MessageError
 from fulmen.messages.encoding import encode
 from fulmen.messages.message import Message
+from fulmen.messages.strategies import SUMMARY_NAME
 from fulmen.modeling.checkpoint import find_source, load_tokenizer
 from fulmen.serving.engine.served_model import ServedModel
 
@@ -45,19 +47,18 @@ class MessageTokens:
     def counter(self, tools: Tools) -> Callable[[Sequence[Message]], int]:
         """A function that counts the tokens of a prompt with these tools, for `fulmen.messages.strategies`.
 
-        It knows the messages that it has counted by their identity: for the time of one request.
+        It knows the messages of its last call by their identity; a history that goes on is not read again.
         """
         opening = self._opening(tools)
         # With the messages themselves, so that none ends and leaves its identity to another.
         known: dict[int, tuple[Message, int]] = {}
 
         def count(messages: Sequence[Message]) -> int:
-            total = opening
-            for message in messages:
-                if (found := known.get(id(message))) is None:
-                    found = known[id(message)] = message, self.share(message)
-                total += found[1]
-            return total
+            nonlocal known
+            known = {
+                id(message): known.get(id(message)) or (message, self.share(message)) for message in messages
+            }
+            return opening + sum(known[id(message)][1] for message in messages)
 
         return count
 
@@ -90,6 +91,11 @@ class MessageTokens:
 
     def _share(self, message: Message) -> int:
         role = message["role"]
+        if message.get("name") == SUMMARY_NAME and (text := message["content"]):
+            # It is written anew each time, with the same lines and some more. A line's end is counted with
+            # what follows it: at the end of a text tokenizers join it to spaces before it.
+            lines = re.split(r"(?=\n)", text)
+            return self.share({**message, "content": ""}) + sum(map(self._line, lines))
         try:
             if role == "system":
                 return self._tokens([message, _USER]) - self._lead("assistant")
@@ -98,6 +104,9 @@ class MessageTokens:
             return self._tokens([*_BEFORE[role], message]) - self._lead(role)
         except MessageError:
             return self._text_tokens(json.dumps(message, ensure_ascii=False)) + AROUND
+
+    def _line(self, line: str) -> int:
+        return self._remembered(hash(("line", line)), lambda: self._text_tokens(line))
 
     def _lead(self, role: str) -> int:
         """Tokens of what a message of a role is put behind."""
