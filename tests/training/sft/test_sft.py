@@ -8,7 +8,7 @@ import torch
 
 from fulmen.errors import ConfigError
 from fulmen.modeling.families import accelerated
-from fulmen.training.sft.rows import IGNORED, SftRow, batches, collate, sft_row
+from fulmen.training.sft.rows import IGNORED, SftRow, batches, collate, from_first_label, sft_row
 from fulmen.training.sft.run import LOG_FILE, train_sft
 from fulmen.training.sft.settings import SftSettings
 from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa
@@ -36,6 +36,21 @@ def test_only_replies_have_labels():
     assert inputs["input_ids"].tolist() == [[5, 6, 7, 8, 1], [5, 9, 9, 1, 0]]
     assert inputs["labels"].tolist() == [[IGNORED] * 3 + [8, 1], [IGNORED, 9, 9, 1, IGNORED]]
     assert inputs["attention_mask"].tolist() == [[1] * 5, [1] * 4 + [0]]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[SftRow((5, 6, 7, 8), (8, 1)), SftRow((5, 6, 9), (9, 9, 9, 1))], [SftRow((5,), (9, 1))]],
+    ids=["with prompts", "from the beginning"],
+)
+def test_logits_that_no_label_needs_are_left_out_and_the_loss_is_the_same(rows):
+    model, inputs = tiny_model(), collate(rows, pad=0)
+    fewer = from_first_label(inputs)
+    assert fewer["logits_to_keep"] == inputs["labels"].shape[1] - min(len(row.prompt) for row in rows) + 1
+    with torch.no_grad():
+        whole, part = model(**inputs), model(**fewer)
+    assert part.logits.shape[1] == fewer["logits_to_keep"]
+    assert torch.allclose(part.loss, whole.loss, atol=1e-6)
 
 
 def test_a_row_ends_and_is_in_the_chat_template():

@@ -59,6 +59,18 @@ def batches(rows: Sequence[SftRow], size: int, steps: int, seed: int) -> list[li
     return found[:steps]
 
 
+def from_first_label(inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """A batch whose logits are only computed from the first token on that a label needs.
+
+    Of long prompts with short replies, the head's are most of what a step computes and stores.
+    """
+    labels_BT = inputs["labels"]
+    first = int((labels_BT != IGNORED).any(0).int().argmax())
+    # The logits of a token are for the next one's label.
+    kept = labels_BT.shape[1] - max(0, first - 1)
+    return {**inputs, "labels": labels_BT[:, -kept:], "logits_to_keep": kept}
+
+
 def collate(rows: Sequence[SftRow], pad: int) -> dict[str, Tensor]:
     """Ids, mask and labels [B, T], padded on the right; only replies have labels."""
     length = max(map(len, rows))

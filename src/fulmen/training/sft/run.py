@@ -17,7 +17,7 @@ from fulmen.training.checkpoints import SafeCheckpoints
 from fulmen.training.precision import are_half, in_float32
 from fulmen.training.processes import processes
 from fulmen.training.run import OnStep, RunWatch, open_run, silence, training_arguments
-from fulmen.training.sft.rows import SftRow, batches, collate
+from fulmen.training.sft.rows import SftRow, batches, collate, from_first_label
 from fulmen.training.sft.settings import SftSettings
 from fulmen.training.sparse.lora import add_lora, merge_lora
 
@@ -110,7 +110,8 @@ class SftTrainer(SafeCheckpoints, Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss: Any = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        learned = from_first_label(inputs)
+        loss: Any = super().compute_loss(model, learned, num_items_in_batch=num_items_in_batch)
         self.watch.loss = float(loss.detach())
         if not math.isfinite(self.watch.loss):
             step = self.state.global_step + 1
