@@ -58,10 +58,15 @@ class LocalWriter:
         ids = self._tokenizer(text, add_special_tokens=not self._has_template)["input_ids"]
         asked = _Asked(ids, drawing, Future())
         self._waiting.append(asked)
-        with self._lock:
-            while not asked.reply.done():
-                time.sleep(GATHERING_S)
-                self._write_next()
+        # Whoever has a reply meanwhile goes on at once: its next request joins those that wait.
+        while not asked.reply.done():
+            if self._lock.acquire(timeout=GATHERING_S):
+                try:
+                    time.sleep(GATHERING_S)
+                    if not asked.reply.done():
+                        self._write_next()
+                finally:
+                    self._lock.release()
         return asked.reply.result()
 
     def _write_next(self) -> None:
