@@ -29,7 +29,7 @@ def run(code):
 
 
 FUNCTIONS = {"ask", "convert", "distill", "evaluate", "inspect", "load", "recipe", "rl", "set_topk"}
-FUNCTIONS |= {"export_rl", "specialize", "train"}
+FUNCTIONS |= {"export_rl", "sft", "specialize", "train"}
 CLASSES = {"Conversion", "DsaConfig", "FolderAnswer", "ModelDescription", "ParityReport", "SuiteReport"}
 CLASSES |= {"LineReporter", "Reporter", "SilentReporter"}
 

@@ -14,7 +14,7 @@ SHAPE = {
 }
 
 
-def save_tiny_source(folder):
+def save_tiny_source(folder, **changed):
     """A Llama of random weights whose tokens are bytes, so that its head costs nothing."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
@@ -22,7 +22,9 @@ def save_tiny_source(folder):
     tokens.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>")
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPE, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    config = LlamaConfig(
+        **{**SHAPE, **changed}, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from fulmen.pipeline.api_load import inspect, load
     from fulmen.pipeline.api_recipe import distill, recipe, specialize
     from fulmen.pipeline.api_rl import rl
+    from fulmen.pipeline.api_sft import sft
     from fulmen.pipeline.ask import ask
     from fulmen.pipeline.ask_answer import FolderAnswer
     from fulmen.pipeline.conversion import Conversion
@@ -98,6 +99,7 @@ __all__ = [
     "recipe",
     "rl",
     "set_topk",
+    "sft",
     "specialize",
     "train",
 ]
@@ -122,6 +124,7 @@ _PLACES = {
     "recipe": "fulmen.pipeline.api_recipe",
     "rl": "fulmen.pipeline.api_rl",
     "set_topk": "fulmen.modeling.families",
+    "sft": "fulmen.pipeline.api_sft",
     "specialize": "fulmen.pipeline.api_recipe",
     "train": "fulmen.pipeline.api",
 }

@@ -21,6 +21,7 @@ COMMANDS = [
     "inspect",
     "convert",
     "train",
+    "sft",
     "specialize",
     "distill",
     "eval",

@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -15,7 +16,9 @@ from fulmen.pipeline.reporter import SilentReporter
 from fulmen.pipeline.verify import verify_label, verify_refine, verify_score, write_proofs
 from fulmen.pipeline.verify_asking import ReplyJournal
 from fulmen.pipeline.verify_label import VotedAnalysis, label_of, verdict_of
+from fulmen.pipeline.verify_local import LocalWriter
 from fulmen.pipeline.verify_rows import labelled_proofs, read_rows, write_rows
+from fulmen.pipeline.verify_writers import Drawing
 from fulmen.tasks.proofs.factory import proof_source, proof_task
 from fulmen.tasks.proofs.replies import Assessment, strict_assessment
 from tests.pipeline.proof_server import ProofServer, honest, parts_of, truth
@@ -260,6 +263,24 @@ def test_a_model_that_runs_here(tmp_path):
     save_file(weights, source / "model.safetensors", {"format": "pt"})
     score()
     assert len(lines_of(replies)) == 4
+
+
+def test_what_is_written_together_is_what_is_written_alone(tmp_path):
+    source = save_tiny_source(tmp_path / "tiny", max_position_embeddings=4096)
+    together = threading.Barrier(3, timeout=60)
+    writer = LocalWriter(str(source), "cpu")
+    asked = [({"role": "user", "content": "a b c" * length},) for length in (1, 30, 9)]
+    alone = [writer.write(messages, Drawing(8, 0.0)) for messages in asked]
+
+    def write(messages):
+        together.wait()
+        return writer.write(messages, Drawing(8, 0.0))
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(write, asked)) == alone
+    assert len(set(alone)) > 1
+    drawn = [writer.write(asked[0], Drawing(8, 1.0, number)) for number in (1, 2, 1)]
+    assert drawn[0] == drawn[2] != drawn[1]
 
 
 def run(*arguments):

@@ -18,6 +18,7 @@ from fulmen.cli.keys import keys_app
 from fulmen.cli.recipe import distill_command, recipe_app, specialize_command
 from fulmen.cli.rl import rl_command
 from fulmen.cli.serve import EXTRA_FLAGS, serve_command
+from fulmen.cli.sft import sft_command
 from fulmen.cli.suite import suite_command
 from fulmen.cli.train import train_command
 from fulmen.cli.usage import usage_command
@@ -55,7 +56,7 @@ def fulmen(
 
     inspect a model, convert it, train it further, eval the result against the dense model, chat with it,
     serve it. suite runs tests on any model, cost prices its tokens, doctor shows what computes here.
-    rl goes on with rewards, export-rl writes that for other trainers; recipe post-trains: specialists
+    sft goes on with chats, rl with rewards, export-rl writes that for other trainers; recipe: specialists
     (specialize), one model of them (distill), mixed RL; verify makes and scores verifiers of proofs.
     For a server: keys makes its API keys, usage shows what they used. ask answers questions about a folder
     of documents, docs serves one as tools.
@@ -65,6 +66,7 @@ def fulmen(
 app.command("inspect")(inspect_command)
 app.command("convert")(convert_command)
 app.command("train")(train_command)
+app.command("sft")(sft_command)
 app.add_typer(recipe_app, name="recipe")
 app.command("specialize")(specialize_command)
 app.command("distill")(distill_command)

@@ -30,12 +30,12 @@ from fulmen.evaluation.report_files import save_report
 from fulmen.files import write_file
 from fulmen.modeling.families import has_dsa
 from fulmen.pipeline.held_out import Solved, held_out_problems, solved_by
+from fulmen.pipeline.lessons import Lesson
 from fulmen.pipeline.model_config import read_config
 from fulmen.pipeline.recipe_folder import RecipeFolder
 from fulmen.pipeline.recipe_settings import Recipe, RecipeDomain
 from fulmen.pipeline.recipe_stages import RecipeStages
 from fulmen.pipeline.rejection import (
-    Lesson,
     counts_row,
     filled_up,
     kept_lessons,

@@ -12,7 +12,7 @@ from fulmen.errors import ConfigError
 from fulmen.pipeline.answers import OpenAnswerer, generate_answerer
 from fulmen.pipeline.api import convert
 from fulmen.pipeline.api_rl import rl
-from fulmen.pipeline.rejection import Lesson
+from fulmen.pipeline.lessons import Lesson
 from fulmen.pipeline.reporter import Reporter
 from fulmen.pipeline.sft import run_sft
 from fulmen.training.sft.settings import SftSettings

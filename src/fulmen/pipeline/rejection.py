@@ -14,6 +14,7 @@ from typing import Any
 from fulmen.errors import unwritable
 from fulmen.modeling.rollouts import Sampling
 from fulmen.pipeline.answers import Answerer
+from fulmen.pipeline.lessons import Lesson
 from fulmen.pipeline.recipe_settings import Rejection
 from fulmen.pipeline.reporter import Reporter
 from fulmen.tasks.base import Problem, Task, conversation
@@ -22,14 +23,6 @@ from fulmen.tasks.split import distinct_problems, text_of, text_of_messages
 # Training problems from here on; reinforcement learning counts from 0.
 FIRST_SAMPLED, FIRST_LEARNED = 200_000_000, 100_000_000
 PROBLEMS_AT_ONCE = 16
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """A prompt and the reply to learn."""
-
-    messages: list[dict[str, Any]]
-    reply: str
 
 
 @dataclass

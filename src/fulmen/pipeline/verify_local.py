@@ -1,7 +1,10 @@
-"""A model that is loaded here and writes replies, one at a time."""
+"""A model that is loaded here; what is asked at the same time is written together."""
 
 import threading
-from typing import Any
+import time
+from collections import deque
+from concurrent.futures import Future
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,6 +16,17 @@ from fulmen.pipeline.fingerprint import weights_fingerprint
 from fulmen.pipeline.load import load_converted
 from fulmen.pipeline.model_config import read_config
 from fulmen.pipeline.verify_writers import Drawing, Messages
+
+# Those that have their replies ask again in so many seconds, and are waited for.
+GATHERING_S = 0.2
+
+
+class _Asked(NamedTuple):
+    """A reply to come."""
+
+    ids: list[int]
+    drawing: Drawing
+    reply: "Future[str]"
 
 
 class LocalWriter:
@@ -36,13 +50,46 @@ class LocalWriter:
         self.identity = f"{source} {weights_fingerprint(model.state_dict())} {dsa}"
         # Torch's generator is one, and so are its threads.
         self._lock = threading.Lock()
+        self._waiting: deque[_Asked] = deque()
+
+    def write(self, messages: Messages, drawing: Drawing) -> str:
+        """As `Writer.write`. Whoever comes first writes for all that wait."""
+        text = self._text(messages)
+        ids = self._tokenizer(text, add_special_tokens=not self._has_template)["input_ids"]
+        asked = _Asked(ids, drawing, Future())
+        self._waiting.append(asked)
+        # Whoever has a reply meanwhile goes on at once: its next request joins those that wait.
+        while not asked.reply.done():
+            if self._lock.acquire(timeout=GATHERING_S):
+                try:
+                    time.sleep(GATHERING_S)
+                    if not asked.reply.done():
+                        self._write_next()
+                finally:
+                    self._lock.release()
+        return asked.reply.result()
+
+    def _write_next(self) -> None:
+        """The next reply, with all that wait and are drawn alike; what is sampled has a seed of its own."""
+        first, *others = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        alike = [] if first.drawing.temperature else [one for one in others if one.drawing == first.drawing]
+        self._waiting.extend(one for one in others if one not in alike)
+        try:
+            replies = self._replies([one.ids for one in (first, *alike)], first.drawing)
+        except BaseException as error:
+            for one in (first, *alike):
+                one.reply.set_exception(error)
+            raise
+        for one, reply in zip((first, *alike), replies, strict=True):
+            one.reply.set_result(reply)
 
     @torch.no_grad()
-    def write(self, messages: Messages, drawing: Drawing) -> str:
-        """As `Writer.write`."""
-        text = self._text(messages)
-        encoded = self._tokenizer(text, return_tensors="pt", add_special_tokens=not self._has_template)
-        ids_1S = encoded["input_ids"].to(self._model.device)
+    def _replies(self, prompts: list[list[int]], drawing: Drawing) -> list[str]:
+        pad = self._tokenizer.eos_token_id
+        width = max(map(len, prompts))
+        rows = [[pad or 0] * (width - len(ids)) + ids for ids in prompts]
+        mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+        ids_BS = torch.tensor(rows, device=self._model.device)
         sampled: dict[str, Any] = {"do_sample": False}
         if drawing.temperature:
             sampled |= {
@@ -51,17 +98,16 @@ class LocalWriter:
                 "top_k": 0,
                 "top_p": 1.0,
             }
-        with self._lock:
-            torch.manual_seed(drawing.number)
-            written_1S = self._model.generate(
-                ids_1S,
-                attention_mask=torch.ones_like(ids_1S),
-                max_new_tokens=drawing.max_new_tokens,
-                pad_token_id=self._tokenizer.eos_token_id,
-                **sampled,
-            )
-        reply: str = self._tokenizer.decode(written_1S[0, ids_1S.shape[1] :], skip_special_tokens=True)
-        return reply
+        torch.manual_seed(drawing.number)
+        written_BS = self._model.generate(
+            ids_BS,
+            attention_mask=torch.tensor(mask, device=ids_BS.device),
+            max_new_tokens=drawing.max_new_tokens,
+            pad_token_id=pad,
+            **sampled,
+        )
+        replies: list[str] = self._tokenizer.batch_decode(written_BS[:, width:], skip_special_tokens=True)
+        return replies
 
     @property
     def _has_template(self) -> bool:

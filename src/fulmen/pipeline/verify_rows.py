@@ -116,11 +116,10 @@ def _row(where: str, line: str, needed: tuple[str, ...]) -> Row:
         row = read_json(line)
     except ValueError as error:
         raise CorpusError(f"{where} is no JSON ({error}); write one object a line") from error
-    missing = [name for name in needed if not isinstance(row, dict) or not _is_text(row.get(name))]
-    if missing:
+    fields = row if isinstance(row, dict) else {}
+    if missing := [name for name in needed if not _is_text(fields.get(name))]:
         raise CorpusError(f"{where} has no text {missing[0]!r}; each line needs {' and '.join(needed)}")
-    assert isinstance(row, dict)
-    return row
+    return fields
 
 
 def _is_text(value: object) -> bool:

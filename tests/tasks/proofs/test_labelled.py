@@ -13,7 +13,7 @@ from statistics import fmean
 import pytest
 
 from fulmen.tasks.base import HELD_OUT
-from fulmen.tasks.proofs.arithmetic import linear
+from fulmen.tasks.proofs.arithmetic import expanded, linear, worked
 from fulmen.tasks.proofs.factory import proof_source
 from fulmen.tasks.proofs.formulas import Formula, formula_of, joined, negation
 from fulmen.tasks.proofs.labelled import KINDS, is_held_out
@@ -25,12 +25,14 @@ MADE = {kind: [source.labelled(HELD_OUT + n) for n in range(N)] for kind, source
 ALL = [made for proofs in MADE.values() for made in proofs]
 
 
+def value(text, x):
+    """Of a sum, by Python."""
+    return eval(re.sub(r"(?<=[\dx)])(?=[x(])", "*", text), {"x": Fraction(x)})
+
+
 def solution(text):
     """Of an equation in x; Python computes the sides at 0 and at 1."""
-    at_0, at_1 = (
-        [eval(re.sub(r"(?<=[\dx)])(?=[x(])", "*", side), {"x": Fraction(x)}) for side in text.split("=")]
-        for x in (0, 1)
-    )
+    at_0, at_1 = ([value(side, x) for side in text.split("=")] for x in (0, 1))
     gap = at_0[0] - at_0[1]
     return gap / (gap - (at_1[0] - at_1[1]))
 
@@ -134,6 +136,46 @@ def test_words_alone_do_not_tell_the_two_apart():
     assert 0.4 < right / N < 0.62
 
 
+def test_a_step_is_worked_out_before_its_claim_is_looked_at():
+    """So that whoever learns to write it learns to compute, and no word before tells the verdict."""
+    for kind, proofs in MADE.items():
+        for made, other in itertools.pairwise(proofs[:40]):
+            steps = list(made.proof.steps)
+            work = [finding.remark.partition("; claimed ")[0] for finding in made.findings]
+            for place, step in enumerate(steps):
+                changed = [*steps[:place], Step(step.reason, other.proof.steps[0].claim)]
+                findings = KINDS[kind].check(made.proof.problem, changed)
+                assert findings[-1].remark.startswith(f"{work[place]}; claimed ")
+
+
+def test_what_is_worked_out_is_what_python_computes():
+    for made in MADE["equations"]:
+        for finding in made.findings:
+            for side in re.findall(r"(?:left|right) ([^,;]+)", finding.remark.partition("; claimed")[0]):
+                values = {
+                    tuple(round(float(value(part, x)), 9) for x in (0, 1)) for part in side.split(" = ")
+                }
+                assert len(values) == 1
+    for made in MADE["words"]:
+        for finding in made.findings:
+            sums = finding.remark.partition("; claimed")[0].rpartition(": ")[2].split(" = ")
+            assert len({Fraction(eval(part)) for part in sums}) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "terms", "work"),
+    [
+        ("3(2x + 4) - 5", "6x + 12 - 5", "3(2x + 4) - 5 = 6x + 12 - 5 = 6x + 7"),
+        ("24 - 3 * 12", "24 - 36", "24 - 3 * 12 = 24 - 36 = -12"),
+        ("5 - (x - 2)", "5 - x + 2", "5 - (x - 2) = 5 - x + 2 = -x + 7"),
+        ("87 / 4", "87/4", "87 / 4 = 87/4"),
+        ("4x", "4x", "4x"),
+    ],
+)
+def test_sums_are_worked_out_in_steps(text, terms, work):
+    assert (expanded(text), worked(text)) == (terms, work)
+
+
 def test_held_out_problems_are_never_trained_on():
     assert all(is_held_out(made.proof.problem) for made in ALL)
     for kind, source in SOURCES.items():
@@ -219,3 +261,12 @@ ZERO = [("multiply both sides by 0", "0 = 0"), ("so", "x = 4")]
 def test_steps_that_somebody_else_wrote(kind, problem, steps, scores):
     findings = examined(KINDS[kind], problem, [Step(*step) for step in steps])
     assert [finding.score for finding in findings] == scores
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_step_is_too_long_to_be_checked(kind):
+    digits = "7" * 110
+    given = {"equations": f"Solve for x: {digits} + x = 1", "logic": "A1. P\nShow: P", "words": MIA * 3}[kind]
+    for reason in (f"subtract {digits} from both sides", f"divide both sides by {digits}", "expand", "Mia"):
+        for claim in (f"1 + {digits} = {digits}", f"x + {digits} = {digits}", f"{'not ' * 25}P"):
+            assert len(KINDS[kind].check(given, [Step(reason, claim)] * 3)) == 3

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -41,15 +42,21 @@ def plain_signs(text: str) -> str:
 
 def linear(text: str) -> Linear:
     """The value of a sum such as `3(2x + 4) - 5`. Raises ValueError for all that is none."""
-    text = plain_signs(text)
-    if len(text) > LONGEST_TEXT or not _ALLOWED.fullmatch(text) or "**" in text or "//" in text:
-        raise ValueError(f"{text[:40]!r} is no sum")
-    # 3x, 3(x + 1) and (x + 1)(3) leave out a sign.
-    text = re.sub(r"(?<=[\dx)])\s*(?=[x(])", "*", text)
-    try:
-        return _value(ast.parse(text, mode="eval").body)
-    except (SyntaxError, ZeroDivisionError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{text[:40]!r} is no sum") from error
+    return _value(_parsed(text))
+
+
+def expanded(text: str) -> str:
+    """A sum with its brackets and products multiplied out: `6x + 12 - 5` of `3(2x + 4) - 5`.
+
+    Raises ValueError for all that is none.
+    """
+    first, *others = map(str, _terms(_parsed(text), Fraction(1)))
+    return first + "".join(f" - {one[1:]}" if one.startswith("-") else f" + {one}" for one in others)
+
+
+def worked(text: str) -> str:
+    """How a sum is worked out: `24 + 3 * 12 = 24 + 36 = 60`. Raises ValueError for all that is none."""
+    return " = ".join(dict.fromkeys([text.strip(), expanded(text), str(linear(text))]))
 
 
 def equation(text: str) -> tuple[Linear, Linear]:
@@ -58,6 +65,33 @@ def equation(text: str) -> tuple[Linear, Linear]:
     if not sign:
         raise ValueError(f"{text[:40]!r} is no equation")
     return linear(left), linear(right)
+
+
+def _parsed(text: str) -> ast.expr:
+    """Raises ValueError for what is no sum, before or after it is read."""
+    text = plain_signs(text)
+    if len(text) > LONGEST_TEXT or not _ALLOWED.fullmatch(text) or "**" in text or "//" in text:
+        raise ValueError(f"{text[:40]!r} is no sum")
+    # 3x, 3(x + 1) and (x + 1)(3) leave out a sign.
+    text = re.sub(r"(?<=[\dx)])\s*(?=[x(])", "*", text)
+    try:
+        node = ast.parse(text, mode="eval").body
+        _value(node)
+    except (SyntaxError, ZeroDivisionError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{text[:40]!r} is no sum") from error
+    return node
+
+
+def _terms(node: ast.expr, factor: Fraction) -> Iterator[Linear]:
+    """What a sum adds up, times a factor; brackets are multiplied out."""
+    match node:
+        case ast.BinOp(left=left, op=ast.Add() | ast.Sub() as sign, right=right):
+            yield from _terms(left, factor)
+            yield from _terms(right, factor if isinstance(sign, ast.Add) else -factor)
+        case ast.BinOp(left=left, op=ast.Mult(), right=right) if _value(left).slope == 0:
+            yield from _terms(right, factor * _value(left).constant)
+        case _:
+            yield _value(node).times(factor)
 
 
 def _value(node: ast.expr) -> Linear:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from random import Random
 
-from fulmen.tasks.proofs.arithmetic import Linear, equation, linear
+from fulmen.tasks.proofs.arithmetic import Linear, equation, linear, worked
 from fulmen.tasks.proofs.proof import REASON, RIGHT, SLIP, WRONG, Finding, Proof, Step
 
 Sides = tuple[Linear, Linear]
@@ -63,12 +63,11 @@ class Equations:
     def check(self, problem: str, steps: Sequence[Step]) -> list[Finding]:
         """As `ProofKind.check`."""
         found = _GIVEN.search(problem)
-        before = _sides(found[1]) if found else None
+        before = found[1] if found else ""
         findings = []
         for step in steps:
-            claimed = _sides(step.claim)
-            findings.append(_finding(before, step.reason, claimed))
-            before = claimed
+            findings.append(_finding(before, step))
+            before = step.claim
         return findings
 
     def is_finished(self, problem: str, steps: Sequence[Step]) -> bool:
@@ -77,19 +76,38 @@ class Equations:
         return last is not None and last[0] == Linear(Fraction(1), Fraction(0)) and last[1].slope == 0
 
 
-def _finding(before: Sides | None, reason: str, claimed: Sides | None) -> Finding:
+def _finding(given: str, step: Step) -> Finding:
+    """given: the equation before, as written."""
+    before, claimed = _sides(given), _sides(step.claim)
     if before is None or claimed is None:
         return Finding(WRONG, "that is no equation which could be read")
-    expected = _applied(before, reason)
+    expected = _applied(before, step.reason)
     if expected is None:
         score = SLIP if _is_one_step(before, claimed) else WRONG
         return Finding(score, "that is no operation on both sides")
-    gives = f"that gives {expected[0]} = {expected[1]}"
+    worked_out = zip(given.split("="), expected, strict=True)
+    left, right = (_work(side.strip(), step.reason.strip(), value) for side, value in worked_out)
+    remark = f"left {left}, right {right}; claimed {step.claim}"
     if claimed == expected:
-        return Finding(RIGHT, f"{gives}, as claimed")
+        return Finding(RIGHT, remark)
     if _is_one_step(before, claimed):
-        return Finding(SLIP, f"{gives}; the claim follows by another operation")
-    return Finding(WRONG, f"{gives}, not {claimed[0]} = {claimed[1]}")
+        return Finding(SLIP, f"{remark}, by another operation")
+    return Finding(WRONG, remark)
+
+
+def _work(side: str, reason: str, value: Linear) -> str:
+    """A side, what the reason does to it, and the value that this gives: `2x + 17 - 17 = 2x`."""
+    if found := _MOVE.fullmatch(reason):
+        return f"{side} {'+' if found[1].lower() == 'add' else '-'} {_bracketed(found[2])} = {value}"
+    if found := _SCALE.fullmatch(reason):
+        sign = "*" if found[1].lower() == "multiply" else "/"
+        return f"{_bracketed(side)} {sign} {_bracketed(found[2])} = {value}"
+    return worked(side)
+
+
+def _bracketed(text: str) -> str:
+    """A sum of several terms, or what has a sign of its own, in brackets."""
+    return f"({text})" if re.search(r"[-+*/]", text) else text
 
 
 def _applied(before: Sides, reason: str) -> Sides | None:

@@ -69,16 +69,17 @@ def _finding(lines: dict[str, Formula], reason: str, claim: Formula | None) -> F
     said = _REASON.fullmatch(reason.strip())
     names = [name for name in said.groups()[1:] if name] if said else []
     if said and all(name in lines for name in names):
-        cited = [lines[name] for name in names]
-        given = consequences(said[1].lower(), cited) or []
+        cited, rule = [lines[name] for name in names], said[1].lower()
+        given = consequences(rule, cited) or []
+        gives = claim if claim in given else next(iter(given), "nothing")
+        remark = f"{rule} from {_spelled(names, cited)} gives {gives}; claimed {claim}"
         if claim in given:
-            return Finding(RIGHT, f"{_spelled(names, cited)} give {claim}, as claimed")
-        why = f"{said[1].lower()} does not get {claim} from {_spelled(names, cited)}"
+            return Finding(RIGHT, remark)
     else:
-        why = "no rule is named with lines that are there"
+        remark = f"no rule is named with lines that are there; claimed {claim}"
     if follows_in_one_step(claim, list(lines.values())):
-        return Finding(SLIP, f"{why}; the claim follows otherwise")
-    return Finding(WRONG, why)
+        return Finding(SLIP, f"{remark}, which follows otherwise")
+    return Finding(WRONG, remark)
 
 
 def _spelled(names: Sequence[str], cited: Sequence[Formula]) -> str:

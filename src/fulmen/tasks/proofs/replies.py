@@ -12,15 +12,14 @@ from typing import Any
 from fulmen.tasks.proofs.proof import RIGHT, SLIP, WRONG, Finding, Step, numbered, worst
 
 ASSESSMENT_FORM = (
-    "Analysis: what each step does, and what is wrong with it if anything is\n"
+    "Analysis: each step in turn, what it should give, and whether it is right\n"
     "Step: the number of the first step that is not right, or none\n"
     "Score: 1, 0.5 or 0"
 )
 RUBRIC = (
-    "A step is right if its claim follows from the problem and the steps before it, whatever these are, for "
-    "the reason it gives. The score is 1 if all steps are right; 0.5 if every claim follows, but the reason "
-    "of a step is not what gives it; 0 if the claim of a step does not follow, or the proof does not end at "
-    "what the problem asks for."
+    "A step is right if its claim follows from the problem and the steps before it, right or not, for the "
+    "reason it gives. Score 1: all steps are right; 0.5: every claim follows, but a step's reason is not "
+    "what gives it; 0: a claim does not follow, or the proof does not end at what is asked for."
 )
 _SCORES = {"1": RIGHT, "1.0": RIGHT, "0.5": SLIP, "½": SLIP, "1/2": SLIP, "0": WRONG, "0.0": WRONG}
 _STRICT = re.compile(

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from random import Random
 
-from fulmen.tasks.proofs.arithmetic import linear, plain_signs
+from fulmen.tasks.proofs.arithmetic import linear, plain_signs, worked
 from fulmen.tasks.proofs.proof import REASON, RIGHT, SLIP, WRONG, Finding, Proof, Step
 
 NAMES = ("Mia", "Omar", "Lena", "Ravi", "Ana", "Tom", "Yuki", "Sara", "Ivan", "Nora")
 THINGS = ("apples", "stamps", "marbles", "cards", "coins", "shells", "pencils", "books")
 LARGEST = 999
+# In characters, of a stranger's step.
+LONGEST_AMOUNT = 20
 
 
 @dataclass(frozen=True)
@@ -105,18 +107,17 @@ def _finding(amount: Fraction | None, sentence: str | None, step: Step) -> Findi
     change, numbers = _read(sentence) if sentence else (None, {})
     if change is None or sentence is None:
         return Finding(WRONG, "the problem has no such sentence")
-    if amount is None:
-        return Finding(WRONG, "the step before ends in no amount")
+    if amount is None or len(str(amount)) > LONGEST_AMOUNT:
+        return Finding(WRONG, "the step before ends in no amount that could be")
     calculation = change.sum.format(now=amount, **numbers)
     expected = linear(calculation).constant
     left, _, right = step.claim.partition("=")
-    quoted = _plain(step.reason) == _plain(sentence)
-    remark = f"{calculation} = {expected}"
+    remark = f"{sentence}: {worked(calculation)}; claimed {step.claim}"
     if not (_is_sum(left) and _amount(left) == _amount(right) == expected):
-        return Finding(WRONG, f"it should be {remark}")
-    return (
-        Finding(RIGHT, f"{remark}, as claimed") if quoted else Finding(SLIP, "no such sentence is there now")
-    )
+        return Finding(WRONG, remark)
+    if _plain(step.reason) != _plain(sentence):
+        return Finding(SLIP, f"{remark}, of another sentence")
+    return Finding(RIGHT, remark)
 
 
 def _sentences(problem: str) -> list[str]:
