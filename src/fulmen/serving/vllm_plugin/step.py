@@ -164,12 +164,17 @@ class Step(AttentionMetadata):
             assert index_rows_T is not None
             tokens = NewTokens(rows_T, index_rows_T, cos_TP, sin_TP, coarse_rows_T)
             common = self._common
-            tables = (common.block_table_tensor, common.query_start_loc, common.seq_lens)
-            room = common.block_table_tensor.shape[1] * self.block_size
-            bounds = (common.max_query_len, min(common.max_seq_len, room))
+            own_apart, index_apart, coarse_apart = rows_per_block
             requests = Requests(
-                *(*tables, self.block_size, *rows_per_block[:2], *bounds),
-                coarse_rows_per_block=rows_per_block[2],
+                block_BN=common.block_table_tensor,
+                start_Z=common.query_start_loc,
+                length_B=common.seq_lens,
+                block_size=self.block_size,
+                rows_per_block=own_apart,
+                index_rows_per_block=index_apart,
+                most_queries=common.max_query_len,
+                most_keys=min(common.max_seq_len, common.block_table_tensor.shape[1] * self.block_size),
+                coarse_rows_per_block=coarse_apart,
             )
             self._device_layouts[key] = DeviceLayout(tokens, requests)
         return self._device_layouts[key]
