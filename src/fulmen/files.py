@@ -1,4 +1,4 @@
-"""Files and folders written atomically: a temporary one beside the target takes its place when it is whole."""
+"""Files and folders written atomically: a temporary one beside the target takes its place when whole."""
 
 import os
 import tempfile
