@@ -21,7 +21,7 @@ there fails beyond it (docs/log.md, "The first layer at 32K").
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +78,7 @@ class InheritedGqaLayer(NamedTuple):
     kl: float
 
 
-class _Observation(NamedTuple):
+class Observation(NamedTuple):
     """One calibration sequence as one layer sees it at R sampled queries, its tokens `rows_R`.
 
     q_RHD and k_GTD are float32, after RoPE and in `pair_order`; bare_q_RHD and bare_k_TGD as
@@ -127,15 +127,17 @@ def inherit_gqa(
 
     def fit(attention: Any, kwargs: dict, position_BT: Tensor) -> None:
         share = dsa.layer_topk(attention.layer_idx) / dsa.topk
-        observations = _observe(attention, kwargs, topk * share, position_BT)
-        report.append(_fit_layer(attention, observations)._replace(topk_share=share))
+        observations = observe(attention, kwargs, topk * share, position_BT)
+        report.append(fit_index(attention, observations)._replace(topk_share=share))
+        _fit_coarse(attention, observations)
         on_layer(report[-1])
 
     read_densely(model, input_ids_BT, fit)
     return report
 
 
-def _fit_layer(attention: Any, observations: list[_Observation]) -> InheritedGqaLayer:
+def fit_index(attention: Any, observations: Sequence[Observation]) -> InheritedGqaLayer:
+    """Set one layer's index, but for a coarse level. Raises TrainingDivergedError as `inherit_gqa`."""
     cov_HFF = torch.stack([_pair_covariance(one, attention.scaling) for one in observations]).sum(0)
     n_groups = len(observations[0].k_GTD)
     # Many small steps: quicker on the CPU than on an accelerator.
@@ -146,7 +148,6 @@ def _fit_layer(attention: Any, observations: list[_Observation]) -> InheritedGqa
     _write(attention.indexer.shift_proj.weight, -weight_CJ.T)
     _write(attention.indexer.shift_proj.bias, -bias_J)
     kl = _set_scale(attention, observations, index)
-    _fit_coarse(attention, observations)
     if not math.isfinite(kl):
         raise TrainingDivergedError(
             f"layer {attention.layer_idx} gives KL={kl} on the calibration text; check the model in float32"
@@ -168,14 +169,14 @@ def inherit_coarse_gqa(
     def fit(attention: Any, kwargs: dict, position_BT: Tensor) -> None:
         nonlocal done
         layer_topk = topk * dsa.layer_topk(attention.layer_idx) / dsa.topk
-        _fit_coarse(attention, _observe(attention, kwargs, layer_topk, position_BT))
+        _fit_coarse(attention, observe(attention, kwargs, layer_topk, position_BT))
         done += 1
         on_layer(done)
 
     read_densely(model, input_ids_BT, fit)
 
 
-def _fit_coarse(attention: Any, observations: list[_Observation]) -> None:
+def _fit_coarse(attention: Any, observations: Sequence[Observation]) -> None:
     coarse = attention.indexer.coarse
     if coarse is None:
         return
@@ -193,7 +194,7 @@ def _fit_coarse(attention: Any, observations: list[_Observation]) -> None:
     _write(coarse.b_shift, pad(-bias_M, (0, 1), value=ALWAYS_OPEN))
 
 
-def _coarse_heads(attention: Any, observation: _Observation) -> _IndexHeads:
+def _coarse_heads(attention: Any, observation: Observation) -> _IndexHeads:
     """`_index_heads` of the coarse level, its mean head left out."""
     coarse, rows_R = attention.indexer.coarse, observation.rows_R
     cos_1TR, sin_1TR = observation.rotary
@@ -203,7 +204,7 @@ def _coarse_heads(attention: Any, observation: _Observation) -> _IndexHeads:
     return _IndexHeads(q_1RMN[0, :, :-1].float(), k_1TN[0, :, None].float())
 
 
-def _observe(attention: Any, kwargs: dict, topk: float, position_BT: Tensor) -> list[_Observation]:
+def observe(attention: Any, kwargs: dict, topk: float, position_BT: Tensor) -> list[Observation]:
     """What the layer would compute, with the threshold of every query that is asked.
 
     topk: what queries keep of the tokens that a text stands for.
@@ -222,7 +223,7 @@ def _observe(attention: Any, kwargs: dict, topk: float, position_BT: Tensor) -> 
         turned = q_RHD.float(), k_TGD_turned.float().transpose(0, 1).contiguous()
         theta_RH = _thresholds(*turned, rows_R, attention.softmax, k)
         bare = x_TC[rows_R], q_THD[rows_R], k_TGD
-        found.append(_Observation(k, tuple(rotary), rows_R, *bare, *turned, theta_RH))
+        found.append(Observation(k, tuple(rotary), rows_R, *bare, *turned, theta_RH))
     return found
 
 
@@ -244,7 +245,7 @@ def _thresholds(q_RHD: Tensor, k_GTD: Tensor, rows_R: Tensor, softmax: Softmax, 
     return torch.cat(found)
 
 
-def _pair_covariance(observation: _Observation, scale: float) -> Tensor:
+def _pair_covariance(observation: Observation, scale: float) -> Tensor:
     """cov_HFF of `pair_covariance`, keys weighted by min(1, exp((l - theta) / 2))."""
     rows_R, theta_RH = observation.rows_R[::PAIR_EVERY], observation.theta_RH[::PAIR_EVERY]
     q_RHD, k_GSD = observation.q_RHD[::PAIR_EVERY] * scale, observation.k_GTD[:, : int(rows_R[-1]) + 1]
@@ -277,7 +278,7 @@ def _set_directions(attention: Any, picked_GP: Tensor, coef_HP2: Tensor, rotary:
     indexer.rope_pairs.copy_(picked_GP.clamp(max=rotary // 2))
 
 
-def _index_heads(attention: Any, observation: _Observation) -> _IndexHeads:
+def _index_heads(attention: Any, observation: Observation) -> _IndexHeads:
     """As the indexer makes them now; keys rounded as a cache keeps them."""
     indexer, rows_R, tables = attention.indexer, observation.rows_R, observation.rotary
     rows_rotation = indexer.rotation(*(table[:, rows_R] for table in tables))
@@ -288,14 +289,14 @@ def _index_heads(attention: Any, observation: _Observation) -> _IndexHeads:
 
 
 def _regressed_thresholds(
-    attention: Any, observations: list[_Observation], index: list[_IndexHeads]
+    attention: Any, observations: list[Observation], index: list[_IndexHeads]
 ) -> tuple[Tensor, Tensor, float]:
     """`ridge` of the heads' thresholds on the hidden states."""
     targets = [_boundary_targets(*pair, attention.scaling) for pair in zip(observations, index, strict=True)]
     return ridge(torch.cat([one.x_RC for one in observations]), torch.cat(targets))
 
 
-def _boundary_targets(observation: _Observation, index: _IndexHeads, scale: float) -> Tensor:
+def _boundary_targets(observation: Observation, index: _IndexHeads, scale: float) -> Tensor:
     """Thresholds in units of the index logits, target_RJ: theta less what the dropped pairs add near it."""
     heads, index_scale = index.q_RJE.shape[1], index.q_RJE.shape[-1] ** -0.5
     # The mean logit of heads that share their keys is that of their mean query.
@@ -325,7 +326,7 @@ def ridge(x_NC: Tensor, y_NJ: Tensor) -> tuple[Tensor, Tensor, float]:
     return weight_CJ.float(), (y_mean_J - x_mean_C @ weight_CJ).float(), float(1 - left)
 
 
-def _set_scale(attention: Any, observations: list[_Observation], index: list[_IndexHeads]) -> float:
+def _set_scale(attention: Any, observations: list[Observation], index: list[_IndexHeads]) -> float:
     """Make all head weights the number with the least KL, which is returned (nats)."""
     indexer = attention.indexer
     kl_NZ = torch.stack(
@@ -338,20 +339,38 @@ def _set_scale(attention: Any, observations: list[_Observation], index: list[_In
     return float(kl_Z[best])
 
 
-def _kl_per_scale(attention: Any, observation: _Observation, index: _IndexHeads) -> Tensor:
+def _kl_per_scale(attention: Any, observation: Observation, index: _IndexHeads) -> Tensor:
     """kl_Z of some queries, where all head weights are exp(LOG_SCALES)."""
-    rows_R, some = observation.rows_R[::PAIR_EVERY], slice(None, None, PAIR_EVERY)
-    stop = int(rows_R[-1]) + 1
-    q_1RJE, k_1SIE = index.q_RJE[None, some], index.k_TIE[None, :stop]
-    shift = attention.indexer.shift_proj
-    b_1RJ = shift(observation.x_RC[None, some].to(shift.weight.dtype)).float()
+    some = torch.arange(0, len(observation.rows_R), PAIR_EVERY)
+    scores_RS = _unweighted_scores(attention, observation, index, some)
+    p_RS, _ = mean_attention_of(logits_of(attention, observation, some), attention.softmax[2])
+    entropy = torch.special.entr(p_RS).sum(-1).mean()
+    return _cross_entropies(p_RS, scores_RS) - entropy
+
+
+def ranking_scores(attention: Any, observation: Observation, some_R: Tensor) -> Tensor:
+    """scores_RS of the index as it is now, in any positive unit, of some of the observed queries; keys up to
+    the last of them, -inf at those after each.
+    """
+    return _unweighted_scores(attention, observation, _index_heads(attention, observation), some_R)
+
+
+def logits_of(attention: Any, observation: Observation, some_R: Tensor) -> Tensor:
+    """logits_HRS of the model's own attention, otherwise as `ranking_scores`."""
+    rows_R, (scale, softcap, _) = observation.rows_R[some_R], attention.softmax
+    k_GSD = observation.k_GTD[:, : int(rows_R[-1]) + 1]
+    return hide_later(grouped_logits(observation.q_RHD[some_R] * scale, k_GSD, softcap), rows_R)
+
+
+def _unweighted_scores(
+    attention: Any, observation: Observation, index: _IndexHeads, some_R: Tensor
+) -> Tensor:
+    rows_R, shift = observation.rows_R[some_R], attention.indexer.shift_proj
+    q_1RJE, k_1SIE = index.q_RJE[None, some_R], index.k_TIE[None, : int(rows_R[-1]) + 1]
+    b_1RJ = shift(observation.x_RC[None, some_R].to(shift.weight.dtype)).float()
     ends = (torch.zeros_like(rows_R)[None], rows_R[None] + 1)
     scores_RS = index_scores(q_1RJE, k_1SIE, torch.ones_like(b_1RJ), b_1RJ, *ends)[0]
-    scale, softcap, sinks_H = attention.softmax
-    logits_HRS = grouped_logits(observation.q_RHD[some] * scale, observation.k_GTD[:, :stop], softcap)
-    p_RS, _ = mean_attention_of(hide_later(logits_HRS, rows_R), sinks_H)
-    entropy = torch.special.entr(p_RS).sum(-1).mean()
-    return _cross_entropies(p_RS, scores_RS.masked_fill(later_keys(rows_R), -torch.inf)) - entropy
+    return scores_RS.masked_fill(later_keys(rows_R), -torch.inf)
 
 
 def _cross_entropies(p_RS: Tensor, scores_RS: Tensor) -> Tensor:
