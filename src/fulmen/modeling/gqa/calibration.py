@@ -32,12 +32,16 @@ def spread_positions(n_texts: int, length: int, context: int) -> Tensor:
     return position_BT
 
 
+def positions_to_read(model: PreTrainedModel, n_texts: int, length: int) -> Tensor:
+    """position_BT, spread over the model's context unless its rotation depends on the length of a text."""
+    context = context_of(model.config) or length
+    return spread_positions(n_texts, length, context if are_rotated_alike(model, length, context) else length)
+
+
 def read_densely(
     model: PreTrainedModel, input_ids_BT: Tensor, fit: Callable[[Any, dict, Tensor], None]
 ) -> None:
     """A dense pass; `fit` is called before each converted layer, with it, what it is given, and position_BT.
-
-    Texts are spread over the context unless the model's rotation depends on the length of a text.
 
     Raises ConfigError if the texts are too short.
     """
@@ -46,10 +50,7 @@ def read_densely(
         raise ConfigError(
             f"calibration length {length} is too short; use at least {SHORTEST_SEQUENCE} tokens"
         )
-    context = context_of(model.config) or length
-    if not are_rotated_alike(model, length, context):
-        context = length
-    position_BT = spread_positions(len(input_ids_BT), length, context).to(input_ids_BT.device)
+    position_BT = positions_to_read(model, *input_ids_BT.shape).to(input_ids_BT.device)
 
     def before(attention: Any, _: Any, kwargs: dict) -> None:
         fit(attention, kwargs, position_BT)

@@ -8,8 +8,9 @@ that of an even split, and the loss over dense is a fifth to a quarter smaller (
 
 with o_i the attention's output (Gemma's normed, as it enters the stream), o_i(k) the same over the k keys
 that the layer's own inherited index ranks first, r_i the residual stream it is added to: an error counts by
-its size in the output and by what the output is to the stream. The ratios minimise the sum of e_i(k_i). Every
-second text is spread over the context (`calibration`): an index that finds less far out gets more keys.
+its size in the output and by what the output is to the stream. The ratios minimise the sum of e_i(k_i). Texts
+that are spread over the context (`calibration`) decide where there are any: an index that finds less far out
+gets more keys.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -86,6 +87,8 @@ def measure_topk_errors(
                 for one, v_TGV, gate_TN, stream_TC in zip(
                     observations, *_values(attention, kwargs), stream["BTC"], strict=True
                 )
+                # A spread text keeps a smaller share: that of the context.
+                if one.topk == min(each.topk for each in observations)
             ]
         on_layer(attention.layer_idx, torch.stack(found).mean(0).tolist())
 
