@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fulmen.files import atomic_write
+from fulmen.errors import OutputError
+from fulmen.files import atomic_write, write_folder
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
@@ -30,3 +31,18 @@ def test_what_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
         atomic_write(file, lambda temporary: temporary.write_text("half") / 0)
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "made" / "run"
+    write_folder(target, {"a.txt": "ä", "b.sh": "b"})
+    assert {file.name: file.read_text(encoding="utf-8") for file in target.iterdir()} == {
+        "a.txt": "ä",
+        "b.sh": "b",
+    }
+    with pytest.raises(OutputError, match="run"):
+        write_folder(target, {"c.txt": "c"})
+    with pytest.raises(UnicodeEncodeError):
+        write_folder(tmp_path / "made" / "other", {"a.txt": "a", "b.txt": "\ud800"})
+    assert list(target.parent.iterdir()) == [target]
+    assert len(list(target.iterdir())) == 2

@@ -1,7 +1,8 @@
-"""Files written atomically: into a temporary file beside the target, which is then renamed over it."""
+"""Files and folders written atomically: a temporary one beside the target takes its place when whole."""
 
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,31 @@ def write_file(path: str | Path, content: str | bytes, *, mode: int | None = Non
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(target, write, mode=mode)
+    except OSError as error:
+        raise unwritable(target, error) from error
+    return target
+
+
+def write_folder(path: str | Path, texts: Mapping[str, str]) -> Path:
+    """Write a new folder of text files (UTF-8), whole or not at all.
+
+    Args:
+        path: not there yet, or an empty folder.
+        texts: by the name of their file.
+
+    Raises OutputError, with the reason, if `path` cannot be written.
+    """
+    target = Path(path).expanduser()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
+            made = Path(temporary) / target.name
+            made.mkdir()
+            for name, text in texts.items():
+                (made / name).write_text(text, encoding="utf-8")
+            if target.exists():
+                target.rmdir()
+            made.rename(target)
     except OSError as error:
         raise unwritable(target, error) from error
     return target

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fulmen.errors import CheckpointError, ConfigError
-from fulmen.files import write_file
+from fulmen.files import write_folder
 from fulmen.modeling.checkpoint import load_tokenizer, require_free_output
 from fulmen.modeling.experts import experts_of
 from fulmen.modeling.families import has_dsa
@@ -50,11 +50,10 @@ def export_run(
         has_experts=experts_of(config.get_text_config()) is not None,
         has_dsa=has_dsa(config),
     )
-    for name, part in zip((TRAIN_FILE, HELD_OUT_FILE), problems, strict=True):
-        write_file(out / name, _lines(part))
+    texts = dict(zip((TRAIN_FILE, HELD_OUT_FILE), map(_lines, problems), strict=True))
     for name, text in ENGINES[engine](run).items():
-        write_file(out / name, text.replace("@MODEL@", model_line(place)))
-    write_file(out / "README.md", _readme(run_dir, engine, domains))
+        texts[name] = text.replace("@MODEL@", model_line(place))
+    write_folder(out, {**texts, "README.md": _readme(run_dir, engine, domains)})
     for lack in LACKS[engine]:
         reporter.note(f"{engine}: {lack}")
     return out

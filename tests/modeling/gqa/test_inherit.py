@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fulmen.errors import ConfigError
 from fulmen.modeling.gqa.inherit import inherit_gqa, ridge
 from fulmen.modeling.gqa.own_logits import mean_attention_of, own_logits, uncapped
 from fulmen.modeling.gqa.rotary_pairs import pair_covariance, pair_order, pair_products, pick_pairs
@@ -84,7 +83,8 @@ def test_with_every_pair_the_keys_explain_everything_and_the_set_is_nearly_the_b
 
 @pytest.mark.parametrize("heads", [2, 4])
 def test_fewer_index_heads_pool_the_attention_heads(heads):
-    model = make_dsa(make_dense(), topk=TOPK, heads=heads, head_dim=12)
+    # Made for no longer texts than it is measured on.
+    model = make_dsa(make_dense(max_position_embeddings=LENGTH), topk=TOPK, heads=heads, head_dim=12)
     random, best = measured(model)
     inherit_gqa(model, random_ids(8, LENGTH, seed=3), TOPK)
     assert measured(model)[0] > random + 0.35 * (best - random)
@@ -110,11 +110,6 @@ def test_bfloat16_model():
     random, best = measured(model)
     inherit_gqa(model, random_ids(8, LENGTH, seed=3), TOPK)
     assert measured(model)[0] > random + 0.5 * (best - random)
-
-
-def test_too_short_a_text_is_refused():
-    with pytest.raises(ConfigError, match="calibration length 8 is too short"):
-        inherit_gqa(make_dsa(make_dense()), random_ids(1, 8), TOPK)
 
 
 def test_pair_contributions_add_up_to_the_logit_and_turn_with_rope():

@@ -1,5 +1,7 @@
 """Layers that share the budget of k keys unevenly: how it is split, and that k means the same as before."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,13 @@ from fulmen.errors import ConfigError
 from fulmen.modeling.cost import decode_cost, token_bytes
 from fulmen.modeling.gqa.cache import DsaCache
 from fulmen.modeling.gqa.model import set_topk_ratios
-from fulmen.modeling.gqa.topk_ratios import LEAST_RATIO, TRIED_RATIOS, fit_topk_ratios, least_error_ratios
+from fulmen.modeling.gqa.topk_ratios import (
+    LEAST_RATIO,
+    TRIED_RATIOS,
+    fit_topk_ratios,
+    least_error_ratios,
+    measure_topk_errors,
+)
 from fulmen.modeling.selectors import IndexerSelector, keep_short_pasts, use_selector
 from tests.modeling.gqa.tiny_gqa import FAMILIES, make_dense, make_dsa, random_ids
 
@@ -133,6 +141,18 @@ def test_a_factor_that_a_norm_takes_away_changes_no_share():
         shares.append(fit_topk_ratios(model, random_ids(2, 64), TOPK))
     assert shares[0] == shares[1]
     assert shares[0][0] != shares[0][1]
+
+
+def test_what_a_layer_loses_is_what_its_own_index_does_not_find():
+    errors = {}
+    for width in (4, 16):
+        model = make_dsa(make_dense(), TOPK, head_dim=width)
+        errors[width] = []
+        note = partial(lambda found, _, error: found.append(error), errors[width])
+        measure_topk_errors(model, random_ids(4, 96), TOPK, [1.0, 2.0], note)
+    narrow_LK, whole_LK = (torch.tensor(errors[width]) for width in (4, 16))
+    assert (narrow_LK > 1.1 * whole_LK).all()
+    assert (whole_LK[:, 0] > whole_LK[:, 1]).all()
 
 
 def test_a_text_without_room_for_twice_k_gives_even_shares():

@@ -14,10 +14,14 @@ Per layer, with l[t,s] a head's own logit, Z[t] = logsumexp_s l[t,s] and tau[t] 
 3. Offset. What the dropped pairs add to l on average near theta is moved into the threshold.
 4. Scale. All head weights are one number per layer, for which KL(p || softmax(I)) is least.
 5. Coarse level, where the index has two: `inherit_coarse.py`.
+
+Every second text is read with gaps in its positions, up to the end of the model's context
+(`calibration.spread_positions`): pairs that turn slowly look alike within a short text, and what is chosen
+there fails beyond it (docs/log.md, "The first layer at 32K").
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +30,9 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from fulmen.config import DsaConfig
-from fulmen.errors import ConfigError, TrainingDivergedError
-from fulmen.modeling.gqa.attention import Heads
+from fulmen.errors import TrainingDivergedError
+from fulmen.modeling.gqa.attention import RotaryTable
+from fulmen.modeling.gqa.calibration import asked_queries, read_densely
 from fulmen.modeling.gqa.inherit_coarse import (
     ALWAYS_OPEN,
     Moments,
@@ -46,20 +51,16 @@ from fulmen.modeling.gqa.own_logits import (
     uncapped,
 )
 from fulmen.modeling.gqa.rotary_pairs import pair_covariance, pair_order, pick_pairs
-from fulmen.modeling.lengths import LENGTH_OVER_TOPK, context_of
-from fulmen.modeling.selectors import DenseSelector, dsa_attentions, use_selector
+from fulmen.modeling.lengths import context_of
 from fulmen.ops.common.index_keys import round_index_keys
 from fulmen.ops.common.rope import apply_rope
 from fulmen.ops.scores import index_scores
 
-# Queries of a sequence that the thresholds are fitted on (hidden sizes want many), evenly over log t so
-# that short pasts count too; every eighth of them where all pairs of dims are formed.
-THRESHOLD_ROWS = 384
+# Of the sampled queries, those for which all pairs of dims are formed.
 PAIR_EVERY = 8
 ROWS_PER_BLOCK = 32
 RIDGE = 1e-2
 LOG_SCALES = torch.arange(-6.0, 3.0, 0.25)
-SHORTEST_SEQUENCE = 16
 
 
 class InheritedGqaLayer(NamedTuple):
@@ -79,13 +80,15 @@ class InheritedGqaLayer(NamedTuple):
     kl: float
 
 
-class _Observation(NamedTuple):
-    """One calibration sequence as one layer sees it at R sampled queries, positions `rows_R`.
+class Observation(NamedTuple):
+    """One calibration sequence as one layer sees it at R sampled queries, its tokens `rows_R`.
 
     q_RHD and k_GTD are float32, after RoPE and in `pair_order`; bare_q_RHD and bare_k_TGD as
-    `Heads` has them.
+    `Heads` has them; rotary: the tables of all its tokens, [1, T, R]; topk: what a query keeps.
     """
 
+    topk: int
+    rotary: RotaryTable
     rows_R: Tensor
     x_RC: Tensor
     bare_q_RHD: Tensor
@@ -121,59 +124,32 @@ def inherit_gqa(
         ConfigError: a sequence too short to sample, or index heads that do not divide the attention heads.
         TrainingDivergedError: NaN in the model's activations.
     """
-    length = _fitting_length(input_ids_BT)
     dsa = DsaConfig.from_dict(model.config.dsa)
     report: list[InheritedGqaLayer] = []
 
-    def fit(attention: Any, _: Any, kwargs: dict) -> None:
+    def fit(attention: Any, kwargs: dict, position_BT: Tensor) -> None:
         share = dsa.layer_topk(attention.layer_idx) / dsa.topk
-        layer_topk = _fitted_topk(topk * share, length)
-        report.append(_fit_layer(attention, kwargs, layer_topk)._replace(topk_share=share))
+        observations = observe(attention, kwargs, topk * share, position_BT)
+        report.append(fit_index(attention, observations)._replace(topk_share=share))
+        _fit_coarse(attention, observations)
         on_layer(report[-1])
 
-    _read_densely(model, input_ids_BT, fit)
+    read_densely(model, input_ids_BT, fit)
     return report
 
 
-def _fitting_length(input_ids_BT: Tensor) -> int:
-    length = input_ids_BT.shape[1]
-    if length < SHORTEST_SEQUENCE:
-        raise ConfigError(
-            f"calibration length {length} is too short; use at least {SHORTEST_SEQUENCE} tokens"
-        )
-    return length
-
-
-def _fitted_topk(topk: float, length: int) -> int:
-    """A shorter sequence has no boundary at k to learn: that of a smaller k is learned instead."""
-    return min(max(1, round(topk)), length // LENGTH_OVER_TOPK)
-
-
-def _read_densely(model: PreTrainedModel, input_ids_BT: Tensor, fit: Callable[..., None]) -> None:
-    """A dense pass in which `fit` is called before each converted layer, with what that is given."""
-    hooks = [layer.register_forward_pre_hook(fit, with_kwargs=True) for layer in dsa_attentions(model)]
-    try:
-        with use_selector(model, DenseSelector()):
-            model.base_model(input_ids_BT, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _fit_layer(attention: Any, kwargs: dict, topk: int) -> InheritedGqaLayer:
-    heads = attention.heads(**kwargs)
-    rotary, observations = heads.rotary, _observe(attention, kwargs["hidden_states"], heads, topk)
+def fit_index(attention: Any, observations: Sequence[Observation]) -> InheritedGqaLayer:
+    """Set one layer's index, but for a coarse level. Raises TrainingDivergedError as `inherit_gqa`."""
     cov_HFF = torch.stack([_pair_covariance(one, attention.scaling) for one in observations]).sum(0)
     n_groups = len(observations[0].k_GTD)
     # Many small steps: quicker on the CPU than on an accelerator.
     picked_GP, coef_HP2, key_fit = pick_pairs(cov_HFF.cpu(), attention.indexer.head_dim // 2, n_groups)
-    _set_directions(attention, picked_GP, coef_HP2, rotary[0].shape[-1])
-    index = [_index_heads(attention, observation, rotary) for observation in observations]
+    _set_directions(attention, picked_GP, coef_HP2, observations[0].rotary[0].shape[-1])
+    index = [_index_heads(attention, observation) for observation in observations]
     weight_CJ, bias_J, fit = _regressed_thresholds(attention, observations, index)
     _write(attention.indexer.shift_proj.weight, -weight_CJ.T)
     _write(attention.indexer.shift_proj.bias, -bias_J)
     kl = _set_scale(attention, observations, index)
-    _fit_coarse(attention, observations, topk, rotary)
     if not math.isfinite(kl):
         raise TrainingDivergedError(
             f"layer {attention.layer_idx} gives KL={kl} on the calibration text; check the model in float32"
@@ -189,71 +165,70 @@ def inherit_coarse_gqa(
     on_layer: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Set the coarse level of every indexer in one dense pass; otherwise as `inherit_gqa`."""
-    length, done = _fitting_length(input_ids_BT), 0
+    done = 0
     dsa = DsaConfig.from_dict(model.config.dsa)
 
-    def fit(attention: Any, _: Any, kwargs: dict) -> None:
+    def fit(attention: Any, kwargs: dict, position_BT: Tensor) -> None:
         nonlocal done
-        layer_topk = _fitted_topk(topk * dsa.layer_topk(attention.layer_idx) / dsa.topk, length)
-        heads = attention.heads(**kwargs)
-        observations = _observe(attention, kwargs["hidden_states"], heads, layer_topk)
-        _fit_coarse(attention, observations, layer_topk, heads.rotary)
+        layer_topk = topk * dsa.layer_topk(attention.layer_idx) / dsa.topk
+        _fit_coarse(attention, observe(attention, kwargs, layer_topk, position_BT))
         done += 1
         on_layer(done)
 
-    _read_densely(model, input_ids_BT, fit)
+    read_densely(model, input_ids_BT, fit)
 
 
-def _fit_coarse(
-    attention: Any, observations: list[_Observation], topk: int, rotary: tuple[Tensor, Tensor]
-) -> None:
+def _fit_coarse(attention: Any, observations: Sequence[Observation]) -> None:
     coarse = attention.indexer.coarse
     if coarse is None:
         return
+    rotary = observations[0].rotary
     still_P = still_pairs(rotary, attention.head_dim // 2, context_of(attention.config))
     moments = []
     for one in observations:
         rows_R = one.rows_R[::PAIR_EVERY]
         k_GSD = one.k_GTD[:, : int(rows_R[-1]) + 1]
         queries = (one.q_RHD[::PAIR_EVERY], k_GSD, rows_R)
-        moments.append(pair_moments(*queries, attention.softmax, topk, coarse.n_heads - 1, still_P))
+        moments.append(pair_moments(*queries, attention.softmax, one.topk, coarse.n_heads - 1, still_P))
     cpu = [Moments(*(part.cpu() for part in one)) for one in moments]
     write_coarse(attention, best_mix(cpu, still_P, coarse.width // 2), rotary[0].shape[-1])
-    index = [_coarse_heads(attention, one, rotary) for one in observations]
+    index = [_coarse_heads(attention, one) for one in observations]
     weight_CM, bias_M, _ = _regressed_thresholds(attention, observations, index)
     _write(coarse.w_shift, pad(-weight_CM.T, (0, 0, 0, 1)))
     _write(coarse.b_shift, pad(-bias_M, (0, 1), value=ALWAYS_OPEN))
 
 
-def _coarse_heads(attention: Any, observation: _Observation, rotary: tuple[Tensor, Tensor]) -> _IndexHeads:
+def _coarse_heads(attention: Any, observation: Observation) -> _IndexHeads:
     """`_index_heads` of the coarse level, its mean head left out."""
     coarse, rows_R = attention.indexer.coarse, observation.rows_R
-    cos_1TR, sin_1TR = (table[:1] for table in rotary)
+    cos_1TR, sin_1TR = observation.rotary
     of_rows = (observation.x_RC[None].to(coarse.wq.dtype), observation.bare_q_RHD[None])
     q_1RMN, _ = coarse.queries(*of_rows, cos_1TR[:, rows_R], sin_1TR[:, rows_R])
     k_1TN = round_index_keys(coarse.keys(observation.bare_k_TGD[None], cos_1TR, sin_1TR))
     return _IndexHeads(q_1RMN[0, :, :-1].float(), k_1TN[0, :, None].float())
 
 
-def _observe(attention: Any, x_BTC: Tensor, heads: Heads, topk: int) -> list[_Observation]:
-    """What the layer would compute, with the threshold of every sampled query."""
-    bare_q_BTHD, bare_k_BTGD, _, rotary, _ = heads
-    rows_R = sampled_queries(topk, x_BTC.shape[1]).to(x_BTC.device)
-    bare_q_BRHD, rows_rotary = bare_q_BTHD[:, rows_R], tuple(table[:, rows_R] for table in rotary)
-    order_D = pair_order(attention.head_dim, rotary[0].shape[-1]).to(x_BTC.device)
-    q_BRHD = apply_rope(bare_q_BRHD, *rows_rotary)[..., order_D].float()
-    k_BGTD = apply_rope(bare_k_BTGD, *rotary)[..., order_D].float().transpose(1, 2).contiguous()
-    return [
-        _Observation(rows_R, *inputs, _thresholds(*inputs[-2:], rows_R, attention.softmax, topk))
-        for inputs in zip(x_BTC[:, rows_R], bare_q_BRHD, bare_k_BTGD, q_BRHD, k_BGTD, strict=True)
-    ]
+def observe(attention: Any, kwargs: dict, topk: float, position_BT: Tensor) -> list[Observation]:
+    """What the layer would compute, with the threshold of every query that is asked.
 
-
-def sampled_queries(first: int, stop: int) -> Tensor:
-    """At most `THRESHOLD_ROWS` ascending positions first <= t < stop, evenly spread over log t."""
-    points_R = (torch.arange(THRESHOLD_ROWS) + 0.5) / THRESHOLD_ROWS
-    rows_R = (first * (stop / first) ** points_R.double()).long()
-    return rows_R.clamp(first, stop - 1).unique()
+    topk: what queries keep of the tokens that a text stands for.
+    """
+    x_BTC, heads = kwargs["hidden_states"], attention.heads(**kwargs)
+    tables = (table.expand(len(x_BTC), -1, -1).split(1) for table in heads.rotary)
+    order_D = pair_order(attention.head_dim, heads.rotary[0].shape[-1]).to(x_BTC.device)
+    found = []
+    for position_T, x_TC, q_THD, k_TGD, *rotary in zip(
+        position_BT, x_BTC, heads.q_BTHD, heads.k_BTGD, *tables, strict=True
+    ):
+        k, rows_R = asked_queries(topk, position_T)
+        rows_R = rows_R.to(x_TC.device)
+        q_RHD = apply_rope(q_THD[None, rows_R], *(table[:, rows_R] for table in rotary))[0, ..., order_D]
+        k_TGD_turned = apply_rope(k_TGD[None], *rotary)[0, ..., order_D]
+        turned = q_RHD.float(), k_TGD_turned.float().transpose(0, 1).contiguous()
+        theta_RH = _thresholds(*turned, rows_R, attention.softmax, k)
+        bare = x_TC[rows_R], q_THD[rows_R], k_TGD
+        found.append(Observation(k, tuple(rotary), rows_R, *bare, *turned, theta_RH))
+    return found
 
 
 def _row_blocks(rows_R: Tensor) -> Iterator[tuple[slice, int]]:
@@ -274,7 +249,7 @@ def _thresholds(q_RHD: Tensor, k_GTD: Tensor, rows_R: Tensor, softmax: Softmax, 
     return torch.cat(found)
 
 
-def _pair_covariance(observation: _Observation, scale: float) -> Tensor:
+def _pair_covariance(observation: Observation, scale: float) -> Tensor:
     """cov_HFF of `pair_covariance`, keys weighted by min(1, exp((l - theta) / 2))."""
     rows_R, theta_RH = observation.rows_R[::PAIR_EVERY], observation.theta_RH[::PAIR_EVERY]
     q_RHD, k_GSD = observation.q_RHD[::PAIR_EVERY] * scale, observation.k_GTD[:, : int(rows_R[-1]) + 1]
@@ -307,10 +282,9 @@ def _set_directions(attention: Any, picked_GP: Tensor, coef_HP2: Tensor, rotary:
     indexer.rope_pairs.copy_(picked_GP.clamp(max=rotary // 2))
 
 
-def _index_heads(attention: Any, observation: _Observation, rotary: tuple[Tensor, Tensor]) -> _IndexHeads:
+def _index_heads(attention: Any, observation: Observation) -> _IndexHeads:
     """As the indexer makes them now; keys rounded as a cache keeps them."""
-    indexer, rows_R = attention.indexer, observation.rows_R
-    tables = [table[:1] for table in rotary]
+    indexer, rows_R, tables = attention.indexer, observation.rows_R, observation.rotary
     rows_rotation = indexer.rotation(*(table[:, rows_R] for table in tables))
     x_1RC = observation.x_RC[None].to(indexer.wq.weight.dtype)
     q_1RJE, _, _ = indexer.queries(x_1RC, observation.bare_q_RHD[None], rows_rotation)
@@ -319,14 +293,14 @@ def _index_heads(attention: Any, observation: _Observation, rotary: tuple[Tensor
 
 
 def _regressed_thresholds(
-    attention: Any, observations: list[_Observation], index: list[_IndexHeads]
+    attention: Any, observations: list[Observation], index: list[_IndexHeads]
 ) -> tuple[Tensor, Tensor, float]:
     """`ridge` of the heads' thresholds on the hidden states."""
     targets = [_boundary_targets(*pair, attention.scaling) for pair in zip(observations, index, strict=True)]
     return ridge(torch.cat([one.x_RC for one in observations]), torch.cat(targets))
 
 
-def _boundary_targets(observation: _Observation, index: _IndexHeads, scale: float) -> Tensor:
+def _boundary_targets(observation: Observation, index: _IndexHeads, scale: float) -> Tensor:
     """Thresholds in units of the index logits, target_RJ: theta less what the dropped pairs add near it."""
     heads, index_scale = index.q_RJE.shape[1], index.q_RJE.shape[-1] ** -0.5
     # The mean logit of heads that share their keys is that of their mean query.
@@ -356,7 +330,7 @@ def ridge(x_NC: Tensor, y_NJ: Tensor) -> tuple[Tensor, Tensor, float]:
     return weight_CJ.float(), (y_mean_J - x_mean_C @ weight_CJ).float(), float(1 - left)
 
 
-def _set_scale(attention: Any, observations: list[_Observation], index: list[_IndexHeads]) -> float:
+def _set_scale(attention: Any, observations: list[Observation], index: list[_IndexHeads]) -> float:
     """Make all head weights the number with the least KL, which is returned (nats)."""
     indexer = attention.indexer
     kl_NZ = torch.stack(
@@ -369,20 +343,38 @@ def _set_scale(attention: Any, observations: list[_Observation], index: list[_In
     return float(kl_Z[best])
 
 
-def _kl_per_scale(attention: Any, observation: _Observation, index: _IndexHeads) -> Tensor:
+def _kl_per_scale(attention: Any, observation: Observation, index: _IndexHeads) -> Tensor:
     """kl_Z of some queries, where all head weights are exp(LOG_SCALES)."""
-    rows_R, some = observation.rows_R[::PAIR_EVERY], slice(None, None, PAIR_EVERY)
-    stop = int(rows_R[-1]) + 1
-    q_1RJE, k_1SIE = index.q_RJE[None, some], index.k_TIE[None, :stop]
-    shift = attention.indexer.shift_proj
-    b_1RJ = shift(observation.x_RC[None, some].to(shift.weight.dtype)).float()
+    some = torch.arange(0, len(observation.rows_R), PAIR_EVERY)
+    scores_RS = _unweighted_scores(attention, observation, index, some)
+    p_RS, _ = mean_attention_of(logits_of(attention, observation, some), attention.softmax[2])
+    entropy = torch.special.entr(p_RS).sum(-1).mean()
+    return _cross_entropies(p_RS, scores_RS) - entropy
+
+
+def ranking_scores(attention: Any, observation: Observation, some_R: Tensor) -> Tensor:
+    """scores_RS of the index as it is now, in any positive unit, of some of the observed queries; keys up to
+    the last of them, -inf at those after each.
+    """
+    return _unweighted_scores(attention, observation, _index_heads(attention, observation), some_R)
+
+
+def logits_of(attention: Any, observation: Observation, some_R: Tensor) -> Tensor:
+    """logits_HRS of the model's own attention, otherwise as `ranking_scores`."""
+    rows_R, (scale, softcap, _) = observation.rows_R[some_R], attention.softmax
+    k_GSD = observation.k_GTD[:, : int(rows_R[-1]) + 1]
+    return hide_later(grouped_logits(observation.q_RHD[some_R] * scale, k_GSD, softcap), rows_R)
+
+
+def _unweighted_scores(
+    attention: Any, observation: Observation, index: _IndexHeads, some_R: Tensor
+) -> Tensor:
+    rows_R, shift = observation.rows_R[some_R], attention.indexer.shift_proj
+    q_1RJE, k_1SIE = index.q_RJE[None, some_R], index.k_TIE[None, : int(rows_R[-1]) + 1]
+    b_1RJ = shift(observation.x_RC[None, some_R].to(shift.weight.dtype)).float()
     ends = (torch.zeros_like(rows_R)[None], rows_R[None] + 1)
     scores_RS = index_scores(q_1RJE, k_1SIE, torch.ones_like(b_1RJ), b_1RJ, *ends)[0]
-    scale, softcap, sinks_H = attention.softmax
-    logits_HRS = grouped_logits(observation.q_RHD[some] * scale, observation.k_GTD[:, :stop], softcap)
-    p_RS, _ = mean_attention_of(hide_later(logits_HRS, rows_R), sinks_H)
-    entropy = torch.special.entr(p_RS).sum(-1).mean()
-    return _cross_entropies(p_RS, scores_RS.masked_fill(later_keys(rows_R), -torch.inf)) - entropy
+    return scores_RS.masked_fill(later_keys(rows_R), -torch.inf)
 
 
 def _cross_entropies(p_RS: Tensor, scores_RS: Tensor) -> Tensor:

@@ -6,9 +6,11 @@ that of an even split, and the loss over dense is a fifth to a quarter smaller (
 
     e_i(k) = ||o_i(k) - o_i||² / ||o_i||² * (||o_i|| / ||r_i||)
 
-with o_i the attention's output (Gemma's normed, as it enters the stream), o_i(k) the same over the k keys of
-most mean attention, r_i the residual stream it is added to: an error counts by its size in the output and by
-what the output is to the stream. The ratios minimise the sum of e_i(k_i).
+with o_i the attention's output (Gemma's normed, as it enters the stream), o_i(k) the same over the k keys
+that the layer's own inherited index ranks first, r_i the residual stream it is added to: an error counts by
+its size in the output and by what the output is to the stream. The ratios minimise the sum of e_i(k_i). Texts
+that are spread over the context (`calibration`) decide where there are any: an index that finds less far out
+gets more keys.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fulmen.modeling.gqa.own_logits import own_logits
-from fulmen.modeling.selectors import DenseSelector, dsa_attentions, use_selector
+from fulmen.modeling.gqa.calibration import read_densely
+from fulmen.modeling.gqa.inherit import Observation, fit_index, logits_of, observe, ranking_scores
+from fulmen.modeling.selectors import dsa_attentions
 from fulmen.ops.attention.sinks import softmax_with_sinks
 from fulmen.ops.common.intervals import selection_mask
-from fulmen.ops.common.rope import apply_rope
 
 # Budgets tried, in units of k, and the least that a layer gets.
 TRIED_RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -75,19 +77,23 @@ def measure_topk_errors(
     on_layer: Callable[[int, list[float]], None],
 ) -> None:
     """One dense pass; `on_layer` is told each layer's number and its error at each ratio of `tried`."""
-    ks = [round(ratio * topk) for ratio in tried]
-    with use_selector(model, DenseSelector()), _streams(model) as stream:
 
-        def measure(attention: Any, _: Any, kwargs: dict) -> None:
-            on_layer(attention.layer_idx, _errors(attention, kwargs, stream["BTC"], ks))
+    def measure(attention: Any, kwargs: dict, position_BT: Tensor) -> None:
+        observations = observe(attention, kwargs, topk, position_BT)
+        with _kept(attention.indexer):
+            fit_index(attention, observations)
+            found = [
+                _errors(attention, one, v_TGV.float(), gate_TN, stream_TC.float(), tried)
+                for one, v_TGV, gate_TN, stream_TC in zip(
+                    observations, *_values(attention, kwargs), stream["BTC"], strict=True
+                )
+                # A spread text keeps a smaller share: that of the context.
+                if one.topk == min(each.topk for each in observations)
+            ]
+        on_layer(attention.layer_idx, torch.stack(found).mean(0).tolist())
 
-        layers = dsa_attentions(model)
-        hooks = [layer.register_forward_pre_hook(measure, with_kwargs=True) for layer in layers]
-        try:
-            model.base_model(input_ids_BT, use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
+    with _streams(model) as stream:
+        read_densely(model, input_ids_BT, measure)
 
 
 def least_error_ratios(errors_LK: np.ndarray, tried_K: np.ndarray) -> tuple[float, ...]:
@@ -132,33 +138,43 @@ def _streams(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             hook.remove()
 
 
-def _errors(attention: Any, kwargs: dict, stream_BTC: Tensor, ks: list[int]) -> list[float]:
-    """e(k) of one layer for each k, the mean over sequences and queries."""
+@contextmanager
+def _kept(indexer: nn.Module) -> Iterator[None]:
+    """Let an indexer be changed in the `with` block, and be as it was after it."""
+    before = {name: tensor.clone() for name, tensor in indexer.state_dict().items()}
+    try:
+        yield
+    finally:
+        for name, tensor in indexer.state_dict().items():
+            tensor.copy_(before[name])
+
+
+def _values(attention: Any, kwargs: dict) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """v_BTGV, and the gate of each text where there is one."""
     heads = attention.heads(**kwargs)
-    q_BTHD, k_BTGD = (apply_rope(x, *heads.rotary).float() for x in heads[:2])
-    length = q_BTHD.shape[1]
-    rows_R = torch.linspace(length // 2, length - 1, MEASURED_QUERIES, device=q_BTHD.device).long().unique()
-    gate_BRN = [None] * len(q_BTHD) if heads.gate_BTN is None else heads.gate_BTN[:, rows_R].float()
-    logits = (attention.softmax[0], attention.softmax[1])
-    found = [
-        _sequence_errors(attention, own_logits(q, k, rows_R, *logits), v.float(), gate, r[rows_R], ks)
-        for q, k, v, gate, r in zip(q_BTHD, k_BTGD, heads.v_BTGD, gate_BRN, stream_BTC.float(), strict=True)
-    ]
-    return torch.stack(found).mean(0).tolist()
+    return heads.v_BTGD, [None] * len(heads.v_BTGD) if heads.gate_BTN is None else list(heads.gate_BTN)
 
 
-def _sequence_errors(
+def _errors(
     attention: Any,
-    logits_HRS: Tensor,
+    observation: Observation,
     v_TGV: Tensor,
-    gate_RN: Tensor | None,
-    stream_RC: Tensor,
-    ks: list[int],
+    gate_TN: Tensor | None,
+    stream_TC: Tensor,
+    tried: Sequence[float],
 ) -> Tensor:
+    """e(k) of one layer in one text for each ratio, the mean over queries of its second half."""
+    rows_R = observation.rows_R
+    late_R = (rows_R >= len(v_TGV) // 2).nonzero()[:, 0]
+    some_R = late_R[torch.linspace(0, len(late_R) - 1, MEASURED_QUERIES).long().unique()]
+    logits_HRS = logits_of(attention, observation, some_R)
+    gate_RN = None if gate_TN is None else gate_TN[rows_R[some_R]].float()
     output = partial(_output, attention, v_SGV=v_TGV[: logits_HRS.shape[-1]], gate_RN=gate_RN)
     dense_RC = output(logits_HRS)
-    best_RK = softmax_with_sinks(logits_HRS, attention.softmax[2]).mean(0).topk(max(ks), dim=-1).indices
-    size = dense_RC.norm() * stream_RC.norm()
+    ks = [max(1, round(ratio * observation.topk)) for ratio in tried]
+    scores_RS = ranking_scores(attention, observation, some_R)
+    best_RK = scores_RS.topk(min(max(ks), scores_RS.shape[-1]), dim=-1).indices
+    size = dense_RC.norm() * stream_TC[rows_R[some_R]].norm()
     errors = []
     for k in ks:
         left_out_RS = ~selection_mask(best_RK[:, :k], logits_HRS.shape[-1])

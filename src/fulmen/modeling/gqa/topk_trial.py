@@ -3,7 +3,8 @@
 `topk_ratios` looks at each layer alone and at ordinary text. What that saves in loss may cost answers, of
 which loss says little: so the converted model reads texts that ask and look up, under the even split, the
 fitted one and the one half-way, and the split with the least change of its predictions is kept. A change at
-answers counts as much as one in the text around.
+answers counts as much as one in the text around. Every second text is spread over the context, as those that
+the splits were fitted on.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from fulmen.config import DsaConfig
 from fulmen.modeling.family import AnsweredText, TriedSplit
+from fulmen.modeling.gqa.calibration import positions_to_read
 from fulmen.modeling.gqa.model import set_topk_ratios
 from fulmen.modeling.selectors import DenseSelector, IndexerSelector, Selector, use_selector
 
@@ -44,11 +46,12 @@ def try_topk_ratios(
     on_read(0, total)
     changes_ST = [[0.0, 0.0] for _ in blends]
     for number, text in enumerate(texts):
-        dense = _read(model, text, DenseSelector())
+        position_T = positions_to_read(model, len(texts), len(text.ids_T))[number]
+        dense = _read(model, text, position_T, DenseSelector())
         on_read(number * (1 + len(blends)) + 1, total)
         for place, ratios in enumerate(blends):
             set_topk_ratios(model, ratios)
-            sparse = _read(model, text, IndexerSelector())
+            sparse = _read(model, text, position_T, IndexerSelector())
             for part, (p_RV, q_RV) in enumerate(zip(dense, sparse, strict=True)):
                 changes_ST[place][part] += float((p_RV.exp() * (p_RV - q_RV)).sum(-1).mean()) / len(texts)
             on_read(number * (1 + len(blends)) + 2 + place, total)
@@ -61,12 +64,21 @@ def try_topk_ratios(
     return tried
 
 
-def _read(model: PreTrainedModel, text: AnsweredText, selector: Selector) -> tuple[Tensor, Tensor]:
+def _read(
+    model: PreTrainedModel, text: AnsweredText, position_T: Tensor, selector: Selector
+) -> tuple[Tensor, Tensor]:
     """Log probabilities [R, V] of the next token: in the text, and where answers are next."""
     length = len(text.ids_T)
     some_R = torch.linspace(length // 2, length - 1, TEXT_ROWS).long().unique()
     with use_selector(model, selector):
-        hidden_TC = model.base_model(text.ids_T[None], use_cache=False).last_hidden_state[0]
+        # With a mask, a gap is no border between documents.
+        read = model.base_model(
+            text.ids_T[None],
+            attention_mask=torch.ones_like(text.ids_T[None]),
+            position_ids=position_T[None].to(text.ids_T.device),
+            use_cache=False,
+        )
+    hidden_TC = read.last_hidden_state[0]
     head = model.get_output_embeddings()
     text_RV, answers_RV = (
         head(hidden_TC[rows.to(hidden_TC.device)]).float().log_softmax(-1) for rows in (some_R, text.rows_R)
