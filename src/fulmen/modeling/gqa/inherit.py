@@ -293,7 +293,7 @@ def _index_heads(attention: Any, observation: Observation) -> _IndexHeads:
 
 
 def _regressed_thresholds(
-    attention: Any, observations: list[Observation], index: list[_IndexHeads]
+    attention: Any, observations: Sequence[Observation], index: Sequence[_IndexHeads]
 ) -> tuple[Tensor, Tensor, float]:
     """`ridge` of the heads' thresholds on the hidden states."""
     targets = [_boundary_targets(*pair, attention.scaling) for pair in zip(observations, index, strict=True)]
@@ -330,7 +330,7 @@ def ridge(x_NC: Tensor, y_NJ: Tensor) -> tuple[Tensor, Tensor, float]:
     return weight_CJ.float(), (y_mean_J - x_mean_C @ weight_CJ).float(), float(1 - left)
 
 
-def _set_scale(attention: Any, observations: list[Observation], index: list[_IndexHeads]) -> float:
+def _set_scale(attention: Any, observations: Sequence[Observation], index: Sequence[_IndexHeads]) -> float:
     """Make all head weights the number with the least KL, which is returned (nats)."""
     indexer = attention.indexer
     kl_NZ = torch.stack(

@@ -2,9 +2,9 @@
 
 `topk_ratios` looks at each layer alone and at ordinary text. What that saves in loss may cost answers, of
 which loss says little: so the converted model reads texts that ask and look up, under the even split, the
-fitted one and the one half-way, and the split with the least change of its predictions is kept. A change at
-answers counts as much as one in the text around. Every second text is spread over the context, as those that
-the splits were fitted on.
+fitted one and the one half-way. The fitted one stays unless another changes predictions clearly less: two
+texts, much shorter than the context, tell no small difference. A change at answers counts as much as one in
+the text around. Every second text is spread over the context (`calibration`).
 """
 
 from collections.abc import Callable, Sequence
@@ -23,6 +23,8 @@ from fulmen.modeling.selectors import DenseSelector, IndexerSelector, Selector, 
 TRIED_BLENDS = (0.0, 0.5, 1.0)
 # Of a text, beside the answers' tokens, evenly over its second half.
 TEXT_ROWS = 192
+# Of the fitted split's change, what another may have at most to be taken in its place.
+CLEARLY_LESS = 0.9
 
 
 @torch.no_grad()
@@ -56,10 +58,13 @@ def try_topk_ratios(
                 changes_ST[place][part] += float((p_RV.exp() * (p_RV - q_RV)).sum(-1).mean()) / len(texts)
             on_read(number * (1 + len(blends)) + 2 + place, total)
     tried = [TriedSplit(ratios, *changes) for ratios, changes in zip(blends, changes_ST, strict=True)]
-    even = tried[0]
-    tried.sort(
-        key=lambda one: one.kl_text / max(even.kl_text, 1e-12) + one.kl_answers / max(even.kl_answers, 1e-12)
-    )
+    even, fitted_one = tried[0], tried[-1]
+
+    def change(one: TriedSplit) -> float:
+        total = one.kl_text / max(even.kl_text, 1e-12) + one.kl_answers / max(even.kl_answers, 1e-12)
+        return total * CLEARLY_LESS if one is fitted_one else total
+
+    tried.sort(key=change)
     set_topk_ratios(model, tried[0].ratios)
     return tried
 
