@@ -225,4 +225,4 @@ class TestInspect:
         values = json.loads(call("inspect", "smollm2-135m", "--json").stdout)
         assert values["parameters"] == 134_515_008
         assert (values["model_type"], values["context"], values["dtype"]) == ("llama", 8192, "bfloat16")
-        assert values["index_key_share"] == (3 * (48 + 2) + 24 + 2) / (384 * 2)
+        assert values["index_key_share"] == 3 * (48 + 2) / (384 * 2)

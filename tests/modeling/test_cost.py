@@ -168,7 +168,7 @@ def test_the_published_floor_for_grouped_heads():
     assert round(cost.dsa_bytes / 1e6, 1) == 25.4
     ours = decode_cost(config, default_dsa(config, topk=2048, index="one-level"), 131_072)
     assert round(ours.dsa_bytes / 1e6, 1) == 111.1
-    two_levels = decode_cost(config, default_dsa(config, topk=2048), 131_072)
+    two_levels = decode_cost(config, default_dsa(config, topk=2048, index="two-level"), 131_072)
     assert two_levels.dsa_bytes == 131_072 * 66 + 8 * 2048 * 784 + 2048 * 4096
     assert round(two_levels.dsa_bytes / 1e6, 1) == 29.9
 
@@ -222,11 +222,11 @@ def test_token_bytes_are_what_a_filled_cache_counts(smollm2, dtype):
         **{**SMOLLM2, "vocab_size": 100, "intermediate_size": 8, "hidden_size": 72, "head_dim": 64}
     )
     dense = LlamaForCausalLM(narrow).to(dtype).eval()
-    model = family_for_type("llama").from_dense(dense, default_dsa(narrow))
+    model = family_for_type("llama").from_dense(dense, default_dsa(narrow, index="two-level"))
     cache = DsaCache(model.config)
     with torch.no_grad():
         model(random_ids(1, 11), past_key_values=cache)
-    token = token_bytes(smollm2, default_dsa(smollm2), dtype.itemsize)
+    token = token_bytes(smollm2, default_dsa(smollm2, index="two-level"), dtype.itemsize)
     assert cache.nbytes == (11 * token.kv, 11 * token.index_keys)
     index_keys = 3 * (48 + 2) + 24 + 2  # and a coarse key
     assert cache.nbytes.index_keys / cache.nbytes.kv == index_keys / (384 * dtype.itemsize)
@@ -273,7 +273,7 @@ class TestDefaultShape:
         dsa = default_dsa(config, index="one-level")
         assert (dsa.topk, dsa.index_n_heads, dsa.index_n_kv_heads, dsa.index_head_dim) == shape
         assert 0.15 < index_key_share(config, dsa) <= 0.2
-        two = default_dsa(config)
+        two = default_dsa(config, index="two-level")
         assert (two.coarse_n_heads, dsa.coarse_n_heads) == (config.num_attention_heads, 0)
         assert 0.015 < index_key_share(config, two) - index_key_share(config, dsa) < 0.055
 

@@ -49,11 +49,13 @@ def test_a_coarse_level_is_added_and_taken_away(one_level, tmp_path, corpus_dir)
 
 
 INHERIT = {"stages": ("inherit",), "steps": None}
+# Beyond 32 k tokens a coarse level is asked: k is 8 in `settings`.
+LONG = {"head_dim": 64, "max_position_embeddings": 32 * 8 + 1}
 
 
 @pytest.mark.parametrize("by_layers", [False, True])
 def test_a_conversion_has_two_levels_by_default(tmp_path, corpus_dir, by_layers):
-    source, said = save_tiny(make_dense("llama", head_dim=64), tmp_path / "dense"), Notes()
+    source, said = save_tiny(make_dense("llama", **LONG), tmp_path / "dense"), Notes()
     asked = settings(source, tmp_path / "out", corpus_dir, by_layers=by_layers, **INHERIT)
     out = convert(asked, said)
     assert json.loads((out / "config.json").read_text())["dsa"]["coarse_head_dim"] == 24
@@ -63,12 +65,24 @@ def test_a_conversion_has_two_levels_by_default(tmp_path, corpus_dir, by_layers)
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "levels"),
-    [(64, "two: of more than 8,192 keys 4 coarse heads of 24 dims look at every one"), (16, "one: ")],
+    ("head_dim", "context", "levels"),
+    [
+        (64, 8193, "two: of more than 8,192 keys 4 coarse heads of 24 dims look at every one"),
+        (64, 8192, "one: "),
+        (16, 8193, "one: "),
+    ],
 )
-def test_inspect_says_how_many_levels_there_would_be(tmp_path, head_dim, levels):
-    source = save_tiny(make_dense("llama", head_dim=head_dim), tmp_path)
+def test_inspect_says_how_many_levels_there_would_be(tmp_path, head_dim, context, levels):
+    source = save_tiny(make_dense("llama", head_dim=head_dim, max_position_embeddings=context), tmp_path)
     assert dict(fulmen.inspect(str(source)).facts())["index levels"].startswith(levels)
+
+
+def test_a_context_in_which_no_coarse_level_is_asked_has_one(tmp_path, corpus_dir):
+    dense = make_dense("llama", head_dim=64, max_position_embeddings=32 * 8)
+    said = Notes()
+    convert(settings(save_tiny(dense, tmp_path / "dense"), tmp_path / "out", corpus_dir, **INHERIT), said)
+    (note,) = [note for note in said.notes if "one level" in note]
+    assert note.endswith("asked beyond 256 tokens, which its context does not have (index decides)")
 
 
 def test_heads_that_are_too_small_for_two_levels_have_one_unless_asked(tmp_path, corpus_dir, llama_dir):

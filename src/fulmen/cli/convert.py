@@ -115,7 +115,8 @@ def convert_command(
         typer.Option(
             help="two-level: a coarse index looks at all keys and leaves the indexer a few times k of them; "
             "one-level: the indexer looks at all. With a converted SOURCE: give it that index and change "
-            "nothing else (a minute). [dim]Default: two-level; one with MLA and very small heads.[/]",
+            "nothing else (a minute). [dim]Default: two-level where the context has more than 32 k "
+            "tokens; one with MLA and very small heads.[/]",
             show_default=False,
         ),
     ] = None,

@@ -2,18 +2,19 @@
 
 Index keys are read for every visible token, so they bound what DSA can save; by default they take a fifth of
 the keys and values at most, or in MLA the width that V3.2 has published. Heads follow the model's own, from
-which the indexer is built. A coarse level before it is the default where it costs less than it spares.
+which the indexer is built. A coarse level before it is the default where the model's context is long enough
+for it to be asked, and it costs less than it spares.
 """
 
 from dataclasses import replace
 
 from transformers import PreTrainedConfig
 
-from fulmen.config import CoarseShape, DsaConfig
+from fulmen.config import COARSE_FROM, CoarseShape, DsaConfig
 from fulmen.errors import ConfigError
 from fulmen.modeling.families import family_for, full_attention_layers
 from fulmen.modeling.family import Family
-from fulmen.modeling.lengths import default_topk
+from fulmen.modeling.lengths import context_of, default_topk
 
 MAX_INDEX_KEY_SHARE = 0.2
 BFLOAT16_BYTES = 2
@@ -68,6 +69,8 @@ def one_level_reason(dsa: DsaConfig, config: PreTrainedConfig) -> str | None:
     """Why a dense model would get one level where its family has two by default; None: it would not."""
     if dsa.coarse_head_dim or not family_for(config).default_coarse(config).width:
         return None
+    if not _is_asked(dsa, config):
+        return f"a coarse one is asked beyond {_asked_from(dsa):,} tokens, which its context does not have"
     return "its heads are so small that a coarse level would cost as much as it spares"
 
 
@@ -75,8 +78,18 @@ def _with_coarse(dsa: DsaConfig, shape: CoarseShape) -> DsaConfig:
     return replace(dsa, coarse_head_dim=shape.width, coarse_n_heads=shape.heads)
 
 
+def _asked_from(dsa: DsaConfig) -> int:
+    return COARSE_FROM * dsa.candidate_factor * dsa.topk
+
+
+def _is_asked(dsa: DsaConfig, config: PreTrainedConfig) -> bool:
+    """Whether texts within the context are long enough for a coarse level to choose candidates."""
+    context = context_of(config)
+    return context is None or context > _asked_from(dsa)
+
+
 def _pays(dsa: DsaConfig, family: Family, config: PreTrainedConfig) -> bool:
-    """Whether the coarse level reads and computes less for a key than the indexer."""
+    """Whether the coarse level is asked, and reads and computes less for a key than the indexer."""
     cost = family.indexer_cost(config, dsa)
     smaller = family.coarse_key_bytes(dsa) < family.index_key_bytes(dsa, BFLOAT16_BYTES)
-    return smaller and cost.coarse_pair_flops < cost.pair_flops
+    return _is_asked(dsa, config) and smaller and cost.coarse_pair_flops < cost.pair_flops

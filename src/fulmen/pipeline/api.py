@@ -91,9 +91,10 @@ def convert(
         index_heads: index heads per layer; None: one per attention head (MLA: at most 64).
         index_head_dim: width of an index head, even; None: a fifth of the cache at most (MLA: 128).
         index: "two-level": a coarse index looks at every key and leaves the indexer a few times `topk` of
-            them; "one-level": the indexer looks at all. None: two, where a coarse level costs less than it
-            spares (not with MLA or very small heads). Given to a converted `source`, it gets that index, in
-            a minute, and stays otherwise as it is.
+            them; "one-level": the indexer looks at all. None: two, where the context has more than 32 `topk`
+            tokens, as it is not asked before, and a coarse level costs less than it spares (not with MLA or
+            very small heads). Given to a converted `source`, it gets that index, in a minute, and stays
+            otherwise as it is.
         by_layers: have one layer at a time in memory, and link the source's files into `out` as they are;
             None: where model and work have no room in the memory that is free (`inspect(source).plan`), or
             the weights are quantized, which they stay.
