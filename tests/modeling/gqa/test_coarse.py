@@ -288,7 +288,7 @@ def test_default_shapes_and_what_they_cost():
     ],
 )
 def test_two_levels_are_the_default_where_they_pay(shape, coarse):
-    config = LlamaConfig(hidden_size=576, **shape)
+    config = LlamaConfig(hidden_size=576, max_position_embeddings=131_072, **shape)
     default, two, one = (default_dsa(config, index=index) for index in (None, "two-level", "one-level"))
     assert default.coarse == CoarseShape(*coarse)
     assert default == (two if coarse[0] else one)
@@ -296,9 +296,19 @@ def test_two_levels_are_the_default_where_they_pay(shape, coarse):
     assert bool(one_level_reason(default, config)) == (default == one)
 
 
+@pytest.mark.parametrize(("context", "topk", "levels"), [(8192, 256, 1), (8193, 256, 2), (8192, 255, 2)])
+def test_two_levels_are_the_default_where_the_context_is_long_enough_for_them_to_act(context, topk, levels):
+    shape = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
+    config = LlamaConfig(hidden_size=576, max_position_embeddings=context, **shape)
+    dsa = default_dsa(config, topk)
+    assert bool(dsa.coarse_head_dim) == (levels == 2)
+    assert ("which its context does not have" in (one_level_reason(dsa, config) or "")) == (levels == 1)
+
+
 def test_few_index_heads_that_are_asked_for_leave_nothing_to_spare():
     """3 index heads of 48 numbers cost less than 10 coarse ones of 24."""
-    config = LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3)
+    shape = {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 131_072}
+    config = LlamaConfig(hidden_size=576, **shape)
     assert not default_dsa(config, index_n_heads=3).coarse_head_dim
 
 
