@@ -16,18 +16,19 @@ from fulmen.modeling.selectors import DenseSelector, dsa_attentions, use_selecto
 # that short pasts count too.
 THRESHOLD_ROWS = 384
 SHORTEST_SEQUENCE = 16
-# Pieces of a text that stand apart where it is spread over the context.
-SPREAD_PIECES = 4
+# Pieces of a text that stand apart where it is spread over the context, and how many times its length it then
+# has at most: one that stands for much more asks for so small a k that what it tells is of no use near by.
+SPREAD_PIECES, MOST_SPREAD = 4, 4
 
 
 def spread_positions(n_texts: int, length: int, context: int) -> Tensor:
     """position_BT int64 of texts to calibrate on: the second, fourth ... in pieces with gaps between them,
-    so that the last token stands near the end of the context.
+    so that the last token stands near the end of the context, or at `MOST_SPREAD` times the length.
 
     Queries of their last piece have keys at all distances, near ones as in any text.
     """
     position_BT = torch.arange(length).repeat(n_texts, 1)
-    gap = max(0, context - length) // (SPREAD_PIECES - 1)
+    gap = max(0, min(context, MOST_SPREAD * length) - length) // (SPREAD_PIECES - 1)
     position_BT[1::2] += gap * (torch.arange(length) * SPREAD_PIECES // length)
     return position_BT
 
