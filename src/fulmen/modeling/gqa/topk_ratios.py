@@ -80,12 +80,13 @@ def measure_topk_errors(
 
     def measure(attention: Any, kwargs: dict, position_BT: Tensor) -> None:
         observations = observe(attention, kwargs, topk, position_BT)
+        v_BTGV, gates = _values(attention, kwargs)
         with _kept(attention.indexer):
             fit_index(attention, observations)
             found = [
                 _errors(attention, one, v_TGV.float(), gate_TN, stream_TC.float(), tried)
                 for one, v_TGV, gate_TN, stream_TC in zip(
-                    observations, *_values(attention, kwargs), stream["BTC"], strict=True
+                    observations, v_BTGV, gates, stream["BTC"], strict=True
                 )
                 # A spread text keeps a smaller share: that of the context.
                 if one.topk == min(each.topk for each in observations)
