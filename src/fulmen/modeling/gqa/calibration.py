@@ -39,6 +39,17 @@ def positions_to_read(model: PreTrainedModel, n_texts: int, length: int) -> Tens
     return spread_positions(n_texts, length, context if are_rotated_alike(model, length, context) else length)
 
 
+def read_at(model: PreTrainedModel, input_ids_BT: Tensor, position_BT: Tensor) -> Any:
+    """What the model without its head gives for whole texts whose tokens stand at these positions."""
+    # With a mask, a gap is no border between documents.
+    return model.base_model(
+        input_ids_BT,
+        attention_mask=torch.ones_like(input_ids_BT),
+        position_ids=position_BT.to(input_ids_BT.device),
+        use_cache=False,
+    )
+
+
 def read_densely(
     model: PreTrainedModel, input_ids_BT: Tensor, fit: Callable[[Any, dict, Tensor], None]
 ) -> None:
@@ -51,17 +62,15 @@ def read_densely(
         raise ConfigError(
             f"calibration length {length} is too short; use at least {SHORTEST_SEQUENCE} tokens"
         )
-    position_BT = positions_to_read(model, *input_ids_BT.shape).to(input_ids_BT.device)
+    position_BT = positions_to_read(model, *input_ids_BT.shape)
 
     def before(attention: Any, _: Any, kwargs: dict) -> None:
         fit(attention, kwargs, position_BT)
 
     hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in dsa_attentions(model)]
-    # With a mask, a gap is no border between documents.
-    mask_BT = torch.ones_like(input_ids_BT)
     try:
         with use_selector(model, DenseSelector()):
-            model.base_model(input_ids_BT, attention_mask=mask_BT, position_ids=position_BT, use_cache=False)
+            read_at(model, input_ids_BT, position_BT)
     finally:
         for hook in hooks:
             hook.remove()

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from fulmen.config import DsaConfig
 from fulmen.errors import TrainingDivergedError
-from fulmen.modeling.gqa.attention import RotaryTable
+from fulmen.modeling.gqa.attention import Heads, RotaryTable
 from fulmen.modeling.gqa.calibration import asked_queries, read_densely
 from fulmen.modeling.gqa.inherit_coarse import (
     ALWAYS_OPEN,
@@ -129,7 +129,7 @@ def inherit_gqa(
 
     def fit(attention: Any, kwargs: dict, position_BT: Tensor) -> None:
         share = dsa.layer_topk(attention.layer_idx) / dsa.topk
-        observations = observe(attention, kwargs, topk * share, position_BT)
+        observations = observe(attention, *_given(attention, kwargs), topk * share, position_BT)
         report.append(fit_index(attention, observations)._replace(topk_share=share))
         _fit_coarse(attention, observations)
         on_layer(report[-1])
@@ -171,7 +171,7 @@ def inherit_coarse_gqa(
     def fit(attention: Any, kwargs: dict, position_BT: Tensor) -> None:
         nonlocal done
         layer_topk = topk * dsa.layer_topk(attention.layer_idx) / dsa.topk
-        _fit_coarse(attention, observe(attention, kwargs, layer_topk, position_BT))
+        _fit_coarse(attention, observe(attention, *_given(attention, kwargs), layer_topk, position_BT))
         done += 1
         on_layer(done)
 
@@ -208,12 +208,17 @@ def _coarse_heads(attention: Any, observation: Observation) -> _IndexHeads:
     return _IndexHeads(q_1RMN[0, :, :-1].float(), k_1TN[0, :, None].float())
 
 
-def observe(attention: Any, kwargs: dict, topk: float, position_BT: Tensor) -> list[Observation]:
+def _given(attention: Any, kwargs: dict) -> tuple[Tensor, Heads]:
+    return kwargs["hidden_states"], attention.heads(**kwargs)
+
+
+def observe(
+    attention: Any, x_BTC: Tensor, heads: Heads, topk: float, position_BT: Tensor
+) -> list[Observation]:
     """What the layer would compute, with the threshold of every query that is asked.
 
     topk: what queries keep of the tokens that a text stands for.
     """
-    x_BTC, heads = kwargs["hidden_states"], attention.heads(**kwargs)
     tables = (table.expand(len(x_BTC), -1, -1).split(1) for table in heads.rotary)
     order_D = pair_order(attention.head_dim, heads.rotary[0].shape[-1]).to(x_BTC.device)
     found = []

@@ -79,17 +79,19 @@ def measure_topk_errors(
     """One dense pass; `on_layer` is told each layer's number and its error at each ratio of `tried`."""
 
     def measure(attention: Any, kwargs: dict, position_BT: Tensor) -> None:
-        observations = observe(attention, kwargs, topk, position_BT)
-        v_BTGV, gates = _values(attention, kwargs)
+        heads = attention.heads(**kwargs)
+        observations = observe(attention, kwargs["hidden_states"], heads, topk, position_BT)
+        gates = [None] * len(observations) if heads.gate_BTN is None else list(heads.gate_BTN)
+        # A spread text keeps a smaller share: that of the context.
+        least = min(one.topk for one in observations)
         with _kept(attention.indexer):
             fit_index(attention, observations)
             found = [
                 _errors(attention, one, v_TGV.float(), gate_TN, stream_TC.float(), tried)
                 for one, v_TGV, gate_TN, stream_TC in zip(
-                    observations, v_BTGV, gates, stream["BTC"], strict=True
+                    observations, heads.v_BTGD, gates, stream["BTC"], strict=True
                 )
-                # A spread text keeps a smaller share: that of the context.
-                if one.topk == min(each.topk for each in observations)
+                if one.topk == least
             ]
         on_layer(attention.layer_idx, torch.stack(found).mean(0).tolist())
 
@@ -148,12 +150,6 @@ def _kept(indexer: nn.Module) -> Iterator[None]:
     finally:
         for name, tensor in indexer.state_dict().items():
             tensor.copy_(before[name])
-
-
-def _values(attention: Any, kwargs: dict) -> tuple[Tensor, Sequence[Tensor | None]]:
-    """v_BTGV, and the gate of each text where there is one."""
-    heads = attention.heads(**kwargs)
-    return heads.v_BTGD, [None] * len(heads.v_BTGD) if heads.gate_BTN is None else list(heads.gate_BTN)
 
 
 def _errors(

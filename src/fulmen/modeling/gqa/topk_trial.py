@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from fulmen.config import DsaConfig
 from fulmen.modeling.family import AnsweredText, TriedSplit
-from fulmen.modeling.gqa.calibration import positions_to_read
+from fulmen.modeling.gqa.calibration import positions_to_read, read_at
 from fulmen.modeling.gqa.model import set_topk_ratios
 from fulmen.modeling.selectors import DenseSelector, IndexerSelector, Selector, use_selector
 
@@ -76,14 +76,7 @@ def _read(
     length = len(text.ids_T)
     some_R = torch.linspace(length // 2, length - 1, TEXT_ROWS).long().unique()
     with use_selector(model, selector):
-        # With a mask, a gap is no border between documents.
-        read = model.base_model(
-            text.ids_T[None],
-            attention_mask=torch.ones_like(text.ids_T[None]),
-            position_ids=position_T[None].to(text.ids_T.device),
-            use_cache=False,
-        )
-    hidden_TC = read.last_hidden_state[0]
+        hidden_TC = read_at(model, text.ids_T[None], position_T[None]).last_hidden_state[0]
     head = model.get_output_embeddings()
     text_RV, answers_RV = (
         head(hidden_TC[rows.to(hidden_TC.device)]).float().log_softmax(-1) for rows in (some_R, text.rows_R)
