@@ -34,25 +34,38 @@ def model_of(name: str, kind: str):
     return model
 
 
-def states_and_gradients(model, ids, wanted):
+def groups():
+    """Two rows behind one prompt, three behind another, one of another length; replies of several lengths."""
+    prompts = [random_ids(1, length, seed=length)[0] for length in (SHARED, SHARED - 8)]
+    replies = [random_ids(1, OWN - row, seed=50 + row)[0] for row in range(5)]
+    texts = [torch.cat([prompts[row > 1], reply]) for row, reply in enumerate(replies)]
+    wanted_B = torch.tensor([len(prompts[row > 1]) for row in range(5)])
+    return torch.nn.utils.rnn.pad_sequence(texts, batch_first=True), wanted_B, [len(one) for one in replies]
+
+
+def states_and_gradients(model, ids, wanted_B, lengths):
     """Hidden states of the rows' own tokens, and every gradient of a random sum of them."""
     model.zero_grad()
     with accelerated(model):
-        hidden, begin = hidden_states(model, ids, wanted)
-        own = hidden[:, SHARED - begin :]
+        hidden, begins_B = hidden_states(model, ids, wanted_B)
+        spans = zip(hidden, (wanted_B - begins_B).tolist(), lengths, strict=True)
+        own = torch.cat([row[begin : begin + length] for row, begin, length in spans])
         (own * torch.randn(own.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
-    return begin, own.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return begins_B.tolist(), own.detach(), gradients
 
 
+@pytest.mark.parametrize("several", [False, True], ids=["one-prompt", "prompts"])
 @pytest.mark.parametrize("kind", ["dsa", "dense"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_numbers_and_gradients_are_those_of_rows_read_by_themselves(name, kind, monkeypatch):
-    model, ids = model_of(name, kind), rows()
-    begin, shared, gradients = states_and_gradients(model, ids, SHARED)
-    assert begin == (0 if name in APART else SHARED)
-    monkeypatch.setattr(beginnings, "SHORTEST", 1000)
-    whole_begin, whole, expected = states_and_gradients(model, ids, SHARED)
-    assert whole_begin == 0
+def test_numbers_and_gradients_are_those_of_rows_read_by_themselves(name, kind, several, monkeypatch):
+    model = model_of(name, kind)
+    ids, wanted_B, lengths = groups() if several else (rows(), torch.full((3,), SHARED), [OWN] * 3)
+    begins, shared, gradients = states_and_gradients(model, ids, wanted_B, lengths)
+    assert begins == (wanted_B * (name not in APART)).tolist()
+    monkeypatch.setattr(beginnings, "can_share", lambda _: False)
+    none, whole, expected = states_and_gradients(model, ids, wanted_B, lengths)
+    assert not any(none)
     assert torch.allclose(shared, whole, atol=1e-4)
     assert gradients.keys() == expected.keys()
     for place, gradient in gradients.items():

@@ -39,21 +39,64 @@ def common_beginning(ids_BS: Tensor, most: int) -> int:
     return int(is_same_S.long().cumprod(0).sum())
 
 
-def hidden_states(model: PreTrainedModel, ids_BS: Tensor, wanted: int) -> tuple[Tensor, int]:
-    """What the head reads of rows padded on the right, from a position on, `wanted` at the latest.
+def hidden_states(model: PreTrainedModel, ids_BS: Tensor, wanted_B: Tensor) -> tuple[Tensor, Tensor]:
+    """What the head reads of rows padded on the right, of each from a position on, `wanted_B` at the latest.
 
     Returns:
-        hidden_BTC, with gradients, and the position where it begins: a beginning that the rows have in common
-        is computed once, and left out.
+        hidden_BTC, with gradients, and begins_B, where each row's begins: rows that are alike up to where they
+        are wanted, replies to one prompt, share a pass over that; else what all rows begin with is shared.
     """
+    if len(ids_BS) > 1 and can_share(model):
+        asked_B = _alike(ids_BS, wanted_B)
+        if 1 < len(set(asked_B)) <= len(asked_B) // 2:
+            return _behind_prompts(model, ids_BS, wanted_B, asked_B), wanted_B
+        shared = common_beginning(ids_BS, int(wanted_B.min()))
+        if shared >= SHORTEST:
+            return _behind_beginning(model, ids_BS, shared), torch.full_like(wanted_B, shared)
+    return model.base_model(input_ids=ids_BS, use_cache=False)[0], torch.zeros_like(wanted_B)
+
+
+def _alike(ids_BS: Tensor, wanted_B: Tensor) -> list[int]:
+    """Of each row, the number of its prompt: the tokens before the first that is wanted."""
+    rows = zip(ids_BS.tolist(), wanted_B.tolist(), strict=True)
+    prompts = [tuple(row[:wanted]) for row, wanted in rows]
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    return [numbers[prompt] for prompt in prompts]
+
+
+def _behind_beginning(model: PreTrainedModel, ids_BS: Tensor, shared: int) -> Tensor:
     base: Any = model.base_model
-    shared = common_beginning(ids_BS, wanted) if len(ids_BS) > 1 and can_share(model) else 0
-    if shared < SHORTEST:
-        return base(input_ids=ids_BS, use_cache=False)[0], 0
     with rope_for_length(base, ids_BS.shape[1]):
         cache = base(input_ids=ids_BS[:1, :shared], use_cache=True).past_key_values
         cache.batch_repeat_interleave(len(ids_BS))
-        return base(input_ids=ids_BS[:, shared:], past_key_values=cache, use_cache=True)[0], shared
+        return base(input_ids=ids_BS[:, shared:], past_key_values=cache, use_cache=True)[0]
+
+
+def _behind_prompts(
+    model: PreTrainedModel, ids_BS: Tensor, wanted_B: Tensor, asked_B: Sequence[int]
+) -> Tensor:
+    """Each prompt once, padded on the left; then what stands behind it in each row, padded on the right."""
+    base: Any = model.base_model
+    firsts = [asked_B.index(number) for number in range(max(asked_B) + 1)]
+    width, longest = int(wanted_B.max()), ids_BS.shape[1]
+    places_PW = torch.arange(width, device=ids_BS.device) + (wanted_B[firsts] - width)[:, None]
+    places_BT = torch.arange(longest - int(wanted_B.min()), device=ids_BS.device) + wanted_B[:, None]
+    read_PW = (places_PW >= 0).long()
+    with rope_for_length(base, longest):
+        cache = base(
+            input_ids=ids_BS[firsts].gather(1, places_PW.clamp(min=0)),
+            attention_mask=read_PW,
+            position_ids=places_PW.clamp(min=0),
+            use_cache=True,
+        ).past_key_values
+        cache.batch_select_indices(torch.tensor(asked_B, device=ids_BS.device))
+        return base(
+            input_ids=ids_BS.gather(1, places_BT.clamp(max=longest - 1)),
+            attention_mask=torch.cat([read_PW[list(asked_B)], torch.ones_like(places_BT)], dim=1),
+            position_ids=places_BT.clamp(max=longest - 1),
+            past_key_values=cache,
+            use_cache=True,
+        )[0]
 
 
 @torch.no_grad()

@@ -120,9 +120,9 @@ def score_replies(model: PreTrainedModel, replies: Replies, temperature: float) 
     if replies.experts_BSLK is not None and (routing := routing_of(model)) is not None:
         routing.tell(replies.experts_BSLK)
     starts_B, counts_BT = replies.starts_B - 1, replies.counts_BT
-    hidden_BSC, begin = hidden_states(model, replies.input_ids, int(starts_B.min()))
+    hidden_BTC, begins_B = hidden_states(model, replies.input_ids, starts_B)
     rows, steps = counts_BT.nonzero(as_tuple=True)
-    hidden_NC = hidden_BSC[rows, starts_B[rows] + steps - begin]
+    hidden_NC = hidden_BTC[rows, (starts_B - begins_B)[rows] + steps]
     head, tokens_N = head_of(model, temperature), replies.tokens_BT[counts_BT]
     if replies.kept_BTK is None:
         logp_N, entropy_N = all_logprobs(head, hidden_NC, tokens_N)
