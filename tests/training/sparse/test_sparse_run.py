@@ -1,5 +1,6 @@
 """Runs of the sparse stage: the loss falls, the best is kept, no interruption changes anything."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,20 @@ def test_bf16_weights_take_updates_that_bf16_would_round_away(tmp_path):
     saved = load_file(tmp_path / f"checkpoint-{result.best_step}" / "model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
     assert result.loss_after < result.loss_before
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-mixed", "gemma3", "granite-moe", "gpt-oss"])
+def test_adapters_beside_bf16_weights(tmp_path, name):
+    """The model is its own teacher while its adapters and indexers are in float32."""
+    model = fresh_model(name).bfloat16()
+    before = {place: weight.detach().clone() for place, weight in model.named_parameters()}
+    _, result = run(tmp_path, model, steps=3, lora=2, learning_rate=1e-2)
+    assert result.last_step == 3
+    assert math.isfinite(result.loss_after)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert len(log_rows(tmp_path)) == 3
+    if result.best_step:
+        assert any(not torch.equal(weight, before[place]) for place, weight in model.named_parameters())
 
 
 def test_budget_ends_it(tmp_path):

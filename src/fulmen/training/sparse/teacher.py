@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from fulmen.errors import ConfigError, OutputError
 from fulmen.files import atomic_write
 from fulmen.modeling.selectors import DenseSelector, Selector, use_selector
+from fulmen.training.precision import are_half
 from fulmen.training.rows import next_tokens
 from fulmen.training.run import OnPart
 from fulmen.training.sparse.distill import TeacherTargets, teacher_targets, with_right_answers
@@ -41,7 +42,10 @@ class Teacher:
         self.model.eval()
         try:
             dense = use_selector(self.model, DenseSelector()) if _has_dsa(self.model) else nullcontext()
-            with dense, without_lora(self.model):
+            # Of a model in training, indexers and adapters are in float32, whatever the rest is in.
+            is_half = are_half(self.model.parameters())
+            half = torch.autocast(self.model.device.type, torch.bfloat16, enabled=is_half)
+            with dense, without_lora(self.model), half:
                 hidden_TC = self.model.base_model(**batch, use_cache=False)[0][0]
         finally:
             self.model.train(was_training)
