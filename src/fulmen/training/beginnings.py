@@ -43,8 +43,8 @@ def hidden_states(model: PreTrainedModel, ids_BS: Tensor, wanted_B: Tensor) -> t
     """What the head reads of rows padded on the right, of each from a position on, `wanted_B` at the latest.
 
     Returns:
-        hidden_BTC, with gradients, and begins_B, where each row's begins: rows that are alike up to where they
-        are wanted, replies to one prompt, share a pass over that; else what all rows begin with is shared.
+        hidden_BTC, with gradients, and begins_B, where each row's begins. Replies to one prompt share a pass
+        over it; where no prompt stands twice, what all rows begin with is shared.
     """
     if len(ids_BS) > 1 and can_share(model):
         asked_B = _alike(ids_BS, wanted_B)
