@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import fulmen
 from fulmen.cli.main import main
-from fulmen.pipeline.rl_plan import plan_rl
+from fulmen.pipeline.rl_plan import fitting_micro_batch, plan_rl
 from fulmen.pipeline.rl_settings import AskedTask, tasks_argument
 from fulmen.training.rl.settings import Domain, RlSettings
 from tests.modeling.gqa.tiny_gqa import make_config, make_dense
@@ -145,6 +145,27 @@ def test_the_plan_counts_what_is_trained_and_refuses_what_has_no_room():
     with pytest.raises(fulmen.ConfigError, match=r"micro_batch and the model need about .* are free"):
         plan(full, plan(full, 1).total - 1).require_room()
     assert "LoRA of rank 8" in " ".join(plan(lora, 10**9).lines(lora, [Domain(Graded())]))
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "prompt", "n_processes", "fitting"),
+    [
+        # 64 x 16 tokens behind 8 prompts of 50.
+        ("llama", {"max_new_tokens": 16}, 50, 1, 64),
+        ("llama", {"max_new_tokens": 16}, 50, 2, 32),
+        # 16 x 32 behind two of 600; 32 have four.
+        ("llama", {"max_new_tokens": 32}, 600, 1, 16),
+        ("llama", {"max_new_tokens": 512}, 2000, 1, 8),
+        ("llama", {"prompts": 3, "group": 3, "max_new_tokens": 500}, 50, 1, 3),
+        # A prompt in each reply.
+        ("granite-moe", {"max_new_tokens": 16}, 50, 1, 16),
+        ("llama", {"max_new_tokens": 16, "checkpointing": True}, 50, 1, 16),
+        ("llama", {"max_new_tokens": 16, "indexer": "trained"}, 50, 1, 16),
+    ],
+)
+def test_short_replies_are_read_together(name, more, prompt, n_processes, fitting):
+    settings = RlSettings(steps=1, **more)
+    assert fitting_micro_batch(make_config(name), settings, prompt, n_processes) == fitting
 
 
 def test_the_command_names_its_options(tmp_path, capsys, monkeypatch):

@@ -23,7 +23,7 @@ def rl(
     prompts: int = 8,
     group: int = 8,
     updates: int = 1,
-    micro_batch: int = 8,
+    micro_batch: int | None = None,
     max_new_tokens: int = 128,
     temperature: float = 1.0,
     top_p: float = 0.95,
@@ -65,7 +65,7 @@ def rl(
         prompts: problems of a step, of all processes together.
         group: replies to each, which are compared with one another.
         updates: optimizer steps on one call of the engine; above 1 the later ones are off-policy.
-        micro_batch: replies in one forward pass.
+        micro_batch: replies in one forward pass; None: 8, and more where they and their prompts are short.
         max_new_tokens: where a reply is cut.
         temperature: divides the logits, in sampling and in training.
         top_p: the smallest set of tokens with this probability is kept; both policies are over that set.

@@ -1,7 +1,7 @@
 """`fulmen rl`: a model, dense or converted, trained by what its tasks reward; resumable."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,7 +32,7 @@ from fulmen.pipeline.memory import available_bytes
 from fulmen.pipeline.model_config import read_config, require_language_model_alone
 from fulmen.pipeline.post_trained import record_before, save_post_trained
 from fulmen.pipeline.reporter import Reporter, TrainingView
-from fulmen.pipeline.rl_plan import plan_rl
+from fulmen.pipeline.rl_plan import fitting_micro_batch, plan_rl
 from fulmen.pipeline.rl_settings import RL_SETTINGS_FILE, RlRunSettings
 from fulmen.pipeline.run_dir import RunDir
 from fulmen.tasks import named
@@ -66,7 +66,11 @@ def run_rl(settings: RlRunSettings, reporter: Reporter) -> Conversion:
             dsa_family_for(config).require_trainable(config)
         tokenizer = load_tokenizer(found, config.get_text_config().vocab_size)
         domains = [Domain(task_of(asked.task), asked.kl) for asked in settings.tasks]
-        length = _require_plan(settings, config, options, domains, tokenizer, device, reporter)
+        prompt = _longest_prompt(options, domains, tokenizer)
+        if options.micro_batch is None:
+            fitting = fitting_micro_batch(config, options, prompt, processes().num_processes)
+            options = replace(options, micro_batch=fitting)
+        length = _require_plan(settings, config, options, domains, prompt, device, reporter)
         require_engine(settings.rollouts)
     reporter.note(f"Loading {settings.model}")
     with reporter.stage("Load"):
@@ -123,22 +127,26 @@ def require_engine(rollouts: str) -> None:
         raise EngineError("rollouts='vllm' needs vLLM; install fulmen[serve-cpu], or use generate")
 
 
+def _longest_prompt(options: RlSettings, domains: list[Domain], tokenizer: Any) -> int:
+    """Its tokens, of some problems. Raises ConfigError for a task whose turns have no room."""
+    for domain in domains:
+        require_room(domain.task, options.max_new_tokens)
+    indices = [*range(MEASURED_PROBLEMS), *range(HELD_OUT, HELD_OUT + MEASURED_PROBLEMS)]
+    return max(
+        len(prompt_tokens(tokenizer, domain.task.problem(index))) for domain in domains for index in indices
+    )
+
+
 def _require_plan(
     settings: RlRunSettings,
     config: PreTrainedConfig,
     options: RlSettings,
     domains: list[Domain],
-    tokenizer: Any,
+    prompt: int,
     device: torch.device,
     reporter: Reporter,
 ) -> int:
     """Say what the run takes; return the tokens of a prompt and its reply. Raises ConfigError for no room."""
-    for domain in domains:
-        require_room(domain.task, options.max_new_tokens)
-    indices = [*range(MEASURED_PROBLEMS), *range(HELD_OUT, HELD_OUT + MEASURED_PROBLEMS)]
-    prompt = max(
-        len(prompt_tokens(tokenizer, domain.task.problem(index))) for domain in domains for index in indices
-    )
     free, is_engine_apart = available_bytes(device), settings.rollouts != "generate"
     plan = plan_rl(config, options, prompt, free, is_engine_apart=is_engine_apart)
     for line in plan.lines(options, domains):

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from fulmen.errors import ConfigError
 from fulmen.pipeline.answers import AT_ONCE
+from fulmen.training.beginnings import has_whole_cache
 from fulmen.training.rl.settings import Domain, RlSettings
 from fulmen.training.sparse.lora import TARGETS
 
@@ -19,6 +20,8 @@ FLOAT_BYTES, STATES = 4, 3
 HIDDEN_TIMES, MLP_TIMES = 18, 5
 # Copies of the logits of a step of writing: the model's, in float32, sorted, as probabilities.
 LOGIT_COPIES = 5
+# Of a forward and backward pass: more are hardly faster.
+PASS_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,26 @@ class RlPlan:
             )
 
 
+def fitting_micro_batch(config: PreTrainedConfig, settings: RlSettings, prompt: int, n_processes: int) -> int:
+    """Replies in one pass that are no more than PASS_TOKENS with their prompts; the default of `settings` at
+    least. prompt: tokens of the longest.
+    """
+    each = settings.replies // n_processes
+    fitting = [
+        number
+        for number in range(1, min(each, AT_ONCE) + 1)
+        if each % number == 0 and _pass_tokens(config, settings, number, prompt) <= PASS_TOKENS
+    ]
+    return max(settings.at_once, *fitting, 0)
+
+
+def _pass_tokens(config: PreTrainedConfig, settings: RlSettings, replies: int, prompt: int) -> int:
+    """Of so many replies, with a prompt each, or one for a group."""
+    is_shared = has_whole_cache(config) and not settings.checkpointing and settings.indexer == "frozen"
+    prompts = -(-replies // settings.group) if is_shared else replies
+    return replies * settings.max_new_tokens + prompts * prompt
+
+
 def plan_rl(
     config: PreTrainedConfig,
     settings: RlSettings,
@@ -109,7 +132,9 @@ def plan_rl(
         weights=parameters * FLOAT_BYTES,
         optimizer=trained * STATES * FLOAT_BYTES,
         reference=parameters * FLOAT_BYTES if is_apart else 0,
-        activations=_activations(text, settings, length, size),
+        activations=_activations(
+            text, _pass_tokens(config, settings, settings.at_once, prompt), size, settings.checkpointing
+        ),
         engine=_generate_bytes(text, settings, length, size) + is_engine_apart * parameters * size,
         length=length,
         free=free,
@@ -129,11 +154,11 @@ def _trained(model: nn.Module, settings: RlSettings) -> int:
     return own + sum(settings.lora * (one.in_features + one.out_features) for one in maps)
 
 
-def _activations(text: PreTrainedConfig, settings: RlSettings, length: int, size: int) -> int:
-    tokens, layers = settings.micro_batch * length, text.num_hidden_layers
+def _activations(text: PreTrainedConfig, tokens: int, size: int, checkpointing: bool) -> int:
+    layers = text.num_hidden_layers
     wide = getattr(text, "intermediate_size", 4 * text.hidden_size)
     layer = tokens * size * (HIDDEN_TIMES * text.hidden_size + MLP_TIMES * wide)
-    kept = tokens * size * text.hidden_size if settings.checkpointing else layer
+    kept = tokens * size * text.hidden_size if checkpointing else layer
     return int(layer + layers * kept)
 
 

@@ -20,15 +20,23 @@ from fulmen.modeling.rope_tables import rope_for_length
 SHORTEST = 8
 
 
-def can_share(model: PreTrainedModel) -> bool:
-    """Whether later tokens find in a cache all that they need of earlier ones, gradients included.
+def has_whole_cache(config: Any) -> bool:
+    """Whether a cache carries all that later tokens need of earlier ones, gradients included.
 
-    They do not where layers are computed again (checkpointing has no cache), where experts are told for whole
-    sequences, where linear attention has states, and where indexers learn: their keys are stored rounded.
+    It does not where experts are told for whole sequences and where linear attention has states.
     """
-    config = model.config.get_text_config()
-    is_known = config.model_type.removesuffix("_dsa") in family_names() and not linear_layers(config)
-    if not is_known or model.is_gradient_checkpointing or experts_of(config) is not None:
+    text = config.get_text_config()
+    is_known = text.model_type.removesuffix("_dsa") in family_names()
+    return is_known and not linear_layers(text) and experts_of(text) is None
+
+
+def can_share(model: PreTrainedModel) -> bool:
+    """Whether a model, as it is trained, has a cache that carries all.
+
+    Not where layers are computed again (checkpointing has no cache), and where indexers learn: their keys are
+    stored rounded.
+    """
+    if not has_whole_cache(model.config) or model.is_gradient_checkpointing:
         return False
     return not any(p.requires_grad for name, p in model.named_parameters() if ".indexer." in name)
 

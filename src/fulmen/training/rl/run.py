@@ -119,9 +119,9 @@ def _require_fitting(
         raise ConfigError("indexer='trained' needs a model with DSA; use frozen, or convert the model first")
     if is_sharded():
         raise ConfigError("reinforcement learning shards no weights; start the processes without FSDP")
-    if settings.prompts % n_processes or settings.replies % (settings.micro_batch * n_processes):
+    if settings.prompts % n_processes or settings.replies % (settings.at_once * n_processes):
         raise ConfigError(
-            f"prompts={settings.prompts} with micro_batch={settings.micro_batch} cannot be shared by "
+            f"prompts={settings.prompts} with micro_batch={settings.at_once} cannot be shared by "
             f"{n_processes} processes; use multiples of that"
         )
 

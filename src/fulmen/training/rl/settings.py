@@ -10,6 +10,7 @@ from fulmen.tasks.base import Task
 INDEXERS = ("frozen", "trained")
 RATE, LORA_RATE = 1e-5, 1e-4
 BETAS = (0.9, 0.95)
+MICRO_BATCH = 8
 # Mean |log(engine / trainer)| of a sampled token, in nats, that is still rounding.
 GAP_FLOAT32, GAP_BFLOAT16 = 1e-4, 2e-2
 
@@ -28,7 +29,7 @@ class RlSettings:
 
     steps: optimizer steps. prompts: per step, of all processes. group: replies to each, G.
     updates: optimizer steps on one call of the engine; above 1 the later ones are off-policy.
-    micro_batch: replies in one forward pass.
+    micro_batch: replies in one forward pass; None: as many as divide a step's, MICRO_BATCH at most.
     max_new_tokens, temperature, top_p, top_k: as `Sampling`; of several turns each has a share of the tokens.
     learning_rate: None: RATE, with LoRA LORA_RATE. lora: rank; None trains all weights.
     indexer: one of INDEXERS: "frozen", or "trained" by a loss of its own (`fulmen.training.sparse.losses`).
@@ -46,7 +47,7 @@ class RlSettings:
     prompts: int = 8
     group: int = 8
     updates: int = 1
-    micro_batch: int = 8
+    micro_batch: int | None = None
     max_new_tokens: int = 128
     temperature: float = 1.0
     top_p: float = 0.95
@@ -67,11 +68,13 @@ class RlSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts", "group", "updates", "micro_batch", "max_new_tokens", "save_every"):
+        for name in ("steps", "prompts", "group", "updates", "max_new_tokens", "save_every"):
             require_positive_int(name, getattr(self, name))
+        if self.micro_batch is not None:
+            require_positive_int("micro_batch", self.micro_batch)
         if self.group < 2:
             raise ConfigError(f"group={self.group} cannot be compared with itself; use 2 or more")
-        if self.replies % self.micro_batch:
+        if self.replies % self.at_once:
             raise ConfigError(
                 f"micro_batch={self.micro_batch} does not divide a step's {self.replies} replies "
                 f"(prompts={self.prompts} x group={self.group}); use a divisor"
@@ -89,6 +92,15 @@ class RlSettings:
     def replies(self) -> int:
         """Of a step, in all processes."""
         return self.prompts * self.group
+
+    @property
+    def at_once(self) -> int:
+        """Replies in one forward pass: `micro_batch`, or its default."""
+        return self.micro_batch or self.divisor(MICRO_BATCH)
+
+    def divisor(self, most: int) -> int:
+        """The largest number of replies that divides a step's, `most` at most."""
+        return max(number for number in range(1, most + 1) if self.replies % number == 0)
 
     @property
     def all_prompts(self) -> int:

@@ -173,7 +173,7 @@ class RlTrainer(SafeCheckpoints, GRPOTrainer):
 
     def _in_micro_batches(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "kept", "experts", "told")
-        parts = {name: batch[name].split(self.settings.micro_batch) for name in names if name in batch}
+        parts = {name: batch[name].split(self.settings.at_once) for name in names if name in batch}
         pieces = [dict(zip(parts, piece, strict=True)) for piece in zip(*parts.values(), strict=True)]
         with self.accelerator.autocast():
             scores = [score_replies(model, replies_of(piece), self.settings.temperature) for piece in pieces]
@@ -315,13 +315,13 @@ def load_trained(model: PreTrainedModel, file: Path) -> None:
 
 def rl_arguments(run_dir: Path, settings: RlSettings, processes: int, device: torch.device) -> GRPOConfig:
     """TRL's arguments: its own KL, deviation and importance sampling are off; nothing is printed."""
-    accumulation = settings.replies // (settings.micro_batch * processes)
+    accumulation = settings.replies // (settings.at_once * processes)
     # A run that goes on begins with a call of the engine.
     save_every = settings.updates * -(-settings.save_every // settings.updates)
     arguments = GRPOConfig(
         output_dir=str(run_dir),
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.micro_batch,
+        per_device_train_batch_size=settings.at_once,
         gradient_accumulation_steps=accumulation,
         steps_per_generation=accumulation * settings.updates,
         num_generations=settings.group,
