@@ -71,6 +71,11 @@ class TestHelp:
     def test_version(self):
         assert call("--version").output.strip() == fulmen.__version__
 
+    def test_the_package_is_the_program(self):
+        command = [sys.executable, "-m", "fulmen", "--version"]
+        done = subprocess.run(command, check=True, env=environment(), capture_output=True, text=True)
+        assert done.stdout.strip() == fulmen.__version__
+
     @pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["convert", "m", "--out"]])
     def test_needs_no_heavy_library(self, arguments):
         environment = {**os.environ, "PYTHONPATH": str(Path(fulmen.__file__).parents[1])}
