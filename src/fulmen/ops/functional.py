@@ -12,7 +12,7 @@ All raise ConfigError, in a line that names the argument, for types, shapes, dty
 fit together, and BackendError where a pinned backend cannot run. The README beside this has the formulas.
 """
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -321,5 +321,5 @@ def selection_loss(
         raise ConfigError(f"out_weight has {sizes['N']} columns, the heads {n} values; make them equal")
     intervals, scale = causal_or_given(q, sizes, start, stop), scale_or_default(scale, attn_q)
     attention, softcap = (attn_q, attn_k, attn_v, out_weight), softcap_or_none(softcap)
-    cut = (topk, scale, temperature, softcap, sinks, out_gate)
+    cut: Any = (topk, scale, temperature, softcap, sinks, out_gate)
     return selection.selection_loss(*index, *attention, *intervals, *cut)
