@@ -143,6 +143,12 @@ def test_what_cannot_be_is_said_before_the_work(tmp_path, corpus_dir):
             convert(settings(tmp_path / "dense", tmp_path / "out", corpus_dir))
     file.write_text(whole)
     weights = load_file(tmp_path / "dense" / "model.safetensors")
+    sound = weights["model.connector.modality_projection.proj.weight"].clone()
+    weights["model.connector.modality_projection.proj.weight"][0, 0] = torch.nan
+    save_file(weights, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"NaN or infinite values in model.connector"):
+        convert(settings(tmp_path / "dense", tmp_path / "out", corpus_dir))
+    weights["model.connector.modality_projection.proj.weight"] = sound
     name = next(key for key in weights if "vision_model" in key)
     del weights[name]
     save_file(weights, tmp_path / "dense" / "model.safetensors", {"format": "pt"})

@@ -86,6 +86,10 @@ class TextShards(ModelShards):
         }
         return {names[stored]: x for stored, x in Shards.tensors(self, names).items()}
 
+    def require_finite_around(self) -> None:
+        """Raise CheckpointError as `require_finite`, of all that is not the language model's."""
+        self.require_finite(sorted(self.whole_names.keys() - set(self._renamed.values())))
+
     def require_all_held(self) -> None:
         """Raise CheckpointError as `require_held`, of the whole model's weights."""
         wanted = {name: tuple(x.shape) for name, x in self._empty_whole.state_dict().items()}

@@ -17,6 +17,7 @@ from fulmen.data import Corpus
 from fulmen.errors import ConfigError
 from fulmen.evaluation.variants import indexer_state
 from fulmen.modeling.checkpoint import require_free_output, require_savable, save_converted
+from fulmen.modeling.config_checks import require_sound_templates
 from fulmen.modeling.families import accelerated, dsa_family_for, dsa_of, family_for
 from fulmen.modeling.index_shape import one_level_reason
 from fulmen.modeling.text_part import TextShards, filled_whole_of, processor_files, whole_of
@@ -88,6 +89,7 @@ def run_conversion(settings: ConvertSettings, reporter: Reporter) -> Conversion:
         plan = planner.plan(settings)
         unusual = source.look_at_files()
         tokenizer = source.tokenizer()
+        require_sound_templates(tokenizer, source.name)
         for line in [*unusual, *_missing_template(tokenizer), *_one_level(plan, settings, source)]:
             reporter.note(line)
         corpus = read_corpus(settings.data, settings.texts)

@@ -136,6 +136,8 @@ class PlaceSource:
     ) -> PreTrainedModel:
         """As `DenseSource.load`; None: on the CPU. Raises as `load_dense` and `move`."""
         model = load_dense(self.name, dtype)[0]
+        if (around := self.around()) is not None:
+            around.require_finite_around()
         return model if device is None else move(model, device)
 
     @property
