@@ -62,6 +62,8 @@ WRONG = [
     (indexer_loss_selected, "topk_BTK", torch.full((B, T, K), 99), r"index 99"),
     (selection_loss, "topk", 0, r"topk=0 cannot be"),
     (selection_loss, "attn_v_BSGV", torch.ones(B, S + 1, G, D), r"attn_v_BSGV has S=6"),
+    (selection_loss, "out_gate_BTN", torch.ones(B, T, H * D + 1), r"out_gate_BTN has N=17"),
+    (selection_loss, "out_gate_BTN", torch.ones(B, T, H * D).int(), r"out_gate_BTN has dtype torch.int32"),
     (selection_loss, "out_weight_CN", torch.ones(3, H * D + 1), r"out_weight_CN has N=17, .* values 16"),
 ]
 

@@ -254,6 +254,8 @@ WRONG = [
     (ops.indexer_loss, "attn_k", torch.ones(B, S + 1, G, D), "attn_k has S=10"),
     (ops.indexer_loss_selected, "indices", torch.zeros(B, T, K).char(), "indices has dtype torch.int8"),
     (ops.selection_loss, "out_weight", torch.ones(7, 5), "out_weight has 5 columns, the heads 24 values"),
+    (ops.selection_loss, "out_gate", torch.ones(B, T, 5), "out_gate has N=5"),
+    (ops.selection_loss, "out_gate", 1.0, "out_gate is of type float"),
     (ops.selection_loss, "temperature", 0, "temperature=0 cannot be; use a number above 0"),
 ]
 

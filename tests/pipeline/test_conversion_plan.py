@@ -9,7 +9,7 @@ import torch
 from transformers import DeepseekV3Config, Qwen3Config
 
 import fulmen
-from fulmen.modeling.inherit_cost import inherit_cost, weight_sizes
+from fulmen.modeling.inherit_cost import InheritTexts, WeightSizes, inherit_cost, weight_sizes
 from fulmen.pipeline import memory
 from fulmen.pipeline.conversion_plan import Planner, plan_conversion
 from fulmen.pipeline.memory import available_bytes
@@ -64,14 +64,34 @@ def test_sizes_are_counted_without_weights():
 def test_what_inherit_takes_grows_with_its_text_and_not_with_the_layers_that_are_away():
     dsa = plan_conversion(ConvertSettings("m", Path("out"), stages=("inherit",)), QWEN3_8B).dsa
     sizes = weight_sizes(QWEN3_8B)
-    short, long = (inherit_cost(QWEN3_8B, dsa, sizes, 2, length, 2) for length in (2048, 16_384))
+    short_texts, long_texts = (InheritTexts(2, length, 2, 2, 2048) for length in (2048, 16_384))
+    short, long = (inherit_cost(QWEN3_8B, dsa, sizes, texts, 2) for texts in (short_texts, long_texts))
     assert 2 * sizes.layer * 2 < short.layers_bytes < 2.5 * GB
     assert short.whole_bytes - short.layers_bytes > 15 * GB
     assert long.layers_bytes > short.layers_bytes + GB
-    assert long.flops > 8 * short.flops
     deeper = changed(QWEN3_8B, num_hidden_layers=72)
-    twice = inherit_cost(deeper, dsa, weight_sizes(deeper), 2, 2048, 2)
+    twice = inherit_cost(deeper, dsa, weight_sizes(deeper), short_texts, 2)
     assert twice.layers_bytes == short.layers_bytes
+
+
+def test_what_inherit_takes_counts_all_that_is_done():
+    """Sharing k reads and fits as often again as its texts; the trial reads its own, and has their logits."""
+    dsa, sizes = plan_conversion(ConvertSettings("m", Path("out"), topk=512), QWEN3_8B).dsa, WeightSizes(0, 0)
+
+    def cost(config=QWEN3_8B, sequences=4, length=4096, shared=0, tried=0):
+        return inherit_cost(config, dsa, sizes, InheritTexts(sequences, length, shared, tried, 4096), 2)
+
+    alone, shared = cost(), cost(shared=2)
+    for kind in ("flops", "float32_flops"):
+        assert getattr(shared, kind) == pytest.approx(1.5 * getattr(alone, kind))
+        # Its texts do not tell budgets apart below 4 k.
+        assert getattr(cost(length=1024, shared=2), kind) == getattr(cost(length=1024), kind)
+    # Two texts, densely and with three splits: twice as many tokens as four texts once.
+    assert cost(tried=2).flops == pytest.approx(3 * alone.flops)
+    assert shared.layers_bytes == alone.layers_bytes
+    wide = changed(QWEN3_8B, vocab_size=10**6)
+    more = cost(wide, 2, 1024, tried=2).layers_bytes - cost(sequences=2, length=1024, tried=2).layers_bytes
+    assert more > 4 * 192 * 4 * (10**6 - 151_936) / 2
 
 
 class TestRoom:

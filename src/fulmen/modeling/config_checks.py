@@ -73,9 +73,14 @@ def require_sound_config(config: PreTrainedConfig, name: str) -> None:
 def _require_known_rope(config: Any, name: str) -> None:
     """Kinds of layers may have rotary tables of their own."""
     values = getattr(config, "rope_parameters", None) or {}
+    for kind in {"full_attention", *(getattr(config, "layer_types", None) or ())} & values.keys():
+        if not isinstance(values[kind], dict):
+            raise CheckpointError(
+                f"{name}: rope_parameters has {kind}={values[kind]!r}, which is no table; fix config.json"
+            )
     for one in (values, *(part for part in values.values() if isinstance(part, dict))):
         kind = one.get("rope_type", "default")
-        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+        if kind not in ("default", *ROPE_INIT_FUNCTIONS):
             known = ", ".join(["default", *sorted(ROPE_INIT_FUNCTIONS)])
             raise CheckpointError(
                 f"{name}: rope_parameters has rope_type={kind!r}, which Transformers does not know; fix "

@@ -30,7 +30,7 @@ class SelectionInputs:
 
     Index tensors are as in `fulmen.ops.scores`, keys packed unless they have a gradient; q, k, v are
     the attention's own, after RoPE. coarse: of an index in two levels. Scale, softcap and sinks are those of
-    the attention's own softmax.
+    the attention's own softmax; out_gate is what its output is multiplied with, None for nothing.
     """
 
     index_q_BTJE: Tensor
@@ -47,6 +47,7 @@ class SelectionInputs:
     coarse: CoarseInputs | None = None
     softcap: float | None = None
     sinks_H: Tensor | None = None
+    out_gate_BTN: Tensor | None = None
 
     @property
     def softmax(self) -> tuple[float, float | None, Tensor | None]:

@@ -1,5 +1,6 @@
 """The language model inside of a model that reads images: read from the whole one's files, and put back."""
 
+from collections.abc import Container
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
@@ -16,7 +18,7 @@ from fulmen.modeling.generation_settings import with_generation_settings
 from fulmen.modeling.load_unpacked import load_unpacked
 from fulmen.modeling.merged_weights import Arrangement
 from fulmen.modeling.model_shards import ModelShards
-from fulmen.modeling.shards import SHARD_DTYPES, folder_of_shards, save_tensors
+from fulmen.modeling.shards import SHARD_DTYPES, Shards, folder_of_shards, save_tensors
 from fulmen.modeling.vision import vision_family_for
 from fulmen.modeling.weights import HEAD, load_all_weights, local_file, require_held
 from fulmen.modeling.whole.family import WholeFamily
@@ -74,6 +76,20 @@ class TextShards(ModelShards):
         kinds = (SHARD_DTYPES.get(self.held[stored].kind) for stored in self._renamed.values())
         return next((kind for kind in kinds if kind is not None), torch.float32)
 
+    def tensors_around(self, wanted: Container[str]) -> dict[str, Tensor]:
+        """The whole model's tensors of these names but for its language model's, as they are stored."""
+        inside = set(self._renamed.values())
+        names = {
+            stored: name
+            for stored, name in self.whole_names.items()
+            if stored not in inside and name in wanted
+        }
+        return {names[stored]: x for stored, x in Shards.tensors(self, names).items()}
+
+    def require_finite_around(self) -> None:
+        """Raise CheckpointError as `require_finite`, of all that is not the language model's."""
+        self.require_finite(sorted(self.whole_names.keys() - set(self._renamed.values())))
+
     def require_all_held(self) -> None:
         """Raise CheckpointError as `require_held`, of the whole model's weights."""
         wanted = {name: tuple(x.shape) for name, x in self._empty_whole.state_dict().items()}
@@ -103,15 +119,22 @@ class TextShards(ModelShards):
         return model
 
 
+def shards_around(place: str) -> TextShards | None:
+    """The files of a model that reads images, dense or converted; None: it is a language model alone.
+
+    Raises CheckpointError, and as `TextShards`.
+    """
+    whole = read_own_config(place)
+    family = vision_family_for(whole)
+    return None if family is None else TextShards(folder_of_shards(place), whole, family)
+
+
 def open_shards(place: str, config: PreTrainedConfig) -> ModelShards:
     """The files of a language model, alone or inside of one that reads images.
 
     config: of the language model. Raises CheckpointError, and as `ModelShards`.
     """
-    whole = read_own_config(place)
-    family = vision_family_for(whole)
-    folder = folder_of_shards(place)
-    return ModelShards(folder, config) if family is None else TextShards(folder, whole, family)
+    return shards_around(place) or ModelShards(folder_of_shards(place), config)
 
 
 def load_text_part(
@@ -148,6 +171,19 @@ def whole_of(shards: TextShards, text_model: PreTrainedModel) -> PreTrainedModel
         model: PreTrainedModel = shards.family.whole_class(config)
     model.config.architectures = [type(model).__name__]
     model.generation_config = text_model.generation_config
+    return model
+
+
+def filled_whole_of(shards: TextShards, text_model: PreTrainedModel) -> PreTrainedModel:
+    """`whole_of` with weights to be saved: the language model's own, and for the rest those of the files."""
+    model, prefix = whole_of(shards, text_model), shards.family.text_prefix
+    inside = {
+        name if name == HEAD else prefix + name.removeprefix("model."): x
+        for name, x in text_model.state_dict().items()
+    }
+    around = shards.tensors_around(model.state_dict())
+    model.load_state_dict({**inside, **around}, assign=True)
+    model.tie_weights()
     return model
 
 

@@ -12,7 +12,7 @@ All raise ConfigError, in a line that names the argument, for types, shapes, dty
 fit together, and BackendError where a pinned backend cannot run. The README beside this has the formulas.
 """
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -293,6 +293,7 @@ def selection_loss(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    out_gate: Tensor | None = None,
 ) -> Tensor:
     """Relative squared change of the attention's output if keys fade out softly at the cut of the selection.
 
@@ -301,6 +302,7 @@ def selection_loss(
     Args:
         q, k, w, b, attn_q, attn_k, softcap, sinks: as `indexer_loss`. attn_v: [B, S, G, V].
         out_weight: the output projection [C, H V].
+        out_gate: what the heads' outputs are multiplied with before it, [B, T, H V]; None: nothing.
         topk: size of the selection; a query that sees no more keys has loss 0.
         temperature: width of the cut, in units of the index score; above 0.
 
@@ -313,9 +315,11 @@ def selection_loss(
         (q, with_key_head_axis(k), w, b),
         {"attn_q BTHD": attn_q, "attn_k BSGD": attn_k, "attn_v BSGV": attn_v, "sinks H": sinks},
     )
-    sizes = check_plain_losses(index, {**attn, "out_weight CN": out_weight}, {"start": start, "stop": stop})
+    output = {"out_weight CN": out_weight, "out_gate BTN": out_gate}
+    sizes = check_plain_losses(index, {**attn, **output}, {"start": start, "stop": stop})
     if sizes["N"] != (n := sizes["H"] * sizes["V"]):
         raise ConfigError(f"out_weight has {sizes['N']} columns, the heads {n} values; make them equal")
     intervals, scale = causal_or_given(q, sizes, start, stop), scale_or_default(scale, attn_q)
     attention, softcap = (attn_q, attn_k, attn_v, out_weight), softcap_or_none(softcap)
-    return selection.selection_loss(*index, *attention, *intervals, topk, scale, temperature, softcap, sinks)
+    cut: Any = (topk, scale, temperature, softcap, sinks, out_gate)
+    return selection.selection_loss(*index, *attention, *intervals, *cut)

@@ -19,14 +19,21 @@ from transformers import PreTrainedConfig
 from fulmen.config import DsaConfig
 from fulmen.modeling.families import family_for
 from fulmen.modeling.index_shape import default_dsa
-from fulmen.modeling.inherit_cost import InheritCost, WeightSizes, inherit_cost, weight_sizes
+from fulmen.modeling.inherit_cost import InheritCost, InheritTexts, WeightSizes, inherit_cost, weight_sizes
 from fulmen.modeling.lengths import context_of, untrained_topk
 from fulmen.pipeline.devices import training_device
+from fulmen.pipeline.inherit_stage import BUDGET_SEQUENCES
 from fulmen.pipeline.memory import available_bytes
 from fulmen.pipeline.model_source import DenseSource
 from fulmen.pipeline.reporter import Reporter
 from fulmen.pipeline.settings import AUTO_DEVICE, ConvertSettings
-from fulmen.pipeline.texts import calibration_shape, calibration_sizes, lengths_to_try
+from fulmen.pipeline.texts import (
+    ANSWERED_SEQUENCES,
+    ANSWERED_TOKENS,
+    calibration_shape,
+    calibration_sizes,
+    lengths_to_try,
+)
 from fulmen.training.processes import broadcast_from_main
 
 INHERIT_ALONE = ("inherit",)
@@ -141,9 +148,11 @@ class Planner:
 
     def cost(self, plan: FittedPlan) -> InheritCost:
         """Of inherit with the longest texts of a plan."""
-        shape = calibration_shape(plan.lengths[0], plan.context, plan.calibration_tokens)
+        sequences, length = calibration_shape(plan.lengths[0], plan.context, plan.calibration_tokens)
+        tried = (ANSWERED_SEQUENCES, min(plan.lengths[0], ANSWERED_TOKENS))
+        texts = InheritTexts(sequences, length, min(sequences, BUDGET_SEQUENCES), *tried)
         itemsize = _dtype(self._config).itemsize
-        return inherit_cost(self._config, plan.dsa, self.sizes, *shape, itemsize)
+        return inherit_cost(self._config, plan.dsa, self.sizes, texts, itemsize)
 
     def _has_room(self, plan: FittedPlan, settings: ConvertSettings) -> bool:
         cost = self.cost(plan)
@@ -198,7 +207,8 @@ def describe_plan(source: DenseSource) -> ConversionPlan:
         whole_bytes=cost.whole_bytes,
         layers_bytes=cost.layers_bytes,
         free_bytes=planner.free_bytes,
-        inherit_seconds=cost.flops / _flops_per_second(dtype, device),
+        inherit_seconds=cost.flops / _flops_per_second(dtype, device)
+        + cost.float32_flops / _flops_per_second(torch.float32, device),
     )
 
 

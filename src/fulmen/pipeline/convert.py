@@ -17,9 +17,10 @@ from fulmen.data import Corpus
 from fulmen.errors import ConfigError
 from fulmen.evaluation.variants import indexer_state
 from fulmen.modeling.checkpoint import require_free_output, require_savable, save_converted
+from fulmen.modeling.config_checks import require_sound_templates
 from fulmen.modeling.families import accelerated, dsa_family_for, dsa_of, family_for
 from fulmen.modeling.index_shape import one_level_reason
-from fulmen.modeling.text_part import TextShards, processor_files, whole_of
+from fulmen.modeling.text_part import TextShards, filled_whole_of, processor_files, whole_of
 from fulmen.modeling.token_blocks import feed_forward_in_blocks
 from fulmen.pipeline.conversion import Conversion
 from fulmen.pipeline.conversion_plan import FittedPlan, Planner, left_out
@@ -44,6 +45,7 @@ from fulmen.pipeline.train import (
     STAGES_DIR,
     SparseTexts,
     record_of,
+    require_savable_whole,
     sparse_stage,
     sparse_texts,
     stage_logs,
@@ -87,6 +89,7 @@ def run_conversion(settings: ConvertSettings, reporter: Reporter) -> Conversion:
         plan = planner.plan(settings)
         unusual = source.look_at_files()
         tokenizer = source.tokenizer()
+        require_sound_templates(tokenizer, source.name)
         for line in [*unusual, *_missing_template(tokenizer), *_one_level(plan, settings, source)]:
             reporter.note(line)
         corpus = read_corpus(settings.data, settings.texts)
@@ -96,7 +99,8 @@ def run_conversion(settings: ConvertSettings, reporter: Reporter) -> Conversion:
     if settings.by_layers:
         return _convert_by_layers(source, tokenizer, texts, work, identity, skipped)
     model = _load(source, settings, plan, device, reporter)
-    main_process_first(lambda: _require_savable(model, around, tokenizer, out))
+    to_change = "sparse" in settings.asked_stages
+    main_process_first(lambda: _require_savable(model, around, tokenizer, out, to_change=to_change))
     main_process_first(lambda: _open_run(work, identity))
     with accelerated(model):
         records = _run_stages(model, texts, sparse, work)
@@ -110,18 +114,19 @@ def run_conversion(settings: ConvertSettings, reporter: Reporter) -> Conversion:
 
 
 def _require_weights_kept(settings: ConvertSettings, around: TextShards | None) -> None:
-    """Raise ConfigError for other weights of a model that reads images: its files stay as they are."""
-    if around is not None and (settings.dtype != "auto" or "sparse" in settings.asked_stages):
+    """Raise ConfigError for another dtype of a model that reads images: its vision tower stays as it is."""
+    if around is not None and settings.dtype != "auto":
         raise ConfigError(
-            f"{around.folder} reads images, and its weights stay as they are; leave out dtype and the stage "
-            "sparse",
-            arguments=["dtype", "stages"],
+            f"{around.folder} reads images, and its weights keep their types; leave out dtype",
+            arguments=["dtype"],
         )
 
 
-def _require_savable(model: PreTrainedModel, around: TextShards | None, tokenizer: Any, out: Path) -> None:
-    if around is None:
-        require_savable(model, tokenizer, out)
+def _require_savable(
+    model: PreTrainedModel, around: TextShards | None, tokenizer: Any, out: Path, *, to_change: bool
+) -> None:
+    if around is None or to_change:
+        require_savable_whole(model, around, tokenizer, out)
     else:
         # A file of the run, one for the last stage and one of the output.
         nbytes = 3 * sum(x.nbytes for x in indexer_state(model).values())
@@ -309,10 +314,14 @@ def _save(
     extras[RECORD_FILE] = run.record("conversion")
     card = conversion_card(record, model.config.model_type)
     if around is not None:
-        last = "warmup" if "warmup" in work.settings.asked_stages else "inherit"
-        write_weights = write_weights or partial(around.put_into, more=run.stage(last))
-        model, card = whole_of(around, model), card_with_images(card)
+        card = card_with_images(card)
         extras |= processor_files(around)
+        if "sparse" in work.settings.asked_stages:
+            model = filled_whole_of(around, model)
+        else:
+            last = "warmup" if "warmup" in work.settings.asked_stages else "inherit"
+            write_weights = write_weights or partial(around.put_into, more=run.stage(last))
+            model = whole_of(around, model)
     save_converted(
         model,
         tokenizer,

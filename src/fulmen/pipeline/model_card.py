@@ -51,6 +51,7 @@ def card_with_images(card: str) -> str:
         ("AutoModelForCausalLM", "AutoModelForImageTextToText"),
         ("tokenizer = AutoTokenizer", "processor = AutoProcessor"),
         ("AutoTokenizer", "AutoProcessor"),
+        ("All weights were trained", "All weights of its language model were trained, on texts,"),
     ):
         card = card.replace(text, images)
     calibrated = "Its indexers saw texts, and no image: what is measured below is measured on texts too.\n\n"

@@ -51,8 +51,8 @@ def require_language_model_alone(source: str | Path, what: str) -> None:
     found = find_source(source)
     if (name := whole_class_name(found)) is not None:
         raise UnsupportedModelError(
-            f"{found} is a {name}, which reads images: {what} takes language models alone; convert, inspect "
-            "and eval take it, and AutoModelForImageTextToText runs it"
+            f"{found} is a {name}, which reads images: {what} takes language models alone; convert, inspect, "
+            "train and eval take it, and AutoModelForImageTextToText runs it"
         )
 
 

@@ -25,12 +25,12 @@ from fulmen.modeling.merged_weights import can_merge
 from fulmen.modeling.model_shards import ModelShards, require_float_weights, require_same_shapes
 from fulmen.modeling.quantization.formats import quantization_of, require_readable_quantization
 from fulmen.modeling.shards import SHARD_DTYPES
-from fulmen.modeling.text_part import TextShards, open_shards
+from fulmen.modeling.text_part import TextShards, open_shards, shards_around
 from fulmen.modeling.weights import EMBEDDING, HEAD
 from fulmen.pipeline.arguments import refused
 from fulmen.pipeline.devices import move
 from fulmen.pipeline.fingerprint import weights_fingerprint
-from fulmen.pipeline.model_config import quantized_types, read_config, whole_class_name
+from fulmen.pipeline.model_config import quantized_types, read_config
 from fulmen.pipeline.settings import ModelInMemory
 
 
@@ -136,6 +136,8 @@ class PlaceSource:
     ) -> PreTrainedModel:
         """As `DenseSource.load`; None: on the CPU. Raises as `load_dense` and `move`."""
         model = load_dense(self.name, dtype)[0]
+        if (around := self.around()) is not None:
+            around.require_finite_around()
         return model if device is None else move(model, device)
 
     @property
@@ -160,10 +162,7 @@ class PlaceSource:
 
     def around(self) -> TextShards | None:
         """As `DenseSource.around`."""
-        if whole_class_name(self.found) is None:
-            return None
-        shards = open_shards(self.found.place, self.config)
-        return shards if isinstance(shards, TextShards) else None
+        return None if self.found.gguf_file else shards_around(self.found.place)
 
     @property
     def loaded_bytes(self) -> int:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from fulmen.data import Corpus, DataSets, SequenceStream, TokenSequence, described
 from fulmen.errors import CheckpointError, ConfigError
-from fulmen.evaluation.variants import use_topk
+from fulmen.evaluation.variants import indexer_state, use_topk
 from fulmen.modeling.checkpoint import (
     find_source,
     load_dense,
@@ -22,13 +22,20 @@ from fulmen.modeling.checkpoint import (
 )
 from fulmen.modeling.families import accelerated, dsa_family_for, dsa_of, set_topk
 from fulmen.modeling.lengths import short_text_topk
+from fulmen.modeling.text_part import (
+    TextShards,
+    filled_whole_of,
+    processor_files,
+    shards_around,
+    whole_of,
+)
 from fulmen.pipeline.coarse_stage import refit_coarse, refit_sequences
 from fulmen.pipeline.conversion import Conversion
 from fulmen.pipeline.devices import CPU, move, training_device
 from fulmen.pipeline.fingerprint import weights_fingerprint
 from fulmen.pipeline.load import load_converted_model, load_converted_tokenizer
-from fulmen.pipeline.model_card import conversion_card
-from fulmen.pipeline.model_config import read_config, require_language_model_alone
+from fulmen.pipeline.model_card import card_with_images, conversion_card
+from fulmen.pipeline.model_config import read_config
 from fulmen.pipeline.reporter import Reporter, TrainingView
 from fulmen.pipeline.run_dir import RunDir
 from fulmen.pipeline.texts import (
@@ -178,7 +185,8 @@ def run_training(settings: TrainSettings, reporter: Reporter) -> Conversion:
     reporter.note(f"Loading {settings.model_dir}")
     with reporter.stage("Load"):
         model = load_converted_model(settings.model_dir, device)
-        main_process_first(lambda: require_savable(model, tokenizer, out))
+        around = shards_around(str(settings.model_dir))
+        main_process_first(lambda: require_savable_whole(model, around, tokenizer, out))
         teacher = _teacher(settings, model)
     if settings.topk is not None:
         set_topk(model, settings.topk)
@@ -199,7 +207,7 @@ def run_training(settings: TrainSettings, reporter: Reporter) -> Conversion:
     record = _record(settings, model, texts.length, found)
     if state.is_main_process:
         with reporter.stage("Save"):
-            _save(model, tokenizer, out, settings, record, run)
+            _save(model, around, tokenizer, settings, record, run)
             run.remove()
     state.wait_for_everyone()
     return Conversion(out, record)
@@ -227,7 +235,6 @@ def _first_sequences(train: list[TokenSequence] | SequenceStream, count: int) ->
 def plan_training(settings: TrainSettings) -> list[int]:
     """Lengths to be tried in turn. Raises what config and record have against these settings."""
     _, config = read_config(settings.model_dir)
-    require_language_model_alone(settings.model_dir, "train")
     dsa = dsa_of(config)
     dsa_family_for(config).require_trainable(config)
     record_of(settings.model_dir)
@@ -282,10 +289,22 @@ def _record(
     return record
 
 
+def require_savable_whole(
+    model: PreTrainedModel, around: TextShards | None, tokenizer: Any, out: Path
+) -> None:
+    """`require_savable` of a model, or of the one that reads images around it."""
+    if around is None:
+        require_savable(model, tokenizer, out)
+        return
+    rest = sum(file.stat().st_size for file in around.files)
+    nbytes = rest + sum(x.nbytes for x in indexer_state(model).values())
+    require_savable(whole_of(around, model), tokenizer, out, lambda folder: nbytes)
+
+
 def _save(
     model: PreTrainedModel,
+    around: TextShards | None,
     tokenizer: Any,
-    out: Path,
     settings: TrainSettings,
     record: dict[str, Any],
     run: RunDir,
@@ -295,7 +314,10 @@ def _save(
     for file in filter(Path.is_file, (settings.model_dir / STAGES_DIR).glob("*")):
         extras.setdefault(f"{STAGES_DIR}/{file.name}", file)
     card = conversion_card(record, model.config.model_type)
-    save_converted(model, tokenizer, out, card, overwrite=settings.overwrite, extras=extras)
+    if around is not None:
+        model, card = filled_whole_of(around, model), card_with_images(card)
+        extras |= processor_files(around)
+    save_converted(model, tokenizer, settings.out, card, overwrite=settings.overwrite, extras=extras)
 
 
 def stage_logs(run: RunDir) -> dict[str, Path]:

@@ -16,7 +16,8 @@ TEMPERATURE = 0.5
 
 def at_rows(inputs: SelectionInputs, rows: Tensor) -> SelectionInputs:
     """The same layer with some of its queries; all keys stay."""
-    by_query = ("index_q_BTJE", "index_w_BTJ", "index_b_BTJ", "q_BTHD", "start_BT", "stop_BT")
+    own = ("q_BTHD", "out_gate_BTN", "start_BT", "stop_BT")
+    by_query = ("index_q_BTJE", "index_w_BTJ", "index_b_BTJ", *own)
     taken = {name: value[:, rows] for name in by_query if (value := getattr(inputs, name)) is not None}
     # Where no gradient is wanted the keys come packed; a loss takes numbers.
     taken["index_k_BSIE"] = index_key_numbers(inputs.index_k_BSIE, inputs.index_q_BTJE.dtype)

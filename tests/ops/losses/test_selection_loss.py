@@ -40,16 +40,26 @@ def loss_of(index, attention, start, stop, topk=7, **changes):
     return selection_loss(*index, *attention, start, stop, topk, SCALE, TEMPERATURE, **changes)
 
 
+def random_gate(attention, seed=1):
+    """Of the outputs of all heads, between 0 and 1."""
+    q, *_, out_weight = attention
+    shape = (*q.shape[:2], out_weight.shape[1])
+    gate = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return gate.to(q.dtype)
+
+
+@pytest.mark.parametrize("has_gate", [False, True], ids=["plain", "gated output"])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-4)])
-def test_blocked_equals_reference_with_gradients(groups, dtype, tolerance, monkeypatch):
+def test_blocked_equals_reference_with_gradients(groups, dtype, tolerance, has_gate, monkeypatch):
     monkeypatch.setattr("fulmen.ops.losses.selection.torch_blocked.SELECTION_BLOCK_LOGITS", 500)
     monkeypatch.setattr("fulmen.ops.losses.selection.torch_blocked.LEAST_LOSS_ROWS", 3)
     case = inputs(groups=groups, dtype=dtype)
+    gate = random_gate(case[1]) if has_gate else None
     results = []
     for backend in ("reference", "torch"):
         with pin_backend(backend):
-            loss = loss_of(*case)
+            loss = loss_of(*case, out_gate_BTN=gate)
         results.append([loss.detach(), *torch.autograd.grad(loss.sum(), case[0])])
     for exact, fast in zip(*results, strict=True):
         torch.testing.assert_close(fast, exact, atol=tolerance, rtol=tolerance)
@@ -73,9 +83,35 @@ def test_capped_logits_and_sinks_are_those_of_attention():
     torch.testing.assert_close(loss[0, sees_keys_T], expected[0, sees_keys_T], atol=1e-9, rtol=1e-9)
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_what_a_gate_on_the_output_closes_costs_nothing(backend):
+    """One token's gate is its own output projection; a head that it closes has no say, nor gradient."""
+    index, attention, start, stop = inputs(batch=1)
+    gate = random_gate(attention)
+    with pin_backend(backend):
+        gated = loss_of(index, attention, start, stop, out_gate_BTN=gate)
+        for t in (4, 9):
+            of_token = [*attention[:3], attention[3] * gate[0, t]]
+            assert torch.allclose(gated[0, t], loss_of(index, of_token, start, stop)[0, t], rtol=1e-9)
+        one_head = torch.zeros_like(gate)
+        one_head[..., :6] = 1
+        found = loss_of(index, attention, start, stop, out_gate_BTN=one_head)
+        first = [attention[0][:, :, :1], *(x[:, :, :1] for x in attention[1:3]), attention[3][:, :6]]
+        expected = loss_of(index, first, start, stop)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    gradients = [torch.autograd.grad(x.sum(), index) for x in (found, expected)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(gated, loss_of(index, attention, start, stop), rtol=0.1)
+
+
+@pytest.mark.parametrize("has_gate", [False, True], ids=["plain", "gated output"])
+def test_gradcheck(has_gate):
     index, attention, start, stop = inputs(batch=1, queries=3, keys=9, heads=2, groups=1)
-    assert torch.autograd.gradcheck(lambda *x: loss_of(x, attention, start, stop, 4), index, atol=1e-6)
+    gate = random_gate(attention) if has_gate else None
+    assert torch.autograd.gradcheck(
+        lambda *x: loss_of(x, attention, start, stop, 4, out_gate_BTN=gate), index, atol=1e-6
+    )
 
 
 def test_nothing_changes_where_all_keys_are_kept_or_none_is_seen():
@@ -113,8 +149,9 @@ def test_keeping_what_attention_reads_costs_less_than_keeping_the_rest():
 def test_memory_stays_in_blocks_and_attention_gets_no_gradient():
     index, attention, start, stop = inputs()
     attention = [x.requires_grad_(True) for x in attention]
-    loss_of(index, attention, start, stop).sum().backward()
-    assert all(x.grad is None for x in attention)
+    gate = random_gate(attention).requires_grad_(True)
+    loss_of(index, attention, start, stop, out_gate_BTN=gate).sum().backward()
+    assert all(x.grad is None for x in (*attention, gate))
     assert all(x.grad is not None for x in index)
 
 

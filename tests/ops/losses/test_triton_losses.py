@@ -184,10 +184,13 @@ def selection_inputs(dtype=torch.float64):
     return index, [x.to(DEVICE) for x in attention], [x.to(DEVICE) for x in ends]
 
 
-@pytest.mark.parametrize("has_changes", [False, True], ids=["plain", "capped logits and sinks"])
+@pytest.mark.parametrize("has_changes", [False, True], ids=["plain", "capped logits, sinks, gated output"])
 def test_selection_loss_matches_the_reference_in_double_precision(has_changes):
     index, attention, ends = selection_inputs()
-    changes = (1.5, normal(6, seed=9).to(DEVICE) + 1) if has_changes else (None, None)
+    changes: tuple = (None, None, None)
+    if has_changes:
+        gate = normal(1, 5, 30, seed=10).sigmoid().to(DEVICE)
+        changes = (1.5, normal(6, seed=9).to(DEVICE) + 1, gate)
     expected = selection_loss_reference(*index, *attention, *ends, 7, 0.3, 0.4, *changes).loss_BT
     leaves = [x.detach().float().requires_grad_() for x in index]
     floats = [x.float() for x in attention]
@@ -254,7 +257,8 @@ def test_nothing_is_read_back_and_no_more_is_held_than_a_chunk(name, monkeypatch
         else:
             values = (torch.empty_like(attn_k), torch.empty(9, 48, device="meta"))
             ends = torch.zeros(2, 1, T, dtype=torch.int64, device="meta")
-            loss_BT = selection_loss_triton(*some, *values, *ends, K, changes[0], 0.5, *changes[1:])
+            gate = torch.empty(1, T, 48, device="meta")
+            loss_BT = selection_loss_triton(*some, *values, *ends, K, changes[0], 0.5, *changes[1:], gate)
         torch.autograd.grad(loss_BT.sum(), index)
     assert watch.largest <= 2**20 < T * S // 8
 

@@ -276,6 +276,7 @@ class DsaAttentionMixin:
                 *(*index_inputs, q_BTHD, k_BSGD, v_BSGV, *intervals, scale, self.layer_idx),
                 softcap=softcap,
                 sinks_H=sinks_H,
+                out_gate_BTN=gate_BTN,
             )
             count = self.n_candidates
             if coarse is not None and coarse_k_BSX is not None and asks_coarse(k_BSGD.shape[1], count):
@@ -299,7 +300,7 @@ class DsaAttentionMixin:
         """out_weight_CN: from all heads' outputs, as `sparse_attention` gives them, to the residual stream.
 
         Where a norm stands between, with its gain, and up to the factor that it gives each token. A gate,
-        which is another one at each token, is left out.
+        which is another one at each token, is not in it.
         """
         weight_CN = self.o_proj.weight
         for norm in self._output_norms:

@@ -56,7 +56,7 @@ class WholeFamily:
         Raises UnsupportedModelError for a language model of another family, or quantized weights.
         """
         inner: Any = config.get_text_config()
-        if quantization_of(config) is not None:
+        if (quantization_of(config) or quantization_of(inner)) is not None:
             raise UnsupportedModelError(
                 f"model_type {config.model_type!r} with quantized weights is not supported, as it reads "
                 "images; take the unquantized model"

@@ -20,7 +20,7 @@ from fulmen.ops.common.checks import (
 from fulmen.ops.common.precision import cast_as_autocast
 
 INTEGER_AXES = {"start": "BT", "stop": "BT", "indices": "BTK"}
-OPTIONAL = ("b", "start", "stop", "sinks")
+OPTIONAL = ("b", "start", "stop", "sinks", "out_gate")
 
 
 def check_plain_scores(scores: Tensor, **intervals: Tensor | None) -> dict[str, int]:

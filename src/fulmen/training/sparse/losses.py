@@ -110,7 +110,7 @@ class SparseLossSelector(Selector):
         # Anew at each step: the backbone is trained too.
         out_weight = self.attentions[some.layer_idx].output_weight().detach()
         ends = (some.start_BT, some.stop_BT)
-        cut: Any = (topk, some.scale, temperature, *some.softmax[1:])
+        cut: Any = (topk, some.scale, temperature, *some.softmax[1:], some.out_gate_BTN)
         return selection_loss(*index, *own, out_weight, *ends, *cut)
 
     @torch.no_grad()

@@ -76,6 +76,7 @@ class IndexerLossSelector(Selector):
         temperature = TEMPERATURE * float(some.index_w_BTJ.detach().abs().mean())
         out_weight = self.out_weights[inputs.layer_idx]
         cut: Any = (topk, some.scale, temperature)
+        changes["out_gate_BTN"] = some.out_gate_BTN
         changed = selection_loss(*leaves, *own, out_weight, *ends, *cut, **changes)
         captured, oracle = self._recall(inputs, rows, topk)
         self.layers[inputs.layer_idx] = LayerLoss(

@@ -37,14 +37,16 @@ def selection_loss(
     temperature: float,
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
+    out_gate_BTN: Tensor | None = None,
 ) -> Tensor:
     """Relative squared change of the attention's output if keys fade out softly at the cut of the selection.
 
     With g[t,s] = sigmoid((I[t,s] - cut[t]) / temperature), cut[t] being the mean of the scores ranked k/2 to
     3k/2, each head's softmax runs over l[t,s] + log g[t,s]. The loss is ||W (o' - o)||² / ||W o||² with o the
-    dense output of all heads and o' the gated one. Unlike a KL to the mean attention it weighs keys by what
-    their values do, head by head, and asks nothing of the order within the set. A query with at most `topk`
-    keys has loss 0. (fulmen's own; no paper.)
+    dense output of all heads and o' the one with the keys' gates. Where the attention has a gate u of its own
+    on the output (Qwen3-Next), u * o stands for o: what u closes costs nothing. Unlike a KL to the mean
+    attention the loss weighs keys by what their values do, head by head, and asks nothing of the order within
+    the set. A query with at most `topk` keys has loss 0. (fulmen's own; no paper.)
 
     Args:
         q_BTJE, k_BSIE, w_BTJ, b_BTJ: the indexer's inputs, as for `index_scores`; they carry the gradient.
@@ -55,6 +57,7 @@ def selection_loss(
         scale: factor on q.k of the attention.
         temperature: width of the cut, in units of the index score.
         softcap, sinks_H: of the attention, as for `dense_attention`; l is capped, and a sink has no gate.
+        out_gate_BTN: u, the attention's gate on the outputs of all heads; no gradient. None: there is none.
 
     Returns:
         loss_BT, float32 (float64 for float64 inputs); differentiable in the indexer's inputs.
@@ -69,6 +72,8 @@ def selection_loss(
     check_loss_inputs(index_inputs, attention_inputs, start_BT=start_BT, stop_BT=stop_BT)
     # Of dtypes of their own: under autocast, values and weights may differ from what RoPE has touched.
     outputs = {"attn_v_BSGV": attn_v_BSGV, "out_weight_CN": out_weight_CN}
+    if out_gate_BTN is not None:
+        outputs["out_gate_BTN"] = out_gate_BTN
     check_axes(**attention_inputs, **outputs)
     check_floating(**outputs)
     check_same_device(**attention_inputs, **outputs)
@@ -81,8 +86,8 @@ def selection_loss(
     index = [None if x is None else x.to(dtype) for x in (q_BTJE, k_BSIE, w_BTJ, b_BTJ)]
     attention = [x.detach().to(dtype) for x in (attn_q_BTHD, attn_k_BSGD, attn_v_BSGV, out_weight_CN)]
     ends = (start_BT.clamp(min=0), stop_BT.clamp(max=k_BSIE.shape[1]))
-    sinks_H = None if sinks_H is None else sinks_H.detach().to(dtype)
-    arguments: Any = (*index, *attention, *ends, topk, scale, temperature, softcap, sinks_H)
+    sinks_H, out_gate_BTN = (None if x is None else x.detach().to(dtype) for x in (sinks_H, out_gate_BTN))
+    arguments: Any = (*index, *attention, *ends, topk, scale, temperature, softcap, sinks_H, out_gate_BTN)
     backend = implementation("selection_loss", q_BTJE.device, q_BTJE.dtype)
     with outside_autocast(q_BTJE.device):
         return backend.run(*arguments)

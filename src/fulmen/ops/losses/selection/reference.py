@@ -39,6 +39,7 @@ def selection_loss_reference(
     temperature: float,
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
+    out_gate_BTN: Tensor | None = None,
 ) -> SelectionLossSteps:
     """See `fulmen.ops.losses.selection.selection_loss`."""
     visible_BTS = interval_mask(start_BT, stop_BT, k_BSIE.shape[1])
@@ -57,10 +58,18 @@ def selection_loss_reference(
     dense_BTHV, gated_BTHV = (
         torch.einsum("bhts,bshv->bthv", p_BHTS, v_BSHV) for p_BHTS in (dense_BHTS, gated_BHTS)
     )
-    dense_BTC, gated_BTC = (x.flatten(2) @ out_weight_CN.T for x in (dense_BTHV, gated_BTHV))
+    dense_BTC, gated_BTC = (
+        to_stream(x_BTHV, out_weight_CN, out_gate_BTN) for x_BTHV in (dense_BTHV, gated_BTHV)
+    )
     norm_BT = dense_BTC.square().sum(-1)
     loss_BT = (gated_BTC - dense_BTC).square().sum(-1) / norm_BT.clamp_min(torch.finfo(norm_BT.dtype).tiny)
     return SelectionLossSteps(scores_BTS, cut_BT, log_gate_BTS, dense_BTHV, gated_BTHV, loss_BT)
+
+
+def to_stream(x_BTHV: Tensor, out_weight_CN: Tensor, out_gate_BTN: Tensor | None) -> Tensor:
+    """What all heads' outputs become, `[B, T, C]`."""
+    x_BTN = x_BTHV.flatten(2)
+    return (x_BTN if out_gate_BTN is None else x_BTN * out_gate_BTN) @ out_weight_CN.T
 
 
 def _score_at_the_cut(scores_BTS: Tensor, visible_BTS: Tensor, topk: int) -> Tensor:

@@ -1,7 +1,5 @@
 """The selection loss in blocks of queries, each recomputed in the backward pass; plain torch, any device."""
 
-from typing import Any
-
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -25,10 +23,16 @@ def selection_loss_blocked(
     out_weight_CN: Tensor,
     start_BT: Tensor,
     stop_BT: Tensor,
-    *constants: Any,
+    topk: int,
+    scale: float,
+    temperature: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+    out_gate_BTN: Tensor | None,
 ) -> Tensor:
     """See `fulmen.ops.losses.selection.selection_loss`."""
     batch, queries, heads, _ = attn_q_BTHD.shape
+    constants = (topk, scale, temperature, softcap, sinks_H)
     n_rows = max(SELECTION_BLOCK_LOGITS // (heads * max(k_BSIE.shape[1], 1)), LEAST_LOSS_ROWS)
     # Zeros with a gradient: no text at all can be trained on too.
     loss_BT = w_BTJ[..., :0].sum(-1)
@@ -39,7 +43,8 @@ def selection_loss_blocked(
             rows = slice(low, low + n_rows)
             own = (q_BTJE[one, rows], w_BTJ[one, rows], None if b_BTJ is None else b_BTJ[one, rows])
             ends = (start_BT[one, rows], stop_BT[one, rows])
-            block = (own, keys, attn_q_BTHD[one, rows], out_weight_CN, ends, constants)
+            gate = None if out_gate_BTN is None else out_gate_BTN[one, rows]
+            block = (own, keys, attn_q_BTHD[one, rows], out_weight_CN, ends, (*constants, gate))
             loss_BT[one, rows] = checkpoint(
                 _loss_of_rows, *block, use_reentrant=False, preserve_rng_state=False
             )

@@ -17,6 +17,7 @@ from fulmen.ops.common.intervals import interval_mask, selection_mask
 from fulmen.ops.losses.indexer.triton_backward import fill_gradients, gradients_to_fill
 from fulmen.ops.losses.indexer.triton_scores import scores_of_chunk
 from fulmen.ops.losses.indexer.triton_tiles import Chunk, LossKeys, chunks_of, interval_keys
+from fulmen.ops.losses.selection.reference import to_stream
 from fulmen.ops.losses.selection.triton_gates import Gates, attend_with_gates, gate_gradients
 from fulmen.ops.topk.triton import select_topk_triton
 
@@ -37,6 +38,7 @@ def selection_loss_triton(
     temperature: float,
     softcap: float | None,
     sinks_H: Tensor | None,
+    out_gate_BTN: Tensor | None,
 ) -> Tensor:
     """See `fulmen.ops.losses.selection.selection_loss`. Of equal scores the most recent ranks first."""
     keys = interval_keys(start_BT, stop_BT, k_BSIE.shape[1])
@@ -45,7 +47,9 @@ def selection_loss_triton(
     gated_BTHV, gated_lse, dense_BTHV, dense_lse = found
     gated_BTHV, _ = with_sinks(gated_BTHV, gated_lse, sinks_H)
     dense_BTHV, _ = with_sinks(dense_BTHV, dense_lse, sinks_H)
-    change_BTC, dense_BTC = (x.flatten(2) @ out_weight_CN.T for x in (gated_BTHV - dense_BTHV, dense_BTHV))
+    change_BTC, dense_BTC = (
+        to_stream(x_BTHV, out_weight_CN, out_gate_BTN) for x_BTHV in (gated_BTHV - dense_BTHV, dense_BTHV)
+    )
     norm_BT = dense_BTC.square().sum(-1)
     return change_BTC.square().sum(-1) / norm_BT.clamp_min(torch.finfo(norm_BT.dtype).tiny)
 
