@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 from fulmen.config import require_positive_int
+from fulmen.errors import OutputError
 from fulmen.files import write_file
 from fulmen.pipeline.arguments import Place, flag_argument, number_argument, path_argument, refused
 from fulmen.pipeline.reporter import Reporter, reporter_of
@@ -50,24 +51,28 @@ def write_proofs(
     held_out: bool = False,
     chat: bool = False,
     seed: int = 0,
+    overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> list[Row]:
     """Write labelled proofs as JSON lines, half of them sound, no two alike; return the rows.
 
     Args:
-        out: file to write; it is replaced.
+        out: file to write.
         kind: "equations", "logic", "words", or "all" in turn.
         min_steps, max_steps: of a proof.
         held_out: those that no training sees, whose problems are others.
         chat: with the request and the right reply as `messages`, for training.
         seed: 0 to 99; each has other proofs.
+        overwrite: replace a file at `out`.
         reporter: whom to tell how far it is; None: nobody.
 
     Raises:
         ConfigError: an argument that cannot be, or more proofs than there are.
-        OutputError: the file cannot be written.
+        OutputError: the file is there already, or cannot be written.
     """
     path = _file_argument("out", out)
+    if path.exists() and not flag_argument("overwrite", overwrite):
+        raise OutputError(f"{path} exists; name another file, or set overwrite", arguments=["overwrite"])
     source = _source(n, kind, min_steps, max_steps, seed)
     row = chat_row if flag_argument("chat", chat) else proof_row
     made = labelled_proofs(source, n, flag_argument("held_out", held_out), seed, reporter_of(reporter))
@@ -167,8 +172,7 @@ def verify_label(
     if uphold > analyses:
         raise refused("uphold", uphold, f"use 1 to analyses={analyses}")
     rows, told = read_rows(path_argument("data", data), "problem", "proof"), reporter_of(reporter)
-    path = _file_argument("out", out)
-    journal = ReplyJournal(_journal_of(path))
+    path, journal = _resumable(out)
     asking = _asking(
         _writer(model, name, told, device),
         journal,
@@ -217,9 +221,8 @@ def verify_refine(
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
         raise refused("rounds", rounds, "use 0 or more")
     rows, told = read_rows(path_argument("data", data), "problem"), reporter_of(reporter)
-    path = _file_argument("out", out)
     heat = _temperature(temperature)
-    journal = ReplyJournal(_journal_of(path))
+    path, journal = _resumable(out)
     prover = _writer(model, name, told, device)
     verifier = prover if judge is None else _writer(judge, judge_name, told, device)
     refined = refine_proofs(
@@ -298,5 +301,13 @@ def _file_argument(name: str, value: object) -> Path:
     return path
 
 
-def _journal_of(out: Path) -> Path:
-    return out.with_name(f"{out.stem}.replies.jsonl")
+def _resumable(out: object) -> tuple[Path, ReplyJournal]:
+    """A file to write, and the replies beside it.
+
+    Raises OutputError for a file without them: it is no earlier result, and may be the data itself.
+    """
+    path = _file_argument("out", out)
+    replies = path.with_name(f"{path.stem}.replies.jsonl")
+    if path.exists() and not replies.exists():
+        raise OutputError(f"{path} exists, and no run wrote it; name another file", arguments=["out"])
+    return path, ReplyJournal(replies)
