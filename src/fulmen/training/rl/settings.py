@@ -10,6 +10,8 @@ from fulmen.tasks.base import Task
 INDEXERS = ("frozen", "trained")
 RATE, LORA_RATE = 1e-5, 1e-4
 BETAS = (0.9, 0.95)
+# Of a run, listed before it begins.
+MOST_PROMPTS = 10_000_000
 # Mean |log(engine / trainer)| of a sampled token, in nats, that is still rounding.
 GAP_FLOAT32, GAP_BFLOAT16 = 1e-4, 2e-2
 
@@ -69,6 +71,11 @@ class RlSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "prompts", "group", "updates", "micro_batch", "max_new_tokens", "save_every"):
             require_positive_int(name, getattr(self, name))
+        if self.all_prompts > MOST_PROMPTS:
+            raise ConfigError(
+                f"steps={self.steps} of prompts={self.prompts} cannot be listed; use {MOST_PROMPTS:,} prompts "
+                "at most, and train what came of it again"
+            )
         if self.group < 2:
             raise ConfigError(f"group={self.group} cannot be compared with itself; use 2 or more")
         if self.replies % self.micro_batch:
