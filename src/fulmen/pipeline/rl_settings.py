@@ -81,8 +81,9 @@ class RlRunSettings:
             if (value := self.options.get(name)) is not None:
                 require_positive_int(name, value)
         for name in ("top_k", "held_out"):
-            if self.options.get(name):
-                require_positive_int(name, self.options[name])
+            value = self.options.get(name, 0)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise refused(name, value, "use an integer of 0 or more")
         for name in RATES:
             if (value := self.options.get(name)) is not None and not number_argument(name, value) > 0:
                 raise refused(name, value, "use a number above 0")

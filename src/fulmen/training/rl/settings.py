@@ -73,8 +73,8 @@ class RlSettings:
             require_positive_int(name, getattr(self, name))
         if self.all_prompts > MOST_PROMPTS:
             raise ConfigError(
-                f"steps={self.steps} of prompts={self.prompts} cannot be listed; use {MOST_PROMPTS:,} prompts "
-                "at most, and train what came of it again"
+                f"steps={self.steps} of prompts={self.prompts} cannot be listed; use {MOST_PROMPTS:,} "
+                "prompts at most, and train what came of it again"
             )
         if self.group < 2:
             raise ConfigError(f"group={self.group} cannot be compared with itself; use 2 or more")
