@@ -50,7 +50,7 @@ def test_numbers_and_gradients_are_those_of_rows_read_by_themselves(name, kind, 
     model, ids = model_of(name, kind), rows()
     begin, shared, gradients = states_and_gradients(model, ids, SHARED)
     assert begin == (0 if name in APART else SHARED)
-    monkeypatch.setattr(beginnings, "SHORTEST", 1000)
+    monkeypatch.setattr(beginnings, "LEAST_SAVED", 1000)
     whole_begin, whole, expected = states_and_gradients(model, ids, SHARED)
     assert whole_begin == 0
     assert torch.allclose(shared, whole, atol=1e-4)

@@ -6,14 +6,13 @@ from fulmen.config import require_positive_int
 from fulmen.errors import ConfigError
 from fulmen.modeling.rollouts import Sampling
 from fulmen.tasks.base import Task
+from fulmen.training.rl.gap import GAP_LIMITS
 
 INDEXERS = ("frozen", "trained")
 RATE, LORA_RATE = 1e-5, 1e-4
 BETAS = (0.9, 0.95)
 # Of a run, listed before it begins.
 MOST_PROMPTS = 10_000_000
-# Mean |log(engine / trainer)| of a sampled token, in nats, that is still rounding.
-GAP_FLOAT32, GAP_BFLOAT16 = 1e-4, 2e-2
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class RlSettings:
     @property
     def largest_gap(self) -> float:
         """Of engine and trainer, mean nats a token."""
-        return GAP_BFLOAT16 if self.bf16 else GAP_FLOAT32
+        return GAP_LIMITS["bfloat16" if self.bf16 else "float32"]
 
     def sampling(self, seed: int) -> Sampling:
         """How a step's replies are sampled."""
