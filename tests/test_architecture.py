@@ -23,6 +23,7 @@ FLOORS = [
     ("training", "evaluation", "serving", "agents"),
     ("pipeline",),
     ("cli",),
+    ("__main__",),
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 OPS_LIBRARIES = {"torch", "triton", "fulmen"}

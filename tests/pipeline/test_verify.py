@@ -321,6 +321,7 @@ def test_commands(tmp_path):
         (["score", "m", "--url", "http://127.0.0.1:1"], "one of the two"),
         (["score", "--url", "127.0.0.1:1"], "is no address"),
         (["score", "http://127.0.0.1:1", "--n", "0"], "n=0"),
+        (["score", "http://127.0.0.1:1", "--n", "1000001"], "--n=1000001 cannot be; use 1,000,000 at most"),
         (["score", "http://127.0.0.1:1", "--kind", "poems"], "--kind='poems' is not known"),
         (["score", "http://127.0.0.1:1", "--concurrency", "0"], "concurrency=0"),
         (["make", "--out", "x.jsonl", "--seed", "100"], "--seed=100 cannot be; use 0 to 99"),

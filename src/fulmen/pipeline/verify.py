@@ -121,7 +121,7 @@ def verify_score(
         source = _source(n, kind, min_steps, max_steps, seed)
         rows = [proof_row(*one) for one in labelled_proofs(source, n, True, seed, told)]
     else:
-        place = path_argument("data", data)
+        place = path_argument("data", data, "a file")
         rows = read_rows(place, "problem", "proof")
         require_labels(place, rows)
     folder = None if out is None else path_argument("out", out).expanduser()
@@ -171,7 +171,7 @@ def verify_label(
     heat = _temperature(temperature)
     if uphold > analyses:
         raise refused("uphold", uphold, f"use 1 to analyses={analyses}")
-    rows, told = read_rows(path_argument("data", data), "problem", "proof"), reporter_of(reporter)
+    rows, told = read_rows(path_argument("data", data, "a file"), "problem", "proof"), reporter_of(reporter)
     path, journal = _resumable(out)
     asking = _asking(
         _writer(model, name, told, device),
@@ -220,7 +220,7 @@ def verify_refine(
     )
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
         raise refused("rounds", rounds, "use 0 or more")
-    rows, told = read_rows(path_argument("data", data), "problem"), reporter_of(reporter)
+    rows, told = read_rows(path_argument("data", data, "a file"), "problem"), reporter_of(reporter)
     heat = _temperature(temperature)
     path, journal = _resumable(out)
     prover = _writer(model, name, told, device)
@@ -295,7 +295,7 @@ def _temperature(value: object) -> float:
 
 
 def _file_argument(name: str, value: object) -> Path:
-    path = path_argument(name, value).expanduser()
+    path = path_argument(name, value, "a file").expanduser()
     if path.is_dir():
         raise refused(name, value, "name a file")
     return path

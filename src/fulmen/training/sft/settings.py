@@ -40,7 +40,8 @@ class SftSettings:
         if self.lora is not None:
             require_positive_int("lora", self.lora)
         rate = self.learning_rate
-        if rate is not None and not (isinstance(rate, int | float) and 0 < rate < math.inf):
+        is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
+        if rate is not None and not (is_number and 0 < rate < math.inf):
             raise ConfigError(f"learning_rate={rate!r} cannot be; use a number above 0, as 1e-4")
         if not isinstance(self.bf16, bool):
             raise ConfigError(f"bf16={self.bf16!r} cannot be; use true or false")
