@@ -360,6 +360,12 @@ def test_rows_that_cannot_be(text, said, tmp_path):
         verify_score("http://127.0.0.1:1", data=tmp_path / "rows.jsonl")
 
 
+@pytest.mark.parametrize("model", ["", None, 5], ids=repr)
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(ConfigError, match=r"model=.* cannot be; name an address, a model directory"):
+        verify_score(model, n=1)
+
+
 def test_rows_keep_any_text(tmp_path):
     proof = "line\u2028separator\x85and\x1cmore"
     write_rows(tmp_path / "rows.jsonl", [{"problem": "P", "proof": proof}] * 2)

@@ -15,7 +15,14 @@ from pathlib import Path
 from fulmen.config import require_positive_int
 from fulmen.errors import OutputError
 from fulmen.files import write_file
-from fulmen.pipeline.arguments import Place, flag_argument, number_argument, path_argument, refused
+from fulmen.pipeline.arguments import (
+    Place,
+    flag_argument,
+    number_argument,
+    path_argument,
+    place_argument,
+    refused,
+)
 from fulmen.pipeline.reporter import Reporter, reporter_of
 from fulmen.pipeline.settings import AUTO_DEVICE
 from fulmen.pipeline.verify_asking import Asking, ReplyJournal
@@ -253,15 +260,19 @@ def _writer(model: str, name: str | None, reporter: Reporter, device: object) ->
         name: what the server calls the model; None: the first that it names.
 
     Raises:
+        ConfigError: neither.
         EndpointError: as `EndpointWriter`.
         CheckpointError, UnsupportedModelError: a model that cannot be read.
     """
-    if "://" in model:
-        return EndpointWriter(model, name, reporter)
-    from fulmen.pipeline.verify_local import LocalWriter
-
+    place = place_argument("model", model, "an address, a model directory or a model's name")
+    if "://" in place:
+        return EndpointWriter(place, name, reporter)
     with reporter.stage("Load"):
-        return LocalWriter(model, device)
+        from fulmen.pipeline.quiet import quiet
+        from fulmen.pipeline.verify_local import LocalWriter
+
+        with quiet(reporter):
+            return LocalWriter(place, device)
 
 
 def _asking(
