@@ -107,3 +107,8 @@ print(*set({UNASKED}) & set(sys.modules))
         # Waits for PEFT, which nobody has imported; the other has gone.
         "peft.utils.constants",
     ]
+
+
+def test_python_runs_the_program_by_the_packages_name():
+    told = subprocess.run([sys.executable, "-m", "fulmen", "--version"], capture_output=True, text=True)
+    assert (told.returncode, told.stdout.split()[-1]) == (0, fulmen.__version__)

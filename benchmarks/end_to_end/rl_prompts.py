@@ -1,6 +1,6 @@
-"""Forward and backward of one group of replies: its prompt read in each reply, and once; CPU seconds.
+"""Forward and backward of replies: prompts read in each, once a group, many groups a pass; CPU seconds.
 
-    python -m benchmarks.end_to_end.rl_prompts out/smol --prompt 55 --reply 12
+    python -m benchmarks.end_to_end.rl_prompts out/smol --prompt 45 --reply 9 --prompts 8 --at-once 8,64
 
 Rounds alternate. CPU time of the process, since machines are shared; a busy one inflates it, both alike.
 """
@@ -19,7 +19,6 @@ from fulmen.training.rl.scoring import Replies, score_replies
 from fulmen.training.sparse.lora import add_lora
 
 KEPT = 64
-NEVER = 10**9
 
 
 def main() -> None:
@@ -29,6 +28,8 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=55, help="tokens")
     parser.add_argument("--reply", type=int, default=12, help="tokens")
     parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=1)
+    parser.add_argument("--at-once", default="8", help="replies in a pass, several divided by commas")
     parser.add_argument("--rounds", type=int, default=2)
     asked = parser.parse_args()
     model, _ = open_model(asked.model, torch.device("cpu"))
@@ -37,33 +38,47 @@ def main() -> None:
     for name, parameter in model.named_parameters():
         if ".indexer." in name:
             parameter.requires_grad_(False)
-    replies = random_group(model.config.vocab_size, asked.prompt, asked.reply, asked.group)
+    sizes = [int(size) for size in asked.at_once.split(",")]
+    replies = random_replies(model.config.vocab_size, asked.prompt, asked.reply, asked.prompts, asked.group)
     for _ in range(asked.rounds):
-        for what, shortest in (("once", beginnings.SHORTEST), ("in each reply", NEVER)):
-            with mock.patch.object(beginnings, "SHORTEST", shortest), accelerated(model.train()):
-                forward, backward = timed(model, replies)
-            print(f"{what}: forward {forward:.2f} s, backward {backward:.2f} s")
+        for size, is_shared in [(sizes[0], False), *((size, True) for size in sizes)]:
+            with mock.patch.object(beginnings, "can_share", lambda _, is_shared=is_shared: is_shared):
+                forward, backward = timed(model, parts(replies, size))
+            what = "read once" if is_shared else "in each reply"
+            print(f"{size} a pass, prompts {what}: forward {forward:.2f} s, backward {backward:.2f} s")
 
 
-def random_group(vocab_size: int, prompt: int, reply: int, group: int) -> Replies:
-    """Random replies to one random prompt, each token among KEPT that sampling kept."""
+def random_replies(vocab_size: int, prompt: int, reply: int, prompts: int, group: int) -> Replies:
+    """Random replies to random prompts, each token among KEPT that sampling kept."""
     torch.manual_seed(0)
-    prompt_BP = torch.randint(vocab_size, (1, prompt)).expand(group, -1)
-    tokens_BT = torch.randint(vocab_size, (group, reply))
-    kept_BTK = torch.randint(vocab_size, (group, reply, KEPT))
+    prompt_BP = torch.randint(vocab_size, (prompts, prompt)).repeat_interleave(group, 0)
+    tokens_BT = torch.randint(vocab_size, (prompts * group, reply))
+    kept_BTK = torch.randint(vocab_size, (prompts * group, reply, KEPT))
     kept_BTK[..., 0] = tokens_BT
-    starts_B = torch.full((group,), prompt)
-    counts_BT = torch.ones(group, reply, dtype=torch.bool)
+    starts_B = torch.full((prompts * group,), prompt)
+    counts_BT = torch.ones(prompts * group, reply, dtype=torch.bool)
     return Replies(torch.cat([prompt_BP, tokens_BT], 1), starts_B, tokens_BT, counts_BT, kept_BTK)
 
 
-def timed(model: torch.nn.Module, replies: Replies) -> tuple[float, float]:
+def parts(replies: Replies, size: int) -> list[Replies]:
+    """So many of them at a time."""
+    return [
+        Replies(*(None if part is None else part[begin : begin + size] for part in replies))
+        for begin in range(0, len(replies.starts_B), size)
+    ]
+
+
+def timed(model: torch.nn.Module, passes: list[Replies]) -> tuple[float, float]:
     """CPU seconds of scoring and of its gradients."""
-    begin = time.process_time()
-    total = score_replies(model, replies, 1.0).logp_BT.sum()
-    scored = time.process_time()
-    total.backward()
-    return scored - begin, time.process_time() - scored
+    forward = backward = 0.0
+    with accelerated(model.train()):
+        for replies in passes:
+            begin = time.process_time()
+            total = score_replies(model, replies, 1.0).logp_BT.sum()
+            scored = time.process_time()
+            total.backward()
+            forward, backward = forward + scored - begin, backward + time.process_time() - scored
+    return forward, backward
 
 
 if __name__ == "__main__":

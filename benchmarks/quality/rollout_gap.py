@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 from fulmen.data import load_corpus
 from fulmen.modeling.checkpoint import load_directory
 from fulmen.modeling.rollouts import Sampling
-from fulmen.pipeline.rollout_gap import GAP_LIMITS, logprob_gap, selection_gap
+from fulmen.pipeline.rollout_gap import logprob_gap, selection_gap
 from fulmen.serving.engine.rollouts import VllmRollouts
+from fulmen.training.rl.gap import GAP_LIMITS
 
 
 def main(

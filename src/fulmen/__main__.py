@@ -1,4 +1,4 @@
-"""`python -m fulmen` is the program."""
+"""`python -m fulmen`: the program, where the installed one is not on the path."""
 
 from fulmen.cli.main import main
 

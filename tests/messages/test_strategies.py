@@ -1,5 +1,6 @@
 """Context strategies: what holds for each over ten thousand histories, and what each keeps."""
 
+import json
 from collections import Counter
 from functools import cache, partial
 from random import Random
@@ -181,6 +182,19 @@ def test_a_digest_has_each_call_and_the_beginning_of_its_result():
     assert Counter(line[0] for line in lines)["→"] == 2
 
 
+def test_a_digest_has_the_beginning_of_long_arguments():
+    calling, result = named_call(0)
+    calling["tool_calls"][0]["function"]["arguments"] = json.dumps({"text": "y" * 10_000})
+    messages = [SYSTEM, USER, calling, result]
+    assert len(strategies.summary(messages, count(messages), count)[-1]["content"]) < 600
+
+
+def test_a_summary_that_is_no_text_is_refused():
+    messages = long_history()
+    with pytest.raises(ConfigError, match="summarise gives None"):
+        strategies.summary(messages, fits(messages, 0.9), count, summarise=lambda past: None)
+
+
 def calls_of_a_run(trace, strategy, budget):
     """What each call of a run gets whose caller gives the whole history."""
     places = [place for place, message in enumerate(trace) if message["role"] == "assistant"]
@@ -267,6 +281,10 @@ def test_the_fewest_steps_that_ended_win():
         ({"budget": None}, "budget=None"),
         ({"budget": float("nan")}, "budget=nan"),
         ({"n": 1.5}, "n=1.5"),
+        ({"trigger": "0.8"}, "trigger='0.8'"),
+        ({"count": lambda messages: None}, "count gives None"),
+        ({"count": lambda messages: float("nan")}, "count gives nan"),
+        ({"count": lambda messages: -1}, "count gives -1"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, named):

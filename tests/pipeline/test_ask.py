@@ -288,10 +288,18 @@ def test_the_command_prints_answer_citations_steps_and_bill(folder):
     said = lines_that_stay(result.stderr)
     assert said[0] == "not read, hidden (the name begins with a dot): 1 (.hidden)"
     assert said[1].startswith("step 1: all 2 documents and the question")
-    assert said[2] == "1 quotes dropped: not in the documents, or too short"
+    assert said[2] == "quote dropped, not in the documents: x  “made up words”"
     assert said[3].startswith("[prompt 0 hit, ")
     assert server.keys == ["Bearer sk-of-a-test"]
     assert "sk-of-a-test" not in result.output
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
+def test_half_a_surrogate_pair_is_written_as_another_letter(folder, options):
+    with ChatServer([answer("Forty-two \ud800.", ("x\udfff", "made up \udc00 words"))]) as server:
+        result = run(server, folder, *options)
+    assert (result.exit_code, result.exception) == (0, None)
+    assert "Forty-two" in result.stdout
 
 
 def test_json_has_answer_citations_usage_and_cost(folder):

@@ -29,6 +29,8 @@ from tests.modeling.gqa.tiny_gqa import SHAPE, make_dense
 from tests.modeling.mla.tiny_mla import MLA_SHAPE
 from tests.pipeline.tiny_runs import VOCAB, convert, save_tiny
 
+# What a run needs of how a model was made.
+RECORD = '{"source": "m", "made_with": {}, "dsa": {}, "stages": [], "seed": 0}'
 K = 1024
 CONTEXTS = [2 * K, 4 * K, 8 * K, 16 * K, 32 * K, 40_960, 64 * K, 128 * K, 192 * K, 256 * K, 512 * K, K * K]
 SMALL_CONTEXTS = [64, 256, 512, K]
@@ -90,7 +92,7 @@ class TestDefaults:
         topk = default_topk(config)
         dsa = DsaConfig(topk, 4, 2, 8, (0, 1)).to_dict()
         model_dir = config_dir(tmp_path / "m", config, model_type="llama_dsa", dsa=dsa)
-        (model_dir / "conversion.json").write_text("{}")
+        (model_dir / "conversion.json").write_text(RECORD)
         wanted = min(context, max(2048, 4 * topk))
         # A training step at long length takes minutes: 4,096 tokens where 2 k are not more.
         trained = min(wanted, max(4096, 2 * topk))
@@ -227,6 +229,8 @@ class TestBeforeTheLoad:
         train = ("train", model_dir, "--out", tmp_path / "out")
         assert "conversion.json cannot be read" in refused(*train)
         (model_dir / "conversion.json").write_text("{}")
+        assert "conversion.json lacks source, made_with, dsa, stages, seed" in refused(*train)
+        (model_dir / "conversion.json").write_text(RECORD)
         assert "topk=2048 is not below the sequence of 2048" in refused(*train, "--length", "2048")
         assert "topk=9000 is not below the sequence of 8192" in refused(
             *train, "--length", "8192", "--topk", "9000"

@@ -319,7 +319,7 @@ def test_nothing_right_is_said(asked, tmp_path):
         ({"held_out": 0}, "held_out"),
         ({"dense": "yes"}, "dense='yes'"),
         ({"seed": -1}, "seed"),
-        ({"sft": {"steps": 0}}, "steps=0"),
+        ({"sft": {"steps": 0}}, r"domains\.a\.sft: steps=0|distill: steps=0"),
         ({"sft": {"step": 1}}, "did you mean steps"),
         ({"sft": {"learning_rate": "fast"}}, "learning_rate='fast' cannot be"),
         ({"sft": {"bf16": "yes"}}, "bf16='yes' cannot be"),
@@ -347,6 +347,8 @@ def test_nothing_right_is_said(asked, tmp_path):
         ({"domains": {"a": {"tasks": []}}}, "domains.a.tasks"),
         ({"domains": {"a": {"tasks": "gcd", "kl": -1}}}, "domains.a.kl"),
         ({"domains": {"a": {"tasks": "gcd"}, "b": {"tasks": "gcd"}}}, "twice"),
+        ({"domains": {"a": {"tasks": ["gcd", "gcd:"]}}}, "'gcd' stands in the recipe twice"),
+        ({"domains": {"a": {"tasks": "gcd"}, "A": {"tasks": "lcm"}}}, "'a' is there twice"),
         ({"domains": {"a b": {"tasks": "gcd"}}}, "use letters"),
     ],
 )
@@ -379,6 +381,20 @@ def test_files_that_are_no_recipe(tmp_path):
             read_recipe(tmp_path / "recipe.yaml")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_recipe(tmp_path / "missing.yaml")
+
+
+def test_a_folder_is_of_one_recipe(asked, tmp_path):
+    def begun(recipe):
+        return RecipeRun(read_recipe(recipe), tmp_path, CPU, SilentReporter(), Stages().recipe_stages())
+
+    begun(asked)
+    begun({**asked, "mixed": {"steps": 9}})
+    low = asked["domains"]["low"]
+    for other in ({"seed": 4}, {"domains": {"low": low}}, {"domains": {**asked["domains"], "more": low}}):
+        if "more" in other.get("domains", {}):
+            del other["domains"]["low"]
+        with pytest.raises(ResumeError, match=r"is of another recipe \((seed|domains) was"):
+            begun({**asked, **other})
 
 
 def test_a_converted_base_has_no_dense_twin(asked, llama_dir, tmp_path):

@@ -109,18 +109,25 @@ def test_tasks_with_a_kl_of_their_own():
         ({"tasks": []}, "name at least one task"),
         ({"tasks": [3]}, "3 is no task; give a function of index, an object with problem() and score()"),
         ({"tasks": "spell:kl=much"}, "use a strength of 0 or more"),
+        ({"tasks": "gcd:kl=1,kl=2"}, "has kl twice"),
+        ({"tasks": ["gcd", "gcd:kl=1"]}, "task 'gcd' is named twice"),
+        ({"out": "x" * 300}, "cannot be written (File name too long)"),
+        ({"out": "/"}, "exists and is not empty"),
+        ({"steps": 10**9}, "steps=1000000000 of prompts=8 cannot be listed"),
         ({"kl": -1.0}, "use a strength of 0 or more"),
         ({"rollouts": "sglang"}, "rollouts='sglang' cannot be; choose from generate, vllm"),
         ({"full": True, "lora": 4}, "full trains all weights, lora a few"),
         ({"learning_rate": 0.0}, "learning_rate=0.0 cannot be"),
         ({"steps": 0}, "steps=0"),
+        ({"held_out": None}, "held_out=None cannot be; use an integer of 0 or more"),
+        ({"top_k": 1.5}, "top_k=1.5 cannot be; use an integer of 0 or more"),
         ({"report_to": "paper"}, "report_to='paper' cannot be"),
         ({"max_new_tokens": 10_000, "micro_batch": 1}, "is beyond the model's context of 512"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_loaded(changes, words, tmp_path):
     source = save_tiny(make_dense(), tmp_path / "dense")
-    with pytest.raises(fulmen.ConfigError) as caught:
+    with pytest.raises((fulmen.ConfigError, fulmen.OutputError)) as caught:
         fulmen.rl(source, **{"tasks": Graded(), "out": tmp_path / "rl", "steps": 1, **changes})
     assert words in str(caught.value)
     assert [file.name for file in tmp_path.iterdir()] == ["dense"]

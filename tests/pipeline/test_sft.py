@@ -81,6 +81,9 @@ def test_rows_that_are_no_chats(row, said, tmp_path):
     ("changed", "said"),
     [
         ({"steps": 0}, "steps=0"),
+        ({"steps": 10**9}, "steps=1000000000 of batch=2 cannot be listed"),
+        ({"learning_rate": True}, "learning_rate=True cannot be"),
+        ({"data": None}, "data=None cannot be; name a file"),
         ({"lora": 4, "full": True}, "give one of them"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0"),
         ({"seed": -1}, "seed=-1"),

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from fulmen.cli.main import app
 from fulmen.data import load_corpus
-from fulmen.errors import ConfigError, CorpusError, EndpointError, ResumeError
+from fulmen.errors import ConfigError, CorpusError, EndpointError, OutputError, ResumeError
 from fulmen.pipeline.reporter import SilentReporter
 from fulmen.pipeline.verify import verify_label, verify_refine, verify_score, write_proofs
 from fulmen.pipeline.verify_asking import ReplyJournal
@@ -42,6 +42,19 @@ def test_proofs_are_written_half_of_them_sound_and_none_twice(tmp_path):
     texts = [{row["problem"] for row in some} for some in (rows, others, held_out)]
     assert len(set().union(*texts)) == sum(map(len, texts))
     assert rows == write_proofs(tmp_path / "again.jsonl", n=60)
+
+
+def test_files_of_the_user_are_not_replaced(tmp_path):
+    proofs = tmp_path / "proofs.jsonl"
+    first = write_proofs(proofs, n=4)
+    with pytest.raises(OutputError, match="exists; name another file, or set overwrite"):
+        write_proofs(proofs, n=6)
+    for ask in (verify_label, verify_refine):
+        with pytest.raises(OutputError, match="exists, and no run wrote it"):
+            ask("http://127.0.0.1:9/v1", proofs, out=proofs)
+    assert lines_of(proofs) == first
+    assert list(tmp_path.iterdir()) == [proofs]
+    assert len(write_proofs(proofs, n=6, overwrite=True)) == 6
 
 
 def test_chat_rows_hold_the_reply_that_gets_the_whole_reward(tmp_path):
@@ -308,6 +321,7 @@ def test_commands(tmp_path):
         (["score", "m", "--url", "http://127.0.0.1:1"], "one of the two"),
         (["score", "--url", "127.0.0.1:1"], "is no address"),
         (["score", "http://127.0.0.1:1", "--n", "0"], "n=0"),
+        (["score", "http://127.0.0.1:1", "--n", "1000001"], "--n=1000001 cannot be; use 1,000,000 at most"),
         (["score", "http://127.0.0.1:1", "--kind", "poems"], "--kind='poems' is not known"),
         (["score", "http://127.0.0.1:1", "--concurrency", "0"], "concurrency=0"),
         (["make", "--out", "x.jsonl", "--seed", "100"], "--seed=100 cannot be; use 0 to 99"),
@@ -344,6 +358,12 @@ def test_rows_that_cannot_be(text, said, tmp_path):
     (tmp_path / "rows.jsonl").write_text(text)
     with pytest.raises((ConfigError, CorpusError), match=said):
         verify_score("http://127.0.0.1:1", data=tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("model", ["", None, 5], ids=repr)
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(ConfigError, match=r"model=.* cannot be; name an address, a model directory"):
+        verify_score(model, n=1)
 
 
 def test_rows_keep_any_text(tmp_path):

@@ -70,6 +70,8 @@ def test_an_object_and_a_class(mine, name, word):
 def test_a_function_that_returns_something_else(mine):
     with pytest.raises(ConfigError, match="not a mapping with prompt"):
         named(f"{mine}:wrong").problem(0)
+    with pytest.raises(ConfigError, match=r"its score is 0\.5, not a function"):
+        given_task(lambda index: {"prompt": "", "score": 0.5}).problem(0)
     with pytest.raises(ConfigError, match="cannot be made"):
         named(f"{mine}:Echo:volume=3")
 

@@ -74,7 +74,9 @@ def ask_command(
         reporter=reporter(),
     )
     if as_json:
-        typer.echo(json.dumps(answer.to_dict(), indent=2, ensure_ascii=False))
+        text = json.dumps(answer.to_dict(), indent=2, ensure_ascii=False)
+        # A model may write half a surrogate pair, which no output takes.
+        typer.echo(text.encode("utf-8", "replace").decode())
     else:
         _print(answer)
     typer.echo(f"[{answer.bill.text()}]", err=True)
@@ -87,8 +89,14 @@ def _print(answer: "FolderAnswer") -> None:
     if answer.citations:
         typer.echo()
     for one in answer.citations:
-        quote = printable(" ".join(one.quote.split()))
-        more = "…" if len(quote) > QUOTE_SHOWN else ""
-        typer.echo(f"{one.file}:{one.span.first_line}-{one.span.last_line}  “{quote[:QUOTE_SHOWN]}{more}”")
-    if answer.dropped:
-        typer.echo(f"{len(answer.dropped)} quotes dropped: not in the documents, or too short", err=True)
+        typer.echo(f"{one.file}:{one.span.first_line}-{one.span.last_line}  {_shown(one.quote)}")
+    for left in answer.dropped:
+        typer.echo(f"quote dropped, {left.reason}: {printable(left.file)}  {_shown(left.quote)}", err=True)
+
+
+def _shown(quote: str) -> str:
+    """The beginning of a quote, in one line."""
+    from fulmen.pipeline.ask_answer import printable
+
+    text = printable(" ".join(quote.split()))
+    return f"“{text[:QUOTE_SHOWN]}{'…' if len(text) > QUOTE_SHOWN else ''}”"

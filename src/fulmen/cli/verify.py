@@ -66,6 +66,7 @@ def make_command(
         bool, typer.Option("--chat", help="With request and right reply as messages, to train on.")
     ] = False,
     seed: Seed = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
 ) -> None:
     """Write proofs, half of them sound, half with one fault whose step is known.
 
@@ -82,6 +83,7 @@ def make_command(
         held_out=held_out,
         chat=chat,
         seed=seed,
+        overwrite=overwrite,
         reporter=reporter(),
     )
     counts = Counter(row["fault"] or "sound" for row in rows)

@@ -26,6 +26,7 @@ one: see `parallel_fewest_steps`.
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from math import ceil
+from numbers import Real
 
 from fulmen.errors import ConfigError, ContextBudgetError, MessageError
 from fulmen.messages.message import (
@@ -62,7 +63,7 @@ def none(messages: Sequence[Message], budget: int, count: Counter) -> list[Messa
 
     Raises ContextBudgetError if what must be kept is larger than the budget, MessageError for a call without
     its result or a result without its call (ids are compared where all have one), ConfigError for a budget
-    or trigger that cannot be. So do all.
+    or trigger that cannot be, and for a count that gives no number. So do all.
     """
     if _steps_if_due(messages, budget, count, 1.0) is None:
         return list(messages)
@@ -89,8 +90,10 @@ def summary(
         return _fitting(messages, budget, count)
     earlier = [range(at, at + 1) for at, message in enumerate(messages) if _is_summary(message)]
     past = [messages[index] for step in (*earlier, *steps) for index in step]
-    text = SUMMARY_HEAD + (summarise or digest)(past)
-    told: Message = {"role": "user", "name": SUMMARY_NAME, "content": text}
+    text = (summarise or digest)(past)
+    if not isinstance(text, str):
+        raise ConfigError(f"summarise gives {text!r:.80}; let it return text", arguments=("summarise",))
+    told: Message = {"role": "user", "name": SUMMARY_NAME, "content": SUMMARY_HEAD + text}
     return _fitting([*_without(messages, [*earlier, *steps]), told], budget, count)
 
 
@@ -193,7 +196,7 @@ def parallel_fewest_steps(histories: Iterable[Sequence[Message]]) -> list[Messag
 
 
 def digest(messages: Sequence[Message]) -> str:
-    """Each call with the beginning of its result, a line each, after what earlier summaries said."""
+    """The beginning of each call and of its result, a line each, after what earlier summaries said."""
     lines = []
     for message in messages:
         if message["role"] == "user":
@@ -201,25 +204,42 @@ def digest(messages: Sequence[Message]) -> str:
         for call in calls_of(message):
             given = call.get("function")
             function = given if isinstance(given, Mapping) else {}
-            lines.append(f"{function.get('name')}({function.get('arguments')})")
+            lines.append(_beginning(f"{function.get('name')}({function.get('arguments')})"))
         if message["role"] == "tool":
             text = _text_alone(message)
-            lines.append(f"→ {NO_TEXT if text is None else ' '.join(text.split())[:DIGEST_LETTERS]}")
+            lines.append(f"→ {NO_TEXT if text is None else _beginning(text)}")
     return "\n".join(lines)
+
+
+def _beginning(text: str) -> str:
+    """A text's beginning, in one line."""
+    return " ".join(text.split())[:DIGEST_LETTERS]
 
 
 def _steps_if_due(
     messages: Sequence[Message], budget: int, count: Counter, trigger: float
 ) -> list[range] | None:
     """The steps of messages that take more of the budget than they may; None of others. All are checked."""
-    if not (isinstance(budget, int | float) and budget >= 1 and 0 <= trigger <= 1):
+    are_numbers = isinstance(budget, Real) and isinstance(trigger, Real)
+    if not (are_numbers and budget >= 1 and 0 <= trigger <= 1):
         raise ConfigError(
             f"budget={budget!r} with trigger={trigger!r} cannot be; use a budget of 1 token or more, and a "
             "trigger from 0 to 1",
             arguments=("budget", "trigger"),
         )
     steps = _answered_steps(messages)
-    return steps if count(messages) > trigger * budget else None
+    return steps if _tokens(messages, count) > trigger * budget else None
+
+
+def _tokens(messages: Sequence[Message], count: Counter) -> int:
+    """What `count` gives. Raises ConfigError for what is none: whatever is compared with NaN would fit."""
+    tokens = count(messages)
+    if not (isinstance(tokens, Real) and tokens >= 0):
+        raise ConfigError(
+            f"count gives {tokens!r:.80}; let it return the tokens of a list of messages",
+            arguments=("count",),
+        )
+    return tokens
 
 
 def _check_newest(n: int) -> None:
@@ -275,7 +295,7 @@ def _is_summary(message: Message) -> bool:
 
 def _fitting(messages: Sequence[Message], budget: int, count: Counter) -> list[Message]:
     """The messages as a list. Raises ContextBudgetError if they are larger than the budget."""
-    if (tokens := count(messages)) > budget:
+    if (tokens := _tokens(messages, count)) > budget:
         raise ContextBudgetError(
             f"what must be kept takes {tokens:,} tokens, and budget={budget:,}; raise it, use a strategy "
             "that discards more, or say less in the messages that none may discard",

@@ -213,11 +213,16 @@ def require_free_output(out_dir: str | Path, *, overwrite: bool | None = None) -
     Even `overwrite` replaces a model directory only, nothing else; None: the caller has no such option.
     """
     target = Path(out_dir).expanduser().absolute()
-    if target.exists() and not target.is_dir():
+    try:
+        ground = next(place for place in (target, *target.parents) if place.exists())
+    except OSError as error:  # as a name too long for the disk
+        raise unwritable(target, error) from error
+    if ground == target and not target.is_dir():
         raise OutputError(f"{target} is a file; name a directory")
-    ground = next(parent for parent in target.parents if parent.exists())
-    if not ground.is_dir() or not os.access(ground, os.W_OK):
-        raise OutputError(f"{target} cannot be written: {ground} is not a writable directory; name another")
+    # The model takes its place there by a new name.
+    folder = target.parent if ground == target else ground
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise OutputError(f"{target} cannot be written: {folder} is not a writable directory; name another")
     if not target.exists() or not any(target.iterdir()):
         return
     if overwrite is None:

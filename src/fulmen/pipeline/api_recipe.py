@@ -90,7 +90,9 @@ def _run(
     reporter: Reporter | None,
     until: str,
 ) -> "RecipeReport":
-    settings = read_recipe(recipe if isinstance(recipe, Mapping) else path_argument("recipe", recipe))
+    settings = read_recipe(
+        recipe if isinstance(recipe, Mapping) else path_argument("recipe", recipe, "a YAML file")
+    )
     place, told = Path(path_argument("out", out)), reporter_of(reporter)
     with told.stage("Start"):
         from fulmen.pipeline.devices import training_device

@@ -68,7 +68,7 @@ def sft(
         seed=seed,
     )
     is_replacing = flag_argument("overwrite", overwrite)
-    place, file = place_argument("source", source), path_argument("data", data)
+    place, file = place_argument("source", source), path_argument("data", data, "a file")
     folder, reporter = path_argument("out", out).expanduser().absolute(), reporter_of(reporter)
     with reporter.stage("Start"):
         from fulmen.pipeline.devices import training_device

@@ -19,9 +19,9 @@ _SECONDS = {"h": 3600, "m": 60, "s": 1}
 _DURATION = re.compile(r"(?=.)" + "".join(rf"(?:(?P<{unit}>\d+(?:\.\d+)?){unit})?" for unit in _SECONDS))
 
 
-def path_argument(name: str, value: object) -> Path:
+def path_argument(name: str, value: object, what: str = "a directory") -> Path:
     """A path. Raises ConfigError for anything else, and for an empty one."""
-    return Path(place_argument(name, value, "a directory"))
+    return Path(place_argument(name, value, what))
 
 
 def place_argument(name: str, value: object, what: str = "a model directory or a model's name") -> str:

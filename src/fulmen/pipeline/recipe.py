@@ -88,6 +88,11 @@ class RecipeRun:
         self.held_out = {spec: held_out_problems(task, recipe.held_out) for spec, task in self.tasks.items()}
         self.forbidden = {text_of(problem) for some in self.held_out.values() for problem in some}
         self.folder = RecipeFolder(out)
+        # What two recipes cannot have in one folder; other settings are each stage's own.
+        domains = {domain.name: domain.tasks for domain in recipe.domains}
+        self.folder.belong_to(
+            {"base": recipe.base, "seed": recipe.seed, "held_out": recipe.held_out, "domains": domains}
+        )
         self.solved: dict[str, dict[str, Solved]] = {}
         self.samples: dict[str, dict[str, int]] = {}
 

@@ -11,6 +11,8 @@ from fulmen.pipeline.reporter import Reporter
 from fulmen.pipeline.run_dir import RunDir
 
 RECORDS = "stages"
+# The record that is of no stage.
+RECIPE = "recipe"
 
 
 class RecipeFolder:
@@ -33,6 +35,17 @@ class RecipeFolder:
         file = self._file(stage)
         found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
         return found
+
+    def belong_to(self, recipe: Mapping[str, Any]) -> None:
+        """Write down whose folder it is. Raises ResumeError if it is another recipe's."""
+        asked, before = json.loads(json.dumps(recipe)), self.record(RECIPE)
+        if before is None:
+            write_json(asked, self._file(RECIPE))
+        elif changes := _changes(asked, before):
+            raise ResumeError(
+                f"{self.path} is of another recipe ({changes}); use that one again, or another out",
+                arguments=["out"],
+            )
 
     def run(
         self,
@@ -84,11 +97,15 @@ class RecipeFolder:
         return self.path / RECORDS / f"{stage.replace('/', '.')}.json"
 
     def _require_same(self, stage: str, asked: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-        changed = sorted(key for key in asked.keys() | before.keys() if asked.get(key) != before.get(key))
-        if changed:
-            changes = ", ".join(f"{key} was {before.get(key)!r}, is {asked.get(key)!r}" for key in changed)
+        if changes := _changes(asked, before):
             raise ResumeError(
-                f"stage {stage} of {self.path} was begun with other settings ({changes[:400]}); "
+                f"stage {stage} of {self.path} was begun with other settings ({changes}); "
                 "use those again, or another out",
                 arguments=["out"],
             )
+
+
+def _changes(asked: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+    """What is not as it was, in words; empty if everything is."""
+    changed = sorted(key for key in asked.keys() | before.keys() if asked.get(key) != before.get(key))
+    return ", ".join(f"{key} was {before.get(key)!r}, is {asked.get(key)!r}" for key in changed)[:400]

@@ -150,6 +150,11 @@ def _check(recipe: Recipe) -> None:
     if not isinstance(recipe.dense, bool):
         raise ConfigError(f"dense={recipe.dense!r} cannot be; use true or false")
     _check_options(recipe)
+    names = [domain.name.lower() for domain in recipe.domains]
+    if alike := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(
+            f"domain {alike[0]!r} is there twice, in other letters; some disks have one folder for both"
+        )
     tasks = [task for domain in recipe.domains for task in domain.tasks]
     if twice := {task for task in tasks if tasks.count(task) > 1}:
         raise ConfigError(f"task {min(twice)!r} stands in the recipe twice; name it once")
@@ -162,7 +167,10 @@ def _check_options(recipe: Recipe) -> None:
     for place, options in {"distill": recipe.distill, **fine_tuned}.items():
         _require_not_own(place, options)
         _require_keys(place, options, [one.name for one in fields(SftSettings) if one.name != "seed"])
-        SftSettings(**options)
+        try:
+            SftSettings(**options)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from error
     for place, options in {"mixed": recipe.mixed, **learned}.items():
         _require_not_own(place, options)
         require_positive_int(f"{place}.steps", options["steps"])
@@ -204,6 +212,8 @@ def _domain(name: Any, given: Any, recipe: Mapping[str, Any]) -> RecipeDomain:
     tasks = [tasks] if isinstance(tasks, str) else tasks
     if not (isinstance(tasks, Sequence) and tasks and all(isinstance(one, str) for one in tasks)):
         raise ConfigError(f"{place}.tasks={given['tasks']!r} cannot be; give names, as spell_backward")
+    # As `fulmen.rl` will call them.
+    tasks = [task.strip(" ,:") for task in tasks]
     for task in tasks:
         named(task)
     kl, longest = given.get("kl", DEFAULT_KL), given.get("max_new_tokens", recipe.get("max_new_tokens", 64))

@@ -81,8 +81,9 @@ class RlRunSettings:
             if (value := self.options.get(name)) is not None:
                 require_positive_int(name, value)
         for name in ("top_k", "held_out"):
-            if self.options.get(name):
-                require_positive_int(name, self.options[name])
+            value = self.options.get(name, 0)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise refused(name, value, "use an integer of 0 or more")
         for name in RATES:
             if (value := self.options.get(name)) is not None and not number_argument(name, value) > 0:
                 raise refused(name, value, "use a number above 0")
@@ -100,7 +101,11 @@ def tasks_argument(tasks: object, kl: object) -> tuple[AskedTask, ...]:
     given = [tasks] if isinstance(tasks, str) or not isinstance(tasks, Sequence) else tasks
     if not given:
         raise refused("tasks", tasks, "name at least one task, as 'spell_backward:max_word_len=5'")
-    return tuple(_asked(one, _strength(kl)) for one in given)
+    asked = tuple(_asked(one, _strength(kl)) for one in given)
+    names = [one.label for one in asked]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"task {twice[0]!r} is named twice; name it once", arguments=["tasks"])
+    return asked
 
 
 def lora_argument(lora: object, full: object) -> int | None:
@@ -118,6 +123,8 @@ def _asked(task: object, kl: float) -> AskedTask:
     if not isinstance(task, str):
         return AskedTask(given_task(task), kl)
     own = _KL.findall(task)
+    if len(own) > 1:
+        raise ConfigError(f"task {task!r} has kl twice; leave one out", arguments=["tasks"])
     return AskedTask(_KL.sub("", task).strip(" ,:"), _strength(own[-1].strip()) if own else kl)
 
 

@@ -1,7 +1,4 @@
-"""How far apart the policy that samples and the policy that is trained are: they should be one.
-
-They compute in different pieces and round differently; what is beyond that is a weight that did not arrive.
-"""
+"""How far an engine's rollouts and selections are from those of the model that should be the same."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,36 +10,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from fulmen.errors import EngineError
 from fulmen.modeling.rollouts import Rollout
 from fulmen.modeling.selectors import IndexerSelector, SelectionInputs, dsa_attentions, use_selector
 from fulmen.serving.engine.rollouts import VllmRollouts
-
-# Mean difference that rounding explains, in nats a token, by the engine's dtype.
-GAP_LIMITS = {"float32": 1e-4, "bfloat16": 2e-2}
-
-
-@dataclass(frozen=True)
-class LogprobGap:
-    """Log-probabilities of sampled tokens under engine and trainer.
-
-    Attributes:
-        tokens: compared.
-        mean, largest: absolute differences, in nats.
-    """
-
-    tokens: int
-    mean: float
-    largest: float
-
-    def require_within(self, limit: float) -> None:
-        """Raise EngineError if the mean is above `limit` nats a token, or no number."""
-        if not self.mean <= limit:
-            raise EngineError(
-                f"the engine samples from another policy than the one that is trained: log-probabilities "
-                f"differ by {self.mean:.2g} nats a token, the most by {self.largest:.2g}, where {limit:g} "
-                "is allowed; update the engine with all of the model's weights, in the dtype that it has"
-            )
+from fulmen.training.rl.gap import LogprobGap, gap_between
 
 
 @dataclass(frozen=True)
@@ -63,12 +34,6 @@ class SelectionGap:
     def share(self) -> float:
         """Of the rows, those that differ; 0 where there are none."""
         return self.differing / self.rows if self.rows else 0.0
-
-
-def gap_between(engine_N: Tensor, trainer_N: Tensor) -> LogprobGap:
-    """The gap between log-probabilities of the same tokens, in nats."""
-    apart_N = (engine_N.double() - trainer_N.double()).abs()
-    return LogprobGap(len(apart_N), apart_N.mean().item(), apart_N.max().item())
 
 
 def logprob_gap(

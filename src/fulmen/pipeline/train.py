@@ -335,4 +335,8 @@ def record_of(model_dir: Path) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); name what fulmen convert wrote") from error
+    known = record if isinstance(record, dict) else {}
+    # The card of what is made of it needs them, hours from now.
+    if missing := [name for name in ("source", "made_with", "dsa", "stages", "seed") if name not in known]:
+        raise CheckpointError(f"{file} lacks {', '.join(missing)}; name what fulmen convert wrote")
     return record

@@ -13,8 +13,16 @@ import json
 from pathlib import Path
 
 from fulmen.config import require_positive_int
+from fulmen.errors import OutputError
 from fulmen.files import write_file
-from fulmen.pipeline.arguments import Place, flag_argument, number_argument, path_argument, refused
+from fulmen.pipeline.arguments import (
+    Place,
+    flag_argument,
+    number_argument,
+    path_argument,
+    place_argument,
+    refused,
+)
 from fulmen.pipeline.reporter import Reporter, reporter_of
 from fulmen.pipeline.settings import AUTO_DEVICE
 from fulmen.pipeline.verify_asking import Asking, ReplyJournal
@@ -50,24 +58,28 @@ def write_proofs(
     held_out: bool = False,
     chat: bool = False,
     seed: int = 0,
+    overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> list[Row]:
     """Write labelled proofs as JSON lines, half of them sound, no two alike; return the rows.
 
     Args:
-        out: file to write; it is replaced.
+        out: file to write.
         kind: "equations", "logic", "words", or "all" in turn.
         min_steps, max_steps: of a proof.
         held_out: those that no training sees, whose problems are others.
         chat: with the request and the right reply as `messages`, for training.
         seed: 0 to 99; each has other proofs.
+        overwrite: replace a file at `out`.
         reporter: whom to tell how far it is; None: nobody.
 
     Raises:
         ConfigError: an argument that cannot be, or more proofs than there are.
-        OutputError: the file cannot be written.
+        OutputError: the file is there already, or cannot be written.
     """
     path = _file_argument("out", out)
+    if path.exists() and not flag_argument("overwrite", overwrite):
+        raise OutputError(f"{path} exists; name another file, or set overwrite", arguments=["overwrite"])
     source = _source(n, kind, min_steps, max_steps, seed)
     row = chat_row if flag_argument("chat", chat) else proof_row
     made = labelled_proofs(source, n, flag_argument("held_out", held_out), seed, reporter_of(reporter))
@@ -116,7 +128,7 @@ def verify_score(
         source = _source(n, kind, min_steps, max_steps, seed)
         rows = [proof_row(*one) for one in labelled_proofs(source, n, True, seed, told)]
     else:
-        place = path_argument("data", data)
+        place = path_argument("data", data, "a file")
         rows = read_rows(place, "problem", "proof")
         require_labels(place, rows)
     folder = None if out is None else path_argument("out", out).expanduser()
@@ -166,9 +178,8 @@ def verify_label(
     heat = _temperature(temperature)
     if uphold > analyses:
         raise refused("uphold", uphold, f"use 1 to analyses={analyses}")
-    rows, told = read_rows(path_argument("data", data), "problem", "proof"), reporter_of(reporter)
-    path = _file_argument("out", out)
-    journal = ReplyJournal(_journal_of(path))
+    rows, told = read_rows(path_argument("data", data, "a file"), "problem", "proof"), reporter_of(reporter)
+    path, journal = _resumable(out)
     asking = _asking(
         _writer(model, name, told, device),
         journal,
@@ -216,10 +227,9 @@ def verify_refine(
     )
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
         raise refused("rounds", rounds, "use 0 or more")
-    rows, told = read_rows(path_argument("data", data), "problem"), reporter_of(reporter)
-    path = _file_argument("out", out)
+    rows, told = read_rows(path_argument("data", data, "a file"), "problem"), reporter_of(reporter)
     heat = _temperature(temperature)
-    journal = ReplyJournal(_journal_of(path))
+    path, journal = _resumable(out)
     prover = _writer(model, name, told, device)
     verifier = prover if judge is None else _writer(judge, judge_name, told, device)
     refined = refine_proofs(
@@ -250,15 +260,19 @@ def _writer(model: str, name: str | None, reporter: Reporter, device: object) ->
         name: what the server calls the model; None: the first that it names.
 
     Raises:
+        ConfigError: neither.
         EndpointError: as `EndpointWriter`.
         CheckpointError, UnsupportedModelError: a model that cannot be read.
     """
-    if "://" in model:
-        return EndpointWriter(model, name, reporter)
-    from fulmen.pipeline.verify_local import LocalWriter
-
+    place = place_argument("model", model, "an address, a model directory or a model's name")
+    if "://" in place:
+        return EndpointWriter(place, name, reporter)
     with reporter.stage("Load"):
-        return LocalWriter(model, device)
+        from fulmen.pipeline.quiet import quiet
+        from fulmen.pipeline.verify_local import LocalWriter
+
+        with quiet(reporter):
+            return LocalWriter(place, device)
 
 
 def _asking(
@@ -292,11 +306,19 @@ def _temperature(value: object) -> float:
 
 
 def _file_argument(name: str, value: object) -> Path:
-    path = path_argument(name, value).expanduser()
+    path = path_argument(name, value, "a file").expanduser()
     if path.is_dir():
         raise refused(name, value, "name a file")
     return path
 
 
-def _journal_of(out: Path) -> Path:
-    return out.with_name(f"{out.stem}.replies.jsonl")
+def _resumable(out: object) -> tuple[Path, ReplyJournal]:
+    """A file to write, and the replies beside it.
+
+    Raises OutputError for a file without them: it is no earlier result, and may be the data itself.
+    """
+    path = _file_argument("out", out)
+    replies = path.with_name(f"{path.stem}.replies.jsonl")
+    if path.exists() and not replies.exists():
+        raise OutputError(f"{path} exists, and no run wrote it; name another file", arguments=["out"])
+    return path, ReplyJournal(replies)

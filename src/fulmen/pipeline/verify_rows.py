@@ -18,6 +18,8 @@ from fulmen.tasks.proofs.replies import truth_of, verify_messages
 Row = dict[str, Any]
 # Indices between the first ones of two seeds.
 APART = 10_000_000
+# At once: they are held in memory.
+MOST_PROOFS = 1_000_000
 LARGEST_SEED = 99
 
 
@@ -51,6 +53,8 @@ def labelled_proofs(
 
     Raises ConfigError where there are not so many.
     """
+    if n > MOST_PROOFS:
+        raise ConfigError(f"n={n} cannot be; use {MOST_PROOFS:,} at most", arguments=["n"])
     first = (HELD_OUT if held_out else 0) + seed * APART
     indices = range(first, first + min(APART, 20 * n + 1000))
     found = []

@@ -60,6 +60,8 @@ class FunctionTask:
         if not isinstance(made, Mapping) or "prompt" not in made or not {"answer", "score"} & made.keys():
             raise TypeError(f"it returned {made!r:.80}, not a mapping with prompt, and answer or score")
         scored, prompt = "score" in made, made["prompt"]
+        if scored and not callable(made["score"]):
+            raise TypeError(f"its score is {made['score']!r:.80}, not a function of the reply")
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt if scored else f"{prompt}\n\n{ASKED}"}]
         answer = str(made.get("answer", ""))

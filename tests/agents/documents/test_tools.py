@@ -26,6 +26,7 @@ def test_each_tool_answers_with_places(tools):
     assert GUIDE in found
     opened = tools.call("open", {"path": "guide.md", "first_line": 3, "last_line": 3})
     assert "lines 3-3, characters 11-57>\nThe lighthouse keeper counts forty-two ships.\n</document" in opened
+    assert "lines 3-3" in tools.call("open", {"path": "./guide.md", "first_line": 3, "last_line": 3})
     assert tools.call("open", {"path": "guide.md", "first_character": 11, "end_character": 14}).count(
         "\nThe\n"
     )

@@ -178,6 +178,7 @@ RECOVERED = {
     ),
     "text that is called JSON": (block(call(X.replace("true", "false"))), [("f", {"x": "one"})]),
     "Python's NaN": (block(call(N.replace(">2<", ">NaN<"))), [("f", {"n": "NaN"})]),
+    "a number that is too large": (block(call(N.replace(">2<", ">1e999<"))), [("f", {"n": "1e999"})]),
     "lists without end": (block(call(N.replace("2", "[" * 20_000))), [("f", {"n": "[" * 20_000})]),
     "one object": (block(call('{"x": "one", "n": 2}')), ONE_TWO),
     "blanks in tags": (block(call(X.replace('">', '"  >').replace(" string", "\n string"), N)), ONE_TWO),
@@ -275,6 +276,12 @@ def test_whatever_comes_is_read_or_refused_and_the_same_in_letters(parts, thinki
         except MessageError:
             outcomes.append(None)
     assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("given", [None, 5, b"21", ["21"]], ids=repr)
+def test_what_is_no_text_is_refused(given):
+    with pytest.raises(MessageError, match="give decode text"):
+        decode(given)
 
 
 def test_nothing_is_held_back_but_the_start_of_a_mark():

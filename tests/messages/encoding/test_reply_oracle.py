@@ -12,11 +12,12 @@ from tests.messages.encoding.test_reply import RECOVERED, calls_in, reply, writt
 
 REQUEST = SimpleNamespace(tools=None, tool_choice="auto", skip_special_tokens=True)
 # vLLM keeps the line end before a mark, drops a value without an end, knows no JSON in place of parameters,
-# takes Python's NaN for JSON, and reads on in results that the model made up.
+# takes Python's NaN and infinite numbers for JSON, and reads on in results that the model made up.
 OTHERWISE = {
     "no end of a parameter",
     "no end of the last parameter",
     "Python's NaN",
+    "a number that is too large",
     "lists without end",
     "one object",
     "made up results",

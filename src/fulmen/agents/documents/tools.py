@@ -146,6 +146,7 @@ class DocumentTools:
         by_lines, by_characters = (first_line, last_line), (first_character, end_character)
         if any(by_lines) and by_characters != (None, None):
             raise DocumentError("give lines or characters, not both")
+        path = path.removeprefix("./")
         text = self._index.text(path)
         if any(by_lines):
             begin, end = _characters_of_lines(text, first_line or 1, last_line)

@@ -66,8 +66,10 @@ def decode(text: str, thinking: bool | None = None, calls_before: int = 0) -> di
     Returns:
         `role`, `content`, `reasoning_content` (both empty where there is none) and `tool_calls`, a list.
 
-    Raises MessageError for a call that cannot be read, see the module.
+    Raises MessageError for a call that cannot be read, see the module, and for what is no text.
     """
+    if not isinstance(text, str):
+        raise MessageError(f"a reply is a {type(text).__name__}; give decode text")
     if thinking is None:
         before_calls = text[: min((text + mark).find(mark) for mark in (CALLS_OPEN, INVOKE))]
         thinking = text.startswith(THINK_OPEN) or THINK_CLOSE in before_calls
@@ -307,11 +309,13 @@ def _start_of_mark(text: str, marks: Sequence[str]) -> int:
 
 
 def _is_json(text: str) -> bool:
+    """Whether `encode` can write it again: Python's NaN and numbers too large for a float it cannot."""
+
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is Python's, not JSON's")
 
     try:
-        json.loads(text, parse_constant=refuse)
+        json.dumps(json.loads(text, parse_constant=refuse), allow_nan=False)
     except (ValueError, RecursionError):
         return False
     return True

@@ -6,13 +6,14 @@ from fulmen.config import require_positive_int
 from fulmen.errors import ConfigError
 from fulmen.modeling.rollouts import Sampling
 from fulmen.tasks.base import Task
+from fulmen.training.rl.gap import GAP_LIMITS
 
 INDEXERS = ("frozen", "trained")
 RATE, LORA_RATE = 1e-5, 1e-4
 BETAS = (0.9, 0.95)
 MICRO_BATCH = 8
-# Mean |log(engine / trainer)| of a sampled token, in nats, that is still rounding.
-GAP_FLOAT32, GAP_BFLOAT16 = 1e-4, 2e-2
+# Of a run, listed before it begins.
+MOST_PROMPTS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ class RlSettings:
             require_positive_int(name, getattr(self, name))
         if self.micro_batch is not None:
             require_positive_int("micro_batch", self.micro_batch)
+        if self.all_prompts > MOST_PROMPTS:
+            raise ConfigError(
+                f"steps={self.steps} of prompts={self.prompts} cannot be listed; use {MOST_PROMPTS:,} "
+                "prompts at most, and train what came of it again"
+            )
         if self.group < 2:
             raise ConfigError(f"group={self.group} cannot be compared with itself; use 2 or more")
         if self.replies % self.at_once:
@@ -118,7 +124,7 @@ class RlSettings:
     @property
     def largest_gap(self) -> float:
         """Of engine and trainer, mean nats a token."""
-        return GAP_BFLOAT16 if self.bf16 else GAP_FLOAT32
+        return GAP_LIMITS["bfloat16" if self.bf16 else "float32"]
 
     def sampling(self, seed: int) -> Sampling:
         """How a step's replies are sampled."""

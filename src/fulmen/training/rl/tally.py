@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fulmen.training.rl.gap import LogprobGap
 from fulmen.training.rl.objective import GrpoLoss
 from fulmen.training.rl.scoring import TokenScores
 
@@ -46,9 +47,9 @@ class StepTally:
         self._gap[2] = max(float(self._gap[2]), float(gap_N.max()))
 
     @property
-    def gap(self) -> tuple[float, float]:
-        """Mean and largest of `add_gap` in this step and process."""
-        return float(self._gap[0] / self._gap[1]), float(self._gap[2])
+    def gap(self) -> LogprobGap:
+        """All of `add_gap` in this step and process."""
+        return LogprobGap(int(self._gap[1]), float(self._gap[0] / self._gap[1]), float(self._gap[2]))
 
     def row(self, accelerator: Any) -> dict[str, float]:
         """The means over all processes, by the names that the log has."""

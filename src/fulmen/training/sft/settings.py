@@ -7,6 +7,8 @@ from fulmen.config import require_positive_int
 from fulmen.errors import ConfigError
 
 RATE, LORA_RATE = 2e-5, 2e-4
+# Of a run, listed before it begins.
+MOST_REPLIES = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,16 @@ class SftSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "save_every"):
             require_positive_int(name, getattr(self, name))
+        if self.steps * self.batch > MOST_REPLIES:
+            raise ConfigError(
+                f"steps={self.steps} of batch={self.batch} cannot be listed; use {MOST_REPLIES:,} replies at "
+                "most, and train what came of it again"
+            )
         if self.lora is not None:
             require_positive_int("lora", self.lora)
         rate = self.learning_rate
-        if rate is not None and not (isinstance(rate, int | float) and 0 < rate < math.inf):
+        is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
+        if rate is not None and not (is_number and 0 < rate < math.inf):
             raise ConfigError(f"learning_rate={rate!r} cannot be; use a number above 0, as 1e-4")
         if not isinstance(self.bf16, bool):
             raise ConfigError(f"bf16={self.bf16!r} cannot be; use true or false")
