@@ -4,19 +4,19 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
 
 
-def are_half(parameters: Iterable[nn.Parameter]) -> bool:
+def are_half(parameters: Iterable[Tensor]) -> bool:
     """Whether some are of 16 bits, so that training needs float32 copies and autocast."""
     return any(parameter.dtype in HALF for parameter in parameters)
 
 
 @contextmanager
-def in_float32(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Hold 16-bit parameters in float32, then round them to their own dtype; compute under autocast.
+def in_float32(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Hold 16-bit parameters and buffers in float32, then round them to their own dtype; autocast computes.
 
     They stay the same objects, tied ones stay tied. Their gradients are gone at the end.
     """

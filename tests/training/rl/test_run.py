@@ -16,6 +16,7 @@ from fulmen.training.rl.generate_engine import GenerateRollouts
 from fulmen.training.rl.prompts import prompt_tokens
 from fulmen.training.rl.run import train_rl
 from fulmen.training.rl.settings import Domain
+from tests.modeling.gqa.test_coarse import two_level_model
 from tests.modeling.gqa.tiny_gqa import make_dense
 from tests.training.forks import run_killed, run_two_processes
 from tests.training.rl import tiny_rl
@@ -165,6 +166,15 @@ def test_weights_of_16_bits_are_trained_in_float32_or_under_autocast(tmp_path):
         assert not equal_weights(model, first)
     gaps = [metric_rows(tmp_path / name)[0]["engine_trainer_gap"] for name in ("float32", "bf16")]
     assert gaps[0] < 1e-5 < gaps[1] < 2e-2
+
+
+def test_a_coarse_index_of_16_bits_is_computed_with_in_float32(tmp_path):
+    """Its weights are buffers."""
+    model = two_level_model().bfloat16()
+    run(tmp_path, model, steps=1)
+    kinds = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
+    assert kinds == {torch.bfloat16}
+    assert metric_rows(tmp_path)[0]["engine_trainer_gap"] < 1e-5
 
 
 def test_indexers_can_be_trained_by_their_own_loss(tmp_path):

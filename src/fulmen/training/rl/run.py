@@ -84,8 +84,9 @@ def train_rl(
     checkpoint = open_run(run_dir)
     tasks = {domain.task.name: domain.task for domain in domains}
     scorer = Scorer(tasks, note)
-    # All of them: where weights of 16 bits are added up, engine and trainer round apart.
-    with _own_config(model), in_float32(model.parameters()):
+    # All of them: where weights of 16 bits are added up, engine and trainer round apart. A coarse index is in
+    # buffers.
+    with _own_config(model), in_float32([*model.parameters(), *model.buffers()]):
         reference = _prepare(model, settings)
         engine = make_engine(model)
         try:
