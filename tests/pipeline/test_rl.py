@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import fulmen
 from fulmen.cli.main import main
 from fulmen.pipeline.rl_plan import plan_rl
-from fulmen.pipeline.rl_settings import AskedTask, tasks_argument
+from fulmen.pipeline.rl_settings import AskedTask, micro_batch_argument, tasks_argument
 from fulmen.training.rl.settings import Domain, RlSettings
 from tests.modeling.gqa.tiny_gqa import make_config, make_dense
 from tests.pipeline.tiny_runs import convert, save_tiny, settings
@@ -104,6 +104,14 @@ def test_tasks_with_a_kl_of_their_own():
 
 
 @pytest.mark.parametrize(
+    ("prompts", "group", "found"), [(8, 8, 8), (2, 2, 4), (3, 5, 5), (7, 13, 7), (11, 13, 1)]
+)
+def test_a_micro_batch_divides_the_replies_of_a_step(prompts, group, found):
+    assert micro_batch_argument(None, prompts, group) == found
+    assert micro_batch_argument(3, prompts, group) == 3
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"tasks": []}, "name at least one task"),
@@ -119,6 +127,8 @@ def test_tasks_with_a_kl_of_their_own():
         ({"full": True, "lora": 4}, "full trains all weights, lora a few"),
         ({"learning_rate": 0.0}, "learning_rate=0.0 cannot be"),
         ({"steps": 0}, "steps=0"),
+        ({"prompts": "8"}, "prompts='8' cannot be"),
+        ({"micro_batch": 5}, "micro_batch=5 does not divide a step's 64 replies"),
         ({"held_out": None}, "held_out=None cannot be; use an integer of 0 or more"),
         ({"top_k": 1.5}, "top_k=1.5 cannot be; use an integer of 0 or more"),
         ({"report_to": "paper"}, "report_to='paper' cannot be"),

@@ -40,7 +40,13 @@ def rl_command(
     updates: Annotated[
         int, typer.Option(help="Steps on one call of the engine; above 1 the later ones are off-policy.")
     ] = 1,
-    micro_batch: Annotated[int, typer.Option(help="Replies in one forward pass.")] = 8,
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(
+            help="Replies in one forward pass. [dim]Default: 8, or the most below that divide a step's.[/]",
+            show_default=False,
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Where a reply is cut.")] = 128,
     temperature: Annotated[float, typer.Option(help="Divides the logits.")] = 1.0,
     top_p: Annotated[

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING
 from fulmen.pipeline.arguments import Place, flag_argument, path_argument, place_argument
 from fulmen.pipeline.conversion import Conversion
 from fulmen.pipeline.reporter import Reporter, reporter_of
-from fulmen.pipeline.rl_settings import DEFAULT_KL, RlRunSettings, lora_argument, tasks_argument
+from fulmen.pipeline.rl_settings import (
+    DEFAULT_KL,
+    RlRunSettings,
+    lora_argument,
+    micro_batch_argument,
+    tasks_argument,
+)
 from fulmen.pipeline.settings import AUTO_DEVICE
 from fulmen.tasks.own import GivenTask
 
@@ -23,7 +29,7 @@ def rl(
     prompts: int = 8,
     group: int = 8,
     updates: int = 1,
-    micro_batch: int = 8,
+    micro_batch: int | None = None,
     max_new_tokens: int = 128,
     temperature: float = 1.0,
     top_p: float = 0.95,
@@ -65,7 +71,7 @@ def rl(
         prompts: problems of a step, of all processes together.
         group: replies to each, which are compared with one another.
         updates: optimizer steps on one call of the engine; above 1 the later ones are off-policy.
-        micro_batch: replies in one forward pass.
+        micro_batch: replies in one forward pass; None: 8, or the most below that divide a step's.
         max_new_tokens: where a reply is cut.
         temperature: divides the logits, in sampling and in training.
         top_p: the smallest set of tokens with this probability is kept; both policies are over that set.
@@ -105,7 +111,7 @@ def rl(
         "prompts": prompts,
         "group": group,
         "updates": updates,
-        "micro_batch": micro_batch,
+        "micro_batch": micro_batch_argument(micro_batch, prompts, group),
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_p": top_p,

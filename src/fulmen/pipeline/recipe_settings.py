@@ -13,7 +13,7 @@ from fulmen.errors import ConfigError, first_line
 from fulmen.pipeline.api import convert
 from fulmen.pipeline.api_rl import rl
 from fulmen.pipeline.arguments import number_argument
-from fulmen.pipeline.rl_settings import RlRunSettings, lora_argument
+from fulmen.pipeline.rl_settings import RlRunSettings, lora_argument, micro_batch_argument
 from fulmen.pipeline.settings import require_seed
 from fulmen.tasks import named
 from fulmen.training.sft.settings import SftSettings
@@ -188,6 +188,7 @@ def _require_rl(place: str, options: Mapping[str, Any]) -> None:
     own = {one.name: asked[one.name] for one in fields(RlSettings) if one.name in asked}
     try:
         own["lora"] = lora_argument(asked["lora"], asked["full"])
+        own["micro_batch"] = micro_batch_argument(asked["micro_batch"], asked["prompts"], asked["group"])
         RlRunSettings("", Path(), (), asked["rollouts"], asked["memory_gib"], options=own)
         RlSettings(**own)
     except ConfigError as error:

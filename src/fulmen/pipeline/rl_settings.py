@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 ROLLOUTS = ("generate", "vllm")
-DEFAULT_KL, DEFAULT_RANK = 1e-3, 16
+DEFAULT_KL, DEFAULT_RANK, MICRO_BATCH = 1e-3, 16, 8
 COUNTS = ("steps", "prompts", "group", "updates", "micro_batch", "max_new_tokens", "save_every", "n_rows")
 RATES = ("learning_rate", "indexer_learning_rate", "temperature", "clip_low", "clip_high", "off_policy")
 FLAGS = ("checkpointing", "bf16")
@@ -117,6 +117,16 @@ def lora_argument(lora: object, full: object) -> int | None:
     if lora is not None:
         raise ConfigError("full trains all weights, lora a few; give one of them", arguments=["full", "lora"])
     return None
+
+
+def micro_batch_argument(micro_batch: object, prompts: object, group: object) -> object:
+    """Replies in one forward pass; of None the most, up to 8, that divide a step's. Raises ConfigError."""
+    if micro_batch is not None:
+        return micro_batch
+    require_positive_int("prompts", prompts)
+    require_positive_int("group", group)
+    replies: int = prompts * group  # type: ignore[operator]
+    return next(count for count in range(MICRO_BATCH, 0, -1) if replies % count == 0)
 
 
 def _asked(task: object, kl: float) -> AskedTask:
