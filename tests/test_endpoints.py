@@ -46,6 +46,17 @@ def test_it_sends_the_key_and_reads_the_answer(monkeypatch):
     assert server.keys == ["Bearer of-the-user", "Bearer another"]
 
 
+@pytest.mark.parametrize(
+    "listed", [None, "x", [], ["x", None], [{}, {"id": None}, {"id": ""}, {"id": 5}]], ids=repr
+)
+def test_models_without_a_name_are_none(listed):
+    class Listing(Endpoint):
+        def call(self, *_, **__):
+            return {"data": listed}
+
+    assert Listing("http://127.0.0.1:1").models() == []
+
+
 def test_a_busy_server_is_asked_again_but_not_for_ever():
     busy = fail(503, "starting", Retry_After="0")
     told = []

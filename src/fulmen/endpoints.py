@@ -67,9 +67,10 @@ class Endpoint:
             raise EndpointError(f"the API key has characters that no key has; look at {KEY_VARIABLE}")
 
     def models(self) -> list[dict[str, Any]]:
-        """What the server lists; empty where it lists nothing."""
+        """What the server lists, each with an `id`, its name; empty where it names none."""
         rows = self.call("/models").get("data")
-        return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        listed = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        return [row for row in listed if isinstance(row.get("id"), str) and row["id"]]
 
     def call(self, path: str, body: dict[str, Any] | None = None, root: str | None = None) -> dict[str, Any]:
         """The answer to a POST of `body`, or to a GET. root: another one than `url`.

@@ -294,12 +294,12 @@ def test_the_command_prints_answer_citations_steps_and_bill(folder):
     assert "sk-of-a-test" not in result.output
 
 
-@pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
-def test_half_a_surrogate_pair_is_written_as_another_letter(folder, options):
-    with ChatServer([answer("Forty-two \ud800.", ("x\udfff", "made up \udc00 words"))]) as server:
-        result = run(server, folder, *options)
-    assert (result.exit_code, result.exception) == (0, None)
-    assert "Forty-two" in result.stdout
+def test_quotes_of_another_form_are_looked_up_or_dropped_in_view(folder):
+    given = {"quotes": ["counts forty-two ships", 5, {"words": "red sail"}], "answer": "Forty-two."}
+    with ChatServer([call(("answer", given))]) as server:
+        result = ask(server, folder)
+    assert [(one.file, one.quote) for one in result.citations] == [COUNT]
+    assert [one.quote for one in result.dropped] == ["5", "{'words': 'red sail'}"]
 
 
 def test_json_has_answer_citations_usage_and_cost(folder):
@@ -353,7 +353,8 @@ def test_what_a_model_writes_can_always_be_printed(folder):
     printed = json.loads(json.dumps(found.to_dict(), ensure_ascii=False).encode())
     assert (printed["question"], printed["answer"]) == ("What is ??", "a ? b")
     assert printed["dropped_citations"] == [
-        {"file": "?", "quote": "? is nowhere", "reason": "not in the documents"}
+        {"file": "?", "quote": "? is nowhere", "reason": "not in the documents"},
+        {"file": "", "quote": "5", "reason": "shorter than 8 characters"},
     ]
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fulmen.errors import ConfigError, ResumeError
+from fulmen.errors import ConfigError, OutputError, ResumeError
 from fulmen.modeling.rollouts import Rollout
 from fulmen.pipeline.answers import Answerer, open_model
 from fulmen.pipeline.recipe import RecipeRun
@@ -395,6 +395,13 @@ def test_a_folder_is_of_one_recipe(asked, tmp_path):
             del other["domains"]["low"]
         with pytest.raises(ResumeError, match=r"is of another recipe \((seed|domains) was"):
             begun({**asked, **other})
+
+
+def test_a_folder_with_something_else_is_not_taken(asked, tmp_path):
+    (tmp_path / "base").mkdir()
+    with pytest.raises(OutputError, match="has files, and is no recipe's folder"):
+        RecipeRun(read_recipe(asked), tmp_path, CPU, SilentReporter(), Stages().recipe_stages())
+    assert [file.name for file in tmp_path.iterdir()] == ["base"]
 
 
 def test_a_converted_base_has_no_dense_twin(asked, llama_dir, tmp_path):

@@ -119,6 +119,8 @@ def test_tasks_with_a_kl_of_their_own():
         ({"full": True, "lora": 4}, "full trains all weights, lora a few"),
         ({"learning_rate": 0.0}, "learning_rate=0.0 cannot be"),
         ({"steps": 0}, "steps=0"),
+        ({"prompts": "8"}, "prompts='8' cannot be"),
+        ({"micro_batch": 5}, "micro_batch=5 does not divide a step's 64 replies"),
         ({"held_out": None}, "held_out=None cannot be; use an integer of 0 or more"),
         ({"top_k": 1.5}, "top_k=1.5 cannot be; use an integer of 0 or more"),
         ({"report_to": "paper"}, "report_to='paper' cannot be"),

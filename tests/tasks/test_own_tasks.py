@@ -1,5 +1,6 @@
 """A user's function, class or object as a task."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -74,6 +75,19 @@ def test_a_function_that_returns_something_else(mine):
         given_task(lambda index: {"prompt": "", "score": 0.5}).problem(0)
     with pytest.raises(ConfigError, match="cannot be made"):
         named(f"{mine}:Echo:volume=3")
+
+
+@pytest.mark.parametrize("prompt", [["hi"], "half a pair: \ud800", 5], ids=repr)
+def test_a_prompt_that_is_none(prompt):
+    with pytest.raises(ConfigError, match="has no problem 0"):
+        given_task(lambda index: {"prompt": prompt, "answer": "x"}).problem(0)
+
+
+def test_a_function_that_hangs(monkeypatch):
+    monkeypatch.setattr("fulmen.tasks.own.SECONDS", 0.05)
+    task = given_task(lambda index: time.sleep(30))
+    with pytest.raises(ConfigError, match=r"problem 3 took more than 0\.05 s to make"):
+        task.problem(3)
 
 
 def test_a_file_with_a_mistake(tmp_path):

@@ -74,9 +74,7 @@ def ask_command(
         reporter=reporter(),
     )
     if as_json:
-        text = json.dumps(answer.to_dict(), indent=2, ensure_ascii=False)
-        # A model may write half a surrogate pair, which no output takes.
-        typer.echo(text.encode("utf-8", "replace").decode())
+        typer.echo(json.dumps(answer.to_dict(), indent=2, ensure_ascii=False))
     else:
         _print(answer)
     typer.echo(f"[{answer.bill.text()}]", err=True)

@@ -51,10 +51,8 @@ class ChatEndpoint:
         self.bill = Bill()
         known = self._server.models() if model is None else []
         if not known and model is None:
-            raise EndpointError(f"{self._url}/models is an empty list; pass model", arguments=["model"])
-        self.model = model or _text(known[0].get("id"))
-        if not self.model:
             raise EndpointError(f"{self._url}/models names none; pass model", arguments=["model"])
+        self.model: str = model or known[0]["id"]
         self.context = self._context(known)
 
     def complete(

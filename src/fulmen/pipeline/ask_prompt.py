@@ -108,9 +108,9 @@ def written_as_call(arguments: str, is_cut: bool) -> Written | None:
         except ValueError:
             continue
         if isinstance(found, dict) and isinstance(found.get("answer"), str):
-            quotes = found.get("quotes")
-            listed = quotes if isinstance(quotes, list) else []
-            return Written(found["answer"].strip(), tuple(filter(None, map(_quote, listed))))
+            quotes = found.get("quotes") or []
+            listed = quotes if isinstance(quotes, list) else [quotes]
+            return Written(found["answer"].strip(), tuple(map(_quote, listed)))
     return None
 
 
@@ -120,10 +120,11 @@ def written_as_text(text: str) -> Written:
     return Written(_QUOTE_LINE.sub("", text).strip(), quotes)
 
 
-def _quote(found: Any) -> Quote | None:
+def _quote(found: Any) -> Quote:
+    """A quote; what is none in form is looked up as it stands, so that it is told if it is dropped."""
     if isinstance(found, dict) and isinstance(found.get("quote"), str):
         return Quote(str(found.get("file") or ""), found["quote"])
-    return None
+    return Quote("", str(found))
 
 
 def _function(name: str, description: str, parameters: dict[str, Any]) -> dict[str, Any]:

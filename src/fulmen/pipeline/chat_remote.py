@@ -31,7 +31,7 @@ class RemoteChat:
             raise EndpointError(
                 f"{self._server.url}/models names no model; is it an OpenAI-compatible server?"
             )
-        self.model = str(models[0]["id"])
+        self.model: str = models[0]["id"]
 
     def ask(self, question: str, max_new_tokens: int, on_text: Callable[[str], None]) -> dict[str, Any]:
         """Stream the answer, `on_text` gets it in pieces; return its `usage`.

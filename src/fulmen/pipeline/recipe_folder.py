@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fulmen.errors import ResumeError, unwritable
+from fulmen.errors import OutputError, ResumeError, unwritable
 from fulmen.evaluation.report_files import write_json
 from fulmen.pipeline.reporter import Reporter
 from fulmen.pipeline.run_dir import RunDir
@@ -19,9 +19,14 @@ class RecipeFolder:
     """Stages by name, as "spelling/rl", in one folder."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OutputError if the folder cannot be made."""
+        """Raises OutputError if the folder cannot be made, or has something else in it."""
         self.path = path.expanduser().absolute()
         try:
+            # Folders of a user's own might be taken for stages that are done.
+            if self.path.exists() and any(self.path.iterdir()) and not (self.path / RECORDS).is_dir():
+                raise OutputError(
+                    f"{self.path} has files, and is no recipe's folder; name another one", arguments=["out"]
+                )
             (self.path / RECORDS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise unwritable(self.path, error) from error

@@ -42,10 +42,8 @@ class EndpointWriter:
         self._server, self._reporter = Endpoint(url), reporter
         known = self._server.models() if model is None else []
         if not known and model is None:
-            raise EndpointError(
-                f"{self._server.url}/models is an empty list; pass model", arguments=["model"]
-            )
-        self._model = model or str(known[0].get("id"))
+            raise EndpointError(f"{self._server.url}/models names none; pass model", arguments=["model"])
+        self._model: str = model or known[0]["id"]
         self.name = self.identity = f"{self._model} at {self._server.url}"
 
     def write(self, messages: Messages, drawing: Drawing) -> str:

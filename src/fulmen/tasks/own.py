@@ -20,11 +20,14 @@ from fulmen.tasks.base import Problem, Score, Task, turns_of
 from fulmen.tasks.environments import Environment, EnvironmentTask, is_environment
 from fulmen.tasks.forms import ASKED, candidates, in_form, inside_form
 from fulmen.tasks.parameters import parse_parameters
+from fulmen.tasks.rewards import TookTooLongError, time_limit
 from fulmen.tasks.split import problem_at
 
 # What a program may give as a task.
 GivenTask = str | Task | Environment | Callable[..., Any]
 PREFIX = "python:"
+# For making one problem.
+SECONDS = 60.0
 _PLACE = re.compile(r"(?P<module>.+\.py|[\w.]+):(?P<name>\w+)(?::(?P<parameters>.*))?")
 
 
@@ -43,8 +46,14 @@ class FunctionTask:
         self._make, self._parameters = make, parameters
 
     def problem(self, index: int) -> Problem:
-        """As `Task.problem`. Raises ConfigError for what is not such a mapping."""
-        return problem_at(index, self.name, self._numbered)
+        """As `Task.problem`. Raises ConfigError for a function that hangs or returns something else."""
+        try:
+            with time_limit(SECONDS):
+                return problem_at(index, self.name, self._numbered)
+        except TookTooLongError:
+            raise ConfigError(
+                f"task {self.name!r}: problem {index} took more than {SECONDS:g} s to make; make it quicker"
+            ) from None
 
     def score(self, problem: Problem, reply: str) -> Score:
         """As `Task.score`, but for what the user's function raises."""

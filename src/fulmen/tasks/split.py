@@ -46,10 +46,11 @@ def problem_at(index: int, name: str, make: Callable[[int], Problem]) -> Problem
     for number in range(first, first + TRIES):
         try:
             problem = make(number)
-        except Exception as error:  # a generator that gives up on some numbers
+            is_on_its_side = is_held_out(problem) == (index >= HELD_OUT)
+        except Exception as error:  # a generator that gives up on some numbers, or messages that are none
             reason = first_line(error)
             continue
-        if is_held_out(problem) == (index >= HELD_OUT):
+        if is_on_its_side:
             return replace(problem, index=index)
     raise ConfigError(f"task {name} has no problem {index} ({reason}); give it other parameters")
 

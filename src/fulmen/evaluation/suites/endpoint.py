@@ -34,7 +34,7 @@ class EndpointResponder:
         self.model, self.tokenizer = model, tokenizer
         self._server = Endpoint(url, timeout_s=timeout_s)
         self.url = self._server.url
-        known = [str(row.get("id")) for row in self._server.models()]
+        known = [row["id"] for row in self._server.models()]
         if known and model not in known:
             raise EndpointError(f"{self.url} has no model {model!r}; it has {', '.join(known[:8])}")
 

@@ -146,10 +146,13 @@ class SftWatch(RunWatch):
 def _require_fitting(model: PreTrainedModel, rows: Sequence[SftRow]) -> None:
     if not rows:
         raise ConfigError("there is no reply to learn; give some")
-    longest = max(map(len, rows))
+    lengths = list(map(len, rows))
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and longest > context:
-        raise ConfigError(f"a prompt with its reply has {longest} tokens, the model's context {context}")
+    if context is not None and (longest := max(lengths)) > context:
+        raise ConfigError(
+            f"chat {lengths.index(longest) + 1} has {longest} tokens with its reply, and the model's context "
+            f"{context}; shorten it, or leave it out"
+        )
 
 
 def _switch_gradients(model: PreTrainedModel, settings: SftSettings) -> None:
