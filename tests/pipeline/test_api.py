@@ -250,6 +250,8 @@ fulmen.train(made, out=out + "/b", steps=1, length=64, data=rows)
 fulmen.evaluate(made, length=64, quick=True, needles=False, data=data)
 fulmen.evaluate(made, suites="keyloss", lengths=[128], samples=1, data=data)
 fulmen.inspect(source)
+riddle = lambda index: {"prompt": f"w{2 + index % 90} w{2 + index // 90 % 90}", "answer": "w5"}
+fulmen.rl(made, tasks=riddle, out=f"{out}/rl", steps=1, prompts=1, group=2, max_new_tokens=2, held_out=1)
 """
 
 

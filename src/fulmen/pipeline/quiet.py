@@ -20,7 +20,10 @@ def quiet(reporter: Reporter) -> Iterator[None]:
             warnings.simplefilter("ignore")
         silent.enter_context(_quiet_transformers())
         silent.enter_context(_quiet_datasets())
-        silent.enter_context(_quiet_hub())
+        # Of a hub that cannot be reached each attempt would be told; the last one is an error anyway. TRL
+        # imports vLLM, which then says what the machine has not.
+        for library in ("huggingface_hub", "vllm"):
+            silent.enter_context(_quiet_logger(library))
         yield
 
 
@@ -81,9 +84,9 @@ def _quiet_datasets() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Of a hub that cannot be reached each attempt would be told; the last one is an error anyway."""
-    logger = logging.getLogger("huggingface_hub")
+def _quiet_logger(library: str) -> Iterator[None]:
+    """Errors alone."""
+    logger = logging.getLogger(library)
     level = logger.level
     logger.setLevel(max(logger.getEffectiveLevel(), logging.ERROR))
     try:
