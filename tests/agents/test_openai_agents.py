@@ -4,7 +4,9 @@ import asyncio
 import json
 from functools import partial
 
+import agents
 import pytest
+from openai.types.responses import ResponseFunctionToolCall, ResponseOutputMessage, ResponseOutputText
 
 from fulmen.agents.openai_agents import input_filter, items_of, messages_of
 from fulmen.agents.strategies import OMITTED, SUMMARY_HEAD, discard_all, keep_newest, none, summary
@@ -43,9 +45,6 @@ def test_an_item_of_a_hosted_tool_is_refused():
 
 def run_agent(strategy, budget, steps=6):
     """What the model got at each call of a run that looks so many times, 100 letters each."""
-    agents = pytest.importorskip("agents", reason="needs the package openai-agents")
-    from openai.types.responses import ResponseFunctionToolCall, ResponseOutputMessage, ResponseOutputText
-
     got = []
 
     class Scripted(agents.Model):

@@ -1,14 +1,17 @@
 """Forced calls, and schemas that take too long, as clients see them: a random model keeps to nothing."""
 
+import asyncio
 import json
 import threading
 from importlib.util import find_spec
+from typing import Literal
 
 import pytest
 
 if not find_spec("vllm"):
     pytest.skip("vLLM is not installed: pip install 'fulmen[serve-cpu]'", allow_module_level=True)
 
+import agents
 import anthropic
 import openai
 from jsonschema_rs import Draft202012Validator
@@ -152,3 +155,28 @@ def test_a_schema_is_refused_while_another_stream_goes_on(server, fields, field)
     assert "HTTP" not in refused[0].body["message"]
     assert server.ledger.balance("alice") == spent
     assert len(came) > 1
+
+
+def test_an_agent_of_openai_agents_calls_its_tool(server, unspaced):
+    given = []
+
+    @agents.function_tool
+    def weather(unit: Literal["celsius", "kelvin"]) -> str:
+        """Tell the weather."""
+        given.append(unit)
+        return "rain"
+
+    own = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=ALICE, max_retries=0, timeout=WAIT_S)
+    forced = agents.ModelSettings(
+        tool_choice="required", max_tokens=200, extra_body={"logit_bias": unspaced, "seed": 1}
+    )
+    agent = agents.Agent(
+        "watch",
+        model=agents.OpenAIChatCompletionsModel("tiny", own),
+        tools=[weather],
+        model_settings=forced,
+        tool_use_behavior="stop_on_first_tool",
+    )
+    run = agents.Runner.run(agent, "Is it cold?", run_config=agents.RunConfig(tracing_disabled=True))
+    assert asyncio.run(run).final_output == "rain"
+    assert given in (["celsius"], ["kelvin"])
