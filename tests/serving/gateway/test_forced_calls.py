@@ -168,7 +168,11 @@ def test_an_agent_of_openai_agents_calls_its_tool(server, unspaced):
 
     own = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=ALICE, max_retries=0, timeout=WAIT_S)
     forced = agents.ModelSettings(
-        tool_choice="required", max_tokens=200, extra_body={"logit_bias": unspaced, "seed": 1}
+        tool_choice="required",
+        parallel_tool_calls=False,
+        max_tokens=200,
+        temperature=0,
+        extra_body={"logit_bias": unspaced},
     )
     agent = agents.Agent(
         "watch",
