@@ -6,12 +6,7 @@ from typing import TYPE_CHECKING
 from fulmen.pipeline.arguments import Place, flag_argument, path_argument, place_argument
 from fulmen.pipeline.conversion import Conversion
 from fulmen.pipeline.reporter import Reporter, reporter_of
-from fulmen.pipeline.rl_settings import (
-    DEFAULT_KL,
-    RlRunSettings,
-    lora_argument,
-    tasks_argument,
-)
+from fulmen.pipeline.rl_settings import DEFAULT_KL, RlRunSettings, lora_argument, tasks_argument
 from fulmen.pipeline.settings import AUTO_DEVICE
 from fulmen.tasks.own import GivenTask
 

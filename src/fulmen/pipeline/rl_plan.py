@@ -86,7 +86,7 @@ def fitting_micro_batch(config: PreTrainedConfig, settings: RlSettings, prompt: 
         for number in range(1, min(each, AT_ONCE) + 1)
         if each % number == 0 and _pass_tokens(config, settings, number, prompt) <= PASS_TOKENS
     ]
-    return max(settings.at_once, *fitting, 0)
+    return max([settings.at_once, *fitting])
 
 
 def _pass_tokens(config: PreTrainedConfig, settings: RlSettings, replies: int, prompt: int) -> int:

@@ -102,11 +102,7 @@ class RlSettings:
     @property
     def at_once(self) -> int:
         """Replies in one forward pass: `micro_batch`, or its default."""
-        return self.micro_batch or self.divisor(MICRO_BATCH)
-
-    def divisor(self, most: int) -> int:
-        """The largest number of replies that divides a step's, `most` at most."""
-        return max(number for number in range(1, most + 1) if self.replies % number == 0)
+        return self.micro_batch or max(n for n in range(1, MICRO_BATCH + 1) if self.replies % n == 0)
 
     @property
     def all_prompts(self) -> int:
