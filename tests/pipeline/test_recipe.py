@@ -44,6 +44,9 @@ def say(index, low=10, high=50):
         "answer": right,
         "score": lambda reply: float(reply.strip() == right),
     }
+
+def ask(index):
+    return {name: value for name, value in say(index).items() if name != "answer"}
 """
 
 
@@ -74,6 +77,16 @@ def asked(task, llama_dir, corpus_dir):
         "dense": True,
         "seed": 3,
     }
+
+
+class Notes(SilentReporter):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.lines = []
+
+    def note(self, text):
+        self.lines.append(text)
 
 
 class GreedyEngine:
@@ -292,7 +305,10 @@ def test_a_reply_of_several_turns_is_a_lesson_for_each(tmp_path):
     assert [lesson.reply for lesson in own_answers(task, 1)][-1].startswith('{"tool": "answer"')
 
 
-def test_nothing_right_is_said(asked, tmp_path):
+@pytest.fixture
+def silent_run(asked, tmp_path):
+    """Makes the run of a domain whose specialist never replies."""
+
     def silent(place, device):
         found = answerer(place, device)
         found.engine.generate = lambda prompts, sampling: [
@@ -302,11 +318,29 @@ def test_nothing_right_is_said(asked, tmp_path):
         ]
         return found
 
-    del asked["domains"]["low"]
-    asked["sft"]["steps"] = 1
-    stages = RecipeStages(**{**vars(Stages().recipe_stages()), "answerer": silent})
+    def make(task):
+        change = {"domains": {"low": {"tasks": [task]}}, "sft": {**asked["sft"], "steps": 1}, "dense": False}
+        stages = RecipeStages(**{**vars(Stages().recipe_stages()), "answerer": silent})
+        return RecipeRun(
+            read_recipe({**asked, **change, "distill": {"steps": 1}}), tmp_path / "run", CPU, notes, stages
+        )
+
+    notes = Notes()
+    return make, notes
+
+
+def test_nothing_to_distil_is_said(silent_run, task):
     with pytest.raises(ConfigError, match="nothing to distil"):
-        RecipeRun(read_recipe(asked), tmp_path / "run", CPU, SilentReporter(), stages).run()
+        silent_run[0](task.replace(":say", ":ask")).run()
+
+
+def test_own_answers_are_distilled_where_no_specialist_was_right(silent_run, task):
+    make, notes = silent_run
+    report = make(task).run("distilled")
+    counts = report.samples[task]
+    assert (counts["right"], counts["kept"], counts["own"]) == (0, 0, 24)
+    assert "distilled" in report.solved
+    assert any("learns nothing here from its specialist" in line for line in notes.lines)
 
 
 @pytest.mark.parametrize(

@@ -157,10 +157,10 @@ class RecipeRun:
             for spec in domain.tasks
             for lesson in self._lessons_of(spec, domain)
         ]
-        if not any(counts["kept"] for counts in self.samples.values()):
+        if not found:
             raise ConfigError(
-                "no specialist wrote a right reply, so there is nothing to distil; take easier tasks, more "
-                "steps, or more rejection.samples"
+                "no specialist wrote a right reply, and the tasks have no answers of their own, so there is "
+                "nothing to distil; take easier tasks, more steps, or more rejection.samples"
             )
         return found
 
@@ -175,6 +175,8 @@ class RecipeRun:
             f"({counts.duplicates} duplicates, {counts.contaminated} to held-out problems), "
             f"{counts.own} answers of its own added, {counts.repeated} repeated"
         )
+        if found and not counts.kept:
+            self.reporter.note(f"{spec}: the distilled model learns nothing here from its specialist")
         return found
 
     def _sample(self, specialists: Mapping[str, str]) -> None:
