@@ -9,7 +9,8 @@ from transformers import AutoModelForImageTextToText
 
 import fulmen
 from fulmen.errors import AlreadyConvertedError, CheckpointError, ConfigError, UnsupportedModelError
-from fulmen.pipeline.model_config import require_language_model_alone
+from fulmen.modeling.checkpoint import find_source
+from fulmen.pipeline.model_config import require_language_model_alone, require_no_dense_whole
 from fulmen.pipeline.settings import EvalSettings
 from fulmen.pipeline.train_settings import TrainSettings
 from tests.modeling.whole.tiny_whole import make_whole, prompt
@@ -122,8 +123,11 @@ def test_layer_by_layer_its_texts_are_evaluated_and_the_rest_is_refused(tmp_path
     assert described[0].architecture == "Gemma3ForConditionalGeneration"
     assert described[1].architecture == "Gemma3DsaForConditionalGeneration"
     for folder in (tmp_path / "dense", out):
-        with pytest.raises(UnsupportedModelError, match="reads images: serve takes language models alone"):
-            require_language_model_alone(folder, "serve")
+        with pytest.raises(UnsupportedModelError, match="reads images: rl takes language models alone"):
+            require_language_model_alone(folder, "rl")
+    with pytest.raises(UnsupportedModelError, match="reads images: it is served, with texts, once"):
+        require_no_dense_whole(find_source(tmp_path / "dense"))
+    require_no_dense_whole(find_source(out))
     with pytest.raises(AlreadyConvertedError, match="'gemma3_text_dsa' has DSA already"):
         convert(settings(out, tmp_path / "again", corpus_dir))
 

@@ -56,10 +56,10 @@ def serve_command(
     """
     stage = reporter().stage
     with stage(STARTING):
-        from fulmen.pipeline.model_config import read_config, require_language_model_alone
+        from fulmen.pipeline.model_config import read_config, require_no_dense_whole
 
         found, config = read_config(model_dir)
-        require_language_model_alone(model_dir, "serve")
+        require_no_dense_whole(found)
         try:
             from fulmen.pipeline.ask_desk import folder_desk
             from fulmen.serving.engine.served_model import served_model
@@ -91,6 +91,7 @@ def describe(settings: "EngineSettings", store: "BillingStore") -> list[str]:
         f"{model.name}: {kept}, context {settings.context:,} tokens",
         f"{prices.currency} per million tokens: {shown}",
         f"{keys} keys" if keys else "no keys: everybody on this machine is one anonymous account",
+        *(["texts alone: images are not served"] if model.reads_images else []),
         *encoding,
         *longrope_note(model.config, settings.context),
     ]

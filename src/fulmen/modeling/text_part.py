@@ -54,6 +54,11 @@ class TextShards(ModelShards):
         }
         return Arrangement(text | ({HEAD: names[HEAD]} if HEAD in names else {}), {})
 
+    @property
+    def stored_names(self) -> dict[str, str]:
+        """What the files call the language model's weights, by the names that it has by itself."""
+        return dict(self._renamed)
+
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: self.held[stored].shape for name, stored in self._renamed.items()}

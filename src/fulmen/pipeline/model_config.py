@@ -52,7 +52,18 @@ def require_language_model_alone(source: str | Path, what: str) -> None:
     if (name := whole_class_name(found)) is not None:
         raise UnsupportedModelError(
             f"{found} is a {name}, which reads images: {what} takes language models alone; convert, inspect, "
-            "train and eval take it, and AutoModelForImageTextToText runs it"
+            "train, eval and serve take it, and AutoModelForImageTextToText runs it"
+        )
+
+
+def require_no_dense_whole(found: ModelSource) -> None:
+    """Raise UnsupportedModelError for a model that reads images and is dense, which is not served."""
+    if found.gguf_file or (family := vision_family_for(whole := read_own_config(found.place))) is None:
+        return
+    if whole.model_type == family.source_type:
+        raise UnsupportedModelError(
+            f"{found} is a {family.source_class.__name__}, which reads images: it is served, with "
+            "texts, once it is converted; run fulmen convert, or serve it with vLLM alone"
         )
 
 

@@ -11,8 +11,10 @@ from transformers import PreTrainedConfig
 from fulmen.config import DsaConfig
 from fulmen.errors import CheckpointError, ConfigError, UnsupportedModelError
 from fulmen.modeling.cache import CacheBytes
+from fulmen.modeling.config_checks import read_own_config
 from fulmen.modeling.cost import attention_cost, index_key_bytes, token_bytes
 from fulmen.modeling.families import dsa_of, family_like
+from fulmen.modeling.vision import vision_family_for
 from fulmen.modeling.weight_files import PICKLES, require_sound_files
 from fulmen.modeling.windows import layer_windows
 from fulmen.serving.vllm_plugin import require_in_vllm
@@ -59,6 +61,7 @@ class ServedModel:
         chat_template: the tokenizer's, or "" if it has none.
         special_tokens: the tokenizer's added tokens.
         chat_encoding: V32, where chats are written in DeepSeek-V3.2's encoding whatever the template; or "".
+        reads_images: whether it is the language model of one that does; it is served by itself.
     """
 
     place: Path
@@ -69,6 +72,7 @@ class ServedModel:
     chat_template: str
     special_tokens: frozenset[str]
     chat_encoding: str = ""
+    reads_images: bool = False
 
     @cached_property
     def token_bytes(self) -> CacheBytes:
@@ -137,8 +141,9 @@ def served_model(place: Path, config: PreTrainedConfig, chat_encoding: str | Non
     context = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
     added = frozenset(str(token.get("content")) for token in tokenizer.get("added_tokens", []))
     encoding = _chat_encoding(chat_encoding or getattr(config, "chat_encoding", None) or TEMPLATE)
-    name = place.resolve().name
-    return ServedModel(place, name, config, dsa, context, _chat_template(place), added, encoding)
+    name, template = place.resolve().name, _chat_template(place)
+    reads_images = vision_family_for(read_own_config(str(place))) is not None
+    return ServedModel(place, name, config, dsa, context, template, added, encoding, reads_images)
 
 
 def _chat_encoding(name: str) -> str:
@@ -153,7 +158,9 @@ def _chat_template(place: Path) -> str:
     file = place / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    template = (_read_json(place / "tokenizer_config.json") or {}).get("chat_template") or ""
+    # The last is a processor's, as older models that read images have it.
+    files = (_read_json(place / name) or {} for name in ("tokenizer_config.json", "chat_template.json"))
+    template = next((one for file in files if (one := file.get("chat_template"))), "")
     return template if isinstance(template, str) else json.dumps(template)
 
 

@@ -154,6 +154,9 @@ def parser_flags(model: ServedModel) -> list[str]:
         # vLLM would take V3.2's encoding by the architecture; a converted V3 has a template of its own.
         flags += ["--tokenizer-mode", "deepseek_v32" if model.speaks_v32 else "hf"]
         return [*flags, "--reasoning-parser", "deepseek_v3"]
+    if model.reads_images and model.chat_template:
+        # Of these the template may lie where vLLM does not look for a language model's.
+        flags += ["--chat-template", model.chat_template]
     if "<think>" in model.chat_template:
         asked = "enable_thinking" in model.chat_template
         flags += ["--reasoning-parser", THINKS_WHEN_ASKED if asked else THINKS_ALWAYS]

@@ -8,7 +8,7 @@ model code is imported, of vLLM or Transformers, until a converted model is load
 from typing import TYPE_CHECKING
 
 from fulmen.errors import UnsupportedModelError
-from fulmen.modeling.families import family_names
+from fulmen.modeling.families import family_names, vision_names
 from fulmen.serving.vllm_plugin.lifeline import end_with_parent
 
 if TYPE_CHECKING:
@@ -41,6 +41,16 @@ def served_classes() -> dict[str, str]:
     return {name.replace("ForCausalLM", "DsaForCausalLM"): name for name in stock}
 
 
+def served_with_images() -> dict[str, str]:
+    """Names of the classes in `MODELS` of models that read images, each with their dense `model_type`."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    stock = {MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name]: name for name in vision_names()}
+    return {
+        name.replace("ForConditionalGeneration", "DsaForConditionalGeneration"): stock[name] for name in stock
+    }
+
+
 def require_in_vllm(config: "PreTrainedConfig") -> None:
     """Raise UnsupportedModelError for a converted model, or a part of it, that vLLM has no code for."""
     if reason := NOT_IN_VLLM.get(config.model_type.removesuffix("_dsa")):
@@ -66,6 +76,6 @@ def register() -> None:
     if current_platform.is_cpu():
         ModelRegistry.register_model(MLA_ARCHITECTURE, MLA_ON_CPU)
     known = ModelRegistry.get_supported_archs()
-    for architecture in served_classes():
+    for architecture in (*served_classes(), *served_with_images()):
         if architecture not in known:
             ModelRegistry.register_model(architecture, f"{MODELS}:{architecture}")

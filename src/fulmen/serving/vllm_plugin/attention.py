@@ -109,7 +109,10 @@ class DsaAttention(nn.Module):
         keep_out_of_graphs(vllm_config.compilation_config)
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
-        """As the stock attention: hidden states `[T, C]`, positions `[T]`."""
+        """As the stock attention: hidden states `[T, C]`, positions `[T]`, or `[3, T]` of a text's tokens."""
+        if positions.ndim > 1:
+            # Time, height and width: only the tokens of an image have three.
+            positions = positions[0]
         qkv, _ = self.qkv_proj(hidden_states)
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = self._heads(qkv)

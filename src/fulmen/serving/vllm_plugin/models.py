@@ -7,9 +7,11 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
+import torch
 import vllm
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.config import VllmConfig
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.llama import LlamaForCausalLM
@@ -20,8 +22,10 @@ from fulmen.config import DsaConfig
 from fulmen.errors import ConfigError
 from fulmen.modeling.families import dsa_family_for
 from fulmen.modeling.gqa.model import require_dsa
+from fulmen.modeling.text_part import shards_around
+from fulmen.modeling.vision import import_vision
 from fulmen.modeling.windows import layer_windows
-from fulmen.serving.vllm_plugin import served_classes
+from fulmen.serving.vllm_plugin import served_classes, served_with_images
 from fulmen.serving.vllm_plugin.attention import DsaAttention
 from fulmen.serving.vllm_plugin.coarse_weights import of_coarse_shape, require_coarse_weights
 from fulmen.serving.vllm_plugin.rope import (
@@ -81,17 +85,55 @@ class DsaServingMixin:
         return super().load_weights(weights)  # type: ignore[misc]
 
 
+class TextsAloneMixin:
+    """Goes before the language model of one that reads images: it is served by itself, of texts alone.
+
+    The whole model's files have its weights, by other names, and its config has that of the language model.
+    """
+
+    # Of a text the three positions of a token are alike: vLLM asks for them where the config names them.
+    supports_mrope = True
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        model = vllm_config.model_config
+        shards = shards_around(model.model)
+        if shards is None:
+            raise ConfigError(f"{model.model} is no model that reads images; serve it under its own class")
+        text = vllm_config.with_hf_config(shards.family.text_config(model.hf_config))
+        self._names = {stored: name for name, stored in shards.stored_names.items()}
+        super().__init__(vllm_config=text, prefix=prefix)  # type: ignore[call-arg]
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Those of the language model; the vision tower's are left out. Raises as `DsaServingMixin`."""
+        inside = ((self._names[name], weight) for name, weight in weights if name in self._names)
+        loaded: set[str] = super().load_weights(inside)  # type: ignore[misc]
+        return loaded
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:
+        """[3, T] of a text, and by how much the next position is not T."""
+        return torch.arange(len(input_tokens)).expand(3, -1), 0
+
+
 @cache
 def served_class(name: str) -> type:
     """The class of this name: vLLM's own of the stock architecture, with fulmen's attention."""
-    stock = ModelRegistry.models[served_classes()[name]].load_model_cls()
+    stock = ModelRegistry.models[_stock_name(name)].load_model_cls()
     about = f"{stock.__name__} with an indexer in the converted layers."
-    return type(name, (DsaServingMixin, stock), {"__module__": __name__, "__doc__": about})
+    mixins = (TextsAloneMixin, DsaServingMixin) if name in served_with_images() else (DsaServingMixin,)
+    return type(name, (*mixins, stock), {"__module__": __name__, "__doc__": about})
+
+
+def _stock_name(name: str) -> str:
+    """Of vLLM's own class; for a model that reads images, of its language model."""
+    if (reads_images := served_with_images().get(name)) is None:
+        return served_classes()[name]
+    stock: str = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[import_vision(reads_images).text_type]
+    return stock
 
 
 def __getattr__(name: str) -> type:
     """vLLM looks for a class here by name; only that one's model code is imported."""
-    if name not in served_classes():
+    if name not in served_classes() and name not in served_with_images():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return served_class(name)
 
