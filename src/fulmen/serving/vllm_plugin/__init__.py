@@ -21,7 +21,7 @@ NO_CLASS = "vLLM has no fitting class for it"
 NO_BLOCKS = "vLLM's caches for layers with linear attention have no place for index keys"
 NOT_IN_VLLM = {
     **dict.fromkeys(
-        ("gpt_oss", "hunyuan_v1_dense", "ministral", "olmo2", "olmo3", "seed_oss", "smollm3", "starcoder2"),
+        ("hunyuan_v1_dense", "ministral", "olmo2", "olmo3", "seed_oss", "smollm3", "starcoder2"),
         NO_CLASS,
     ),
     **dict.fromkeys(("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"), NO_BLOCKS),

@@ -71,6 +71,7 @@ class DsaAttention(nn.Module):
         super().__init__()
         self.qkv_proj, self.o_proj, self.rotary_emb = stock.qkv_proj, stock.o_proj, rotary
         self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
+        self.sinks = getattr(stock, "sinks", None)
         self.head_dim, self.heads, self.kv_heads = stock.head_dim, stock.num_heads, stock.num_kv_heads
         self.total_kv_heads, self.scale = stock.total_num_kv_heads, stock.scaling
         self.softcap = getattr(vllm_config.model_config.hf_config, "attn_logit_softcapping", None)
@@ -129,6 +130,10 @@ class DsaAttention(nn.Module):
         out = qkv.new_empty(qkv.shape[0], self.heads * self.head_dim)
         attend_as_one_operation(qkv, hidden_states, positions, out, self.name)
         return self.o_proj(out)[0]
+
+    def forget(self) -> None:
+        """To be called when its weights have been replaced: what was made of them is made anew."""
+        self._kept = None
 
     def attend(
         self,
@@ -191,8 +196,8 @@ class DsaAttention(nn.Module):
         if self._kept is None or not self._kept.holds:
             caches = (self.cache.rows_RHC(), self.index_cache.rows_RHC()[:, 0], self.indexer.rope_pairs)
             heads = (self.heads, self.indexer.n_heads)
-            budget = (self.layer_topk, self.topk)
-            layer = PagedLayer(*caches, *heads, *budget, self.scale, self._coarse(), self.softcap)
+            budget, softmax = (self.layer_topk, self.topk), (self.softcap, self.sinks)
+            layer = PagedLayer(*caches, *heads, *budget, self.scale, self._coarse(), *softmax)
             all_caches = (self.cache, self.index_cache, self.coarse_cache)
             apart = tuple(0 if one is None else one.rows_per_block for one in all_caches)
             coarse_buffers = {} if self.indexer.coarse is None else self.indexer.coarse._buffers

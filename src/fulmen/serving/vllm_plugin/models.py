@@ -3,9 +3,9 @@
 A family's class is made when it is asked for, as an attribute of this module: `models.LlamaDsaForCausalLM`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import vllm
@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.config import VllmConfig
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
-from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
+from vllm.model_executor.models.utils import maybe_prefix
 
 from fulmen.config import DsaConfig
 from fulmen.errors import ConfigError
@@ -41,27 +42,35 @@ VLLM_SERIES = "0.32."
 
 
 class DsaServingMixin:
-    """Goes before a vLLM language model: gives its converted layers an indexer and sparse attention."""
+    """Goes before a vLLM language model: gives its converted layers an indexer and sparse attention.
+
+    Attributes:
+        attention_name: of a layer's attention in vLLM's model. attention_class: what takes its place.
+    """
 
     model: Any
+    attention_name: ClassVar[str] = "self_attn"
+    attention_class: ClassVar[type[DsaAttention]] = DsaAttention
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         dsa, config = _require_servable(vllm_config), vllm_config.model_config
         scale_longrope(config.hf_config)
         name_query_scaling(config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        require_windows(self.model.layers, config.hf_config, config.max_model_len)
+        stock = [getattr(layer, self.attention_name, None) for layer in self.model.layers]
+        require_windows(stock, config.hf_config, config.max_model_len)
         still = dsa_family_for(config.hf_config).layers_without_rope(config.hf_config)
         for layer in dsa.layers:
-            block = self.model.layers[layer]
-            if not isinstance(block, PPMissingLayer):
-                rotary = block.self_attn.rotary_emb
+            block, attention = self.model.layers[layer], stock[layer]
+            if attention is not None:
+                rotary = attention.rotary_emb
                 if layer in still:
                     rotary = no_rotation_like(rotary)
                 else:
                     require_same_rope(rotary, config.hf_config, config.max_model_len)
-                name = f"{maybe_prefix(prefix, 'model')}.layers.{layer}.self_attn"
-                block.self_attn = DsaAttention(block.self_attn, rotary, layer, dsa, vllm_config, name)
+                name = f"{maybe_prefix(prefix, 'model')}.layers.{layer}.{self.attention_name}"
+                made = self.attention_class(attention, rotary, layer, dsa, vllm_config, name)
+                setattr(block, self.attention_name, made)
         self._coarse, self._is_loaded = dsa.coarse, False
         pack_experts_anew(self)  # type: ignore[arg-type]
         self._head_watch = watch_head(self)
@@ -83,6 +92,50 @@ class DsaServingMixin:
             # It takes any `wq` for one of Mistral's own file format; the indexer has one.
             return LlamaForCausalLM.load_weights(self, weights)
         return super().load_weights(weights)  # type: ignore[misc]
+
+
+class GptOssDsaAttention(DsaAttention):
+    """As vLLM's attention of gpt-oss is named and called."""
+
+    def __init__(self, stock: Any, *given: Any) -> None:
+        stock.num_heads, stock.num_kv_heads = stock.num_local_attention_heads, stock.num_local_key_value_heads
+        stock.total_num_kv_heads = stock.num_key_value_heads
+        super().__init__(stock, *given)
+
+    def forward(self, hidden_states: Tensor, positions: Tensor) -> Tensor:  # type: ignore[override]
+        """The same in another order."""
+        return super().forward(positions, hidden_states)
+
+
+class GptOssMixin(DsaServingMixin):
+    """Goes before vLLM's gpt-oss, which loads parameters alone: an indexer has buffers, too."""
+
+    attention_name, attention_class = "attn", GptOssDsaAttention
+
+    def _load(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        buffers: dict[str, Tensor] = dict(self.named_buffers())  # type: ignore[attr-defined]
+        filled = set[str]()
+
+        def others() -> Iterator[tuple[str, Tensor]]:
+            for name, weight in weights:
+                own = name.replace(".self_attn.", f".{self.attention_name}.")
+                if own in buffers:
+                    # While vLLM reloads, one that notes what comes and when a layer is whole.
+                    getattr(buffers[own], "weight_loader", default_weight_loader)(buffers[own], weight)
+                    filled.add(own)
+                else:
+                    yield name, weight
+
+        loaded = super()._load(others())
+        for layer in self.model.layers:
+            if isinstance(attention := getattr(layer, self.attention_name, None), DsaAttention):
+                # It holds sinks in float32.
+                attention.forget()
+        return loaded | filled
+
+
+# Of stock classes whose layers are not named or loaded as the others'.
+MIXINS: dict[str, type[DsaServingMixin]] = {"GptOssForCausalLM": GptOssMixin}
 
 
 class TextsAloneMixin:
@@ -119,8 +172,9 @@ def served_class(name: str) -> type:
     """The class of this name: vLLM's own of the stock architecture, with fulmen's attention."""
     stock = ModelRegistry.models[_stock_name(name)].load_model_cls()
     about = f"{stock.__name__} with an indexer in the converted layers."
-    mixins = (TextsAloneMixin, DsaServingMixin) if name in served_with_images() else (DsaServingMixin,)
-    return type(name, (*mixins, stock), {"__module__": __name__, "__doc__": about})
+    mixin = MIXINS.get(stock.__name__, DsaServingMixin)
+    around = (TextsAloneMixin,) if name in served_with_images() else ()
+    return type(name, (*around, mixin, stock), {"__module__": __name__, "__doc__": about})
 
 
 def _stock_name(name: str) -> str:
@@ -138,15 +192,16 @@ def __getattr__(name: str) -> type:
     return served_class(name)
 
 
-def require_windows(layers: Sequence[Any], config: PreTrainedConfig, length: int) -> None:
+def require_windows(stock: Sequence[Any], config: PreTrainedConfig, length: int) -> None:
     """Raise ConfigError for a sliding layer that vLLM's code of it lets see more than its window.
 
-    layers: vLLM's own, before any is converted; length: tokens that a request may have.
+    stock: each layer's attention, vLLM's own; None for one on another rank. length: tokens that a request may
+    have.
     """
     for number, window in enumerate(layer_windows(config)):
-        if window is None or window >= length or isinstance(layers[number], PPMissingLayer):
+        if window is None or window >= length or stock[number] is None:
             continue
-        if layers[number].self_attn.attn.sliding_window is None:
+        if stock[number].attn.sliding_window is None:
             raise ConfigError(
                 f"layer {number} of model_type {config.model_type!r} sees {window} tokens, and in vLLM all; "
                 f"use max_model_len={window} or less, `fulmen chat` or Transformers"
