@@ -11,7 +11,7 @@ import pytest
 
 from fulmen.cli import progress
 from fulmen.errors import ConfigError
-from fulmen.pipeline.reporter import LineReporter, Pace, TrainingView, in_minutes, reporter_of
+from fulmen.pipeline.reporter import LineReporter, Pace, TrainingView, in_minutes, reporter_of, roughly
 from fulmen.pipeline.settings import EvalSettings
 from tests.modeling.gqa.tiny_gqa import make_dense
 from tests.modeling.mla.tiny_mla import make_mla
@@ -90,6 +90,15 @@ class TestPace:
         clock.now = 9
         assert pace.left is None
         assert pace.words(False) == "67 %, 0:09 elapsed"
+
+    def test_estimates(self):
+        assert [roughly(seconds) for seconds in (0.2, 89, 90, 3560, 266_831)] == [
+            "1 s",
+            "89 s",
+            "2 min",
+            "59 min",
+            "74 h 7 min",
+        ]
 
     def test_clock(self):
         assert [in_minutes(seconds) for seconds in (0, 59.6, 3599, 3961)] == [

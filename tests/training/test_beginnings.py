@@ -47,7 +47,7 @@ def states_and_gradients(model, ids, wanted_B, lengths):
     """Hidden states of the rows' own tokens, and every gradient of a random sum of them."""
     model.zero_grad()
     with accelerated(model):
-        hidden, begins_B = hidden_states(model, ids, wanted_B)
+        hidden, begins_B = hidden_states(model, ids, wanted_B, max(lengths))
         spans = zip(hidden, (wanted_B - begins_B).tolist(), lengths, strict=True)
         own = torch.cat([row[begin : begin + length] for row, begin, length in spans])
         (own * torch.randn(own.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
@@ -71,6 +71,19 @@ def test_numbers_and_gradients_are_those_of_rows_read_by_themselves(name, kind, 
     for place, gradient in gradients.items():
         scale = expected[place].abs().max()
         assert torch.allclose(gradient, expected[place], atol=1e-4 * float(scale) + 1e-5), place
+
+
+def test_behind_prompts_of_unlike_lengths_only_replies_are_read():
+    model, read = model_of("llama", "dsa"), []
+    prompts = [random_ids(1, length, seed=length)[0] for length in (90, 30)]
+    texts = [torch.cat([prompts[row // 2], random_ids(1, 3, seed=50 + row)[0]]) for row in range(4)]
+    ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_hook(lambda _, given, __: read.append(tuple(given[0].shape)))
+    hidden, begins_B = hidden_states(model, ids, torch.tensor([89, 89, 29, 29]), 4)
+    assert read == [(2, 89), (4, 4)]
+    assert hidden.shape[1] == 4
+    assert begins_B.tolist() == [89, 89, 29, 29]
 
 
 def test_no_more_is_shared_than_is_left_over_for_the_first_wanted_token():

@@ -24,6 +24,7 @@ from fulmen.modeling.model_shards import UNPACKED_DTYPE
 from fulmen.modeling.quantization.formats import lists_left_out, quantization_of, quantization_without
 from fulmen.modeling.shards import INDEXERS_FILE, SHARD_DTYPES, Shards, save_tensors
 from fulmen.modeling.weights import EMBEDDING, HEAD, require_held
+from fulmen.ops.half_products import hasten_half_products
 
 
 class LayeredModel(NamedTuple):
@@ -114,6 +115,7 @@ def layered_model(
     own = family.dsa_config(config, dsa, tied)
     dtype: Any = config.dtype or (UNPACKED_DTYPE if quantization_of(config) else _first_dtype(shards))
     own.dtype = dtype
+    hasten_half_products(dtype)
     # Parameters alone: the buffers are computed and no file holds them, but for a coarse level's, which are
     # where the indexer's parameters are.
     with init_empty_weights(include_buffers=False):

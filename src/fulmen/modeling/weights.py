@@ -14,6 +14,7 @@ from transformers.utils.hub import cached_file
 from fulmen.errors import CheckpointError, one_line
 from fulmen.modeling.family import has_own_head
 from fulmen.modeling.weight_files import INDEX_FILE, WEIGHTS_FILE, names_in, weight_files
+from fulmen.ops.half_products import hasten_half_products
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Tables that old checkpoints hold and every model makes itself.
@@ -77,7 +78,9 @@ def load_all_weights(
 
 
 def settle_loaded(model: PreTrainedModel) -> None:
-    """Let a loaded model's config say what its weights are, and its attention do what the config says."""
+    """Let a loaded model's config say what its weights are, its attention do what the config says, and its
+    products be taken at this machine's speed."""
+    hasten_half_products(model.dtype)
     if model.config.tie_word_embeddings and has_own_head(model):
         model.config.tie_word_embeddings = False
     keep_caps(model)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import linear
 from transformers import PreTrainedConfig
 
 from fulmen.config import DsaConfig
@@ -21,6 +22,7 @@ from fulmen.modeling.families import family_for
 from fulmen.modeling.index_shape import default_dsa
 from fulmen.modeling.inherit_cost import InheritCost, InheritTexts, WeightSizes, inherit_cost, weight_sizes
 from fulmen.modeling.lengths import context_of, untrained_topk
+from fulmen.ops.half_products import hasten_half_products
 from fulmen.pipeline.devices import training_device
 from fulmen.pipeline.inherit_stage import BUDGET_SEQUENCES
 from fulmen.pipeline.memory import available_bytes
@@ -219,12 +221,13 @@ def _dtype(config: PreTrainedConfig) -> Any:
 
 
 def _flops_per_second(dtype: torch.dtype, device: torch.device) -> float:
+    hasten_half_products(dtype)
     rows, width = TIMED_SHAPE
     x_NC, y_CC = (torch.ones(size, width, dtype=dtype, device=device) for size in (rows, width))
     seconds = []
     for _ in range(TIMED_TIMES):
         began = time.perf_counter()
         # Read, since a GPU only begins at once.
-        float((x_NC @ y_CC)[0, 0])
+        float(linear(x_NC, y_CC)[0, 0])
         seconds.append(time.perf_counter() - began)
     return 2 * rows * width * width / min(seconds)

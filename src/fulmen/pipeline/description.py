@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fulmen.config import COARSE_FROM, DsaConfig
 from fulmen.evaluation.wording import percent
-from fulmen.pipeline.reporter import in_minutes
+from fulmen.pipeline.reporter import roughly
 
 if TYPE_CHECKING:
     from fulmen.modeling.cache import CacheBytes
@@ -166,7 +166,7 @@ def _planned(plan: "ConversionPlan") -> list[tuple[str, str]]:
         f"calibration {count} x {tokens:,}"
     )
     cost = (
-        f"inherit takes about {in_minutes(plan.inherit_seconds)} min and {_bytes(peak)} of the "
+        f"inherit takes about {roughly(plan.inherit_seconds)} and {_bytes(peak)} of the "
         f"{_bytes(plan.free_bytes)} that are free, {where}"
     )
     return [("conversion", steps), ("here", cost)]

@@ -29,7 +29,7 @@ from fulmen.pipeline.evaluate_lookups import plan_lookups
 from fulmen.pipeline.fingerprint import weights_fingerprint
 from fulmen.pipeline.load import load_converted_model, load_converted_tokenizer
 from fulmen.pipeline.model_config import read_config
-from fulmen.pipeline.reporter import Reporter, in_minutes
+from fulmen.pipeline.reporter import Reporter, roughly
 from fulmen.pipeline.settings import EvalSettings
 from fulmen.pipeline.texts import draw_longest, kinds_of, lengths_to_try, read_corpus
 from fulmen.pipeline.train import RECORD_FILE, STAGES_DIR
@@ -127,7 +127,7 @@ def _progress(reporter: Reporter) -> Callable[[int, int, str], None]:
             said = True
             seconds = (time.monotonic() - began) * total / done
             if seconds > LONG_S:
-                reporter.note(f"{total:,} tokens are to be read, in about {in_minutes(seconds)}")
+                reporter.note(f"{total:,} tokens are to be read, in about {roughly(seconds)}")
         reporter.advance(done, total, what)
 
     return advance

@@ -27,6 +27,7 @@ from fulmen.modeling.quantization.formats import quantization_of, require_readab
 from fulmen.modeling.shards import SHARD_DTYPES
 from fulmen.modeling.text_part import TextShards, open_shards, shards_around
 from fulmen.modeling.weights import EMBEDDING, HEAD
+from fulmen.ops.half_products import hasten_half_products
 from fulmen.pipeline.arguments import refused
 from fulmen.pipeline.devices import move
 from fulmen.pipeline.fingerprint import weights_fingerprint
@@ -208,6 +209,7 @@ class LoadedSource:
         self.config: PreTrainedConfig = self._model.config
         require_sound_config(self.config, self.name)
         require_finite(self._model, self.name)
+        hasten_half_products(self._model.dtype)
 
     @property
     def name(self) -> str:

@@ -180,6 +180,14 @@ def in_minutes(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def roughly(seconds: float) -> str:
+    """ "50 s", "6 min", or "2 h 10 min", of what is only estimated."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
 class TrainingView:
     """A trainer's steps in a stage: their losses beside them; what comes between steps, as a detail.
 

@@ -48,8 +48,13 @@ def common_beginning(ids_BS: Tensor, most: int) -> int:
     return int(is_same_S.long().cumprod(0).sum())
 
 
-def hidden_states(model: PreTrainedModel, ids_BS: Tensor, wanted_B: Tensor) -> tuple[Tensor, Tensor]:
+def hidden_states(
+    model: PreTrainedModel, ids_BS: Tensor, wanted_B: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
     """What the head reads of rows padded on the right, of each from a position on, `wanted_B` at the latest.
+
+    Args:
+        count: tokens from `wanted_B` on that are wanted of a row, at most.
 
     Returns:
         hidden_BTC, with gradients, and begins_B, where each row's begins. Replies to one prompt share a pass
@@ -62,7 +67,7 @@ def hidden_states(model: PreTrainedModel, ids_BS: Tensor, wanted_B: Tensor) -> t
         by_beginning = (len(ids_BS) - 1) * shared
         if max(by_prompts, by_beginning) >= LEAST_SAVED:
             if by_prompts > by_beginning:
-                return _behind_prompts(model, ids_BS, wanted_B, asked_B), wanted_B
+                return _behind_prompts(model, ids_BS, wanted_B, asked_B, count), wanted_B
             return _behind_beginning(model, ids_BS, shared), torch.full_like(wanted_B, shared)
     return model.base_model(input_ids=ids_BS, use_cache=False)[0], torch.zeros_like(wanted_B)
 
@@ -89,14 +94,16 @@ def _behind_beginning(model: PreTrainedModel, ids_BS: Tensor, shared: int) -> Te
 
 
 def _behind_prompts(
-    model: PreTrainedModel, ids_BS: Tensor, wanted_B: Tensor, asked_B: Sequence[int]
+    model: PreTrainedModel, ids_BS: Tensor, wanted_B: Tensor, asked_B: Sequence[int], count: int
 ) -> Tensor:
-    """Each prompt once, padded on the left; then what stands behind it in each row, padded on the right."""
+    """Each prompt once, padded on the left; then `count` tokens behind it in each row, padded right."""
     base: Any = model.base_model
     firsts = _firsts(asked_B)
     width, longest = int(wanted_B.max()), ids_BS.shape[1]
     places_PW = torch.arange(width, device=ids_BS.device) + (wanted_B[firsts] - width)[:, None]
-    places_BT = torch.arange(longest - int(wanted_B.min()), device=ids_BS.device) + wanted_B[:, None]
+    # Prompts may differ in length by far more than a reply has tokens.
+    count = min(count, longest - int(wanted_B.min()))
+    places_BT = torch.arange(count, device=ids_BS.device) + wanted_B[:, None]
     read_PW = (places_PW >= 0).long()
     with rope_for_length(base, longest):
         cache = base(

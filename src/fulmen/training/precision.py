@@ -3,10 +3,9 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
-HALF = (torch.bfloat16, torch.float16)
+from fulmen.ops.half_products import HALF
 
 
 def are_half(parameters: Iterable[Tensor]) -> bool:

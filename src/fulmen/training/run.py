@@ -26,6 +26,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from fulmen.errors import OutputError
 from fulmen.files import atomic_write
+from fulmen.ops.half_products import hasten_half_products
 from fulmen.training.checkpoints import (
     drop_unfinished_checkpoints,
     is_complete_checkpoint,
@@ -119,6 +120,8 @@ def training_arguments(
         device: where the model lies; one that is to be sharded goes to GPUs where there are some.
         own: the stage's; they win.
     """
+    if bf16:
+        hasten_half_products(torch.bfloat16)
     shared: dict[str, Any] = {
         "output_dir": str(run_dir),
         "max_steps": steps,

@@ -92,6 +92,23 @@ def test_the_prompt_of_a_group_is_read_once(tmp_path, monkeypatch):
     assert sorted(begins, key=sum) == sorted([{one} for one in (*read, *read)], key=sum)
 
 
+def test_prompts_of_like_lengths_share_a_pass(tmp_path, monkeypatch):
+    widths = []
+
+    def noting(model, ids_BS, *args):
+        widths.append(ids_BS.shape[1])
+        return hidden_states(model, ids_BS, *args)
+
+    monkeypatch.setattr(scoring, "hidden_states", noting)
+    lengths = [len(prompt_tokens(TOKENIZER, Graded().problem(index))) for index in range(6)]
+    assert lengths != sorted(lengths)
+    run(tmp_path, steps=1, prompts=6)
+    reference, policy = widths[:6], widths[6:]
+    # Six tokens are written behind each at most.
+    assert reference == policy == sorted(reference)
+    assert all(0 < width - length <= 6 for width, length in zip(policy, sorted(lengths), strict=True))
+
+
 def test_a_killed_run_goes_on_to_the_same_curve(tmp_path):
     run_killed(tiny_rl.run_until_killed, [(str(tmp_path / "killed"),)])
     assert len(metric_rows(tmp_path / "killed")) == 3

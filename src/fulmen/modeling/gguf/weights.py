@@ -15,6 +15,7 @@ from fulmen.modeling.gguf.file import GgufModel, GgufTensor, read_gguf
 from fulmen.modeling.gguf.gemma3 import NORM_OFFSET
 from fulmen.modeling.gguf.rope import ROPE_TENSORS
 from fulmen.modeling.gguf.tokenizer import gguf_tokenizer
+from fulmen.ops.half_products import hasten_half_products
 
 
 def load_gguf(path: str | Path, dtype: torch.dtype | str = "auto") -> tuple[PreTrainedModel, Any]:
@@ -41,6 +42,7 @@ def load_gguf(path: str | Path, dtype: torch.dtype | str = "auto") -> tuple[PreT
     loaded: PreTrainedModel = stock.from_pretrained(None, config=config, state_dict=state, dtype=wanted)
     # Not the "None" that Transformers notes as the place it came from.
     loaded.config.name_or_path = loaded.name_or_path = ""
+    hasten_half_products(wanted)
     return loaded, tokenizer
 
 

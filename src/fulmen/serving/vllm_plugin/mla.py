@@ -38,6 +38,7 @@ from fulmen.serving.vllm_plugin import require_in_vllm
 from fulmen.serving.vllm_plugin.attention import attend_as_one_operation, keep_out_of_graphs
 from fulmen.serving.vllm_plugin.caches import LatentCache, MlaIndexKeyCache
 from fulmen.serving.vllm_plugin.models import require_settings
+from fulmen.serving.vllm_plugin.products import take_products_from_torch
 from fulmen.serving.vllm_plugin.step import Span, Step
 from fulmen.serving.vllm_plugin.weights import pack_experts_anew, watch_head
 
@@ -53,6 +54,7 @@ class MlaDsaForCausalLM(DeepseekV3ForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = _require_servable_mla(vllm_config)
+        take_products_from_torch(vllm_config.model_config.dtype)
         for key, value in V32_ROUTING.items():  # what Transformers' own files do not say
             setattr(config, key, value)
         # Before vLLM renames the kind of RoPE.

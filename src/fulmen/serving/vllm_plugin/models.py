@@ -29,6 +29,7 @@ from fulmen.modeling.windows import layer_windows
 from fulmen.serving.vllm_plugin import served_classes, served_with_images
 from fulmen.serving.vllm_plugin.attention import DsaAttention
 from fulmen.serving.vllm_plugin.coarse_weights import of_coarse_shape, require_coarse_weights
+from fulmen.serving.vllm_plugin.products import take_products_from_torch
 from fulmen.serving.vllm_plugin.rope import (
     name_query_scaling,
     no_rotation_like,
@@ -54,6 +55,7 @@ class DsaServingMixin:
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         dsa, config = _require_servable(vllm_config), vllm_config.model_config
+        take_products_from_torch(config.dtype)
         scale_longrope(config.hf_config)
         name_query_scaling(config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]

@@ -24,3 +24,16 @@ def prompt_tokens(tokenizer: Any, problem: Problem) -> list[int]:
     if not ids:
         raise ConfigError(f"problem {problem.index} of task {problem.task} has no tokens; give it a message")
     return ids
+
+
+def rows_by_length(tokenizer: Any, problems: Sequence[Problem], group: int, updates: int) -> list[int]:
+    """Numbers of rows in the order of their prompts' lengths, as a pass is padded to its longest prompt.
+
+    Args:
+        problems: of each row; `group` rows have one, and stay together.
+        updates: into so many parts the rows are split, each of which keeps its own.
+    """
+    firsts, part = range(0, len(problems), group), len(problems) // updates
+    lengths = {first: len(prompt_tokens(tokenizer, problems[first])) for first in firsts}
+    ordered = sorted(firsts, key=lambda first: (first // part, lengths[first]))
+    return [row for first in ordered for row in range(first, first + group)]

@@ -120,7 +120,7 @@ def score_replies(model: PreTrainedModel, replies: Replies, temperature: float) 
     if replies.experts_BSLK is not None and (routing := routing_of(model)) is not None:
         routing.tell(replies.experts_BSLK)
     starts_B, counts_BT = replies.starts_B - 1, replies.counts_BT
-    hidden_BTC, begins_B = hidden_states(model, replies.input_ids, starts_B)
+    hidden_BTC, begins_B = hidden_states(model, replies.input_ids, starts_B, counts_BT.shape[1])
     rows, steps = counts_BT.nonzero(as_tuple=True)
     hidden_NC = hidden_BTC[rows, (starts_B - begins_B)[rows] + steps]
     head, tokens_N = head_of(model, temperature), replies.tokens_BT[counts_BT]

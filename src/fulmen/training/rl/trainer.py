@@ -23,12 +23,13 @@ from trl.trainer.utils import split_tensor_dict
 from fulmen.errors import TrainingDivergedError
 from fulmen.files import atomic_write
 from fulmen.modeling.rollouts import Rollout, RolloutEngine
+from fulmen.ops.half_products import hasten_half_products
 from fulmen.tasks.base import Problem
 from fulmen.training.checkpoints import SafeCheckpoints
 from fulmen.training.rl.episodes import play, reply_text
 from fulmen.training.rl.indexer import IndexerLoss
 from fulmen.training.rl.objective import group_advantages, grpo_loss
-from fulmen.training.rl.prompts import prompt_tokens
+from fulmen.training.rl.prompts import prompt_tokens, rows_by_length
 from fulmen.training.rl.rewards import ScoredReply, Scorer, figures_of
 from fulmen.training.rl.routing import routing_of
 from fulmen.training.rl.scoring import Replies, TokenScores, behind_prompts, let_score, score_replies
@@ -85,6 +86,8 @@ class RlTrainer(SafeCheckpoints, GRPOTrainer):
         """TRL's batch of replies with rewards; with what they are to be scored by."""
         self.indexer_loss.rest()
         problems = self._problems(inputs)
+        order = rows_by_length(self.processing_class, problems, self.settings.group, self.settings.updates)
+        inputs, problems = [inputs[row] for row in order], [problems[row] for row in order]
         self._asked = problems[:: self.settings.group]
         rows = [
             {**row, "prompt": [dict(message) for message in problem.messages], "problem": problem}
@@ -311,6 +314,8 @@ def load_trained(model: PreTrainedModel, file: Path) -> None:
 
 def rl_arguments(run_dir: Path, settings: RlSettings, processes: int, device: torch.device) -> GRPOConfig:
     """TRL's arguments: its own KL, deviation and importance sampling are off; nothing is printed."""
+    if settings.bf16:
+        hasten_half_products(torch.bfloat16)
     accumulation = settings.replies // (settings.at_once * processes)
     # A run that goes on begins with a call of the engine.
     save_every = settings.updates * -(-settings.save_every // settings.updates)

@@ -1,0 +1,111 @@
+"""Matrix products of 16-bit tensors on CPUs without instructions for them: in float32, a piece at a time.
+
+Without AVX-512 torch takes bfloat16 products one number at a time: on an AMD EPYC with AVX2 at 10 GFLOP/s a
+core in `linear`, and below 1 in `matmul`, where float32 has 87. The same holds for float16 on most CPUs. Here
+torch's own kernels are put behind ones that widen what they read, which costs a tenth, and round once.
+"""
+
+import warnings
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HALF = (torch.bfloat16, torch.float16)
+# Rows up to which torch's own kernels are as fast: reading the weights is most of the work.
+FEW_ROWS = 3
+# Of a product's left side, rows that are widened at once; of either side, numbers: 64 MB of float32.
+ROWS_AT_ONCE, NUMBERS_AT_ONCE = 4096, 16 << 20
+OPERATORS = ("mm", "addmm", "bmm", "baddbmm")
+
+
+def has_half_products(dtype: torch.dtype) -> bool:
+    """Whether this machine's CPU multiplies matrices of a 16-bit dtype at speed; True for any other dtype."""
+    if dtype not in HALF:
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return False
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
+
+
+def hasten_half_products(dtype: torch.dtype) -> None:
+    """Let the process take products of this dtype in float32 from now on, if they are slow here.
+
+    Nothing changes for other dtypes and devices, or where the CPU has the instructions.
+    """
+    if not has_half_products(dtype):
+        _put_before_torch()
+
+
+@cache
+def _put_before_torch() -> torch.library.Library:
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        # That kernels are replaced is what is wanted.
+        warnings.simplefilter("ignore")
+        for name in OPERATORS:
+            _replace(library, name)
+    return library
+
+
+def _replace(library: torch.library.Library, name: str) -> None:
+    """Put `_in_pieces` before torch's CPU kernels of an operator, also the one that is given its output."""
+    has_added = name in ("addmm", "baddbmm")
+    own, own_out = (torch.library.get_kernel(f"aten::{name}{end}", "CPU") for end in ("", ".out"))
+
+    def product(keys: Any, *tensors: Tensor, **scales: Any) -> Tensor:
+        if _stays(*tensors[has_added:]):
+            found: Tensor = own.call_boxed(keys, *tensors, **scales)
+            return found
+        left, right = tensors[has_added:]
+        out = left.new_empty(*left.shape[:-1], right.shape[-1])
+        return _in_pieces(keys, own, tensors, scales, out)
+
+    def product_out(keys: Any, *tensors: Tensor, out: Tensor, **scales: Any) -> Tensor:
+        left, right = tensors[has_added:]
+        if _stays(left, right) or out.shape != (*left.shape[:-1], right.shape[-1]):
+            found: Tensor = own_out.call_boxed(keys, *tensors, out=out, **scales)
+            return found
+        return _in_pieces(keys, own, tensors, scales, out)
+
+    library.impl(name, product, "CPU", with_keyset=True, allow_override=True)
+    library.impl(f"{name}.out", product_out, "CPU", with_keyset=True, allow_override=True)
+
+
+def _stays(left: Tensor, right: Tensor) -> bool:
+    """Whether torch's own kernel takes a product: of another dtype, one that it refuses, or a few rows."""
+    if left.dtype not in HALF or right.dtype != left.dtype or left.shape[-1] != right.shape[-2]:
+        return True
+    return left.ndim == 2 and len(left) <= FEW_ROWS
+
+
+def _in_pieces(
+    keys: Any, kernel: Any, tensors: tuple[Tensor, ...], scales: dict[str, Any], out: Tensor
+) -> Tensor:
+    """A product (B,) N K x (B,) K M into `out`, by torch's kernel for float32; a tensor before is added."""
+    *added, left, right = tensors
+    if left.ndim == 3:
+        for places in _spans(len(left), left[:1].numel() + right[:1].numel()):
+            wide = [_rows(x, out, places).float() for x in added]
+            wide += [left[places].float(), right[places].float()]
+            out[places] = kernel.call_boxed(keys, *wide, **scales)
+        return out
+    added = [x.expand_as(out) for x in added]
+    for rows in _spans(len(left), NUMBERS_AT_ONCE // ROWS_AT_ONCE):
+        left_NK = left[rows].float()
+        for columns in _spans(right.shape[1], len(right)):
+            wide = [*(x[rows, columns].float() for x in added), left_NK, right[:, columns].float()]
+            out[rows, columns] = kernel.call_boxed(keys, *wide, **scales)
+    return out
+
+
+def _rows(added: Tensor, out: Tensor, places: slice) -> Tensor:
+    return added.expand_as(out)[places]
+
+
+def _spans(count: int, each: int) -> list[slice]:
+    """Slices of `count` things of `each` numbers that have NUMBERS_AT_ONCE at most, one thing at least."""
+    size = max(1, NUMBERS_AT_ONCE // max(1, each))
+    return [slice(begin, begin + size) for begin in range(0, count, size)]
