@@ -1,17 +1,19 @@
-"""How many held-out problems a model solves: strictly, in the form that was asked for, and leniently."""
+"""What a model solves of held-out problems: by likeliest replies, strictly and leniently, and by samples."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from statistics import fmean
 
-from fulmen.evaluation.statistics import interval_row, wilson_interval
 from fulmen.modeling.rollouts import Sampling
 from fulmen.pipeline.answers import AT_ONCE, Answerer
 from fulmen.pipeline.reporter import Reporter
 from fulmen.tasks.base import HELD_OUT, Problem, Task
 from fulmen.tasks.split import distinct_problems
 
-# Whether each problem was solved, strictly and leniently.
-Solved = list[list[bool]]
+# Of each problem: whether the likeliest reply solves it, strictly and leniently (0 or 1), and which share of
+# sampled replies does, strictly.
+Solved = list[list[float]]
+# Samples are drawn as reinforcement learning draws them.
+SAMPLED = {"temperature": 1.0, "top_p": 0.95, "top_k": 64}
 
 
 def held_out_problems(task: Task, count: int) -> list[Problem]:
@@ -24,29 +26,24 @@ def solved_by(
     task: Task,
     problems: Sequence[Problem],
     max_new_tokens: int,
+    samples: int,
     reporter: Reporter,
     what: str,
 ) -> Solved:
-    """Whether each problem is solved by the likeliest reply; one that is worth less than 1 is not."""
+    """What of each problem is solved; by a reply that is worth less than 1 it is not.
+
+    samples: replies to each problem beside the likeliest one.
+    """
+    greedy = Sampling(1, max_new_tokens, top_k=1)
+    drawn = Sampling(samples, max_new_tokens, **SAMPLED)  # type: ignore[arg-type]
     found: Solved = []
     for begin in range(0, len(problems), AT_ONCE):
         reporter.advance(begin, len(problems), what)
         asked = problems[begin : begin + AT_ONCE]
-        replies = answerer.replies(task, asked, Sampling(1, max_new_tokens, top_k=1))
-        for problem, (reply,) in zip(asked, replies, strict=True):
+        likeliest, sampled = (answerer.replies(task, asked, sampling) for sampling in (greedy, drawn))
+        for problem, (reply,), others in zip(asked, likeliest, sampled, strict=True):
             score = task.score(problem, reply)
-            found.append([score.strict >= 1, score.lenient >= 1])
+            shares = [task.score(problem, other).strict >= 1 for other in others]
+            found.append([float(score.strict >= 1), float(score.lenient >= 1), fmean(shares)])
     reporter.advance(len(problems), len(problems), what)
     return found
-
-
-def share_rows(solved: Solved) -> dict[str, Any]:
-    """Shares of solved problems with their 95 % intervals (Wilson), and how many there were."""
-    kinds: Mapping[str, list[bool]] = {
-        "strict": [strict for strict, _ in solved],
-        "lenient": [lenient for _, lenient in solved],
-    }
-    shares = {
-        kind: dict(interval_row(wilson_interval(sum(right), len(right)))) for kind, right in kinds.items()
-    }
-    return {"n": len(solved), **shares}

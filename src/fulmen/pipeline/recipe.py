@@ -237,6 +237,7 @@ class RecipeRun:
         settings = {
             "model": place,
             "held_out": self.recipe.held_out,
+            "held_out_samples": self.recipe.held_out_samples,
             "tasks": {spec: domain.max_new_tokens for domain in domains for spec in domain.tasks},
         }
 
@@ -253,8 +254,8 @@ class RecipeRun:
 
     def _solved(self, answerer: Any, spec: str, domain: RecipeDomain) -> Solved:
         problems: list[Problem] = self.held_out[spec]
-        task = self.tasks[spec]
-        found = solved_by(answerer, task, problems, domain.max_new_tokens, self.reporter, spec)
+        task, samples = self.tasks[spec], self.recipe.held_out_samples
+        found = solved_by(answerer, task, problems, domain.max_new_tokens, samples, self.reporter, spec)
         if task.failures:
             self.reporter.note(f"{spec}: scores that could not be had: {dict(task.failures)}; not solved")
         return found

@@ -101,6 +101,7 @@ class Recipe:
         distill: options of supervised fine-tuning on what the specialists wrote.
         mixed: options of `fulmen.rl` over all domains.
         held_out: problems of each task that every stage's model answers.
+        held_out_samples: replies to each that are sampled, beside the likeliest one.
         dense: whether the dense base is distilled and trained in the same way, to compare with.
     """
 
@@ -110,6 +111,7 @@ class Recipe:
     mixed: Mapping[str, Any]
     convert: Mapping[str, Any] = field(default_factory=dict)
     held_out: int = 64
+    held_out_samples: int = 4
     dense: bool = False
     seed: int = 0
 
@@ -137,6 +139,7 @@ def read_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
         mixed={"steps": 20, **_mapping("rl", given, {}), **_mapping("mixed", given, {})},
         convert=_mapping("convert", given, {}),
         held_out=given.get("held_out", 64),
+        held_out_samples=given.get("held_out_samples", 4),
         dense=given.get("dense", False),
         seed=given.get("seed", 0),
     )
@@ -146,6 +149,7 @@ def read_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
 
 def _check(recipe: Recipe) -> None:
     require_positive_int("held_out", recipe.held_out)
+    require_positive_int("held_out_samples", recipe.held_out_samples)
     require_seed(recipe.seed)
     if not isinstance(recipe.dense, bool):
         raise ConfigError(f"dense={recipe.dense!r} cannot be; use true or false")

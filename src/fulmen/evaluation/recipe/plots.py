@@ -8,6 +8,17 @@ from fulmen.evaluation.style import INK, VARIANT_COLORS, VARIANT_MARKERS, Plot, 
 _KINDS = ("dsa", "window", "oracle", "inherited", "dsa_equal", "one_level", "dense", "random")
 Rows = Sequence[Mapping[str, Any]]
 
+# Names, kinds of scores, titles and captions.
+SHARES = (
+    (
+        *("solved", "strict", "Held-out problems solved"),
+        "By the likeliest reply of each stage's model, in the form asked for, with 95 % intervals.",
+    ),
+    (
+        *("sampled", "sampled", "Sampled replies that solve held-out problems"),
+        "At temperature 1, as reinforcement learning draws them, with 95 % intervals.",
+    ),
+)
 # Fields of the logs of training stages: title and caption.
 CURVES = {
     "loss": ("Loss of fine-tuning", "Nats a token of the replies that are learned."),
@@ -23,18 +34,18 @@ CURVES = {
 
 
 def recipe_plots(shares: Mapping[str, Mapping[str, Any]], curves: Mapping[str, Rows]) -> list[Plot]:
-    """A figure of what is solved by stage, and one for each quantity that some stage logged."""
-    plots = [_solved(shares)] if shares else []
+    """Figures of what is solved by stage, and one for each quantity that some stage logged."""
+    plots = [_solved(shares, *drawing) for drawing in SHARES] if shares else []
     return plots + [plot for name in CURVES if (plot := _curve(name, curves)) is not None]
 
 
-def _solved(shares: Mapping[str, Mapping[str, Any]]) -> Plot:
+def _solved(shares: Mapping[str, Mapping[str, Any]], name: str, kind: str, title: str, caption: str) -> Plot:
     figure, axes = new_figure(3.4)
     stages = list(shares)
-    domains = list(dict.fromkeys(name for found in shares.values() for name in found))
-    for number, name in enumerate(domains):
+    domains = list(dict.fromkeys(domain for found in shares.values() for domain in found))
+    for number, domain in enumerate(domains):
         points = [
-            (place, found[name]["strict"]) for place, found in enumerate(shares.values()) if name in found
+            (place, found[domain][kind]) for place, found in enumerate(shares.values()) if domain in found
         ]
         middle = [100 * one["estimate"] for _, one in points]
         below = [100 * (one["estimate"] - one["low"]) for _, one in points]
@@ -42,13 +53,12 @@ def _solved(shares: Mapping[str, Mapping[str, Any]]) -> Plot:
         shift = 0.12 * (number - (len(domains) - 1) / 2)
         style = _style(number)
         places = [place + shift for place, _ in points]
-        axes.errorbar(places, middle, yerr=[below, above], linestyle="none", label=name, capsize=2, **style)
+        axes.errorbar(places, middle, yerr=[below, above], linestyle="none", label=domain, capsize=2, **style)
     axes.set_xticks(range(len(stages)), labels=stages, rotation=30, ha="right")
     axes.set_ylabel("solved, %", color=INK)
     axes.set_ylim(-3, 103)
     legend_above(axes)
-    caption = "Held-out problems that each stage's model solves in the form asked for, with 95 % intervals."
-    return Plot("solved", "Held-out problems solved", caption, figure)
+    return Plot(name, title, caption, figure)
 
 
 def _curve(name: str, curves: Mapping[str, Rows]) -> Plot | None:

@@ -7,10 +7,17 @@ from typing import Any
 
 from fulmen.evaluation.html import html_facts, html_figure, html_page, html_table
 from fulmen.evaluation.recipe.plots import recipe_plots
-from fulmen.evaluation.statistics import interval_row, paired_difference_interval, wilson_interval
+from fulmen.evaluation.statistics import (
+    Interval,
+    interval_row,
+    mean_interval,
+    paired_difference_interval,
+    wilson_interval,
+)
 from fulmen.evaluation.wording import markdown_facts, markdown_table, points_text, shares_text
 
-KINDS = ("strict", "lenient")
+# Of the likeliest reply, in the form that was asked for and in any; of sampled replies, in that form.
+KINDS = ("strict", "lenient", "sampled")
 # Stages by their places in the run; a specialist's are DOMAIN/cold and DOMAIN/rl.
 COLD, SPECIALIST = "cold", "rl"
 BASE, DISTILLED, MIXED, DENSE_MIXED = "base", "distilled", "mixed", "dense-mixed"
@@ -21,14 +28,14 @@ class RecipeReport:
     """What a recipe's run came to, as far as it is done.
 
     Attributes:
-        solved: by stage and domain: for each held-out problem whether it was solved, strictly and leniently.
+        solved: by stage and domain: for each held-out problem what of each of KINDS solved it, from 0 to 1.
         samples: by task, counts of rejection sampling.
         curves: by stage, lines of its log.
         pages: by stage, where its own page or card is, from this one.
         about: what a reader needs to repeat the run, by name.
     """
 
-    solved: Mapping[str, Mapping[str, Sequence[Sequence[bool]]]]
+    solved: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]
     samples: Mapping[str, Mapping[str, int]]
     curves: Mapping[str, Sequence[Mapping[str, Any]]]
     pages: Mapping[str, str]
@@ -66,7 +73,7 @@ class RecipeReport:
         ]
 
     def table(self) -> list[list[str]]:
-        """A row a stage, two columns a domain, the header first; "-" where a stage was not asked."""
+        """A row a stage, three columns a domain, the header first; "-" where a stage was not asked."""
         header = ["stage", *(f"{name}, {kind}" for name in self.domains for kind in KINDS)]
         rows = [
             [stage, *(_cell(found.get(name), kind) for name in self.domains for kind in KINDS)]
@@ -83,7 +90,7 @@ class RecipeReport:
             ]
             for one in self.differences()
         ]
-        return [["difference", "domain", "problems", "strict, points", "lenient, points"], *rows]
+        return [["difference", "domain", "problems", *(f"{kind}, points" for kind in KINDS)], *rows]
 
     def sample_table(self) -> list[list[str]]:
         """Counts of rejection sampling by task."""
@@ -118,8 +125,9 @@ class RecipeReport:
         body = [
             "<h1>Specialists, distillation, mixed reinforcement learning</h1>",
             f'<p class="verdict">{escape(self.verdict())}</p>',
-            "<p>Shares of held-out problems that are solved, with 95 % intervals (Wilson): strictly, in the "
-            "form that was asked for, and leniently, in any.</p>",
+            "<p>Shares of held-out problems that are solved, with 95 % intervals: strictly, by the likeliest "
+            "reply in the form that was asked for; leniently, by that reply in any form (Wilson); sampled, "
+            "by replies at temperature 1, as reinforcement learning draws them (Student, over problems).</p>",
             *tables,
             f"<p>Each stage:</p><ul>{''.join(links)}</ul>",
             f'<div class="figures">{"".join(map(html_figure, plots))}</div>',
@@ -135,15 +143,28 @@ class RecipeReport:
         new, old = self.solved[stage][name], self.solved[other][name]
         found: dict[str, Any] = {"n": len(new)}
         for place, kind in enumerate(KINDS):
-            interval = paired_difference_interval([one[place] for one in new], [one[place] for one in old])
+            interval = _difference([one[place] for one in new], [one[place] for one in old], kind)
             row = interval_row(interval).items()
             found[kind] = {key: None if value is None else 100 * value for key, value in row}  # type: ignore[operator]
         return found
 
 
-def _share(solved: Sequence[Sequence[bool]], kind: str) -> dict[str, Any]:
-    right = sum(one[KINDS.index(kind)] for one in solved)
-    return dict(interval_row(wilson_interval(right, len(solved))))
+def _share(solved: Sequence[Sequence[float]], kind: str) -> dict[str, Any]:
+    values = [one[KINDS.index(kind)] for one in solved]
+    if kind == "sampled":
+        return dict(interval_row(_within(mean_interval(values), 0, 1)))
+    return dict(interval_row(wilson_interval(round(sum(values)), len(values))))
+
+
+def _difference(new: Sequence[float], old: Sequence[float], kind: str) -> Interval:
+    if kind == "sampled":
+        return _within(mean_interval([one - other for one, other in zip(new, old, strict=True)]), -1, 1)
+    return paired_difference_interval([bool(one) for one in new], [bool(one) for one in old])
+
+
+def _within(interval: Interval, lowest: float, highest: float) -> Interval:
+    """Its limits where shares can be; a mean of one value has none of its own."""
+    return Interval(interval.estimate, max(interval.low, lowest), min(interval.high, highest))
 
 
 def _cell(found: Mapping[str, Any] | None, kind: str) -> str:
