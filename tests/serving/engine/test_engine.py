@@ -8,6 +8,7 @@ import os
 import signal
 import stat
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ pytest.importorskip("fastapi", reason="needs the extra serve: pip install 'fulme
 import psutil
 from transformers import DeepseekV3Config, LlamaConfig
 
+from fulmen.config import DsaConfig
 from fulmen.errors import ConfigError, EngineError
 from fulmen.serving.engine import process as engine_module
 from fulmen.serving.engine.process import Engine
@@ -88,6 +90,17 @@ def test_the_cache_holds_the_requests_that_memory_allows(monkeypatch):
     huge = served(context=10**9, num_hidden_layers=100)
     assert 1 <= kv_gib(huge) <= max(1, psutil.virtual_memory().total / 2 / GIB)
     assert EngineSettings(huge).context * sum(huge.token_bytes) <= kv_gib(huge) * GIB
+
+
+@pytest.mark.skipif("not __import__('importlib.util').util.find_spec('vllm')", reason="vLLM is not installed")
+@pytest.mark.parametrize(("dtype", "is_dsa"), [("float16", True), ("float16", False), ("bfloat16", True)])
+def test_float16_weights_run_in_bfloat16_under_sparse_attention(dtype, is_dsa):
+    model = served(dtype=dtype)
+    model = replace(model, dsa=DsaConfig(64, 2, 1, 8, (0,))) if is_dsa else model
+    command = EngineSettings(model, ("--dtype", "float32")).command(Path("s"))
+    chosen = [command[place + 1] for place, flag in enumerate(command) if flag == "--dtype"]
+    # The user's comes last, and wins.
+    assert chosen == [*["bfloat16"] * (is_dsa and dtype == "float16"), "float32"]
 
 
 def test_the_engines_key_is_not_on_its_command_line_nor_shown():

@@ -26,6 +26,26 @@ def test_the_last_engines_words_are_kept_and_not_taken_for_the_next_ones(tmp_pat
     assert stat.S_IMODE(log.path.stat().st_mode) == 0o600
 
 
+def test_the_first_process_that_failed_says_why(tmp_path):
+    log = EngineLog(tmp_path / "engine.log")
+    place = "(Worker pid=7) ERROR 12-01 04:55:06 [executor.py:953]"
+    lines = [
+        "(APIServer pid=1) WARNING 12-01 04:54:42 [utils.py:255] errors like `OSError: [Errno 24] Too many`",
+        f'{place}   File "models.py", line 227, in require_settings',
+        f"{place} fulmen.errors.ConfigError: dtype=torch.float16 is not supported",
+        *(f"{place} {number}" for number in range(300)),
+        "(EngineCore pid=6) Exception: WorkerProc initialization failed due to an exception in a process.",
+        "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}",
+        "bye",
+    ]
+    with log.begin() as file:
+        file.write("\n".join(lines).encode())
+    assert log.last_words() == "ConfigError: dtype=torch.float16 is not supported"
+    with log.begin() as file:
+        file.write(lines[-2].encode())
+    assert log.last_words() == lines[-2]
+
+
 def test_too_much_is_set_aside_while_the_engine_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(log_module, "MOST_BYTES", 1000)
     log = EngineLog(tmp_path / "engine.log")

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +12,10 @@ from fulmen.errors import unwritable
 
 # As much stays in the file, and as much in the one before it.
 MOST_BYTES = 16 * 2**20
-TAIL = 4000
+TAIL = 2**20
+# How a traceback ends, behind vLLM's marks of a process and a place in its source.
+RAISED = re.compile(r"(?:^|[\])] )(?:\w+\.)*(\w*(?:Error|Exception)): (.+)")
+PASSED_ON = re.compile(r"root cause|initialization failed")
 
 
 class EngineLog:
@@ -46,13 +50,17 @@ class EngineLog:
                 self._begun_at = 0
 
     def last_words(self) -> str:
-        """Of the last engine: the last line that tells of an error, or its last line."""
+        """Of the last engine: the error that it ended with, or its last line.
+
+        vLLM's processes tell one another that one has failed, and only the first says why.
+        """
         with contextlib.suppress(OSError):
             with self.path.open("rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(size - TAIL, self._begun_at))
                 lines = file.read().decode("utf-8", "replace").split("\n")
             lines = [line.strip() for line in lines if line.strip()]
-            errors = [line for line in lines if "Error" in line]
-            return (errors or lines or ["it said nothing"])[-1][-300:]
+            raised = [f"{found[1]}: {found[2]}" for line in lines if (found := RAISED.search(line))]
+            causes = [error for error in raised if not PASSED_ON.search(error)]
+            return (causes or raised or lines or ["it said nothing"])[-1][-300:]
         return "it left no log"

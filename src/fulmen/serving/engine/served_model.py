@@ -102,6 +102,11 @@ class ServedModel:
         return layer_windows(self.config)
 
     @property
+    def is_float16(self) -> bool:
+        """Whether its config says that its weights are."""
+        return str(self.config.get_text_config().dtype).removeprefix("torch.") == "float16"
+
+    @property
     def speaks_v32(self) -> bool:
         """Whether chats are written in DeepSeek-V3.2's encoding: such models come without a template."""
         return (

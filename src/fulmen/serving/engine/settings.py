@@ -93,6 +93,9 @@ class EngineSettings:
         flags += ["--structured-outputs-config", '{"backend": "xgrammar"}']
         # Who wants no call is not tempted to one.
         flags += ["--exclude-tools-when-tool-choice-none"]
+        if self.model.dsa is not None and self.model.is_float16:
+            # Sparse attention has no kernels for it.
+            flags += ["--dtype", "bfloat16"]
         flags += parser_flags(self.model)
         if not _has_gpu():
             # Compiling takes two minutes; ready in twenty seconds is worth more by default.
