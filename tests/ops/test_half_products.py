@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from fulmen.ops import half_products
@@ -10,11 +11,12 @@ from fulmen.ops.half_products import has_half_products, hasten_half_products
 
 # In a process of its own: torch's kernels are replaced for good.
 EXACT = """
+import sys
 import torch
 from torch.nn.functional import linear
 from fulmen.ops import half_products
 
-half_products.NUMBERS_AT_ONCE = 700  # many pieces
+half_products.NUMBERS_AT_ONCE, half_products.ROWS_AT_ONCE = map(int, sys.argv[1:])
 half_products._put_before_torch()
 torch.manual_seed(0)
 f64 = torch.float64
@@ -55,8 +57,11 @@ for left, right in (((8, 3), (4, 5)), ((8, 3), (3, 5))):
 """
 
 
-def test_products_are_those_of_float64_rounded():
-    ran = subprocess.run([sys.executable, "-W", "error", "-c", EXACT], capture_output=True, text=True)
+# In one piece, in pieces of rows and columns, and several products at once.
+@pytest.mark.parametrize(("numbers", "rows"), [(16 << 20, 4096), (700, 16), (30_000, 4096)])
+def test_products_are_those_of_float64_rounded(numbers, rows):
+    command = [sys.executable, "-W", "error", "-c", EXACT, str(numbers), str(rows)]
+    ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 HALF = (torch.bfloat16, torch.float16)
 # Rows up to which torch's own kernels are as fast: reading the weights is most of the work.
 FEW_ROWS = 3
-# Of a product's left side, rows that are widened at once; of either side, numbers: 64 MB of float32.
+# Rows of the left side that are widened at once, and numbers of all that is: 64 MB of float32 or so.
 ROWS_AT_ONCE, NUMBERS_AT_ONCE = 4096, 16 << 20
 OPERATORS = ("mm", "addmm", "bmm", "baddbmm")
 
@@ -86,26 +86,22 @@ def _in_pieces(
 ) -> Tensor:
     """A product (B,) N K x (B,) K M into `out`, by torch's kernel for float32; a tensor before is added."""
     *added, left, right = tensors
-    if left.ndim == 3:
-        for places in _spans(len(left), left[:1].numel() + right[:1].numel()):
-            wide = [_rows(x, out, places).float() for x in added]
-            wide += [left[places].float(), right[places].float()]
-            out[places] = kernel.call_boxed(keys, *wide, **scales)
-        return out
     added = [x.expand_as(out) for x in added]
-    for rows in _spans(len(left), NUMBERS_AT_ONCE // ROWS_AT_ONCE):
-        left_NK = left[rows].float()
-        for columns in _spans(right.shape[1], len(right)):
-            wide = [*(x[rows, columns].float() for x in added), left_NK, right[:, columns].float()]
-            out[rows, columns] = kernel.call_boxed(keys, *wide, **scales)
+    (n, k), m = left.shape[-2:], right.shape[-1]
+    n_rows = min(n, ROWS_AT_ONCE)
+    n_columns = min(m, max(1, NUMBERS_AT_ONCE // max(1, k, n_rows)))
+    n_places = max(1, NUMBERS_AT_ONCE // max(1, n_rows * k + k * n_columns + n_rows * n_columns))
+    for places in [()] if left.ndim == 2 else [(part,) for part in _spans(len(left), n_places)]:
+        for rows in _spans(n, n_rows):
+            wide_left = left[(*places, rows)].float()
+            for columns in _spans(m, n_columns):
+                piece = (*places, rows, columns)
+                wide_right = right[(*places, slice(None), columns)].float()
+                wide_added = [x[piece].float() for x in added]
+                out[piece] = kernel.call_boxed(keys, *wide_added, wide_left, wide_right, **scales)
     return out
 
 
-def _rows(added: Tensor, out: Tensor, places: slice) -> Tensor:
-    return added.expand_as(out)[places]
-
-
-def _spans(count: int, each: int) -> list[slice]:
-    """Slices of `count` things of `each` numbers that have NUMBERS_AT_ONCE at most, one thing at least."""
-    size = max(1, NUMBERS_AT_ONCE // max(1, each))
-    return [slice(begin, begin + size) for begin in range(0, count, size)]
+def _spans(count: int, size: int) -> list[slice]:
+    """Slices of `size` things, at most, that are `count` together."""
+    return [slice(begin, begin + size) for begin in range(0, count, max(1, size))]
