@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch
 from typer.testing import CliRunner
 
 import fulmen
@@ -94,6 +95,19 @@ def test_the_cpp_library_says_what_it_was_built_for():
         pytest.skip("needs /proc/cpuinfo")
     has = set(cpuinfo.read_text().upper().replace("AVX512_", "AVX512").split())
     assert set(words.removeprefix("built for ").split(", ")) <= has | {"no vector extension", "NEON", "SVE"}
+
+
+@pytest.mark.parametrize(
+    ("supported", "words"),
+    [
+        ((torch.bfloat16, torch.float16), "by the CPU's own instructions"),
+        ((torch.bfloat16,), "float16 in float32, as this CPU has no instructions for them"),
+        ((), "bfloat16 and float16 in float32, as this CPU has no instructions for them"),
+    ],
+)
+def test_16_bit_products_are_said(supported, words, monkeypatch):
+    monkeypatch.setattr("fulmen.ops.half_products.has_half_products", lambda dtype: dtype in supported)
+    assert choices()["facts"]["16-bit products"] == words
 
 
 def test_a_pin_is_shown(monkeypatch):

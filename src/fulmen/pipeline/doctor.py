@@ -81,6 +81,7 @@ def _facts() -> dict[str, str]:
 
     from fulmen.evaluation.provenance import processor_name
     from fulmen.ops.cpp.library import cpp_reason, cpp_simd
+    from fulmen.ops.half_products import HALF, has_half_products
 
     reason = cpp_reason()
     facts = {name: _version(name) for name in ("python", *LIBRARIES)}
@@ -88,6 +89,12 @@ def _facts() -> dict[str, str]:
     facts["threads"] = str(torch.get_num_threads())
     facts["C++ kernels"] = (
         f"cannot run: {reason}" if reason else f"built for {', '.join(cpp_simd()) or 'no vector extension'}"
+    )
+    slow = [str(dtype).removeprefix("torch.") for dtype in HALF if not has_half_products(dtype)]
+    facts["16-bit products"] = (
+        f"{' and '.join(slow)} in float32, as this CPU has no instructions for them"
+        if slow
+        else "by the CPU's own instructions"
     )
     if torch.cuda.is_available():
         facts["GPU"] = torch.cuda.get_device_name()
