@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch
 from typer.testing import CliRunner
 
 import fulmen

@@ -1,6 +1,7 @@
 """What a model solves of held-out problems: by likeliest replies, strictly and leniently, and by samples."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from fulmen.modeling.rollouts import Sampling
@@ -34,16 +35,26 @@ def solved_by(
 
     samples: replies to each problem beside the likeliest one.
     """
-    greedy = Sampling(1, max_new_tokens, top_k=1)
-    drawn = Sampling(samples, max_new_tokens, **SAMPLED)  # type: ignore[arg-type]
-    found: Solved = []
-    for begin in range(0, len(problems), AT_ONCE):
-        reporter.advance(begin, len(problems), what)
-        asked = problems[begin : begin + AT_ONCE]
-        likeliest, sampled = (answerer.replies(task, asked, sampling) for sampling in (greedy, drawn))
-        for problem, (reply,), others in zip(asked, likeliest, sampled, strict=True):
-            score = task.score(problem, reply)
-            shares = [task.score(problem, other).strict >= 1 for other in others]
-            found.append([float(score.strict >= 1), float(score.lenient >= 1), fmean(shares)])
-    reporter.advance(len(problems), len(problems), what)
-    return found
+    replies: list[list[list[str]]] = []
+    done, total = 0, len(problems) * (1 + samples)
+    for sampling in (
+        Sampling(1, max_new_tokens, top_k=1),
+        Sampling(samples, max_new_tokens, **SAMPLED),  # type: ignore[arg-type]
+    ):
+        replies.append([])
+        for begin in range(0, len(problems), each := max(1, AT_ONCE // sampling.per_prompt)):
+            reporter.advance(done, total, what)
+            asked = problems[begin : begin + each]
+            replies[-1] += answerer.replies(task, asked, replace(sampling, seed=begin))
+            done += len(asked) * sampling.per_prompt
+    reporter.advance(total, total, what)
+    return [
+        _scores(task, problem, likeliest, sampled)
+        for problem, (likeliest,), sampled in zip(problems, *replies, strict=True)
+    ]
+
+
+def _scores(task: Task, problem: Problem, likeliest: str, sampled: Sequence[str]) -> list[float]:
+    score = task.score(problem, likeliest)
+    shares = [task.score(problem, reply).strict >= 1 for reply in sampled]
+    return [float(score.strict >= 1), float(score.lenient >= 1), fmean(shares)]
