@@ -82,6 +82,9 @@ def rl_command(
         float,
         typer.Option(help="Nats a token that the policy may be away from a bad reply; beyond, it is masked."),
     ] = 0.05,
+    cut_weight: Annotated[
+        float, typer.Option(help="What the score of a reply that was cut counts for: 1 all, 0 nothing.")
+    ] = 0.5,
     rollouts: Annotated[
         str,
         typer.Option(help="What writes the replies: generate (the model itself), vllm (in this process)."),
@@ -141,6 +144,7 @@ def rl_command(
         clip_low=clip_low,
         clip_high=clip_high,
         off_policy=off_policy,
+        cut_weight=cut_weight,
         rollouts=rollouts,
         memory_gib=memory_gib,
         held_out=held_out,

@@ -37,6 +37,7 @@ def rl(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     off_policy: float = 0.05,
+    cut_weight: float = 0.5,
     rollouts: str = "generate",
     memory_gib: float | None = None,
     held_out: int = 64,
@@ -79,6 +80,8 @@ def rl(
         clip_low: how far below 1 the ratio of policy and engine has a gradient.
         clip_high: how far above 1.
         off_policy: nats a token that the policy may have moved away from a bad reply; beyond, it is masked.
+        cut_weight: what the strict score of a reply that was cut counts for; where scores are partial, one
+            that never ends may else be worth as much as a right one.
         rollouts: what writes the replies: "generate" (Transformers, the model itself) or "vllm" (in this
             process).
         memory_gib: of vLLM's cache; None: what it needs.
@@ -117,6 +120,7 @@ def rl(
         "clip_low": clip_low,
         "clip_high": clip_high,
         "off_policy": off_policy,
+        "cut_weight": cut_weight,
         "held_out": held_out,
         "checkpointing": checkpointing,
         "bf16": bf16,

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 ROLLOUTS = ("generate", "vllm")
 DEFAULT_KL, DEFAULT_RANK = 1e-3, 16
 COUNTS = ("steps", "prompts", "group", "updates", "micro_batch", "max_new_tokens", "save_every", "n_rows")
-RATES = ("learning_rate", "indexer_learning_rate", "temperature", "clip_low", "clip_high", "off_policy")
+RATES = (
+    *("learning_rate", "indexer_learning_rate", "temperature", "clip_low", "clip_high", "off_policy"),
+    "cut_weight",
+)
 FLAGS = ("checkpointing", "bf16")
 # Beside a trained model, what the run was asked for.
 RL_SETTINGS_FILE = "rl-settings.json"

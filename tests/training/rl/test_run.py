@@ -109,6 +109,19 @@ def test_prompts_of_like_lengths_share_a_pass(tmp_path, monkeypatch):
     assert all(0 < width - length <= 6 for width, length in zip(policy, sorted(lengths), strict=True))
 
 
+@pytest.mark.parametrize("weight", [0.25, 1.0])
+def test_a_reply_that_was_cut_counts_for_less(weight, tmp_path):
+    class Anything(LowWords):
+        def score(self, problem, reply):
+            return Score(1.0, 1.0)
+
+    run(tmp_path, domains=[Domain(Anything())], steps=1, prompts=16, max_new_tokens=24, cut_weight=weight)
+    (row,) = metric_rows(tmp_path)
+    assert 0 < row["ended"] < 1
+    assert row["reward"] == pytest.approx(row["ended"] + weight * (1 - row["ended"]))
+    assert row["reward_lenient"] == 1
+
+
 def test_a_killed_run_goes_on_to_the_same_curve(tmp_path):
     run_killed(tiny_rl.run_until_killed, [(str(tmp_path / "killed"),)])
     assert len(metric_rows(tmp_path / "killed")) == 3

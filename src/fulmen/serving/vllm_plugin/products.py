@@ -1,13 +1,14 @@
 """vLLM's matrix products on CPUs that have no instructions for 16 bits."""
 
-import torch
+from typing import Any
+
 import vllm._custom_ops as vllm_ops
 from vllm.platforms import current_platform
 
 from fulmen.ops.half_products import has_half_products, hasten_half_products
 
 
-def take_products_from_torch(dtype: torch.dtype) -> None:
+def take_products_from_torch(dtype: Any) -> None:
     """Let a model that is about to be built be multiplied by torch, as `fulmen.ops.half_products` hastens it.
 
     vLLM hands products to oneDNN, which takes 16-bit ones one number at a time on a CPU without instructions

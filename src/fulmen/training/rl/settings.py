@@ -38,6 +38,8 @@ class RlSettings:
     clip_low, clip_high: how far below and above 1 the ratio has a gradient.
     off_policy: mean log(engine / policy), in nats a token, above which a reply that was worse than its group
     leaves the policy's term.
+    cut_weight: what the strict score of a reply that was cut counts for: where scores are partial, never to
+    end may be as good as to be right.
     checkpointing: recompute layers in the backward pass. bf16: autocast to bfloat16; weights are held in
     float32, whatever they are in.
     save_every: steps between checkpoints. report_to: as Trainer's: "none", "tensorboard", "wandb".
@@ -61,6 +63,7 @@ class RlSettings:
     clip_low: float = 0.2
     clip_high: float = 0.2
     off_policy: float = 0.05
+    cut_weight: float = 0.5
     checkpointing: bool = False
     bf16: bool = False
     save_every: int = 10
@@ -87,6 +90,8 @@ class RlSettings:
             )
         if not self.temperature > 0:
             raise ConfigError(f"temperature={self.temperature} cannot be; use a number above 0, as 1")
+        if not 0 <= self.cut_weight <= 1:
+            raise ConfigError(f"cut_weight={self.cut_weight} cannot be; use 0 to 1, where 1 changes nothing")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} cannot be; use a share above 0, at most 1")
         if self.top_p < 1 and not self.top_k:

@@ -156,6 +156,8 @@ class RlTrainer(SafeCheckpoints, GRPOTrainer):
         for row, rollout in zip(inputs, self._rollouts, strict=True):
             score = self.scorer.score(row["problem"], reply_text(self._tokenizer, rollout))
             strict, lenient = (None, None) if score is None else (score.strict, score.lenient)
+            if strict is not None and not rollout.ended:
+                strict *= self.settings.cut_weight
             scored.append(ScoredReply(row["task"], strict, lenient, rollout.written, rollout.ended))
         self.figures = figures_of(gather_object(scored), self.settings.group)
         rewards = [math.nan if reply.strict is None else reply.strict for reply in scored]
