@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
 
 from fulmen import set_topk
 from fulmen.errors import ConfigError
+from fulmen.modeling.families import has_dsa
 from fulmen.modeling.gqa.cache import DsaCache
 from fulmen.modeling.selectors import DenseSelector, Selector, use_selector
 from fulmen.ops.dispatch import pin_backend
@@ -24,7 +26,7 @@ def _no_grad():
 
 def in_chunks(model, ids, sizes, **kwargs):
     """Logits of a prompt read in pieces, with one cache."""
-    cache = DsaCache(model.config)
+    cache = DsaCache(model.config) if has_dsa(model.config) else DynamicCache(config=model.config)
     parts, start = [], 0
     for size in sizes:
         if "attention_mask" in kwargs:
@@ -105,9 +107,10 @@ class TestBelowTopk:
         dense = make_dense(name, torch.bfloat16)
         dsa = make_dsa(dense, ROOMY)
         ids = random_ids(2, LENGTH)
-        expected = dense(ids).logits.float()
-        torch.testing.assert_close(dsa(ids).logits.float(), expected, **BF16_CLOSE)
-        torch.testing.assert_close(in_chunks(dsa, ids, [20, 1, 1, 2]).float(), expected, **BF16_CLOSE)
+        torch.testing.assert_close(dsa(ids).logits.float(), dense(ids).logits.float(), **BF16_CLOSE)
+        # In the same chunks: a product's rounding goes with its shape, and may decide between two experts.
+        found, expected = (in_chunks(model, ids, [20, 1, 1, 2]).float() for model in (dsa, dense))
+        torch.testing.assert_close(found, expected, **BF16_CLOSE)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

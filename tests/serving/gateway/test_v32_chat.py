@@ -170,6 +170,7 @@ def test_what_cannot_be_written_is_refused_and_named():
 def test_the_config_or_the_caller_chooses_the_encoding(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     config = LlamaConfig()
+    config.save_pretrained(tmp_path)
     assert served_model(tmp_path, config).chat_encoding == ""
     config.chat_encoding = V32
     model = served_model(tmp_path, config)

@@ -2,7 +2,8 @@
 
 `print_all(folders)` prints, for each folder and class, what `load` returns. The classes are those
 that vLLM takes on GPUs of NVIDIA and AMD, and its general one. Replaced, as there is no GPU: the platform's
-choice of a backend for sparse MLA, which on a CPU is an error, and the release of an accelerator's memory.
+choice of a backend for sparse MLA, which on a CPU is an error, the release of an accelerator's memory, and
+whether a CPU has the tiles that vLLM's FP8 kernels need there: nothing is computed.
 """
 
 import importlib
@@ -85,6 +86,7 @@ def as_with_a_gpu():
 
     type(current_platform).get_attn_backend_cls = classmethod(lambda cls, *_, **__: SPARSE_BACKEND)
     torch.accelerator.empty_cache = lambda: None
+    torch.cpu._is_amx_tile_supported = lambda: True
     init_workspace_manager(torch.device("meta"))
 
 
