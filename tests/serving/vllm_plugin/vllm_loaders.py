@@ -81,12 +81,14 @@ def load_all(folder):
 
 
 def as_with_a_gpu():
+    import vllm._custom_ops as vllm_ops
     from vllm.platforms import current_platform
     from vllm.v1.worker.workspace import init_workspace_manager
 
     type(current_platform).get_attn_backend_cls = classmethod(lambda cls, *_, **__: SPARSE_BACKEND)
     torch.accelerator.empty_cache = lambda: None
     torch.cpu._is_amx_tile_supported = lambda: True
+    vllm_ops._supports_cpu_fp8_w8a16 = True
     init_workspace_manager(torch.device("meta"))
 
 
