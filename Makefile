@@ -62,7 +62,7 @@ lint: docs ## Check style, types and the documentation.
 docs: setup ## Build the documentation as a site, site/index.html; a broken link is an error.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-test: setup ## Check style, types and the documentation, and run all tests (about 11 minutes on 2 cores).
+test: setup ## Check style, types and the documentation, and run all tests (about 11 minutes on 2 cores, 17 without AVX-512).
 	$(MAKE) --no-print-directory --jobs 3 server-tests modest-tests modest-lint
 
 server-tests: setup
