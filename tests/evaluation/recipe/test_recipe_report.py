@@ -74,3 +74,9 @@ def test_of_one_problem_nothing_is_sure():
     share = report.shares()["base"]["sums"]["sampled"]
     assert list(share.values()) == [0.25, 0, 1]
     assert "25.0 % (0.0 to 100.0 %)" in report.to_markdown()
+
+
+def test_samples_that_are_all_wrong_are_no_certainty(report):
+    share = report.shares()["base"]["words"]["sampled"]
+    assert share["estimate"] == share["low"] == 0
+    assert share["high"] == report.shares()["base"]["words"]["strict"]["high"] > 0.4

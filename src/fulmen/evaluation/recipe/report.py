@@ -151,7 +151,8 @@ class RecipeReport:
 
 def _share(solved: Sequence[Sequence[float]], kind: str) -> dict[str, Any]:
     values = [one[KINDS.index(kind)] for one in solved]
-    if kind == "sampled":
+    # Where every problem has 0 or 1, Student's interval has no width.
+    if kind == "sampled" and set(values) not in ({0}, {1}):
         return dict(interval_row(_within(mean_interval(values), 0, 1)))
     return dict(interval_row(wilson_interval(round(sum(values)), len(values))))
 
