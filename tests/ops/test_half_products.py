@@ -47,6 +47,17 @@ linear(x, w).sum().backward()
 torch.testing.assert_close(x.grad.double(), w.double().sum(0).expand(64, 64), rtol=4e-3, atol=4e-3)
 with torch.autocast("cpu", torch.bfloat16):
     assert linear(torch.randn(9, 4), torch.randn(5, 4)).dtype == torch.bfloat16
+b, m = torch.randn(3, 8, 9).bfloat16(), torch.randn(8, 8).bfloat16()
+for refused in (
+    lambda: torch.bmm(b[:2], b.mT),
+    lambda: torch.addmm(m.float(), m, m),
+    lambda: torch.mm(m, m, out=m.float()),
+):
+    try:
+        refused()
+        raise AssertionError(refused)
+    except RuntimeError:
+        pass
 for left, right in (((8, 3), (4, 5)), ((8, 3), (3, 5))):
     other = torch.float32 if left[1] == right[0] else torch.bfloat16
     try:

@@ -56,16 +56,16 @@ def _replace(library: torch.library.Library, name: str) -> None:
     own, own_out = (torch.library.get_kernel(f"aten::{name}{end}", "CPU") for end in ("", ".out"))
 
     def product(keys: Any, *tensors: Tensor, **scales: Any) -> Tensor:
-        if _stays(*tensors[has_added:]):
+        left, right = tensors[has_added:]
+        if _stays(left, right, *tensors[:has_added]):
             found: Tensor = own.call_boxed(keys, *tensors, **scales)
             return found
-        left, right = tensors[has_added:]
         out = left.new_empty(*left.shape[:-1], right.shape[-1])
         return _in_pieces(keys, own, tensors, scales, out)
 
     def product_out(keys: Any, *tensors: Tensor, out: Tensor, **scales: Any) -> Tensor:
         left, right = tensors[has_added:]
-        if _stays(left, right) or out.shape != (*left.shape[:-1], right.shape[-1]):
+        if _stays(left, right, out, *tensors[:has_added]) or out.shape != (*left.shape[:-1], right.shape[-1]):
             found: Tensor = own_out.call_boxed(keys, *tensors, out=out, **scales)
             return found
         return _in_pieces(keys, own, tensors, scales, out)
@@ -74,9 +74,11 @@ def _replace(library: torch.library.Library, name: str) -> None:
     library.impl(f"{name}.out", product_out, "CPU", with_keyset=True, allow_override=True)
 
 
-def _stays(left: Tensor, right: Tensor) -> bool:
+def _stays(left: Tensor, right: Tensor, *others: Tensor) -> bool:
     """Whether torch's own kernel takes a product: of another dtype, one that it refuses, or a few rows."""
-    if left.dtype not in HALF or right.dtype != left.dtype or left.shape[-1] != right.shape[-2]:
+    if left.dtype not in HALF or any(x.dtype != left.dtype for x in (right, *others)):
+        return True
+    if left.shape[-1] != right.shape[-2] or left.shape[:-2] != right.shape[:-2]:
         return True
     return left.ndim == 2 and len(left) <= FEW_ROWS
 

@@ -46,6 +46,13 @@ def test_the_first_process_that_failed_says_why(tmp_path):
     assert log.last_words() == lines[-2]
 
 
+def test_an_error_without_a_message_is_one(tmp_path):
+    log = EngineLog(tmp_path / "engine.log")
+    with log.begin() as file:
+        file.write(b"(Worker pid=7) ERROR [executor.py:953] AssertionError\nbye\n")
+    assert log.last_words() == "AssertionError"
+
+
 def test_too_much_is_set_aside_while_the_engine_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(log_module, "MOST_BYTES", 1000)
     log = EngineLog(tmp_path / "engine.log")

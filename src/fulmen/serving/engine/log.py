@@ -14,7 +14,7 @@ from fulmen.errors import unwritable
 MOST_BYTES = 16 * 2**20
 TAIL = 2**20
 # How a traceback ends, behind vLLM's marks of a process and a place in its source.
-RAISED = re.compile(r"(?:^|[\])] )(?:\w+\.)*(\w*(?:Error|Exception)): (.+)")
+RAISED = re.compile(r"(?:^|[\])] )(?:\w+\.)*(\w*(?:Error|Exception)(?:: .+)?)$")
 PASSED_ON = re.compile(r"root cause|initialization failed")
 
 
@@ -60,7 +60,7 @@ class EngineLog:
                 file.seek(max(size - TAIL, self._begun_at))
                 lines = file.read().decode("utf-8", "replace").split("\n")
             lines = [line.strip() for line in lines if line.strip()]
-            raised = [f"{found[1]}: {found[2]}" for line in lines if (found := RAISED.search(line))]
+            raised = [found[1] for line in lines if (found := RAISED.search(line))]
             causes = [error for error in raised if not PASSED_ON.search(error)]
             return (causes or raised or lines or ["it said nothing"])[-1][-300:]
         return "it left no log"
