@@ -23,8 +23,8 @@ from tests.modeling.gqa.tiny_gqa import FAMILIES, make_dense, make_dsa, random_i
 TOPK = 8
 
 
-def two_level_model(name="llama", width=8, factor=1, topk=TOPK):
-    dense = make_dense(name)
+def two_level_model(name="llama", width=8, factor=1, topk=TOPK, **changes):
+    dense = make_dense(name, **changes)
     family = family_for_type(dense.config.model_type)
     layers = tuple(family.full_attention_layers(dense.config))
     torch.manual_seed(1)

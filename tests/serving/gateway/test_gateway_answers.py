@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra serve: pip install 'fulmen[serve]'")
 
-from transformers import LlamaConfig, Qwen2Config
+from transformers import LlamaConfig, Qwen2Config, Qwen3_5TextConfig
 
 from fulmen.config import DsaConfig
 from fulmen.modeling.cost import token_bytes
@@ -204,6 +204,16 @@ def test_reading_knows_windows_and_layers_that_stay_dense():
         == count_attention_reads(served(config, dsa), tokens).context_tokens
     )
     assert dense.bytes_saved == 0
+
+
+def test_reading_leaves_layers_with_linear_attention_out():
+    kinds = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
+    shape = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    hybrid = Qwen3_5TextConfig(num_hidden_layers=4, layer_types=kinds, head_dim=8, **shape)
+    tokens, sizes = Tokens(10, 60, 5), (16, 4, 2, 4)
+    found = count_attention_reads(served(hybrid, DsaConfig(*sizes, (3,))), tokens)
+    two_layers = LlamaConfig(num_hidden_layers=2, **shape)
+    assert found == count_by_hand(two_layers, DsaConfig(*sizes, (1,)), tokens, [None] * 2)
 
 
 def test_the_bill_shows_cost_and_what_dense_would_have_cost():

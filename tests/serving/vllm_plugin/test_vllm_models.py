@@ -8,7 +8,7 @@ from transformers import DeepseekV32Config
 
 from fulmen.errors import UnsupportedModelError
 from fulmen.modeling.families import all_families
-from fulmen.serving.vllm_plugin import NO_BLOCKS, NOT_IN_VLLM, require_in_vllm, served_classes
+from fulmen.serving.vllm_plugin import NOT_IN_VLLM, require_in_vllm, served_classes
 from tests.modeling.gqa.tiny_gqa import make_dense, make_dsa
 from tests.serving.vllm_process import run_in_vllm
 
@@ -64,9 +64,6 @@ def test_those_are_the_classes_that_vllm_has_and_windows_that_it_has_not_are_ref
     printed = run_in_vllm(ASK, json.dumps(names))
     stock, bases, has_olmo2, said, of_mla = json.loads(printed.splitlines()[-1])
     without = {name for name, module in stock.items() if module is None or module.endswith(".transformers")}
-    without |= {
-        f.source_class.__name__ for f in own_families() if NOT_IN_VLLM.get(f.source_types[0]) == NO_BLOCKS
-    }
     assert set(stock) - without == set(served_classes().values())
     assert bases == ["DsaServingMixin", "Qwen3ForCausalLM"]
     assert not has_olmo2
@@ -85,8 +82,6 @@ def test_a_family_without_a_class_is_refused_before_vllm_starts():
         UnsupportedModelError, match="'olmo2_dsa' cannot be served: vLLM has no fitting class for it"
     ):
         require_in_vllm(make_dsa(make_dense("olmo2")).config)
-    with pytest.raises(UnsupportedModelError, match=r"'qwen3_5_text_dsa' cannot be served: .* no place for"):
-        require_in_vllm(make_dsa(make_dense("qwen3-5")).config)
     require_in_vllm(make_dsa(make_dense("llama")).config)
 
 

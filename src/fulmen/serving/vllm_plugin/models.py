@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.llama import LlamaForCausalLM
@@ -26,9 +27,10 @@ from fulmen.modeling.gqa.model import require_dsa
 from fulmen.modeling.text_part import shards_around
 from fulmen.modeling.vision import import_vision
 from fulmen.modeling.windows import layer_windows
-from fulmen.serving.vllm_plugin import served_classes, served_with_images
+from fulmen.serving.vllm_plugin import HYBRIDS, served_classes, served_with_images
 from fulmen.serving.vllm_plugin.attention import DsaAttention
 from fulmen.serving.vllm_plugin.coarse_weights import of_coarse_shape, require_coarse_weights
+from fulmen.serving.vllm_plugin.hybrids import GatedDsaAttention, compute_float32, named_as_stock
 from fulmen.serving.vllm_plugin.products import take_products_from_torch
 from fulmen.serving.vllm_plugin.rope import (
     name_query_scaling,
@@ -36,6 +38,7 @@ from fulmen.serving.vllm_plugin.rope import (
     require_same_rope,
     scale_longrope,
 )
+from fulmen.serving.vllm_plugin.stand_in import torchvision_or_nothing
 from fulmen.serving.vllm_plugin.weights import pack_experts_anew, watch_head
 
 # The interfaces used here are internal to vLLM and change between its versions.
@@ -58,7 +61,8 @@ class DsaServingMixin:
         take_products_from_torch(config.dtype)
         scale_longrope(config.hf_config)
         name_query_scaling(config.hf_config)
-        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        with named_as_stock(config.hf_config):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         stock = [getattr(layer, self.attention_name, None) for layer in self.model.layers]
         require_windows(stock, config.hf_config, config.max_model_len)
         still = dsa_family_for(config.hf_config).layers_without_rope(config.hf_config)
@@ -136,8 +140,26 @@ class GptOssMixin(DsaServingMixin):
         return loaded | filled
 
 
-# Of stock classes whose layers are not named or loaded as the others'.
-MIXINS: dict[str, type[DsaServingMixin]] = {"GptOssForCausalLM": GptOssMixin}
+class HybridMixin(DsaServingMixin):
+    """Goes before vLLM's models with layers of linear attention."""
+
+    lm_head: Any
+    attention_class = GatedDsaAttention
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        compute_float32(vllm_config)
+        # vLLM's Qwen3-Next would leave a head without weights of its own as it was made.
+        tied = vllm_config.model_config.hf_config.tie_word_embeddings
+        if tied and isinstance(self.lm_head, ParallelLMHead):
+            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+
+
+# Of stock classes whose layers are not named, made or loaded as the others'.
+MIXINS: dict[str, type[DsaServingMixin]] = {
+    "GptOssForCausalLM": GptOssMixin,
+    **dict.fromkeys(HYBRIDS, HybridMixin),
+}
 
 
 class TextsAloneMixin:
@@ -172,7 +194,8 @@ class TextsAloneMixin:
 @cache
 def served_class(name: str) -> type:
     """The class of this name: vLLM's own of the stock architecture, with fulmen's attention."""
-    stock = ModelRegistry.models[_stock_name(name)].load_model_cls()
+    with torchvision_or_nothing():
+        stock = ModelRegistry.models[_stock_name(name)].load_model_cls()
     about = f"{stock.__name__} with an indexer in the converted layers."
     mixin = MIXINS.get(stock.__name__, DsaServingMixin)
     around = (TextsAloneMixin,) if name in served_with_images() else ()

@@ -16,12 +16,13 @@ from fulmen.serving.engine.served_model import ServedModel
 def count_attention_reads(model: ServedModel, tokens: Tokens) -> AttentionReads:
     """Tokens that dense attention would have read, those read, and the bytes between them.
 
-    `context_tokens` and `tokens_read` are means over layers, summed over the request's queries. `bytes_saved`
+    `context_tokens` and `tokens_read` are means over the layers that keep keys (with linear attention they
+    keep none), summed over the request's queries. `bytes_saved`
     counts each query's keys and values by themselves, less the index keys that were scored; bfloat16.
     """
     first, last = tokens.hit, tokens.hit + tokens.miss + max(0, tokens.output - 1)
     dense = sparse = index_bytes = 0
-    for layer, window in enumerate(model.windows):
+    for layer, window in model.windows.items():
         visible = _sum_up_to(last, window) - _sum_up_to(first, window)
         dense += visible
         if model.dsa is None or layer not in model.dsa.layers:
