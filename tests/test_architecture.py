@@ -1,6 +1,7 @@
 """The order of the house, read from the imports.
 
-errors <- config, files, endpoints <- ops, data, tasks, messages <- modeling <- four rooms <- pipeline <- cli
+errors <- config, files, memory, endpoints <- ops, data, tasks, messages <- modeling <- four rooms <-
+pipeline <- cli
 
 A room imports what lies below it, never a room of its own floor.
 """
@@ -17,7 +18,7 @@ import fulmen
 ROOT = Path(fulmen.__file__).parent
 FLOORS = [
     ("errors", "version"),
-    ("config", "files", "endpoints"),
+    ("config", "files", "memory", "endpoints"),
     ("ops", "data", "tasks", "messages"),
     ("modeling",),
     ("training", "evaluation", "serving", "agents"),

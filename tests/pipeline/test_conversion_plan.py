@@ -9,10 +9,10 @@ import torch
 from transformers import DeepseekV3Config, Qwen3Config
 
 import fulmen
+from fulmen import memory
+from fulmen.memory import available_bytes
 from fulmen.modeling.inherit_cost import InheritTexts, WeightSizes, inherit_cost, weight_sizes
-from fulmen.pipeline import memory
 from fulmen.pipeline.conversion_plan import Planner, plan_conversion
-from fulmen.pipeline.memory import available_bytes
 from fulmen.pipeline.model_source import PlaceSource, dense_source
 from fulmen.pipeline.run_dir import RunDir
 from fulmen.pipeline.settings import ConvertSettings, ModelInMemory

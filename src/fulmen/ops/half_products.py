@@ -1,9 +1,10 @@
 """Matrix products of 16-bit tensors on CPUs without instructions for them: in float32, a piece at a time.
 
 Without AVX-512 torch takes bfloat16 products one number at a time: on an AMD EPYC with AVX2 at 10 GFLOP/s a
-core in `linear`, and below 1 in `matmul`, where float32 has 87. With AVX-512 but not its bfloat16 part (Intel's
-servers up to Ice Lake) it has 33 where float32 has 117 to 137. The same holds for float16 on most CPUs. Here
-torch's own kernels are put behind ones that widen what they read, which costs a tenth, and round once.
+core in `linear`, and below 1 in `matmul`, where float32 has 87. With AVX-512, but without instructions for
+bfloat16 (Intel's servers up to Ice Lake), it has 33 where float32 has 117 to 137. The same holds for float16
+on most CPUs. Here torch's own kernels are put behind ones that widen what they read, which costs a tenth, and
+round once.
 """
 
 import platform
@@ -32,10 +33,24 @@ def has_half_products(dtype: torch.dtype) -> bool:
         return False
     if dtype == torch.float16:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    if platform.machine().lower() in X86:
-        # oneDNN says that it has bfloat16 on all of AVX-512, and imitates it where the instructions are missing.
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and not imitates_bfloat16(dtype)
+
+
+def imitates_bfloat16(dtype: torch.dtype) -> bool:
+    """Whether a dtype is bfloat16, which oneDNN has by this CPU's AVX-512 for float32.
+
+    It says that it has bfloat16 on all of AVX-512; that part of it came later.
+    """
+    if dtype != torch.bfloat16 or platform.machine().lower() not in X86:
+        return False
+    has_own = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return not has_own and torch.cpu._is_avx512_supported()
+
+
+@cache
+def few_rows(dtype: torch.dtype) -> int:
+    """Rows on the left of a product up to which torch's own kernel of a 16-bit dtype is as fast."""
+    return FEW_ROWS_IMITATED if imitates_bfloat16(dtype) else FEW_ROWS
 
 
 def hasten_half_products(dtype: torch.dtype) -> None:
@@ -88,13 +103,7 @@ def _stays(left: Tensor, right: Tensor, *others: Tensor) -> bool:
         return True
     if left.shape[-1] != right.shape[-2] or left.shape[:-2] != right.shape[:-2]:
         return True
-    return left.ndim == 2 and len(left) <= _few_rows(left.dtype)
-
-
-@cache
-def _few_rows(dtype: torch.dtype) -> int:
-    imitated = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return FEW_ROWS_IMITATED if imitated else FEW_ROWS
+    return left.ndim == 2 and len(left) <= few_rows(left.dtype)
 
 
 def _in_pieces(

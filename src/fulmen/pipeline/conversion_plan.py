@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedConfig
 
 from fulmen.config import DsaConfig
+from fulmen.memory import available_bytes
 from fulmen.modeling.families import family_for
 from fulmen.modeling.index_shape import default_dsa
 from fulmen.modeling.inherit_cost import InheritCost, InheritTexts, WeightSizes, inherit_cost, weight_sizes
@@ -25,7 +26,6 @@ from fulmen.modeling.lengths import context_of, untrained_topk
 from fulmen.ops.half_products import hasten_half_products
 from fulmen.pipeline.devices import training_device
 from fulmen.pipeline.inherit_stage import BUDGET_SEQUENCES
-from fulmen.pipeline.memory import available_bytes
 from fulmen.pipeline.model_source import DenseSource
 from fulmen.pipeline.reporter import Reporter
 from fulmen.pipeline.settings import AUTO_DEVICE, ConvertSettings

@@ -14,6 +14,7 @@ from fulmen.errors import EngineError
 from fulmen.evaluation.learning.report import LearningReport, learning_report
 from fulmen.evaluation.provenance import about_run
 from fulmen.evaluation.report_files import save_report
+from fulmen.memory import available_bytes
 from fulmen.modeling.checkpoint import (
     ModelSource,
     load_dense,
@@ -28,7 +29,6 @@ from fulmen.pipeline.answers import AT_ONCE, open_model
 from fulmen.pipeline.conversion import Conversion
 from fulmen.pipeline.devices import training_device
 from fulmen.pipeline.fingerprint import weights_fingerprint
-from fulmen.pipeline.memory import available_bytes
 from fulmen.pipeline.model_config import read_config, require_language_model_alone
 from fulmen.pipeline.post_trained import record_before, save_post_trained
 from fulmen.pipeline.reporter import Reporter, TrainingView
