@@ -26,6 +26,8 @@ for room in sys.argv[1:]:
     weight, bias = layer.weight.double(), layer.bias
     utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
     assert not layer.weight.numel()
+    torch._dynamo.reset()
+    graph = torch.compile(layer.cpu_linear, backend="eager", fullgraph=True, dynamic=True)
     for shape in ((1, 40), (few, 40), (few + 1, 40), (70, 40), (2, few, 40)):
         x = torch.randn(shape).bfloat16()
         for added in (None, bias):
@@ -33,6 +35,7 @@ for room in sys.argv[1:]:
             right = torch.nn.functional.linear(x.double(), weight, None if added is None else bias.double())
             assert found.dtype == torch.bfloat16
             torch.testing.assert_close(found.double(), right, rtol=4e-3, atol=1e-2)
+            assert torch.equal(graph(x, layer.weight, added), found)
 """
 
 

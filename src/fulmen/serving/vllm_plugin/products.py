@@ -3,10 +3,12 @@
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 import vllm._custom_ops as vllm_ops
 from torch import Tensor
 from torch.nn.functional import linear
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import direct_register_custom_op
 
 from fulmen.memory import available_bytes
 from fulmen.ops.half_products import few_rows, has_half_products, hasten_half_products, imitates_bfloat16
@@ -39,7 +41,7 @@ def take_products_from_torch(dtype: Any) -> None:
 @cache
 def _share_products(few: int) -> None:
     """Let oneDNN have products of up to `few` rows, and torch the others."""
-    pack, multiply = vllm_ops.create_onednn_mm, vllm_ops.onednn_mm
+    pack = vllm_ops.create_onednn_mm
     at_first = available_bytes()
 
     def create_both(weight_KN: Tensor, *sizes: Any) -> TwoCopies:
@@ -47,10 +49,28 @@ def _share_products(few: int) -> None:
         packed = pack(weight_KN, *sizes) if available_bytes() > at_first / 2 else None
         return TwoCopies(packed, weight_KN.t())
 
-    def multiply_by_either(copies: TwoCopies, x: Tensor, bias: Tensor | None) -> Tensor:
-        if copies.packed is not None and x.numel() <= few * x.shape[-1]:
-            found: Tensor = multiply(copies.packed, x, bias)
-            return found
-        return linear(x, copies.weight, bias)
+    def multiply(copies: TwoCopies, x: Tensor, bias: Tensor | None) -> Tensor:
+        handle = x.new_empty(0) if copies.packed is None else copies.packed.handler_tensor
+        found: Tensor = torch.ops.vllm.fulmen_product(x, copies.weight, bias, handle, few)
+        return found
 
-    vllm_ops.create_onednn_mm, vllm_ops.onednn_mm = create_both, multiply_by_either
+    vllm_ops.create_onednn_mm, vllm_ops.onednn_mm = create_both, multiply
+
+
+def fulmen_product(x: Tensor, weight: Tensor, bias: Tensor | None, handle: Tensor, few: int) -> Tensor:
+    """`x @ weight.T + bias`, of few rows by the packed weights of a handle, which may be empty.
+
+    One operation to torch.compile: its graphs are for any number of rows.
+    """
+    if not handle.numel() or x.numel() > few * x.shape[-1]:
+        return linear(x, weight, bias)
+    out = x.new_empty(*x.shape[:-1], len(weight))
+    torch.ops._C.onednn_mm(out, x.reshape(-1, x.shape[-1]), bias, handle)
+    return out
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, handle: Tensor, few: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+direct_register_custom_op("fulmen_product", fulmen_product, mutates_args=[], fake_impl=_fake)
