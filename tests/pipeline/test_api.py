@@ -275,6 +275,9 @@ def test_nothing_is_printed_by_default(tmp_path, llama_dir, corpus_dir):
 class Nothing:
     """No model, no reporter, no path."""
 
+    def __repr__(self):
+        return "<Nothing>"  # names of tests must not have an address, which differs from process to process
+
 
 BAD_CONVERSIONS = [
     ({"out": None}, r"^out=None cannot be; name a directory$"),
