@@ -41,7 +41,8 @@ def take_products_from_torch(dtype: Any) -> None:
 @cache
 def _share_products(few: int) -> None:
     """Let oneDNN have products of up to `few` rows, and torch the others."""
-    pack = vllm_ops.create_onednn_mm
+    module: Any = vllm_ops
+    pack = module.create_onednn_mm
     at_first = available_bytes()
 
     def create_both(weight_KN: Tensor, *sizes: Any) -> TwoCopies:
@@ -54,7 +55,7 @@ def _share_products(few: int) -> None:
         found: Tensor = torch.ops.vllm.fulmen_product(x, copies.weight, bias, handle, few)
         return found
 
-    vllm_ops.create_onednn_mm, vllm_ops.onednn_mm = create_both, multiply
+    module.create_onednn_mm, module.onednn_mm = create_both, multiply
 
 
 def fulmen_product(x: Tensor, weight: Tensor, bias: Tensor | None, handle: Tensor, few: int) -> Tensor:
